@@ -1,0 +1,243 @@
+"""Trains: micro-batch forward and backward as trajectories complete, one optimizer step per minibatch, publish per batch.
+
+Several ranks each train their share of every minibatch and sum gradients through torch.distributed before the step, so all
+hold the same weights; rank 0 publishes, writes checkpoints and reports metrics.
+
+Left out: FSDP2 (trainable weights are replicated), multi-node start-up.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import metrics
+import models
+from algorithms import AdvantageNormaliser, gae, policy_loss, value_loss
+from channel import VERSION, Channels, Record, SlotPool
+from config import Config
+from models import checkpoint
+from streamer import Streamer
+
+SUMS = (
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage",
+    "advantage_square", "staleness", "samples", "reward", "episodes", "successes",
+)  # fmt: skip
+MAXIMA = ("ratio_max", "staleness_max")
+
+
+def gather(pool: SlotPool, slots: tuple[int, ...], names: tuple[str, ...], device: str) -> dict[str, Tensor]:
+    """Trajectories `slots` as tensors [n, rows, …] on `device`."""
+    index = torch.tensor(slots)
+    return {name: pool[name][index].to(device, non_blocking=True) for name in names}
+
+
+def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int, config: Config, normalise) -> dict[str, Tensor]:
+    """Forward and backward of one micro-batch; gradients accumulate. Returns sums and maxima for the metrics.
+
+    data: slot fields [n, T or T+2, …]; samples: chunk steps in the whole minibatch over all ranks, which the loss divides by.
+    """
+    hyper = config.algorithm
+    n, segment = data["reward"].shape
+    value, bootstrap = data["value"][:, : segment + 1], data["value"][:, segment + 1]
+    advantages, returns = gae(
+        data["reward"], value, bootstrap, data["terminated"], data["truncated"], hyper.gamma, hyper.gae_lambda
+    )
+    flat = {name: data[name][:, :segment].flatten(0, 1) for name in model.training_fields()}
+    out = model.evaluate(flat)
+    staleness = (version - data["version"]).flatten().to(torch.float32)  # [n·T]
+    policy, stats = policy_loss(
+        out["logprob"],
+        data["logprob"].flatten(),
+        normalise(advantages).flatten(),
+        staleness,
+        hyper.clip,
+        hyper.behaviour_weight_max,
+    )
+    values = value_loss(out["value"], value[:, :segment].flatten(), returns.flatten(), hyper.value_clip, hyper.huber)
+    ((policy + hyper.value_weight * values) / samples).backward()
+    done = data["terminated"] | data["truncated"]
+    return stats | {
+        "loss_policy": policy.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * n * segment,
+        "advantage": advantages.sum(), "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
+        "samples": torch.tensor(float(n * segment)), "reward": data["reward"].sum(), "episodes": done.sum(),
+        "successes": data["terminated"].sum(), "staleness_max": staleness.max(),
+    }  # fmt: skip
+
+
+def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:
+    """Sums gradients over actor ranks, as one flat tensor. The loss is already divided by the global count."""
+    if ranks == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(part.view_as(p))
+
+
+def save_checkpoint(folder: Path, model, optimizer, normaliser: AdvantageNormaliser, state: dict) -> Path:
+    """folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}: written beside, then renamed into place."""
+    path = folder / f"{state['version']:06d}"
+    partial = folder / f".{path.name}.partial"
+    partial.mkdir(exist_ok=True)
+    checkpoint.save(partial / "model.safetensors", model.header, model.state_dict())
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps(state | {"normaliser": asdict(normaliser)}))
+    if path.exists():  # interrupted again at the same version: keep the old one until the new one is in place
+        old = folder / f".{path.name}.old"
+        os.replace(path, old)
+        os.replace(partial, path)
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+    else:
+        os.replace(partial, path)
+    return path
+
+
+def run(
+    rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter, run_folder: Path,
+    resume: dict | None, report: Connection | None,
+) -> None:  # fmt: skip
+    """The worker. resume: state.json of the checkpoint to continue from, or None; report: rank 0's pipe to the launcher."""
+    ranks, actor = config.actor.actor_workers, config.actor
+    queue, plane, pool = channels.finished[rank], channels.plane, channels.pool
+    queue.close_writer()
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        pool.pin()
+    if ranks > 1:
+        store = dist.FileStore(str(run_folder / ".spans" / "rendezvous"), ranks)
+        dist.init_process_group("nccl" if device != "cpu" else "gloo", store=store, rank=rank, world_size=ranks)
+    torch.manual_seed(config.train.seed)
+    model = models.load(config.train.model).build(config, spec).to(device)
+    trainable = model.trainable()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    groups = {False: [], True: []}
+    for name, parameter in trainable.items():
+        groups[name.startswith("value_head")].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[False], "lr": actor.lr}, {"params": groups[True], "lr": actor.value_lr}],
+        betas=(0.9, 0.95), weight_decay=actor.weight_decay,
+    )  # fmt: skip
+    normaliser, version = AdvantageNormaliser(config.algorithm.advantage_memory), 0
+    if resume is not None:
+        version, normaliser = resume["version"], AdvantageNormaliser(**resume["normaliser"])
+        saved = Path(config.train.checkpoint) / "optimizer.pt"
+        optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
+    segment = pool["actions"].shape[1]
+    fields = ("reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
+    streamer = Streamer(
+        actor.batch, actor.minibatch, actor.micro_batch, actor.max_staleness + 1, actor.update_epochs, actor.stream, rank, ranks,
+        config.train.seed, version,
+    )  # fmt: skip
+    parameters = list(trainable.values())
+    slowest_wait = config.train.timeout_s
+
+    def publish() -> None:
+        """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
+        with meter.work("publish"):
+            if rank == 0:
+                plane.publish(trainable, version)
+                for target in (*channels.replies, *channels.requests):
+                    target.put([Record(0, 0, VERSION, 0)])
+
+    def save() -> Path:
+        with meter.work("checkpoint"):
+            state = {"version": version, "seed": config.train.seed}  # all randomness is named by seed and version: no RNG state
+            return save_checkpoint(run_folder / "checkpoints", model, optimizer, normaliser, state)
+
+    publish()
+    meter.ready()
+    sums, maxima = dict.fromkeys(SUMS, 0.0), dict.fromkeys(MAXIMA, 0.0)
+    grad_norm, begun, waited_since = 0.0, time.monotonic(), time.monotonic()
+    while version < config.train.iterations:
+        if rank == 0 and channels.counters.get(0, "stop"):
+            report.send({"saved": str(save())})
+            return
+        for record in queue.get(0):
+            streamer.add(record.slot)
+        micro = streamer.next()
+        if micro is None and not streamer.done:
+            with meter.wait("trajectory"):
+                records = queue.get(1.0)
+            for record in records:
+                streamer.add(record.slot)
+            if records:
+                waited_since = time.monotonic()
+            elif time.monotonic() - waited_since > slowest_wait:
+                raise TimeoutError(f"actor {rank} waited {slowest_wait:.0f} s for trajectories of batch {version}")
+            continue
+
+        if micro is not None:
+            waited_since = time.monotonic()
+            with meter.work("train"):
+                data = gather(pool, micro.slots, fields, device)
+                stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, normaliser)
+                for name, value in stats.items():
+                    if name in maxima:
+                        maxima[name] = max(maxima[name], float(value))
+                    elif micro.epoch == 0 or name not in ("reward", "episodes", "successes", "advantage", "advantage_square"):
+                        sums[name] += float(value)
+            if micro.last:
+                with meter.wait("gradient") if ranks > 1 else meter.nothing:
+                    all_reduce_gradients(parameters, ranks)
+                with meter.work("optimizer"):
+                    norm = torch.nn.utils.clip_grad_norm_(parameters, actor.grad_clip)
+                    if not math.isfinite(norm):
+                        raise FloatingPointError(f"the gradient of version {version} is {float(norm)}: lower --lr")
+                    grad_norm = max(grad_norm, float(norm))
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=False)
+        if not streamer.done:
+            continue
+
+        # The batch is trained: publish it, which also frees its slots, and report.
+        version = streamer.finish_batch()
+        if ranks > 1:
+            totals = torch.tensor([sums[n] for n in SUMS], dtype=torch.float64)
+            highest = torch.tensor([maxima[n] for n in MAXIMA], dtype=torch.float64)
+            on = "cpu" if device == "cpu" else device
+            totals, highest = totals.to(on), highest.to(on)
+            dist.all_reduce(totals), dist.all_reduce(highest, dist.ReduceOp.MAX)
+            sums, maxima = dict(zip(SUMS, totals.tolist(), strict=True)), dict(zip(MAXIMA, highest.tolist(), strict=True))
+        first_epoch = actor.batch * segment
+        normaliser.update(sums["advantage"], sums["advantage_square"], first_epoch, version == 1)
+        publish()
+        now = time.monotonic()
+        if rank == 0:
+            if version % config.train.checkpoint_every == 0 or version == config.train.iterations:
+                save()
+            report.send(iteration_metrics(sums, maxima, version, now - begun, actor, grad_norm, streamer.waiting))
+        sums, maxima = dict.fromkeys(SUMS, 0.0), dict.fromkeys(MAXIMA, 0.0)
+        grad_norm, begun = 0.0, now
+        if device != "cpu":
+            meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
+    if ranks > 1:
+        dist.barrier()  # no rank leaves while another still needs it
+        dist.destroy_process_group()
+    if rank == 0:
+        report.send({"done": version})
+
+
+def iteration_metrics(sums, maxima, version: int, seconds: float, actor, grad_norm: float, waiting: int) -> dict:
+    """What the actor knows of an iteration, under the names of the run folder's interface."""
+    n = sums["samples"]  # chunk steps over all epochs
+    return {
+        "iteration": version, "version": version, "samples_per_s": n / seconds, "episodes": int(sums["episodes"]),
+        "success_rate": sums["successes"] / sums["episodes"] if sums["episodes"] else None,
+        "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
+        "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
+        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm, "lr": actor.lr,
+        "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
+        "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
+        "queue_depths": {"finished": waiting},
+    }  # fmt: skip

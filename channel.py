@@ -1,0 +1,313 @@
+"""The data plane and the weight plane: `SlotPool`, `IndexQueue`, `WeightPlane`, and the small `Counters` table.
+
+Tensors are written once, in place, into preallocated shared memory; only 8-byte records travel between processes. All of it
+is made by the launcher and handed to workers as arguments of `Process`: file descriptors and CUDA IPC handles are opened
+once, at start-up.
+
+Shared memory is anonymous (`memfd_create`): it has no name to unlink, so nothing is left behind even after SIGKILL, and it
+is not limited by the size of /dev/shm. Left out: crossing machines (only gradients do, through torch.distributed).
+
+    python bench.py transport weights
+"""
+
+import mmap
+import os
+import select
+import struct
+import threading
+import time
+from multiprocessing.reduction import DupFd
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+ALIGN = 64  # bytes; a cache line, so that no two tensors share one
+
+
+class Arena:
+    """One anonymous shared mapping that survives pickling to a child process."""
+
+    def __init__(self, size: int):
+        self.size = max(size, mmap.PAGESIZE)
+        self.fd = os.memfd_create("vla3")
+        os.ftruncate(self.fd, self.size)
+        self._map()
+        # First touch: fresh shared memory fills at 0.5 GB/s, afterwards it is written at memory speed.
+        np.frombuffer(self.memory, np.uint8)[:: mmap.PAGESIZE] = 0
+
+    def _map(self) -> None:
+        self.memory = mmap.mmap(self.fd, self.size)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        count = int(np.prod(shape, dtype=np.int64))
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def pin(self) -> None:
+        """Page-locks the mapping for fast copies to and from the GPU. Called by processes that own a CUDA context."""
+        address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        error = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
+        if int(error) != 0:
+            raise RuntimeError(f"cudaHostRegister of {self.size} bytes failed with error {error}: raise `ulimit -l`")
+
+    def __getstate__(self):
+        return {"size": self.size, "dup": DupFd(self.fd)}
+
+    def __setstate__(self, state):
+        self.size, self.fd = state["size"], state["dup"].detach()
+        self._map()
+
+    def __del__(self):
+        if getattr(self, "fd", -1) >= 0:
+            os.close(self.fd)  # the mapping lives as long as the tensors on it
+            self.fd = -1
+
+
+def layout(spec: Spec, slots: int) -> tuple[dict[str, int], int]:
+    """Byte offset of every field's [slots, *shape] block, and the size of them all."""
+    offsets, size = {}, 0
+    for name, (shape, dtype) in spec.items():
+        offsets[name] = size
+        count = slots * int(np.prod(shape, dtype=np.int64))
+        size += -(-count * dtype.itemsize // ALIGN) * ALIGN
+    return offsets, size
+
+
+class SlotPool:
+    """`pool["image"]` is one tensor [slots, *shape] that every process sees at the same place.
+
+    spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is used (`pin`). "cuda:k":
+    one allocation per field, shared by CUDA IPC when the pool is passed to a process.
+    """
+
+    def __init__(self, spec: Spec, slots: int, device: str = "cpu"):
+        self.spec, self.slots, self.device = spec, slots, device
+        self.offsets, self.bytes = layout(spec, slots)
+        self.arena = None
+        if device == "cpu":
+            self.arena = Arena(self.bytes)
+            self._view()
+        else:
+            self.tensors = {n: torch.zeros((slots, *shape), dtype=t, device=device) for n, (shape, t) in spec.items()}
+
+    def _view(self) -> None:
+        self.tensors = {
+            name: self.arena.tensor(self.offsets[name], (self.slots, *shape), dtype) for name, (shape, dtype) in self.spec.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def pin(self) -> None:
+        if self.arena is not None:
+            self.arena.pin()
+
+    def __getstate__(self):
+        state = dict(self.__dict__)
+        if self.arena is not None:
+            del state["tensors"]
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self.arena is not None:
+            self._view()
+
+
+class Record(NamedTuple):
+    """What travels: which slot, which row of it, what for, and who asks."""
+
+    slot: int
+    t: int
+    kind: int
+    sender: int
+
+
+RECORD = struct.Struct("<IHBB")  # 8 bytes
+ACT, VALUE, BOOTSTRAP, EVAL, DONE, VERSION = range(6)  # kinds
+ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps together (PIPE_BUF)
+
+
+class IndexQueue:
+    """Many writers, one reader, 8-byte records through a pipe.
+
+    Writes of at most 4096 bytes are atomic, so a writer killed at any moment can neither hold a lock nor tear a record. The
+    reader sees the end of the file once the last writer is gone (`Closed`).
+    """
+
+    class Closed(Exception):
+        """Every writer of this queue is gone."""
+
+    def __init__(self):
+        self.reader, self.writer = os.pipe()
+        os.set_blocking(self.reader, False)
+
+    def fileno(self) -> int:
+        return self.reader
+
+    def put(self, records: list[Record], timeout: float = 60.0) -> None:
+        """Writes records; those of one call of at most 512 stay together. Raises TimeoutError when the reader is stuck."""
+        for start in range(0, len(records), ATOMIC):
+            data = b"".join(RECORD.pack(*record) for record in records[start : start + ATOMIC])
+            if not select.select([], [self.writer], [], timeout)[1]:
+                raise TimeoutError(f"a queue of requests stayed full for {timeout:.0f} s: its reader is stuck")
+            os.write(self.writer, data)
+
+    def get(self, timeout: float | None) -> list[Record]:
+        """Every queued record; waits up to `timeout` seconds for the first and returns [] when none came."""
+        if timeout is None or timeout > 0:
+            select.select([self.reader], [], [], timeout)
+        try:
+            data = os.read(self.reader, 65536)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise IndexQueue.Closed
+        return [Record(*fields) for fields in RECORD.iter_unpack(data)]
+
+    def close_writer(self) -> None:
+        """The reader's process calls this, so that it does not keep its own queue open."""
+        if self.writer >= 0:
+            os.close(self.writer)
+        self.writer = -1
+
+    def close_reader(self) -> None:
+        if self.reader >= 0:
+            os.close(self.reader)
+        self.reader = -1
+
+    def __getstate__(self):
+        return {"reader": DupFd(self.reader), "writer": DupFd(self.writer)}
+
+    def __setstate__(self, state):
+        self.reader, self.writer = state["reader"].detach(), state["writer"].detach()
+
+    def __del__(self):
+        for fd in (getattr(self, "reader", -1), getattr(self, "writer", -1)):
+            if fd >= 0:
+                os.close(fd)
+
+
+class WeightPlane:
+    """Two buffers and a version. One writer publishes into the older buffer; any number of readers copy the newer one.
+
+    A reader that is overtaken twice while it copies would see mixed weights; the stamps of a buffer, checked before and
+    after the copy, tell it so and it tries again. Neither side ever waits for the other.
+
+    spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds.
+    """
+
+    def __init__(self, spec: Spec, device: str = "cpu", version: int = 0):
+        self.buffers = SlotPool(spec, 2, device)
+        self.header = Arena(4 * 8)
+        self._view()
+        self.stamps[:] = version - 1
+        self.published[0] = version - 1
+
+    def _view(self) -> None:
+        header = self.header.tensor(0, (4,), torch.int64).numpy()
+        self.published, self.stamps = header[:1], header[1:3]
+
+    @property
+    def version(self) -> int:
+        """The newest published version; −1 before the first."""
+        return int(self.published[0])
+
+    @property
+    def bytes(self) -> int:
+        """Of one set of weights."""
+        return self.buffers.bytes // 2
+
+    def publish(self, weights: dict[str, Tensor], version: int) -> None:
+        """Copies `weights` into the older buffer and makes it the newest. Only one process may call this."""
+        side = version % 2
+        self.stamps[side] = -1  # invalidate → copy → stamp → publish; x86 and ARM's aligned 8-byte stores are whole
+        fence()
+        for name, tensor in weights.items():
+            self.buffers[name][side].copy_(tensor.detach(), non_blocking=True)
+        synchronize(self.buffers.device)
+        self.stamps[side] = version
+        fence()
+        self.published[0] = version
+
+    def fetch(self, into: dict[str, Tensor], timeout: float = 60.0) -> int:
+        """Copies the newest weights into `into` and returns their version. Never returns a mixture of two versions."""
+        deadline = time.monotonic() + timeout
+        while True:
+            version = self.version
+            side = version % 2
+            if version >= 0 and self.stamps[side] == version:
+                for name, tensor in into.items():
+                    tensor.copy_(self.buffers[name][side], non_blocking=True)
+                synchronize(self.buffers.device)
+                fence()
+                if self.stamps[side] == version:
+                    return version
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no weights came from the actor within {timeout:.0f} s")
+            time.sleep(0)
+
+    def __getstate__(self):
+        return {"buffers": self.buffers, "header": self.header}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._view()
+
+
+_LOCK = threading.Lock()
+
+
+def fence() -> None:
+    """A full memory barrier: taking and releasing any lock is one, on every architecture CPython runs on."""
+    with _LOCK:
+        pass
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.current_stream().synchronize()
+
+
+class Counters:
+    """A table of float64 in shared memory, one row per worker, each row written by its worker alone and read by anyone."""
+
+    def __init__(self, rows: int, columns: tuple[str, ...]):
+        self.columns, self.rows = columns, rows
+        self.arena = Arena(rows * len(columns) * 8)
+        self._view()
+
+    def _view(self) -> None:
+        self.table = self.arena.tensor(0, (self.rows, len(self.columns)), torch.float64).numpy()
+        self.index = {name: i for i, name in enumerate(self.columns)}
+
+    def add(self, row: int, column: str, amount: float) -> None:
+        self.table[row, self.index[column]] += amount
+
+    def set(self, row: int, column: str, value: float) -> None:
+        self.table[row, self.index[column]] = value
+
+    def get(self, row: int, column: str) -> float:
+        return float(self.table[row, self.index[column]])
+
+    def __getstate__(self):
+        return {"columns": self.columns, "rows": self.rows, "arena": self.arena}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._view()
+
+
+class Channels(NamedTuple):
+    """Everything that connects the stages; the launcher makes one and passes it to every worker."""
+
+    pool: SlotPool
+    plane: WeightPlane
+    counters: Counters
+    requests: tuple[IndexQueue, ...]  # to each rollout worker
+    replies: tuple[IndexQueue, ...]  # to each env worker
+    finished: tuple[IndexQueue, ...]  # to each actor rank

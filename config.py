@@ -1,0 +1,261 @@
+"""Every setting, one dataclass per stage; presets; what must hold between settings.
+
+    python train.py --help
+
+`--preset` names a row of RL-VLA³'s Table 1 and sets five defaults, which flags override; the defaults written here are the
+row `full`. Left out: any second way to configure (no files, no environment variables).
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).parent
+ASSETS = ROOT / "assets"
+
+
+class UserError(Exception):
+    """A mistake of the user's. The message is one sentence saying what is wrong and what to do."""
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turns a UserError into one line on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    model: Literal["pi05", "emulated"] = "pi05"
+    """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
+    env: Literal["metaworld", "emulated"] = "metaworld"
+    """simulator"""
+    tasks: tuple[str, ...] = ()
+    """tasks of the simulator; none means its default task set"""
+    algorithm: Literal["ppo"] = "ppo"
+    """decoupled PPO, which is PPO when the staleness is 0"""
+    preset: Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"] = "full"
+    """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and stream"""
+    ratio: str = "3:1"
+    """R:A, parts for env + rollout against parts for actors (GPUs; without them worker processes and threads)"""
+    placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
+    """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates env from rollout"""
+    iterations: int = 100
+    """optimizer iterations: batches trained; a resumed run counts from its start"""
+    seed: int = 1
+    """seed of episodes, noise and minibatches"""
+    run: str = ""
+    """name of the run folder under runs/; empty means date and time"""
+    resume: str = ""
+    """run folder (name or path) to continue from its newest checkpoint; its saved settings apply"""
+    checkpoint: Path = ASSETS / "pi05_metaworld.safetensors"
+    """weights to start from: a .safetensors file or a folder that holds model.safetensors"""
+    tokenizer: Path = ASSETS / "tokenizer.model"
+    """SentencePiece file"""
+    checkpoint_every: int = 20
+    """iterations between checkpoints; there is always one at the end"""
+    wandb: Literal["online", "offline", "off"] = "off"
+    """mirror metrics to Weights & Biases"""
+    trace: bool = True
+    """record a span per unit of work and per wait, for trace.json and swimlane.png"""
+    memory_report: bool = False
+    """print the size of each memory pool, then exit"""
+    timeout_s: float = 120.0
+    """seconds without a sign of life after which a worker counts as hung and ends the run"""
+
+
+@dataclass(kw_only=True, slots=True)
+class EnvConfig:
+    envs: int = 24
+    """lanes: simulators that ask for actions, one task each, round robin"""
+    env_workers: int = 0
+    """processes that step them; 0 derives it from --ratio"""
+    image_size: int = 64
+    """pixels, square"""
+    segment: int = 0
+    """T, chunk steps of a trajectory; 0 means one horizon"""
+    eval_envs: int = 4
+    """lanes that only evaluate, on seeds never trained on; they never hold up the others"""
+    eval_episodes: int = 24
+    """episodes of one evaluation, spread evenly over tasks"""
+    eval_every: int = 10
+    """iterations between evaluations; 0 means never"""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    rollout_workers: int = 0
+    """inference processes; 0 derives it from --ratio"""
+    batch_max: int | Literal["auto", "all"] = "auto"
+    """B_max of eq. 1: infer when so many requests are queued; auto is half the lanes served, all is lockstep"""
+    batch_wait_ms: float | Literal["auto"] = "auto"
+    """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto is the time one inference takes"""
+    chunk: int = 10
+    """C, control steps per inference (π0.5 LIBERO: 10)"""
+    tokens: int = 24
+    """L, prompt length in tokens"""
+    denoise_steps: int = 4
+    """N, flow-matching steps (PAPER.md: 4)"""
+    noise_level: float = 0.5
+    """a of Flow-SDE (RLinf: 0.5)"""
+
+
+@dataclass(kw_only=True, slots=True)
+class ActorConfig:
+    actor_workers: int = 0
+    """training processes, which average gradients; 0 derives it from --ratio"""
+    max_staleness: int = 1
+    """K: a trajectory of batch b may start once version b − K is published; 0 is synchronous"""
+    stream: bool = True
+    """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
+    batch: int = 48
+    """trajectories of one iteration; a multiple of --envs"""
+    minibatch: int = 24
+    """trajectories of one optimizer step"""
+    micro_batch: int = 4
+    """trajectories of one forward and backward pass"""
+    update_epochs: int = 1
+    """passes over a batch (π0.5 LIBERO in PAPER.md: 1)"""
+    lr: float = 3e-4
+    """AdamW learning rate of the action expert"""
+    value_lr: float = 1e-3
+    """AdamW learning rate of the value head"""
+    weight_decay: float = 0.01
+    """AdamW (RLinf: 0.01)"""
+    grad_clip: float = 1.0
+    """largest gradient norm (RLinf: 1.0)"""
+    train_vlm: bool = False
+    """also update the image tower and the prefix; False is the published recipe and lets slots hold their keys and values"""
+
+
+@dataclass(kw_only=True, slots=True)
+class AlgorithmConfig:
+    gamma: float = 0.99
+    """discount per chunk step"""
+    gae_lambda: float = 0.95
+    """λ of GAE"""
+    clip: float = 0.2
+    """ε of the clipped policy objective"""
+    value_clip: float = 0.2
+    """largest change of a value estimate per update before its loss is clipped"""
+    value_weight: float = 1.0
+    """weight of the value loss"""
+    huber: float = 10.0
+    """δ of the value loss (RLinf: 10)"""
+    behaviour_weight_max: float = 5.0
+    """decoupled PPO: samples whose behaviour weight exceeds this are masked (AReaL: 5)"""
+    advantage_memory: float = 0.9
+    """decay of the running mean and variance, over earlier batches, that normalise advantages"""
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    """RL post-training of vision-language-action models that never waits.
+
+    Without flags: a small π0.5 learns Meta-World tasks from camera images by asynchronous PPO, on this machine.
+    """
+
+    train: RunConfig = field(default_factory=RunConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+
+
+# placement, max_staleness, batch_max, batch_wait_ms, stream: each row changes one thing of the row above.
+PRESETS = {
+    "sync-colocated": ("colocated", 0, "all", math.inf, False),
+    "sync-disaggregated": ("disaggregated", 0, "all", math.inf, False),
+    "train-async": ("disaggregated", 1, "all", math.inf, False),
+    "rollout-async": ("disaggregated", 1, "auto", "auto", False),
+    "full": ("disaggregated", 1, "auto", "auto", True),
+}
+
+
+def from_preset(name: str) -> Config:
+    """The defaults under a preset."""
+    config = Config()
+    config.train.preset = name
+    (
+        config.train.placement,
+        config.actor.max_staleness,
+        config.rollout.batch_max,
+        config.rollout.batch_wait_ms,
+        config.actor.stream,
+    ) = PRESETS[name]
+    return config
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(asdict(config), indent=1, default=str)
+
+
+def from_json(path: Path) -> Config:
+    """A run's config.json. Raises UserError when it is not one."""
+    try:
+        saved, config = json.loads(path.read_text()), Config()
+        for stage_name, values in saved.items():
+            stage = getattr(config, stage_name)
+            for name, value in values.items():
+                kind = type(getattr(stage, name))
+                setattr(stage, name, kind(value) if kind in (tuple, Path) else value)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
+    return config
+
+
+def parse_ratio(ratio: str) -> tuple[int, int]:
+    """ "3:1" → (3, 1). Raises UserError."""
+    left, colon, right = ratio.partition(":")
+    if not (colon and left.isdigit() and right.isdigit() and int(left) > 0 and int(right) > 0):
+        raise UserError(f"--ratio {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1")
+    return int(left), int(right)
+
+
+def validate(config: Config) -> None:
+    """What must hold between settings once presets are applied and worker counts known. Raises UserError."""
+    env, actor, ranks = config.env, config.actor, config.actor.actor_workers
+    positive = {
+        "--iterations": config.train.iterations, "--envs": env.envs, "--image-size": env.image_size, "--batch": actor.batch,
+        "--minibatch": actor.minibatch, "--micro-batch": actor.micro_batch, "--update-epochs": actor.update_epochs,
+        "--chunk": config.rollout.chunk, "--denoise-steps": config.rollout.denoise_steps,
+        "--checkpoint-every": config.train.checkpoint_every, "--timeout-s": config.train.timeout_s,
+    }  # fmt: skip
+    for flag, value in positive.items():
+        if value <= 0:
+            raise UserError(f"{flag} {value} must be at least 1")
+    if actor.max_staleness < 0:
+        raise UserError(f"--max-staleness {actor.max_staleness} must be 0 or more")
+    if config.rollout.batch_max not in ("auto", "all") and config.rollout.batch_max < 1:
+        raise UserError(f"--batch-max {config.rollout.batch_max} must be at least 1")
+    if config.rollout.batch_wait_ms != "auto" and not config.rollout.batch_wait_ms >= 0:
+        raise UserError(f"--batch-wait-ms {config.rollout.batch_wait_ms} must be 0 or more")
+    for flag, whole, parts, what in (
+        ("--batch", actor.batch, env.envs, "--envs"),
+        ("--batch", actor.batch, actor.minibatch, "--minibatch"),
+        ("--minibatch", actor.minibatch, ranks * actor.micro_batch, f"--micro-batch × {ranks} actor workers"),
+    ):
+        if whole % parts:
+            raise UserError(f"{flag} {whole} is not divisible by {what} ({parts}): choose {flag} as a multiple of it")
+    if env.env_workers > env.envs:
+        raise UserError(f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least {env.env_workers}")
+    if config.rollout.rollout_workers > env.envs:
+        raise UserError(f"{config.rollout.rollout_workers} rollout workers have only {env.envs} envs: raise --envs")
+    if env.segment < 0 or env.eval_every < 0 or env.eval_envs < 0 or env.eval_episodes < 0:
+        raise UserError("--segment, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
+    wait_forever = config.rollout.batch_wait_ms == math.inf
+    if wait_forever and config.rollout.batch_max not in ("all", "auto"):
+        served = env.envs // config.rollout.rollout_workers
+        if config.rollout.batch_max > served:
+            raise UserError(
+                f"--batch-max {config.rollout.batch_max} with an endless wait never fills: a worker serves {served} envs"
+            )

@@ -1,0 +1,189 @@
+"""Steps a shard of lanes. Each lane runs on its own: while one waits for an action, the others step.
+
+    observe → write row t of the slot → request → (rollout worker writes actions) → step C times → row t + 1 …
+
+A trajectory is a fixed number of chunk steps with auto-reset inside, so that success never changes when it ends. Frames are
+rendered only where the policy will see them: once per chunk, plus the last one of a truncated episode (its value bootstraps).
+Evaluation lanes do the same on seeds never trained on, in slots of their own, and nobody waits for them.
+
+Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+import envs
+import metrics
+from channel import ACT, BOOTSTRAP, DONE, EVAL, VALUE, VERSION, Channels, Record
+from config import Config
+from models import tokenize
+from scheduler import Admission
+
+EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
+
+
+@dataclass
+class Lane:
+    index: int
+    env: object
+    slot: int = -1
+    trajectory: int = 0  # j, or the evaluation episode
+    t: int = 0  # chunk steps into the trajectory
+    step: int = 0  # control steps into the episode
+    task: int = 0
+
+
+def episode_seed(seed: int, lane: int, trajectory: int, t: int) -> int:
+    """Names an episode by where it starts, so a resumed or differently timed run meets the same ones."""
+    return 2**30 + int(np.random.SeedSequence([seed, lane, trajectory, t]).generate_state(1)[0] >> 2)
+
+
+def run_chunk(lane: Lane, actions: np.ndarray, horizon: int) -> tuple[float, bool, bool]:
+    """Steps through actions [C, A] until the episode ends. Returns reward, terminated, truncated."""
+    reward = 0.0
+    for action in actions:
+        r, success = lane.env.step(action)
+        reward, lane.step = reward + r, lane.step + 1
+        if success:
+            return reward, True, False
+        if lane.step >= horizon:
+            return reward, False, True
+    return reward, False, False
+
+
+def run(rank: int, config: Config, stats: dict, channels: Channels, version: int, meter: metrics.Meter) -> None:
+    """The worker. `stats` maps states to [-1, 1]; `version` is the one training starts or resumes from."""
+    pool, replies, plane = channels.pool, channels.replies[rank], channels.plane
+    replies.close_writer()
+    spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
+    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
+    segment = pool["actions"].shape[1]  # T
+    tokenizer = tokenize.load(str(config.train.tokenizer))
+    low, high = np.array(stats["state_low"]), np.array(stats["state_high"])
+    image, tokens, actions = pool["image"].numpy(), pool["tokens"].numpy(), pool["actions"].numpy()
+    reward, terminated, truncated = (pool[n].numpy() for n in ("reward", "terminated", "truncated"))
+    outbox: dict[int, list[Record]] = {}  # per rollout worker; sent together once per turn
+
+    def observe(lane: Lane, row: int) -> None:
+        with meter.work("render"):
+            picture, state = lane.env.observe()
+        normalised = (state - low) / (high - low + 1e-6) * 2.0 - 1.0
+        image[lane.slot, row] = picture
+        text = tokenize.prompt(spec.prompts[lane.task], normalised)
+        tokens[lane.slot, row] = tokenize.encode(tokenizer, text, tokens.shape[-1])
+
+    def request(lane: Lane, kind: int, row: int) -> None:
+        outbox.setdefault(lane.index % len(channels.requests), []).append(Record(lane.slot, row, kind, rank))
+
+    def begin_episode(lane: Lane, task: int, seed: int) -> None:
+        with meter.work("reset"):
+            lane.env.reset(task, seed)
+        lane.task, lane.step = task, 0
+
+    def begin_trajectory(lane: Lane) -> bool:
+        """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it."""
+        if not admission.admits(lane.trajectory, plane.version):
+            return False
+        last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
+        for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
+            pool[name][lane.slot] = value
+        if last < 0:
+            begin_episode(lane, lane.index % len(spec.tasks), episode_seed(config.train.seed, lane.index, lane.trajectory, 0))
+            observe(lane, 0)
+        else:
+            image[lane.slot, 0], tokens[lane.slot, 0] = image[last, segment], tokens[last, segment]
+        request(lane, ACT, 0)
+        return True
+
+    def advance(lane: Lane) -> None:
+        """Actions for row t have come: step, write what happened, observe, ask again."""
+        t, slot = lane.t, lane.slot
+        with meter.work("step"):
+            before = lane.step
+            reward[slot, t], terminated[slot, t], truncated[slot, t] = run_chunk(lane, actions[slot, t], spec.horizon)
+        meter.count("env_steps", lane.step - before)
+        if truncated[slot, t]:
+            observe(lane, segment + 1)
+            request(lane, BOOTSTRAP, segment + 1)
+        if terminated[slot, t] or truncated[slot, t]:
+            meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
+            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, t + 1))
+        lane.t += 1
+        observe(lane, lane.t)
+        request(lane, ACT if lane.t < segment else VALUE, lane.t)
+
+    # ---- evaluation: episode i runs on lane i % eval_envs, in that lane's own slot, always in row 0
+    def begin_evaluation(lane: Lane) -> None:
+        begin_episode(lane, lane.trajectory % len(spec.tasks), EVAL_SEEDS + lane.trajectory)
+        lane.t = 0
+        for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
+            pool[name][lane.slot] = value
+        observe(lane, 0)
+        request(lane, EVAL, 0)
+
+    def advance_evaluation(lane: Lane) -> bool:
+        """Returns whether the lane has run all its episodes of this evaluation."""
+        with meter.work("step"):
+            _, success, timeout = run_chunk(lane, actions[lane.slot, 0], spec.horizon)
+        if success or timeout:
+            meter.count(f"eval_episodes_{lane.task}", 1), meter.count(f"eval_successes_{lane.task}", int(success))
+            lane.trajectory += config.env.eval_envs
+            if lane.trajectory >= config.env.eval_episodes:
+                return True
+            begin_evaluation(lane)
+        else:
+            lane.t += 1
+            observe(lane, 0)
+            request(lane, EVAL, lane.t)
+        return False
+
+    make = envs.load(config.train.env).Env
+    workers, lanes, evaluators = config.env.env_workers, {}, {}
+    for index in range(rank, config.env.envs, workers):
+        lane = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
+        lanes[index] = lane
+    every = config.env.eval_every
+    for i in range(rank, config.env.eval_envs if every else 0, workers):
+        slot = admission.slots + i
+        evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
+    parked, resting = list(lanes.values()), list(evaluators.values())
+    next_evaluation = version
+    ready: list[Record] = []
+    meter.ready()
+    while True:
+        # Whatever the version allows to start, starts now.
+        parked = [lane for lane in parked if not begin_trajectory(lane)]
+        if resting and len(resting) == len(evaluators) and plane.version >= next_evaluation:
+            next_evaluation = plane.version + every
+            for slot, lane in evaluators.items():
+                lane.trajectory = slot - admission.slots
+                if lane.trajectory < config.env.eval_episodes:
+                    begin_evaluation(lane)
+                    resting.remove(lane)
+        for worker, records in outbox.items():
+            channels.requests[worker].put(records)
+        outbox.clear()
+
+        cause = "admission" if len(parked) == len(lanes) else "action"
+        with meter.wait(cause) if not ready else meter.nothing:
+            ready += replies.get(0.0 if ready else 1.0)
+        if not ready:
+            continue
+        record = ready.pop(0)
+        if record.kind == VERSION:
+            continue
+        if record.kind == EVAL:
+            if advance_evaluation(evaluators[record.slot]):
+                resting.append(evaluators[record.slot])
+            continue
+        lane = lanes[int(pool["lane"][record.slot])]
+        if record.kind == ACT:
+            advance(lane)
+        elif record.kind == VALUE:  # the value of row T has come: the trajectory is complete
+            owner = record.slot % config.actor.batch % len(channels.finished)
+            channels.finished[owner].put([Record(record.slot, 0, DONE, rank)])
+            lane.trajectory += 1
+            parked.append(lane)
+        meter.set("time", time.monotonic())

@@ -1,0 +1,45 @@
+"""Simulators, one file each. A new simulator is one file and one line in `ENVS`.
+
+A simulator file offers:
+
+    spec(tasks, image_size) -> EnvSpec        what the slots must hold; imports nothing heavy
+    Env(tasks, image_size)                    one env instance, with
+        .reset(task: int, seed: int)          start an episode; the same seed gives the same episode
+        .observe() -> (image, state)          [V, H, W, 3] uint8 and [S] float32; this is what renders
+        .film(size) -> [size, size, 3] uint8  a frame for people, for videos
+        .step(action [A]) -> (reward, success)  one control step, without rendering
+        .close()
+
+Time limits are the env worker's business (`EnvSpec.horizon`), so success and truncation stay apart.
+"""
+
+import importlib
+from typing import NamedTuple
+
+from config import UserError
+
+ENVS = {"metaworld": "envs.metaworld", "emulated": "envs.emulated"}
+INSTALL = {"metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0"}
+
+
+class EnvSpec(NamedTuple):
+    """What a simulator looks like from outside: enough to size slots and build prompts."""
+
+    tasks: tuple[str, ...]
+    prompts: tuple[str, ...]  # one language instruction per task
+    views: int  # cameras
+    image_size: int  # pixels, square
+    state_dim: int  # proprioception, float32
+    action_dim: int
+    horizon: int  # control steps before an episode is truncated
+
+
+def load(name: str):
+    """The module of a simulator. Raises UserError when it is unknown or its packages are missing."""
+    if name not in ENVS:
+        raise UserError(f"unknown --env {name!r}: choose one of {', '.join(ENVS)}")
+    try:
+        return importlib.import_module(ENVS[name])
+    except ModuleNotFoundError as error:
+        how = INSTALL.get(name, f"pip install {error.name}")
+        raise UserError(f"the simulator {name!r} is not installed (no module {error.name!r}): {how}") from None

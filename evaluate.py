@@ -1,0 +1,135 @@
+"""Success rate of a checkpoint, with a 95 % interval per task, and one video per task.
+
+    python evaluate.py --checkpoint runs/NAME --episodes 100
+
+The policy acts without exploration noise (all denoise steps follow the ODE). Episodes use the evaluation seeds, which neither
+training nor the demonstrations ever draw. Left out: running it on several processes.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+import tyro
+
+import envs
+import models
+from config import ASSETS, Config, UserError, exit_on_user_error
+from env_worker import EVAL_SEEDS
+from models import checkpoint, tokenize
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Success rate of a checkpoint, per task, with videos."""
+
+    checkpoint: Path = ASSETS / "pi05_metaworld.safetensors"
+    """a .safetensors file, a checkpoint folder, or a run folder (its newest checkpoint)"""
+    env: Literal["metaworld"] = "metaworld"
+    """simulator"""
+    tasks: tuple[str, ...] = ()
+    """tasks; none means the simulator's default task set"""
+    episodes: int = 100
+    """episodes, spread evenly over tasks"""
+    seed: int = 0
+    """shifts the evaluation seeds by a thousand per step"""
+    tokenizer: Path = ASSETS / "tokenizer.model"
+    """SentencePiece file"""
+    videos: Path | None = None
+    """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
+    json: Path | None = None
+    """also write the result to this file"""
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927)."""
+    p, scale = successes / n, 1.0 + z**2 / n
+    middle, half = (p + z**2 / (2 * n)) / scale, z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def run_episodes(model, spec, module, stats: dict, config: EvaluateConfig, chunk: int) -> tuple[list[list[bool]], list[list]]:
+    """Plays every episode, eight at a time. Returns outcomes and the video frames of the first episode, per task."""
+    tokenizer = tokenize.load(str(config.tokenizer))
+    low, high = np.array(stats["state_low"]), np.array(stats["state_high"])
+    outcomes, films = [[] for _ in spec.tasks], [[] for _ in spec.tasks]
+    lanes = [module.Env(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
+    try:
+        for first in range(0, config.episodes, len(lanes)):
+            playing = list(range(first, min(first + len(lanes), config.episodes)))  # episode numbers; lane = number − first
+            steps = dict.fromkeys(playing, 0)
+            for episode in playing:
+                lanes[episode - first].reset(episode % len(spec.tasks), EVAL_SEEDS + 1000 * config.seed + episode)
+            while playing:
+                seen = [lanes[e - first].observe() for e in playing]
+                texts = [
+                    tokenize.prompt(spec.prompts[e % len(spec.tasks)], (state - low) / (high - low + 1e-6) * 2.0 - 1.0)
+                    for e, (_, state) in zip(playing, seen, strict=True)
+                ]
+                obs = {
+                    "image": torch.from_numpy(np.stack([image for image, _ in seen])),
+                    "tokens": torch.from_numpy(np.stack([tokenize.encode(tokenizer, t, model.config.tokens) for t in texts])),
+                }
+                noise = model.draw([(config.seed, 0, e, steps[e]) for e in playing], [False] * len(playing))
+                actions = model.act(obs, noise)["actions"].numpy()
+                for episode, plan in zip(list(playing), actions, strict=True):
+                    task, lane = episode % len(spec.tasks), lanes[episode - first]
+                    for action in plan[:chunk]:
+                        if episode < len(spec.tasks) and steps[episode] % 2 == 0:
+                            films[task].append(lane.film())
+                        _, success = lane.step(action)
+                        steps[episode] += 1
+                        if success or steps[episode] >= spec.horizon:
+                            outcomes[task].append(success)
+                            playing.remove(episode)
+                            break
+    finally:
+        for lane in lanes:
+            lane.close()
+    return outcomes, films
+
+
+def main(config: EvaluateConfig) -> dict:
+    if config.episodes < 1:
+        raise UserError(f"--episodes {config.episodes} must be at least 1")
+    path = checkpoint.find(config.checkpoint)
+    header = checkpoint.read_header(path)
+    settings = Config()
+    settings.train.checkpoint = path
+    for name in ("chunk", "tokens", "denoise_steps", "noise_level"):
+        setattr(settings.rollout, name, header.shape[name])
+    module = envs.load(config.env)
+    spec = module.spec(config.tasks, header.shape["image_size"])
+    model = models.load(header.family).build(settings, spec).eval()
+    outcomes, films = run_episodes(model, spec, module, header.stats, config, settings.rollout.chunk)
+
+    run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")
+    videos = config.videos or run / "videos"
+    try:
+        videos.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write videos to {videos}: {error.strerror}; give --videos FOLDER") from None
+    rows = []
+    for task, results, film in zip((*spec.tasks, "all"), (*outcomes, sum(outcomes, [])), (*films, []), strict=True):
+        if not results:
+            continue
+        low, high = wilson(sum(results), len(results))
+        rows.append({"task": task, "episodes": len(results), "success_rate": sum(results) / len(results), "low": low, "high": high})
+        print(f"{task:28s} {sum(results):4d}/{len(results):<4d} {sum(results) / len(results):6.1%}   95 % [{low:.1%}, {high:.1%}]")
+        if film:
+            imageio.mimwrite(videos / f"{task}.mp4", film, fps=20, macro_block_size=1)
+    print(f"videos in {videos}")
+    result = {"checkpoint": str(path), "rows": rows}
+    if config.json:
+        config.json.write_text(json.dumps(result, indent=1))
+    return result
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(EvaluateConfig))

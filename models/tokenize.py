@@ -1,0 +1,54 @@
+"""Prompts to token ids through SentencePiece, and the small vocabulary of the embedded default.
+
+π0.5 writes the robot's state into the prompt, each dimension in one of 256 bins (openpi's format). Real checkpoints need
+their own SentencePiece file (`--tokenizer PATH`); the embedded default's is made by `pretrain.py` with `train_vocabulary`.
+"""
+
+import io
+import string
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from config import UserError
+
+PAD = 0
+
+
+@lru_cache
+def load(path: str) -> sentencepiece.SentencePieceProcessor:
+    if not Path(path).is_file():
+        raise UserError(f"no SentencePiece file at {path}: give --tokenizer PATH")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=path)
+    except RuntimeError:
+        raise UserError(f"{path} is not a SentencePiece model file") from None
+
+
+def prompt(task: str, state: np.ndarray) -> str:
+    """π0.5's prompt. state [S] normalised to [-1, 1]; bin i covers [-1 + i/128, -1 + (i+1)/128)."""
+    bins = np.clip(np.floor((state + 1.0) * 128.0), 0, 255).astype(int)
+    return f"Task: {task}, State: {' '.join(map(str, bins))};\nAction: "
+
+
+def encode(tokenizer, text: str, length: int) -> np.ndarray:
+    """Token ids [length] int32: BOS, the text, padding. Raises UserError when the text does not fit."""
+    ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
+    if len(ids) > length:
+        raise UserError(f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}")
+    return np.array(ids + [PAD] * (length - len(ids)), np.int32)
+
+
+def train_vocabulary(prompts: list[str], path: Path) -> None:
+    """A SentencePiece model with one token per word of `prompts`, per state bin and per letter. Deterministic."""
+    words = sorted({word for text in prompts for word in text.replace(",", "").split()})
+    symbols = [f"▁{w}" for w in ["Task:", "State:", *words]] + [f"▁{i}" for i in range(256)] + [",", ";\nAction:"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(string.ascii_letters + string.digits + "_.:;,'"), model_writer=model, model_type="char",
+        pad_id=PAD, bos_id=1, eos_id=2, unk_id=3,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
+        vocab_size=len(symbols) + 100, user_defined_symbols=symbols, num_threads=1, minloglevel=2)  # fmt: skip
+    path.write_bytes(model.getvalue())

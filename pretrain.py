@@ -1,0 +1,136 @@
+"""Imitation from demonstrations: makes the checkpoint that reinforcement learning starts from.
+
+    python pretrain.py                      the shipped assets/pi05_metaworld.safetensors, about 15 minutes on 2 cores
+    python pretrain.py --demos 50 --steps 4000 --out strong.safetensors
+
+Meta-World's scripted experts act, with Gaussian noise on the action they execute (DART, arXiv 1703.09327) so the data also
+shows how to recover; each stored frame is labelled with the expert's own next C actions. The loss is flow matching.
+Deliberately few demonstrations and steps: the policy should succeed at 20–50 %, so that reinforcement learning shows.
+Left out: a validation split. Success in the simulator (`evaluate.py`) is what counts.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from config import ASSETS, UserError, exit_on_user_error
+from models import checkpoint, tokenize
+from models.pi import Pi, PiConfig
+
+
+@dataclass(kw_only=True)
+class PretrainConfig:
+    """Imitation from Meta-World's scripted experts."""
+
+    out: Path = ASSETS / "pi05_metaworld.safetensors"
+    """file to write; the vocabulary goes beside it as tokenizer.model"""
+    tasks: tuple[str, ...] = ()
+    """Meta-World tasks; none means the default task set"""
+    demos: int = 25
+    """demonstrations per task"""
+    frame_every: int = 3
+    """control steps between stored frames"""
+    action_noise: float = 0.5
+    """standard deviation of the noise on executed actions, in units of the action range [-1, 1]"""
+    steps: int = 1500
+    """optimizer steps"""
+    batch: int = 64
+    """frames per optimizer step"""
+    lr: float = 1e-3
+    """peak learning rate of AdamW; linear warm-up over 100 steps, then cosine to zero"""
+    seed: int = 0
+    """seed of demonstrations, initial weights and batches"""
+
+
+def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> list[tuple]:
+    """One worker's demonstrations of one task: a list of (task, image, state, actions [C, A])."""
+    tasks, task, first_seed, count, config = job
+    import warnings
+
+    from metaworld.policies import ENV_POLICY_MAP
+
+    from envs import metaworld
+
+    warnings.filterwarnings("ignore")
+    chunk = PiConfig.chunk
+    env, expert = metaworld.Env(tasks, PiConfig.image_size), ENV_POLICY_MAP[tasks[task] + "-v3"]()
+    frames = []
+    for seed in range(first_seed, first_seed + count):
+        env.reset(task, seed)
+        rng = np.random.default_rng([config.seed, task, seed])
+        observations, actions, finish = [], [], None
+        for t in range(metaworld.HORIZON + chunk):  # past success for C steps, so the last frames have labels too
+            if t % config.frame_every == 0 and finish is None:
+                observations.append((t, *env.observe()))
+            action = np.clip(expert.get_action(env.state), -1.0, 1.0).astype(np.float32)
+            actions.append(action)
+            noise = rng.normal(0.0, config.action_noise, 4) * (finish is None)
+            _, success = env.step(np.clip(action + noise, -1.0, 1.0))
+            finish = t if success and finish is None else finish
+            if finish is not None and t >= finish + chunk:
+                break
+        if finish is None:
+            continue  # a demonstration that fails teaches nothing
+        actions = np.stack(actions)
+        frames += [(task, image, state, actions[t : t + chunk]) for t, image, state in observations if t + chunk <= len(actions)]
+    env.close()
+    return frames
+
+
+def main(config: PretrainConfig) -> None:
+    import envs
+
+    if not config.out.parent.is_dir():
+        raise UserError(f"the folder {config.out.parent} does not exist: create it or give another --out")
+    started = time.monotonic()
+    shape = PiConfig()
+    env_spec = envs.load("metaworld").spec(config.tasks, shape.image_size)
+    vocabulary = config.out.with_name("tokenizer.model")
+    tokenize.train_vocabulary(list(envs.load("metaworld").PROMPTS.values()), vocabulary)
+    tokenizer = tokenize.load(str(vocabulary))
+    seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
+    half = math.ceil(config.demos / 2)
+    jobs = [
+        (env_spec.tasks, task, seeds + first, min(half, config.demos - first), config)
+        for task in range(len(env_spec.tasks))
+        for first in range(0, config.demos, half)
+    ]
+    with get_context("spawn").Pool(2) as pool:
+        frames = [frame for part in pool.map(demonstrate, jobs, chunksize=1) for frame in part]
+    task, image, state, actions = (np.stack(column) for column in zip(*frames, strict=True))
+    low, high = np.quantile(state, 0.01, axis=0), np.quantile(state, 0.99, axis=0)
+    normalised = (state - low) / (high - low + 1e-6) * 2.0 - 1.0  # openpi's π0.5 statistics
+    texts = [tokenize.prompt(env_spec.prompts[k], s) for k, s in zip(task, normalised, strict=True)]
+    tokens = np.stack([tokenize.encode(tokenizer, text, shape.tokens) for text in texts])
+    print(f"{len(frames)} frames of {config.demos} demonstrations per task in {time.monotonic() - started:.0f} s")
+
+    torch.manual_seed(config.seed)
+    model = Pi(shape)
+    image, tokens, actions = torch.from_numpy(image), torch.from_numpy(tokens), torch.from_numpy(actions)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in range(config.steps):
+        warmup, progress = min(1.0, (step + 1) / 100), step / config.steps
+        optimizer.param_groups[0]["lr"] = config.lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
+        rows = torch.randint(len(frames), (config.batch,))
+        t = torch.distributions.Beta(1.5, 1.0).sample((config.batch,)) * 0.999 + 0.001  # openpi's time distribution
+        loss = model.imitation_loss(image[rows], tokens[rows], actions[rows], t, torch.randn(actions[rows].shape))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{config.steps}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
+    stats = {"state_low": low.tolist(), "state_high": high.tolist()}
+    checkpoint.save(config.out, checkpoint.Header("pi05", asdict(shape), stats), model.half().state_dict())
+    print(f"wrote {config.out} and {vocabulary}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(PretrainConfig))

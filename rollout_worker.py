@@ -1,0 +1,157 @@
+"""Gathers a batch of requests, samples actions, writes action, log-prob, value and version into the slots; fetches weights.
+
+Requests arrive as 8-byte records; observations and results never move: the worker reads rows of the shared slots and writes
+rows of the shared slots. New weights are copied by a side thread into spare memory while the old ones go on serving, and take
+effect between two batches by re-pointing the parameters (RL-VLA³ Rollout Async; D-VLA weight plane).
+
+Left out: sharing lanes between rollout workers, tensor parallelism.
+"""
+
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+import metrics
+import models
+from channel import ACT, BOOTSTRAP, EVAL, VERSION, Channels, Record, WeightPlane
+from config import Config
+from scheduler import Admission, DynamicBatcher
+
+
+class WeightFetcher:
+    """Keeps the newest version in spare memory; `swap` makes it the model's. Two sets of memory alternate."""
+
+    def __init__(self, plane: WeightPlane, parameters: dict[str, Tensor], timeout: float):
+        self.plane, self.parameters, self.timeout = plane, parameters, timeout
+        self.spare = {name: torch.empty_like(p) for name, p in parameters.items()}
+        self.version = -1  # of the weights in use
+        self.staged = -1  # of the weights in spare memory, valid while `full` is set
+        self.seconds, self.fetches, self.error = 0.0, 0, None
+        self.wake, self.full, self.empty = threading.Event(), threading.Event(), threading.Event()
+        self.empty.set()
+        threading.Thread(target=self._run, daemon=True, name="weight fetcher").start()
+
+    def _run(self) -> None:
+        device = next(iter(self.spare.values())).device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        try:
+            while True:
+                self.wake.wait(0.5)
+                self.wake.clear()
+                self.empty.wait()
+                if self.plane.version <= max(self.version, self.staged):
+                    continue
+                start = time.monotonic()
+                with torch.cuda.stream(stream):  # None does nothing
+                    self.staged = self.plane.fetch(self.spare, self.timeout)
+                self.seconds, self.fetches = self.seconds + time.monotonic() - start, self.fetches + 1
+                self.empty.clear()
+                self.full.set()
+        except Exception as error:  # re-raised by `swap` in the worker's own thread
+            self.error = error
+            self.full.set()
+
+    def swap(self, wait_s: float = 0.0) -> bool:
+        """Between two batches: use the staged weights if there are any (waiting up to `wait_s` for them)."""
+        if not (self.full.wait(wait_s) if wait_s else self.full.is_set()):
+            return False
+        if self.error is not None:
+            raise self.error
+        for name, parameter in self.parameters.items():
+            parameter.data, self.spare[name] = self.spare[name], parameter.data
+        self.version = self.staged
+        self.full.clear()
+        self.empty.set()
+        return True
+
+
+def serve(model, records: list[Record], channels: Channels, seed: int, version: int, device: str) -> None:
+    """One inference: reads observations of `records`, writes what each kind of request asked for, answers the env workers."""
+    pool = channels.pool
+    slots = torch.tensor([r.slot for r in records])
+    rows = torch.tensor([0 if r.kind == EVAL else r.t for r in records])
+    lanes, trajectories = pool["lane"][slots].tolist(), pool["trajectory"][slots].tolist()
+    keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(records, lanes, trajectories, strict=True)]
+    noise = model.draw(keys, [r.kind != EVAL for r in records])
+    obs = {name: pool[name][slots, rows] for name in ("image", "tokens")}
+    to = lambda tensors: {n: x.to(device, non_blocking=True) for n, x in tensors.items()}  # noqa: E731
+    out = {name: x.to("cpu") for name, x in model.act(to(obs), to(noise)).items()}
+
+    values = [i for i, r in enumerate(records) if r.kind != EVAL]
+    acts = [i for i, r in enumerate(records) if r.kind == ACT]
+    moves = [i for i, r in enumerate(records) if r.kind in (ACT, EVAL)]
+    pool["value"][slots[values], rows[values]] = out["value"][values].float()
+    pool["actions"][slots[moves], rows[moves]] = out["actions"][moves].float()
+    for name in ("logprob", *model.slot_fields()):
+        pool[name][slots[acts], rows[acts]] = out[name][acts].to(pool[name].dtype)
+    pool["version"][slots[acts], rows[acts]] = version
+
+    answers: dict[int, list[Record]] = {}
+    for record in records:
+        if record.kind != BOOTSTRAP:  # nobody waits for a bootstrap value
+            answers.setdefault(record.sender, []).append(record)
+    for worker, answer in answers.items():
+        channels.replies[worker].put(answer)
+
+
+def run(rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter) -> None:
+    """The worker. spec: the simulator's EnvSpec."""
+    queue, plane = channels.requests[rank], channels.plane
+    queue.close_writer()
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        channels.pool.pin()
+    model = models.load(config.train.model).build(config, spec).to(device).eval()
+    fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
+    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
+    served = len(range(rank, config.env.envs, config.rollout.rollout_workers))  # lanes that ask this worker
+    batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
+    auto_wait = config.rollout.batch_wait_ms == "auto"
+    batcher = DynamicBatcher(min(batch_max, served), 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
+    meter.ready()
+
+    with meter.wait("weights"):
+        if not fetcher.swap(config.train.timeout_s):
+            raise TimeoutError(f"no weights came from the actor within {config.train.timeout_s:.0f} s")
+    while True:
+        remaining = batcher.remaining()
+        if remaining is None or remaining > 0:
+            timeout = 1.0 if remaining is None else min(remaining, 1.0)
+            with meter.wait("request"):
+                records = queue.get(timeout)
+        else:
+            records = queue.get(0)  # what came during the last inference joins its queue before the batch is taken
+        for record in records:
+            if record.kind == VERSION:
+                fetcher.wake.set()
+            else:
+                batcher.add(record, counted=record.kind not in (EVAL, BOOTSTRAP))
+        remaining = batcher.remaining()
+        if remaining is None or remaining > 0:
+            continue
+
+        batch, waited = batcher.take()
+        needed = max((admission.batch_of(int(channels.pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
+        swap_start = time.monotonic()
+        fetcher.swap()
+        meter.count("weight_stall_s", time.monotonic() - swap_start)
+        while fetcher.version < needed - admission.max_staleness:  # admitted on a version that is still being copied
+            fetcher.wake.set()
+            start = time.monotonic()
+            with meter.wait("weights"):
+                if not fetcher.swap(config.train.timeout_s):
+                    raise TimeoutError(f"version {needed} never came from the actor within {config.train.timeout_s:.0f} s")
+            meter.count("weight_stall_s", time.monotonic() - start)
+        start = time.monotonic()
+        with meter.work("infer"):
+            serve(model, batch, channels, config.train.seed, fetcher.version, device)
+        if auto_wait:  # waiting longer than one inference takes would cost more than the next batch does
+            batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * (time.monotonic() - start)
+        meter.count("requests", len(batch)), meter.count("batches", 1), meter.count("batch_wait_s", waited)
+        bucket = next(b for b in metrics.HISTOGRAM if len(batch) <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
+        meter.count(bucket, 1)
+        meter.set("weight_sync_s", fetcher.seconds), meter.set("fetches", fetcher.fetches)
+        if device != "cpu":
+            meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)

@@ -1,0 +1,145 @@
+"""When to infer, when to start, and where to run: `DynamicBatcher` (eq. 1), `Admission`, `Placement`.
+
+Pure decisions: no process, tensor or device is touched here, so all of it is tested with a fake clock.
+Left out: moving work between rollout workers (each lane always asks the same one).
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from config import UserError, parse_ratio
+
+
+class DynamicBatcher:
+    """Requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
+
+    n counts the queued requests of lanes, w is how long the oldest one has waited; the clock starts when the first request
+    is queued, never before. A request added with `counted=False` (evaluation, a bootstrap value) rides along: it is served
+    with the next batch and its wait counts, but it does not help to fill one, so that B_max = every lane is lockstep.
+    """
+
+    def __init__(self, batch_max: int, wait_s: float, clock: Callable[[], float] = time.monotonic):
+        self.batch_max, self.wait_s, self.clock = batch_max, wait_s, clock
+        self.queue: deque = deque()  # (request, counted, time queued)
+        self.counted = 0
+
+    def add(self, request, counted: bool = True) -> None:
+        self.queue.append((request, counted, self.clock()))
+        self.counted += counted
+
+    def remaining(self) -> float | None:
+        """Seconds until the queue must be served: ≤ 0 now, None when empty (there is nothing to wait for)."""
+        if not self.queue:
+            return None
+        if self.counted >= self.batch_max:
+            return 0.0
+        return self.wait_s - (self.clock() - self.queue[0][2])
+
+    def take(self) -> tuple[list, float]:
+        """The oldest requests, at most B_max of them counted, and the seconds the oldest has waited."""
+        waited, batch, room = self.clock() - self.queue[0][2], [], self.batch_max
+        while self.queue and (room or not self.queue[0][1]):
+            request, counted, _ = self.queue.popleft()
+            batch.append(request)
+            room -= counted
+            self.counted -= counted
+        return batch, waited
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Which trajectory is which, and when it may start: staleness as back-pressure, decided without talking to anyone.
+
+    A lane's j-th trajectory belongs to batch b = j // k, where k = batch / lanes trajectories of every lane make a batch. So
+    membership never depends on outcome or speed. It may start once version b − K is published (K = max staleness), hence
+    started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, lane, j) alone: batches b and b + K + 1
+    share slots, and the later one may start only when the earlier one has been trained on.
+    """
+
+    batch: int
+    lanes: int
+    max_staleness: int
+
+    @property
+    def per_lane(self) -> int:
+        """k: trajectories of each lane in a batch."""
+        return self.batch // self.lanes
+
+    @property
+    def slots(self) -> int:
+        return (self.max_staleness + 1) * self.batch
+
+    def batch_of(self, trajectory: int) -> int:
+        return trajectory // self.per_lane
+
+    def admits(self, trajectory: int, version: int) -> bool:
+        return self.batch_of(trajectory) <= version + self.max_staleness
+
+    def slot(self, lane: int, trajectory: int) -> int:
+        position = trajectory % self.per_lane * self.lanes + lane
+        return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where every worker runs. A device is "cpu" or "cuda:k"; threads are torch's, per process."""
+
+    env_devices: tuple[str, ...]
+    rollout_devices: tuple[str, ...]
+    actor_devices: tuple[str, ...]
+    rollout_threads: int
+    actor_threads: int
+    line: str  # what was decided, for people
+
+
+def place(
+    ratio: str, placement: str, gpus: int, cores: int, env_workers: int, rollout_workers: int, actor_workers: int
+) -> Placement:
+    """Turns R:A into devices, processes and threads. Worker counts of 0 are derived; a contradiction is a UserError.
+
+    With GPUs the machine is cut into R + A parts of equal size: R for env + rollout, A for actors (hybrid: half of the R
+    parts, rounded down, for envs alone); colocated puts everything everywhere. Without GPUs there are R env workers, one
+    rollout worker and A actor workers, and torch threads are divided as R:A.
+    """
+    r, a = parse_ratio(ratio)
+    if gpus == 0:
+        env, rollout, actor = env_workers or r, rollout_workers or 1, actor_workers or a
+        for_rollout, for_actor = cores * r / (r + a), cores * a / (r + a)
+        if placement == "colocated":
+            for_rollout = for_actor = cores
+        threads = max(1, int(for_rollout / rollout)), max(1, int(for_actor / actor))
+        line = (
+            f"no GPU: {placement} {ratio} on {cores} cores means {env} env, {rollout} rollout and {actor} actor workers, "
+            f"torch threads {threads[0]} and {threads[1]} each"
+        )
+        return Placement(("cpu",) * env, ("cpu",) * rollout, ("cpu",) * actor, *threads, line)
+
+    if placement == "colocated":
+        everything = tuple(f"cuda:{i}" for i in range(gpus))
+        env_gpus = rollout_gpus = actor_gpus = everything
+    else:
+        if r + a > gpus:
+            raise UserError(f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer parts")
+        unit = gpus // (r + a)
+        rollout_gpus = env_gpus = tuple(f"cuda:{i}" for i in range(r * unit))
+        actor_gpus = tuple(f"cuda:{i}" for i in range(r * unit, (r + a) * unit))
+        if placement == "hybrid":
+            if r < 2:
+                raise UserError(f"--placement hybrid needs at least 2 parts for env and rollout, --ratio {ratio} gives {r}")
+            env_gpus, rollout_gpus = env_gpus[: r // 2 * unit], env_gpus[r // 2 * unit :]
+    if actor_workers not in (0, len(actor_gpus)):
+        raise UserError(
+            f"--actor-workers {actor_workers} contradicts --ratio {ratio}, which gives {len(actor_gpus)} GPUs to actors"
+        )
+    spread = lambda devices, workers: tuple(devices[i % len(devices)] for i in range(workers or len(devices)))  # noqa: E731
+    env, rollout = spread(env_gpus, env_workers), spread(rollout_gpus, rollout_workers)
+    threads = max(1, math.floor(cores / (len(rollout) + len(actor_gpus))))
+    idle = gpus - len({*env, *rollout, *actor_gpus})
+    line = (
+        f"{gpus} GPUs: {placement} {ratio} means env on {', '.join(dict.fromkeys(env))}; rollout on {', '.join(rollout)}; "
+        f"actor on {', '.join(actor_gpus)}" + (f"; {idle} idle" if idle else "")
+    )
+    return Placement(env, rollout, actor_gpus, threads, threads, line)

@@ -1,0 +1,106 @@
+"""Finished slots → micro-batches → minibatches, for one actor rank; every trajectory consumed exactly once per epoch.
+
+Membership is fixed before anything runs: position p of a batch (slot = ring·batch + p, see `scheduler.Admission`) belongs to
+minibatch p // minibatch and to rank p % ranks. Only the order of micro-batches inside a minibatch follows arrival, and the
+gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
+
+Left out: GRPO's groups, and moving trajectories between ranks.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    slots: tuple[int, ...]
+    epoch: int
+    minibatch: int
+    last: bool  # the optimizer steps after this one
+
+
+class Streamer:
+    """Feed it finished slots with `add`; `next` gives the next micro-batch, or None while none is complete."""
+
+    def __init__(
+        self, batch: int, minibatch: int, micro_batch: int, ring: int, epochs: int, stream: bool, rank: int, ranks: int,
+        seed: int, version: int,
+    ):  # fmt: skip
+        self.batch, self.minibatch, self.micro_batch = batch, minibatch, micro_batch
+        self.ring, self.epochs, self.stream, self.seed = ring, epochs, stream, seed
+        self.rank, self.ranks, self.version = rank, ranks, version
+        self.local = batch // ranks  # trajectories of a batch that this rank trains
+        self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
+        self._begin_batch()
+
+    def _begin_batch(self) -> None:
+        self.epoch = self.step = self.dispatched = 0
+        self.consumed: set[int] = set()
+        first = self.version % self.ring * self.batch
+        self.mine = range(first + self.rank, first + self.batch, self.ranks)
+        self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
+        for slot in sorted(s for s in self.finished if s in self.mine):
+            self._arrive(slot)
+
+    def _arrive(self, slot: int) -> None:
+        self.ready[slot % self.batch // self.minibatch].append(slot)
+
+    def add(self, slot: int) -> None:
+        """A trajectory is complete. Raises RuntimeError when it was already given (consume-once)."""
+        if slot in self.finished or slot in self.consumed:
+            raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
+        if slot % self.batch % self.ranks != self.rank:
+            raise RuntimeError(f"slot {slot} belongs to actor rank {slot % self.batch % self.ranks}, not {self.rank}")
+        self.finished.add(slot)
+        if slot in self.mine:
+            self._arrive(slot)
+
+    @property
+    def waiting(self) -> int:
+        """Finished trajectories not yet trained on."""
+        return len(self.finished)
+
+    def next(self) -> MicroBatch | None:
+        """The next micro-batch of the current minibatch. The caller trains it before asking again."""
+        if self.epoch == self.epochs:
+            return None
+        complete = len(self.consumed) + sum(map(len, self.ready)) == self.local
+        if not self.stream and not complete and self.epoch == 0:
+            return None
+        queue = self.ready[self.step]
+        if len(queue) < self.micro_batch:
+            return None
+        slots = tuple(queue.popleft() for _ in range(self.micro_batch))
+        if self.epoch == 0:
+            self.consumed.update(slots)
+            self.finished.difference_update(slots)
+        self.dispatched += self.micro_batch
+        last = self.dispatched == self.minibatch // self.ranks
+        micro_batch = MicroBatch(slots, self.epoch, self.step, last)
+        if last:
+            self.dispatched, self.step = 0, self.step + 1
+            if self.step == len(self.ready):
+                self._begin_epoch()
+        return micro_batch
+
+    def _begin_epoch(self) -> None:
+        """Every minibatch of this epoch is out: the next epoch reshuffles the same trajectories, seeded by version."""
+        self.epoch, self.step = self.epoch + 1, 0
+        if self.epoch < self.epochs:
+            order = np.random.default_rng([self.seed, self.version, self.epoch, self.rank]).permutation(sorted(self.consumed))
+            self.ready = [deque(map(int, part)) for part in np.split(order, len(self.ready))]
+
+    @property
+    def done(self) -> bool:
+        """Whether every epoch of the batch has been given out."""
+        return self.epoch == self.epochs
+
+    def finish_batch(self) -> int:
+        """Checks that every trajectory of the batch was consumed, and moves on to the next. Returns its version."""
+        if self.consumed != set(self.mine):
+            raise RuntimeError(f"batch {self.version} consumed {len(self.consumed)} of {self.local} trajectories")
+        self.version += 1
+        self._begin_batch()
+        return self.version
