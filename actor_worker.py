@@ -42,14 +42,12 @@ def gather(pool: SlotPool, slots: tuple[int, ...], names: tuple[str, ...], devic
 def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int, config: Config, normalise) -> dict[str, Tensor]:
     """Forward and backward of one micro-batch; gradients accumulate. Returns sums and maxima for the metrics.
 
-    data: slot fields [n, T or T+2, …]; samples: chunk steps in the whole minibatch over all ranks, which the loss divides by.
+    data: slot fields [n, T or T+1, …]; samples: chunk steps in the whole minibatch over all ranks, which the loss divides by.
     """
     hyper = config.algorithm
     n, segment = data["reward"].shape
-    value, bootstrap = data["value"][:, : segment + 1], data["value"][:, segment + 1]
-    advantages, returns = gae(
-        data["reward"], value, bootstrap, data["terminated"], data["truncated"], hyper.gamma, hyper.gae_lambda
-    )
+    done = data["terminated"] | data["truncated"]
+    advantages, returns = gae(data["reward"], data["value"], done, hyper.gamma, hyper.gae_lambda)
     flat = {name: data[name][:, :segment].flatten(0, 1) for name in model.training_fields()}
     out = model.evaluate(flat)
     staleness = (version - data["version"]).flatten().to(torch.float32)  # [n·T]
@@ -61,9 +59,8 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
         hyper.clip,
         hyper.behaviour_weight_max,
     )
-    values = value_loss(out["value"], value[:, :segment].flatten(), returns.flatten(), hyper.value_clip, hyper.huber)
+    values = value_loss(out["value"], data["value"][:, :segment].flatten(), returns.flatten(), hyper.value_clip, hyper.huber)
     ((policy + hyper.value_weight * values) / samples).backward()
-    done = data["terminated"] | data["truncated"]
     return stats | {
         "loss_policy": policy.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * n * segment,
         "advantage": advantages.sum(), "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
@@ -195,6 +192,8 @@ def run(
                     if not math.isfinite(norm):
                         raise FloatingPointError(f"the gradient of version {version} is {float(norm)}: lower --lr")
                     grad_norm = max(grad_norm, float(norm))
+                    for group, lr in zip(optimizer.param_groups, (actor.lr, actor.value_lr), strict=True):
+                        group["lr"] = lr * min(1.0, (version + 1) / (actor.warmup + 1))
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=False)
         if not streamer.done:
@@ -236,7 +235,7 @@ def iteration_metrics(sums, maxima, version: int, seconds: float, actor, grad_no
         "success_rate": sums["successes"] / sums["episodes"] if sums["episodes"] else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
         "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
-        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm, "lr": actor.lr,
+        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm, "lr": actor.lr * min(1.0, version / (actor.warmup + 1)),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
         "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
         "queue_depths": {"finished": waiting},

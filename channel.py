@@ -128,7 +128,7 @@ class Record(NamedTuple):
 
 
 RECORD = struct.Struct("<IHBB")  # 8 bytes
-ACT, VALUE, BOOTSTRAP, EVAL, DONE, VERSION = range(6)  # kinds
+ACT, VALUE, EVAL, DONE, VERSION = range(5)  # kinds
 ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps together (PIPE_BUF)
 
 

@@ -119,14 +119,16 @@ class ActorConfig:
     """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
     batch: int = 48
     """trajectories of one iteration; a multiple of --envs"""
-    minibatch: int = 24
+    minibatch: int = 12
     """trajectories of one optimizer step"""
     micro_batch: int = 4
     """trajectories of one forward and backward pass"""
     update_epochs: int = 1
     """passes over a batch (π0.5 LIBERO in PAPER.md: 1)"""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """AdamW learning rate of the action expert"""
+    warmup: int = 5
+    """iterations over which learning rates rise from 0: Adam's first steps are as large as its later ones, and less right"""
     value_lr: float = 1e-3
     """AdamW learning rate of the value head"""
     weight_decay: float = 0.01

@@ -3,7 +3,7 @@
     observe → write row t of the slot → request → (rollout worker writes actions) → step C times → row t + 1 …
 
 A trajectory is a fixed number of chunk steps with auto-reset inside, so that success never changes when it ends. Frames are
-rendered only where the policy will see them: once per chunk, plus the last one of a truncated episode (its value bootstraps).
+rendered only where the policy will see them, once per chunk.
 Evaluation lanes do the same on seeds never trained on, in slots of their own, and nobody waits for them.
 
 Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
@@ -16,7 +16,7 @@ import numpy as np
 
 import envs
 import metrics
-from channel import ACT, BOOTSTRAP, DONE, EVAL, VALUE, VERSION, Channels, Record
+from channel import ACT, DONE, EVAL, VALUE, VERSION, Channels, Record
 from config import Config
 from models import tokenize
 from scheduler import Admission
@@ -104,9 +104,6 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
             before = lane.step
             reward[slot, t], terminated[slot, t], truncated[slot, t] = run_chunk(lane, actions[slot, t], spec.horizon)
         meter.count("env_steps", lane.step - before)
-        if truncated[slot, t]:
-            observe(lane, segment + 1)
-            request(lane, BOOTSTRAP, segment + 1)
         if terminated[slot, t] or truncated[slot, t]:
             meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
             begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, t + 1))

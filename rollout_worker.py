@@ -15,7 +15,7 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, BOOTSTRAP, EVAL, VERSION, Channels, Record, WeightPlane
+from channel import ACT, EVAL, VERSION, Channels, Record, WeightPlane
 from config import Config
 from scheduler import Admission, DynamicBatcher
 
@@ -90,8 +90,7 @@ def serve(model, records: list[Record], channels: Channels, seed: int, version: 
 
     answers: dict[int, list[Record]] = {}
     for record in records:
-        if record.kind != BOOTSTRAP:  # nobody waits for a bootstrap value
-            answers.setdefault(record.sender, []).append(record)
+        answers.setdefault(record.sender, []).append(record)
     for worker, answer in answers.items():
         channels.replies[worker].put(answer)
 
@@ -127,7 +126,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             if record.kind == VERSION:
                 fetcher.wake.set()
             else:
-                batcher.add(record, counted=record.kind not in (EVAL, BOOTSTRAP))
+                batcher.add(record, counted=record.kind != EVAL)
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue

@@ -17,7 +17,7 @@ class DynamicBatcher:
     """Requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
 
     n counts the queued requests of lanes, w is how long the oldest one has waited; the clock starts when the first request
-    is queued, never before. A request added with `counted=False` (evaluation, a bootstrap value) rides along: it is served
+    is queued, never before. A request added with `counted=False` (evaluation) rides along: it is served
     with the next batch and its wait counts, but it does not help to fill one, so that B_max = every lane is lockstep.
     """
 

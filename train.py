@@ -106,11 +106,11 @@ def prepare(config: Config) -> Setup:
 
     segment, f = config.env.segment, torch.float32
     slots: Spec = {
-        "image": ((segment + 2, spec.views, spec.image_size, spec.image_size, 3), torch.uint8),  # row T+1: see env_worker
-        "tokens": ((segment + 2, config.rollout.tokens), torch.int32),
+        "image": ((segment + 1, spec.views, spec.image_size, spec.image_size, 3), torch.uint8),
+        "tokens": ((segment + 1, config.rollout.tokens), torch.int32),
         "actions": ((segment, config.rollout.chunk, spec.action_dim), f),
         "logprob": ((segment,), f),
-        "value": ((segment + 2,), f),
+        "value": ((segment + 1,), f),
         "reward": ((segment,), f),
         "terminated": ((segment,), torch.bool),
         "truncated": ((segment,), torch.bool),
