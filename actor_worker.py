@@ -20,15 +20,15 @@ from torch import Tensor
 
 import metrics
 import models
-from algorithms import AdvantageNormaliser, gae, policy_loss, value_loss
+from algorithms import AdvantageScale, gae, policy_loss, value_loss
 from channel import VERSION, Channels, Record, SlotPool
 from config import Config
 from models import checkpoint
 from streamer import Streamer
 
 SUMS = (
-    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage",
-    "advantage_square", "staleness", "samples", "reward", "episodes", "successes",
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage_square",
+    "staleness", "samples", "reward", "episodes", "successes",
 )  # fmt: skip
 MAXIMA = ("ratio_max", "staleness_max")
 
@@ -39,7 +39,7 @@ def gather(pool: SlotPool, slots: tuple[int, ...], names: tuple[str, ...], devic
     return {name: pool[name][index].to(device, non_blocking=True) for name in names}
 
 
-def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int, config: Config, normalise) -> dict[str, Tensor]:
+def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int, config: Config, scale) -> dict[str, Tensor]:
     """Forward and backward of one micro-batch; gradients accumulate. Returns sums and maxima for the metrics.
 
     data: slot fields [n, T or T+1, …]; samples: chunk steps in the whole minibatch over all ranks, which the loss divides by.
@@ -54,7 +54,7 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
     policy, stats = policy_loss(
         out["logprob"],
         data["logprob"].flatten(),
-        normalise(advantages).flatten(),
+        scale(advantages).flatten(),
         staleness,
         hyper.clip,
         hyper.behaviour_weight_max,
@@ -63,7 +63,7 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
     ((policy + hyper.value_weight * values) / samples).backward()
     return stats | {
         "loss_policy": policy.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * n * segment,
-        "advantage": advantages.sum(), "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
+        "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
         "samples": torch.tensor(float(n * segment)), "reward": data["reward"].sum(), "episodes": done.sum(),
         "successes": data["terminated"].sum(), "staleness_max": staleness.max(),
     }  # fmt: skip
@@ -79,14 +79,14 @@ def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:
         p.grad.copy_(part.view_as(p))
 
 
-def save_checkpoint(folder: Path, model, optimizer, normaliser: AdvantageNormaliser, state: dict) -> Path:
+def save_checkpoint(folder: Path, model, optimizer, scale: AdvantageScale, state: dict) -> Path:
     """folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}: written beside, then renamed into place."""
     path = folder / f"{state['version']:06d}"
     partial = folder / f".{path.name}.partial"
     partial.mkdir(exist_ok=True)
     checkpoint.save(partial / "model.safetensors", model.header, model.state_dict())
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps(state | {"normaliser": asdict(normaliser)}))
+    (partial / "state.json").write_text(json.dumps(state | {"scale": asdict(scale)}))
     if path.exists():  # interrupted again at the same version: keep the old one until the new one is in place
         old = folder / f".{path.name}.old"
         os.replace(path, old)
@@ -125,9 +125,9 @@ def run(
         [{"params": groups[False], "lr": actor.lr}, {"params": groups[True], "lr": actor.value_lr}],
         betas=(0.9, 0.95), weight_decay=actor.weight_decay,
     )  # fmt: skip
-    normaliser, version = AdvantageNormaliser(config.algorithm.advantage_memory), 0
+    scale, version = AdvantageScale(config.algorithm.advantage_memory), 0
     if resume is not None:
-        version, normaliser = resume["version"], AdvantageNormaliser(**resume["normaliser"])
+        version, scale = resume["version"], AdvantageScale(**resume["scale"])
         saved = Path(config.train.checkpoint) / "optimizer.pt"
         optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
     segment = pool["actions"].shape[1]
@@ -150,7 +150,7 @@ def run(
     def save() -> Path:
         with meter.work("checkpoint"):
             state = {"version": version, "seed": config.train.seed}  # all randomness is named by seed and version: no RNG state
-            return save_checkpoint(run_folder / "checkpoints", model, optimizer, normaliser, state)
+            return save_checkpoint(run_folder / "checkpoints", model, optimizer, scale, state)
 
     publish()
     meter.ready()
@@ -178,11 +178,11 @@ def run(
             waited_since = time.monotonic()
             with meter.work("train"):
                 data = gather(pool, micro.slots, fields, device)
-                stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, normaliser)
+                stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, scale)
                 for name, value in stats.items():
                     if name in maxima:
                         maxima[name] = max(maxima[name], float(value))
-                    elif micro.epoch == 0 or name not in ("reward", "episodes", "successes", "advantage", "advantage_square"):
+                    elif micro.epoch == 0 or name not in ("reward", "episodes", "successes", "advantage_square"):
                         sums[name] += float(value)
             if micro.last:
                 with meter.wait("gradient") if ranks > 1 else meter.nothing:
@@ -209,7 +209,7 @@ def run(
             dist.all_reduce(totals), dist.all_reduce(highest, dist.ReduceOp.MAX)
             sums, maxima = dict(zip(SUMS, totals.tolist(), strict=True)), dict(zip(MAXIMA, highest.tolist(), strict=True))
         first_epoch = actor.batch * segment
-        normaliser.update(sums["advantage"], sums["advantage_square"], first_epoch, version == 1)
+        scale.update(sums["advantage_square"], first_epoch, version == 1)
         publish()
         now = time.monotonic()
         if rank == 0:
@@ -235,7 +235,8 @@ def iteration_metrics(sums, maxima, version: int, seconds: float, actor, grad_no
         "success_rate": sums["successes"] / sums["episodes"] if sums["episodes"] else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
         "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
-        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm, "lr": actor.lr * min(1.0, version / (actor.warmup + 1)),
+        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm,
+        "lr": actor.lr * min(1.0, version / (actor.warmup + 1)),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
         "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
         "queue_depths": {"finished": waiting},

@@ -34,25 +34,24 @@ def gae(reward: Tensor, value: Tensor, done: Tensor, gamma: float, lam: float) -
 
 
 @dataclass
-class AdvantageNormaliser:
-    """Mean and standard deviation of advantages over earlier batches, frozen while a batch is trained.
+class AdvantageScale:
+    """Advantages are divided by their root mean square over earlier batches, frozen while a batch is trained.
 
     A streamed batch is trained before all of it exists, so its own statistics cannot be used; those of earlier batches
-    (exponential moving average; the first batch uses 0 and 1) are the same with and without streaming.
+    (exponential moving average; the first batch uses 1) are the same with and without streaming. Their mean is not
+    subtracted: centring is the value head's work, and the mean of earlier batches, whose value head knew less, is biased
+    (measured: it turned the average advantage negative for twenty iterations).
     """
 
     decay: float
-    mean: float = 0.0
     square: float = 1.0
 
     def __call__(self, advantages: Tensor) -> Tensor:
-        std = max(self.square - self.mean**2, 0.0) ** 0.5
-        return (advantages - self.mean) / (std + 1e-6)
+        return advantages / (self.square**0.5 + 1e-6)
 
-    def update(self, total: float, total_square: float, count: float, first: bool) -> None:
-        """Takes in one whole batch: Σ A, Σ A² and how many."""
+    def update(self, total_square: float, count: float, first: bool) -> None:
+        """Takes in one whole batch: Σ A² and how many."""
         decay = 0.0 if first else self.decay
-        self.mean = decay * self.mean + (1.0 - decay) * total / count
         self.square = decay * self.square + (1.0 - decay) * total_square / count
 
 

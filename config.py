@@ -121,7 +121,7 @@ class ActorConfig:
     """trajectories of one iteration; a multiple of --envs"""
     minibatch: int = 12
     """trajectories of one optimizer step"""
-    micro_batch: int = 4
+    micro_batch: int = 2
     """trajectories of one forward and backward pass"""
     update_epochs: int = 1
     """passes over a batch (π0.5 LIBERO in PAPER.md: 1)"""
@@ -155,8 +155,8 @@ class AlgorithmConfig:
     """δ of the value loss (RLinf: 10)"""
     behaviour_weight_max: float = 5.0
     """decoupled PPO: samples whose behaviour weight exceeds this are masked (AReaL: 5)"""
-    advantage_memory: float = 0.9
-    """decay of the running mean and variance, over earlier batches, that normalise advantages"""
+    advantage_memory: float = 0.8
+    """decay of the running mean square, over earlier batches, that scales advantages"""
 
 
 @dataclass(kw_only=True, slots=True)

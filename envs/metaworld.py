@@ -86,12 +86,16 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, HORIZON)
 
 
+# GL contexts of this process by (task, pixels): envs of one task draw the same geometry, only their poses differ.
+RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
+
+
 class Env:
     """One env instance. It keeps one simulator per task it has met (0.2 s to build), so a reset costs milliseconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
         self.tasks, self.size = tasks, image_size
-        self.sims, self.renderers = {}, {}
+        self.sims = {}
         self.option = mujoco.MjvOption()
         self.option.sitegroup[:] = 0  # sites mark goals and grasp points: privileged, so hidden from the policy
 
@@ -126,19 +130,20 @@ class Env:
         return self._render(size)
 
     def _render(self, size: int) -> np.ndarray:
-        if (self.task, size) not in self.renderers:
+        key = (self.tasks[self.task], size)
+        if key not in RENDERERS:
             visual = self.sim.model.vis.global_
             visual.offwidth = visual.offheight = size
             renderer = mujoco.Renderer(self.sim.model, size, size)
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-            self.renderers[self.task, size] = renderer
-        renderer = self.renderers[self.task, size]
+            RENDERERS[key] = renderer
+        renderer = RENDERERS[key]
         renderer.update_scene(self.sim.data, CAMERA, self.option)
         return renderer.render()[::-1, ::-1]  # Meta-World's cameras are mounted upside down
 
     def close(self) -> None:
-        """Frees the GL contexts; left to the interpreter's exit they print errors."""
-        for renderer in self.renderers.values():
-            renderer.close()
-        self.sims, self.renderers = {}, {}
+        """Frees this process's GL contexts (another env makes new ones); left to the interpreter's exit, EGL complains."""
+        while RENDERERS:
+            RENDERERS.popitem()[1].close()
+        self.sims = {}
