@@ -105,8 +105,10 @@ class RolloutConfig:
     """L, prompt length in tokens"""
     denoise_steps: int = 4
     """N, flow-matching steps (PAPER.md: 4)"""
-    noise_level: float = 0.5
-    """a of Flow-SDE (RLinf: 0.5)"""
+    noise_level: float = 1.0
+    """a of Flow-SDE (RLinf: 0.5, over all denoise steps)"""
+    sde_steps: int = 1
+    """one denoise step per sample is stochastic, drawn from this many last ones (RLinf: all of them)"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -119,12 +121,12 @@ class ActorConfig:
     """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
     batch: int = 48
     """trajectories of one iteration; a multiple of --envs"""
-    minibatch: int = 12
+    minibatch: int = 24
     """trajectories of one optimizer step"""
     micro_batch: int = 2
     """trajectories of one forward and backward pass"""
-    update_epochs: int = 1
-    """passes over a batch (π0.5 LIBERO in PAPER.md: 1)"""
+    update_epochs: int = 2
+    """passes over a batch (RL-VLA³, π0.5 on LIBERO: 1)"""
     lr: float = 1e-4
     """AdamW learning rate of the action expert"""
     warmup: int = 5

@@ -101,7 +101,7 @@ def main(config: EvaluateConfig) -> dict:
     header = checkpoint.read_header(path)
     settings = Config()
     settings.train.checkpoint = path
-    for name in ("chunk", "tokens", "denoise_steps", "noise_level"):
+    for name in ("chunk", "tokens", "denoise_steps", "noise_level", "sde_steps"):
         setattr(settings.rollout, name, header.shape[name])
     module = envs.load(config.env)
     spec = module.spec(config.tasks, header.shape["image_size"])

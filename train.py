@@ -71,6 +71,7 @@ class Setup:
     weights: Spec
     stats: dict  # of the checkpoint
     resume: dict | None  # state.json of the checkpoint that continues
+    saved: str  # config.json, complete and as the user meant it
 
 
 def prepare(config: Config) -> Setup:
@@ -92,7 +93,7 @@ def prepare(config: Config) -> Setup:
             f"--segment {config.env.segment} is longer than an episode of {horizon} chunk steps: choose at most {horizon}"
         )
 
-    resume = None
+    resume, saved = None, to_json(config)
     if config.train.resume:
         found = checkpoint.find(run_path(config.train.resume)).parent
         config.train.checkpoint, resume = found, json.loads((found / "state.json").read_text())
@@ -121,7 +122,7 @@ def prepare(config: Config) -> Setup:
     }
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, slots, weights, model.header.stats, resume)
+    return Setup(config, spec, placement, slots, weights, model.header.stats, resume, saved)
 
 
 def memory_report(setup: Setup, admission: Admission) -> None:
@@ -139,13 +140,14 @@ def memory_report(setup: Setup, admission: Admission) -> None:
 # ---------------------------------------------------------------- processes
 
 
-def child(name: str, target, args: tuple, threads: int, errors) -> None:
+def child(name: str, target, args: tuple, threads: int, environment: dict[str, str], errors) -> None:
     """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went wrong by name."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
     if os.getppid() == 1:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.environ.update(environment)
     torch.set_num_threads(threads)
     try:
         target(*args)
@@ -153,7 +155,7 @@ def child(name: str, target, args: tuple, threads: int, errors) -> None:
         errors.send((name, str(error), ""))
         os._exit(2)
     except BaseException as error:
-        errors.send((name, f"{type(error).__name__}: {error}"[:1000], traceback.format_exc()[-3000:]))
+        errors.send((name, f"{type(error).__name__}: {error}"[:1000], traceback.format_exc()[-2500:]))
         os._exit(1)
     os._exit(0)
 
@@ -177,14 +179,15 @@ def start(setup: Setup, channels: Channels, folder: metrics.RunFolder, report, e
     for rank, device in enumerate(placement.rollout_devices):
         args = (rank, config, setup.spec, device, channels, meter("rollout", rank))
         jobs.append((f"rollout-{rank}", rollout_worker.run, args, placement.rollout_threads))
-    for rank, device in enumerate(placement.env_devices):
-        if device != "cpu":
-            os.environ["MUJOCO_EGL_DEVICE_ID"] = device.split(":")[1]
+    for rank in range(len(placement.env_devices)):
         args = (rank, config, setup.stats, channels, version, meter("env", rank))
         jobs.append((f"env-{rank}", env_worker.run, args, 1))
+    devices = {f"env-{rank}": device for rank, device in enumerate(placement.env_devices) if device != "cpu"}
     workers = {}
     for name, target, args, threads in jobs:
-        workers[name] = context.Process(target=child, args=(name, target, args, threads, errors), name=name, daemon=True)
+        renders_on = {"MUJOCO_EGL_DEVICE_ID": devices[name].split(":")[1]} if name in devices else {}
+        job = (name, target, args, threads, renders_on, errors)
+        workers[name] = context.Process(target=child, args=job, name=name, daemon=True)
         workers[name].start()
     return workers, rows
 
@@ -225,7 +228,9 @@ def check_alive(workers, rows, counters: Counters, timeout: float, last_work: li
         raise WorkerFailed(f"nothing happened for {timeout:.0f} s: {who}")
 
 
-def supervise(setup: Setup, folder: metrics.RunFolder, workers, rows, counters: Counters, reports, errors) -> str:
+def supervise(
+    setup: Setup, folder: metrics.RunFolder, workers, rows, counters: Counters, reports, errors, interrupts: list[float]
+) -> str:
     """Follows the run to its end: writes metrics, watches workers, handles Ctrl-C. Returns what to tell the user."""
     config, names = setup.config, setup.spec.tasks
     timeout, began = config.train.timeout_s, time.monotonic()
@@ -239,9 +244,6 @@ def supervise(setup: Setup, folder: metrics.RunFolder, workers, rows, counters: 
 
         tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
                              config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
-    interrupts: list[float] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
     interval, last_work, pool_gb = None, [0.0, began], counters_gb(setup)
     with display:
         while True:
@@ -309,7 +311,7 @@ def main(config: Config) -> int:
     folder = metrics.RunFolder(path, resume=bool(config.train.resume))
     if setup.resume:
         folder.truncate(setup.resume["version"])
-    (path / "config.json").write_text(to_json(config))
+    (path / "config.json").write_text(setup.saved)
     print(setup.placement.line, f"run folder {path}", sep="\n", flush=True)
 
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
@@ -324,10 +326,13 @@ def main(config: Config) -> int:
     )
     reports, report = mp.Pipe(duplex=False)
     errors, error = mp.Pipe(duplex=False)
+    interrupts: list[float] = []  # when Ctrl-C or SIGTERM came
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
     workers: dict[str, mp.Process] = {}
     try:
         workers, rows = start(setup, channels, folder, report, error)
-        message, status = supervise(setup, folder, workers, rows, channels.counters, reports, errors), 0
+        message, status = supervise(setup, folder, workers, rows, channels.counters, reports, errors, interrupts), 0
         status = 130 if message.startswith("interrupted") else 0
     except WorkerFailed as failure:
         message, status = f"error: {failure}", 1

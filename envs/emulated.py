@@ -1,32 +1,56 @@
 """A simulator that only takes time: sleeps, drawn from a long-tailed distribution calibrated on RL-VLA³'s LIBERO rows.
 
-It measures the pipeline apart from this machine's cores: `python bench.py ladder`. Calibration (LIBERO + π0.5, 8 GPUs, 1:1,
-245 760 env steps per training step): "Disaggregated" runs at 162.75 env steps/s, which is 1510 s a step, and "+ Train Async",
-which only hides the actor, at 229.68, which is 1070 s: so the lockstep rollout takes 1070 s and the actor the other 440 s.
-Over 8 rollout epochs of 48 chunk steps a lockstep round takes 2.79 s, here `ROUND`, scaled by `SCALE`. Two lanes share an env
-worker, as several simulators share a CPU core; `TAIL` is the σ of the log-normal time of a chunk, chosen such that waiting for the
-slowest of 16 workers, plus inference, makes a round 1.8 times as long as a worker's own simulation. The paper's "+ Streamer" row
-shows 1070 s / 641 s = 1.67 of it recovered.
+It measures the pipeline apart from this machine's cores: `python bench.py ladder`. All times follow from PAPER.md, main
+comparison, LIBERO on 8 GPUs at 1:1, 245 760 env steps (8 rollout epochs × 64 envs × 480) per training step:
 
-Left out: images that mean anything.
+    π0.5   Disaggregated (sync)  162.75 env steps/s = 1510 s a step
+           + Train Async         229.68             = 1070 s: it hides the actor alone, so lockstep rollout takes 1070 s
+                                                      (`ROUND` is one of its 8 × 48 rounds) and the actor the other 440 s
+           Colocated (sync)      289.23             =  850 s: twice the devices halve the actor to 220 s; the rollout takes 630 s
+    GR00T  + Train Async → + Streamer               = 1009 s → 559 s: the lockstep rollout takes 1.80 times (`LOCKSTEP`) what the
+                                                      simulators need when nobody waits; its actor (104 s) is too short to matter
+
+So of 1070 s a simulation worker simulates 1070 / 1.80 = 594 s; waiting for the slowest and for inference is the rest. What is left
+free, how long the tail is (`TAIL`, σ of the log-normal time of a chunk) and how long inference takes (`INFER_ALL`), two
+equations fix. E16 and E32 are the expected maxima over 16 workers with 2 lanes each and over 32 with one; 9/8 is the number of
+full inferences per round, because a trajectory of 8 chunks also asks for its last value:
+
+    E16 · MEAN + 9/8 · INFER_ALL       = ROUND               disaggregated
+    E32 · MEAN + 9/8 · INFER_ALL / 2   = ROUND · 630 / 1070  colocated: twice the workers, inference twice as fast
+
+They give TAIL = 0.27 (E16 = 2.775, E32 = 1.702) and INFER_ALL = 0.204 ROUND. The limit of 594 s lies below the 641 s of the
+paper's own π0.5 "+ Streamer" row, as it must. Two lanes share a worker as several simulators share a CPU core.
+
+Left out: images that mean anything; the 384 rounds of a training step are 16 here, so lanes drift further apart, relative to it.
 """
 
 import time
 
 import numpy as np
 
+from config import parse_ratio
 from envs import EnvSpec
 
 SCALE = 1 / 10  # seconds here per second there
-ROUND = 2.79 * SCALE  # seconds: one lockstep round of all lanes, simulation and inference
-WORKERS, LANES = 16, 2  # env workers, and lanes of each
-MEAN = ROUND / 1.8 / LANES  # seconds: mean simulation time of one chunk
-TAIL = 0.62
+ROUND = 1070 / (8 * 48) * SCALE  # seconds: one lockstep round of all lanes, simulation and inference
+LOCKSTEP = 1.80  # seconds of lockstep rollout per second that a worker simulates
+WORKERS, LANES = 16, 2  # at 1:1: env workers, and lanes of each
+MEAN = ROUND / LOCKSTEP / LANES  # seconds: mean simulation time of one chunk
+TAIL = 0.27
+INFER_ALL = 0.204 * ROUND  # seconds: one inference for all lanes
+TRAIN_ALL = 440 / (8 * 48) * SCALE  # seconds: training one chunk step of every lane
 CHUNK = 10  # control steps of which one is long, for simplicity the first
+EPISODE = 8  # chunks
+
+
+def devices(ratio: str, placement: str) -> tuple[float, float]:
+    """Devices for env + rollout and for actors, relative to the disaggregated 1:1 rows that the times above are for."""
+    r, a = parse_ratio(ratio)
+    return (2.0, 2.0) if placement == "colocated" else (2.0 * r / (r + a), 2.0 * a / (r + a))
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    return EnvSpec(("emulated",), ("wait",), 1, image_size, 4, 4, 8 * CHUNK)
+    return EnvSpec(("emulated",), ("wait",), 1, image_size, 4, 4, EPISODE * CHUNK)
 
 
 class Env:

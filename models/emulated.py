@@ -1,7 +1,8 @@
-"""A policy that only takes time, for `envs/emulated.py`: inference and training sleep; weights are a few numbers.
+"""A policy that only takes time, for `envs/emulated.py`, which derives the times: inference and training sleep.
 
-Inference of n samples takes INFER_BASE + n·INFER_EACH seconds: a quarter of a worker's simulation round for all 32 lanes.
-Training one sample takes TRAIN_EACH: the 440 s that LIBERO + π0.5's actor phase takes against 1070 s of lockstep rollout.
+Inference of n samples takes INFER_BASE + n·INFER_EACH seconds, a fifth of a full batch's time being independent of n; training one
+sample takes TRAIN_EACH. More devices for a phase, by placement or ratio, divide its times; of `--ratio 1:1`, colocated has twice
+the devices in either phase. Weights are a few numbers.
 """
 
 import time
@@ -9,25 +10,25 @@ import time
 import torch
 from torch import Tensor, nn
 
-from envs.emulated import LANES, ROUND, WORKERS
+from envs.emulated import INFER_ALL, LANES, TRAIN_ALL, WORKERS, devices
 from models.checkpoint import Header
 
-INFER_ALL = 0.25 * ROUND / 1.8  # seconds for all lanes at once
-INFER_BASE = 0.2 * INFER_ALL
+INFER_BASE = 0.2 * INFER_ALL  # seconds, at 1:1
 INFER_EACH = 0.8 * INFER_ALL / (WORKERS * LANES)
-TRAIN_EACH = ROUND * 440 / 1070 / (WORKERS * LANES)  # per chunk step
+TRAIN_EACH = TRAIN_ALL / (WORKERS * LANES)  # per chunk step
 
 
 def build(config, env_spec, weights: bool = True) -> "Emulated":
-    return Emulated(config.rollout.chunk, env_spec.action_dim)
+    return Emulated(config.rollout.chunk, env_spec.action_dim, devices(config.train.ratio, config.train.placement))
 
 
 class Emulated(nn.Module):
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
-    def __init__(self, chunk: int, action_dim: int):
+    def __init__(self, chunk: int, action_dim: int, speed: tuple[float, float]):
         super().__init__()
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
+        self.infer_speed, self.train_speed = speed
 
     def slot_fields(self) -> dict:
         return {}
@@ -41,12 +42,12 @@ class Emulated(nn.Module):
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        time.sleep(INFER_BASE + n * INFER_EACH)
+        time.sleep((INFER_BASE + n * INFER_EACH) / self.infer_speed)
         return {"actions": self.action.expand(n, -1, -1), "logprob": torch.zeros(n), "value": torch.zeros(n)}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
-        time.sleep(n * TRAIN_EACH)
+        time.sleep(n * TRAIN_EACH / self.train_speed)
         zero = self.action.sum() * 0.0
         return {"logprob": zero.expand(n), "value": zero.expand(n), "entropy": zero}
 

@@ -6,8 +6,9 @@
 The prefix never sees the actions, so it runs once per frame; with the VLM frozen (`train_vlm = False`, the published
 recipe) its keys and values are stored in the slot and every update epoch costs only the expert.
 
-As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step, drawn at random, is a Gaussian transition; the
-others follow the ODE. `flow_sde_step` gives its mean and standard deviation; the log-prob is that transition's.
+As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step, drawn from the last `sde_steps`, is a Gaussian
+transition; the others follow the ODE. `flow_sde_step` gives its mean and standard deviation; the log-prob is that transition's.
+πRL draws from all N; the flow contracts early noise, so its samples say little about the action: the default draws the last.
 
 Differs from openpi's released model only in `PiConfig`: the embedded default is the same architecture at small width.
 Left out: reading openpi's own checkpoint names, image resizing (simulators render at the model's size).
@@ -52,7 +53,8 @@ class PiConfig:
     chunk: int = 10  # C
     action_dim: int = 4  # A; 32 with padding
     denoise_steps: int = 4  # N
-    noise_level: float = 0.5  # a of Flow-SDE
+    noise_level: float = 1.0  # a of Flow-SDE
+    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one
     train_vlm: bool = False  # False: reinforcement learning updates only expert and value head
 
 
@@ -65,7 +67,9 @@ def build(config, env_spec, weights: bool = True) -> "Pi":
     header = checkpoint.read_header(path)
     if header.family != "pi05":
         raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
-    chosen = {"denoise_steps": config.rollout.denoise_steps, "noise_level": config.rollout.noise_level}
+    chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps")}
+    if not 1 <= chosen["sde_steps"] <= chosen["denoise_steps"]:
+        raise UserError(f"--sde-steps {chosen['sde_steps']} must lie between 1 and --denoise-steps {chosen['denoise_steps']}")
     shape = PiConfig(**header.shape | chosen | {"train_vlm": config.actor.train_vlm})
     wanted = {"views": env_spec.views, "image_size": env_spec.image_size, "action_dim": env_spec.action_dim}
     wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
@@ -314,7 +318,7 @@ class Pi(nn.Module):
             rng = generator(key)
             noise[i] = rng.standard_normal(shape, np.float32)
             if stochastic:
-                index[i] = rng.integers(self.config.denoise_steps)
+                index[i] = self.config.denoise_steps - 1 - rng.integers(self.config.sde_steps)
         noise = torch.from_numpy(noise)
         return {"x1": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": torch.from_numpy(index)}
 
@@ -358,9 +362,8 @@ class Pi(nn.Module):
         entropy = (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
         return {"logprob": normal_logprob(batch["x_next"], mean, std), "value": self.value(feature), "entropy": entropy}
 
-    def imitation_loss(self, image: Tensor, tokens: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Flow matching: x_t = t·noise + (1 − t)·actions, target velocity noise − actions. Mean squared error []."""
-        cache, _, real = self.prefix(image, tokens)
+    def imitation_loss(self, cache: Tensor, real: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Flow matching given a prefix: x_t = t·noise + (1 − t)·actions, target velocity noise − actions. MSE []."""
         x_t = t[:, None, None] * noise + (1.0 - t[:, None, None]) * actions
         return F.mse_loss(self.velocity(cache, real, x_t, t), noise - actions)
 

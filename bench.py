@@ -1,0 +1,93 @@
+"""Measured comparisons on this machine. What a number is compared with is measured in the same run.
+
+    python bench.py transport --json transport.json    slots against queues that carry the data (and Ray, where it is installed)
+    python bench.py weights                            a weight sync against a memcpy, and what it costs a serving rollout worker
+    python bench.py ladder --setting emulated          the five presets of RL-VLA³'s Table 1 against each other and their bound
+
+Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
+Left out: `prefix`, `inference` and `envs`.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import ladder, transport, weights
+from config import UserError, exit_on_user_error, parse_ratio
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """Measured comparisons: transport of observations, transfer of weights, the ladder of presets."""
+
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder"]]
+    """what to measure"""
+    json: Path | None = None
+    """also write the result to this file"""
+    repeats: int = 5
+    """transport: repetitions behind each median; weights: tens of versions"""
+    seconds: float = 1.0
+    """transport: length of one repetition"""
+    setting: Literal["emulated", "embedded", "both"] = "both"
+    """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
+    iterations: int = 0
+    """ladder: iterations measured after the warm-up; 0 means 8 emulated and 4 embedded ones"""
+    ratio: str = ""
+    """ladder: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
+
+
+def machine() -> str:
+    """What was measured on, without naming anybody's machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cores = len(os.sched_getaffinity(0))
+    return f"{cores} cores, {names[0] if names else os.uname().machine}, torch {torch.__version__}, {', '.join(gpus) or 'no GPU'}"
+
+
+def text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def show(result: dict) -> None:
+    table = Table(title=f"{result['what']}: {result['machine']}", show_lines=False)
+    for key, value in result["rows"][0].items():
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right")
+    for row in result["rows"]:
+        table.add_row(*map(text, row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main(config: BenchConfig) -> None:
+    if config.json and not config.json.absolute().parent.is_dir():
+        raise UserError(f"the folder {config.json.absolute().parent} does not exist: create it or give another --json")
+    if config.repeats < 1 or config.seconds <= 0 or config.iterations < 0:
+        raise UserError("--repeats must be at least 1, --seconds more than 0 and --iterations not negative")
+    if config.ratio:
+        parse_ratio(config.ratio)
+    torch.set_num_threads(1)
+    if config.what == "transport":
+        rows = transport.measure(config.repeats, config.seconds)
+    elif config.what == "weights":
+        rows = weights.measure(config.repeats)
+    else:
+        rows = ladder.measure(config.setting, config.ratio, config.iterations)
+    result = {"what": config.what, "machine": machine(), "rows": rows}
+    show(result)
+    if config.json:
+        config.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(BenchConfig))

@@ -1,0 +1,177 @@
+"""Round trips of observations and actions between N env processes and one server, by several means of transport.
+
+    python bench.py transport
+
+A round trip: an env hands over an observation of 301 KB; the server, the rollout worker's part, stacks what has come to one
+batch, reads a byte of every image row and answers each env with 10 × 7 actions. The means:
+
+    slots        `SlotPool` + `IndexQueue`: written once in place, 8-byte records travel, the server copies rows into its batch
+    torch_queue  torch.multiprocessing.Queue: every image and action is a fresh tensor in shared memory of its own
+    mp_queue     multiprocessing.Queue: numpy arrays, pickled through a pipe
+    ray          an actor call per request, where Ray is installed; so each batch holds one observation
+
+Repetitions of all of them alternate; rows hold medians. `memcpy_mb_per_s`: numpy copies the same bytes within one process.
+Left out: Ray's ways to batch calls, transports between GPUs.
+"""
+
+import importlib.util
+import math
+import multiprocessing
+import queue
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from benchmarks import context
+from channel import ACT, Counters, IndexQueue, Record, SlotPool
+
+IMAGE, STATE, ACTION = (2, 224, 224, 3), (8,), (10, 7)  # uint8, float32, float32
+BYTES = math.prod(IMAGE) + 4 * math.prod(STATE)
+
+
+def reply_to(images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Every server's work on a batch [n, …]: reads a byte of each image row, returns actions [n, 10, 7]."""
+    seen = images[:, :, :, 0, 0].sum(dim=(1, 2), dtype=torch.float32) + states.sum(dim=1)
+    return seen[:, None, None].expand(-1, *ACTION)
+
+
+def slots_server(pool: SlotPool, requests: IndexQueue, replies: list[IndexQueue], table: Counters) -> None:
+    torch.set_num_threads(1)
+    while not table.get(0, "stop"):
+        records = requests.get(0.2)
+        if not records:
+            continue
+        slots = torch.tensor([record.slot for record in records])
+        pool["action"][slots] = reply_to(pool["image"].index_select(0, slots), pool["state"].index_select(0, slots))
+        for record in records:
+            replies[record.sender].put([record])
+
+
+def slots_env(rank: int, pool: SlotPool, requests: IndexQueue, replies: list[IndexQueue], table: Counters) -> None:
+    frame, vector = np.full(IMAGE, rank, np.uint8), np.ones(STATE, np.float32)
+    image, state, action = (pool[name].numpy() for name in ("image", "state", "action"))
+    while not table.get(0, "stop"):
+        image[rank], state[rank] = frame, vector
+        requests.put([Record(rank, 0, ACT, rank)])
+        while not replies[rank].get(0.2) and not table.get(0, "stop"):
+            pass
+        action[rank].sum()
+        table.add(rank, "round_trips", 1)
+
+
+def queue_server(tensors: bool, requests, replies: list, table: Counters) -> None:
+    """`tensors`: images and actions are torch tensors, each in fresh shared memory; else numpy arrays, which travel pickled."""
+    torch.set_num_threads(1)
+    while not table.get(0, "stop"):
+        try:
+            batch = [requests.get(timeout=0.2)]
+            while not requests.empty():
+                batch.append(requests.get())
+        except (queue.Empty, OSError):  # OSError: at the end, the sender of a tensor is gone
+            continue
+        ranks, images, states = zip(*batch, strict=True)
+        images = torch.stack(images) if tensors else torch.from_numpy(np.stack(images))
+        for rank, action in zip(ranks, reply_to(images, torch.from_numpy(np.stack(states))), strict=True):
+            replies[rank].put(action.clone() if tensors else action.numpy().copy())
+    for reply in replies:
+        reply.cancel_join_thread()
+
+
+def queue_env(rank: int, tensors: bool, requests, replies: list, table: Counters) -> None:
+    frame, vector = np.full(IMAGE, rank, np.uint8), np.ones(STATE, np.float32)
+    while not table.get(0, "stop"):
+        requests.put((rank, torch.from_numpy(frame) if tensors else frame, vector))
+        try:
+            replies[rank].get(timeout=5.0).sum()
+        except (queue.Empty, OSError):
+            continue
+        table.add(rank, "round_trips", 1)
+    requests.cancel_join_thread()
+
+
+def round_trips(name: str, n: int, seconds: float) -> float:
+    """Round trips/s of one repetition: starts server and envs, counts for `seconds` once every env is going, stops them."""
+    if name == "ray":
+        return ray_round_trips(n, seconds)
+    server, table = context("benchmarks.transport"), Counters(n, ("round_trips", "stop"))
+    if name == "slots":
+        pool = SlotPool({"image": (IMAGE, torch.uint8), "state": (STATE, torch.float32), "action": (ACTION, torch.float32)}, n)
+        links = pool, IndexQueue(), [IndexQueue() for _ in range(n)], table
+        jobs = [(slots_server, links), *((slots_env, (rank, *links)) for rank in range(n))]
+    else:
+        make = (mp if name == "torch_queue" else multiprocessing).get_context("forkserver").Queue
+        links = name == "torch_queue", make(), [make() for _ in range(n)], table
+        jobs = [(queue_server, links), *((queue_env, (rank, *links)) for rank in range(n))]
+    processes = [server.Process(target=target, args=args, daemon=True) for target, args in jobs]
+    for process in processes:
+        process.start()
+    try:
+        deadline = time.monotonic() + 60.0
+        while table.table[:, 0].min() < 3:
+            if time.monotonic() > deadline or not all(process.is_alive() for process in processes):
+                raise RuntimeError(f"{name} with {n} envs did not start")
+            time.sleep(0.05)
+        before, start = table.table[:, 0].sum(), time.monotonic()
+        time.sleep(seconds)
+        return (table.table[:, 0].sum() - before) / (time.monotonic() - start)
+    finally:
+        table.set(0, "stop", 1.0)
+        for process in processes:
+            process.join(6.0)
+            process.kill()
+
+
+def ray_round_trips(n: int, seconds: float) -> float:
+    """The same through Ray: the server is an actor and a request is a call, so that each batch holds one observation."""
+    import ray
+
+    ray.init(num_cpus=n + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+
+    @ray.remote(num_cpus=1)
+    class Server:
+        def act(self, image, state):
+            return reply_to(torch.from_numpy(np.stack([image])), torch.from_numpy(np.stack([state])))[0].numpy().copy()
+
+    @ray.remote(num_cpus=1)
+    def env(server, rank: int) -> float:
+        frame, vector, count = np.full(IMAGE, rank, np.uint8), np.ones(STATE, np.float32), 0
+        ray.get(server.act.remote(frame, vector)).sum()
+        start = time.monotonic()
+        while time.monotonic() < start + seconds:
+            ray.get(server.act.remote(frame, vector)).sum()
+            count += 1
+        return count / (time.monotonic() - start)
+
+    server = Server.remote()
+    rate = sum(ray.get([env.remote(server, rank) for rank in range(n)]))
+    ray.kill(server)
+    return rate
+
+
+def memcpy_rate(n: int) -> float:
+    """Bytes/s of numpy copying n observations in turn."""
+    source, target = (np.ones((n, BYTES), np.uint8) for _ in range(2))
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() < start + 0.2:
+        np.copyto(target[count % n], source[count % n])
+        count += 1
+    return count * BYTES / (time.perf_counter() - start)
+
+
+def measure(repeats: int, seconds: float) -> list[dict]:
+    names = ["slots", "torch_queue", "mp_queue"] + (["ray"] if importlib.util.find_spec("ray") else [])
+    rows = []
+    for n in (2, 8):
+        measured, copies = {name: [] for name in names}, []
+        for _ in range(repeats):
+            copies.append(memcpy_rate(n) / 1e6)
+            for name in names:
+                measured[name].append(round_trips(name, n, seconds))
+        for name, rates in measured.items():
+            rate = statistics.median(rates)
+            row = {"name": name, "envs": n, "round_trips_per_s": rate, "mb_per_s": rate * BYTES / 1e6}
+            rows.append(row | {"memcpy_mb_per_s": statistics.median(copies)})
+    return rows

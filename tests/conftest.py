@@ -1,0 +1,187 @@
+"""What the tests share: a tiny π0.5, the command line in a process of its own, and proof that nothing outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import metrics
+from channel import Channels, Counters, IndexQueue, SlotPool, WeightPlane
+from config import ROOT
+from models import checkpoint
+from models.pi import Pi, PiConfig
+from scheduler import Admission
+
+torch.set_num_threads(1)
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+TINY = {
+    "vision_width": 16, "vision_depth": 1, "vision_heads": 2, "vision_mlp": 32, "patch": 16, "width": 32, "mlp": 64, "depth": 2,
+    "heads": 2, "head_dim": 16, "expert_width": 32, "expert_mlp": 64, "value_widths": (16,), "denoise_steps": 4,
+    "noise_level": 0.5, "sde_steps": 4,
+}  # fmt: skip
+STATS = {"state_low": [-0.1, 0.4, 0.1, 0.2], "state_high": [0.3, 0.9, 0.5, 1.0]}
+# The smallest run that still has several lanes, workers and micro-batches.
+SMALL = (
+    "--envs 4 --batch 4 --minibatch 4 --micro-batch 2 --update-epochs 1 --eval-envs 1 --eval-episodes 2 --segment 3 "
+    "--env-workers 2 --seed 3"
+)
+
+
+def tiny_pi(dtype: torch.dtype = torch.float32, **changes) -> Pi:
+    """A π0.5 of 50 thousand weights, none of them zero, so that every one of them matters."""
+    torch.manual_seed(0)
+    model = Pi(PiConfig(**TINY | changes)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def observations(model: Pi, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random frames, and prompts of different lengths."""
+    c, random = model.config, torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (n, c.views, c.image_size, c.image_size, 3), generator=random, dtype=torch.uint8)
+    tokens = torch.randint(1, c.vocabulary, (n, c.tokens), generator=random, dtype=torch.int32)
+    for i in range(n):
+        tokens[i, c.tokens - 1 - i % 5 :] = 0  # padding
+    return {"image": image, "tokens": tokens}
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    model = tiny_pi()
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    checkpoint.save(path, checkpoint.Header("pi05", asdict(model.config), STATS), model.state_dict())
+    return path
+
+
+def channels_of(setup) -> Channels:
+    """What `train.main` connects the stages with."""
+    config = setup.config
+    workers = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
+    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
+    return Channels(
+        pool=SlotPool(setup.slots, admission.slots + config.env.eval_envs),
+        plane=WeightPlane(setup.weights),
+        counters=Counters(workers, metrics.columns(len(setup.spec.tasks))),
+        requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
+        replies=tuple(IndexQueue() for _ in range(config.env.env_workers)),
+        finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
+    )
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class Cli:
+    """One `python FILE FLAGS`. An environment variable, which every descendant inherits, marks all of its processes."""
+
+    def __init__(self, file: str | Path, flags: str, **environment: str):
+        self.mark = uuid.uuid4().hex
+        command = [sys.executable, str(file), *flags.split()]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment | {"TEST_MARK": self.mark}, start_new_session=True, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def finish(self, timeout: float = 90.0) -> tuple[int, str]:
+        """Exit status and everything printed."""
+        try:
+            output = self.process.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"still running after {timeout} s; it said: {self.process.communicate()[0]}")
+        return self.process.returncode, output
+
+    def living(self) -> list[psutil.Process]:
+        """The launcher, its fork server and its workers, as far as they live."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                pass
+        return found
+
+    def workers(self) -> list[psutil.Process]:
+        """In the order they were started: actors, rollout workers, env workers. They are children of the fork server."""
+        children = [worker for child in psutil.Process(self.process.pid).children() for worker in child.children()]
+        return sorted(children, key=lambda worker: (worker.create_time(), worker.pid))
+
+    def wait_for(self, file: Path, lines: int = 1, timeout: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout
+        while not file.is_file() or len(file.read_text().splitlines()) < lines:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline, f"{file} did not come within {timeout} s"
+            time.sleep(0.1)
+
+    def interrupt_group(self) -> None:
+        """What Ctrl-C in a terminal does: every process of the group gets the signal."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def assert_nothing_left(self, timeout: float = 15.0) -> None:
+        deadline = time.monotonic() + timeout
+        while left := self.living():
+            assert time.monotonic() < deadline, f"still alive: {left}"
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        for process in self.living():
+            process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def cli():
+    """Starts command lines; afterwards none of their processes may be left, nor a file in /dev/shm."""
+    started, before = [], shared_memory_files()
+
+    def start(file: str | Path, flags: str = "", **environment: str) -> Cli:
+        started.append(Cli(file, flags, **environment))
+        return started[-1]
+
+    yield start
+    try:
+        for one in started:
+            if one.process.poll() is None:
+                one.kill()
+            one.assert_nothing_left()
+        left = shared_memory_files() - before
+        for _ in range(25):  # one that is being made or removed
+            if left:
+                time.sleep(0.2)
+                left &= shared_memory_files()
+        assert not left, f"left in /dev/shm: {left}"
+    finally:
+        for one in started:
+            one.kill()
+
+
+def shared_memory_files() -> set[str]:
+    """Names in /dev/shm that no living process has mapped (somebody else's may come and go meanwhile)."""
+    found = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
+    for process in psutil.process_iter() if found else ():
+        try:
+            maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        for line in maps:
+            if "/dev/shm/" in line:
+                found.pop(int(line.split()[4]), None)
+    return set(found.values())

@@ -1,0 +1,173 @@
+"""A streamed gradient is the batch's gradient; ranks add up; checkpoints are whole."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import observations, tiny_pi
+from torch import nn
+
+from actor_worker import all_reduce_gradients, gather, iteration_metrics, save_checkpoint, train_micro_batch
+from algorithms import AdvantageScale
+from channel import SlotPool
+from config import Config
+from models import checkpoint
+from streamer import Streamer
+
+BATCH, SEGMENT = 8, 5
+FIELDS = ("reward", "value", "terminated", "truncated", "logprob", "version")
+
+
+class Toy(nn.Module):
+    """The smallest policy: log-prob and value are linear in what was seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.policy, self.head = nn.Linear(6, 1).double(), nn.Linear(6, 1).double()
+
+    def training_fields(self):
+        return ("seen",)
+
+    def evaluate(self, batch):
+        policy, value = self.policy(batch["seen"])[:, 0], self.head(batch["seen"])[:, 0]
+        return {"logprob": policy, "value": value, "entropy": policy.detach().mean()}
+
+
+def filled_pool(model, dtype, fields: dict) -> SlotPool:
+    """Eight random trajectories with successes, time limits, stale versions and log-probs near the model's own."""
+    spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in fields.items()}
+    t = (SEGMENT,)
+    spec |= {"reward": (t, dtype), "value": ((SEGMENT + 1,), dtype), "logprob": (t, dtype), "version": (t, torch.int32)}
+    spec |= {"terminated": (t, torch.bool), "truncated": (t, torch.bool)}
+    pool = SlotPool(spec, BATCH)
+    for name, x in fields.items():
+        pool[name].copy_(x)
+    end = torch.randint(0, 5, (BATCH, SEGMENT))
+    pool["terminated"].copy_(end == 0), pool["truncated"].copy_(end == 1)
+    pool["reward"].copy_(end == 0), pool["value"].copy_(torch.randn(BATCH, SEGMENT + 1))
+    pool["version"].copy_(torch.randint(1, 4, (BATCH, SEGMENT)))
+    flat = {name: pool[name][:, :SEGMENT].flatten(0, 1) for name in model.training_fields()}
+    with torch.no_grad():
+        logprob = model.evaluate(flat)["logprob"].view(BATCH, SEGMENT)
+    pool["logprob"].copy_(logprob + 0.3 * torch.randn(BATCH, SEGMENT))
+    return pool
+
+
+def gradients(model, pool: SlotPool, groups: list[tuple[int, ...]]) -> tuple[list[torch.Tensor], dict[str, float]]:
+    """Accumulated over one micro-batch per group of slots."""
+    model.zero_grad()
+    scale, sums = AdvantageScale(0.8, 0.7), {}
+    for slots in groups:
+        data = gather(pool, slots, (*FIELDS, *model.training_fields()), "cpu")
+        for name, value in train_micro_batch(model, data, 3, BATCH * SEGMENT, Config(), scale).items():
+            keep = max if name in ("ratio_max", "staleness_max") else lambda a, b: a + b
+            sums[name] = keep(sums[name], float(value)) if name in sums else float(value)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None], sums
+
+
+def streamed(order: np.ndarray, stream: bool = True) -> list[tuple[int, ...]]:
+    """The micro-batches of two trajectories that a streamer makes when they arrive in this order."""
+    streamer = Streamer(BATCH, BATCH, 2, 1, 1, stream, 0, 1, seed=1, version=0)
+    groups = []
+    for slot in order:
+        streamer.add(int(slot))
+        while (micro := streamer.next()) is not None:
+            groups.append(micro.slots)
+    assert len(groups) == 4
+    return groups
+
+
+def close(a: list[torch.Tensor], b: list[torch.Tensor], relative: float) -> bool:
+    a, b = (torch.cat([x.flatten() for x in one]) for one in (a, b))
+    return bool((a - b).norm() <= relative * b.norm()) and b.norm() > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streamed_gradient_is_the_full_batch_gradient_in_fp64(seed):
+    torch.manual_seed(seed)
+    model = Toy()
+    pool = filled_pool(model, torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    whole, stats = gradients(model, pool, [tuple(range(BATCH))])
+    order = np.random.default_rng(seed).permutation(BATCH)
+    parts, sums = gradients(model, pool, streamed(order, stream=seed % 2 == 0))
+    assert close(parts, whole, 1e-6)  # measured: 1e-16
+    assert sums == pytest.approx(stats, rel=1e-9) and sums["samples"] == BATCH * SEGMENT
+    assert sums["discarded"] == 0 and sums["staleness_max"] == 2 and sums["successes"] == float(pool["reward"].sum()) > 0
+    less, _ = gradients(model, pool, streamed(order)[1:])
+    assert not close(less, whole, 1e-2)  # the comparison can fail
+
+
+@pytest.mark.parametrize("train_vlm", [False, True])
+def test_streamed_gradient_of_the_real_model_in_fp32(train_vlm):
+    model = tiny_pi(image_size=16, patch=8, chunk=4, train_vlm=train_vlm)
+    obs = observations(model, BATCH * SEGMENT)
+    out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(BATCH * SEGMENT)], [True] * BATCH * SEGMENT))
+    fields = {name: (obs | out)[name].clone().unflatten(0, (BATCH, SEGMENT)) for name in model.training_fields()}
+    pool = filled_pool(model, torch.float32, fields)
+    whole, stats = gradients(model, pool, [tuple(range(BATCH))])
+    parts, sums = gradients(model, pool, streamed(np.random.default_rng(0).permutation(BATCH)))
+    assert close(parts, whole, 1e-5)  # fp32: measured 1e-7
+    assert sums == pytest.approx(stats, rel=1e-4)
+
+
+def test_metrics_of_a_micro_batch_by_hand():
+    model = Toy()
+    pool = filled_pool(model, torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    pool["terminated"].zero_(), pool["truncated"].zero_(), pool["reward"].zero_()
+    pool["terminated"][0, 1] = pool["truncated"][0, 3] = pool["truncated"][1, 0] = True
+    pool["reward"][0, 1] = 1.0
+    pool["version"].fill_(2)
+    pool["version"][0, 0] = 3
+    _, stats = gradients(model, pool, [(0, 1)])
+    assert (stats["episodes"], stats["successes"], stats["reward"]) == (3.0, 1.0, 1.0)
+    assert (stats["samples"], stats["staleness"], stats["staleness_max"]) == (10.0, 9.0, 1.0)
+
+
+def test_iteration_metrics_are_per_chunk_step():
+    config = Config().actor
+    config.batch, config.update_epochs = BATCH, 2
+    names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "staleness")
+    samples = 2.0 * BATCH * SEGMENT  # both epochs
+    sums = {n: samples for n in names} | {"samples": samples, "reward": 4.0, "episodes": 8.0, "successes": 2.0}
+    out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, 0.5, 3)
+    assert all(out[n] == 1.0 for n in names if n not in ("discarded", "staleness")) and out["staleness_mean"] == 1.0
+    assert (out["success_rate"], out["reward"], out["episodes"]) == (0.25, 0.5, 8)
+    assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
+    assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
+    nothing = iteration_metrics(sums | {"episodes": 0.0}, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, 0.5, 3)
+    assert nothing["success_rate"] is None
+
+
+def test_gradients_are_summed_over_ranks_and_untouched_weights_do_not_matter(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm
+        (used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+        all_reduce_gradients([unused, used], ranks=2)
+        assert used.grad.tolist() == [1.0, 2.0, 3.0]
+        assert unused.grad is None or unused.grad.tolist() == [0.0, 0.0]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
+    model = tiny_pi()
+    model.header = checkpoint.Header("pi05", {"width": 32}, {})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    cache, _, real = model.prefix(*observations(model, 2).values())
+    model.velocity(cache, real, torch.randn(2, 10, 4), torch.rand(2)).sum().backward()
+    optimizer.step()
+    for scale in (0.5, 0.25):  # saved again at the same version: the newer one replaces it
+        path = save_checkpoint(tmp_path, model, optimizer, AdvantageScale(0.8, scale), {"version": 3, "seed": 1})
+    assert [p.name for p in tmp_path.iterdir()] == ["000003"] and path == tmp_path / "000003"
+    assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
+    state = json.loads((path / "state.json").read_text())
+    assert state["version"] == 3 and AdvantageScale(**state["scale"]) == AdvantageScale(0.8, 0.25)
+    other = tiny_pi()
+    checkpoint.load(other, path / "model.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    saved = torch.load(path / "optimizer.pt", weights_only=True)
+    assert len(saved["state"]) > 0 and math.isclose(saved["param_groups"][0]["lr"], 0.1)

@@ -1,0 +1,272 @@
+"""Slots, queues and weights under fire: killed writers, hammering readers, every way to start a process."""
+
+import os
+import select
+import signal
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from channel import ACT, ALIGN, ATOMIC, RECORD, VERSION, Counters, IndexQueue, Record, SlotPool, WeightPlane, layout
+
+SPEC = {"image": ((3, 5), torch.uint8), "value": ((4,), torch.float32), "lane": ((), torch.int32), "none": ((0, 7), torch.float32)}
+fork = get_context("fork")
+
+
+def records(count: int, sender: int = 0, first: int = 0) -> list[Record]:
+    return [Record(first + i, i % 65536, ACT, sender) for i in range(count)]
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# ---------------------------------------------------------------- SlotPool
+
+
+def touch(pool: SlotPool, counters: Counters, queue: IndexQueue) -> None:
+    assert pool["value"][1].tolist() == [1.0, 2.0, 3.0, 4.0]
+    pool["image"][2] = 7
+    counters.add(1, "b", 2.5)
+    queue.put([Record(1, 2, VERSION, 3)])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_every_process_sees_the_same_slots(method):
+    pool, counters, queue = SlotPool(SPEC, 3), Counters(2, ("a", "b")), IndexQueue()
+    pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    process = get_context(method).Process(target=touch, args=(pool, counters, queue))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert (pool["image"][2] == 7).all() and (pool["image"][:2] == 0).all()
+    assert counters.get(1, "b") == 2.5 and counters.get(0, "b") == 0.0
+    assert queue.get(0) == [Record(1, 2, VERSION, 3)]
+
+
+def test_slots_are_aligned_apart_and_without_a_name():
+    pool = SlotPool(SPEC, 3)
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in pool.tensors.values() if t.numel())
+    assert all(start % ALIGN == 0 for start, _ in spans)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert pool["image"].shape == (3, 3, 5) and pool["none"].shape == (3, 0, 7) and pool["lane"].dtype == torch.int32
+    assert layout(SPEC, 3)[1] == pool.bytes == 64 + 64 + 64
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if int(line.split("-")[0], 16) == spans[0][0]]
+    assert len(maps) == 1 and "/memfd:" in maps[0] and "/dev/shm" not in maps[0]
+
+
+def test_memory_is_resident_before_it_is_used():
+    pool = SlotPool({"big": ((1 << 20,), torch.uint8)}, 8)
+    start = next(t.data_ptr() for t in pool.tensors.values())
+    smaps = Path("/proc/self/smaps").read_text()
+    mapping = smaps[smaps.index(f"{start:x}-") :]
+    assert int(mapping.split("Rss:")[1].split()[0]) >= 8 << 10  # KiB
+
+
+def test_nothing_stays_open():
+    def use() -> None:
+        pool, plane, counters, queue = SlotPool(SPEC, 3), WeightPlane(SPEC), Counters(2, ("a",)), IndexQueue()
+        queue.put(records(3)), queue.get(0)
+        plane.publish({"value": torch.zeros(4)}, 0)
+        counters.add(0, "a", 1.0), pool["value"].zero_()
+        queue.close_writer(), queue.close_writer(), queue.close_reader()
+
+    use()
+    before = open_files()
+    for _ in range(5):
+        use()
+    assert open_files() == before
+
+
+# ---------------------------------------------------------------- IndexQueue
+
+
+def test_records_keep_every_field_and_their_order():
+    queue, sent = IndexQueue(), [Record(2**32 - 1, 65535, VERSION, 255), Record(0, 0, ACT, 0), Record(7, 8, 1, 9)]
+    assert RECORD.size == 8
+    queue.put(sent[:1]), queue.put(sent[1:])
+    assert queue.get(0) == sent and queue.get(0) == []
+
+
+def test_thousands_of_records_in_one_call():
+    queue = IndexQueue()
+    queue.put(sent := records(5000))
+    got = []
+    while more := queue.get(0):
+        got += more
+    assert got == sent
+
+
+def test_an_empty_queue_waits_as_long_as_it_is_told():
+    queue, start = IndexQueue(), time.monotonic()
+    assert queue.get(0.2) == [] and time.monotonic() - start >= 0.19
+    assert queue.get(0) == []
+
+
+def test_a_full_queue_names_its_stuck_reader():
+    queue = IndexQueue()
+    with pytest.raises(TimeoutError, match="reader is stuck"):
+        for _ in range(100):
+            queue.put(records(ATOMIC), timeout=0.1)
+    assert len(queue.get(0)) == 65536 // RECORD.size  # the pipe was full, and nothing in it is torn
+
+
+def test_the_reader_learns_that_the_last_writer_is_gone():
+    queue = IndexQueue()
+    writers = [fork.Process(target=queue.put, args=(records(2, sender),)) for sender in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(30)
+    assert len(queue.get(5.0)) == 4 and queue.get(0) == []  # this process could still write
+    queue.close_writer()
+    with pytest.raises(IndexQueue.Closed):
+        queue.get(5.0)
+
+
+def write_for_ever(queue: IndexQueue, sender: int) -> None:
+    block = 0
+    while True:
+        queue.put([Record(block, i, ACT, sender) for i in range(ATOMIC)])
+        block += 1
+
+
+def test_writers_killed_while_writing_neither_tear_nor_block():
+    assert ATOMIC * RECORD.size <= select.PIPE_BUF  # what the kernel keeps in one piece
+    queue, count = IndexQueue(), 6
+    writers = [fork.Process(target=write_for_ever, args=(queue, sender), daemon=True) for sender in range(count)]
+    for writer in writers:
+        writer.start()
+    queue.close_writer()
+    blocks, position, begun, killed = [0] * count, 0, time.monotonic(), 0
+    with pytest.raises(IndexQueue.Closed):
+        while True:
+            got = queue.get(20.0)
+            assert got, "the queue blocked"
+            for record in got:
+                if position == 0:  # a new block of 512: whole, in one piece and the writer's next
+                    sender, block = record.sender, record.slot
+                    assert block == blocks[sender]
+                    blocks[sender] += 1
+                assert record == (block, position, ACT, sender)
+                position = (position + 1) % ATOMIC
+            if killed < count and time.monotonic() - begun > 0.3 + 0.07 * killed:
+                os.kill(writers[killed].pid, signal.SIGKILL)
+                killed += 1
+    assert killed == count and position == 0 and sum(blocks) > count
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+
+
+# ---------------------------------------------------------------- WeightPlane
+
+WEIGHTS = {"a": ((40_000,), torch.float32), "b": ((3, 50), torch.float32), "c": ((20_000,), torch.float64)}
+
+
+def filled(value: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full(shape, value, dtype=dtype) for name, (shape, dtype) in WEIGHTS.items()}
+
+
+def values(weights: dict[str, torch.Tensor]) -> list[float]:
+    return sorted({value for tensor in weights.values() for value in tensor.unique().tolist()})
+
+
+def test_a_reader_gets_the_newest_version():
+    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
+    for version in range(5):
+        plane.publish(filled(version), version)
+        assert plane.version == version and plane.fetch(mine) == version and values(mine) == [version]
+    assert plane.bytes == (40_000 + 150) * 4 + 20_000 * 8 + 8  # 600 bytes of b, twice, padded to a cache line
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_there_is_nothing_to_fetch_before_the_first_publish(start):
+    plane, mine = WeightPlane(WEIGHTS, version=start), filled(-1.0)
+    with pytest.raises(TimeoutError, match="no weights came"):
+        plane.fetch(mine, timeout=0.1)
+    plane.publish(filled(start), start)
+    assert plane.fetch(mine) == start and values(mine) == [start]
+
+
+class Overtaken(torch.Tensor):
+    """A tensor whose first copy takes so long that the writer publishes two versions meanwhile."""
+
+    def copy_(self, source, non_blocking=False):
+        super().copy_(source)
+        while self.events:
+            self.events.pop(0)()
+        return self
+
+
+def test_a_reader_that_is_overtaken_twice_tries_again():
+    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
+    mine["b"] = mine["b"].as_subclass(Overtaken)
+    mine["b"].events = [lambda: plane.publish(filled(1.0), 1), lambda: plane.publish(filled(2.0), 2)]
+    plane.publish(filled(0.0), 0)
+    assert plane.fetch(mine) == 2 and values(mine) == [2.0]
+
+
+def test_a_reader_that_is_overtaken_once_keeps_what_it_has():
+    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
+    mine["b"] = mine["b"].as_subclass(Overtaken)
+    mine["b"].events = [lambda: plane.publish(filled(1.0), 1)]
+    plane.publish(filled(0.0), 0)
+    assert plane.fetch(mine) == 0 and values(mine) == [0.0]
+
+
+def test_weights_of_a_writer_that_died_while_writing_are_never_fetched():
+    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
+    plane.publish(filled(0.0), 0)
+    with pytest.raises(KeyError):  # version 1 fails half way, in the other buffer
+        plane.publish({"a": torch.ones(40_000), "unknown": torch.ones(1)}, 1)
+    assert plane.fetch(mine) == 0 and values(mine) == [0.0]
+
+
+def publish_for(seconds: float, plane: WeightPlane) -> None:
+    torch.set_num_threads(1)
+    weights, end, version = filled(0.0), time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        for tensor in weights.values():
+            tensor.fill_(version)
+        plane.publish(weights, version)
+        version += 1
+
+
+def fetch_for(seconds: float, plane: WeightPlane, answer) -> None:
+    torch.set_num_threads(1)
+    mine, end, versions, mixed = filled(-1.0), time.monotonic() + seconds, [], 0
+    while time.monotonic() < end:
+        version = plane.fetch(mine, timeout=30.0)
+        versions.append(version)
+        mixed += values(mine) != [version]
+    answer.send((mixed, len(versions), versions == sorted(versions), versions[-1] > versions[0]))
+
+
+def test_hammered_weights_are_never_mixed():
+    plane, pipes = WeightPlane(WEIGHTS), [fork.Pipe(duplex=False) for _ in range(3)]
+    processes = [fork.Process(target=fetch_for, args=(2.0, plane, send)) for _, send in pipes]
+    processes.append(fork.Process(target=publish_for, args=(2.5, plane)))
+    for process in processes:
+        process.start()
+    for receive, _ in pipes:
+        assert receive.poll(60)
+        mixed, fetches, monotone, moved = receive.recv()
+        assert mixed == 0 and fetches > 10 and monotone and moved
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+
+
+# ---------------------------------------------------------------- Counters
+
+
+def test_counters():
+    counters = Counters(2, ("a", "b"))
+    counters.add(0, "a", 1.5), counters.add(0, "a", 1.0), counters.set(1, "b", -3.0)
+    assert (counters.get(0, "a"), counters.get(0, "b"), counters.get(1, "b")) == (2.5, 0.0, -3.0)
+    np.testing.assert_array_equal(counters.table, [[2.5, 0.0], [0.0, -3.0]])

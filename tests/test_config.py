@@ -1,0 +1,109 @@
+"""Presets, what must hold between settings, and settings that survive a run folder."""
+
+import json
+import math
+from dataclasses import fields
+
+import pytest
+
+from config import ActorConfig, Config, RunConfig, UserError, exit_on_user_error, from_json, from_preset, to_json, validate
+
+
+def valid(**changes) -> Config:
+    """Worker counts and sizes as in the tests below, and changes given as stage__name=value."""
+    config = Config()
+    config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers = 3, 1, 1
+    config.env.envs, config.actor.batch, config.actor.minibatch, config.actor.micro_batch = 24, 48, 12, 2
+    for name, value in changes.items():
+        stage, name = name.split("__")
+        setattr(getattr(config, stage), name, value)
+    return config
+
+
+def test_presets_are_the_rows_of_table_1():
+    lockstep, dynamic = ("all", math.inf), ("auto", "auto")
+    rows = {
+        "sync-colocated": ("colocated", 0, *lockstep, False),
+        "sync-disaggregated": ("disaggregated", 0, *lockstep, False),
+        "train-async": ("disaggregated", 1, *lockstep, False),
+        "rollout-async": ("disaggregated", 1, *dynamic, False),
+        "full": ("disaggregated", 1, *dynamic, True),
+    }
+    for name, row in rows.items():
+        config = from_preset(name)
+        rollout, actor = config.rollout, config.actor
+        found = config.train.placement, actor.max_staleness, rollout.batch_max, rollout.batch_wait_ms, actor.stream
+        assert found == row and config.train.preset == name
+    assert to_json(from_preset("full")) == to_json(Config())  # the defaults written in the dataclasses
+
+
+def test_what_is_valid():
+    validate(valid())
+    for lockstep in ("all", 24, 1):  # every lane, or nobody to wait for
+        validate(valid(rollout__batch_wait_ms=math.inf, rollout__batch_max=lockstep))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"actor__batch": 50}, "--batch 50 is not divisible by --envs"),
+        ({"actor__minibatch": 20}, "--batch 48 is not divisible by --minibatch"),
+        ({"actor__micro_batch": 5}, "--minibatch 12 is not divisible"),
+        ({"actor__actor_workers": 5}, "5 actor workers"),
+        ({"train__iterations": 0}, "--iterations 0 must be at least 1"),
+        ({"env__envs": 0}, "--envs 0"),
+        ({"actor__batch": -48}, "--batch -48"),
+        ({"actor__micro_batch": 0}, "--micro-batch 0"),
+        ({"actor__update_epochs": 0}, "--update-epochs 0"),
+        ({"rollout__chunk": 0}, "--chunk 0"),
+        ({"rollout__denoise_steps": 0}, "--denoise-steps 0"),
+        ({"train__checkpoint_every": 0}, "--checkpoint-every 0"),
+        ({"train__timeout_s": 0.0}, "--timeout-s 0"),
+        ({"train__seed": -1}, "--seed -1"),
+        ({"actor__max_staleness": -1}, "--max-staleness -1"),
+        ({"rollout__batch_max": 0}, "--batch-max 0"),
+        ({"rollout__batch_wait_ms": -1.0}, "--batch-wait-ms -1"),
+        ({"rollout__batch_wait_ms": math.nan}, "--batch-wait-ms nan"),
+        ({"env__env_workers": 25}, "25 env workers have only 24 envs"),
+        ({"rollout__rollout_workers": 25}, "25 rollout workers have only 24 envs"),
+        ({"env__segment": -1}, "--segment"),
+        ({"env__eval_every": -1}, "--eval-every"),
+        # An endless wait ends only when every lane has asked: some fewer may be all that is left of a batch.
+        ({"rollout__batch_wait_ms": math.inf, "rollout__batch_max": 7}, "--batch-wait-ms inf|endless wait"),
+        ({"rollout__batch_wait_ms": math.inf, "rollout__batch_max": "auto"}, "--batch-wait-ms inf|endless wait"),
+        ({"rollout__batch_wait_ms": math.inf, "rollout__batch_max": 25}, "--batch-wait-ms inf|endless wait"),
+    ],
+)
+def test_contradictions_are_named(change, words):
+    with pytest.raises(UserError, match=words) as error:
+        validate(valid(**change))
+    assert "\n" not in str(error.value)
+
+
+def test_saved_settings_come_back(tmp_path):
+    config = from_preset("train-async")  # with an infinite wait, paths and a tuple
+    config.train.tasks = ("push", "reach")
+    (tmp_path / "config.json").write_text(to_json(config))
+    again = from_json(tmp_path / "config.json")
+    assert again == config and isinstance(again.train.tasks, tuple) and again.rollout.batch_wait_ms == math.inf
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"train": {"no_such_setting": 1}}', '{"no_such_stage": {}}'])
+def test_unreadable_settings(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="cannot read the settings"):
+        from_json(tmp_path / "config.json")
+
+
+def test_settings_are_json_objects_by_stage():
+    saved = json.loads(to_json(Config()))
+    assert list(saved) == ["train", "env", "rollout", "actor", "algorithm"]
+    assert set(saved["actor"]) == {field.name for field in fields(ActorConfig)}
+    assert set(saved["train"]) == {field.name for field in fields(RunConfig)}
+
+
+def test_a_user_s_mistake_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise UserError("that cannot be: do this")
+    assert stop.value.code == 2 and capsys.readouterr() == ("", "error: that cannot be: do this\n")

@@ -1,0 +1,301 @@
+"""A worker's lanes step by step against a scripted simulator, and the property that success never selects what is trained."""
+
+import math
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import metrics
+from channel import ACT, EVAL, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from config import Config
+from env_worker import EVAL_SEEDS, Lane, episode_seed, run, run_chunk
+from envs import EnvSpec
+from scheduler import Admission
+
+CHUNK, HORIZON, SEGMENT, LANES = 3, 6, 4, 2
+
+# ---------------------------------------------------------------- this file is a simulator: the test decides who succeeds
+
+
+def spec(tasks, image_size) -> EnvSpec:
+    return EnvSpec(("one", "two"), ("push the puck", "open the door"), 1, 2, 4, 4, HORIZON)
+
+
+class Env:
+    """Succeeds when action[0] is 1. Its picture says which episode this is, how far along, and of which task."""
+
+    def __init__(self, tasks, image_size):
+        pass
+
+    def reset(self, task, seed):
+        self.task, self.seed, self.steps = task, seed, 0
+
+    def observe(self):
+        image = np.zeros((1, 2, 2, 3), np.uint8)
+        image.flat[:3] = self.seed % 251, self.steps, self.task
+        return image, np.full(4, 0.1 * self.steps, np.float32)
+
+    def step(self, action):
+        self.steps += 1
+        return float(action[0] == 1.0), bool(action[0] == 1.0)
+
+
+def seen(pool: SlotPool, slot: int, row: int) -> tuple[int, int, int]:
+    """Episode (its seed mod 251), step and task of a stored picture."""
+    return tuple(pool["image"][slot, row].flatten()[:3].tolist())
+
+
+def plan(success_at: int | None = None) -> torch.Tensor:
+    actions = torch.zeros(CHUNK, 4)
+    if success_at is not None:
+        actions[success_at, 0] = 1.0
+    return actions
+
+
+# ---------------------------------------------------------------- the worker
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Starts env worker 0 over both lanes; the test plays rollout worker and actor."""
+    monkeypatch.setitem(envs.ENVS, "metaworld", __name__)
+    processes = []
+
+    def start(version: int = 0, **settings) -> Channels:
+        config = Config()
+        config.env.envs, config.actor.batch, config.env.env_workers, config.env.eval_every = LANES, LANES, 1, 0
+        for name, value in settings.items():
+            setattr(config.env, name, value)
+        f = torch.float32
+        fields = {
+            "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8), "tokens": ((SEGMENT + 1, 24), torch.int32),
+            "actions": ((SEGMENT, CHUNK, 4), f), "reward": ((SEGMENT,), f), "terminated": ((SEGMENT,), torch.bool),
+            "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "trajectory": ((), torch.int32),
+            "task": ((), torch.int32),
+        }  # fmt: skip
+        slots = Admission(LANES, LANES, 1).slots + config.env.eval_envs
+        channels = Channels(
+            SlotPool(fields, slots), WeightPlane({"w": ((1,), f)}, version=version), Counters(1, metrics.columns(2)),
+            (IndexQueue(),), (IndexQueue(),), (IndexQueue(),),
+        )  # fmt: skip
+        stats = {"state_low": [0.0] * 4, "state_high": [1.0] * 4}
+        meter = metrics.Meter("env-0", 0, channels.counters, None)
+        process = get_context("fork").Process(target=run, args=(0, config, stats, channels, version, meter), daemon=True)
+        process.start()
+        processes.append(process)
+        return channels
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def requests(channels: Channels, count: int) -> list[Record]:
+    """The next requests, which must be so many, in the order of their slots."""
+    got = []
+    while len(got) < count:
+        more = channels.requests[0].get(10.0)
+        assert more, f"only {got} came"
+        got += more
+    assert len(got) == count and channels.requests[0].get(0.1) == []
+    return sorted(got)
+
+
+def answer(channels: Channels, record: Record, actions: torch.Tensor | None = None) -> None:
+    if actions is not None:
+        channels.pool["actions"][record.slot, 0 if record.kind == EVAL else record.t] = actions
+    channels.replies[0].put([record])
+
+
+def publish(channels: Channels, version: int) -> None:
+    channels.plane.publish({"w": torch.zeros(1)}, version)
+    channels.replies[0].put([Record(0, 0, VERSION, 0)])
+
+
+def name(*where: int) -> int:
+    return episode_seed(1, *where) % 251
+
+
+def test_a_trajectory_from_request_to_request(worker):
+    channels = worker()
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    assert (zero, one) == (Record(0, 0, ACT, 0), Record(1, 0, ACT, 0))
+    assert seen(pool, 0, 0) == (name(0, 0, 0), 0, 0) and seen(pool, 1, 0) == (name(1, 0, 0), 0, 1)
+    assert not torch.equal(pool["tokens"][0, 0], pool["tokens"][1, 0])  # two tasks, two prompts
+
+    # Lane 1 is left waiting for its action all the while: nobody else minds.
+    answer(channels, zero, plan())
+    (zero,) = requests(channels, 1)
+    assert zero == Record(0, 1, ACT, 0) and seen(pool, 0, 1) == (name(0, 0, 0), 3, 0)
+    assert not torch.equal(pool["tokens"][0, 0], pool["tokens"][0, 1])  # the state is in the prompt
+    answer(channels, zero, plan(success_at=1))  # in the middle of a chunk: the rest of it is not executed
+    (zero,) = requests(channels, 1)
+    assert zero == Record(0, 2, ACT, 0) and seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)
+    for _ in (3, 4):
+        answer(channels, zero, plan())
+        (zero,) = requests(channels, 1)
+    assert zero == Record(0, 4, VALUE, 0) and seen(pool, 0, 4)[1] == 0  # a new episode after the time limit
+    assert pool["reward"][0].tolist() == [0, 1, 0, 0]
+    assert pool["terminated"][0].tolist() == [False, True, False, False]
+    assert pool["truncated"][0].tolist() == [False, False, False, True]
+    assert channels.finished[0].get(0) == []
+    answer(channels, zero)  # the value of the last observation has come
+    assert channels.finished[0].get(10.0)[0][:2] == (0, 0)
+    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
+    assert counted == [3 + 2 + 3 + 3, 2, 1]
+
+
+def test_a_slot_says_whose_it_is(worker):
+    channels = worker()
+    requests(channels, 2)
+    assert [[channels.pool[n][slot].item() for n in ("lane", "trajectory", "task")] for slot in (0, 1)] == [[0, 0, 0], [1, 0, 1]]
+
+
+def drive(channels: Channels, record: Record) -> None:
+    """Answers one lane's requests to the end of its trajectory, without success."""
+    for t in range(record.t, SEGMENT):
+        assert record[1:3] == (t, ACT)
+        answer(channels, record, plan())
+        (record,) = requests(channels, 1)
+    answer(channels, record)
+    assert channels.finished[0].get(10.0)[0].slot == record.slot
+
+
+def test_a_trajectory_starts_when_its_version_allows_and_goes_on_where_the_last_ended(worker):
+    channels = worker()
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    drive(channels, zero)
+    assert requests(channels, 0) == []  # before version 0, only batch 0 may start (K = 1)
+    publish(channels, 0)
+    (zero,) = requests(channels, 1)
+    assert zero == Record(2, 0, ACT, 0) and pool["trajectory"][2] == 1  # the other half of the ring
+    assert seen(pool, 2, 0) == seen(pool, 0, SEGMENT) and torch.equal(pool["tokens"][2, 0], pool["tokens"][0, SEGMENT])
+    drive(channels, zero)
+    assert requests(channels, 0) == []  # lane 1's first trajectory still waits: version 1 cannot be
+    drive(channels, one)
+    (one,) = requests(channels, 1)
+    assert one == Record(3, 0, ACT, 0)
+    publish(channels, 1)
+    (zero,) = requests(channels, 1)
+    assert zero == Record(0, 0, ACT, 0) and pool["trajectory"][0] == 2
+
+
+def test_a_resumed_run_meets_the_same_episodes(worker):
+    whole, resumed = worker(), worker(version=1)
+    zero, _ = requests(whole, 2)
+    drive(whole, zero)  # 4 chunks of 3 steps: two episodes end by the time limit, the next begins with the next trajectory
+    publish(whole, 0)
+    (again,) = requests(whole, 1)
+    first, _ = requests(resumed, 2)
+    assert resumed.pool["trajectory"][first.slot] == whole.pool["trajectory"][again.slot] == 1
+    assert seen(resumed.pool, first.slot, 0) == seen(whole.pool, again.slot, 0)
+
+
+def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
+    channels = worker(eval_envs=1, eval_episodes=3, eval_every=2)
+    slot = 2 * LANES
+    requests(channels, 2)  # the training lanes' are never answered
+    publish(channels, 0)
+    counted = lambda: [channels.counters.get(0, f"eval_{n}_{k}") for n in ("episodes", "successes") for k in (0, 1)]  # noqa: E731
+    for successes in ([True, False, True], [False, False, False]):
+        for episode, success in enumerate(successes):
+            (record,) = requests(channels, 1)
+            assert record == Record(slot, 0, EVAL, 0) and channels.pool["trajectory"][slot] == episode
+            assert seen(channels.pool, slot, 0) == ((EVAL_SEEDS + episode) % 251, 0, episode % 2)
+            answer(channels, record, plan())
+            (record,) = requests(channels, 1)
+            assert record == Record(slot, 1, EVAL, 0) and seen(channels.pool, slot, 0)[1] == 3
+            answer(channels, record, plan(success_at=2 if success else None))
+        assert requests(channels, 0) == []
+        if successes[0]:
+            assert counted() == [2, 1, 2, 0]
+            publish(channels, 1)
+            assert requests(channels, 0) == []  # every second version
+            publish(channels, 2)
+    assert counted() == [4, 2, 2, 0] and channels.counters.get(0, "env_steps") == 0
+
+
+# ---------------------------------------------------------------- its parts
+
+
+@pytest.mark.parametrize(
+    "begun, success_at, expected, steps",
+    [
+        (0, None, (0.0, False, False), 3),
+        (0, 0, (1.0, True, False), 1),
+        (0, 2, (1.0, True, False), 3),
+        (3, None, (0.0, False, True), 6),
+        (4, None, (0.0, False, True), 6),  # the limit comes in the middle of a chunk
+        (4, 1, (1.0, True, False), 6),  # success in the last step is success
+        (4, 2, (0.0, False, True), 6),  # and one step later is too late
+    ],
+)
+def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
+    lane = Lane(0, Env((), 2), step=begun)
+    lane.env.reset(0, 0)
+    assert run_chunk(lane, plan(success_at).numpy(), HORIZON) == expected and lane.step == steps
+
+
+def test_episodes_have_names_of_their_own():
+    seeds = [episode_seed(s, lane, j, t) for s in (0, 1) for lane in range(6) for j in range(20) for t in range(5)]
+    assert len(set(seeds)) == len(seeds)
+    assert seeds == [episode_seed(s, lane, j, t) for s in (0, 1) for lane in range(6) for j in range(20) for t in range(5)]
+    assert all(2**30 <= seed < 2**31 for seed in seeds)  # never an evaluation's (5·10⁵) nor a demonstration's (10⁷)
+    assert EVAL_SEEDS + 100_000 < 10_000_000 < 2**30
+
+
+class Coin:
+    """Succeeds with probability `rate`, after `length` control steps."""
+
+    def __init__(self, rng, rate: float, length: int):
+        self.rng, self.rate, self.length = rng, rate, length
+
+    def reset(self, task=0, seed=0):
+        self.steps, self.wins = 0, self.rng.random() < self.rate
+
+    def step(self, action):
+        self.steps += 1
+        success = bool(self.wins and self.steps == self.length)
+        return float(success), success
+
+
+def test_success_does_not_select_what_is_trained_on():
+    rate, horizon, chunk, segment, lanes = 0.3, 40, np.zeros((5, 4)), 8, 8
+    rng, admission = np.random.default_rng(0), Admission(lanes, lanes, 1)
+    speed = np.linspace(1.0, 6.0, lanes)  # fast and slow simulators, which succeed early or late
+    all_lanes = [Lane(i, Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)]
+    slots, version, trained = {}, 0, []
+    for lane in all_lanes:
+        lane.env.reset()
+    while version < 120:
+        lane = all_lanes[rng.choice(lanes, p=speed / speed.sum())]
+        if lane.t == segment:
+            lane.trajectory, lane.t = lane.trajectory + 1, 0
+        if lane.t == 0:
+            if not admission.admits(lane.trajectory, version):
+                continue
+            slots[admission.slot(lane.index, lane.trajectory)] = []
+        _, terminated, truncated = run_chunk(lane, chunk, horizon)
+        if terminated or truncated:
+            slots[admission.slot(lane.index, lane.trajectory)].append(terminated)
+            lane.env.reset()
+            lane.step = 0
+        lane.t += 1
+        if all(one.trajectory * segment + one.t >= (version + 1) * segment for one in all_lanes):
+            ring = version % 2 * lanes
+            trained += [won for slot in range(ring, ring + lanes) for won in slots.pop(slot)]
+            version += 1
+    deviation = math.sqrt(rate * (1 - rate) / len(trained))
+    assert len(trained) > 800 and abs(np.mean(trained) - rate) < 3 * deviation
+
+    # These lanes could have shown it: had every batch taken the first half to finish, success would look likelier than it is.
+    wins = rng.random((1000, lanes)) < rate
+    finished = np.where(wins, np.tile((5, 35), lanes // 2), horizon) / speed
+    first_half = np.take_along_axis(wins, finished.argsort(axis=1)[:, : lanes // 2], axis=1)
+    assert first_half.mean() > rate + 0.05

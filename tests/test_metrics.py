@@ -1,0 +1,151 @@
+"""Counters to metrics lines, spans to a Chrome trace, the run folder and its pictures."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import metrics
+from channel import Counters
+from config import ROOT, UserError
+from metrics import HISTOGRAM, Interval, Meter, RunFolder, progress, read_metrics, write_trace
+
+ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
+TASKS = ("push", "reach")
+
+
+def counters() -> Counters:
+    return Counters(4, metrics.columns(len(TASKS)))
+
+
+def line(version: int, **more) -> dict:
+    return {
+        "iteration": version, "version": version, "time": 60.0 * version, "success_rate": 0.25, "env_steps_per_s": 100.0,
+        "staleness_mean": 0.5, "staleness_max": 1, "bubble_env": 0.1, "bubble_rollout": 0.2, "bubble_actor": 0.3,
+        "waits": {"env:action": 0.1, "actor:trajectory": 0.3},
+    } | more  # fmt: skip
+
+
+def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):
+    table = counters()
+    meter = Meter("env-0", 2, table, tmp_path)
+    with meter.work("step"):
+        time.sleep(0.05)
+    with meter.wait("action"):
+        assert table.get(2, "waiting") == 1 + metrics.CAUSES.index("action")
+        time.sleep(0.03)
+    assert table.get(2, "waiting") == 0 and table.get(2, "work_s") >= 0.05 and table.get(2, "wait_action_s") >= 0.03
+    assert time.monotonic() - table.get(2, "time") < 5.0
+    meter.flush()
+    spans = [json.loads(row) for row in (tmp_path / "env-0.jsonl").read_text().splitlines()]
+    assert [name for name, _, _ in spans] == ["step", "wait: action"]
+    assert all(end > start for _, start, end in spans) and spans[1][1] >= spans[0][2]
+
+
+def test_without_trace_nothing_is_written(tmp_path):
+    meter = Meter("env-0", 2, counters(), None)
+    with meter.work("step"), meter.nothing:
+        pass
+    meter.flush()
+    meter.ready()
+    assert list(tmp_path.iterdir()) == [] and meter.counters.get(2, "ready") == 1
+
+
+def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    table = counters()
+    table.add(2, "env_steps", 50.0)
+    interval = Interval(table, ROWS, TASKS)
+    now[0] = 110.0
+    table.add(2, "env_steps", 100.0), table.add(3, "env_steps", 300.0)
+    table.add(1, "requests", 12.0), table.add(1, "batches", 4.0), table.add(1, "batch_wait_s", 0.02)
+    table.add(1, HISTOGRAM[1], 3.0), table.add(1, HISTOGRAM[3], 1.0)
+    table.set(1, "weight_sync_s", 0.5), table.set(1, "fetches", 2.0), table.add(1, "weight_stall_s", 0.25)
+    table.add(2, "wait_action_s", 1.0), table.add(3, "wait_action_s", 3.0), table.add(3, "wait_admission_s", 2.0)
+    table.add(0, "wait_trajectory_s", 12.0)  # a wait that began before the interval
+    out = interval.measure()
+    assert out["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
+    assert out["batch_size_mean"] == 3.0 and out["batch_size_hist"] == {"2": 3, "8": 1} and out["batch_wait_ms"] == 5.0
+    assert out["weight_sync_s"] == 0.25 and out["weight_stall_s"] == 0.25
+    assert out["bubble_env"] == pytest.approx(0.3) and out["bubble_rollout"] == 0.0 and out["bubble_actor"] == 1.0
+    assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.2}
+    now[0] = 111.0
+    again = interval.measure()
+    assert again["env_steps"] == 450 and again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
+
+
+def test_an_evaluation_is_reported_when_all_its_episodes_are_in():
+    table = counters()
+    table.add(2, "eval_episodes_0", 5.0)  # before this run
+    interval = Interval(table, ROWS, TASKS)
+    table.add(2, "eval_episodes_0", 2.0), table.add(2, "eval_successes_0", 1.0), table.add(3, "eval_episodes_1", 1.0)
+    assert interval.evaluation(4) == {} and interval.evaluation(0) == {}
+    table.add(3, "eval_episodes_1", 1.0), table.add(3, "eval_successes_1", 1.0)
+    expected = {"eval_success_rate": 0.5, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.5}}
+    assert interval.evaluation(4) == expected
+    assert interval.evaluation(4) == {}
+
+
+def test_the_trace_is_in_chrome_s_format(tmp_path):
+    spans = {"env-0": [["step", 10.5, 11.0], ["wait: action", 11.0, 11.25]], "actor-0": [["train", 10.0, 12.0]], "rollout-0": []}
+    write_trace(tmp_path / "trace.json", spans)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
+    assert list(names.values()) == ["env-0", "rollout-0", "actor-0"]
+    work = [(names[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert ("env-0", "step", pytest.approx(500_000.0), pytest.approx(500_000.0)) in work  # microseconds
+    assert ("env-0", "wait: action", pytest.approx(1_000_000.0), pytest.approx(250_000.0)) in work
+    assert ("actor-0", "train", pytest.approx(0.0), pytest.approx(2_000_000.0)) in work and len(work) == 3
+
+
+def test_a_run_folder_from_begin_to_end(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "one", resume=False)
+    for version in (1, 2, 3):
+        folder.append(
+            line(version, **{"eval_success_rate": 0.5} if version == 2 else {}, success_rate=None if version == 1 else 0.5)
+        )
+    (folder.spans / "env-0.jsonl").write_text('["step",1.0,2.0]\n["step",2.0,2.5]\n["step",3.')  # killed while it wrote
+    (folder.spans / "rendezvous").write_bytes(b"left by actor workers that were killed")
+    folder.finish()
+    assert {p.name for p in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl", "trace.json", "swimlane.png", "curve.png"}
+    events = json.loads((folder.path / "trace.json").read_text())["traceEvents"]
+    assert sum(e["ph"] == "X" for e in events) == 2
+    for picture in ("swimlane.png", "curve.png"):
+        assert (folder.path / picture).read_bytes().startswith(b"\x89PNG")
+
+    with pytest.raises(UserError, match=f"exists: continue it with --resume {folder.path} "):
+        RunFolder(folder.path, resume=False)
+    again = RunFolder(folder.path, resume=True)
+    again.truncate(2)
+    assert [one["version"] for one in again.lines()] == [1, 2] == [one["version"] for one in read_metrics(folder.path)]
+    again.finish(draw=False)
+
+
+def test_a_run_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match="choose another --run"):
+            RunFolder(path, resume=False)
+
+
+def test_pictures_are_drawn_again_on_request(tmp_path):
+    command = [sys.executable, "-m", "metrics", str(tmp_path)]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and "usage" in failed.stderr and "Traceback" not in failed.stderr
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
+    write_trace(tmp_path / "trace.json", {"env-0": [["step", 1.0, 2.0]]})
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "curve.png").stat().st_size > 1000 and (tmp_path / "swimlane.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_progress_shows_each_iteration(capsys, interactive):
+    show, display = progress(7, interactive)
+    with display:
+        show(line(1, success_rate=None))
+        show(line(2, eval_success_rate=0.75))
+    text = capsys.readouterr().out
+    assert "2/7" in text and "75.0%" in text and "25.0%" in text

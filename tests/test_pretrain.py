@@ -1,0 +1,48 @@
+"""Imitation at its smallest: demonstrations in, a checkpoint and its vocabulary out."""
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from config import Config, UserError
+from envs import metaworld
+from models import checkpoint, tokenize
+from models.pi import PiConfig, build
+from pretrain import PretrainConfig
+
+
+def test_demonstrations_are_labelled_with_the_expert_s_own_actions():
+    config = PretrainConfig(frame_every=10, action_noise=0.0)
+    frames = pretrain.demonstrate((("handle-press",), 0, 10_000_000, 1, config))
+    assert len(frames) >= 3
+    env = metaworld.Env(("handle-press",), 64)
+    env.reset(0, 10_000_000)
+    for i, (task, image, state, actions, *_) in enumerate(frames):  # without noise, replaying the labels visits the same states
+        picture, here = env.observe()
+        assert task == 0 and actions.shape == (10, 4) and np.abs(actions).max() <= 1.0
+        np.testing.assert_allclose(here, state, atol=1e-6)
+        assert i > 0 or np.array_equal(picture, image)
+        wins = [env.step(action)[1] for action in actions]
+    assert any(wins)  # the demonstration succeeds
+    env.close()
+
+
+def test_a_tiny_pretraining_makes_a_checkpoint_that_loads(cli, tmp_path):
+    out = tmp_path / "small.safetensors"
+    flags = "--tasks handle-press --demos 1 --steps 2 --batch 4"
+    status, output = cli("pretrain.py", f"--out {out} {flags}").finish()
+    assert status == 0 and "Traceback" not in output, output
+    header = checkpoint.read_header(out)
+    assert header.family == "pi05" and len(header.stats["state_low"]) == 4
+    assert all(low <= high for low, high in zip(header.stats["state_low"], header.stats["state_high"], strict=True))
+    config = Config()
+    config.train.checkpoint = out
+    model = build(config, metaworld.spec((), 64))
+    assert all(torch.isfinite(p).all() for p in model.parameters()) and model.config.width == PiConfig.width
+    assert tokenize.load(str(out.with_name("tokenizer.model"))).get_piece_size() == PiConfig.vocabulary
+
+
+def test_a_missing_folder_is_noticed_before_the_work(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        pretrain.main(PretrainConfig(out=tmp_path / "none" / "x.safetensors"))

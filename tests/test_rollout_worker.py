@@ -1,0 +1,166 @@
+"""Weights that arrive behind the back of a serving worker, and what one inference writes where."""
+
+import time
+
+import pytest
+import torch
+from conftest import observations, tiny_pi
+
+from channel import ACT, EVAL, VALUE, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from rollout_worker import WeightFetcher, serve
+
+SHAPES = {"a": ((50_000,), torch.float32), "b": ((3,), torch.float32)}
+SLOTS, SEGMENT = 4, 3
+
+
+def filled(value: float) -> dict[str, torch.Tensor]:
+    return {name: torch.full(shape, value, dtype=dtype) for name, (shape, dtype) in SHAPES.items()}
+
+
+def values(parameters) -> set[float]:
+    return {value for p in parameters.values() for value in p.detach().unique().tolist()}
+
+
+@pytest.fixture
+def plane():
+    return WeightPlane(SHAPES)
+
+
+@pytest.fixture
+def parameters():
+    return {name: torch.nn.Parameter(tensor) for name, tensor in filled(-1.0).items()}
+
+
+def test_weights_change_only_when_they_are_swapped_in(plane, parameters):
+    fetcher = WeightFetcher(plane, parameters, timeout=10.0)
+    assert not fetcher.swap() and fetcher.version == -1
+    plane.publish(filled(0.0), 0)
+    fetcher.wake.set()
+    assert fetcher.full.wait(10) and values(parameters) == {-1.0}  # staged beside the weights in use
+    assert fetcher.swap() and fetcher.version == 0 and values(parameters) == {0.0}
+    assert not fetcher.swap() and fetcher.fetches == 1
+
+
+def test_versions_only_rise_and_the_newest_comes(plane, parameters):
+    fetcher, seen = WeightFetcher(plane, parameters, timeout=10.0), []
+    for version in range(30):
+        plane.publish(filled(version), version)
+        fetcher.wake.set()
+        if fetcher.swap(0.0 if version % 3 else 10.0):
+            assert values(parameters) == {fetcher.version}
+            seen.append(fetcher.version)
+    while fetcher.version < 29:
+        assert fetcher.swap(10.0) and values(parameters) == {fetcher.version}
+        seen.append(fetcher.version)
+    assert seen == sorted(set(seen)) and len(seen) > 3
+
+
+def test_a_transfer_that_takes_long_does_not_hold_up_the_next_batch(plane, parameters):
+    plane.publish(filled(0.0), 0)
+    fetcher = WeightFetcher(plane, parameters, timeout=30.0)
+    assert fetcher.swap(10.0)
+    plane.stamps[1], plane.published[0] = -1, 1  # version 1 is announced, and its copy never ends
+    fetcher.wake.set()
+    time.sleep(0.1)
+    for _ in range(100):
+        assert not fetcher.swap()
+    assert fetcher.version == 0 and values(parameters) == {0.0}
+    plane.publish(filled(1.0), 1)
+    assert fetcher.swap(10.0) and values(parameters) == {1.0}
+
+
+def test_an_error_of_the_side_thread_reaches_the_worker(plane, parameters):
+    plane.published[0] = 0  # announced, never written
+    fetcher = WeightFetcher(plane, parameters, timeout=0.1)
+    fetcher.wake.set()
+    with pytest.raises(TimeoutError, match="no weights came"):
+        fetcher.swap(10.0)
+
+
+@pytest.fixture
+def model():
+    return tiny_pi(image_size=16, patch=8, chunk=4)
+
+
+@pytest.fixture
+def channels(model):
+    c, t = model.config, SEGMENT
+    spec = {
+        "image": ((t + 1, 1, 16, 16, 3), torch.uint8), "tokens": ((t + 1, c.tokens), torch.int32),
+        "actions": ((t, 4, 4), torch.float32), "logprob": ((t,), torch.float32), "value": ((t + 1,), torch.float32),
+        "version": ((t,), torch.int32), "lane": ((), torch.int32), "trajectory": ((), torch.int32),
+    }  # fmt: skip
+    spec |= {name: ((t, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
+    pool = SlotPool(spec, SLOTS)
+    obs = observations(model, SLOTS * (t + 1))
+    pool["image"].copy_(obs["image"].unflatten(0, (SLOTS, t + 1)))
+    pool["tokens"].copy_(obs["tokens"].unflatten(0, (SLOTS, t + 1)))
+    pool["lane"].copy_(torch.arange(SLOTS)), pool["trajectory"].copy_(10 + torch.arange(SLOTS))
+    return Channels(pool, None, Counters(1, ("a",)), (), (IndexQueue(), IndexQueue()), ())
+
+
+WRITTEN = ("actions", "logprob", "value", "version", "x_t", "x_next", "denoise_index", "prefix_cache", "prefix_feature")
+
+
+def changed(channels, records, model) -> set[tuple[str, int, int]]:
+    """Serves, and returns which (field, slot, row) of the pool it wrote."""
+    before = {}
+    for name, tensor in channels.pool.tensors.items():
+        if name in WRITTEN:
+            tensor.fill_(-7)
+        before[name] = tensor.clone()
+    serve(model, records, channels, seed=1, version=5, device="cpu")
+    out = set()
+    for name, tensor in channels.pool.tensors.items():
+        assert name in WRITTEN or torch.equal(tensor, before[name])
+        if name in WRITTEN:
+            out |= {(name, s, t) for s in range(SLOTS) for t in range(tensor.shape[1]) if (tensor[s, t] != -7).any()}
+    return out
+
+
+def test_each_kind_of_request_writes_its_own_rows_and_no_others(model, channels):
+    records = [Record(2, 1, ACT, 1), Record(0, SEGMENT, VALUE, 0), Record(3, 2, EVAL, 1), Record(1, 0, ACT, 0)]
+    wrote = changed(channels, records, model)
+    acts = {(name, slot, row) for name in WRITTEN for slot, row in ((2, 1), (1, 0))}
+    assert wrote == acts | {("value", 0, SEGMENT), ("actions", 3, 0)}  # evaluation lives in row 0
+    assert channels.pool["version"][2, 1] == 5
+    assert channels.replies[0].get(0) == [records[1], records[3]]
+    assert channels.replies[1].get(0) == [records[0], records[2]]
+
+
+@pytest.mark.parametrize("kind, row, wrote", [(VALUE, SEGMENT, {("value", 0, SEGMENT)}), (EVAL, 2, {("actions", 0, 0)})])
+def test_a_batch_of_one_kind_alone(model, channels, kind, row, wrote):
+    assert changed(channels, [Record(0, row, kind, 0)], model) == wrote
+
+
+def test_what_is_written_can_be_trained_at_ratio_one(model, channels):
+    pool, records = channels.pool, [Record(slot, t, ACT, 0) for slot in range(SLOTS) for t in range(SEGMENT)]
+    for start in (0, 5, 10):  # batches of 5, 5 and 2
+        serve(model, records[start : start + 5], channels, seed=1, version=0, device="cpu")
+    batch = {name: pool[name][:, :SEGMENT].flatten(0, 1) for name in model.training_fields()}
+    with torch.no_grad():
+        out = model.evaluate(batch)
+    torch.testing.assert_close(out["logprob"], pool["logprob"].flatten(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out["value"], pool["value"][:, :SEGMENT].flatten(), atol=1e-5, rtol=0)
+
+
+def test_actions_do_not_depend_on_how_requests_are_batched(model, channels):
+    pool, records = channels.pool, [Record(slot, 1, ACT, 0) for slot in range(SLOTS)]
+    serve(model, records, channels, seed=1, version=0, device="cpu")
+    together = pool["actions"][:, 1].clone()
+    for record in reversed(records):
+        serve(model, [record], channels, seed=1, version=0, device="cpu")
+    torch.testing.assert_close(pool["actions"][:, 1], together, atol=1e-5, rtol=0)
+    serve(model, records, channels, seed=2, version=0, device="cpu")
+    assert ((pool["actions"][:, 1] - together).abs().amax((1, 2)) > 1e-2).all()  # the seed names the noise
+
+
+def test_evaluation_acts_without_exploring(model, channels):
+    pool = channels.pool
+    for kind, step in ((EVAL, 0), (EVAL, 0), (ACT, 0)):
+        before = pool["actions"][0, 0].clone()
+        serve(model, [Record(0, step, kind, 0)], channels, seed=1, version=0, device="cpu")
+    obs = {name: pool[name][:1, 0] for name in ("image", "tokens")}
+    ode = model.act(obs, model.draw([(1, 0, 10, 0)], [False]))["actions"][0]
+    torch.testing.assert_close(before, ode, atol=1e-5, rtol=0)
+    assert (pool["actions"][0, 0] - before).abs().max() > 1e-2

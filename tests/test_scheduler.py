@@ -1,0 +1,230 @@
+"""Eq. 1 with a fake clock, admission under random scheduling, and what a ratio means on every machine."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config import UserError, parse_ratio
+from scheduler import Admission, DynamicBatcher, place
+
+fast = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_serves_when_b_max_requests_are_queued():
+    batcher = DynamicBatcher(3, 10.0, Clock())
+    for request in range(3):
+        assert batcher.remaining() != 0.0
+        batcher.add(request)
+    assert batcher.remaining() == 0.0
+    assert batcher.take() == ([0, 1, 2], 0.0)
+    assert batcher.remaining() is None
+
+
+def test_serves_when_the_oldest_request_has_waited_t_max():
+    batcher = DynamicBatcher(3, 10.0, clock := Clock())
+    batcher.add("old")
+    clock.now = 4.0
+    batcher.add("young")
+    assert batcher.remaining() == 6.0
+    clock.now = 10.0
+    assert batcher.remaining() <= 0.0
+    assert batcher.take() == (["old", "young"], 10.0)
+
+
+def test_clock_starts_at_the_first_queued_request():
+    batcher = DynamicBatcher(3, 10.0, clock := Clock())
+    clock.now = 1000.0  # an idle time counts for nothing
+    assert batcher.remaining() is None
+    batcher.add(0)
+    assert batcher.remaining() == 10.0
+    clock.now = 1010.0
+    batcher.take()
+    clock.now = 2000.0
+    batcher.add(1)
+    assert batcher.remaining() == 10.0
+
+
+def test_a_request_left_behind_keeps_its_own_clock():
+    batcher = DynamicBatcher(2, 10.0, clock := Clock())
+    for now in (0.0, 1.0, 2.0):
+        clock.now = now
+        batcher.add(now)
+    assert batcher.take() == ([0.0, 1.0], 2.0)
+    clock.now = 5.0
+    assert batcher.remaining() == 7.0  # queued at 2, due at 12
+
+
+def test_endless_wait_is_lockstep():
+    batcher = DynamicBatcher(4, math.inf, clock := Clock())
+    for lane in range(3):
+        batcher.add(lane)
+    clock.now = 1e9
+    assert batcher.remaining() == math.inf
+    batcher.add(3)
+    assert batcher.remaining() == 0.0
+
+
+def test_uncounted_requests_ride_along_and_never_fill_a_batch():
+    batcher = DynamicBatcher(2, math.inf, Clock())
+    for request in ("eval a", "eval b", "eval c"):
+        batcher.add(request, counted=False)
+    assert batcher.remaining() == math.inf
+    batcher.add("lane 0")
+    assert batcher.remaining() == math.inf
+    batcher.add("lane 1"), batcher.add("eval d", counted=False), batcher.add("lane 2")
+    assert batcher.remaining() == 0.0
+    assert batcher.take()[0] == ["eval a", "eval b", "eval c", "lane 0", "lane 1", "eval d"]
+    assert batcher.remaining() == math.inf and batcher.counted == 1
+
+
+def test_an_uncounted_request_alone_is_served_after_t_max():
+    batcher = DynamicBatcher(2, 10.0, clock := Clock())
+    batcher.add("eval", counted=False)
+    clock.now = 10.0
+    assert batcher.remaining() <= 0.0 and batcher.take()[0] == ["eval"]
+
+
+@fast
+@given(
+    batch_max=st.integers(1, 5),
+    wait=st.sampled_from([0.0, 1.0, 3.0]),
+    steps=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from([0.0, 0.5, 2.0])), max_size=40),
+)
+def test_no_request_starves_and_order_is_kept(batch_max, wait, steps):
+    batcher, added, served = DynamicBatcher(batch_max, wait, clock := Clock()), [], []
+
+    def serve() -> None:
+        while (remaining := batcher.remaining()) is not None and remaining <= 0:
+            batch, waited = batcher.take()
+            assert batch and sum(counted for _, counted, _ in batch) <= batch_max
+            assert waited == max(clock.now - queued for _, _, queued in batch)
+            served.extend(batch)
+
+    for count, counted, passed in steps:
+        for _ in range(count):
+            added.append((len(added), counted, clock.now))
+            batcher.add(added[-1], counted)
+        serve()
+        assert all(clock.now - queued < max(wait, 1e-9) for _, _, queued in added[len(served) :])
+        clock.now += passed
+    clock.now += wait
+    serve()
+    assert served == added
+
+
+@fast
+@given(
+    lanes=st.integers(1, 4),
+    per_lane=st.integers(1, 3),
+    staleness=st.integers(0, 2),
+    choices=st.lists(st.integers(0, 5), max_size=150),
+)
+def test_admission_bounds_staleness_and_never_shares_a_slot(lanes, per_lane, staleness, choices):
+    admission = Admission(lanes * per_lane, lanes, staleness)
+    version, started, live, members = 0, [0] * lanes, {}, {}
+    for choice in choices:  # a lane that wants to start, or the actor that publishes
+        complete = all(j >= (version + 1) * per_lane for j in started)
+        if choice >= lanes:
+            if complete:  # batch `version` is whole: train on it and publish
+                ring = version % (staleness + 1) * admission.batch
+                batch = {slot: live.pop(slot) for slot in range(ring, ring + admission.batch)}
+                members[version] = sorted(batch.values())
+                version += 1
+        elif admission.admits(started[choice], version):
+            slot = admission.slot(choice, started[choice])
+            assert 0 <= slot < admission.slots and slot not in live
+            live[slot] = (choice, started[choice])
+            started[choice] += 1
+        else:
+            assert started[choice] >= (version + staleness + 1) * per_lane
+        assert sum(started) <= (version + staleness + 1) * admission.batch
+        # Somebody can always go on: either a lane may start, or the batch in training is complete.
+        assert any(admission.admits(j, version) for j in started) or all(j >= (version + 1) * per_lane for j in started)
+    for b, trained in members.items():  # who is in a batch never depends on the order of events
+        assert trained == sorted((lane, j) for lane in range(lanes) for j in range(b * per_lane, (b + 1) * per_lane))
+
+
+@pytest.mark.parametrize(
+    "ratio, env, rollout, actor, threads",
+    [
+        ("3:1", 3, 1, 1, (6, 2)),
+        ("2:1", 2, 1, 1, (5, 2)),
+        ("1:1", 1, 1, 1, (4, 4)),
+        ("6:2", 6, 1, 2, (6, 1)),
+        ("1:3", 1, 1, 3, (2, 2)),
+    ],
+)
+def test_ratio_on_eight_cores_without_gpus(ratio, env, rollout, actor, threads):
+    found = place(ratio, "disaggregated", 0, 8, 0, 0, 0)
+    assert (len(found.env_devices), len(found.rollout_devices), len(found.actor_devices)) == (env, rollout, actor)
+    assert (found.rollout_threads, found.actor_threads) == threads
+    assert {*found.env_devices, *found.rollout_devices, *found.actor_devices} == {"cpu"} and "no GPU" in found.line
+
+
+def test_given_worker_counts_replace_derived_ones_and_colocated_shares_all_cores():
+    found = place("3:1", "colocated", 0, 8, 2, 2, 4)
+    assert (len(found.env_devices), len(found.rollout_devices), len(found.actor_devices)) == (2, 2, 4)
+    assert (found.rollout_threads, found.actor_threads) == (4, 2)
+    assert place("3:1", "disaggregated", 0, 1, 0, 0, 0).actor_threads == 1  # never 0
+
+
+def cuda(*indices: int) -> tuple[str, ...]:
+    return tuple(f"cuda:{i}" for i in indices)
+
+
+@pytest.mark.parametrize(
+    "ratio, placement, env, rollout, actor",
+    [
+        ("3:1", "disaggregated", cuda(*range(6)), cuda(*range(6)), cuda(6, 7)),
+        ("2:1", "disaggregated", cuda(*range(4)), cuda(*range(4)), cuda(4, 5)),
+        ("1:1", "disaggregated", cuda(*range(4)), cuda(*range(4)), cuda(*range(4, 8))),
+        ("6:2", "disaggregated", cuda(*range(6)), cuda(*range(6)), cuda(6, 7)),
+        ("1:3", "disaggregated", cuda(0, 1), cuda(0, 1), cuda(*range(2, 8))),
+        ("3:1", "colocated", cuda(*range(8)), cuda(*range(8)), cuda(*range(8))),
+        ("3:1", "hybrid", cuda(0, 1), cuda(2, 3, 4, 5), cuda(6, 7)),
+        ("6:2", "hybrid", cuda(0, 1, 2), cuda(3, 4, 5), cuda(6, 7)),
+    ],
+)
+def test_ratio_on_eight_gpus(ratio, placement, env, rollout, actor):
+    found = place(ratio, placement, 8, 16, 0, 0, 0)
+    assert (found.env_devices, found.rollout_devices, found.actor_devices) == (env, rollout, actor)
+    assert ("2 idle" in found.line) == (ratio == "2:1")
+
+
+def test_more_workers_than_gpus_share_them_in_turn():
+    found = place("1:1", "disaggregated", 2, 16, 4, 2, 0)
+    assert found.env_devices == cuda(0, 0, 0, 0) and found.rollout_devices == cuda(0, 0) and found.actor_devices == cuda(1)
+
+
+@pytest.mark.parametrize(
+    "ratio, placement, gpus, counts, words",
+    [
+        ("6:3", "disaggregated", 8, (0, 0, 0), "9 GPUs"),
+        ("3:1", "disaggregated", 2, (0, 0, 0), "4 GPUs"),
+        ("3:1", "disaggregated", 8, (0, 0, 3), "--actor-workers 3 contradicts"),
+        ("1:1", "hybrid", 8, (0, 0, 0), "at least 2 parts"),
+        ("3:1", "disaggregated", 0, (-1, 0, 0), "-1"),
+        ("3:1", "disaggregated", 0, (0, -1, 0), "-1"),
+        ("3:1", "disaggregated", 0, (0, 0, -1), "-1"),
+        ("3:1", "disaggregated", 8, (0, -2, 0), "-2"),
+    ],
+)
+def test_contradictions(ratio, placement, gpus, counts, words):
+    with pytest.raises(UserError, match=words):
+        place(ratio, placement, gpus, 16, *counts)
+
+
+def test_ratios():
+    assert parse_ratio("3:1") == (3, 1) and parse_ratio("16:16") == (16, 16)
+    for bad in ("0:1", "1:0", "3", "a:b", "3:", ":1", "3:1:1", "-3:1", "1.5:1", "", "³:1"):
+        with pytest.raises(UserError, match="R:A"):
+            parse_ratio(bad)

@@ -1,0 +1,250 @@
+"""The command line end to end on the real simulator: every preset, several workers, resuming, and every mistake."""
+
+import json
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from conftest import SMALL
+from safetensors.torch import load_file
+
+import train
+from config import PRESETS, ROOT, Config, exit_on_user_error, to_json
+from models import checkpoint
+
+KEYS = {
+    "iteration", "version", "time", "env_steps", "env_steps_per_s", "samples_per_s", "episodes", "success_rate", "reward",
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "ratio_max", "grad_norm", "lr",
+    "staleness_mean", "staleness_max", "discarded", "reuse", "batch_size_mean", "batch_size_hist", "batch_wait_ms",
+    "bubble_env", "bubble_rollout", "bubble_actor", "weight_sync_s", "weight_stall_s", "queue_depths", "restarts",
+    "gpu_memory_gb", "rss_gb",
+}  # fmt: skip
+FRACTIONS = ("clip_fraction", "bubble_env", "bubble_rollout", "bubble_actor")
+CASES = {name: f"--preset {name} --ratio 2:1" for name in PRESETS}
+# The synchronous algorithm on the asynchronous machinery: dynamic batches, streaming, two rollout and two actor workers.
+CASES["staleness-0"] = "--preset full --max-staleness 0 --rollout-workers 2 --actor-workers 2 --ratio 1:2"
+
+
+def lines_of(run) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def finished(cli, folder, tiny_checkpoint):
+    """The folder of a run of one of CASES, made by the first test that asks for it."""
+
+    def get(case: str):
+        run = folder / case
+        if not run.exists():
+            process = cli("train.py", f"{SMALL} {CASES[case]} --checkpoint {tiny_checkpoint} --iterations 2 --run {run}")
+            status, output = process.finish()
+            assert status == 0 and "2 iterations done; checkpoint in" in output and "Traceback" not in output, output
+        return run
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
+    run = finished(case)
+    first, second = lines = lines_of(run)
+    for iteration, line in enumerate(lines, 1):
+        assert line.keys() >= KEYS, KEYS - line.keys()
+        assert line["iteration"] == line["version"] == iteration
+        assert all(0.0 <= line[name] <= 1.0 for name in FRACTIONS)
+        assert all(math.isfinite(x) for x in line.values() if isinstance(x, float))
+        assert line["grad_norm"] > 0 and line["restarts"] == 0 and line["rss_gb"] > 0 and line["discarded"] == 0
+        assert sum(line["batch_size_hist"].values()) > 0 and line["samples_per_s"] > 0 and line["env_steps_per_s"] > 0
+    assert first["env_steps"] >= 4 * 3 * 10 and second["env_steps"] > first["env_steps"] and second["time"] > first["time"]
+
+    synchronous = case in ("sync-colocated", "sync-disaggregated", "staleness-0")
+    assert first["staleness_max"] == 0 and second["staleness_max"] <= (0 if synchronous else 1)
+    for line in lines if synchronous else lines[:1]:  # one minibatch is the whole batch, so its weights are the ones that acted
+        assert line["ratio_max"] == pytest.approx(1.0, abs=1e-4) and line["clip_fraction"] == 0.0
+        assert line["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+
+    config = json.loads((run / "config.json").read_text())
+    assert (config["env"]["envs"], config["train"]["iterations"]) == (4, 2)
+    assert config["train"]["checkpoint"] == str(tiny_checkpoint)
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    rows = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    workers = config["env"]["env_workers"], config["rollout"]["rollout_workers"], config["actor"]["actor_workers"]
+    assert workers == ((2, 2, 2) if case == "staleness-0" else (2, 1, 1))
+    assert rows == {f"{s}-{i}" for s, n in zip(("env", "rollout", "actor"), workers, strict=True) for i in range(n)}
+    for picture in ("swimlane.png", "curve.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+    saved = run / "checkpoints" / "000002"
+    assert {file.name for file in saved.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
+    assert json.loads((saved / "state.json").read_text())["version"] == 2
+    before, after = load_file(tiny_checkpoint), load_file(saved / "model.safetensors")
+    frozen = ("vision.", "embed_tokens.", "language.", "language_norm.")
+    assert all(torch.equal(before[name], after[name]) == name.startswith(frozen) for name in before)
+    torch.load(saved / "optimizer.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("case", ["full", "staleness-0"])
+def test_the_trace_has_a_span_per_unit_of_work(finished, case):
+    events = json.loads((finished(case) / "trace.json").read_text())["traceEvents"]
+    spans = [event["name"] for event in events if event["ph"] == "X"]
+    ranks = 2 if case == "staleness-0" else 1
+    assert spans.count("train") == 2 * 2  # two iterations of two micro-batches, over all ranks
+    assert spans.count("optimizer") == 2 * ranks and spans.count("publish") == 3 * ranks
+    assert set(spans) >= {"step", "render", "reset", "infer", "checkpoint", "wait: action", "wait: request", "wait: trajectory"}
+
+
+# What a batch holds and what is learned from it. fp32 sums in other orders; success and entropy are the same to the last bit.
+LEARNED = ("entropy_or_noise", "reward", "episodes", "success_rate", "loss_policy", "loss_value", "grad_norm", "lr")
+
+
+def learned(run, iteration: int) -> list[float]:
+    return [math.inf if line[name] is None else line[name] for line in lines_of(run)[iteration - 1 : iteration] for name in LEARNED]
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "sync-colocated"])
+def test_no_setting_changes_the_first_batch(finished, case):
+    assert learned(finished(case), 1) == pytest.approx(learned(finished("sync-colocated"), 1), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["sync-disaggregated", "staleness-0"])
+def test_at_staleness_zero_no_setting_changes_learning(finished, case):
+    assert learned(finished(case), 2) == pytest.approx(learned(finished("sync-colocated"), 2), rel=1e-2, abs=1e-5)
+
+
+def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
+    run = shutil.copytree(finished("full"), tmp_path / "copy")
+    before = lines_of(run)
+    with open(run / "metrics.jsonl", "a") as file:  # a line after the last checkpoint is not part of what is continued
+        file.write(json.dumps(before[1] | {"iteration": 3, "version": 3}) + "\n")
+    status, output = cli("train.py", f"--resume {run} --iterations 3").finish()
+    assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
+    lines = lines_of(run)
+    assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
+    assert lines[2]["env_steps"] >= before[1]["env_steps"] + 4 * 3 * 10 and lines[2]["time"] > before[1]["time"]
+    assert lines[2]["staleness_max"] == 0 and lines[2]["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # it acts with what was saved
+    assert (run / "checkpoints/000003/model.safetensors").is_file() and (run / "checkpoints/000002").is_dir()
+    saved = json.loads((run / "config.json").read_text())
+    assert (saved["env"]["envs"], saved["env"]["segment"], saved["train"]["seed"]) == (4, 3, 3)  # not the defaults
+
+
+def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
+    """As users start it, only smaller; and Weights & Biases mirrors it offline."""
+    flags = "--envs 4 --batch 4 --minibatch 2 --micro-batch 1 --update-epochs 2 --iterations 1 --eval-envs 1 --eval-episodes 1"
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'} --checkpoint-every 1 --wandb offline").finish()
+    assert status == 0, output
+    (line,) = lines_of(tmp_path / "x")
+    assert line["episodes"] >= 4 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
+    assert line["reward"] == pytest.approx(line["success_rate"] * line["episodes"] / 4)
+    assert list((tmp_path / "x").glob("wandb/offline-run-*"))
+
+
+def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):
+    flags = f"{SMALL} --checkpoint {tiny_checkpoint} --run {tmp_path / 'x'} --memory-report"
+    assert train.main(train.parse(flags.split())) == 0
+    text = capsys.readouterr().out
+    assert "slot pool: 9 slots" in text and "weight plane" in text and "prefix_cache" in text and not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def refused(flags: str) -> None:
+    """Runs main with a user's mistake in it."""
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        train.main(train.parse(flags.split()))
+    assert stop.value.code == 2 and time.monotonic() - begun < 10.0
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--no-such-flag 1", "no-such-flag"),
+        ("--model llama", "llama"),
+        ("--env atari", "atari"),
+        ("--preset best", "best"),
+        ("--algorithm dqn", "dqn"),
+        ("--placement anywhere", "anywhere"),
+        ("--envs many", "many"),
+        ("--batch-max several", "several"),
+        ("--ratio 0:1", "'0:1' is not R:A"),
+        ("--ratio 3", "'3' is not R:A"),
+        ("--ratio a:b", "'a:b' is not R:A"),
+        ("--env-workers -1", "-1"),
+        ("--rollout-workers -1", "-1"),
+        ("--actor-workers -1", "-1"),
+        ("--envs 240 --env-workers 240 --batch 240 --minibatch 240", "workers"),  # more than the fork server can be given
+        ("--batch 50", "not divisible by --envs"),
+        ("--minibatch 7", "not divisible by --minibatch"),
+        ("--micro-batch 5", "not divisible by --micro-batch"),
+        ("--iterations 0", "--iterations 0 must be at least 1"),
+        ("--segment 11", "longer than an episode of 10 chunk steps"),
+        ("--chunk 5", "chunk = 10 and the run asks for 5"),
+        ("--image-size 32", "image_size = 64 and the run asks for 32"),
+        ("--tasks juggle", "unknown Meta-World task 'juggle'"),
+        ("--tokenizer {tmp}/none.model", "no SentencePiece file"),
+        ("--tokenizer {tmp}/file", "not a SentencePiece model"),
+        ("--checkpoint {tmp}/none", "no checkpoint at"),
+        ("--checkpoint {tmp}/file", "not a safetensors file"),
+        ("--checkpoint {tmp}/truncated.safetensors", "truncated"),
+        ("--checkpoint {tmp}/other.safetensors", "no tensor"),
+        ("--run {tmp}/file/x", "cannot write the run folder"),
+        ("--run {tmp}/old", "continue it with --resume {tmp}/old"),
+        ("--resume {tmp}/none", "cannot read the settings of the run"),
+        ("--resume no-such-run", "cannot read the settings of the run"),
+        ("--resume {tmp}/old", "no checkpoint at"),
+        ("--resume {tmp}/half", "cannot read {tmp}/half/checkpoints/000003/state.json"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, words):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "truncated.safetensors").write_bytes(tiny_checkpoint.read_bytes()[:-100])
+    checkpoint.save(tmp_path / "other.safetensors", checkpoint.read_header(tiny_checkpoint), {"x": torch.zeros(1)})
+    (tmp_path / "half" / "checkpoints" / "000003").mkdir(parents=True), (tmp_path / "old").mkdir()
+    (tmp_path / "half" / "checkpoints" / "000003" / "model.safetensors").symlink_to(tiny_checkpoint)
+    (tmp_path / "half" / "checkpoints" / "000003" / "state.json").write_text('{"version": 3, "se')
+    for run in ("old", "half"):
+        (tmp_path / run / "config.json").write_text(to_json(Config()))
+    given = flags.format(tmp=tmp_path)
+    for flag, value in (("--checkpoint", tiny_checkpoint), ("--run", tmp_path / "new"), ("--iterations", 1), ("--timeout-s", 5)):
+        given += "" if flag in given else f" {flag} {value}"
+    refused(given)
+    printed = capsys.readouterr()
+    assert printed.out == "" and words.format(tmp=tmp_path) in printed.err and "Traceback" not in printed.err
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 or "--help" in printed.err  # ours, or tyro's
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [("--no-such-flag", "no-such-flag"), ("--checkpoint nowhere", "error: no checkpoint at nowhere"), ("--ratio 0:1", "R:A")],
+)
+def test_a_mistake_on_the_real_command_line(cli, tmp_path, flags, words):
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish(timeout=10)
+    assert status == 2 and words in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("module", ["metaworld", "mujoco"])
+def test_a_missing_simulator_says_how_to_install_it(cli, tmp_path, module):
+    script = tmp_path / "without.py"
+    script.write_text(f"""
+import runpy, sys
+sys.modules[{module!r}] = None  # importing it fails as if it were not installed
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["train.py", "--run", {str(tmp_path / "x")!r}]
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    status, output = cli(script).finish(timeout=10)
+    assert status == 2 and "pip install metaworld" in output and "Traceback" not in output and output.count("\n") == 1
+
+
+def test_a_simulator_that_cannot_draw_is_one_sentence_too(cli, tmp_path):
+    status, output = cli("train.py", f"--run {tmp_path / 'x'}", MUJOCO_GL="no-such-backend").finish(timeout=10)
+    assert status == 2 and "error: " in output and "Traceback" not in output, output
