@@ -5,7 +5,7 @@
 
 Meta-World's scripted experts act, with Gaussian noise on the action they execute (DART, arXiv 1703.09327) so the data also
 shows how to recover; each stored frame is labelled with the expert's own next C actions. The loss is flow matching.
-The demonstrator is careful: it moves at 0.7 of the expert's speed, so the policy sees well and runs out of time. It succeeds
+The demonstrator is careful: it moves at 0.6 of the expert's speed, so the policy sees well and runs out of time. It succeeds
 at 20–50 %, which leaves reinforcement learning, with the prefix frozen, something to learn from success alone.
 Left out: a validation split. Success in the simulator (`evaluate.py`) is what counts.
 """
@@ -35,7 +35,7 @@ class PretrainConfig:
     """Meta-World tasks; none means the default task set"""
     demos: int = 25
     """demonstrations per task"""
-    pace: float = 0.7
+    pace: float = 0.6
     """speed of the demonstrator, as a fraction of the scripted expert's: careful, as people who teleoperate are"""
     frame_every: int = 3
     """control steps between stored frames"""

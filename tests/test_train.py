@@ -136,12 +136,12 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
 
 def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     """As users start it, only smaller; and Weights & Biases mirrors it offline."""
-    flags = "--envs 4 --batch 4 --minibatch 2 --micro-batch 1 --update-epochs 2 --iterations 1 --eval-envs 1 --eval-episodes 1"
+    flags = "--envs 2 --env-workers 2 --batch 2 --minibatch 1 --micro-batch 1 --update-epochs 2 --iterations 1 --eval-envs 0"
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'} --checkpoint-every 1 --wandb offline").finish()
     assert status == 0, output
     (line,) = lines_of(tmp_path / "x")
-    assert line["episodes"] >= 4 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
-    assert line["reward"] == pytest.approx(line["success_rate"] * line["episodes"] / 4)
+    assert line["episodes"] >= 2 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
+    assert line["reward"] == pytest.approx(line["success_rate"] * line["episodes"] / 2)
     assert list((tmp_path / "x").glob("wandb/offline-run-*"))
 
 
@@ -224,19 +224,18 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
 
 @pytest.mark.parametrize(
     "flags, words",
-    [("--no-such-flag", "no-such-flag"), ("--checkpoint nowhere", "error: no checkpoint at nowhere"), ("--ratio 0:1", "R:A")],
+    [("--no-such-flag", "no-such-flag"), ("--checkpoint nowhere", "error: no checkpoint at nowhere")],
 )
 def test_a_mistake_on_the_real_command_line(cli, tmp_path, flags, words):
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish(timeout=10)
     assert status == 2 and words in output and "Traceback" not in output
 
 
-@pytest.mark.parametrize("module", ["metaworld", "mujoco"])
-def test_a_missing_simulator_says_how_to_install_it(cli, tmp_path, module):
+def test_a_missing_simulator_says_how_to_install_it(cli, tmp_path):
     script = tmp_path / "without.py"
     script.write_text(f"""
 import runpy, sys
-sys.modules[{module!r}] = None  # importing it fails as if it were not installed
+sys.modules['metaworld'] = None  # importing it fails as if it were not installed
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["train.py", "--run", {str(tmp_path / "x")!r}]
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
