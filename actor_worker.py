@@ -36,7 +36,7 @@ MAXIMA = ("ratio_max", "staleness_max")
 def gather(pool: SlotPool, slots: tuple[int, ...], names: tuple[str, ...], device: str) -> dict[str, Tensor]:
     """Trajectories `slots` as tensors [n, rows, …] on `device`."""
     index = torch.tensor(slots)
-    return {name: pool[name][index].to(device, non_blocking=True) for name in names}
+    return {name: pool.gather(name, index).to(device, non_blocking=True) for name in names}
 
 
 def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int, config: Config, scale) -> dict[str, Tensor]:
@@ -69,10 +69,17 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
     }  # fmt: skip
 
 
+def schedule(version: int, config: Config) -> float:
+    """Factor of the learning rates while batch `version` is trained: warm-up, then linear to 0 with `anneal`."""
+    warm = min(1.0, (version + 1) / (config.actor.warmup + 1))
+    return warm * (1.0 - version / config.train.iterations) if config.actor.anneal else warm
+
+
 def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:
     """Sums gradients over actor ranks, as one flat tensor. The loss is already divided by the global count."""
     if ranks == 1:
         return
+    parameters = [p for p in parameters if p.grad is not None]  # the last layer's, with --train-vlm: the same on every rank
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -137,7 +144,6 @@ def run(
         config.train.seed, version,
     )  # fmt: skip
     parameters = list(trainable.values())
-    slowest_wait = config.train.timeout_s
 
     def publish() -> None:
         """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
@@ -155,27 +161,23 @@ def run(
     publish()
     meter.ready()
     sums, maxima = dict.fromkeys(SUMS, 0.0), dict.fromkeys(MAXIMA, 0.0)
-    grad_norm, begun, waited_since = 0.0, time.monotonic(), time.monotonic()
+    grad_norm, begun = 0.0, time.monotonic()
     while version < config.train.iterations:
         if rank == 0 and channels.counters.get(0, "stop"):
             report.send({"saved": str(save())})
-            return
+            while True:  # the launcher ends us; leaving first would fail the other ranks before it has read this
+                time.sleep(1.0)
         for record in queue.get(0):
             streamer.add(record.slot)
         micro = streamer.next()
         if micro is None and not streamer.done:
             with meter.wait("trajectory"):
-                records = queue.get(1.0)
+                records = queue.get(1.0)  # who is to blame for a long wait, the launcher knows better: `check_alive`
             for record in records:
                 streamer.add(record.slot)
-            if records:
-                waited_since = time.monotonic()
-            elif time.monotonic() - waited_since > slowest_wait:
-                raise TimeoutError(f"actor {rank} waited {slowest_wait:.0f} s for trajectories of batch {version}")
             continue
 
         if micro is not None:
-            waited_since = time.monotonic()
             with meter.work("train"):
                 data = gather(pool, micro.slots, fields, device)
                 stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, scale)
@@ -193,7 +195,7 @@ def run(
                         raise FloatingPointError(f"the gradient of version {version} is {float(norm)}: lower --lr")
                     grad_norm = max(grad_norm, float(norm))
                     for group, lr in zip(optimizer.param_groups, (actor.lr, actor.value_lr), strict=True):
-                        group["lr"] = lr * min(1.0, (version + 1) / (actor.warmup + 1))
+                        group["lr"] = lr * schedule(version, config)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=False)
         if not streamer.done:
@@ -215,7 +217,7 @@ def run(
         if rank == 0:
             if version % config.train.checkpoint_every == 0 or version == config.train.iterations:
                 save()
-            report.send(iteration_metrics(sums, maxima, version, now - begun, actor, grad_norm, streamer.waiting))
+            report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting))
         sums, maxima = dict.fromkeys(SUMS, 0.0), dict.fromkeys(MAXIMA, 0.0)
         grad_norm, begun = 0.0, now
         if device != "cpu":
@@ -227,16 +229,17 @@ def run(
         report.send({"done": version})
 
 
-def iteration_metrics(sums, maxima, version: int, seconds: float, actor, grad_norm: float, waiting: int) -> dict:
+def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int) -> dict:
     """What the actor knows of an iteration, under the names of the run folder's interface."""
-    n = sums["samples"]  # chunk steps over all epochs
+    actor, n = config.actor, sums["samples"]  # chunk steps over all epochs
     return {
-        "iteration": version, "version": version, "samples_per_s": n / seconds, "episodes": int(sums["episodes"]),
+        "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
+        "episodes": int(sums["episodes"]),
         "success_rate": sums["successes"] / sums["episodes"] if sums["episodes"] else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
         "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm,
-        "lr": actor.lr * min(1.0, version / (actor.warmup + 1)),
+        "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
         "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
         "queue_depths": {"finished": waiting},

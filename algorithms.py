@@ -73,7 +73,7 @@ def policy_loss(
     weight = (prox - old).exp()
     kept = weight <= behaviour_weight_max
     weight = torch.where(kept, weight, 0.0)
-    ratio = (new - prox).exp()
+    ratio = torch.where(kept, new - prox, 0.0).exp()  # masked before exp: 0 · ∞ would be NaN
     loss = -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages)
     with torch.no_grad():
         log_ratio = new - old

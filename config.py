@@ -98,7 +98,7 @@ class RolloutConfig:
     batch_max: int | Literal["auto", "all"] = "auto"
     """B_max of eq. 1: infer when so many requests are queued; auto is half the lanes served, all is lockstep"""
     batch_wait_ms: float | Literal["auto"] = "auto"
-    """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto is the time one inference takes"""
+    """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto is half of one inference"""
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: int = 24
@@ -133,6 +133,8 @@ class ActorConfig:
     """iterations over which learning rates rise from 0: Adam's first steps are as large as its later ones, and less right"""
     value_lr: float = 1e-3
     """AdamW learning rate of the value head"""
+    anneal: bool = True
+    """lower learning rates linearly to 0 over --iterations (CleanRL's anneal_lr), so that the last policy is a settled one"""
     weight_decay: float = 0.01
     """AdamW (RLinf: 0.01)"""
     grad_clip: float = 1.0
@@ -211,7 +213,7 @@ def from_json(path: Path) -> Config:
             stage = getattr(config, stage_name)
             for name, value in values.items():
                 kind = type(getattr(stage, name))
-                setattr(stage, name, kind(value) if kind in (tuple, Path) else value)
+                setattr(stage, name, kind(value) if issubclass(kind, (tuple, Path)) else value)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
     return config
@@ -220,7 +222,7 @@ def from_json(path: Path) -> Config:
 def parse_ratio(ratio: str) -> tuple[int, int]:
     """ "3:1" → (3, 1). Raises UserError."""
     left, colon, right = ratio.partition(":")
-    if not (colon and left.isdigit() and right.isdigit() and int(left) > 0 and int(right) > 0):
+    if not (colon and left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 0):
         raise UserError(f"--ratio {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1")
     return int(left), int(right)
 
@@ -237,6 +239,8 @@ def validate(config: Config) -> None:
     for flag, value in positive.items():
         if value <= 0:
             raise UserError(f"{flag} {value} must be at least 1")
+    if config.train.seed < 0:
+        raise UserError(f"--seed {config.train.seed} must be 0 or more")
     if actor.max_staleness < 0:
         raise UserError(f"--max-staleness {actor.max_staleness} must be 0 or more")
     if config.rollout.batch_max not in ("auto", "all") and config.rollout.batch_max < 1:
@@ -256,10 +260,10 @@ def validate(config: Config) -> None:
         raise UserError(f"{config.rollout.rollout_workers} rollout workers have only {env.envs} envs: raise --envs")
     if env.segment < 0 or env.eval_every < 0 or env.eval_envs < 0 or env.eval_episodes < 0:
         raise UserError("--segment, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
-    wait_forever = config.rollout.batch_wait_ms == math.inf
-    if wait_forever and config.rollout.batch_max not in ("all", "auto"):
-        served = env.envs // config.rollout.rollout_workers
-        if config.rollout.batch_max > served:
-            raise UserError(
-                f"--batch-max {config.rollout.batch_max} with an endless wait never fills: a worker serves {served} envs"
-            )
+    # An endless wait is safe only in lockstep: otherwise the last requests of a batch may be fewer than B_max, and wait for ever.
+    served = -(-env.envs // config.rollout.rollout_workers)
+    if config.rollout.batch_wait_ms == math.inf and config.rollout.batch_max not in ("all", 1, served):
+        raise UserError(f"--batch-wait-ms inf with --batch-max {config.rollout.batch_max} may wait for ever: give --batch-max all")
+    workers = env.env_workers + config.rollout.rollout_workers + ranks
+    if workers > 120:  # two file descriptors each, and the fork server takes 256 at once
+        raise UserError(f"{workers} workers are more than one machine can start (120): lower --env-workers")

@@ -16,7 +16,7 @@ import numpy as np
 
 import envs
 import metrics
-from channel import ACT, DONE, EVAL, VALUE, VERSION, Channels, Record
+from channel import ACT, DONE, EVAL, LAST, VALUE, VERSION, Channels, Record
 from config import Config
 from models import tokenize
 from scheduler import Admission
@@ -75,6 +75,7 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         tokens[lane.slot, row] = tokenize.encode(tokenizer, text, tokens.shape[-1])
 
     def request(lane: Lane, kind: int, row: int) -> None:
+        pool["asked"][lane.slot] = time.monotonic()
         outbox.setdefault(lane.index % len(channels.requests), []).append(Record(lane.slot, row, kind, rank))
 
     def begin_episode(lane: Lane, task: int, seed: int) -> None:
@@ -90,7 +91,7 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
             pool[name][lane.slot] = value
         if last < 0:
-            begin_episode(lane, lane.index % len(spec.tasks), episode_seed(config.train.seed, lane.index, lane.trajectory, 0))
+            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, 0))
             observe(lane, 0)
         else:
             image[lane.slot, 0], tokens[lane.slot, 0] = image[last, segment], tokens[last, segment]
@@ -106,10 +107,25 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         meter.count("env_steps", lane.step - before)
         if terminated[slot, t] or truncated[slot, t]:
             meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
-            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, t + 1))
+            begins = (lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)  # as a resumed run would call it
+            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, *begins))
         lane.t += 1
         observe(lane, lane.t)
-        request(lane, ACT if lane.t < segment else VALUE, lane.t)
+        if lane.t < segment:
+            request(lane, ACT, lane.t)
+            return
+        # The trajectory ends with the value of row T. If the next may start, its first request takes that one along: the lane
+        # waits for one inference, not two.
+        lane.trajectory += 1
+        if begin_trajectory(lane):
+            pool["asked"][slot] = time.monotonic()
+            outbox[lane.index % len(channels.requests)].append(Record(slot, segment, LAST, rank))
+        else:
+            request(lane, VALUE, segment)
+
+    def played() -> float:
+        """Evaluation episodes that all env workers have finished."""
+        return sum(meter.counters.table[:, meter.counters.index[f"eval_episodes_{k}"]].sum() for k in range(len(spec.tasks)))
 
     # ---- evaluation: episode i runs on lane i % eval_envs, in that lane's own slot, always in row 0
     def begin_evaluation(lane: Lane) -> None:
@@ -140,20 +156,22 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
     workers, lanes, evaluators = config.env.env_workers, {}, {}
     for index in range(rank, config.env.envs, workers):
         lane = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
+        lane.task = index % len(spec.tasks)
         lanes[index] = lane
     every = config.env.eval_every
     for i in range(rank, config.env.eval_envs if every else 0, workers):
         slot = admission.slots + i
         evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
     parked, resting = list(lanes.values()), list(evaluators.values())
-    next_evaluation = version
+    rounds, next_evaluation = 0, version
     ready: list[Record] = []
     meter.ready()
     while True:
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
-        if resting and len(resting) == len(evaluators) and plane.version >= next_evaluation:
-            next_evaluation = plane.version + every
+        over = played() >= rounds * config.env.eval_episodes  # everyone's: evaluations of different workers never mix
+        if over and resting and len(resting) == len(evaluators) and plane.version >= next_evaluation:
+            rounds, next_evaluation = rounds + 1, plane.version + every
             for slot, lane in evaluators.items():
                 lane.trajectory = slot - admission.slots
                 if lane.trajectory < config.env.eval_episodes:
@@ -178,9 +196,9 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         lane = lanes[int(pool["lane"][record.slot])]
         if record.kind == ACT:
             advance(lane)
-        elif record.kind == VALUE:  # the value of row T has come: the trajectory is complete
+        else:  # the value of row T has come: the trajectory is complete
             owner = record.slot % config.actor.batch % len(channels.finished)
             channels.finished[owner].put([Record(record.slot, 0, DONE, rank)])
-            lane.trajectory += 1
-            parked.append(lane)
+            if record.kind == VALUE:
+                parked.append(lane)
         meter.set("time", time.monotonic())

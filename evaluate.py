@@ -99,9 +99,12 @@ def main(config: EvaluateConfig) -> dict:
         raise UserError(f"--episodes {config.episodes} must be at least 1")
     path = checkpoint.find(config.checkpoint)
     header = checkpoint.read_header(path)
+    chosen = ("chunk", "tokens", "denoise_steps", "noise_level", "sde_steps")
+    if missing := {*chosen, "image_size"} - header.shape.keys():
+        raise UserError(f"checkpoint {path} of family {header.family!r} cannot act: it does not say {', '.join(sorted(missing))}")
     settings = Config()
     settings.train.checkpoint = path
-    for name in ("chunk", "tokens", "denoise_steps", "noise_level", "sde_steps"):
+    for name in chosen:
         setattr(settings.rollout, name, header.shape[name])
     module = envs.load(config.env)
     spec = module.spec(config.tasks, header.shape["image_size"])

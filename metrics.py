@@ -10,13 +10,14 @@ Left out: profiling inside a stage (Perfetto shows spans; for kernels use torch.
 
 import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from channel import Counters
-from config import UserError
+from config import ROOT, UserError
 
 STAGES = ("env", "rollout", "actor")
 CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")  # what a worker can wait for
@@ -92,8 +93,9 @@ class RunFolder:
 
     def __init__(self, path: Path, resume: bool):
         self.path, self.spans = path, path / ".spans"
+        self.name = path.name if path.parent == ROOT / "runs" else str(path)  # what --resume takes
         if path.exists() and not resume:
-            raise UserError(f"the run folder {path} exists: continue it with --resume {path.name} or choose another --run")
+            raise UserError(f"the run folder {path} exists: continue it with --resume {self.name} or choose another --run")
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.spans.mkdir(exist_ok=True)
@@ -121,7 +123,7 @@ class RunFolder:
             rows = file.read_text().splitlines()
             spans[file.stem] = [json.loads(row) for row in rows if row.endswith("]")]  # a killed worker tears its last line
             file.unlink()
-        self.spans.rmdir()
+        shutil.rmtree(self.spans)  # also what actor workers met through
         if spans:
             write_trace(self.path / "trace.json", spans)
         if draw:

@@ -7,6 +7,7 @@ effect between two batches by re-pointing the parameters (RL-VLA³ Rollout Async
 Left out: sharing lanes between rollout workers, tensor parallelism.
 """
 
+import contextlib
 import threading
 import time
 
@@ -15,17 +16,23 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, VERSION, Channels, Record, WeightPlane
+from channel import ACT, EVAL, LAST, VERSION, Channels, Record, WeightPlane
 from config import Config
 from scheduler import Admission, DynamicBatcher
 
 
 class WeightFetcher:
-    """Keeps the newest version in spare memory; `swap` makes it the model's. Two sets of memory alternate."""
+    """Keeps the newest version in spare memory; `swap` makes it the model's. Two blocks of memory alternate."""
 
     def __init__(self, plane: WeightPlane, parameters: dict[str, Tensor], timeout: float):
         self.plane, self.parameters, self.timeout = plane, parameters, timeout
-        self.spare = {name: torch.empty_like(p) for name, p in parameters.items()}
+        device = next(iter(parameters.values())).device
+        self.blocks = [torch.zeros(plane.bytes, dtype=torch.uint8, device=device) for _ in range(2)]  # touched, unlike empty
+        self.views = [plane.tensors(block) for block in self.blocks]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if plane.buffers.device == "cpu" and device.type == "cpu":
+            self.blocks = [block.numpy() for block in self.blocks]
+        self.spare = 0  # which block is filled next; the other one serves
         self.version = -1  # of the weights in use
         self.staged = -1  # of the weights in spare memory, valid while `full` is set
         self.seconds, self.fetches, self.error = 0.0, 0, None
@@ -34,18 +41,16 @@ class WeightFetcher:
         threading.Thread(target=self._run, daemon=True, name="weight fetcher").start()
 
     def _run(self) -> None:
-        device = next(iter(self.spare.values())).device
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             while True:
                 self.wake.wait(0.5)
                 self.wake.clear()
                 self.empty.wait()
-                if self.plane.version <= max(self.version, self.staged):
+                if self.plane.empty or self.plane.version <= max(self.version, self.staged):
                     continue
                 start = time.monotonic()
-                with torch.cuda.stream(stream):  # None does nothing
-                    self.staged = self.plane.fetch(self.spare, self.timeout)
+                with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
+                    self.staged = self.plane.fetch(self.blocks[self.spare], self.timeout)
                 self.seconds, self.fetches = self.seconds + time.monotonic() - start, self.fetches + 1
                 self.empty.clear()
                 self.full.set()
@@ -60,7 +65,8 @@ class WeightFetcher:
         if self.error is not None:
             raise self.error
         for name, parameter in self.parameters.items():
-            parameter.data, self.spare[name] = self.spare[name], parameter.data
+            parameter.data = self.views[self.spare][name]
+        self.spare = 1 - self.spare
         self.version = self.staged
         self.full.clear()
         self.empty.set()
@@ -75,7 +81,7 @@ def serve(model, records: list[Record], channels: Channels, seed: int, version: 
     lanes, trajectories = pool["lane"][slots].tolist(), pool["trajectory"][slots].tolist()
     keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(records, lanes, trajectories, strict=True)]
     noise = model.draw(keys, [r.kind != EVAL for r in records])
-    obs = {name: pool[name][slots, rows] for name in ("image", "tokens")}
+    obs = {name: pool.gather(name, slots, rows) for name in ("image", "tokens")}
     to = lambda tensors: {n: x.to(device, non_blocking=True) for n, x in tensors.items()}  # noqa: E731
     out = {name: x.to("cpu") for name, x in model.act(to(obs), to(noise)).items()}
 
@@ -112,8 +118,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     meter.ready()
 
     with meter.wait("weights"):
-        if not fetcher.swap(config.train.timeout_s):
-            raise TimeoutError(f"no weights came from the actor within {config.train.timeout_s:.0f} s")
+        while not fetcher.swap(1.0):  # however long the actor takes to start: the launcher watches it
+            meter.set("time", time.monotonic())
     while True:
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
@@ -126,7 +132,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             if record.kind == VERSION:
                 fetcher.wake.set()
             else:
-                batcher.add(record, counted=record.kind != EVAL)
+                batcher.add(record, record.kind not in (EVAL, LAST), float(channels.pool["asked"][record.slot]))
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue
@@ -146,8 +152,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         start = time.monotonic()
         with meter.work("infer"):
             serve(model, batch, channels, config.train.seed, fetcher.version, device)
-        if auto_wait:  # waiting longer than one inference takes would cost more than the next batch does
-            batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * (time.monotonic() - start)
+        if auto_wait:  # half an inference: requests that come during one join the next anyway, and env workers wait less
+            batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * 0.5 * (time.monotonic() - start)
         meter.count("requests", len(batch)), meter.count("batches", 1), meter.count("batch_wait_s", waited)
         bucket = next(b for b in metrics.HISTOGRAM if len(batch) <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
         meter.count(bucket, 1)

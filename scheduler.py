@@ -17,8 +17,8 @@ class DynamicBatcher:
     """Requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
 
     n counts the queued requests of lanes, w is how long the oldest one has waited; the clock starts when the first request
-    is queued, never before. A request added with `counted=False` (evaluation) rides along: it is served
-    with the next batch and its wait counts, but it does not help to fill one, so that B_max = every lane is lockstep.
+    is queued, never before. A request added with `counted=False` (evaluation, a last value) rides along: it
+    is served with the next batch and its wait counts, but it does not help to fill one, so that B_max = every lane is lockstep.
     """
 
     def __init__(self, batch_max: int, wait_s: float, clock: Callable[[], float] = time.monotonic):
@@ -26,8 +26,9 @@ class DynamicBatcher:
         self.queue: deque = deque()  # (request, counted, time queued)
         self.counted = 0
 
-    def add(self, request, counted: bool = True) -> None:
-        self.queue.append((request, counted, self.clock()))
+    def add(self, request, counted: bool = True, queued: float | None = None) -> None:
+        """queued: when it was sent, where that is known; a request may have waited unread during an inference."""
+        self.queue.append((request, counted, self.clock() if queued is None else queued))
         self.counted += counted
 
     def remaining(self) -> float | None:
@@ -105,6 +106,9 @@ def place(
     rollout worker and A actor workers, and torch threads are divided as R:A.
     """
     r, a = parse_ratio(ratio)
+    for flag, count in (("--env-workers", env_workers), ("--rollout-workers", rollout_workers), ("--actor-workers", actor_workers)):
+        if count < 0:
+            raise UserError(f"{flag} {count} must be at least 1, or 0 to derive it from --ratio")
     if gpus == 0:
         env, rollout, actor = env_workers or r, rollout_workers or 1, actor_workers or a
         for_rollout, for_actor = cores * r / (r + a), cores * a / (r + a)
@@ -122,7 +126,9 @@ def place(
         env_gpus = rollout_gpus = actor_gpus = everything
     else:
         if r + a > gpus:
-            raise UserError(f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer parts")
+            raise UserError(
+                f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer parts, or --placement colocated"
+            )
         unit = gpus // (r + a)
         rollout_gpus = env_gpus = tuple(f"cuda:{i}" for i in range(r * unit))
         actor_gpus = tuple(f"cuda:{i}" for i in range(r * unit, (r + a) * unit))

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 requirements=requirements.txt
 [ "${1:-}" = "--dev" ] && requirements=requirements-dev.txt
 python=${PYTHON:-python3}
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed: set PYTHON=/path/to/python3" >&2; exit 1; }
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { echo "error: Python 3.11 or 3.12 is needed: set PYTHON=/path/to/python3.12" >&2; exit 1; }
 
 stamp=".venv/.$(cat requirements.txt "$requirements" setup.sh | sha256sum | cut -c1-16)"
 if [ -e "$stamp" ]; then exit 0; fi

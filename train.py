@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import psutil
@@ -51,6 +51,8 @@ def parse(args: list[str]) -> Config:
     default = from_preset(look.preset if look.preset in PRESETS else "full")  # tyro names a wrong one below
     if look.resume:
         default = from_json(run_path(look.resume) / "config.json")
+        if any(a.partition("=")[0] in ("--ratio", "--placement") for a in args):  # worker counts follow anew
+            default.env.env_workers = default.rollout.rollout_workers = default.actor.actor_workers = 0
     return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -87,6 +89,8 @@ def prepare(config: Config) -> Setup:
 
     spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
+    if len(spec.tasks) > config.env.envs:
+        raise UserError(f"{len(spec.tasks)} tasks need as many --envs at least, not {config.env.envs}: one lane plays one task")
     config.env.segment = config.env.segment or horizon
     if config.env.segment > horizon:
         raise UserError(
@@ -96,7 +100,10 @@ def prepare(config: Config) -> Setup:
     resume, saved = None, to_json(config)
     if config.train.resume:
         found = checkpoint.find(run_path(config.train.resume)).parent
-        config.train.checkpoint, resume = found, json.loads((found / "state.json").read_text())
+        try:
+            config.train.checkpoint, resume = found, json.loads((found / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one") from None
         if resume["version"] >= config.train.iterations:
             raise UserError(f"run {config.train.resume} already has {resume['version']} iterations: give more --iterations")
     model = models.load(config.train.model).build(config, spec, weights=False)
@@ -116,6 +123,7 @@ def prepare(config: Config) -> Setup:
         "terminated": ((segment,), torch.bool),
         "truncated": ((segment,), torch.bool),
         "version": ((segment,), torch.int32),
+        "asked": ((), torch.float64),  # monotonic seconds: when the newest request of this slot was sent
         "lane": ((), torch.int32),
         "trajectory": ((), torch.int32),
         "task": ((), torch.int32),
@@ -140,24 +148,45 @@ def memory_report(setup: Setup, admission: Admission) -> None:
 # ---------------------------------------------------------------- processes
 
 
-def child(name: str, target, args: tuple, threads: int, environment: dict[str, str], errors) -> None:
+def child(name: str, target, args: tuple, threads: int, environment: dict[str, str], meter, errors) -> None:
     """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went wrong by name."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
     if os.getppid() == 1:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    status = 0
     try:
         target(*args)
+    except SystemExit:  # SIGTERM; where it is not the launcher's, it is a death that the launcher must see
+        status = 128 + signal.SIGTERM
     except UserError as error:
         errors.send((name, str(error), ""))
-        os._exit(2)
+        status = 2
     except BaseException as error:
         errors.send((name, f"{type(error).__name__}: {error}"[:1000], traceback.format_exc()[-2500:]))
-        os._exit(1)
-    os._exit(0)
+        status = 1
+    meter.flush()
+    os._exit(status)
+
+
+def note_interrupts() -> list[float]:
+    """From here on Ctrl-C and SIGTERM only leave their time here. Starts the fork server, which Ctrl-C in a terminal reaches too:
+    it inherits that SIGINT is ignored while it starts."""
+    # Threads that wait must sleep: where cores are shared, spinning at every barrier is several times slower than waking up.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The fork server looks for what it preloads here alone, and says nothing when it fails: then each worker imports torch itself.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.set_forkserver_preload(["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"])
+    forkserver.ensure_running()
+    interrupts: list[float] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
+    return interrupts
 
 
 def start(setup: Setup, channels: Channels, folder: metrics.RunFolder, report, errors) -> tuple[dict[str, mp.Process], dict]:
@@ -165,13 +194,13 @@ def start(setup: Setup, channels: Channels, folder: metrics.RunFolder, report, e
     config, placement, trace = setup.config, setup.placement, folder.spans if setup.config.train.trace else None
     version = setup.resume["version"] if setup.resume else 0
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"])
-    jobs, rows = [], {stage: [] for stage in metrics.STAGES}
+    jobs, meters, rows = [], {}, {stage: [] for stage in metrics.STAGES}
 
     def meter(stage: str, rank: int) -> metrics.Meter:
         row = sum(map(len, rows.values()))
         rows[stage].append(row)
-        return metrics.Meter(f"{stage}-{rank}", row, channels.counters, trace)
+        meters[f"{stage}-{rank}"] = metrics.Meter(f"{stage}-{rank}", row, channels.counters, trace)
+        return meters[f"{stage}-{rank}"]
 
     for rank, device in enumerate(placement.actor_devices):
         args = (rank, config, setup.spec, device, channels, meter("actor", rank), folder.path, setup.resume)
@@ -180,13 +209,13 @@ def start(setup: Setup, channels: Channels, folder: metrics.RunFolder, report, e
         args = (rank, config, setup.spec, device, channels, meter("rollout", rank))
         jobs.append((f"rollout-{rank}", rollout_worker.run, args, placement.rollout_threads))
     for rank in range(len(placement.env_devices)):
-        args = (rank, config, setup.stats, channels, version, meter("env", rank))
+        args = (rank, config, setup.stats, channels._replace(plane=channels.plane.watch()), version, meter("env", rank))
         jobs.append((f"env-{rank}", env_worker.run, args, 1))
     devices = {f"env-{rank}": device for rank, device in enumerate(placement.env_devices) if device != "cpu"}
     workers = {}
     for name, target, args, threads in jobs:
         renders_on = {"MUJOCO_EGL_DEVICE_ID": devices[name].split(":")[1]} if name in devices else {}
-        job = (name, target, args, threads, renders_on, errors)
+        job = (name, target, args, threads, renders_on, meters[name], errors)
         workers[name] = context.Process(target=child, args=job, name=name, daemon=True)
         workers[name].start()
     return workers, rows
@@ -217,7 +246,8 @@ def check_alive(workers, rows, counters: Counters, timeout: float, last_work: li
         if worker.exitcode not in (None, 0):
             raise WorkerFailed(f"worker {name} died (exit code {worker.exitcode})")
     for row, name in names.items():
-        if counters.get(row, "ready") and now - counters.get(row, "time") > timeout:
+        at_barrier = counters.get(row, "waiting") == 1 + metrics.CAUSES.index("gradient")  # waits for other ranks, silently
+        if counters.get(row, "ready") and not at_barrier and now - counters.get(row, "time") > timeout:
             raise WorkerFailed(f"worker {name} hangs: no sign of life for {timeout:.0f} s")
     work = counters.table[:, counters.index["work_s"]].sum() + counters.table[:, counters.index["ready"]].sum()
     if work != last_work[0]:
@@ -261,7 +291,7 @@ def supervise(
                 if "done" in line:
                     return f"{line['done']} iterations done; checkpoint in {folder.path / 'checkpoints'}"
                 if "saved" in line:
-                    return f"interrupted; saved {line['saved']}; continue with: python train.py --resume {folder.path.name}"
+                    return f"interrupted; saved {line['saved']}; continue with: python train.py --resume {folder.name}"
                 interval = interval or metrics.Interval(counters, rows, names)
                 line |= interval.measure()
                 line |= {"time": offset + time.monotonic() - began, "restarts": 0, "rss_gb": rss_gb(workers) + pool_gb}
@@ -309,6 +339,7 @@ def main(config: Config) -> int:
         return 0
     path = run_path(config.train.resume or config.train.run or time.strftime("%Y%m%d-%H%M%S"))
     folder = metrics.RunFolder(path, resume=bool(config.train.resume))
+    interrupts = note_interrupts()
     if setup.resume:
         folder.truncate(setup.resume["version"])
     (path / "config.json").write_text(setup.saved)
@@ -326,9 +357,6 @@ def main(config: Config) -> int:
     )
     reports, report = mp.Pipe(duplex=False)
     errors, error = mp.Pipe(duplex=False)
-    interrupts: list[float] = []  # when Ctrl-C or SIGTERM came
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
     workers: dict[str, mp.Process] = {}
     try:
         workers, rows = start(setup, channels, folder, report, error)

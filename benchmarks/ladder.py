@@ -1,7 +1,7 @@
 """The five presets, RL-VLA³'s Table 1, as users run them: `train.py --preset …`, one after another on the same work.
 
-    python bench.py ladder --setting emulated    4 minutes
-    python bench.py ladder --setting embedded    5 to 10 minutes on 2 cores
+    python bench.py ladder --setting emulated    5 minutes
+    python bench.py ladder --setting embedded
 
 emulated: all stages sleep for times calibrated on the paper's rows (envs/emulated.py), so that cores hardly matter.
 embedded: the default model and simulator. Without GPUs its stages share the cores, where hiding one behind another gains only

@@ -43,3 +43,5 @@ def load(name: str):
     except ModuleNotFoundError as error:
         how = INSTALL.get(name, f"pip install {error.name}")
         raise UserError(f"the simulator {name!r} is not installed (no module {error.name!r}): {how}") from None
+    except Exception as error:  # MuJoCo raises all kinds when it finds no GL
+        raise UserError(f"the simulator {name!r} does not start ({error}): see setup.sh for the GL libraries it needs") from None

@@ -90,10 +90,21 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 
 
+def forget_missing_device() -> None:
+    """A container may show fewer EGL devices than CUDA ones; MuJoCo then takes the first that works instead of failing."""
+    wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if wanted is not None and os.environ["MUJOCO_GL"] == "egl":
+        from mujoco.egl import egl_ext
+
+        if int(wanted) >= len(egl_ext.eglQueryDevicesEXT()):
+            del os.environ["MUJOCO_EGL_DEVICE_ID"]
+
+
 class Env:
     """One env instance. It keeps one simulator per task it has met (0.2 s to build), so a reset costs milliseconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
+        forget_missing_device()
         self.tasks, self.size = tasks, image_size
         self.sims = {}
         self.option = mujoco.MjvOption()

@@ -25,7 +25,7 @@ class Header(NamedTuple):
 def find(path: str | Path) -> Path:
     """The weights file behind a file, a checkpoint folder or a run folder (its newest checkpoint)."""
     path = Path(path)
-    for candidate in (path, path / "model.safetensors", *sorted(path.glob("checkpoints/*/model.safetensors"))[-1:]):
+    for candidate in (path, path / "model.safetensors", *sorted(path.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]):
         if candidate.is_file():
             return candidate
     raise UserError(f"no checkpoint at {path}: expected a .safetensors file or a folder that holds model.safetensors")
@@ -39,7 +39,10 @@ def read_header(path: str | Path) -> Header:
         raise UserError(f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})") from None
     if not {"family", "shape", "stats"} <= meta.keys():
         raise UserError(f"checkpoint {path} was not written by this project: its header lacks family, shape and stats")
-    return Header(meta["family"], json.loads(meta["shape"]), json.loads(meta["stats"]))
+    try:
+        return Header(meta["family"], json.loads(meta["shape"]), json.loads(meta["stats"]))
+    except ValueError as error:
+        raise UserError(f"cannot read the header of checkpoint {path}: {error}") from None
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:

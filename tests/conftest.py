@@ -1,5 +1,6 @@
 """What the tests share: a tiny π0.5, the command line in a process of its own, and proof that nothing outlives it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -122,6 +123,13 @@ class Cli:
         """In the order they were started: actors, rollout workers, env workers. They are children of the fork server."""
         children = [worker for child in psutil.Process(self.process.pid).children() for worker in child.children()]
         return sorted(children, key=lambda worker: (worker.create_time(), worker.pid))
+
+    def has_fork_server(self) -> bool:
+        for process in self.living():
+            with contextlib.suppress(psutil.Error):
+                if "multiprocessing.forkserver" in " ".join(process.cmdline()):
+                    return True
+        return False
 
     def wait_for(self, file: Path, lines: int = 1, timeout: float = 60.0) -> None:
         deadline = time.monotonic() + timeout

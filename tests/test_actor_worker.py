@@ -127,8 +127,8 @@ def test_metrics_of_a_micro_batch_by_hand():
 
 
 def test_iteration_metrics_are_per_chunk_step():
-    config = Config().actor
-    config.batch, config.update_epochs = BATCH, 2
+    config = Config()
+    config.actor.batch, config.actor.update_epochs = BATCH, 2
     names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "staleness")
     samples = 2.0 * BATCH * SEGMENT  # both epochs
     sums = {n: samples for n in names} | {"samples": samples, "reward": 4.0, "episodes": 8.0, "successes": 2.0}

@@ -172,25 +172,35 @@ def filled(value: float) -> dict[str, torch.Tensor]:
     return {name: torch.full(shape, value, dtype=dtype) for name, (shape, dtype) in WEIGHTS.items()}
 
 
-def values(weights: dict[str, torch.Tensor]) -> list[float]:
-    return sorted({value for tensor in weights.values() for value in tensor.unique().tolist()})
+def room(plane: WeightPlane) -> torch.Tensor:
+    """A block for one set of weights, all of them −1."""
+    block = torch.zeros(plane.bytes, dtype=torch.uint8)
+    for tensor in plane.tensors(block).values():
+        tensor.fill_(-1.0)
+    return block
+
+
+def values(plane: WeightPlane, block: torch.Tensor) -> list[float]:
+    return sorted({value for tensor in plane.tensors(block).values() for value in tensor.unique().tolist()})
 
 
 def test_a_reader_gets_the_newest_version():
-    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
+    plane = WeightPlane(WEIGHTS)
+    mine = room(plane)
     for version in range(5):
         plane.publish(filled(version), version)
-        assert plane.version == version and plane.fetch(mine) == version and values(mine) == [version]
-    assert plane.bytes == (40_000 + 150) * 4 + 20_000 * 8 + 8  # 600 bytes of b, twice, padded to a cache line
+        assert plane.version == version and plane.fetch(mine) == version and values(plane, mine) == [version]
+    assert plane.bytes == (40_000 + 160) * 4 + 20_000 * 8  # the 600 bytes of b padded to a cache line
 
 
 @pytest.mark.parametrize("start", [0, 5])
 def test_there_is_nothing_to_fetch_before_the_first_publish(start):
-    plane, mine = WeightPlane(WEIGHTS, version=start), filled(-1.0)
+    plane = WeightPlane(WEIGHTS, version=start)
+    mine = room(plane)
     with pytest.raises(TimeoutError, match="no weights came"):
         plane.fetch(mine, timeout=0.1)
     plane.publish(filled(start), start)
-    assert plane.fetch(mine) == start and values(mine) == [start]
+    assert plane.fetch(mine) == start and values(plane, mine) == [start]
 
 
 class Overtaken(torch.Tensor):
@@ -204,27 +214,30 @@ class Overtaken(torch.Tensor):
 
 
 def test_a_reader_that_is_overtaken_twice_tries_again():
-    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
-    mine["b"] = mine["b"].as_subclass(Overtaken)
-    mine["b"].events = [lambda: plane.publish(filled(1.0), 1), lambda: plane.publish(filled(2.0), 2)]
+    plane = WeightPlane(WEIGHTS)
+    mine = room(plane)
+    mine = mine.as_subclass(Overtaken)
+    mine.events = [lambda: plane.publish(filled(1.0), 1), lambda: plane.publish(filled(2.0), 2)]
     plane.publish(filled(0.0), 0)
-    assert plane.fetch(mine) == 2 and values(mine) == [2.0]
+    assert plane.fetch(mine) == 2 and values(plane, mine) == [2.0]
 
 
 def test_a_reader_that_is_overtaken_once_keeps_what_it_has():
-    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
-    mine["b"] = mine["b"].as_subclass(Overtaken)
-    mine["b"].events = [lambda: plane.publish(filled(1.0), 1)]
+    plane = WeightPlane(WEIGHTS)
+    mine = room(plane)
+    mine = mine.as_subclass(Overtaken)
+    mine.events = [lambda: plane.publish(filled(1.0), 1)]
     plane.publish(filled(0.0), 0)
-    assert plane.fetch(mine) == 0 and values(mine) == [0.0]
+    assert plane.fetch(mine) == 0 and values(plane, mine) == [0.0]
 
 
 def test_weights_of_a_writer_that_died_while_writing_are_never_fetched():
-    plane, mine = WeightPlane(WEIGHTS), filled(-1.0)
+    plane = WeightPlane(WEIGHTS)
+    mine = room(plane)
     plane.publish(filled(0.0), 0)
     with pytest.raises(KeyError):  # version 1 fails half way, in the other buffer
         plane.publish({"a": torch.ones(40_000), "unknown": torch.ones(1)}, 1)
-    assert plane.fetch(mine) == 0 and values(mine) == [0.0]
+    assert plane.fetch(mine) == 0 and values(plane, mine) == [0.0]
 
 
 def publish_for(seconds: float, plane: WeightPlane) -> None:
@@ -239,11 +252,11 @@ def publish_for(seconds: float, plane: WeightPlane) -> None:
 
 def fetch_for(seconds: float, plane: WeightPlane, answer) -> None:
     torch.set_num_threads(1)
-    mine, end, versions, mixed = filled(-1.0), time.monotonic() + seconds, [], 0
+    mine, end, versions, mixed = room(plane), time.monotonic() + seconds, [], 0
     while time.monotonic() < end:
         version = plane.fetch(mine, timeout=30.0)
         versions.append(version)
-        mixed += values(mine) != [version]
+        mixed += values(plane, mine) != [version]
     answer.send((mixed, len(versions), versions == sorted(versions), versions[-1] > versions[0]))
 
 

@@ -7,7 +7,6 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import SMALL
 from test_channel import SPEC, open_files
@@ -53,7 +52,7 @@ def test_ctrl_c_saves_and_says_where(endless, tmp_path):
 
 def test_ctrl_c_of_a_terminal_while_workers_start(endless, tmp_path):
     process = endless(wait=False)
-    while not any("forkserver" in " ".join(child.cmdline()) for child in psutil.Process(process.process.pid).children()):
+    while not process.has_fork_server():
         assert process.process.poll() is None
         time.sleep(0.02)
     time.sleep(0.3)  # the fork server is importing
@@ -82,7 +81,7 @@ def test_a_worker_that_dies_ends_the_run_by_name(endless, tmp_path):
 
 
 def test_a_worker_that_hangs_ends_the_run_by_name(endless, tmp_path):
-    process = endless("--timeout-s 8")
+    process = endless("--timeout-s 12")
     process.workers()[3].suspend()  # env-1
     status, output = process.finish(timeout=60)
     process.assert_nothing_left()

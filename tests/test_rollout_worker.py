@@ -55,6 +55,16 @@ def test_versions_only_rise_and_the_newest_comes(plane, parameters):
     assert seen == sorted(set(seen)) and len(seen) > 3
 
 
+@pytest.mark.parametrize("version", [0, 5])
+def test_an_actor_may_take_long_to_start(parameters, version):
+    """A timeout judges who has started and falls silent; a resumed run begins at a later version."""
+    plane = WeightPlane(SHAPES, version=version)
+    fetcher = WeightFetcher(plane, parameters, timeout=0.1)
+    assert not fetcher.swap(1.2) and fetcher.version == -1 and values(parameters) == {-1.0}
+    plane.publish(filled(version), version)
+    assert fetcher.swap(10.0) and fetcher.version == version and values(parameters) == {version}
+
+
 def test_a_transfer_that_takes_long_does_not_hold_up_the_next_batch(plane, parameters):
     plane.publish(filled(0.0), 0)
     fetcher = WeightFetcher(plane, parameters, timeout=30.0)
@@ -70,7 +80,8 @@ def test_a_transfer_that_takes_long_does_not_hold_up_the_next_batch(plane, param
 
 
 def test_an_error_of_the_side_thread_reaches_the_worker(plane, parameters):
-    plane.published[0] = 0  # announced, never written
+    plane.publish(filled(0.0), 0)
+    plane.published[0] = 1  # announced, never written
     fetcher = WeightFetcher(plane, parameters, timeout=0.1)
     fetcher.wake.set()
     with pytest.raises(TimeoutError, match="no weights came"):
