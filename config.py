@@ -127,7 +127,7 @@ class ActorConfig:
     """trajectories of one forward and backward pass"""
     update_epochs: int = 2
     """passes over a batch (RL-VLA³, π0.5 on LIBERO: 1)"""
-    lr: float = 1e-4
+    lr: float = 1.5e-4
     """AdamW learning rate of the action expert"""
     warmup: int = 5
     """iterations over which learning rates rise from 0: Adam's first steps are as large as its later ones, and less right"""

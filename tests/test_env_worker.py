@@ -73,7 +73,8 @@ def worker(monkeypatch):
         fields = {
             "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8), "tokens": ((SEGMENT + 1, 24), torch.int32),
             "actions": ((SEGMENT, CHUNK, 4), f), "reward": ((SEGMENT,), f), "terminated": ((SEGMENT,), torch.bool),
-            "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "asked": ((), torch.float64), "trajectory": ((), torch.int32),
+            "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "asked": ((), torch.float64),
+            "trajectory": ((), torch.int32),
             "task": ((), torch.int32),
         }  # fmt: skip
         slots = Admission(LANES, LANES, 1).slots + config.env.eval_envs
