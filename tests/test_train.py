@@ -137,6 +137,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
 def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     """As users start it, only smaller; and Weights & Biases mirrors it offline."""
     flags = "--envs 2 --env-workers 2 --batch 2 --minibatch 1 --micro-batch 1 --update-epochs 2 --iterations 1 --eval-envs 0"
+    flags += " --tasks faucet-open handle-press"
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'} --checkpoint-every 1 --wandb offline").finish()
     assert status == 0, output
     (line,) = lines_of(tmp_path / "x")
