@@ -69,14 +69,18 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
     def observe(lane: Lane, row: int) -> None:
         with meter.work("render"):
             picture, state = lane.env.observe()
-        normalised = (state - low) / (high - low + 1e-6) * 2.0 - 1.0
         image[lane.slot, row] = picture
-        text = tokenize.prompt(spec.prompts[lane.task], normalised)
+        text = tokenize.prompt(spec.prompts[lane.task], tokenize.normalise(state, low, high))
         tokens[lane.slot, row] = tokenize.encode(tokenizer, text, tokens.shape[-1])
 
-    def request(lane: Lane, kind: int, row: int) -> None:
-        pool["asked"][lane.slot] = time.monotonic()
-        outbox.setdefault(lane.index % len(channels.requests), []).append(Record(lane.slot, row, kind, rank))
+    def request(lane: Lane, slot: int, kind: int, row: int) -> None:
+        pool["asked"][slot] = time.monotonic()
+        outbox.setdefault(lane.index % len(channels.requests), []).append(Record(slot, row, kind, rank))
+
+    def label(lane: Lane) -> None:
+        """Writes into the lane's slot whose it is."""
+        for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
+            pool[name][lane.slot] = value
 
     def begin_episode(lane: Lane, task: int, seed: int) -> None:
         with meter.work("reset"):
@@ -88,14 +92,13 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         if not admission.admits(lane.trajectory, plane.version):
             return False
         last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
-        for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
-            pool[name][lane.slot] = value
+        label(lane)
         if last < 0:
             begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, 0))
             observe(lane, 0)
         else:
             image[lane.slot, 0], tokens[lane.slot, 0] = image[last, segment], tokens[last, segment]
-        request(lane, ACT, 0)
+        request(lane, lane.slot, ACT, 0)
         return True
 
     def advance(lane: Lane) -> None:
@@ -112,16 +115,15 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         lane.t += 1
         observe(lane, lane.t)
         if lane.t < segment:
-            request(lane, ACT, lane.t)
+            request(lane, slot, ACT, lane.t)
             return
         # The trajectory ends with the value of row T. If the next may start, its first request takes that one along: the lane
         # waits for one inference, not two.
         lane.trajectory += 1
         if begin_trajectory(lane):
-            pool["asked"][slot] = time.monotonic()
-            outbox[lane.index % len(channels.requests)].append(Record(slot, segment, LAST, rank))
+            request(lane, slot, LAST, segment)
         else:
-            request(lane, VALUE, segment)
+            request(lane, slot, VALUE, segment)
 
     def played() -> float:
         """Evaluation episodes that all env workers have finished."""
@@ -131,10 +133,9 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
     def begin_evaluation(lane: Lane) -> None:
         begin_episode(lane, lane.trajectory % len(spec.tasks), EVAL_SEEDS + lane.trajectory)
         lane.t = 0
-        for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
-            pool[name][lane.slot] = value
+        label(lane)
         observe(lane, 0)
-        request(lane, EVAL, 0)
+        request(lane, lane.slot, EVAL, 0)
 
     def advance_evaluation(lane: Lane) -> bool:
         """Returns whether the lane has run all its episodes of this evaluation."""
@@ -149,7 +150,7 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         else:
             lane.t += 1
             observe(lane, 0)
-            request(lane, EVAL, lane.t)
+            request(lane, lane.slot, EVAL, lane.t)
         return False
 
     make = envs.load(config.train.env).Env
@@ -169,8 +170,8 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
     while True:
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
-        over = played() >= rounds * config.env.eval_episodes  # everyone's: evaluations of different workers never mix
-        if over and resting and len(resting) == len(evaluators) and plane.version >= next_evaluation:
+        due = resting and len(resting) == len(evaluators) and plane.version >= next_evaluation
+        if due and played() >= rounds * config.env.eval_episodes:  # everyone's: evaluations of different workers never mix
             rounds, next_evaluation = rounds + 1, plane.version + every
             for slot, lane in evaluators.items():
                 lane.trajectory = slot - admission.slots

@@ -68,7 +68,7 @@ def run_episodes(model, spec, module, stats: dict, config: EvaluateConfig, chunk
             while playing:
                 seen = [lanes[e - first].observe() for e in playing]
                 texts = [
-                    tokenize.prompt(spec.prompts[e % len(spec.tasks)], (state - low) / (high - low + 1e-6) * 2.0 - 1.0)
+                    tokenize.prompt(spec.prompts[e % len(spec.tasks)], tokenize.normalise(state, low, high))
                     for e, (_, state) in zip(playing, seen, strict=True)
                 ]
                 obs = {

@@ -130,7 +130,7 @@ def main(config: PretrainConfig) -> None:
         frames = [frame for part in pool.map(demonstrate, jobs, chunksize=1) for frame in part]
     task, image, state, actions = (np.stack(column) for column in zip(*frames, strict=True))
     low, high = np.quantile(state, 0.01, axis=0), np.quantile(state, 0.99, axis=0)
-    normalised = (state - low) / (high - low + 1e-6) * 2.0 - 1.0  # openpi's π0.5 statistics
+    normalised = tokenize.normalise(state, low, high)
     texts = [tokenize.prompt(env_spec.prompts[k], s) for k, s in zip(task, normalised, strict=True)]
     tokens = np.stack([tokenize.encode(tokenizer, text, shape.tokens) for text in texts])
     print(f"{len(frames)} frames of {config.demos} demonstrations per task in {time.monotonic() - started:.0f} s")

@@ -31,7 +31,7 @@ import envs
 import metrics
 import models
 import rollout_worker
-from channel import Channels, Counters, IndexQueue, SlotPool, Spec, WeightPlane
+from channel import Channels, Counters, IndexQueue, SlotPool, Spec, WeightPlane, layout
 from config import PRESETS, ROOT, Config, UserError, exit_on_user_error, from_json, from_preset, to_json, validate
 from models import checkpoint
 from scheduler import Admission, Placement, place
@@ -134,8 +134,6 @@ def prepare(config: Config) -> Setup:
 
 
 def memory_report(setup: Setup, admission: Admission) -> None:
-    from channel import layout
-
     slots = admission.slots + setup.config.env.eval_envs
     one = layout(setup.slots, 1)[1]
     print(f"slot pool: {slots} slots × {one / 1e6:.2f} MB = {slots * one / 1e6:.1f} MB of shared memory")
@@ -274,7 +272,7 @@ def supervise(
 
         tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
                              config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
-    interval, last_work, pool_gb = None, [0.0, began], counters_gb(setup)
+    interval, last_work, pool_gb = None, [0.0, began], slot_pool_gb(setup)
     with display:
         while True:
             ready = connection.wait([reports, errors, *(w.sentinel for w in workers.values())], timeout=0.25)
@@ -324,9 +322,7 @@ def rss_gb(workers: dict[str, mp.Process]) -> float:
     return total / 1e9
 
 
-def counters_gb(setup: Setup) -> float:
-    from channel import layout
-
+def slot_pool_gb(setup: Setup) -> float:
     admission = Admission(setup.config.actor.batch, setup.config.env.envs, setup.config.actor.max_staleness)
     return layout(setup.slots, admission.slots)[1] / 1e9
 
@@ -360,7 +356,7 @@ def main(config: Config) -> int:
     workers: dict[str, mp.Process] = {}
     try:
         workers, rows = start(setup, channels, folder, report, error)
-        message, status = supervise(setup, folder, workers, rows, channels.counters, reports, errors, interrupts), 0
+        message = supervise(setup, folder, workers, rows, channels.counters, reports, errors, interrupts)
         status = 130 if message.startswith("interrupted") else 0
     except WorkerFailed as failure:
         message, status = f"error: {failure}", 1

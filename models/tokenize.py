@@ -27,6 +27,11 @@ def load(path: str) -> sentencepiece.SentencePieceProcessor:
         raise UserError(f"{path} is not a SentencePiece model file") from None
 
 
+def normalise(state: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """States [..., S] → [-1, 1] by their quantiles q01 and q99 [S] (openpi's π0.5 statistics)."""
+    return (state - low) / (high - low + 1e-6) * 2.0 - 1.0
+
+
 def prompt(task: str, state: np.ndarray) -> str:
     """π0.5's prompt. state [S] normalised to [-1, 1]; bin i covers [-1 + i/128, -1 + (i+1)/128)."""
     bins = np.clip(np.floor((state + 1.0) * 128.0), 0, 255).astype(int)
