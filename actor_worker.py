@@ -28,7 +28,7 @@ from streamer import Streamer
 
 SUMS = (
     "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage_square",
-    "staleness", "samples", "reward", "episodes", "successes",
+    "staleness", "samples", "reward",
 )  # fmt: skip
 MAXIMA = ("ratio_max", "staleness_max")
 
@@ -64,9 +64,15 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
     return stats | {
         "loss_policy": policy.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * n * segment,
         "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
-        "samples": torch.tensor(float(n * segment)), "reward": data["reward"].sum(), "episodes": done.sum(),
-        "successes": data["terminated"].sum(), "staleness_max": staleness.max(),
-    }  # fmt: skip
+        "samples": torch.tensor(float(n * segment)), "reward": data["reward"].sum(), "staleness_max": staleness.max(),
+    } | outcomes(data)  # fmt: skip
+
+
+def outcomes(data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Episodes that ended and those that succeeded, per task: episodes_0, successes_0, …"""
+    ends = {"episodes": data["terminated"] | data["truncated"], "successes": data["terminated"]}
+    tasks = data["task"].unique().tolist()
+    return {f"{what}_{task}": end[data["task"] == task].sum() for what, end in ends.items() for task in tasks}
 
 
 def schedule(version: int, config: Config) -> float:
@@ -137,8 +143,13 @@ def run(
         version, scale = resume["version"], AdvantageScale(**resume["scale"])
         saved = Path(config.train.checkpoint) / "optimizer.pt"
         optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
+        for group in optimizer.param_groups:  # a flag given on resuming counts, not what was saved
+            group["weight_decay"] = actor.weight_decay
     segment = pool["actions"].shape[1]
-    fields = ("reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
+    fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
+    once = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(len(spec.tasks))]
+    once += ["reward", "advantage_square"]  # of a batch, not of every epoch over it
+    names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
         actor.batch, actor.minibatch, actor.micro_batch, actor.max_staleness + 1, actor.update_epochs, actor.stream, rank, ranks,
         config.train.seed, version,
@@ -160,10 +171,11 @@ def run(
 
     publish()
     meter.ready()
-    sums, maxima = dict.fromkeys(SUMS, 0.0), dict.fromkeys(MAXIMA, 0.0)
+    sums, maxima = dict.fromkeys(names, 0.0), dict.fromkeys(MAXIMA, 0.0)
     grad_norm, begun = 0.0, time.monotonic()
+    updated = False  # whether the weights are past those of `version`
     while version < config.train.iterations:
-        if rank == 0 and channels.counters.get(0, "stop"):
+        if rank == 0 and channels.counters.get(0, "stop") and not updated:
             report.send({"saved": str(save())})
             while True:  # the launcher ends us; leaving first would fail the other ranks before it has read this
                 time.sleep(1.0)
@@ -184,7 +196,7 @@ def run(
                 for name, value in stats.items():
                     if name in maxima:
                         maxima[name] = max(maxima[name], float(value))
-                    elif micro.epoch == 0 or name not in ("reward", "episodes", "successes", "advantage_square"):
+                    elif micro.epoch == 0 or name not in once:
                         sums[name] += float(value)
             if micro.last:
                 with meter.wait("gradient") if ranks > 1 else meter.nothing:
@@ -197,6 +209,7 @@ def run(
                     for group, lr in zip(optimizer.param_groups, (actor.lr, actor.value_lr), strict=True):
                         group["lr"] = lr * schedule(version, config)
                     optimizer.step()
+                    updated = True
                     optimizer.zero_grad(set_to_none=False)
         if not streamer.done:
             continue
@@ -204,12 +217,12 @@ def run(
         # The batch is trained: publish it, which also frees its slots, and report.
         version = streamer.finish_batch()
         if ranks > 1:
-            totals = torch.tensor([sums[n] for n in SUMS], dtype=torch.float64)
+            totals = torch.tensor([sums[n] for n in names], dtype=torch.float64)
             highest = torch.tensor([maxima[n] for n in MAXIMA], dtype=torch.float64)
             on = "cpu" if device == "cpu" else device
             totals, highest = totals.to(on), highest.to(on)
             dist.all_reduce(totals), dist.all_reduce(highest, dist.ReduceOp.MAX)
-            sums, maxima = dict(zip(SUMS, totals.tolist(), strict=True)), dict(zip(MAXIMA, highest.tolist(), strict=True))
+            sums, maxima = dict(zip(names, totals.tolist(), strict=True)), dict(zip(MAXIMA, highest.tolist(), strict=True))
         first_epoch = actor.batch * segment
         scale.update(sums["advantage_square"], first_epoch, version == 1)
         publish()
@@ -218,8 +231,8 @@ def run(
             if version % config.train.checkpoint_every == 0 or version == config.train.iterations:
                 save()
             report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting))
-        sums, maxima = dict.fromkeys(SUMS, 0.0), dict.fromkeys(MAXIMA, 0.0)
-        grad_norm, begun = 0.0, now
+        sums, maxima = dict.fromkeys(names, 0.0), dict.fromkeys(MAXIMA, 0.0)
+        grad_norm, begun, updated = 0.0, now, False
         if device != "cpu":
             meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
     if ranks > 1:
@@ -232,10 +245,13 @@ def run(
 def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int) -> dict:
     """What the actor knows of an iteration, under the names of the run folder's interface."""
     actor, n = config.actor, sums["samples"]  # chunk steps over all epochs
+    episodes, successes = ([v for k, v in sums.items() if k.startswith(what)] for what in ("episodes_", "successes_"))
+    # The mean over tasks: trajectories have a fixed length, so pooled episodes would count the quick tasks more often.
+    rates = [won / played for won, played in zip(successes, episodes, strict=True) if played]
     return {
         "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
-        "episodes": int(sums["episodes"]),
-        "success_rate": sums["successes"] / sums["episodes"] if sums["episodes"] else None,
+        "episodes": int(sum(episodes)),
+        "success_rate": sum(rates) / len(rates) if rates else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
         "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm,

@@ -90,7 +90,7 @@ class SlotPool:
     def __init__(self, spec: Spec, slots: int, device: str = "cpu"):
         self.spec, self.slots, self.device = spec, slots, device
         self.offsets, self.bytes = layout(spec, slots)
-        self.arena = None
+        self.arena, self.pinned = None, False
         if device == "cpu":
             self.arena = Arena(self.bytes)
             self._view()
@@ -106,16 +106,18 @@ class SlotPool:
         return self.tensors[name]
 
     def gather(self, name: str, slots: Tensor, rows: Tensor | None = None) -> Tensor:
-        """A copy of whole slots, or of one row of each: [n, …]. `index_select` copies row by row; plain indexing copies element by
-        element, which takes 20 times as long for images."""
+        """A copy of whole slots, or of one row of each: [n, …], page-locked where the pool is. `index_select` copies row by row;
+        plain indexing copies element by element, which takes 20 times as long for images."""
         tensor = self[name]
         if rows is not None:
             tensor, slots = tensor.flatten(0, 1), slots * tensor.shape[1] + rows
-        return tensor.index_select(0, slots)
+        out = torch.empty((len(slots), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, pin_memory=self.pinned)
+        return torch.index_select(tensor, 0, slots, out=out)
 
     def pin(self) -> None:
         if self.arena is not None:
             self.arena.pin()
+            self.pinned = True
 
     def __getstate__(self):
         state = dict(self.__dict__)
@@ -155,18 +157,24 @@ class IndexQueue:
 
     def __init__(self):
         self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False)
+        os.set_blocking(self.reader, False), os.set_blocking(self.writer, False)
 
     def fileno(self) -> int:
         return self.reader
 
     def put(self, records: list[Record], timeout: float = 60.0) -> None:
         """Writes records; those of one call of at most 512 stay together. Raises TimeoutError when the reader is stuck."""
+        deadline = time.monotonic() + timeout
         for start in range(0, len(records), ATOMIC):
             data = b"".join(RECORD.pack(*record) for record in records[start : start + ATOMIC])
-            if not select.select([], [self.writer], [], timeout)[1]:
-                raise TimeoutError(f"a queue of requests stayed full for {timeout:.0f} s: its reader is stuck")
-            os.write(self.writer, data)
+            while True:
+                try:
+                    os.write(self.writer, data)  # whole or, when the pipe is too full for it, not at all
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"a queue of requests stayed full for {timeout:.0f} s: its reader is stuck") from None
+                    select.select([], [self.writer], [], 0.1)  # says that there is room, which another writer may take first
 
     def get(self, timeout: float | None) -> list[Record]:
         """Every queued record; waits up to `timeout` seconds for the first and returns [] when none came."""

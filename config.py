@@ -202,7 +202,11 @@ def from_preset(name: str) -> Config:
 
 
 def to_json(config: Config) -> str:
-    return json.dumps(asdict(config), indent=1, default=str)
+    """Standard JSON: infinity, which it lacks, is written as "inf"."""
+    stages = asdict(config)
+    for values in stages.values():
+        values |= {name: "inf" for name, value in values.items() if value == math.inf}
+    return json.dumps(stages, indent=1, default=str, allow_nan=False)
 
 
 def from_json(path: Path) -> Config:
@@ -213,6 +217,7 @@ def from_json(path: Path) -> Config:
             stage = getattr(config, stage_name)
             for name, value in values.items():
                 kind = type(getattr(stage, name))
+                value = math.inf if value == "inf" else value
                 setattr(stage, name, kind(value) if issubclass(kind, (tuple, Path)) else value)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read the settings of the run in {path}: {error}") from None

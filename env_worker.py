@@ -9,6 +9,7 @@ Evaluation lanes do the same on seeds never trained on, in slots of their own, a
 Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
 
     def begin_trajectory(lane: Lane) -> bool:
         """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it."""
-        if not admission.admits(lane.trajectory, plane.version):
+        if not admission.admits(lane.trajectory, plane.version) or plane.version >= config.train.iterations:
             return False
         last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
         label(lane)
@@ -164,15 +165,21 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         slot = admission.slots + i
         evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
     parked, resting = list(lanes.values()), list(evaluators.values())
-    rounds, next_evaluation = 0, version
+    rounds, next_evaluation, iterations = 0, version, config.train.iterations
+    eval_rounds = meter.counters.table[:, meter.counters.index["eval_rounds"]]
     ready: list[Record] = []
     meter.ready()
     while True:
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
-        due = resting and len(resting) == len(evaluators) and plane.version >= next_evaluation
-        if due and played() >= rounds * config.env.eval_episodes:  # everyone's: evaluations of different workers never mix
-            rounds, next_evaluation = rounds + 1, plane.version + every
+        begun = int(eval_rounds.max())
+        due = begun > rounds
+        if rank == 0:  # decides for all workers, and never before everyone has played the evaluation before: they do not mix
+            due = plane.version >= next_evaluation and played() >= begun * config.env.eval_episodes
+        if due and evaluators:
+            rounds, now = rounds + 1, plane.version
+            next_evaluation = min(now + every, iterations) if now < iterations else math.inf  # the last version always has one
+            meter.set("eval_version", now), meter.set("eval_rounds", rounds)
             for slot, lane in evaluators.items():
                 lane.trajectory = slot - admission.slots
                 if lane.trajectory < config.env.eval_episodes:

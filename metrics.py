@@ -24,6 +24,7 @@ CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")
 COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
     "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s", "fetches", "stop", "gpu_memory_gb",
+    "eval_rounds", "eval_version",
 )  # fmt: skip
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))  # batches of at most 1, 2, 4 … 256 requests
 FLUSH, LIMIT = 200, 200_000  # spans between writes to file, and the most that one worker records
@@ -271,7 +272,7 @@ class Interval:
         """The result of an evaluation once all its episodes are in, else nothing."""
         done, before = self._evaluations(), self.evaluated
         new = [d - b for d, b in zip(done[0], before[0], strict=True)]
-        if episodes == 0 or sum(new) < episodes:
+        if episodes == 0 or sum(new) == 0 or sum(new) % episodes:  # none, or one is under way
             return {}
         self.evaluated = done
         wins = [d - b for d, b in zip(done[1], before[1], strict=True)]

@@ -133,6 +133,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 fetcher.wake.set()
             else:
                 batcher.add(record, record.kind not in (EVAL, LAST), float(channels.pool["asked"][record.slot]))
+        if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
+            batcher.wait_s = min(batcher.wait_s, 0.01)
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue

@@ -244,6 +244,8 @@ def check_alive(workers, rows, counters: Counters, timeout: float, last_work: li
         if worker.exitcode not in (None, 0):
             raise WorkerFailed(f"worker {name} died (exit code {worker.exitcode})")
     for row, name in names.items():
+        if workers[name].exitcode is not None:
+            continue
         at_barrier = counters.get(row, "waiting") == 1 + metrics.CAUSES.index("gradient")  # waits for other ranks, silently
         if counters.get(row, "ready") and not at_barrier and now - counters.get(row, "time") > timeout:
             raise WorkerFailed(f"worker {name} hangs: no sign of life for {timeout:.0f} s")
@@ -273,15 +275,33 @@ def supervise(
         tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
                              config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
     interval, last_work, pool_gb = None, [0.0, began], slot_pool_gb(setup)
+    eval_episodes = config.env.eval_episodes if config.env.eval_every and config.env.eval_envs else 0
+
+    def watch() -> list:
+        """Waits for news at most 0.25 s. Raises WorkerFailed when a worker failed, died or hangs."""
+        ready = connection.wait([reports, errors, *(w.sentinel for w in workers.values() if w.exitcode is None)], timeout=0.25)
+        if errors.poll():
+            name, message, trace = errors.recv()
+            if trace:
+                (folder.path / "error.txt").write_text(f"{name}\n{trace}")
+            details = f" (details in {folder.path / 'error.txt'})" if trace else ""
+            raise WorkerFailed(f"worker {name} failed: {message}{details}")
+        check_alive(workers, rows, counters, timeout, last_work)
+        return ready
+
+    def last_evaluation() -> dict:
+        """Of the final weights, which every run ends with: nothing is left that waiting for it could hold up."""
+        while not interrupts:
+            begun = counters.table[:, counters.index["eval_version"]].max() == config.train.iterations
+            if begun and (result := interval.evaluation(eval_episodes)):
+                return result
+            watch()
+            time.sleep(0.25)
+        return {}
+
     with display:
         while True:
-            ready = connection.wait([reports, errors, *(w.sentinel for w in workers.values())], timeout=0.25)
-            if errors.poll():
-                name, message, trace = errors.recv()
-                if trace:
-                    (folder.path / "error.txt").write_text(f"{name}\n{trace}")
-                details = f" (details in {folder.path / 'error.txt'})" if trace else ""
-                raise WorkerFailed(f"worker {name} failed: {message}{details}")
+            ready = watch()
             if interval is None and counters.table[:, counters.index["ready"]].all():
                 interval = metrics.Interval(counters, rows, names)
             if reports in ready:
@@ -294,7 +314,9 @@ def supervise(
                 line |= interval.measure()
                 line |= {"time": offset + time.monotonic() - began, "restarts": 0, "rss_gb": rss_gb(workers) + pool_gb}
                 line["env_steps"] += steps_before
-                line |= interval.evaluation(config.env.eval_episodes if config.env.eval_every and config.env.eval_envs else 0)
+                line |= interval.evaluation(eval_episodes)
+                if line["iteration"] == config.train.iterations and eval_episodes:
+                    line |= last_evaluation()
                 folder.append(line)
                 show(line)
                 if tracker:
@@ -305,9 +327,6 @@ def supervise(
                     why = "before anything was trained" if interval is None else "twice: stopped without saving"
                     return f"interrupted {why}"
                 counters.set(0, "stop", 1.0)
-                if time.monotonic() - interrupts[0] > 60.0:
-                    raise WorkerFailed("worker actor-0 did not save within 60 s of the interrupt")
-            check_alive(workers, rows, counters, timeout, last_work)
 
 
 def rss_gb(workers: dict[str, mp.Process]) -> float:

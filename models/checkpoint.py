@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from config import UserError
 
@@ -52,6 +53,16 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
     meta = {"family": header.family, "shape": json.dumps(header.shape), "stats": json.dumps(header.stats)}
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, meta)
     os.replace(partial, path)
+
+
+class Uninitialised(TorchFunctionMode):
+    """Modules built in this context keep whatever memory holds, for `load` to fill: drawing random weights for nothing takes
+    a minute for billions of them, and on the meta device its first use imports half a compiler (2 s)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def load(model: torch.nn.Module, path: str | Path, only_check: bool = False) -> None:

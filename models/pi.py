@@ -76,7 +76,7 @@ def build(config, env_spec, weights: bool = True) -> "Pi":
     for name, value in wanted.items():
         if getattr(shape, name) != value:
             raise UserError(f"checkpoint {path} has {name} = {getattr(shape, name)} and the run asks for {value}: make them agree")
-    with torch.device("cpu" if weights else "meta"):
+    with torch.device("cpu" if weights else "meta"), checkpoint.Uninitialised():
         model = Pi(shape)
     checkpoint.load(model, path, only_check=not weights)
     model.header = checkpoint.Header("pi05", asdict(shape), header.stats)
@@ -215,7 +215,8 @@ class VisionTower(nn.Module):
     def __init__(self, c: PiConfig):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
-        self.position_embedding = nn.Parameter(torch.randn((c.image_size // c.patch) ** 2, c.vision_width) * 0.02)
+        self.position_embedding = nn.Parameter(torch.empty((c.image_size // c.patch) ** 2, c.vision_width))
+        nn.init.normal_(self.position_embedding, std=0.02)
         self.layers = nn.ModuleList(VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth))
         self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
         self.projector = nn.Linear(c.vision_width, c.width)

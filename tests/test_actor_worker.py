@@ -18,7 +18,7 @@ from models import checkpoint
 from streamer import Streamer
 
 BATCH, SEGMENT = 8, 5
-FIELDS = ("reward", "value", "terminated", "truncated", "logprob", "version")
+FIELDS = ("task", "reward", "value", "terminated", "truncated", "logprob", "version")
 
 
 class Toy(nn.Module):
@@ -41,10 +41,11 @@ def filled_pool(model, dtype, fields: dict) -> SlotPool:
     spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in fields.items()}
     t = (SEGMENT,)
     spec |= {"reward": (t, dtype), "value": ((SEGMENT + 1,), dtype), "logprob": (t, dtype), "version": (t, torch.int32)}
-    spec |= {"terminated": (t, torch.bool), "truncated": (t, torch.bool)}
+    spec |= {"terminated": (t, torch.bool), "truncated": (t, torch.bool), "task": ((), torch.int32)}
     pool = SlotPool(spec, BATCH)
     for name, x in fields.items():
         pool[name].copy_(x)
+    pool["task"].copy_(torch.arange(BATCH) % 2)
     end = torch.randint(0, 5, (BATCH, SEGMENT))
     pool["terminated"].copy_(end == 0), pool["truncated"].copy_(end == 1)
     pool["reward"].copy_(end == 0), pool["value"].copy_(torch.randn(BATCH, SEGMENT + 1))
@@ -95,7 +96,8 @@ def test_streamed_gradient_is_the_full_batch_gradient_in_fp64(seed):
     parts, sums = gradients(model, pool, streamed(order, stream=seed % 2 == 0))
     assert close(parts, whole, 1e-6)  # measured: 1e-16
     assert sums == pytest.approx(stats, rel=1e-9) and sums["samples"] == BATCH * SEGMENT
-    assert sums["discarded"] == 0 and sums["staleness_max"] == 2 and sums["successes"] == float(pool["reward"].sum()) > 0
+    assert sums["discarded"] == 0 and sums["staleness_max"] == 2
+    assert sums["successes_0"] + sums["successes_1"] == pool["reward"].sum()
     less, _ = gradients(model, pool, streamed(order)[1:])
     assert not close(less, whole, 1e-2)  # the comparison can fail
 
@@ -122,7 +124,8 @@ def test_metrics_of_a_micro_batch_by_hand():
     pool["version"].fill_(2)
     pool["version"][0, 0] = 3
     _, stats = gradients(model, pool, [(0, 1)])
-    assert (stats["episodes"], stats["successes"], stats["reward"]) == (3.0, 1.0, 1.0)
+    assert (stats["episodes_0"], stats["successes_0"], stats["episodes_1"], stats["successes_1"]) == (2.0, 1.0, 1.0, 0.0)
+    assert stats["reward"] == 1.0
     assert (stats["samples"], stats["staleness"], stats["staleness_max"]) == (10.0, 9.0, 1.0)
 
 
@@ -131,13 +134,15 @@ def test_iteration_metrics_are_per_chunk_step():
     config.actor.batch, config.actor.update_epochs = BATCH, 2
     names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "staleness")
     samples = 2.0 * BATCH * SEGMENT  # both epochs
-    sums = {n: samples for n in names} | {"samples": samples, "reward": 4.0, "episodes": 8.0, "successes": 2.0}
+    sums = {n: samples for n in names} | {"samples": samples, "reward": 4.0}
+    sums |= {"episodes_0": 6.0, "successes_0": 6.0, "episodes_1": 2.0, "successes_1": 0.0, "episodes_2": 0.0, "successes_2": 0.0}
     out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, 0.5, 3)
     assert all(out[n] == 1.0 for n in names if n not in ("discarded", "staleness")) and out["staleness_mean"] == 1.0
-    assert (out["success_rate"], out["reward"], out["episodes"]) == (0.25, 0.5, 8)
+    assert (out["success_rate"], out["reward"], out["episodes"]) == (0.5, 0.5, 8)  # the mean over tasks, whatever their number
     assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
     assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
-    nothing = iteration_metrics(sums | {"episodes": 0.0}, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, 0.5, 3)
+    sums |= {"episodes_0": 0.0, "episodes_1": 0.0}
+    nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, 0.5, 3)
     assert nothing["success_rate"] is None
 
 

@@ -87,6 +87,10 @@ def test_an_evaluation_is_reported_when_all_its_episodes_are_in():
     expected = {"eval_success_rate": 0.5, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.5}}
     assert interval.evaluation(4) == expected
     assert interval.evaluation(4) == {}
+    table.add(2, "eval_episodes_0", 5.0)  # one finished that nobody read, and the next has begun: their episodes do not mix
+    assert interval.evaluation(4) == {}
+    table.add(3, "eval_episodes_1", 3.0)
+    assert interval.evaluation(4)["eval_episodes"] == 8
 
 
 def test_the_trace_is_in_chrome_s_format(tmp_path):
