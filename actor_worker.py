@@ -76,9 +76,12 @@ def outcomes(data: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def schedule(version: int, config: Config) -> float:
-    """Factor of the learning rates while batch `version` is trained: warm-up, then linear to 0 with `anneal`."""
+    """Factor of the learning rates while batch `version` is trained: warm-up, 1, then with `anneal` a fall to 0 in the second half.
+
+    A fall over the whole run (CleanRL's anneal_lr) ended 5 points lower after as many iterations.
+    """
     warm = min(1.0, (version + 1) / (config.actor.warmup + 1))
-    return warm * (1.0 - version / config.train.iterations) if config.actor.anneal else warm
+    return warm * min(1.0, 2.0 * (1.0 - version / config.train.iterations)) if config.actor.anneal else warm
 
 
 def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:

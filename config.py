@@ -49,7 +49,7 @@ class RunConfig:
     """R:A, parts for env + rollout against parts for actors (GPUs; without them worker processes and threads)"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates env from rollout"""
-    iterations: int = 70
+    iterations: int = 80
     """optimizer iterations: batches trained; a resumed run counts from its start"""
     seed: int = 1
     """seed of episodes, noise and minibatches"""
@@ -134,7 +134,7 @@ class ActorConfig:
     value_lr: float = 1e-3
     """AdamW learning rate of the value head"""
     anneal: bool = True
-    """lower learning rates linearly to 0 over --iterations (CleanRL's anneal_lr), so that the last policy is a settled one"""
+    """lower learning rates linearly to 0 over the second half of --iterations, so that the last policy is a settled one"""
     weight_decay: float = 0.01
     """AdamW (RLinf: 0.01)"""
     grad_clip: float = 1.0
