@@ -49,7 +49,7 @@ class RunConfig:
     """R:A, parts for env + rollout against parts for actors (GPUs; without them worker processes and threads)"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates env from rollout"""
-    iterations: int = 80
+    iterations: int = 60
     """optimizer iterations: batches trained; a resumed run counts from its start"""
     seed: int = 1
     """seed of episodes, noise and minibatches"""

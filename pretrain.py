@@ -38,7 +38,7 @@ class PretrainConfig:
     out: Path = ASSETS / "pi05_metaworld.safetensors"
     """file to write; the vocabulary goes beside it as tokenizer.model"""
     tasks: tuple[str, ...] = ()
-    """Meta-World tasks; none means the default task set"""
+    """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes make better features"""
     demos: int = 25
     """demonstrations per task"""
     pace: float = 0.6
@@ -131,7 +131,8 @@ def main(config: PretrainConfig) -> None:
         raise UserError(f"the folder {config.out.parent} does not exist: create it or give another --out")
     started = time.monotonic()
     shape = PiConfig()
-    env_spec = envs.load("metaworld").spec(config.tasks, shape.image_size)
+    tasks = config.tasks or ("button-press-topdown", *envs.load("metaworld").DEFAULT_TASKS)
+    env_spec = envs.load("metaworld").spec(tasks, shape.image_size)
     vocabulary = config.out.with_name("tokenizer.model")
     tokenize.train_vocabulary(list(envs.load("metaworld").PROMPTS.values()), vocabulary)
     tokenizer = tokenize.load(str(vocabulary))
