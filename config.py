@@ -35,7 +35,7 @@ def exit_on_user_error() -> Iterator[None]:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    model: Literal["pi05", "emulated"] = "pi05"
+    model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
     env: Literal["metaworld", "emulated"] = "metaworld"
     """simulator"""
@@ -57,10 +57,12 @@ class RunConfig:
     """name of the run folder under runs/; empty means date and time"""
     resume: str = ""
     """run folder (name or path) to continue from its newest checkpoint; its saved settings apply"""
-    checkpoint: Path = ASSETS / "pi05_metaworld.safetensors"
-    """weights to start from: a .safetensors file or a folder that holds model.safetensors"""
-    tokenizer: Path = ASSETS / "tokenizer.model"
-    """SentencePiece file"""
+    checkpoint: Path | None = None
+    """weights to start from, ours or another project's: a .safetensors file or a folder; none means the embedded default's"""
+    tokenizer: Path | None = None
+    """SentencePiece file (published GR00T: Qwen's vocabulary); none means the embedded default's or the checkpoint's"""
+    statistics: str = ""
+    """which statistics of a checkpoint folder to use: OFT's unnorm key, GR00T's embodiment tag; empty where there is one"""
     checkpoint_every: int = 20
     """iterations between checkpoints; there is always one at the end"""
     wandb: Literal["online", "offline", "off"] = "off"
@@ -84,11 +86,11 @@ class EnvConfig:
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     eval_envs: int = 4
-    """lanes that only evaluate, on seeds never trained on; they never hold up the others"""
+    """lanes that only evaluate, on seeds never trained on; they never hold up the others before the run ends"""
     eval_episodes: int = 24
     """episodes of one evaluation, spread evenly over tasks"""
     eval_every: int = 10
-    """iterations between evaluations; 0 means never"""
+    """iterations between evaluations, of which the last version always gets one; 0 means never"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -109,6 +111,12 @@ class RolloutConfig:
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps)"""
     sde_steps: int = 1
     """one denoise step per sample is stochastic, drawn from this many last ones (RLinf: all of them)"""
+    temperature: float | None = None
+    """of OFT's action tokens (RLinf on LIBERO: 1.6); none means as the checkpoint says"""
+    noise: Literal["sde", "network"] = "sde"
+    """of π0 and π0.5: Flow-SDE, or Flow-Noise: a small learned network gives the standard deviation (πRL arXiv 2510.25889)"""
+    prefix_dtype: Literal["float32", "bfloat16"] = "float32"
+    """of π0's and π0.5's frozen VLM, and of its keys and values in the slots"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -141,6 +149,10 @@ class ActorConfig:
     """largest gradient norm (RLinf: 1.0)"""
     train_vlm: bool = False
     """also update the image tower and the prefix; False is the published recipe and lets slots hold their keys and values"""
+    oft_train: Literal["lora", "full"] | None = None
+    """what of OFT is updated; none means as the checkpoint says, LoRA for another project's"""
+    cache_prefix: bool = True
+    """with a frozen VLM: keep its keys and values in the slots; False computes them again in every epoch, for want of memory"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -201,6 +213,11 @@ def from_preset(name: str) -> Config:
     return config
 
 
+def embedded_files(model: str) -> tuple[Path, Path]:
+    """Checkpoint and vocabulary of a family's embedded default; OFT's prompts have words of their own."""
+    return ASSETS / f"{model}_metaworld.safetensors", ASSETS / ("tokenizer_oft.model" if model == "oft" else "tokenizer.model")
+
+
 def to_json(config: Config) -> str:
     """Standard JSON: infinity, which it lacks, is written as "inf"."""
     stages = asdict(config)
@@ -216,10 +233,15 @@ def from_json(path: Path) -> Config:
         for stage_name, values in saved.items():
             stage = getattr(config, stage_name)
             for name, value in values.items():
-                kind = type(getattr(stage, name))
-                value = math.inf if value == "inf" else value
-                setattr(stage, name, kind(value) if issubclass(kind, (tuple, Path)) else value)
-    except (OSError, ValueError, AttributeError) as error:
+                if name == "tasks":
+                    value = tuple(value)
+                elif name in ("checkpoint", "tokenizer") and value is not None:
+                    value = Path(value)
+                elif name == "batch_wait_ms" and value == "inf":
+                    value = math.inf
+                getattr(stage, name)  # one that there is
+                setattr(stage, name, value)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
     return config
 
@@ -244,6 +266,8 @@ def validate(config: Config) -> None:
     for flag, value in positive.items():
         if value <= 0:
             raise UserError(f"{flag} {value} must be at least 1")
+    if config.rollout.temperature is not None and not config.rollout.temperature > 0:
+        raise UserError(f"--temperature {config.rollout.temperature} must be more than 0")
     if config.train.seed < 0:
         raise UserError(f"--seed {config.train.seed} must be 0 or more")
     if actor.max_staleness < 0:

@@ -1,8 +1,9 @@
 """Model families, one file each. A new family is one file and one line in `MODELS`.
 
-A model file offers `build(config, env_spec, weights=True) -> module`, and the module offers
+A model file offers `build(config, env_spec, weights=True, device="cpu") -> module`, which offers
 
     .header                                     models.checkpoint.Header, for the checkpoints of a run
+    .observation_fields() -> {name: (shape, dtype)}  what the policy sees: "image" and what else its `preparation` makes
     .slot_fields() -> {name: (shape, dtype)}    what one chunk step stores beyond the common fields, per chunk step
     .draw(keys, explore) -> {name: tensor}      all randomness of one inference, counter-based: see `generator`
     .act(obs, noise) -> {name: tensor}          "actions" [n, C, A], "logprob" [n], "value" [n] and the slot fields
@@ -10,16 +11,33 @@ A model file offers `build(config, env_spec, weights=True) -> module`, and the m
     .evaluate(batch) -> {"logprob" [n], "value" [n], "entropy" []}   differentiable, from stored slot fields
     .trainable() -> {name: parameter}           what reinforcement learning updates and the weight plane carries
 
+    .imitation_draw(n), .imitate(obs, actions, draw) -> loss []      for `pretrain.py`
+
+Beside it, `<family>_files.py` knows files and the world: the layouts of other projects' checkpoints (`SOURCES`), their statistics
+and prompts, and
+
+    preparation(header, tokenizer)                   what env workers use, an object with
+        .observe(images, state, task) -> {name: array}   what the simulator shows → the observation fields of one slot row
+        .actions(actions, state) -> actions              what the model returned [C, A] → what the simulator executes [C, A]
+    embedded(name, tokenizer) -> module              the small model with random weights, for `pretrain.py`
+    wording(task) -> text                            the words that the embedded vocabulary must hold
+    parity(folder) -> {name: tensor}                 see `models/parity.py`
+
 so that no stage knows which family it serves.
 """
 
 import importlib
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from config import UserError
 
-MODELS = {"pi05": "models.pi", "emulated": "models.emulated"}
+MODELS = {
+    "pi0": "models.pi", "pi05": "models.pi", "gr00t": "models.gr00t", "oft": "models.oft", "emulated": "models.emulated",
+}  # fmt: skip
+FILES = {name: "models.emulated" if name == "emulated" else f"{module}_files" for name, module in MODELS.items()}
 
 
 def load(name: str):
@@ -29,6 +47,11 @@ def load(name: str):
     return importlib.import_module(MODELS[name])
 
 
+def files(name: str):
+    """What stands between a model family and the world; `name` is a key of MODELS."""
+    return importlib.import_module(FILES[name])
+
+
 def generator(key: tuple[int, int, int, int]) -> np.random.Generator:
     """Random numbers named by (seed, lane, trajectory, chunk step) and by nothing else.
 
@@ -36,3 +59,17 @@ def generator(key: tuple[int, int, int, int]) -> np.random.Generator:
     """
     seed, lane, trajectory, t = key
     return np.random.Generator(np.random.Philox(key=[seed, lane << 32 | trajectory], counter=[0, 0, 0, t]))
+
+
+def flow_noise(
+    keys: list[tuple[int, int, int, int]], explore: list[bool], shape: tuple[int, ...], denoise_steps: int, sde_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Of a flow policy's inference: noise [n, *shape], and which denoise step is stochastic [n], drawn from the last `sde_steps`;
+    −1 where `explore` is False."""
+    noise, index = np.empty((len(keys), *shape), np.float32), np.full(len(keys), -1, np.int64)
+    for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
+        rng = generator(key)
+        noise[i] = rng.standard_normal(shape, np.float32)
+        if stochastic:
+            index[i] = denoise_steps - 1 - rng.integers(sde_steps)
+    return torch.from_numpy(noise), torch.from_numpy(index)

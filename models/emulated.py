@@ -18,17 +18,36 @@ INFER_EACH = 0.8 * INFER_ALL / (WORKERS * LANES)
 TRAIN_EACH = TRAIN_ALL / (WORKERS * LANES)  # per chunk step
 
 
-def build(config, env_spec, weights: bool = True) -> "Emulated":
-    return Emulated(config.rollout.chunk, env_spec.action_dim, devices(config.train.ratio, config.train.placement))
+def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Emulated":
+    picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
+    return Emulated(picture, config.rollout.chunk, env_spec.action_dim, devices(config.train.ratio, config.train.placement))
+
+
+def preparation(header: Header, tokenizer: str) -> "Preparation":
+    return Preparation()
+
+
+class Preparation:
+    """What the simulator shows and executes is what the model sees and returns."""
+
+    def observe(self, images, state, task: str) -> dict:
+        return {"image": images}
+
+    def actions(self, actions, state):
+        return actions
 
 
 class Emulated(nn.Module):
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
-    def __init__(self, chunk: int, action_dim: int, speed: tuple[float, float]):
+    def __init__(self, picture: tuple[int, ...], chunk: int, action_dim: int, speed: tuple[float, float]):
         super().__init__()
+        self.picture = picture
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
         self.infer_speed, self.train_speed = speed
+
+    def observation_fields(self) -> dict:
+        return {"image": (self.picture, torch.uint8)}
 
     def slot_fields(self) -> dict:
         return {}

@@ -1,29 +1,41 @@
-"""π0.5: SigLIP image tower → Gemma prefix over image and language tokens → flow-matching action expert (adaRMS) → value.
+"""π0 and π0.5: SigLIP image tower → Gemma prefix over image and language tokens → flow-matching action expert → value.
 
-    image [V, H, W, 3], tokens [L] ──► prefix(): keys and values of every layer, and the mean feature ──► value head
+    image [V, H, W, 3], tokens [L] ──► prefix(): keys and values of every layer, and the mean feature
     noise x₁ [C, A] ──► velocity(prefix, x_t, t) × N denoise steps ──► actions [C, A]
+
+One configuration field, `pi05`, tells the two apart:
+
+    π0      a state token before the action tokens, which it does not see; an MLP fuses time with each action; the value head reads
+            the expert's mean action feature
+    π0.5    the state, if any, stands in the prompt; time modulates every norm of the expert (adaRMS); the value head reads the
+            prefix's mean feature
 
 The prefix never sees the actions, so it runs once per frame; with the VLM frozen (`train_vlm = False`, the published
 recipe) its keys and values are stored in the slot and every update epoch costs only the expert.
 
-As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step, drawn from the last `sde_steps`, is a Gaussian
-transition; the others follow the ODE. `flow_sde_step` gives its mean and standard deviation; the log-prob is that transition's.
-πRL draws from all N; the flow contracts early noise, so its samples say little about the action: the default draws the last.
+As a stochastic policy (πRL arXiv 2510.25889): one denoise step, drawn from the last `sde_steps`, is a Gaussian transition; the
+others follow the ODE; the log-prob is that transition's, over the steps and dimensions the robot executes. Its mean and standard
+deviation come from `flow_sde_step` (`noise = "sde"`, Flow-SDE) or are the ODE step and a learned, bounded deviation per element
+(`noise = "network"`, Flow-Noise). πRL draws from all N; the flow contracts early noise, so its samples say little about the
+action: the default draws the last.
 
-Differs from openpi's released model only in `PiConfig`: the embedded default is the same architecture at small width.
-Left out: reading openpi's own checkpoint names, image resizing (simulators render at the model's size).
+`PiConfig()` is the embedded small π0.5, `PI0_SMALL` its π0; `PI0_FULL` and `PI05_FULL` are the released models (openpi), the same
+code, exact with the original (`models/pi_files.py`, `python -m models.parity`).
+Left out: πRL's joint log-prob over the whole denoise chain, training with several stochastic steps per sample.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from models import checkpoint, generator
+from models import checkpoint, flow_noise
 from models.tokenize import PAD
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -33,7 +45,8 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 class PiConfig:
     """Widths and depths. The defaults are the embedded default; openpi's π0.5 is in the comments."""
 
-    views: int = 1  # cameras; openpi 3
+    pi05: bool = True  # False: π0
+    views: int = 1  # cameras; openpi 3, of which LIBERO has 2: a view left out equals a masked one
     image_size: int = 64  # pixels; 224
     patch: int = 8  # pixels; 14
     vision_width: int = 96  # 1152
@@ -46,49 +59,110 @@ class PiConfig:
     mlp: int = 384  # 16384
     depth: int = 4  # 18, shared by prefix and expert
     heads: int = 4  # 8
-    head_dim: int = 32  # 256; one key/value head, as in Gemma-2B
+    kv_heads: int = 1  # 1, as in Gemma-2B
+    head_dim: int = 32  # 256
     expert_width: int = 96  # 1024
     expert_mlp: int = 256  # 4096
     value_widths: tuple[int, ...] = (128, 64)  # (1024, 512, 256)
-    chunk: int = 10  # C
+    value_activation: Literal["silu", "relu"] = "silu"  # relu (RLinf)
+    chunk: int = 10  # C; base models 50
     action_dim: int = 4  # A; 32 with padding
+    state_dim: int = 4  # 32 with padding; only π0 has a state token
+    executed_steps: int = 0  # of the chunk, by the robot: what the log-prob counts; 0 means all
+    executed_dims: int = 0  # of the action, the rest is padding; 0 means all
     denoise_steps: int = 4  # N
-    noise_level: float = 1.0  # a of Flow-SDE
+    noise: Literal["sde", "network"] = "sde"  # Flow-SDE or Flow-Noise
+    noise_level: float = 1.0  # a of Flow-SDE; 0.5
+    noise_range: tuple[float, float] = (0.08, 0.16)  # Flow-Noise: bounds of the standard deviation (RLinf)
+    noise_widths: tuple[int, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
     sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one
-    train_vlm: bool = False  # False: reinforcement learning updates only expert and value head
+    train_vlm: bool = False  # False: reinforcement learning updates only expert and heads
+    cache_prefix: bool = True  # with the VLM frozen: slots keep keys and values; False recomputes them, for want of memory
+    prefix_dtype: Literal["float32", "bfloat16"] = "float32"  # of a frozen VLM's weights and of the stored keys and values
 
 
-def build(config, env_spec, weights: bool = True) -> "Pi":
-    """The model of `config.train.checkpoint`; without `weights` a memory-free one of the same shape, to size slots by.
+PI0_SMALL = PiConfig(pi05=False, value_widths=(64, 32))
+PI05_FULL = PiConfig(
+    views=3, image_size=224, patch=14, vision_width=1152, vision_depth=27, vision_heads=16, vision_mlp=4304, vocabulary=257_152,
+    tokens=200, width=2048, mlp=16_384, depth=18, heads=8, head_dim=256, expert_width=1024, expert_mlp=4096,
+    value_widths=(1024, 512, 256), value_activation="relu", chunk=10, action_dim=32, state_dim=32, denoise_steps=5,
+    noise_level=0.5, sde_steps=5,
+)  # fmt: skip
+PI0_FULL = replace(PI05_FULL, pi05=False, tokens=48, chunk=50, value_widths=(512, 256, 128), denoise_steps=4, sde_steps=4)
+SMALL = {"pi0": PI0_SMALL, "pi05": PiConfig()}
+FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
+FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM: what its freezing leaves alone
 
-    Raises UserError when the checkpoint is of another model or does not suit the simulator.
+
+def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Pi":
+    """The model of `config.train.checkpoint`, ours or one of `pi_files.SOURCES`; without `weights` a memory-free one of its shape.
+
+    Weights go straight to `device`. Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
-    path = checkpoint.find(config.train.checkpoint)
-    header = checkpoint.read_header(path)
-    if header.family != "pi05":
-        raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
-    chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps")}
+    path, family = config.train.checkpoint, config.train.model
+    from_rollout = ("denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
+    chosen = {name: getattr(config.rollout, name) for name in from_rollout}
+    chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     if not 1 <= chosen["sde_steps"] <= chosen["denoise_steps"]:
         raise UserError(f"--sde-steps {chosen['sde_steps']} must lie between 1 and --denoise-steps {chosen['denoise_steps']}")
-    shape = PiConfig(**header.shape | chosen | {"train_vlm": config.actor.train_vlm})
-    wanted = {"views": env_spec.views, "image_size": env_spec.image_size, "action_dim": env_spec.action_dim}
-    wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
-    for name, value in wanted.items():
-        if getattr(shape, name) != value:
-            raise UserError(f"checkpoint {path} has {name} = {getattr(shape, name)} and the run asks for {value}: make them agree")
-    with torch.device("cpu" if weights else "meta"), checkpoint.Uninitialised():
+    if checkpoint.is_ours(path):
+        shape, source, stats = ours(checkpoint.find(path), family, chosen, config, env_spec)
+    else:
+        from models import pi_files  # which reads their files, and knows this module
+
+        shape, source, stats = pi_files.published(Path(path), family, chosen, config, env_spec)
+    with torch.device("meta"), checkpoint.Uninitialised():
         model = Pi(shape)
-    checkpoint.load(model, path, only_check=not weights)
-    model.header = checkpoint.Header("pi05", asdict(shape), header.stats)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(shape, name))
+    checkpoint.load_source(model, path, source, device if weights else "meta", partial(dtype_of, shape))
+    given = source.names(shape)
+    for name, head in heads(shape).items() if weights else ():
+        if not any(key.startswith(name) for key in given):  # one that the checkpoint does not have begins as new
+            model.add_module(name, head.to(device))
+    model.header = checkpoint.Header(family, asdict(shape), stats)
     return model
+
+
+def ours(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[PiConfig, checkpoint.Source, dict]:
+    """Shape, names and statistics of a checkpoint of our own. Raises UserError."""
+    header = checkpoint.read_header(path)
+    if header.family != family:
+        raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in header.shape.items()}  # as before JSON
+    shape = PiConfig(**stored | chosen)
+    agree = {
+        "views": (shape.views, env_spec.views),
+        "action_dim": (shape.executed_dims or shape.action_dim, env_spec.action_dim),
+        "chunk": (shape.executed_steps or shape.chunk, config.rollout.chunk),
+    }
+    if "state_low" in header.stats:  # a small model: nothing resizes pictures for it
+        agree |= {"image_size": (shape.image_size, env_spec.image_size), "tokens": (shape.tokens, config.rollout.tokens)}
+    for name, (has, wanted) in agree.items():
+        if has != wanted:
+            raise UserError(f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them agree")
+    with torch.device("meta"), checkpoint.Uninitialised():
+        names = Pi(shape).state_dict()
+    if not any(key.startswith("noise_head.") for key in checkpoint.layout(path)):
+        names = [name for name in names if not name.startswith("noise_head.")]
+    table = {name: name for name in names}
+    return shape, checkpoint.Source(lambda c: table, (r"noise_head\..*",)), header.stats
+
+
+def dtype_of(c: PiConfig, name: str) -> torch.dtype:
+    """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
+    return getattr(torch, c.prefix_dtype) if name.startswith(FROZEN) and not c.train_vlm else torch.float32
 
 
 # ---------------------------------------------------------------- the flow as a policy
 
 
 def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: linspace(1, 1/N, N), then 0 (openpi's direction)."""
-    return [1.0 - i / steps for i in range(steps)] + [0.0]
+    """N + 1 times from noise to data: linspace(1, 1/N, N) in fp32, then 0 (RLinf, openpi's direction).
+
+    In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of 1e-4.
+    """
+    return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
 
 def ode_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
@@ -132,11 +206,13 @@ class RMSNorm(nn.Module):
                 self.dense.bias[2 * width :] = 1.0  # gates start open: at small width this trains in minutes, not hours
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
+        dtype, x = x.dtype, wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         if condition is None:
-            return x * (1.0 + self.weight), 1.0
-        scale, shift, gate = self.dense(condition)[:, None].chunk(3, dim=-1)  # each [n, 1, D]
-        return x * (1.0 + scale) + shift, gate
+            return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), 1.0
+        modulation = self.dense(condition.to(self.dense.weight.dtype))
+        scale, shift, gate = modulation[:, None].to(x.dtype).chunk(3, dim=-1)  # each [n, 1, D]
+        return (x * (1.0 + scale) + shift).to(dtype), gate.to(dtype)
 
 
 class GeGLU(nn.Module):
@@ -161,32 +237,33 @@ def rotary(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class GemmaLayer(nn.Module):
-    """One decoder layer, one key/value head. `past` [n, 2, P, d] are keys and values to attend to before one's own."""
+    """One decoder layer. `past` [n, 2·kv, P, d] are keys and values to attend to before one's own."""
 
-    def __init__(self, width: int, mlp: int, heads: int, head_dim: int, condition: int | None = None):
+    def __init__(self, width: int, mlp: int, heads: int, head_dim: int, condition: int | None = None, kv_heads: int = 1):
         super().__init__()
-        self.heads, self.head_dim = heads, head_dim
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.input_layernorm = RMSNorm(width, condition)
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, head_dim, bias=False)
-        self.v_proj = nn.Linear(width, head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, condition)
         self.mlp = GeGLU(width, mlp)
 
     def forward(self, x, positions, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
-        """x [n, S, D], mask [n, 1, 1, P + S] additive → x [n, S, D] and this layer's own keys and values [n, 2, S, d]."""
+        """x [n, S, D], mask additive [n, 1, 1 or heads/kv·S, P + S] → x and this layer's own keys and values [n, 2·kv, S, d]."""
         n, length, _ = x.shape
         h, gate = self.input_layernorm(x, condition)
         q = self.q_proj(h).view(n, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(h).view(n, 1, length, self.head_dim)
-        v = self.v_proj(h).view(n, 1, length, self.head_dim)
+        k = self.k_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotary(q, positions), rotary(k, positions)
-        own = torch.cat([k, v], dim=1)  # [n, 2, S, d]
+        own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
-        # One key/value head serves every query head, so the heads fold into the query axis: [n, 1, heads·S, d].
-        folded = q.reshape(n, 1, self.heads * length, self.head_dim)
-        out = F.scaled_dot_product_attention(folded, both[:, :1], both[:, 1:], attn_mask=mask)
+        # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv, heads/kv·S, d].
+        folded = q.reshape(n, self.kv_heads, -1, self.head_dim)
+        keys, values = both[:, : self.kv_heads], both[:, self.kv_heads :]
+        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         out = out.view(n, self.heads, length, self.head_dim).transpose(1, 2).reshape(n, length, -1)
         x = x + gate * self.o_proj(out)
         h, gate = self.post_attention_layernorm(x, condition)
@@ -215,20 +292,38 @@ class VisionTower(nn.Module):
     def __init__(self, c: PiConfig):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
-        self.position_embedding = nn.Parameter(torch.empty((c.image_size // c.patch) ** 2, c.vision_width))
-        nn.init.normal_(self.position_embedding, std=0.02)
+        patches = (c.image_size // c.patch) ** 2
+        self.position_embedding = nn.init.normal_(nn.Parameter(torch.empty(patches, c.vision_width)), std=0.02)
         self.layers = nn.ModuleList(VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth))
         self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
         self.projector = nn.Linear(c.vision_width, c.width)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [n, V, H, W, 3] uint8 → tokens [n, V·(H/patch)², D]."""
+        """image [n, V, H, W, 3] uint8 (or already scaled to [-1, 1]) → tokens [n, V·(H/patch)², D]."""
         n, views = image.shape[:2]
-        pixels = image.flatten(0, 1).permute(0, 3, 1, 2).to(self.patch_embedding.weight.dtype) / 127.5 - 1.0
+        pixels = image.flatten(0, 1).permute(0, 3, 1, 2).to(self.patch_embedding.weight.dtype)
+        pixels = pixels if image.is_floating_point() else pixels / 127.5 - 1.0
         x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
+        x = x.to(self.layers[0].qkv.weight.dtype)
         for layer in self.layers:
             x = layer(x)
         return self.projector(self.post_layernorm(x)).unflatten(0, (n, views)).flatten(1, 2)
+
+
+def heads(c: PiConfig) -> dict[str, nn.Module]:
+    """What reinforcement learning adds to the released model: the value head, and Flow-Noise's network."""
+
+    def mlp(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
+        hidden = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), activation())]
+        return nn.Sequential(*hidden[:-1])
+
+    feature = c.width if c.pi05 else c.expert_width
+    found = {"value_head": mlp((feature, *c.value_widths, 1), {"silu": nn.SiLU, "relu": nn.ReLU}[c.value_activation])}
+    if c.noise == "network":
+        found["noise_head"] = mlp((c.expert_width, *c.noise_widths, c.action_dim), nn.Tanh)
+    for head in found.values():  # value 0, and the middle of the noise's range
+        nn.init.zeros_(head[-1].weight), nn.init.zeros_(head[-1].bias)
+    return found
 
 
 class Pi(nn.Module):
@@ -237,31 +332,44 @@ class Pi(nn.Module):
         c = self.config = config
         self.prefix_length = c.views * (c.image_size // c.patch) ** 2 + c.tokens  # P
         self.vision = VisionTower(c)
-        self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
+        self.embed_tokens = nn.Embedding(c.vocabulary, c.width, padding_idx=PAD)  # padding learns nothing, as in the original
         nn.init.normal_(self.embed_tokens.weight, std=c.width**-0.5)
-        self.language = nn.ModuleList(GemmaLayer(c.width, c.mlp, c.heads, c.head_dim) for _ in range(c.depth))
+        self.language = nn.ModuleList(GemmaLayer(c.width, c.mlp, c.heads, c.head_dim, kv_heads=c.kv_heads) for _ in range(c.depth))
         self.language_norm = RMSNorm(c.width)
-        self.action_in_proj = nn.Linear(c.action_dim, c.expert_width)
-        self.time_mlp_in = nn.Linear(c.expert_width, c.expert_width)
-        self.time_mlp_out = nn.Linear(c.expert_width, c.expert_width)
-        self.expert = nn.ModuleList(
-            GemmaLayer(c.expert_width, c.expert_mlp, c.heads, c.head_dim, c.expert_width) for _ in range(c.depth)
-        )
-        self.expert_norm = RMSNorm(c.expert_width, c.expert_width)
-        self.action_out_proj = nn.Linear(c.expert_width, c.action_dim)
-        widths = (c.width, *c.value_widths)
-        hidden = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.SiLU())]
-        self.value_head = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
-        nn.init.zeros_(self.value_head[-1].weight), nn.init.zeros_(self.value_head[-1].bias)
+        e, condition = c.expert_width, c.expert_width if c.pi05 else None
+        self.action_in_proj = nn.Linear(c.action_dim, e)
+        if c.pi05:
+            self.time_mlp_in, self.time_mlp_out = nn.Linear(e, e), nn.Linear(e, e)
+        else:
+            self.state_proj = nn.Linear(c.state_dim, e)
+            self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * e, e), nn.Linear(e, e)
+        self.expert = nn.ModuleList(GemmaLayer(e, c.expert_mlp, c.heads, c.head_dim, condition, c.kv_heads) for _ in range(c.depth))
+        self.expert_norm = RMSNorm(e, condition)
+        self.action_out_proj = nn.Linear(e, c.action_dim)
+        for name, head in heads(c).items():
+            self.add_module(name, head)
 
     # ------------------------------------------------------------ the network
 
-    def prefix(self, image: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """image [n, V, H, W, 3] uint8, tokens [n, L] → cache [n, depth, 2, P, d], feature [n, D], real [n, P] bool."""
+    def prefix(self, image: Tensor, tokens: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of the network that never sees the actions.
+
+        image [n, V, H, W, 3] uint8, tokens [n, L], real [n, P] bool where cameras may be missing (default: only padding is not)
+        → cache [n, depth, 2·kv, P, d], mean feature of the real positions [n, D], real [n, P] bool.
+        """
+        real = self.real(tokens) if real is None else real
+        x, cache = self.prefix_features(image, tokens, real)
+        return cache, (wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
+
+    def prefix_features(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """As `prefix` → features of every position [n, P, D] (meaningless where not real), cache [n, depth, 2·kv, P, d]."""
+        c = self.config
+        shape, numeric = (c.views, c.image_size, c.image_size, 3), image.dtype == torch.uint8 or image.is_floating_point()
+        if image.shape[1:] != shape or not numeric:
+            raise UserError(f"an image is {list(image.shape[1:])} {image.dtype}: the model needs {list(shape)} torch.uint8")
         pictures = self.vision(image)
-        words = self.embed_tokens(tokens) * math.sqrt(self.config.width)  # Gemma scales words, not pictures
-        x = torch.cat([pictures, words], dim=1)
-        real = self.real(tokens)
+        words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
+        x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
         positions = real.cumsum(1) - 1
         mask = additive(real, x.dtype)
         cache = []
@@ -269,108 +377,176 @@ class Pi(nn.Module):
             x, own = layer(x, positions, mask)
             cache.append(own)
         x, _ = self.language_norm(x)
-        feature = (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        return torch.stack(cache, dim=1), feature, real
+        return x, torch.stack(cache, dim=1)
 
     def real(self, tokens: Tensor) -> Tensor:
         """Which prefix positions are not padding: [n, P] bool."""
         pictures = tokens.new_ones(tokens.shape[0], self.prefix_length - tokens.shape[1], dtype=torch.bool)
         return torch.cat([pictures, tokens != PAD], dim=1)
 
-    def velocity(self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """v(x_t, t | prefix), which points from data to noise. x_t [n, C, A], t [n] → [n, C, A]."""
-        n, chunk, _ = x_t.shape
-        condition = time_embedding(t, self.config.expert_width).to(x_t.dtype)
-        condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(condition))))
-        x = self.action_in_proj(x_t)
-        positions = real.sum(1, keepdim=True) + torch.arange(chunk, device=x.device)
-        mask = additive(F.pad(real, (0, chunk), value=True), x.dtype)
+    def suffix(self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None) -> Tensor:
+        """The expert's features of the action tokens. x_t [n, C, A], t [n], state [n, S] (π0) → [n, C, E]."""
+        c, dtype = self.config, self.action_in_proj.weight.dtype
+        x = self.action_in_proj(x_t.to(dtype))
+        time = time_embedding(t, c.expert_width).to(dtype)  # [n, E]
+        if c.pi05:
+            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+        else:
+            condition = None
+            both = torch.cat([x, time[:, None].expand_as(x)], dim=-1)
+            x = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))
+            x = torch.cat([self.state_proj(state.to(dtype))[:, None], x], dim=1)
+        x = x.to(self.expert[0].q_proj.weight.dtype)
+        length = x.shape[1]  # S: C, and one for π0's state
+        positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
+        mask = additive(F.pad(real, (0, length), value=True), x.dtype)
+        if not c.pi05:  # the state token sees the prefix and itself; every folded query head needs its own copy of the rows
+            mask = mask.repeat(1, 1, length, 1)
+            mask[:, :, 0, self.prefix_length + 1 :] = -math.inf
+            mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)
         for i, layer in enumerate(self.expert):
             x, _ = layer(x, positions, mask, cache[:, i].to(x.dtype), condition)
         x, _ = self.expert_norm(x, condition)
-        return self.action_out_proj(x)
+        return x[:, -c.chunk :].to(self.action_out_proj.weight.dtype)
+
+    def velocity(self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None) -> Tensor:
+        """v(x_t, t | prefix), which points from data to noise. x_t [n, C, A], t [n], state [n, S] (π0) → [n, C, A]."""
+        return self.action_out_proj(self.suffix(cache, real, x_t, t, state)).to(x_t.dtype)
 
     def value(self, feature: Tensor) -> Tensor:
-        """feature [n, D] → value [n]; the head's gradient stops at the feature."""
-        return self.value_head(feature.detach())[:, 0]
+        """feature [n, D] (π0: [n, E]) → value [n]; the head's gradient stops at the feature."""
+        return self.value_head(feature.detach().to(self.value_head[0].weight.dtype))[:, 0]
 
     # ------------------------------------------------------------ the policy
+
+    def observation_fields(self) -> dict[str, Shape]:
+        """What `act` needs to know of the world, per chunk step; `models/pi_files.py` prepares it."""
+        c = self.config
+        fields = {"image": ((c.views, c.image_size, c.image_size, 3), torch.uint8), "tokens": ((c.tokens,), torch.int32)}
+        return fields if c.pi05 else fields | {"state": ((c.state_dim,), torch.float32)}
 
     def slot_fields(self) -> dict[str, Shape]:
         c, f = self.config, torch.float32
         fields = {"x_t": ((c.chunk, c.action_dim), f), "x_next": ((c.chunk, c.action_dim), f)}
         fields["denoise_index"] = ((), torch.int32)
-        if not c.train_vlm:  # frozen: the same keys and values at rollout and at every epoch
-            fields |= {
-                "prefix_cache": ((c.depth, 2, self.prefix_length, c.head_dim), f),
-                "prefix_feature": ((c.width,), f),
-            }
+        if self.cached:
+            shape = (c.depth, 2 * c.kv_heads, self.prefix_length, c.head_dim)
+            fields["prefix_cache"] = (shape, getattr(torch, c.prefix_dtype))
+            if c.pi05:
+                fields["prefix_feature"] = ((c.width,), f)
         return fields
+
+    @property
+    def cached(self) -> bool:
+        """Whether slots keep the prefix's keys and values: a frozen VLM gives the same ones at rollout and at every epoch."""
+        return self.config.cache_prefix and not self.config.train_vlm
 
     def training_fields(self) -> tuple[str, ...]:
         """What `evaluate` reads from a slot."""
-        return ("tokens", *self.slot_fields(), *(("image",) if self.config.train_vlm else ()))
+        observed = [name for name in self.observation_fields() if name != "image" or not self.cached]
+        return (*observed, *self.slot_fields())
 
     def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
         """x₁ and ε [n, C, A], and the stochastic denoise step's index [n], −1 where `explore` is False (all ODE)."""
-        shape = (2, self.config.chunk, self.config.action_dim)
-        noise, index = np.empty((len(keys), *shape), np.float32), np.full(len(keys), -1, np.int64)
-        for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
-            rng = generator(key)
-            noise[i] = rng.standard_normal(shape, np.float32)
-            if stochastic:
-                index[i] = self.config.denoise_steps - 1 - rng.integers(self.config.sde_steps)
-        noise = torch.from_numpy(noise)
-        return {"x1": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": torch.from_numpy(index)}
+        c = self.config
+        noise, index = flow_noise(keys, explore, (2, c.chunk, c.action_dim), c.denoise_steps, c.sde_steps)
+        return {"x1": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": index}
+
+    def transition(self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The ODE's step and the stochastic one's mean and standard deviation, from the expert's features h [n, C, E].
+
+        x [n, C, A], t and t_next [n, 1, 1] → [n, C, A], [n, C, A], [n, 1, 1] (Flow-SDE) or [n, C, A] (Flow-Noise).
+        """
+        v = self.action_out_proj(h).to(x.dtype)
+        step = ode_step(x, v, t, t_next)
+        if self.config.noise == "sde":
+            return step, *flow_sde_step(x, v, t, t_next, self.config.noise_level)
+        return step, step, bounded(self.noise_head(h).to(x.dtype), self.config.noise_range)
+
+    def executed(self, x: Tensor) -> Tensor:
+        """What the robot executes of a chunk [n, C, A]: its first steps, without the padding of the action."""
+        return x[:, : self.config.executed_steps or None, : self.config.executed_dims or None]
+
+    def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return normal_logprob(self.executed(x), self.executed(mean), self.executed(std))
 
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
-        """obs: image [n, V, H, W, 3] uint8, tokens [n, L]; noise from `draw` → actions, logprob, value, slot fields."""
+        """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value, slot fields."""
         cache, feature, real = self.prefix(obs["image"], obs["tokens"])
-        x, index = noise["x1"], noise["denoise_index"][:, None, None]
-        x_t, x_next, logprob = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x))
+        x, index, state = noise["x1"], noise["denoise_index"][:, None, None], obs.get("state")
+        x_t, x_next, logprob, value = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x)), None
         times = denoise_times(self.config.denoise_steps)
         for i, (now, later) in enumerate(zip(times, times[1:], strict=False)):
             t, t_next = x.new_full((len(x), 1, 1), now), x.new_full((len(x), 1, 1), later)
-            v = self.velocity(cache, real, x, t[:, 0, 0])
-            mean, std = flow_sde_step(x, v, t, t_next, self.config.noise_level)
+            h = self.suffix(cache, real, x, t[:, 0, 0], state)
+            step, mean, std = self.transition(x, h, t, t_next)
             chosen = index == i
-            after = torch.where(chosen, mean + std * noise["epsilon"], ode_step(x, v, t, t_next))
+            after = torch.where(chosen, mean + std * noise["epsilon"], step)
             x_t, x_next = torch.where(chosen, x, x_t), torch.where(chosen, after, x_next)
-            logprob = torch.where(chosen[:, 0, 0], normal_logprob(after, mean, std), logprob)
+            logprob = torch.where(chosen[:, 0, 0], self.logprob(after, mean, std), logprob)
+            if not self.config.pi05:  # the value belongs to the step that `evaluate` will see
+                here = self.value(h.mean(1))
+                value = here if value is None else torch.where(chosen[:, 0, 0], here, value)
             x = after
-        out = {"actions": x, "logprob": logprob, "value": self.value(feature), "x_t": x_t, "x_next": x_next}
+        value = self.value(feature) if self.config.pi05 else value
+        out = {"actions": self.executed(x), "logprob": logprob, "value": value, "x_t": x_t, "x_next": x_next}
         out["denoise_index"] = noise["denoise_index"].to(torch.int32)
-        if not self.config.train_vlm:
+        if self.cached:
             out |= {"prefix_cache": cache, "prefix_feature": feature}
         return out
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: slot fields [n, …]; with `train_vlm` also image and tokens. Returns logprob [n], value [n] and entropy [],
-        the mean per dimension of the transition's Normal.
+        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n], value [n] and entropy [], the mean per
+        dimension of the transition's Normal.
         """
-        if self.config.train_vlm:
-            cache, feature, real = self.prefix(batch["image"], batch["tokens"])
+        if self.cached:
+            cache, feature, real = batch["prefix_cache"], batch.get("prefix_feature"), self.real(batch["tokens"])
         else:
-            cache, feature, real = batch["prefix_cache"], batch["prefix_feature"], self.real(batch["tokens"])
-        times = torch.tensor(denoise_times(self.config.denoise_steps), device=cache.device, dtype=cache.dtype)
-        index = batch["denoise_index"].long()
+            with torch.set_grad_enabled(self.config.train_vlm and torch.is_grad_enabled()):
+                cache, feature, real = self.prefix(batch["image"], batch["tokens"])
+        x_t, index = batch["x_t"], batch["denoise_index"].long()
+        times = torch.tensor(denoise_times(self.config.denoise_steps), device=x_t.device, dtype=x_t.dtype)
         t, t_next = times[index][:, None, None], times[index + 1][:, None, None]
-        v = self.velocity(cache, real, batch["x_t"], t[:, 0, 0])
-        mean, std = flow_sde_step(batch["x_t"], v, t, t_next, self.config.noise_level)
-        entropy = (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
-        return {"logprob": normal_logprob(batch["x_next"], mean, std), "value": self.value(feature), "entropy": entropy}
+        h = self.suffix(cache, real, x_t, t[:, 0, 0], batch.get("state"))
+        _, mean, std = self.transition(x_t, h, t, t_next)
+        entropy = (self.executed(std).log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
+        value = self.value(feature if self.config.pi05 else h.mean(1))
+        return {"logprob": self.logprob(batch["x_next"], mean, std), "value": value, "entropy": entropy}
 
-    def imitation_loss(self, cache: Tensor, real: Tensor, actions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def imitation_loss(
+        self, cache: Tensor, real: Tensor, actions: Tensor, t: Tensor, noise: Tensor, state: Tensor | None = None
+    ) -> Tensor:
         """Flow matching given a prefix: x_t = t·noise + (1 − t)·actions, target velocity noise − actions. MSE []."""
         x_t = t[:, None, None] * noise + (1.0 - t[:, None, None]) * actions
-        return F.mse_loss(self.velocity(cache, real, x_t, t), noise - actions)
+        return F.mse_loss(self.velocity(cache, real, x_t, t, state), noise - actions)
+
+    def imitation_draw(self, n: int) -> dict[str, Tensor]:
+        """Times [n] of openpi's distribution, Beta(1.5, 1), and noise [n, C, A]."""
+        t = torch.distributions.Beta(1.5, 1.0).sample((n,)) * 0.999 + 0.001
+        return {"t": t, "noise": torch.randn(n, self.config.chunk, self.config.action_dim)}
+
+    def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
+        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what `imitation_draw` drew."""
+        cache, _, real = self.prefix(obs["image"], obs["tokens"])
+        return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        frozen = () if self.config.train_vlm else ("vision.", "embed_tokens.", "language.", "language_norm.")
+        frozen = () if self.config.train_vlm else FROZEN
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least fp32: what sums many terms is not done in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Flow-Noise's standard deviation: tanh maps x to a log-variance between those of `bounds` (RLinf explore_noise_net.py)."""
+    low, high = (2.0 * math.log(bound) for bound in bounds)
+    return torch.exp(0.5 * (low + (high - low) * (torch.tanh(x) + 1.0) / 2.0))
 
 
 def additive(real: Tensor, dtype: torch.dtype) -> Tensor:

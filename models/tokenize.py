@@ -20,11 +20,24 @@ PAD = 0
 @lru_cache
 def load(path: str) -> sentencepiece.SentencePieceProcessor:
     if not Path(path).is_file():
-        raise UserError(f"no SentencePiece file at {path}: give --tokenizer PATH")
+        raise UserError(
+            f"no SentencePiece file at {path}: give --tokenizer PATH (PaliGemma's, for π0 and π0.5, is what openpi downloads from "
+            "gs://big_vision/paligemma_tokenizer.model; Llama's lies in OpenVLA-OFT's checkpoint folder as tokenizer.model)"
+        )
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except RuntimeError:
         raise UserError(f"{path} is not a SentencePiece model file") from None
+
+
+def load_for(path: str, least: int, most: int):
+    """`load`, refusing a vocabulary of another model: this one knows `least` to `most` pieces."""
+    tokenizer = load(path)
+    if not least <= tokenizer.vocab_size() <= most:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size()} pieces and the model knows {most}: give its own file with --tokenizer PATH"
+        )
+    return tokenizer
 
 
 def normalise(state: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

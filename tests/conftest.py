@@ -38,7 +38,7 @@ SMALL = (
 
 
 def tiny_pi(dtype: torch.dtype = torch.float32, **changes) -> Pi:
-    """A π0.5 of 50 thousand weights, none of them zero, so that every one of them matters."""
+    """A π0.5 (with `pi05=False` a π0) of 50 thousand weights, none of them zero, so that every one of them matters."""
     torch.manual_seed(0)
     model = Pi(PiConfig(**TINY | changes)).to(dtype)
     with torch.no_grad():
@@ -54,7 +54,8 @@ def observations(model: Pi, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     tokens = torch.randint(1, c.vocabulary, (n, c.tokens), generator=random, dtype=torch.int32)
     for i in range(n):
         tokens[i, c.tokens - 1 - i % 5 :] = 0  # padding
-    return {"image": image, "tokens": tokens}
+    obs = {"image": image, "tokens": tokens}
+    return obs if c.pi05 else obs | {"state": torch.randn(n, c.state_dim, generator=random)}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,591 @@
+"""GR00T N1.5: SigLIP and the first layers of Qwen3 → vision-language features → DiT action head (flow matching) → value.
+
+    image [V, H, W, 3], tokens [L] ──► backbone(): features [P, D] ──► context(): LN, self-attention, keys and values per layer
+    noise x₀ [H, A], state [S] ──► velocity(context, x_t, t) × N denoise steps ──► actions [C, A]
+
+Of Eagle 2.5 only what N1.5 uses is here: SigLIP without its pooling head, one Linear (`mlp1`; no pixel shuffle), 12 of Qwen3's
+28 layers, causal, with its last norm. Flow time runs from noise at t = 0 to data at t = 1, openpi's direction reversed.
+
+As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step is a Gaussian transition, the others follow the ODE.
+The value head reads the mean feature and the encoded state (RLinf rlinf/models/embodiment/gr00t/gr00t_n1d5), without gradient.
+
+Padding is part of the original's function: only the language model masks it, the blocks after it attend to it. Which is why
+`mask_padding` and `padded_rows` are settings: on, the output is that of the prompt alone, as the original computes it unpadded.
+
+Left out: dropout (RLinf trains without it), tiling of large images, the original's unused loss terms. Sources: NVIDIA/Isaac-GR00T
+gr00t/model/action_head and backbone; `models/gr00t_files.py` reads its checkpoints.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from config import UserError
+from models import checkpoint, flow_noise
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+PAD = -1  # in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the network embeds there
+
+
+@dataclass(kw_only=True, frozen=True)
+class Gr00tConfig:
+    """Widths and depths. The defaults are the embedded default; in the comments GR00T-N1.5-3B, LIBERO settings as in RLinf."""
+
+    views: int = 1  # cameras; 2
+    image_size: int = 64  # pixels; 224
+    patch: int = 8  # pixels; 14
+    vision_width: int = 96  # 1152
+    vision_depth: int = 3  # 27
+    vision_heads: int = 4  # 16
+    vision_mlp: int = 384  # 4304
+    vocabulary: int = 400  # tokens; 151680
+    image_token: int = 399  # <IMG_CONTEXT>; 151669
+    pad_token: int = 0  # what padding is embedded as: 0 in RLinf, 151643 in NVIDIA's own collation
+    tokens: int = 24  # L, prompt length with one image token per view; 60, which makes P = 570
+    width: int = 128  # of the language model; 2048
+    mlp: int = 384  # 6144
+    depth: int = 4  # 12 of Qwen3-1.7B's 28
+    heads: int = 4  # 16
+    kv_heads: int = 2  # 8
+    head_dim: int = 32  # 128
+    project: int = 0  # width after `eagle_linear`; 0: there is none, as in the released model
+    vl_depth: int = 2  # 4
+    vl_heads: int = 4  # 32
+    dit_depth: int = 4  # 16: even layers attend to the features, odd ones to themselves
+    dit_heads: int = 4  # 32
+    dit_head_dim: int = 24  # 48
+    hidden: int = 96  # of the DiT's output and of the state and action MLPs; 1024
+    future_tokens: int = 8  # 32
+    positions: int = 16  # rows of the action position table; 1024
+    embodiments: int = 2  # robots with weights of their own in the MLPs; 32
+    embodiment: int = 0  # which of them this is; 31 ("libero_franka", "new_embodiment")
+    max_state_dim: int = 4  # 64, zero-padded
+    max_action_dim: int = 4  # 32, zero-padded
+    horizon: int = 10  # H, actions the flow produces; 16
+    chunk: int = 10  # C of them are executed, and only those count in the log-prob; 10
+    action_dim: int = 4  # A of the simulator, likewise; 7
+    value_widths: tuple[int, ...] = (128, 64)  # (1024, 512, 256)
+    denoise_steps: int = 4  # N
+    time_buckets: int = 1000  # the network sees ⌊t·1000⌋
+    noise_level: float = 1.0  # a of Flow-SDE; 0.5
+    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; RLinf: all
+    mask_padding: bool = True  # False: the blocks after the language model see padding, as the original's do in a padded batch
+    task_as_list: bool = False  # whether the prompt says `str([task])` or the task: see `gr00t_files.prompt`
+    padded_rows: str = "flash"  # what attention gives a padded position: see `causal_mask`
+    train_vlm: bool = False  # False: reinforcement learning updates the action head and the value head only
+    cache_prefix: bool = True  # with a frozen VLM: slots hold its features, and no update epoch computes them again
+    cache_dtype: str = "float32"  # of those features; bfloat16
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens per view."""
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def length(self) -> int:
+        """P, positions of the language model."""
+        return self.tokens + self.views * (self.image_tokens - 1)
+
+    @property
+    def features(self) -> int:
+        """Width of the vision-language features."""
+        return self.project or self.width
+
+    @property
+    def dit_width(self) -> int:
+        return self.dit_heads * self.dit_head_dim
+
+
+FULL = Gr00tConfig(
+    views=2, image_size=224, patch=14, vision_width=1152, vision_depth=27, vision_heads=16, vision_mlp=4304,
+    vocabulary=151680, image_token=151669, pad_token=0, tokens=60, width=2048, mlp=6144, depth=12, heads=16, kv_heads=8,
+    head_dim=128, vl_depth=4, vl_heads=32, dit_depth=16, dit_heads=32, dit_head_dim=48, hidden=1024, future_tokens=32,
+    positions=1024, embodiments=32, embodiment=31, max_state_dim=64, max_action_dim=32, horizon=16, chunk=10, action_dim=7,
+    value_widths=(1024, 512, 256), noise_level=0.5, sde_steps=4, mask_padding=False, cache_dtype="bfloat16",
+)  # fmt: skip
+
+
+def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Gr00t":
+    """The model of `config.train.checkpoint`; without `weights` a memory-free one of the same shape, to size slots by.
+
+    Raises UserError when the checkpoint is of another model or does not suit the simulator.
+    """
+    from models import gr00t_files  # reads other projects' folders, and imports this file
+
+    given = config.train.checkpoint
+    wanted = {"views": env_spec.views, "image_size": env_spec.image_size, "action_dim": env_spec.action_dim}
+    foreign = gr00t_files.describe(given, config.train.statistics or None) if gr00t_files.is_folder(given) else None
+    if foreign:  # prompt length and executed actions are the run's choice
+        path, stats = given, foreign.stats
+        shape = asdict(foreign.config) | {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
+    else:
+        path = checkpoint.find(given)
+        family, shape, stats = checkpoint.read_header(path)
+        if family != "gr00t":
+            raise UserError(f"checkpoint {path} is a {family!r} model: give --model {family} or another checkpoint")
+        wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
+    chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps")}
+    if not 1 <= chosen["sde_steps"] <= chosen["denoise_steps"]:
+        raise UserError(f"--sde-steps {chosen['sde_steps']} must lie between 1 and --denoise-steps {chosen['denoise_steps']}")
+    if config.rollout.noise != "sde":
+        raise UserError("--noise network is of π0 and π0.5: GR00T explores by Flow-SDE")
+    chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
+    c = Gr00tConfig(**shape | chosen | {"value_widths": tuple(shape["value_widths"])})
+    for name, value in wanted.items():
+        if getattr(c, name) != value:
+            raise UserError(f"checkpoint {path} has {name} = {getattr(c, name)} and the run asks for {value}: make them agree")
+    if len(stats["state_low"]) != env_spec.state_dim or env_spec.state_dim > c.max_state_dim:
+        found = f"a state of {len(stats['state_low'])} dimensions"
+        raise UserError(f"checkpoint {path} knows {found} and the simulator has {env_spec.state_dim}: they do not fit")
+    if c.chunk > c.horizon:
+        raise UserError(f"--chunk {c.chunk} is longer than the {c.horizon} actions that checkpoint {path} produces")
+    with torch.device("cpu" if weights and not foreign else "meta"), checkpoint.Uninitialised():
+        model = Gr00t(c)
+    if foreign:
+        checkpoint.load_source(model, path, foreign.source, device if weights else "meta", torch.float32)
+        if weights and model.value_head[0].weight.is_meta:  # only RLinf's checkpoints have one
+            model.value_head = value_head(c).to(device)
+    else:
+        checkpoint.load(model, path, only_check=not weights)
+    model.header = checkpoint.Header("gr00t", asdict(c), stats)
+    return model
+
+
+# ---------------------------------------------------------------- the flow as a policy
+
+
+def denoise_times(steps: int) -> list[float]:
+    """N + 1 times from noise to data: 0, 1/N, …, 1 (GR00T's direction; openpi's time is 1 minus this)."""
+    return [i / steps for i in range(steps + 1)]
+
+
+def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one Flow-SDE transition t → t' = t + δ.
+
+    With v pointing from noise to data, the noise end is x̂0 = x − v·t and the data end x̂1 = x + v·(1 − t);
+    σ = a·√((1 − t)/t), at t = 0 with t' in the denominator; mean = x̂0·(1 − t' − σ²δ/(2(1 − t))) + x̂1·t'; std = √δ·σ.
+    x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H, A], std [n, 1, 1].
+    """
+    delta = t_next - t
+    sigma = a * torch.sqrt((1.0 - t) / torch.where(t <= 0.0, t_next, t))
+    noise_end, data_end = x - v * t, x + v * (1.0 - t)
+    mean = noise_end * (1.0 - t_next - sigma**2 * delta / (2.0 * (1.0 - t))) + data_end * t_next
+    return mean, delta.sqrt() * sigma
+
+
+def normal_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std²) summed over actions and their dimensions: [n, C, A] → [n]."""
+    z = (x - mean) / std
+    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)).sum(dim=(1, 2))
+
+
+# ---------------------------------------------------------------- backbone, bottom up
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[n, S, heads·d] → [n, heads, S, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, width: int, mlp: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.qkv, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.layer_norm1(x)).chunk(3, dim=-1))
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+
+
+class VisionTower(nn.Module):
+    """SigLIP: patches, learned positions, pre-norm layers, one last norm."""
+
+    def __init__(self, c: Gr00tConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
+        self.position_embedding = nn.init.normal_(nn.Parameter(torch.empty(c.image_tokens, c.vision_width)), std=0.02)
+        self.layers = nn.ModuleList(VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth))
+        self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [m, 3, H, W] in [−1, 1] → [m, (H/patch)², D]."""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+class RMSNorm(nn.Module):
+    """Qwen's: x/rms(x)·w, the root mean square in fp32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rotary(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding, θ = 10⁶, halves rotated. x [n, heads, S, d], positions [S]."""
+    half = x.shape[-1] // 2
+    frequency = 1e6 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, None] * frequency  # [S, d/2]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """real [n, P] bool → mask of causal attention [n, 1, P, P], and which positions keep what attention gives them [n, P, 1].
+
+    Implementations agree on real positions and differ on padded ones, which the blocks after the language model may see:
+    "flash" (the original's on a GPU) gives a padded position zero; "sdpa" what its real predecessors give, zero if there are none
+    (transformers from 4.53; before, on a CPU, as "eager"); "eager" the same, but if there are none the mean over all positions
+    (a large finite number masks, and equal numbers cancel).
+    """
+    see = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril() & real[:, None, :]  # [n, P, P]
+    some = see.any(-1, keepdim=True)
+    if rows == "eager":
+        mask = torch.zeros(see.shape, dtype=dtype, device=real.device).masked_fill(~see, torch.finfo(dtype).min)
+        return mask[:, None], torch.ones_like(some)
+    return (see | ~some)[:, None], real[..., None] if rows == "flash" else some  # no row may mask all: softmax would give NaN
+
+
+class QwenLayer(nn.Module):
+    """Qwen3's decoder layer: grouped heads, a norm on each query and key, SwiGLU."""
+
+    def __init__(self, c: Gr00tConfig):
+        super().__init__()
+        self.heads, self.kv_heads = c.heads, c.kv_heads
+        self.sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+        self.input_layernorm = RMSNorm(c.width)
+        self.qkv = nn.Linear(c.width, sum(self.sizes), bias=False)
+        self.q_norm, self.k_norm = RMSNorm(c.head_dim), RMSNorm(c.head_dim)
+        self.o_proj = nn.Linear(self.sizes[0], c.width, bias=False)
+        self.post_attention_layernorm = RMSNorm(c.width)
+        self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
+        self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.input_layernorm(x)).split(self.sizes, dim=-1)
+        q, k, v = split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
+        q, k = rotary(self.q_norm(q), positions), rotary(self.k_norm(k), positions)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
+        x = x + self.o_proj(out.masked_fill(~keep, 0.0))
+        gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(F.silu(gate) * up)
+
+
+# ---------------------------------------------------------------- action head, bottom up
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each after a norm. Of two kinds:
+
+    the features' (`adaptive` False): LayerNorms with weights; self-attention.
+    the DiT's: LayerNorms without, the first scaled and shifted by the time (adaLN); `context` is the width attended to.
+    """
+
+    def __init__(self, width: int, heads: int, context: int, adaptive: bool):
+        super().__init__()
+        self.heads, self.adaptive = heads, adaptive
+        if adaptive:
+            self.ada = nn.Linear(width, 2 * width)
+        else:
+            self.norm1, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(context, 2 * width), nn.Linear(width, width)
+        self.ff_in, self.ff_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context [n, P, D'] → keys and values, each [n, heads, P, d]."""
+        k, v = self.kv(context).chunk(2, dim=-1)
+        return split_heads(k, self.heads), split_heads(v, self.heads)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None) -> Tensor:
+        """x [n, S, D]; condition [n, D]; keys from `keys`, or None to attend to x; mask [n, 1, 1, P] bool, True to attend."""
+        if self.adaptive:
+            scale, shift = self.ada(F.silu(condition))[:, None].chunk(2, dim=-1)  # each [n, 1, D]
+            h = F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift
+        else:
+            h = self.norm1(x)
+        k, v = self.keys(h) if keys is None else keys
+        h = F.scaled_dot_product_attention(split_heads(self.q(h), self.heads), k, v, attn_mask=mask)
+        x = x + self.out(h.transpose(1, 2).flatten(2))
+        h = F.layer_norm(x, x.shape[-1:]) if self.adaptive else self.norm3(x)
+        return x + self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
+
+
+class CategoryLinear(nn.Module):
+    """One Linear per embodiment. `which` is an embodiment's number, or one per sample [n]."""
+
+    def __init__(self, embodiments: int, inputs: int, outputs: int):
+        super().__init__()
+        self.W = nn.init.normal_(nn.Parameter(torch.empty(embodiments, inputs, outputs)), std=inputs**-0.5)
+        self.b = nn.Parameter(torch.zeros(embodiments, outputs))
+
+    def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
+        return x @ self.W[which] + self.b[which].unsqueeze(-2)
+
+
+class CategoryMLP(nn.Module):
+    def __init__(self, embodiments: int, inputs: int, hidden: int, outputs: int):
+        super().__init__()
+        self.layer1, self.layer2 = CategoryLinear(embodiments, inputs, hidden), CategoryLinear(embodiments, hidden, outputs)
+
+    def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
+        return self.layer2(F.relu(self.layer1(x, which)), which)
+
+
+class ActionEncoder(nn.Module):
+    def __init__(self, c: Gr00tConfig):
+        super().__init__()
+        self.W1 = CategoryLinear(c.embodiments, c.max_action_dim, c.dit_width)
+        self.W2 = CategoryLinear(c.embodiments, 2 * c.dit_width, c.dit_width)
+        self.W3 = CategoryLinear(c.embodiments, c.dit_width, c.dit_width)
+
+    def forward(self, actions: Tensor, bucket: Tensor, which: int | Tensor) -> Tensor:
+        """actions [n, H, A], bucket [n] → [n, H, D]."""
+        x = self.W1(actions, which)
+        half = x.shape[-1] // 2
+        time = sine_cosine(bucket, half, half).to(x.dtype)[:, None].expand_as(x)
+        return self.W3(F.silu(self.W2(torch.cat([x, time], dim=-1), which)), which)
+
+
+def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
+    """Sine, then cosine of bucket [n] at frequencies 10⁴^(−i/periods), i < half: [n, 2·half] fp32."""
+    frequency = torch.exp(torch.arange(half, device=bucket.device, dtype=torch.float32) * (-math.log(10_000.0) / periods))
+    angle = bucket[:, None].float() * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def value_head(c: Gr00tConfig) -> nn.Sequential:
+    """An MLP that starts at value 0, which is what nothing is known of."""
+    widths = (c.features + c.dit_width, *c.value_widths)
+    hidden = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+    head = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
+    nn.init.zeros_(head[-1].weight), nn.init.zeros_(head[-1].bias)
+    return head
+
+
+class Gr00t(nn.Module):
+    def __init__(self, config: Gr00tConfig):
+        super().__init__()
+        c = self.config = config
+        self.vision = VisionTower(c)
+        self.projector = nn.Linear(c.vision_width, c.width)
+        self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.language = nn.ModuleList(QwenLayer(c) for _ in range(c.depth))
+        self.language_norm = RMSNorm(c.width)
+        if c.project:
+            self.eagle_linear = nn.Linear(c.width, c.project)
+        self.vlln = nn.LayerNorm(c.features)
+        self.vl_blocks = nn.ModuleList(Block(c.features, c.vl_heads, c.features, False) for _ in range(c.vl_depth))
+        self.state_encoder = CategoryMLP(c.embodiments, c.max_state_dim, c.hidden, c.dit_width)
+        self.action_encoder = ActionEncoder(c)
+        self.action_decoder = CategoryMLP(c.embodiments, c.hidden, c.hidden, c.max_action_dim)
+        self.future_tokens = nn.Embedding(c.future_tokens, c.dit_width)
+        self.position_embedding = nn.Embedding(c.positions, c.dit_width)
+        for table in (self.future_tokens, self.position_embedding):
+            nn.init.normal_(table.weight, std=0.02)
+        self.time_in, self.time_out = nn.Linear(256, c.dit_width), nn.Linear(c.dit_width, c.dit_width)
+        contexts = [c.dit_width if i % 2 else c.features for i in range(c.dit_depth)]
+        self.dit = nn.ModuleList(Block(c.dit_width, c.dit_heads, context, True) for context in contexts)
+        self.proj_out_1, self.proj_out_2 = nn.Linear(c.dit_width, 2 * c.dit_width), nn.Linear(c.dit_width, c.hidden)
+        self.value_head = value_head(c)
+
+    # ------------------------------------------------------------ the network
+
+    def spread(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [n, L], one image token per view, `PAD` where there is none → ids [n, P] and which are real [n, P] bool."""
+        c = self.config
+        tokens = tokens.long()
+        counts = torch.where(tokens == c.image_token, c.image_tokens, 1).flatten()
+        ids = tokens.flatten().repeat_interleave(counts, output_size=len(tokens) * c.length).view(-1, c.length)
+        real = ids != PAD
+        return ids.masked_fill(~real, c.pad_token), real
+
+    def backbone(self, pixels: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+        """pixels [n·V, 3, H, W] in [−1, 1], ids and real [n, P] → features [n, P, D]."""
+        pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
+        x = self.embed_tokens(ids)
+        x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
+        positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
+        mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
+        # The fused kernels' gradients lose the cancelling numbers of "eager".
+        with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():
+            for layer in self.language:
+                x = layer(x, positions, mask, keep)
+        x = self.language_norm(x)
+        return self.eagle_linear(x) if self.config.project else x
+
+    def context(self, features: Tensor, real: Tensor) -> tuple[Tensor, list, Tensor | None]:
+        """features [n, P, D] → processed features, keys and values of each DiT layer that attends to them, and its mask."""
+        mask = real[:, None, None] if self.config.mask_padding else None
+        x = self.vlln(features)
+        for block in self.vl_blocks:
+            x = block(x, mask=mask)
+        return x, [block.keys(x) for block in self.dit[::2]], mask
+
+    def encode_state(self, state: Tensor, which: int | Tensor) -> Tensor:
+        """state [n, S'] → one token [n, 1, D]."""
+        return self.state_encoder(state[:, None], which)
+
+    def velocity(self, context, state: Tensor, x_t: Tensor, bucket: Tensor, which: int | Tensor) -> Tensor:
+        """v(x_t, t | context), from noise to data. state of `encode_state`, x_t [n, H, A'], bucket [n] = ⌊t·1000⌋ → [n, H, A']."""
+        _, keys, mask = context
+        n, horizon, _ = x_t.shape
+        waves = sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)  # cosine first, unlike the action encoder's
+        condition = self.time_out(F.silu(self.time_in(waves)))
+        actions = self.action_encoder(x_t, bucket, which) + self.position_embedding.weight[:horizon]
+        x = torch.cat([state, self.future_tokens.weight.expand(n, -1, -1), actions], dim=1)
+        for i, block in enumerate(self.dit):
+            x = block(x, condition) if i % 2 else block(x, condition, keys[i // 2], mask)
+        shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(2, dim=-1)  # the other order than in the blocks
+        x = self.proj_out_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift)
+        return self.action_decoder(x[:, -horizon:], which)
+
+    def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
+        """Processed features [n, P, D] and encoded state [n, 1, D'] → value [n]; the head's gradient stops at both."""
+        seen = real[..., None] if self.config.mask_padding else torch.ones_like(real)[..., None]  # [n, P, 1]
+        mean = (features * seen).sum(1) / seen.sum(1)
+        return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
+
+    def buckets(self) -> list[int]:
+        return [int(t * self.config.time_buckets) for t in denoise_times(self.config.denoise_steps)[:-1]]
+
+    # ------------------------------------------------------------ the policy
+
+    def observation_fields(self) -> dict[str, Shape]:
+        c = self.config
+        fields = {"image": ((c.views, c.image_size, c.image_size, 3), torch.uint8), "tokens": ((c.tokens,), torch.int32)}
+        return fields | {"state": ((c.max_state_dim,), torch.float32)}
+
+    @property
+    def stores_features(self) -> bool:
+        return self.config.cache_prefix and not self.config.train_vlm
+
+    def slot_fields(self) -> dict[str, Shape]:
+        c, f = self.config, torch.float32
+        fields = {"x_t": ((c.horizon, c.max_action_dim), f), "x_next": ((c.horizon, c.max_action_dim), f)}
+        fields["denoise_index"] = ((), torch.int32)
+        if self.stores_features:  # frozen: the same at rollout and at every epoch
+            fields["vl_features"] = ((c.length, c.features), getattr(torch, c.cache_dtype))
+        return fields
+
+    def training_fields(self) -> tuple[str, ...]:
+        """What `evaluate` reads from a slot: `state` [max_state_dim], normalised, is written beside `image` and `tokens`."""
+        return ("tokens", "state", *self.slot_fields(), *(() if self.stores_features else ("image",)))
+
+    def features(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """image [n, V, H, W, 3] uint8 and tokens [n, L] → features [n, P, D] and which positions are real [n, P]."""
+        ids, real = self.spread(obs["tokens"])
+        if "vl_features" in obs:
+            return obs["vl_features"].to(self.vlln.weight.dtype), real
+        pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2).to(self.vlln.weight.dtype) / 127.5 - 1.0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
+            return self.backbone(pixels, ids, real), real
+
+    def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
+        """x₀ and ε [n, H, A'], and the stochastic denoise step's index [n], −1 where `explore` is False (all ODE)."""
+        c = self.config
+        noise, index = flow_noise(keys, explore, (2, c.horizon, c.max_action_dim), c.denoise_steps, c.sde_steps)
+        return {"x0": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": index}
+
+    @torch.inference_mode()
+    def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        """obs: image [n, V, H, W, 3] uint8, tokens [n, L], state [n, S']; noise from `draw`.
+
+        Returns actions [n, C, A] in [−1, 1] (see `gr00t_files.denormalise`), logprob, value and the slot fields.
+        """
+        c = self.config
+        features, real = self.features(obs)
+        context = self.context(features, real)
+        state = self.encode_state(obs["state"].to(features.dtype), c.embodiment)
+        x, index = noise["x0"], noise["denoise_index"][:, None, None]  # the flow itself stays in fp32
+        x_t, x_next, logprob = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x))
+        times = denoise_times(c.denoise_steps)
+        for i, (now, later, bucket) in enumerate(zip(times, times[1:], self.buckets(), strict=False)):
+            t, t_next = x.new_full((len(x), 1, 1), now), x.new_full((len(x), 1, 1), later)
+            bucket = torch.full((len(x),), bucket, device=x.device)
+            v = self.velocity(context, state, x.to(features.dtype), bucket, c.embodiment).to(x.dtype)
+            mean, std = flow_sde_step(x, v, t, t_next, c.noise_level)
+            chosen = index == i
+            after = torch.where(chosen, mean + std * noise["epsilon"], x + v * (t_next - t))
+            x_t, x_next = torch.where(chosen, x, x_t), torch.where(chosen, after, x_next)
+            logprob = torch.where(chosen[:, 0, 0], self.logprob(after, mean, std), logprob)
+            x = after
+        out = {"actions": x[:, : c.chunk, : c.action_dim], "logprob": logprob, "x_t": x_t, "x_next": x_next}
+        out |= {"value": self.value(context[0], real, state), "denoise_index": noise["denoise_index"].to(torch.int32)}
+        return out | ({"vl_features": features} if self.stores_features else {})
+
+    def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Over what the simulator executes: C actions of A dimensions, not the flow's padding."""
+        executed = slice(None), slice(self.config.chunk), slice(self.config.action_dim)
+        return normal_logprob(x[executed], mean[executed], std)
+
+    def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log-prob and value of stored chunk steps under today's weights, differentiable.
+
+        batch: slot fields [n, …] with tokens and state; without a cache also image. Returns logprob [n], value [n] and entropy [],
+        the mean per dimension of the transition's Normal.
+        """
+        c = self.config
+        features, real = self.features(batch)
+        context = self.context(features, real)
+        state = self.encode_state(batch["state"].to(features.dtype), c.embodiment)
+        x_t, index = batch["x_t"], batch["denoise_index"].long()
+        times = torch.tensor(denoise_times(c.denoise_steps), device=x_t.device, dtype=x_t.dtype)
+        t, t_next = times[index][:, None, None], times[index + 1][:, None, None]
+        bucket = torch.tensor(self.buckets(), device=x_t.device)[index]
+        v = self.velocity(context, state, x_t.to(features.dtype), bucket, c.embodiment).to(x_t.dtype)
+        mean, std = flow_sde_step(x_t, v, t, t_next, c.noise_level)
+        entropy = (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
+        logprob, value = self.logprob(batch["x_next"], mean, std), self.value(context[0], real, state)
+        return {"logprob": logprob, "value": value, "entropy": entropy}
+
+    def imitation_loss(self, context, state: Tensor, actions: Tensor, t: Tensor, noise: Tensor, real: Tensor, which=None) -> Tensor:
+        """Flow matching: x_t = (1 − t)·noise + t·actions, target velocity actions − noise; the mean square error where `real`.
+
+        context and state from `context` and `encode_state`; actions, noise, real [n, H, A'] (real is False in the padding), t [n].
+        """
+        x_t = (1.0 - t[:, None, None]) * noise + t[:, None, None] * actions
+        bucket = (t * self.config.time_buckets).long()
+        v = self.velocity(context, state, x_t, bucket, self.config.embodiment if which is None else which)
+        return (F.mse_loss(v, actions - noise, reduction="none") * real).sum() / real.sum()
+
+    def imitation_draw(self, n: int) -> dict[str, Tensor]:
+        return {"t": training_time(n), "noise": torch.randn(n, self.config.horizon, self.config.max_action_dim)}
+
+    def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
+        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what `imitation_draw` drew."""
+        c = self.config
+        wide = F.pad(actions, (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk))
+        shown = F.pad(torch.ones_like(actions, dtype=torch.bool), (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk))
+        with torch.enable_grad():
+            ids, real = self.spread(obs["tokens"])
+            pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1.0
+            context = self.context(self.backbone(pixels, ids, real), real)
+            state = self.encode_state(obs["state"], c.embodiment)
+            return self.imitation_loss(context, state, wide, draw["t"], draw["noise"], shown)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        frozen = ("vision.", "projector.", "embed_tokens.", "language.", "language_norm.", "eagle_linear.")
+        frozen = () if self.config.train_vlm else frozen
+        return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
+
+
+def training_time(n: int) -> Tensor:
+    """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise (Isaac-GR00T)."""
+    return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)

@@ -1,0 +1,83 @@
+"""Compares a family with reference outputs of its original implementation.
+
+    python -m models.parity FOLDER
+
+The folder holds config.json (with "family"), weights.safetensors under the original's names, inputs.safetensors and
+outputs.safetensors. The family's `parity(folder)` returns what it makes of them; here every output is compared. One line each;
+exit status 1 if any misses, 2 if the folder cannot be read. Left out: preprocessing.json, whose cases the tests go through.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import models
+from config import UserError, exit_on_user_error
+
+FAMILIES = [name for name in models.MODELS if name != "emulated"]
+BOUND = 1e-4  # absolute; for `grad.*` relative to the largest element of the reference
+
+
+class Line(NamedTuple):
+    name: str
+    error: float  # inf: missing or of another shape
+    passed: bool
+
+
+def family(folder: Path):
+    """The module that reads a reference folder. Raises UserError."""
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("family")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
+    if name not in FAMILIES:
+        raise UserError(f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}")
+    return models.files(name)
+
+
+def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line]:
+    """One line per output of the reference, in its order of names."""
+    lines = []
+    for name, theirs in sorted(reference.items()):
+        ours, error = found.get(name), float("inf")
+        if ours is not None and ours.shape == theirs.shape:
+            ours, theirs = ours.detach().double(), theirs.double()
+            error = (ours - theirs).abs().max().item() if theirs.numel() else 0.0
+            if name.startswith("grad."):
+                error /= max(theirs.abs().max().item(), 1e-30)
+        lines.append(Line(name, error, error <= BOUND))  # a NaN is no pass
+    return lines
+
+
+def check(folder: Path) -> list[Line]:
+    try:
+        reference = load_file(folder / "outputs.safetensors")
+        return compare(family(folder).parity(folder), reference)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {folder}: {error}") from None
+    except KeyError as error:
+        raise UserError(f"{folder}: inputs.safetensors lacks {error}") from None
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        raise UserError("python -m models.parity takes one folder")
+    torch.set_num_threads(1)
+    lines = check(Path(arguments[0]))
+    for line in lines:
+        kind = "relative" if line.name.startswith("grad.") else "absolute"
+        print(f"{'pass' if line.passed else 'FAIL'}  {line.error:8.1e} {kind}  {line.name}")
+    missed = sum(not line.passed for line in lines)
+    print(f"{len(lines) - missed} of {len(lines)} outputs within {BOUND}")
+    return 1 if missed or not lines else 0
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,238 @@
+"""Other projects' layouts: parts of tensors, shards, ties; bytes that go back as they came; little memory; errors by name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from config import ROOT, UserError
+from models import checkpoint
+from models.checkpoint import Source
+
+SOURCE = Source(
+    lambda config: {"linear.weight": ("q", "k", "v"), "linear.bias": "b", "words.weight": "head", "scale": "s"},
+    (r"junk\..*",),
+    (("head", "emb"),),
+)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config = None
+        self.linear, self.words = nn.Linear(3, 6), nn.Embedding(5, 3)
+        self.register_buffer("scale", torch.zeros(()))
+        self.own = nn.Linear(2, 2)  # a head that the layout does not know
+
+
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    found = {"q": torch.randn(2, 3), "k": torch.randn(1, 3), "v": torch.randn(3, 3), "b": torch.randn(6), "head": torch.randn(5, 3)}
+    found = {key: x.bfloat16() if key in "qkv" else x for key, x in found.items()}
+    return found | {"s": torch.tensor(3.0), "junk.count": torch.tensor(7), "junk.x": torch.randn(4, 2).half()}
+
+
+def on_disk(folder, shards: int, tensors: dict) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "assets" / "robot").mkdir(parents=True)
+    (folder / "assets" / "robot" / "norm_stats.json").write_text("{}")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("hidden")
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    weight_map = {key: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, key in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({k: x for k, x in tensors.items() if weight_map[k] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(checkpoint, "BLOCK", 8)  # bytes: a row at a time
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_roundtrip(tmp_path, shards):
+    on_disk(tmp_path / "theirs", shards, weights())
+    with torch.device("meta"):
+        model = Model()
+    model.own = nn.Linear(2, 2)
+    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
+    w = weights()
+    assert torch.equal(model.linear.weight, torch.cat([w["q"], w["k"], w["v"]])) and model.linear.weight.dtype == torch.bfloat16
+    assert torch.equal(model.words.weight, w["head"]) and model.scale == 3.0 and isinstance(model.words.weight, nn.Parameter)
+
+    saved = tmp_path / "ours"
+    for _ in range(2):  # the second time in place of the first
+        checkpoint.save_source(model, saved, SOURCE, tmp_path / "theirs")
+    theirs = {f.relative_to(tmp_path / "theirs"): f.read_bytes() for f in (tmp_path / "theirs").rglob("*") if f.is_file()}
+    ours = {f.relative_to(saved): f.read_bytes() for f in saved.rglob("*") if f.is_file()}
+    assert ours == {name: data for name, data in theirs.items() if name.parts[0] != ".cache"}  # byte for byte
+    assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
+
+    with torch.no_grad():
+        model.linear.weight[2] = 9.0
+    checkpoint.save_source(model, saved, SOURCE, tmp_path / "theirs")
+    again = {k: x for file in saved.glob("*.safetensors") for k, x in load_file(file).items()}
+    assert (again["k"] == 9.0).all() and all(torch.equal(again[key], w[key]) for key in w if key != "k")
+
+
+def test_shards_without_an_index(tmp_path):
+    on_disk(tmp_path / "theirs", 3, weights())
+    assert not checkpoint.is_ours(tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors.index.json").unlink()
+    assert not checkpoint.is_ours(tmp_path / "theirs")
+    model = Model()
+    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
+    assert torch.equal(model.words.weight, weights()["head"])
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.is_ours(tmp_path)
+
+
+def test_dtype_is_chosen_by_the_caller(tmp_path):
+    on_disk(tmp_path / "theirs", 1, weights())
+    model = Model()
+    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
+    assert model.linear.weight.dtype == model.words.weight.dtype == torch.float32
+    checkpoint.load_source(
+        model, tmp_path / "theirs", SOURCE, "cpu", lambda name: torch.float16 if name.startswith("words") else torch.float32
+    )
+    assert model.words.weight.dtype == torch.float16 and model.linear.bias.dtype == torch.float32
+    file = tmp_path / "theirs" / "model.safetensors"
+    checkpoint.save_source(model, tmp_path / "one.safetensors", SOURCE, file)  # a file for a file
+    assert load_file(tmp_path / "one.safetensors")["head"].dtype == torch.float32  # as theirs
+
+
+def test_checking_reads_nothing(tmp_path):
+    on_disk(tmp_path / "theirs", 1, weights())
+    with torch.device("meta"):
+        model = Model()
+    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "meta", None)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_tied_tensor_may_stand_under_either_name_or_both(tmp_path):
+    w = weights()
+    head = w.pop("head")
+    for i, held in enumerate(({"head": head}, {"emb": head}, {"head": head, "emb": head.clone()})):
+        on_disk(tmp_path / str(i), 1, w | held)
+        model = Model()
+        checkpoint.load_source(model, tmp_path / str(i), SOURCE, "cpu", None)
+        with torch.no_grad():
+            model.words.weight.mul_(2.0)
+        checkpoint.save_source(model, tmp_path / f"saved{i}", SOURCE, tmp_path / str(i))
+        saved = load_file(tmp_path / f"saved{i}" / "model.safetensors")
+        assert saved.keys() == (w | held).keys() and all(torch.equal(saved[key], 2.0 * head) for key in held)
+
+
+def test_gradients_go_by_their_names(tmp_path):
+    on_disk(tmp_path / "theirs", 1, weights())
+    model = Model()
+    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
+    (model.linear.weight * torch.arange(6.0)[:, None]).sum().backward()
+    found = checkpoint.gradients(model, tmp_path / "theirs", SOURCE)
+    assert {key: x[:, 0].tolist() for key, x in found.items()} == {"grad.q": [0, 1], "grad.k": [2], "grad.v": [3, 4, 5]}
+
+
+def change(tensors: dict, how: str) -> dict:
+    if how == "missing":
+        del tensors["k"]
+    elif how == "extra":
+        tensors["adapter"] = torch.zeros(2)
+    elif how == "shape":
+        tensors["b"] = torch.zeros(5)
+    elif how == "part":
+        tensors["v"] = torch.zeros(4, 3)
+    elif how == "width":
+        tensors["k"] = torch.zeros(1, 4)
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("missing", "no tensor 'k'"),
+        ("extra", "a tensor 'adapter' that the model does not know"),
+        ("shape", r"'b' is \[5\], the model needs \[6\] for 'linear.bias'"),
+        ("part", r"\[2, 3\] \+ \[1, 3\] \+ \[4, 3\], the model needs \[6, 3\]"),
+        ("width", r"\[2, 3\] \+ \[1, 4\] \+ \[3, 3\]"),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_key_that_does_not_fit_is_named(tmp_path, how, words, shards):
+    on_disk(tmp_path / "theirs", shards, change(weights(), how))
+    model = Model()
+    before = model.linear.bias.clone()
+    with pytest.raises(UserError, match=words) as error:
+        checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
+    assert "\n" not in str(error.value) and torch.equal(model.linear.bias, before)  # nothing is half loaded
+
+
+def test_damaged_files_are_refused(tmp_path):
+    folder = tmp_path / "theirs"
+    on_disk(folder, 3, weights())
+    first = sorted(folder.glob("*.safetensors"))[0]
+    whole = first.read_bytes()
+    for damaged, words in (
+        (whole[:-3], "truncated"), (whole[:20], "truncated"), (b"", "truncated"), (b"x" * 100, "not a safetensors file"),
+        (whole + b"more", "not what its header says"),
+    ):  # fmt: skip
+        first.write_bytes(damaged)
+        with pytest.raises(UserError, match=words):
+            checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+    first.unlink()
+    with pytest.raises(UserError, match=f"lacks its file {first.name}"):
+        checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="no weight_map"):
+        checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load_source(Model(), tmp_path / "nowhere", SOURCE, "cpu", None)
+
+
+def test_the_index_must_agree_with_the_shards(tmp_path):
+    folder = tmp_path / "theirs"
+    on_disk(folder, 2, weights())
+    index = folder / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    said["weight_map"]["lost"] = said["weight_map"]["q"]
+    index.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="no tensor 'lost'"):
+        checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+
+
+MEMORY = """
+import sys
+import torch
+from torch import nn
+from models import checkpoint
+def high_water():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+checkpoint.BLOCK = 4 * 2**20
+with torch.device("meta"):
+    model = nn.Linear(5000, 8000)
+model.config = None
+source = checkpoint.Source(lambda config: {"weight": ("a", "b"), "bias": "c"}, ())
+torch.zeros(10).sum()
+start = high_water()
+checkpoint.load_source(model, sys.argv[1], source, "cpu", None)
+loaded = high_water()
+checkpoint.save_source(model, sys.argv[1] + ".saved", source, sys.argv[1])
+print(loaded - start, high_water() - start, float(model.weight.sum()))
+"""
+
+
+def test_loading_and_saving_hold_one_copy(tmp_path):
+    file, size = tmp_path / "big.safetensors", 4 * (8000 * 5000 + 8000)  # 160 MB
+    save_file({"a": torch.ones(2000, 5000), "b": torch.ones(6000, 5000), "c": torch.ones(8000)}, file)
+    out = subprocess.run([sys.executable, "-c", MEMORY, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    loaded, saved, total = map(float, out.stdout.split())
+    assert total == 8000 * 5000 and loaded < 1.2 * size and saved < 1.2 * size, (loaded / size, saved / size)
