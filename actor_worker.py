@@ -9,6 +9,7 @@ Left out: FSDP2 (trainable weights are replicated), multi-node start-up.
 import json
 import math
 import os
+import pickle
 import time
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -22,7 +23,7 @@ import metrics
 import models
 from algorithms import AdvantageScale, gae, policy_loss, value_loss
 from channel import VERSION, Channels, Record, SlotPool
-from config import Config
+from config import Config, UserError
 from models import checkpoint
 from streamer import Streamer
 
@@ -65,7 +66,7 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
         "loss_policy": policy.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * n * segment,
         "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
         "samples": torch.tensor(float(n * segment)), "reward": data["reward"].sum(), "staleness_max": staleness.max(),
-    } | outcomes(data)  # fmt: skip
+    }  # fmt: skip
 
 
 def outcomes(data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def run(
         store = dist.FileStore(str(run_folder / ".spans" / "rendezvous"), ranks)
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=store, rank=rank, world_size=ranks)
     torch.manual_seed(config.train.seed)
-    model = models.load(config.train.model).build(config, spec).to(device)
+    model = models.load(config.train.model).build(config, spec, device=device).to(device)
     trainable = model.trainable()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
@@ -145,7 +146,10 @@ def run(
     if resume is not None:
         version, scale = resume["version"], AdvantageScale(**resume["scale"])
         saved = Path(config.train.checkpoint) / "optimizer.pt"
-        optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
+        try:
+            optimizer.load_state_dict(torch.load(saved, map_location=device, weights_only=True))
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older checkpoint") from None
         for group in optimizer.param_groups:  # a flag given on resuming counts, not what was saved
             group["weight_decay"] = actor.weight_decay
     segment = pool["actions"].shape[1]
@@ -170,6 +174,7 @@ def run(
     def save() -> Path:
         with meter.work("checkpoint"):
             state = {"version": version, "seed": config.train.seed}  # all randomness is named by seed and version: no RNG state
+            state["settings"] = {"train_vlm": actor.train_vlm, "oft_train": actor.oft_train, "noise": config.rollout.noise}
             return save_checkpoint(run_folder / "checkpoints", model, optimizer, scale, state)
 
     publish()
@@ -196,6 +201,7 @@ def run(
             with meter.work("train"):
                 data = gather(pool, micro.slots, fields, device)
                 stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, scale)
+                stats |= outcomes(data) if micro.epoch == 0 else {}
                 for name, value in stats.items():
                     if name in maxima:
                         maxima[name] = max(maxima[name], float(value))

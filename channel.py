@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+OBSERVED = ("image", "tokens", "state")  # fields that may be part of an observation; a model uses some of them
 ALIGN = 64  # bytes; a cache line, so that no two tensors share one
 
 

@@ -4,7 +4,7 @@
 
 A trajectory is a fixed number of chunk steps with auto-reset inside, so that success never changes when it ends. Frames are
 rendered only where the policy will see them, once per chunk.
-Evaluation lanes do the same on seeds never trained on, in slots of their own, and nobody waits for them.
+Evaluation lanes do the same on seeds never trained on, in slots of their own; nobody waits for them before the run ends.
 
 Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
 """
@@ -17,9 +17,10 @@ import numpy as np
 
 import envs
 import metrics
-from channel import ACT, DONE, EVAL, LAST, VALUE, VERSION, Channels, Record
+import models
+from channel import ACT, DONE, EVAL, LAST, OBSERVED, VALUE, VERSION, Channels, Record
 from config import Config
-from models import tokenize
+from models.checkpoint import Header
 from scheduler import Admission
 
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
@@ -30,6 +31,7 @@ class Lane:
     index: int
     env: object
     slot: int = -1
+    state: np.ndarray | None = None  # [S] as last observed
     trajectory: int = 0  # j, or the evaluation episode
     t: int = 0  # chunk steps into the trajectory
     step: int = 0  # control steps into the episode
@@ -54,25 +56,57 @@ def run_chunk(lane: Lane, actions: np.ndarray, horizon: int) -> tuple[float, boo
     return reward, False, False
 
 
-def run(rank: int, config: Config, stats: dict, channels: Channels, version: int, meter: metrics.Meter) -> None:
-    """The worker. `stats` maps states to [-1, 1]; `version` is the one training starts or resumes from."""
+class Evaluations:
+    """When to evaluate, and with what result: kept by env worker 0; the others follow its counter `eval_round`.
+
+    A round begins when all workers have played the one before, so that rounds never mix. Every `eval_every`-th version is
+    evaluated, as far as there is time, and always the last one.
+    """
+
+    def __init__(self, config: Config, tasks: int, version: int, meter: metrics.Meter):
+        self.config, self.tasks, self.meter = config, tasks, meter
+        self.names = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(tasks)]
+        self.columns = [meter.counters.index[f"eval_{name}"] for name in self.names]
+        self.before = np.zeros(len(self.columns))  # counts before the running round
+        self.round, self.due, self.running = 0, version, None  # running: the version being evaluated
+
+    def begins(self, version: int) -> bool:
+        """Whether a round begins now. Notes the result of the one that has just ended."""
+        if self.running is not None:
+            gained = self.meter.counters.table[:, self.columns].sum(axis=0) - self.before
+            if gained[: self.tasks].sum() < self.config.env.eval_episodes:
+                return False
+            for name, value in zip(self.names, gained, strict=True):
+                self.meter.set(f"result_{name}", value)
+            self.meter.set("result_version", self.running)
+            self.meter.set("result_round", self.round)  # last, because it says that the rest is there
+            self.before, self.running = self.before + gained, None
+        if version < self.due:
+            return False
+        last = self.config.train.iterations
+        self.due = min(version + self.config.env.eval_every, last) if version < last else math.inf
+        self.running, self.round = version, self.round + 1
+        self.meter.set("eval_round", self.round)
+        return True
+
+
+def run(rank: int, config: Config, header: Header, channels: Channels, version: int, meter: metrics.Meter) -> None:
+    """The worker. `header` is the model's; `version` is the one training starts or resumes from."""
     pool, replies, plane = channels.pool, channels.replies[rank], channels.plane
     replies.close_writer()
     spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
     admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
     segment = pool["actions"].shape[1]  # T
-    tokenizer = tokenize.load(str(config.train.tokenizer))
-    low, high = np.array(stats["state_low"]), np.array(stats["state_high"])
-    image, tokens, actions = pool["image"].numpy(), pool["tokens"].numpy(), pool["actions"].numpy()
+    preparation = models.files(config.train.model).preparation(header, str(config.train.tokenizer or ""))
+    actions, seen = pool["actions"].numpy(), {name: pool[name].numpy() for name in pool.spec if name in OBSERVED}
     reward, terminated, truncated = (pool[n].numpy() for n in ("reward", "terminated", "truncated"))
     outbox: dict[int, list[Record]] = {}  # per rollout worker; sent together once per turn
 
     def observe(lane: Lane, row: int) -> None:
         with meter.work("render"):
-            picture, state = lane.env.observe()
-        image[lane.slot, row] = picture
-        text = tokenize.prompt(spec.prompts[lane.task], tokenize.normalise(state, low, high))
-        tokens[lane.slot, row] = tokenize.encode(tokenizer, text, tokens.shape[-1])
+            picture, lane.state = lane.env.observe()
+        for name, value in preparation.observe(picture, lane.state, spec.prompts[lane.task]).items():
+            seen[name][lane.slot, row] = value
 
     def request(lane: Lane, slot: int, kind: int, row: int) -> None:
         pool["asked"][slot] = time.monotonic()
@@ -98,7 +132,8 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
             begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, 0))
             observe(lane, 0)
         else:
-            image[lane.slot, 0], tokens[lane.slot, 0] = image[last, segment], tokens[last, segment]
+            for field in seen.values():
+                field[lane.slot, 0] = field[last, segment]
         request(lane, lane.slot, ACT, 0)
         return True
 
@@ -106,8 +141,8 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         """Actions for row t have come: step, write what happened, observe, ask again."""
         t, slot = lane.t, lane.slot
         with meter.work("step"):
-            before = lane.step
-            reward[slot, t], terminated[slot, t], truncated[slot, t] = run_chunk(lane, actions[slot, t], spec.horizon)
+            before, plan = lane.step, preparation.actions(actions[slot, t], lane.state)
+            reward[slot, t], terminated[slot, t], truncated[slot, t] = run_chunk(lane, plan, spec.horizon)
         meter.count("env_steps", lane.step - before)
         if terminated[slot, t] or truncated[slot, t]:
             meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
@@ -126,10 +161,6 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         else:
             request(lane, slot, VALUE, segment)
 
-    def played() -> float:
-        """Evaluation episodes that all env workers have finished."""
-        return sum(meter.counters.table[:, meter.counters.index[f"eval_episodes_{k}"]].sum() for k in range(len(spec.tasks)))
-
     # ---- evaluation: episode i runs on lane i % eval_envs, in that lane's own slot, always in row 0
     def begin_evaluation(lane: Lane) -> None:
         begin_episode(lane, lane.trajectory % len(spec.tasks), EVAL_SEEDS + lane.trajectory)
@@ -138,21 +169,19 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         observe(lane, 0)
         request(lane, lane.slot, EVAL, 0)
 
-    def advance_evaluation(lane: Lane) -> bool:
-        """Returns whether the lane has run all its episodes of this evaluation."""
+    def advance_evaluation(lane: Lane) -> None:
         with meter.work("step"):
-            _, success, timeout = run_chunk(lane, actions[lane.slot, 0], spec.horizon)
+            plan = preparation.actions(actions[lane.slot, 0], lane.state)
+            _, success, timeout = run_chunk(lane, plan, spec.horizon)
         if success or timeout:
             meter.count(f"eval_episodes_{lane.task}", 1), meter.count(f"eval_successes_{lane.task}", int(success))
             lane.trajectory += config.env.eval_envs
-            if lane.trajectory >= config.env.eval_episodes:
-                return True
-            begin_evaluation(lane)
+            if lane.trajectory < config.env.eval_episodes:
+                begin_evaluation(lane)
         else:
             lane.t += 1
             observe(lane, 0)
             request(lane, lane.slot, EVAL, lane.t)
-        return False
 
     make = envs.load(config.train.env).Env
     workers, lanes, evaluators = config.env.env_workers, {}, {}
@@ -160,31 +189,23 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         lane = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
         lane.task = index % len(spec.tasks)
         lanes[index] = lane
-    every = config.env.eval_every
-    for i in range(rank, config.env.eval_envs if every else 0, workers):
+    for i in range(rank, config.env.eval_envs if config.env.eval_every and config.env.eval_episodes else 0, workers):
         slot = admission.slots + i
         evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
-    parked, resting = list(lanes.values()), list(evaluators.values())
-    rounds, next_evaluation, iterations = 0, version, config.train.iterations
-    eval_rounds = meter.counters.table[:, meter.counters.index["eval_rounds"]]
+    parked, rounds = list(lanes.values()), 0
+    evaluations = Evaluations(config, len(spec.tasks), version, meter)
+    eval_round = meter.counters.table[:, meter.counters.index["eval_round"]]
     ready: list[Record] = []
     meter.ready()
     while True:
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
-        begun = int(eval_rounds.max())
-        due = begun > rounds
-        if rank == 0:  # decides for all workers, and never before everyone has played the evaluation before: they do not mix
-            due = plane.version >= next_evaluation and played() >= begun * config.env.eval_episodes
-        if due and evaluators:
-            rounds, now = rounds + 1, plane.version
-            next_evaluation = min(now + every, iterations) if now < iterations else math.inf  # the last version always has one
-            meter.set("eval_version", now), meter.set("eval_rounds", rounds)
+        if evaluators and (evaluations.begins(plane.version) if rank == 0 else eval_round.max() > rounds):
+            rounds += 1
             for slot, lane in evaluators.items():
                 lane.trajectory = slot - admission.slots
                 if lane.trajectory < config.env.eval_episodes:
                     begin_evaluation(lane)
-                    resting.remove(lane)
         for worker, records in outbox.items():
             channels.requests[worker].put(records)
         outbox.clear()
@@ -198,8 +219,7 @@ def run(rank: int, config: Config, stats: dict, channels: Channels, version: int
         if record.kind == VERSION:
             continue
         if record.kind == EVAL:
-            if advance_evaluation(evaluators[record.slot]):
-                resting.append(evaluators[record.slot])
+            advance_evaluation(evaluators[record.slot])
             continue
         lane = lanes[int(pool["lane"][record.slot])]
         if record.kind == ACT:

@@ -2,13 +2,14 @@
 
     python evaluate.py --checkpoint runs/NAME --episodes 100
 
-The policy acts without exploration noise (all denoise steps follow the ODE). Episodes use the evaluation seeds, which neither
+The policy acts without exploration (a flow by its ODE, tokens by the likeliest bin).
+Episodes use the evaluation seeds, which neither
 training nor the demonstrations ever draw. Left out: running it on several processes.
 """
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,9 @@ import tyro
 
 import envs
 import models
-from config import ASSETS, Config, UserError, exit_on_user_error
+from config import ASSETS, Config, UserError, embedded_files, exit_on_user_error
 from env_worker import EVAL_SEEDS
-from models import checkpoint, tokenize
+from models import checkpoint
 
 
 @dataclass(kw_only=True)
@@ -38,8 +39,8 @@ class EvaluateConfig:
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """shifts the evaluation seeds by a thousand per step"""
-    tokenizer: Path = ASSETS / "tokenizer.model"
-    """SentencePiece file"""
+    tokenizer: Path | None = None
+    """SentencePiece file (gr00t: Qwen's vocabulary); none means the embedded default's"""
     videos: Path | None = None
     """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
     json: Path | None = None
@@ -53,10 +54,8 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run_episodes(model, spec, module, stats: dict, config: EvaluateConfig, chunk: int) -> tuple[list[list[bool]], list[list]]:
+def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk: int) -> tuple[list[list[bool]], list[list]]:
     """Plays every episode, eight at a time. Returns outcomes and the video frames of the first episode, per task."""
-    tokenizer = tokenize.load(str(config.tokenizer))
-    low, high = np.array(stats["state_low"]), np.array(stats["state_high"])
     outcomes, films = [[] for _ in spec.tasks], [[] for _ in spec.tasks]
     lanes = [module.Env(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
     try:
@@ -67,19 +66,13 @@ def run_episodes(model, spec, module, stats: dict, config: EvaluateConfig, chunk
                 lanes[episode - first].reset(episode % len(spec.tasks), EVAL_SEEDS + 1000 * config.seed + episode)
             while playing:
                 seen = [lanes[e - first].observe() for e in playing]
-                texts = [
-                    tokenize.prompt(spec.prompts[e % len(spec.tasks)], tokenize.normalise(state, low, high))
-                    for e, (_, state) in zip(playing, seen, strict=True)
-                ]
-                obs = {
-                    "image": torch.from_numpy(np.stack([image for image, _ in seen])),
-                    "tokens": torch.from_numpy(np.stack([tokenize.encode(tokenizer, t, model.config.tokens) for t in texts])),
-                }
+                rows = [preparation.observe(*s, spec.prompts[e % len(spec.tasks)]) for e, s in zip(playing, seen, strict=True)]
+                obs = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
                 noise = model.draw([(config.seed, 0, e, steps[e]) for e in playing], [False] * len(playing))
                 actions = model.act(obs, noise)["actions"].numpy()
-                for episode, plan in zip(list(playing), actions, strict=True):
+                for episode, plan, (_, state) in zip(list(playing), actions, seen, strict=True):
                     task, lane = episode % len(spec.tasks), lanes[episode - first]
-                    for action in plan[:chunk]:
+                    for action in preparation.actions(plan[:chunk], state):
                         if episode < len(spec.tasks) and steps[episode] % 2 == 0:
                             films[task].append(lane.film())
                         _, success = lane.step(action)
@@ -99,17 +92,19 @@ def main(config: EvaluateConfig) -> dict:
         raise UserError(f"--episodes {config.episodes} must be at least 1")
     path = checkpoint.find(config.checkpoint)
     header = checkpoint.read_header(path)
-    chosen = ("chunk", "tokens", "denoise_steps", "noise_level", "sde_steps")
-    if missing := {*chosen, "image_size"} - header.shape.keys():
-        raise UserError(f"checkpoint {path} of family {header.family!r} cannot act: it does not say {', '.join(sorted(missing))}")
+    if "image_size" not in header.shape:
+        raise UserError(f"checkpoint {path} of family {header.family!r} cannot act: it does not say what it sees")
     settings = Config()
-    settings.train.checkpoint = path
-    for name in chosen:
+    settings.train.checkpoint, settings.train.model = path, header.family
+    for name in {field.name for field in fields(settings.rollout)} & header.shape.keys():
         setattr(settings.rollout, name, header.shape[name])
+    settings.rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
     module = envs.load(config.env)
     spec = module.spec(config.tasks, header.shape["image_size"])
     model = models.load(header.family).build(settings, spec).eval()
-    outcomes, films = run_episodes(model, spec, module, header.stats, config, settings.rollout.chunk)
+    tokenizer = checkpoint.vocabulary(config.tokenizer, path, header.family, embedded_files(header.family)[1])
+    preparation = models.files(header.family).preparation(model.header, tokenizer)
+    outcomes, films = run_episodes(model, spec, module, preparation, config, settings.rollout.chunk)
 
     run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")
     videos = config.videos or run / "videos"

@@ -24,14 +24,18 @@ CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")
 COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
     "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s", "fetches", "stop", "gpu_memory_gb",
-    "eval_rounds", "eval_version",
+    "eval_round", "result_round", "result_version",
 )  # fmt: skip
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))  # batches of at most 1, 2, 4 … 256 requests
 FLUSH, LIMIT = 200, 200_000  # spans between writes to file, and the most that one worker records
 
 
 def columns(tasks: int) -> tuple[str, ...]:
-    return (*COLUMNS, *HISTOGRAM, *(f"eval_{what}_{k}" for what in ("episodes", "successes") for k in range(tasks)))
+    return (
+        *COLUMNS,
+        *HISTOGRAM,
+        *(f"{when}_{what}_{k}" for when in ("eval", "result") for what in ("episodes", "successes") for k in range(tasks)),
+    )
 
 
 class Meter:
@@ -234,11 +238,7 @@ class Interval:
     def __init__(self, counters: Counters, rows: dict[str, list[int]], tasks: tuple[str, ...]):
         self.counters, self.rows, self.tasks = counters, rows, tasks
         self.last, self.last_time = counters.table.copy(), time.monotonic()
-        self.evaluated = self._evaluations()
-
-    def _evaluations(self) -> tuple[list[float], list[float]]:
-        total = lambda column: self.counters.table[:, self.counters.index[column]].sum()  # noqa: E731
-        return tuple([total(f"eval_{what}_{k}") for k in range(len(self.tasks))] for what in ("episodes", "successes"))
+        self.evaluated = 0.0  # rounds of evaluation that were reported
 
     def measure(self) -> dict:
         now, table = time.monotonic(), self.counters.table.copy()
@@ -268,16 +268,19 @@ class Interval:
             out["waits"] |= {f"{stage}:{c}": round(w, 4) for c, w in waits.items() if w > 0}
         return out
 
-    def evaluation(self, episodes: int) -> dict:
-        """The result of an evaluation once all its episodes are in, else nothing."""
-        done, before = self._evaluations(), self.evaluated
-        new = [d - b for d, b in zip(done[0], before[0], strict=True)]
-        if episodes == 0 or sum(new) == 0 or sum(new) % episodes:  # none, or one is under way
+    def evaluation(self) -> dict:
+        """The newest finished evaluation, if it was not reported yet: see `env_worker.Evaluations`."""
+        total = lambda column: float(self.counters.table[:, self.counters.index[column]].sum())  # noqa: E731
+        newest = total("result_round")
+        if newest == self.evaluated:
             return {}
-        self.evaluated = done
-        wins = [d - b for d, b in zip(done[1], before[1], strict=True)]
-        per_task = {t: round(w / n, 4) for t, w, n in zip(self.tasks, wins, new, strict=True) if n}
-        return {"eval_success_rate": sum(wins) / sum(new), "eval_episodes": int(sum(new)), "eval_per_task": per_task}
+        self.evaluated = newest
+        episodes, wins = ([total(f"result_{what}_{k}") for k in range(len(self.tasks))] for what in ("episodes", "successes"))
+        per_task = {t: round(w / n, 4) for t, w, n in zip(self.tasks, wins, episodes, strict=True) if n}
+        return {
+            "eval_success_rate": sum(wins) / sum(episodes), "eval_episodes": int(sum(episodes)), "eval_per_task": per_task,
+            "eval_version": int(total("result_version")),
+        }  # fmt: skip
 
 
 # ---------------------------------------------------------------- progress display

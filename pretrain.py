@@ -1,10 +1,12 @@
 """Imitation from demonstrations: makes the checkpoint that reinforcement learning starts from.
 
-    python pretrain.py                      the shipped assets/pi05_metaworld.safetensors, about 3 minutes on 2 cores
+    python pretrain.py                      the shipped assets/pi05_metaworld.safetensors, about 10 minutes on 2 cores
+    python pretrain.py --model gr00t        assets/gr00t_metaworld.safetensors
     python pretrain.py --pace 1 --out strong.safetensors
 
 Meta-World's scripted experts act, with Gaussian noise on the action they execute (DART, arXiv 1703.09327) so the data also
-shows how to recover; each stored frame is labelled with the expert's own next C actions. The loss is flow matching.
+shows how to recover; each stored frame is labelled with the expert's own next C actions. The loss is the family's: flow
+matching, or cross-entropy of action tokens.
 The demonstrator is careful: it moves at 0.6 of the expert's speed, so the policy sees well and runs out of time. It succeeds
 at 20–50 %, which leaves reinforcement learning, with the prefix frozen, something to learn from success alone.
 Left out: a validation split. Success in the simulator (`evaluate.py`) is what counts.
@@ -16,6 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,11 +26,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 
+import models
 from actor_worker import all_reduce_gradients
-from config import ASSETS, UserError, exit_on_user_error
+from config import EnvConfig, RolloutConfig, UserError, embedded_files, exit_on_user_error
 from models import checkpoint, tokenize
-from models.pi import Pi, PiConfig
 
+CHUNK, IMAGE_SIZE = RolloutConfig().chunk, EnvConfig().image_size
 PROCESSES = 2  # a constant, because the order of sums, and so every bit of the checkpoint, depends on it
 
 
@@ -35,8 +39,10 @@ PROCESSES = 2  # a constant, because the order of sums, and so every bit of the 
 class PretrainConfig:
     """Imitation from Meta-World's scripted experts."""
 
-    out: Path = ASSETS / "pi05_metaworld.safetensors"
-    """file to write; the vocabulary goes beside it as tokenizer.model"""
+    model: Literal["pi0", "pi05", "gr00t", "oft"] = "pi05"
+    """policy family, at its embedded small size"""
+    out: Path | None = None
+    """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside it"""
     tasks: tuple[str, ...] = ()
     """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes make better features"""
     demos: int = 25
@@ -67,8 +73,8 @@ def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> l
     from envs import metaworld
 
     warnings.filterwarnings("ignore")
-    chunk = PiConfig.chunk
-    env, expert = metaworld.Env(tasks, PiConfig.image_size), ENV_POLICY_MAP[tasks[task] + "-v3"]()
+    chunk = CHUNK
+    env, expert = metaworld.Env(tasks, IMAGE_SIZE), ENV_POLICY_MAP[tasks[task] + "-v3"]()
     frames = []
     for seed in range(first_seed, first_seed + count):
         env.reset(task, seed)
@@ -94,25 +100,23 @@ def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> l
     return frames
 
 
-def fit(rank: int, model: Pi, data: tuple[torch.Tensor, ...], config: PretrainConfig, rendezvous: str) -> None:
-    """AdamW on the flow-matching loss, in PROCESSES ranks that average gradients: on a CPU one thread in each of two processes is
-    nearly twice as fast as two threads in one. data: image [frames, V, H, W, 3], tokens [frames, L], actions [frames, C, A]."""
+def fit(rank: int, model, data: dict[str, torch.Tensor], config: PretrainConfig, rendezvous: str) -> None:
+    """AdamW on the family's imitation loss, in PROCESSES ranks that average gradients: on a CPU one thread in each of two processes
+    is nearly twice as fast as two threads in one. data: observation fields [frames, …] and "actions" [frames, C, A]."""
     torch.set_num_threads(1)
     model = model if rank == 0 else copy.deepcopy(model)  # the caller's, in shared memory, is rank 0's
     torch.manual_seed(config.seed)  # every rank draws the same batches and takes its own part of them
     dist.init_process_group("gloo", store=dist.FileStore(rendezvous, PROCESSES), rank=rank, world_size=PROCESSES)
-    image, tokens, actions = data
     parameters, mine = list(model.parameters()), slice(rank * config.batch // PROCESSES, (rank + 1) * config.batch // PROCESSES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
     started = time.monotonic()
     for step in range(config.steps):
         warmup, progress = min(1.0, (step + 1) / 50), step / config.steps
         optimizer.param_groups[0]["lr"] = config.lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
-        rows = torch.randint(len(actions), (config.batch,))
-        t = torch.distributions.Beta(1.5, 1.0).sample((config.batch,)) * 0.999 + 0.001  # openpi's time distribution
-        noise = torch.randn(actions[rows].shape)
-        cache, _, real = model.prefix(image[rows[mine]], tokens[rows[mine]])
-        loss = model.imitation_loss(cache, real, actions[rows[mine]], t[mine], noise[mine]) / PROCESSES
+        rows = torch.randint(len(data["actions"]), (config.batch,))
+        draw = {name: x[mine] for name, x in model.imitation_draw(config.batch).items()}
+        obs = {name: x[rows[mine]] for name, x in data.items()}
+        loss = model.imitate(obs, obs["actions"], draw) / PROCESSES
         optimizer.zero_grad()
         loss.backward()
         all_reduce_gradients(parameters, PROCESSES)
@@ -127,15 +131,19 @@ def fit(rank: int, model: Pi, data: tuple[torch.Tensor, ...], config: PretrainCo
 def main(config: PretrainConfig) -> None:
     import envs
 
-    if not config.out.parent.is_dir():
-        raise UserError(f"the folder {config.out.parent} does not exist: create it or give another --out")
+    default, vocabulary = embedded_files(config.model)
+    out = config.out or default
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist: create it or give another --out")
+    if config.demos < 1 or config.steps < 1 or config.frame_every < 1:
+        raise UserError("--demos, --steps and --frame-every must be at least 1")
+    if config.batch < PROCESSES or config.batch % PROCESSES:
+        raise UserError(f"--batch {config.batch} must be a multiple of {PROCESSES}, the processes that share it")
+    if not 0.0 < config.pace <= 1.0:
+        raise UserError(f"--pace {config.pace} must lie above 0 and be at most 1, the scripted expert's own speed")
     started = time.monotonic()
-    shape = PiConfig()
     tasks = config.tasks or ("button-press-topdown", *envs.load("metaworld").DEFAULT_TASKS)
-    env_spec = envs.load("metaworld").spec(tasks, shape.image_size)
-    vocabulary = config.out.with_name("tokenizer.model")
-    tokenize.train_vocabulary(list(envs.load("metaworld").PROMPTS.values()), vocabulary)
-    tokenizer = tokenize.load(str(vocabulary))
+    env_spec, family = envs.load("metaworld").spec(tasks, IMAGE_SIZE), models.files(config.model)
     seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)
     jobs = [
@@ -145,21 +153,26 @@ def main(config: PretrainConfig) -> None:
     ]
     with mp.get_context("spawn").Pool(PROCESSES) as pool:
         frames = [frame for part in pool.map(demonstrate, jobs, chunksize=1) for frame in part]
+    if not frames:
+        raise UserError("no demonstration succeeded: choose other --tasks, a higher --pace or less --action-noise")
     task, image, state, actions = (np.stack(column) for column in zip(*frames, strict=True))
     low, high = np.quantile(state, 0.01, axis=0), np.quantile(state, 0.99, axis=0)
-    normalised = tokenize.normalise(state, low, high)
-    texts = [tokenize.prompt(env_spec.prompts[k], s) for k, s in zip(task, normalised, strict=True)]
-    tokens = np.stack([tokenize.encode(tokenizer, text, shape.tokens) for text in texts])
     print(f"{len(frames)} frames of {config.demos} demonstrations per task in {time.monotonic() - started:.0f} s")
 
+    vocabulary = out.with_name(vocabulary.name)
+    tokenize.train_vocabulary([family.wording(task) for task in envs.load("metaworld").PROMPTS.values()], vocabulary)
     torch.manual_seed(config.seed)
-    model = Pi(shape).share_memory()  # rank 0 trains this one
-    data = tuple(torch.from_numpy(x).share_memory_() for x in (image, tokens, actions))
+    model = family.embedded(config.model, str(vocabulary)).share_memory()  # rank 0 trains this one
+    stats = {"state_low": low.tolist(), "state_high": high.tolist()}
+    header = checkpoint.Header(config.model, asdict(model.config), stats)
+    preparation = family.preparation(header, str(vocabulary))
+    rows = [preparation.observe(i, s, env_spec.prompts[k]) for i, s, k in zip(image, state, task, strict=True)]
+    data = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"actions": actions}
+    data = {name: torch.from_numpy(x).share_memory_() for name, x in data.items()}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(fit, (model, data, config, f"{folder}/rendezvous"), PROCESSES)
-    stats = {"state_low": low.tolist(), "state_high": high.tolist()}
-    checkpoint.save(config.out, checkpoint.Header("pi05", asdict(shape), stats), model.half().state_dict())
-    print(f"wrote {config.out} and {vocabulary}")
+    checkpoint.save(out, header, model.half().state_dict())
+    print(f"wrote {out} and {vocabulary}")
 
 
 if __name__ == "__main__":

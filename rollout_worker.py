@@ -81,7 +81,7 @@ def serve(model, records: list[Record], channels: Channels, seed: int, version: 
     lanes, trajectories = pool["lane"][slots].tolist(), pool["trajectory"][slots].tolist()
     keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(records, lanes, trajectories, strict=True)]
     noise = model.draw(keys, [r.kind != EVAL for r in records])
-    obs = {name: pool.gather(name, slots, rows) for name in ("image", "tokens")}
+    obs = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}
     to = lambda tensors: {n: x.to(device, non_blocking=True) for n, x in tensors.items()}  # noqa: E731
     out = {name: x.to("cpu") for name, x in model.act(to(obs), to(noise)).items()}
 
@@ -108,7 +108,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     if device != "cpu":
         torch.cuda.set_device(device)
         channels.pool.pin()
-    model = models.load(config.train.model).build(config, spec).to(device).eval()
+    model = models.load(config.train.model).build(config, spec, device=device).to(device).eval()
     fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
     admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
     served = len(range(rank, config.env.envs, config.rollout.rollout_workers))  # lanes that ask this worker
@@ -141,6 +141,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
 
         batch, waited = batcher.take()
         needed = max((admission.batch_of(int(channels.pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
+        if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
+            needed = plane.version + admission.max_staleness
         swap_start = time.monotonic()
         fetcher.swap()
         meter.count("weight_stall_s", time.monotonic() - swap_start)

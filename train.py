@@ -32,7 +32,7 @@ import metrics
 import models
 import rollout_worker
 from channel import Channels, Counters, IndexQueue, SlotPool, Spec, WeightPlane, layout
-from config import PRESETS, ROOT, Config, UserError, exit_on_user_error, from_json, from_preset, to_json, validate
+from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
 from models import checkpoint
 from scheduler import Admission, Placement, place
 
@@ -71,13 +71,21 @@ class Setup:
     placement: Placement
     slots: Spec
     weights: Spec
-    stats: dict  # of the checkpoint
+    header: checkpoint.Header
     resume: dict | None  # state.json of the checkpoint that continues
     saved: str  # config.json, complete and as the user meant it
 
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
+    default, tokenizer = embedded_files(config.train.model)
+    if config.train.checkpoint is None and config.train.model != "emulated" and not default.is_file():
+        raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {config.train.model}`")
+    if config.train.model != "emulated":
+        config.train.checkpoint = config.train.checkpoint or default
+        given = config.train.tokenizer
+        found = checkpoint.vocabulary(given, config.train.checkpoint, config.train.model, tokenizer)
+        config.train.tokenizer = Path(found) if found else None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
@@ -104,18 +112,19 @@ def prepare(config: Config) -> Setup:
             config.train.checkpoint, resume = found, json.loads((found / "state.json").read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one") from None
+        for flag, before in resume.get("settings", {}).items():  # what is trained decides what the optimizer remembers
+            now = getattr(config.rollout if flag == "noise" else config.actor, flag)
+            if now != before:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} was {before} when run {config.train.resume} began: it cannot change now"
+                )
         if resume["version"] >= config.train.iterations:
             raise UserError(f"run {config.train.resume} already has {resume['version']} iterations: give more --iterations")
     model = models.load(config.train.model).build(config, spec, weights=False)
-    if config.train.model != "emulated":
-        from models import tokenize
-
-        tokenize.load(str(config.train.tokenizer))
+    models.files(config.train.model).preparation(model.header, str(config.train.tokenizer or ""))
 
     segment, f = config.env.segment, torch.float32
     slots: Spec = {
-        "image": ((segment + 1, spec.views, spec.image_size, spec.image_size, 3), torch.uint8),
-        "tokens": ((segment + 1, config.rollout.tokens), torch.int32),
         "actions": ((segment, config.rollout.chunk, spec.action_dim), f),
         "logprob": ((segment,), f),
         "value": ((segment + 1,), f),
@@ -128,9 +137,10 @@ def prepare(config: Config) -> Setup:
         "trajectory": ((), torch.int32),
         "task": ((), torch.int32),
     }
+    slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, slots, weights, model.header.stats, resume, saved)
+    return Setup(config, spec, placement, slots, weights, model.header, resume, saved)
 
 
 def memory_report(setup: Setup, admission: Admission) -> None:
@@ -152,7 +162,7 @@ def child(name: str, target, args: tuple, threads: int, environment: dict[str, s
     if os.getppid() == 1:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signal.signal(signal.SIGTERM, leave)
     os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
     os.environ.update(environment)
     torch.set_num_threads(threads)
@@ -169,6 +179,12 @@ def child(name: str, target, args: tuple, threads: int, environment: dict[str, s
         status = 1
     meter.flush()
     os._exit(status)
+
+
+def leave(*_) -> None:
+    """A worker's answer to SIGTERM. What it was just building is dropped half-built, and is not to complain about that."""
+    sys.unraisablehook = lambda _: None
+    sys.exit()
 
 
 def note_interrupts() -> list[float]:
@@ -207,7 +223,7 @@ def start(setup: Setup, channels: Channels, folder: metrics.RunFolder, report, e
         args = (rank, config, setup.spec, device, channels, meter("rollout", rank))
         jobs.append((f"rollout-{rank}", rollout_worker.run, args, placement.rollout_threads))
     for rank in range(len(placement.env_devices)):
-        args = (rank, config, setup.stats, channels._replace(plane=channels.plane.watch()), version, meter("env", rank))
+        args = (rank, config, setup.header, channels._replace(plane=channels.plane.watch()), version, meter("env", rank))
         jobs.append((f"env-{rank}", env_worker.run, args, 1))
     devices = {f"env-{rank}": device for rank, device in enumerate(placement.env_devices) if device != "cpu"}
     workers = {}
@@ -275,7 +291,7 @@ def supervise(
         tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
                              config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
     interval, last_work, pool_gb = None, [0.0, began], slot_pool_gb(setup)
-    eval_episodes = config.env.eval_episodes if config.env.eval_every and config.env.eval_envs else 0
+    evaluates = config.env.eval_every and config.env.eval_envs and config.env.eval_episodes
 
     def watch() -> list:
         """Waits for news at most 0.25 s. Raises WorkerFailed when a worker failed, died or hangs."""
@@ -292,8 +308,8 @@ def supervise(
     def last_evaluation() -> dict:
         """Of the final weights, which every run ends with: nothing is left that waiting for it could hold up."""
         while not interrupts:
-            begun = counters.table[:, counters.index["eval_version"]].max() == config.train.iterations
-            if begun and (result := interval.evaluation(eval_episodes)):
+            result = interval.evaluation()
+            if result.get("eval_version") == config.train.iterations:
                 return result
             watch()
             time.sleep(0.25)
@@ -314,8 +330,8 @@ def supervise(
                 line |= interval.measure()
                 line |= {"time": offset + time.monotonic() - began, "restarts": 0, "rss_gb": rss_gb(workers) + pool_gb}
                 line["env_steps"] += steps_before
-                line |= interval.evaluation(eval_episodes)
-                if line["iteration"] == config.train.iterations and eval_episodes:
+                line |= interval.evaluation()
+                if line["iteration"] == config.train.iterations and evaluates:
                     line |= last_evaluation()
                 folder.append(line)
                 show(line)
@@ -326,6 +342,8 @@ def supervise(
                 if interval is None or len(interrupts) > 1:
                     why = "before anything was trained" if interval is None else "twice: stopped without saving"
                     return f"interrupted {why}"
+                if not counters.get(0, "stop"):
+                    print("finishing the batch that is being trained, then saving; Ctrl-C again stops without saving", flush=True)
                 counters.set(0, "stop", 1.0)
 
 

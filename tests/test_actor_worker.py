@@ -10,7 +10,7 @@ import torch.distributed as dist
 from conftest import observations, tiny_pi
 from torch import nn
 
-from actor_worker import all_reduce_gradients, gather, iteration_metrics, save_checkpoint, train_micro_batch
+from actor_worker import all_reduce_gradients, gather, iteration_metrics, outcomes, save_checkpoint, train_micro_batch
 from algorithms import AdvantageScale
 from channel import SlotPool
 from config import Config
@@ -63,7 +63,7 @@ def gradients(model, pool: SlotPool, groups: list[tuple[int, ...]]) -> tuple[lis
     scale, sums = AdvantageScale(0.8, 0.7), {}
     for slots in groups:
         data = gather(pool, slots, (*FIELDS, *model.training_fields()), "cpu")
-        for name, value in train_micro_batch(model, data, 3, BATCH * SEGMENT, Config(), scale).items():
+        for name, value in (train_micro_batch(model, data, 3, BATCH * SEGMENT, Config(), scale) | outcomes(data)).items():
             keep = max if name in ("ratio_max", "staleness_max") else lambda a, b: a + b
             sums[name] = keep(sums[name], float(value)) if name in sums else float(value)
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], sums

@@ -10,9 +10,10 @@ import torch
 import envs
 import metrics
 from channel import ACT, EVAL, LAST, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
-from config import Config
-from env_worker import EVAL_SEEDS, Lane, episode_seed, run, run_chunk
+from config import ASSETS, Config
+from env_worker import EVAL_SEEDS, Evaluations, Lane, episode_seed, run, run_chunk
 from envs import EnvSpec
+from models.checkpoint import Header
 from scheduler import Admission
 
 CHUNK, HORIZON, SEGMENT, LANES = 3, 6, 4, 2
@@ -67,6 +68,7 @@ def worker(monkeypatch):
     def start(version: int = 0, **settings) -> Channels:
         config = Config()
         config.env.envs, config.actor.batch, config.env.env_workers, config.env.eval_every = LANES, LANES, 1, 0
+        config.train.tokenizer = ASSETS / "tokenizer.model"
         for name, value in settings.items():
             setattr(config.env, name, value)
         f = torch.float32
@@ -82,9 +84,9 @@ def worker(monkeypatch):
             SlotPool(fields, slots), WeightPlane({"w": ((1,), f)}, version=version), Counters(1, metrics.columns(2)),
             (IndexQueue(),), (IndexQueue(),), (IndexQueue(),),
         )  # fmt: skip
-        stats = {"state_low": [0.0] * 4, "state_high": [1.0] * 4}
+        header = Header("pi05", {"image_size": 2}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
         meter = metrics.Meter("env-0", 0, channels.counters, None)
-        process = get_context("fork").Process(target=run, args=(0, config, stats, channels, version, meter), daemon=True)
+        process = get_context("fork").Process(target=run, args=(0, config, header, channels, version, meter), daemon=True)
         process.start()
         processes.append(process)
         return channels
@@ -218,12 +220,33 @@ def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
             assert record == Record(slot, 1, EVAL, 0) and seen(channels.pool, slot, 0)[1] == 3
             answer(channels, record, plan(success_at=2 if success else None))
         assert requests(channels, 0) == []
+        got = [
+            int(channels.counters.get(0, f"result_{n}")) for n in ("round", "version", "episodes_0", "successes_0", "episodes_1")
+        ]
+        assert got == ([1, 0, 2, 2, 1] if successes[0] else [2, 2, 2, 0, 1])
         if successes[0]:
             assert counted() == [2, 1, 2, 0]
             publish(channels, 1)
             assert requests(channels, 0) == []  # every second version
             publish(channels, 2)
     assert counted() == [4, 2, 2, 0] and channels.counters.get(0, "env_steps") == 0
+
+
+def test_rounds_of_evaluation_never_mix():
+    config = Config()
+    config.env.eval_every, config.env.eval_episodes, config.train.iterations = 2, 4, 5
+    counters = Counters(3, metrics.columns(2))
+    evaluations = Evaluations(config, 2, 0, metrics.Meter("env-0", 0, counters, None))
+    result = lambda: [int(counters.get(0, f"result_{n}")) for n in ("round", "version", "episodes_0", "successes_0", "episodes_1")]  # noqa: E731
+    assert not evaluations.begins(-1) and evaluations.begins(0) and not evaluations.begins(0)
+    counters.add(1, "eval_episodes_0", 2), counters.add(1, "eval_successes_0", 1), counters.add(2, "eval_episodes_1", 1)
+    assert not evaluations.begins(4) and result()[0] == 0  # one episode is still played
+    counters.add(2, "eval_episodes_1", 1)
+    assert evaluations.begins(4) and result() == [1, 0, 2, 1, 2] and counters.get(0, "eval_round") == 2
+    counters.add(2, "eval_episodes_0", 4)
+    assert evaluations.begins(5) and result() == [2, 4, 4, 0, 0]  # the last version, whatever `eval_every` says
+    counters.add(1, "eval_episodes_1", 4)
+    assert not evaluations.begins(5) and not evaluations.begins(5) and result() == [3, 5, 0, 0, 4]
 
 
 # ---------------------------------------------------------------- its parts

@@ -47,6 +47,22 @@ def test_what_the_policy_sees(make):
     assert (reward, success) == (0.0, False)
 
 
+def test_thinner_meshes_change_neither_the_physics_nor_much_of_the_picture(make, monkeypatch):
+    def press(env):  # down onto the handle, so that colliding meshes matter
+        env.reset(0, 3)
+        for action in np.random.default_rng(0).normal([0.0, 0.6, -0.4, 0.0], 0.5, (60, 4)):
+            env.step(action)
+        result = env.sim.data.qpos.copy(), env.film(64).astype(int), int(env.sim.model.mesh_facenum.sum())
+        env.close()  # with its meshes on the GL side
+        return result
+
+    state, picture, faces = press(make("handle-press"))
+    monkeypatch.setattr(metaworld, "thin_meshes", lambda model: None)
+    whole_state, whole_picture, whole_faces = press(make("handle-press"))
+    assert np.array_equal(state, whole_state) and faces < whole_faces / 3
+    assert np.abs(picture - whole_picture).mean() < 2.0  # of 255; measured: 0.9
+
+
 def test_envs_of_one_task_share_a_context_and_no_picture(make):
     one, other = make("handle-press"), make("handle-press")
     alone = {seed: play(one, 0, seed)[1] for seed in (1, 2)}

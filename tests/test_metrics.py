@@ -77,20 +77,17 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     assert again["env_steps"] == 450 and again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
 
 
-def test_an_evaluation_is_reported_when_all_its_episodes_are_in():
+def test_an_evaluation_is_reported_once():
     table = counters()
-    table.add(2, "eval_episodes_0", 5.0)  # before this run
     interval = Interval(table, ROWS, TASKS)
-    table.add(2, "eval_episodes_0", 2.0), table.add(2, "eval_successes_0", 1.0), table.add(3, "eval_episodes_1", 1.0)
-    assert interval.evaluation(4) == {} and interval.evaluation(0) == {}
-    table.add(3, "eval_episodes_1", 1.0), table.add(3, "eval_successes_1", 1.0)
-    expected = {"eval_success_rate": 0.5, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.5}}
-    assert interval.evaluation(4) == expected
-    assert interval.evaluation(4) == {}
-    table.add(2, "eval_episodes_0", 5.0)  # one finished that nobody read, and the next has begun: their episodes do not mix
-    assert interval.evaluation(4) == {}
-    table.add(3, "eval_episodes_1", 3.0)
-    assert interval.evaluation(4)["eval_episodes"] == 8
+    result = {"result_episodes_0": 2.0, "result_successes_0": 1.0, "result_episodes_1": 2.0, "result_successes_1": 1.0}
+    for name, value in (result | {"result_version": 7.0}).items():
+        table.set(2, name, value)
+    assert interval.evaluation() == {}
+    table.set(2, "result_round", 1.0)
+    expected = {"eval_success_rate": 0.5, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.5}, "eval_version": 7}
+    assert interval.evaluation() == expected
+    assert interval.evaluation() == {}
 
 
 def test_the_trace_is_in_chrome_s_format(tmp_path):

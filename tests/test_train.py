@@ -62,6 +62,7 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
         assert all(math.isfinite(x) for x in line.values() if isinstance(x, float))
         assert line["grad_norm"] > 0 and line["restarts"] == 0 and line["rss_gb"] > 0 and line["discarded"] == 0
         assert sum(line["batch_size_hist"].values()) > 0 and line["samples_per_s"] > 0 and line["env_steps_per_s"] > 0
+    assert second["eval_episodes"] % 2 == 0 and 0.0 <= second["eval_success_rate"] <= 1.0  # of the last weights, in every run
     assert first["env_steps"] >= 4 * 3 * 10 and second["env_steps"] > first["env_steps"] and second["time"] > first["time"]
 
     synchronous = case in ("sync-colocated", "sync-disaggregated", "staleness-0")
@@ -186,7 +187,7 @@ def refused(flags: str) -> None:
         ("--minibatch 7", "not divisible by --minibatch"),
         ("--micro-batch 5", "not divisible by --micro-batch"),
         ("--iterations 0", "--iterations 0 must be at least 1"),
-        ("--segment 11", "longer than an episode of 10 chunk steps"),
+        ("--segment 11", "longer than an episode of 9 chunk steps"),
         ("--chunk 5", "chunk = 10 and the run asks for 5"),
         ("--image-size 32", "image_size = 64 and the run asks for 32"),
         ("--tasks juggle", "unknown Meta-World task 'juggle'"),

@@ -1,0 +1,64 @@
+"""`bench.py` on the small models and a CPU: that it runs, counts what it says and refuses what it cannot do."""
+
+import json
+
+import pytest
+import torch
+
+import bench
+import benchmarks
+from benchmarks import inference, prefix
+from config import UserError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(benchmarks, "MATMUL", {"cpu": 128})
+    monkeypatch.setattr(inference, "BATCHES", (1, 2))
+    monkeypatch.setattr(prefix, "SAMPLES", 2)
+    monkeypatch.setattr(prefix, "POOL_BYTES", 0)
+
+
+def test_counters():
+    a, b = torch.randn(8, 16), torch.randn(16, 4)
+    q = torch.randn(1, 2, 8, 4)
+    assert benchmarks.flops_of(lambda: a @ b) == 2 * 8 * 16 * 4
+    attention = lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)  # noqa: E731
+    assert benchmarks.flops_of(attention) == 2 * 2 * 2 * 8 * 8 * 4
+
+    def two_of_three():
+        x = torch.zeros(100) + 1.0  # the zeros are gone when `+` is done
+        return (x.view(10, 10) * 2.0).sum().item()
+
+    assert benchmarks.peak_bytes_of(two_of_three, "cpu") == 2 * 400 + 4
+
+
+@pytest.mark.parametrize("model", ["pi05", "gr00t"])
+def test_prefix(model, capsys):
+    cached, recomputed = prefix.measure(model, "auto", 0.01)
+    assert cached["slot_kb_per_sample"] > recomputed["slot_kb_per_sample"]
+    assert cached["gflop_per_sample"] < recomputed["gflop_per_sample"]
+    assert cached["s_per_sample"] == cached["read_s_per_sample"] + cached["train_s_per_sample"]
+    assert min(cached["peak_mb"], recomputed["peak_mb"], cached["copy_gb_per_s"], cached["prefix_gflop_per_s"]) > 0
+    assert "Recomputing is better where" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["pi0", "gr00t", "oft"])
+def test_inference(model, tmp_path):
+    file = tmp_path / "result.json"
+    bench.main(bench.BenchConfig(what="inference", model=model, size="small", seconds=0.01, json=file))
+    result = json.loads(file.read_text())
+    assert [row["batch"] for row in result["rows"]] == [1, 2] and result["what"] == "inference"
+    for row in result["rows"]:
+        assert row["mode"] == "eager" and row["samples_per_s"] > 0 and row["share_of_peak"] > 0
+        assert (row["denoise_step_s"] is None) == (model == "oft")
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="--size full needs a GPU"):
+        inference.measure("oft", "full", 0.01)
+    with pytest.raises(UserError, match="--size full needs a GPU"):
+        prefix.measure("pi05", "full", 0.01)
+    with pytest.raises(UserError, match="oft has no prefix"):
+        prefix.measure("oft", "auto", 0.01)

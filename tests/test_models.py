@@ -1,0 +1,146 @@
+"""Every family under the one contract of `models/__init__.py`, at its embedded size; and `train.py --model` with each of them."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, STATS
+
+import models
+from config import Config, UserError
+from envs import metaworld
+from models import checkpoint, tokenize
+
+FAMILIES = [name for name in models.MODELS if name != "emulated"]
+SPEC = metaworld.spec(("handle-press",), 64)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Checkpoint with random weights and vocabulary, as `pretrain.py` writes them."""
+    folder, found = tmp_path_factory.mktemp("families"), {}
+
+    def get(name: str):
+        if name not in found:
+            torch.manual_seed(0)
+            family, vocabulary = models.files(name), folder / f"{name}.model"
+            tokenize.train_vocabulary([family.wording(task) for task in metaworld.PROMPTS.values()], vocabulary)
+            model = family.embedded(name, str(vocabulary))
+            with torch.no_grad():
+                for parameter in model.parameters():  # none of them zero, so that each of them matters
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+            path = folder / f"{name}.safetensors"
+            checkpoint.save(path, checkpoint.Header(name, asdict(model.config), STATS), model.state_dict())
+            found[name] = path, vocabulary
+        return found[name]
+
+    return get
+
+
+def built(made, name: str):
+    config = Config()
+    config.train.model, (config.train.checkpoint, vocabulary) = name, made(name)
+    model = models.load(name).build(config, SPEC)
+    return model, models.files(name).preparation(model.header, str(vocabulary))
+
+
+def observed(preparation, n: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    images, states = rng.integers(0, 256, (n, 1, 64, 64, 3), np.uint8), rng.uniform(0.0, 0.8, (n, 4)).astype(np.float32)
+    rows = [preparation.observe(image, state, SPEC.prompts[0]) for image, state in zip(images, states, strict=True)]
+    return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_observed_acted_and_stored_fits_the_slots(made, name):
+    model, preparation = built(made, name)
+    n, obs = 4, observed(preparation, 4)
+    fields = model.observation_fields()
+    assert {key: (tuple(x.shape[1:]), x.dtype) for key, x in obs.items()} == fields
+    assert (
+        fields.keys() <= {"image", "tokens", "state"} and set(model.training_fields()) <= fields.keys() | model.slot_fields().keys()
+    )
+    out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(n)], [True] * n))
+    assert out["actions"].shape == (n, 10, 4) and out["logprob"].shape == out["value"].shape == (n,)
+    for key, (shape, dtype) in model.slot_fields().items():
+        assert (out[key].shape[1:], out[key].dtype) == (shape, dtype), key
+    executed = preparation.actions(out["actions"][0].numpy(), np.zeros(4, np.float32))
+    assert executed.shape == (10, 4) and np.isfinite(executed).all()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_evaluating_reproduces_the_behaviour_and_moves_with_the_weights(made, name):
+    model, preparation = built(made, name)
+    obs = observed(preparation, 3)
+    out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(3)], [True] * 3))
+    batch = {key: (obs | out)[key].clone() for key in model.training_fields()}
+    again = model.evaluate(batch)
+    torch.testing.assert_close(again["logprob"], out["logprob"].clone(), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(again["value"], out["value"].clone(), atol=1e-4, rtol=0.0)
+    (again["logprob"].sum() + again["value"].sum()).backward()
+    trained = model.trainable()
+    moved = [key for key, p in trained.items() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(moved) > 0.8 * len(trained) and any(key.startswith("value_head") for key in moved)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert (model.evaluate(batch)["logprob"] - out["logprob"]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_imitation_lowers_its_loss(made, name):
+    torch.manual_seed(0)
+    vocabulary = made(name)[1]
+    model = models.files(name).embedded(name, str(vocabulary))
+    preparation = models.files(name).preparation(checkpoint.Header(name, asdict(model.config), STATS), str(vocabulary))
+    obs, actions = observed(preparation, 8), torch.rand(8, 10, 4) - 0.5
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    draw = model.imitation_draw(8)
+    for _ in range(25):
+        loss = model.imitate(obs, actions, draw)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_broken_observation_is_named(made, name):
+    _, preparation = built(made, name)
+    image, state = np.zeros((1, 64, 64, 3), np.uint8), np.zeros(4, np.float32)
+    preparation.observe(image, state, SPEC.prompts[0])
+    for picture, robot, task in (
+        (image.astype(np.float32), state, SPEC.prompts[0]), (image[0], state, SPEC.prompts[0]),
+        (image, np.array([0.0, np.nan, 0.0, 0.0], np.float32), SPEC.prompts[0]), (image, state, "press the handle " * 30),
+    ):  # fmt: skip
+        with pytest.raises(UserError):
+            preparation.observe(picture, robot, task)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_checkpoint_of_another_family_is_named(made, name):
+    other = FAMILIES[FAMILIES.index(name) - 1]
+    config = Config()
+    config.train.model, config.train.checkpoint = name, made(other)[0]
+    with pytest.raises(UserError, match=f"'{other}' model: give --model {other}"):
+        models.load(name).build(config, SPEC, weights=False)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "pi05"])  # π0.5: tests/test_train.py
+def test_training_from_end_to_end(cli, made, tmp_path, name):
+    path, vocabulary = made(name)
+    flags = (
+        f"{SMALL} --model {name} --tasks handle-press --max-staleness 0 --iterations 2 --checkpoint {path} --tokenizer {vocabulary}"
+    )
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'run'}").finish()
+    assert status == 0 and "2 iterations done" in output, output
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for line in lines:  # one minibatch is the whole batch, so its weights are the ones that acted
+        assert line["ratio_max"] == pytest.approx(1.0, abs=1e-4) and np.isfinite([line["loss_policy"], line["loss_value"]]).all()
+        assert line["grad_norm"] > 0
+    assert lines[-1]["eval_episodes"] == 2
+    saved = checkpoint.find(tmp_path / "run")
+    assert checkpoint.read_header(saved).family == name
