@@ -106,7 +106,7 @@ class RolloutConfig:
     tokens: int = 24
     """L, prompt length in tokens"""
     denoise_steps: int = 4
-    """N, flow-matching steps (PAPER.md: 4)"""
+    """N, flow-matching steps (RL-VLA³: 4)"""
     noise_level: float = 1.0
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps)"""
     sde_steps: int = 1

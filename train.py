@@ -50,6 +50,9 @@ def parse(args: list[str]) -> Config:
     look, _ = tyro.cli(FirstLook, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
     default = from_preset(look.preset if look.preset in PRESETS else "full")  # tyro names a wrong one below
     if look.resume:
+        if not run_path(look.resume).is_dir():
+            have = sorted(path.name for path in (ROOT / "runs").glob("*/")) or ["none"]
+            raise UserError(f"there is no run {run_path(look.resume)} to resume: runs/ holds {', '.join(have[-8:])}")
         default = from_json(run_path(look.resume) / "config.json")
         if any(a.partition("=")[0] in ("--ratio", "--placement") for a in args):  # worker counts follow anew
             default.env.env_workers = default.rollout.rollout_workers = default.actor.actor_workers = 0

@@ -1,6 +1,6 @@
 """A simulator that only takes time: sleeps, drawn from a long-tailed distribution calibrated on RL-VLA³'s LIBERO rows.
 
-It measures the pipeline apart from this machine's cores: `python bench.py ladder`. All times follow from PAPER.md, main
+It measures the pipeline apart from this machine's cores: `python bench.py ladder`. All times follow from RL-VLA³'s figures, main
 comparison, LIBERO on 8 GPUs at 1:1, 245 760 env steps (8 rollout epochs × 64 envs × 480) per training step:
 
     π0.5   Disaggregated (sync)  162.75 env steps/s = 1510 s a step

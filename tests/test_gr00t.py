@@ -398,7 +398,7 @@ def test_bad_observations_are_refused(cases):
 def test_flow_sde_is_openpi_s_with_time_reversed(step):
     times, a = [0.0, 0.25, 0.5, 0.75, 1.0], 0.5
     assert denoise_times(4) == times
-    tau, tau_next = 1.0 - times[step], 1.0 - times[step + 1]  # VLA_FACTS' formulas, in openpi's time and with its velocity
+    tau, tau_next = 1.0 - times[step], 1.0 - times[step + 1]  # the published formulas, in openpi's time and with its velocity
     delta, x, v = tau - tau_next, 0.7, -1.3
     sigma = a * (tau / (1 - (tau_next if tau == 1.0 else tau))) ** 0.5
     x0, x1 = x + v * tau, x - v * (1 - tau)

@@ -66,7 +66,7 @@ def test_without_noise_flow_sde_is_the_ode_step():
     mean, std = flow_sde_step(x, v, t, t_next, 0.0)
     torch.testing.assert_close(mean, ode_step(x, v, t, t_next))
     assert (std == 0).all()
-    data_end, noise_end = x - v * t, x + v * (1 - t)  # VLA_FACTS' ODE step
+    data_end, noise_end = x - v * t, x + v * (1 - t)  # the published ODE step
     torch.testing.assert_close(mean, data_end * (1 - t_next) + noise_end * t_next)
 
 
