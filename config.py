@@ -92,6 +92,10 @@ class EnvConfig:
     eval_every: int = 10
     """iterations between evaluations, of which the last version always gets one; 0 means never"""
 
+    @property
+    def evaluates(self) -> bool:
+        return min(self.eval_envs, self.eval_every, self.eval_episodes) > 0
+
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:

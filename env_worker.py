@@ -189,7 +189,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         lane = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
         lane.task = index % len(spec.tasks)
         lanes[index] = lane
-    for i in range(rank, config.env.eval_envs if config.env.eval_every and config.env.eval_episodes else 0, workers):
+    for i in range(rank, config.env.eval_envs if config.env.evaluates else 0, workers):
         slot = admission.slots + i
         evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
     parked, rounds = list(lanes.values()), 0

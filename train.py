@@ -294,7 +294,6 @@ def supervise(
         tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
                              config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
     interval, last_work, pool_gb = None, [0.0, began], slot_pool_gb(setup)
-    evaluates = config.env.eval_every and config.env.eval_envs and config.env.eval_episodes
 
     def watch() -> list:
         """Waits for news at most 0.25 s. Raises WorkerFailed when a worker failed, died or hangs."""
@@ -334,7 +333,7 @@ def supervise(
                 line |= {"time": offset + time.monotonic() - began, "restarts": 0, "rss_gb": rss_gb(workers) + pool_gb}
                 line["env_steps"] += steps_before
                 line |= interval.evaluation()
-                if line["iteration"] == config.train.iterations and evaluates:
+                if line["iteration"] == config.train.iterations and config.env.evaluates:
                     line |= last_evaluation()
                 folder.append(line)
                 show(line)

@@ -29,8 +29,6 @@ so that no stage knows which family it serves.
 import importlib
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from config import UserError
 
@@ -59,17 +57,3 @@ def generator(key: tuple[int, int, int, int]) -> np.random.Generator:
     """
     seed, lane, trajectory, t = key
     return np.random.Generator(np.random.Philox(key=[seed, lane << 32 | trajectory], counter=[0, 0, 0, t]))
-
-
-def flow_noise(
-    keys: list[tuple[int, int, int, int]], explore: list[bool], shape: tuple[int, ...], denoise_steps: int, sde_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Of a flow policy's inference: noise [n, *shape], and which denoise step is stochastic [n], drawn from the last `sde_steps`;
-    −1 where `explore` is False."""
-    noise, index = np.empty((len(keys), *shape), np.float32), np.full(len(keys), -1, np.int64)
-    for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
-        rng = generator(key)
-        noise[i] = rng.standard_normal(shape, np.float32)
-        if stochastic:
-            index[i] = denoise_steps - 1 - rng.integers(sde_steps)
-    return torch.from_numpy(noise), torch.from_numpy(index)

@@ -48,8 +48,9 @@ def read_header(path: str | Path) -> Header:
     if not {"family", "shape", "stats"} <= meta.keys():
         raise UserError(f"checkpoint {path} was not written by this project: its header lacks family, shape and stats")
     try:
-        return Header(meta["family"], json.loads(meta["shape"]), json.loads(meta["stats"]))
-    except ValueError as error:
+        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(meta["shape"]).items()}
+        return Header(meta["family"], shape, json.loads(meta["stats"]))  # JSON has no tuples, configurations no lists
+    except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the header of checkpoint {path}: {error}") from None
 
 

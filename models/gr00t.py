@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import UserError
-from models import checkpoint, flow_noise
+from models import checkpoint
+from models.flow import flow_noise, normal_logprob
+from models.siglip import Siglip
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 PAD = -1  # in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the network embeds there
@@ -135,7 +137,7 @@ def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Gr00t
     if config.rollout.noise != "sde":
         raise UserError("--noise network is of π0 and π0.5: GR00T explores by Flow-SDE")
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
-    c = Gr00tConfig(**shape | chosen | {"value_widths": tuple(shape["value_widths"])})
+    c = Gr00tConfig(**shape | chosen)
     for name, value in wanted.items():
         if getattr(c, name) != value:
             raise UserError(f"checkpoint {path} has {name} = {getattr(c, name)} and the run asks for {value}: make them agree")
@@ -178,50 +180,12 @@ def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> 
     return mean, delta.sqrt() * sigma
 
 
-def normal_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std²) summed over actions and their dimensions: [n, C, A] → [n]."""
-    z = (x - mean) / std
-    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)).sum(dim=(1, 2))
-
-
 # ---------------------------------------------------------------- backbone, bottom up
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[n, S, heads·d] → [n, heads, S, d]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-class VisionLayer(nn.Module):
-    def __init__(self, width: int, mlp: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.layer_norm1(x)).chunk(3, dim=-1))
-        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
-
-
-class VisionTower(nn.Module):
-    """SigLIP: patches, learned positions, pre-norm layers, one last norm."""
-
-    def __init__(self, c: Gr00tConfig):
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
-        self.position_embedding = nn.init.normal_(nn.Parameter(torch.empty(c.image_tokens, c.vision_width)), std=0.02)
-        self.layers = nn.ModuleList(VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth))
-        self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [m, 3, H, W] in [−1, 1] → [m, (H/patch)², D]."""
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
-        for layer in self.layers:
-            x = layer(x)
-        return self.post_layernorm(x)
 
 
 class RMSNorm(nn.Module):
@@ -382,7 +346,7 @@ class Gr00t(nn.Module):
     def __init__(self, config: Gr00tConfig):
         super().__init__()
         c = self.config = config
-        self.vision = VisionTower(c)
+        self.vision = Siglip(c)
         self.projector = nn.Linear(c.vision_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)

@@ -26,7 +26,8 @@ from torch import Tensor
 from config import UserError
 from models import checkpoint, tokenize
 from models.checkpoint import Source
-from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, denoise_times, flow_sde_step, normal_logprob
+from models.flow import normal_logprob
+from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, denoise_times, flow_sde_step
 
 # Which rows of the per-embodiment weights a robot uses: NVIDIA's four (gr00t/data/embodiment_tags.py), LeRobot's two more
 # (processor_groot.py) and RLinf's (embodiment_tags.py; its `new_embodiment: 10` is N1.6's). LeRobot's folders bring a table.
@@ -464,7 +465,7 @@ class Preparation:
 
 
 def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:
-    c = Gr00tConfig(**header.shape | {"value_widths": tuple(header.shape["value_widths"])})
+    c = Gr00tConfig(**header.shape)
     own = header.stats.get("layout", "own") == "own"  # our small models share one SentencePiece vocabulary
     words = tokenize.load_for(tokenizer, c.image_token, c.image_token) if own else tokeniser(tokenizer)
     return Preparation(c, header.stats, words)

@@ -116,7 +116,7 @@ def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Oft":
         header = checkpoint.read_header(path)
         if header.family != "oft":
             raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
-        saved, stats = config_of(header.shape), header.stats
+        saved, stats = OftConfig(**header.shape), header.stats
         layout = checkpoint.Source(lambda _: {name: name for name in model.state_dict()}, ())
     shape = replace(saved, **chosen)
     wanted = {"views": env_spec.views, "image_size": env_spec.image_size, "action_dim": env_spec.action_dim}
@@ -138,7 +138,7 @@ def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Oft":
 
 
 def config_of(shape: dict) -> OftConfig:
-    """A header's or a JSON file's `shape`, whose tuples have become lists."""
+    """What a JSON file says, whose tuples have become lists."""
     return OftConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()})
 
 

@@ -268,9 +268,9 @@ class Preparation:
 
 
 def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:
-    from models.oft import config_of
+    from models.oft import OftConfig
 
-    c = config_of(header.shape)  # a published vocabulary ends with the words that mean actions
+    c = OftConfig(**header.shape)  # a published vocabulary ends with the words that mean actions
     return Preparation(c, header.stats, tokenize.load_for(tokenizer, c.words, c.words + c.bins))
 
 

@@ -35,7 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from models import checkpoint, flow_noise
+from models import checkpoint
+from models.flow import flow_noise, normal_logprob
+from models.siglip import Siglip
 from models.tokenize import PAD
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -129,8 +131,7 @@ def ours(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[PiCon
     header = checkpoint.read_header(path)
     if header.family != family:
         raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in header.shape.items()}  # as before JSON
-    shape = PiConfig(**stored | chosen)
+    shape = PiConfig(**header.shape | chosen)
     agree = {
         "views": (shape.views, env_spec.views),
         "action_dim": (shape.executed_dims or shape.action_dim, env_spec.action_dim),
@@ -181,12 +182,6 @@ def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> 
     data_end, noise_end = x - v * t, x + v * (1.0 - t)
     mean = data_end * (1.0 - t_next) + noise_end * (t_next - sigma**2 * delta / (2.0 * t))
     return mean, delta.sqrt() * sigma
-
-
-def normal_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std²) summed over the chunk and the simulator's action dimensions: [n, C, A] → [n]."""
-    z = (x - mean) / std
-    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)).sum(dim=(1, 2))
 
 
 # ---------------------------------------------------------------- blocks, bottom up
@@ -270,32 +265,11 @@ class GemmaLayer(nn.Module):
         return x + gate * self.mlp(h), own
 
 
-class VisionLayer(nn.Module):
-    def __init__(self, width: int, mlp: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, mlp), nn.Linear(mlp, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = self.qkv(self.layer_norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
-        x = x + self.out_proj(out)
-        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
-
-
-class VisionTower(nn.Module):
-    """SigLIP: patches, learned positions, pre-norm layers, one last norm; then a Linear to the language width."""
+class VisionTower(Siglip):
+    """SigLIP, then a Linear to the language width."""
 
     def __init__(self, c: PiConfig):
-        super().__init__()
-        self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
-        patches = (c.image_size // c.patch) ** 2
-        self.position_embedding = nn.init.normal_(nn.Parameter(torch.empty(patches, c.vision_width)), std=0.02)
-        self.layers = nn.ModuleList(VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth))
-        self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
+        super().__init__(c)
         self.projector = nn.Linear(c.vision_width, c.width)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -303,11 +277,7 @@ class VisionTower(nn.Module):
         n, views = image.shape[:2]
         pixels = image.flatten(0, 1).permute(0, 3, 1, 2).to(self.patch_embedding.weight.dtype)
         pixels = pixels if image.is_floating_point() else pixels / 127.5 - 1.0
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
-        x = x.to(self.layers[0].qkv.weight.dtype)
-        for layer in self.layers:
-            x = layer(x)
-        return self.projector(self.post_layernorm(x)).unflatten(0, (n, views)).flatten(1, 2)
+        return self.projector(super().forward(pixels)).unflatten(0, (n, views)).flatten(1, 2)
 
 
 def heads(c: PiConfig) -> dict[str, nn.Module]:

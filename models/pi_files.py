@@ -27,7 +27,8 @@ from torch import Tensor
 from config import UserError
 from models import checkpoint, tokenize
 from models.checkpoint import Source, Stored
-from models.pi import SMALL, Pi, PiConfig, bounded, denoise_times, flow_sde_step, normal_logprob, ode_step
+from models.flow import normal_logprob
+from models.pi import SMALL, Pi, PiConfig, bounded, denoise_times, flow_sde_step, ode_step
 
 # ---------------------------------------------------------------- names of weights
 
@@ -462,8 +463,7 @@ class Preparation:
 
 
 def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:
-    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in header.shape.items()}  # JSON has no tuples
-    c = PiConfig(**shape)
+    c = PiConfig(**header.shape)
     return Preparation(c, header.stats, tokenize.load_for(tokenizer, int(0.95 * c.vocabulary), c.vocabulary))  # published: padded
 
 

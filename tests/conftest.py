@@ -58,6 +58,18 @@ def observations(model: Pi, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return obs if c.pi05 else obs | {"state": torch.randn(n, c.state_dim, generator=random)}
 
 
+def slopes(model, batch: dict[str, torch.Tensor], parameter: torch.Tensor, h: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the log-prob in the parameter's element with the largest gradient: autograd's, and by finite differences of step h."""
+    (gradient,) = torch.autograd.grad(model.evaluate(batch)["logprob"].sum(), parameter)
+    position = gradient.abs().argmax()
+    with torch.no_grad():
+        ends = []
+        for step in (h, -2 * h, h):  # up, down, and back where it was
+            parameter.view(-1)[position] += step
+            ends.append(model.evaluate(batch)["logprob"].sum())
+    return gradient.flatten()[position], (ends[0] - ends[1]) / (2 * h)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from models.checkpoint import Header
 
 def test_roundtrip(tmp_path):
     model, path = tiny_pi(), tmp_path / "m.safetensors"
-    header = Header("pi05", json.loads(json.dumps(asdict(model.config))), STATS)  # JSON has no tuples
+    header = Header("pi05", asdict(model.config), STATS)  # with its tuples, which JSON does not have
     checkpoint.save(path, header, model.state_dict())
     other = tiny_pi()
     with torch.no_grad():

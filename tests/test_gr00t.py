@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import slopes
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 
@@ -455,16 +456,8 @@ def test_gradient_of_logprob_matches_finite_differences():
     batch = stored(model, obs, model.act(obs, noise))
     head = ("action_decoder.layer2.W", "dit.0.kv.weight", "dit.1.ada.bias", "vl_blocks.0.norm1.weight", "state_encoder.layer1.W")
     for name in (*head, "vision.layers.0.qkv.weight", "language.0.k_norm.weight"):
-        parameter = dict(model.named_parameters())[name]
-        (gradient,) = torch.autograd.grad(model.evaluate(batch)["logprob"].sum(), parameter)
-        position = gradient.abs().argmax()
-        with torch.no_grad():
-            ends = []
-            for step in (1e-5, -2e-5, 1e-5):  # up, down, and back where it was
-                parameter.view(-1)[position] += step
-                ends.append(model.evaluate(batch)["logprob"].sum())
-        numeric = (ends[0] - ends[1]) / 2e-5
-        assert gradient.flatten()[position].item() == pytest.approx(numeric.item(), rel=1e-4), name
+        gradient, numeric = slopes(model, batch, dict(model.named_parameters())[name], 1e-5)
+        assert gradient.item() == pytest.approx(numeric.item(), rel=1e-4), name
 
 
 def test_stored_features_give_the_loss_and_gradients_of_recomputing():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import slopes
 from safetensors.torch import load_file, save_file
 
 from config import Config, UserError
@@ -250,16 +251,8 @@ def test_gradient_of_logprob_matches_finite_differences(train):
     batch = stored(model, obs, model.act(obs, model.draw(KEYS[:3], [True] * 3)))
     trainable, tail = model.trainable(), "lora_b" if train == "lora" else "weight"
     for layer in ("dino.patch_embed", "siglip.blocks.0.qkv", "projector.fc2", "language.0.q_proj", "language.1.down_proj"):
-        parameter = trainable[f"{layer}.{tail}"]
-        (gradient,) = torch.autograd.grad(model.evaluate(batch)["logprob"].sum(), parameter)
-        position = gradient.abs().argmax()
-        with torch.no_grad():
-            ends = []
-            for step in (1e-6, -2e-6, 1e-6):  # up, down, and back where it was
-                parameter.view(-1)[position] += step
-                ends.append(model.evaluate(batch)["logprob"].sum())
-        numeric = (ends[0] - ends[1]) / 2e-6
-        torch.testing.assert_close(gradient.flatten()[position], numeric, rtol=1e-5, atol=1e-8)
+        gradient, numeric = slopes(model, batch, trainable[f"{layer}.{tail}"], 1e-6)
+        torch.testing.assert_close(gradient, numeric, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -1,0 +1,29 @@
+"""What flow policies (π0, π0.5, GR00T) share beside their networks: their noise, and the density of a stochastic denoise step."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models import generator
+
+
+def flow_noise(
+    keys: list[tuple[int, int, int, int]], explore: list[bool], shape: tuple[int, ...], denoise_steps: int, sde_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Of a flow policy's inference: noise [n, *shape], and which denoise step is stochastic [n], drawn from the last `sde_steps`;
+    −1 where `explore` is False."""
+    noise, index = np.empty((len(keys), *shape), np.float32), np.full(len(keys), -1, np.int64)
+    for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
+        rng = generator(key)
+        noise[i] = rng.standard_normal(shape, np.float32)
+        if stochastic:
+            index[i] = denoise_steps - 1 - rng.integers(sde_steps)
+    return torch.from_numpy(noise), torch.from_numpy(index)
+
+
+def normal_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std²) summed over the chunk and the simulator's action dimensions: [n, C, A] → [n]."""
+    z = (x - mean) / std
+    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)).sum(dim=(1, 2))
