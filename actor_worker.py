@@ -96,12 +96,15 @@ def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:
         p.grad.copy_(part.view_as(p))
 
 
-def save_checkpoint(folder: Path, model, optimizer, scale: AdvantageScale, state: dict) -> Path:
-    """folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}: written beside, then renamed into place."""
+def save_checkpoint(folder: Path, model, idle: dict[str, Tensor], optimizer, scale: AdvantageScale, state: dict) -> Path:
+    """folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}: written beside, then renamed into place.
+
+    idle: the weights that `model` left out (`models.checkpoint.Part`).
+    """
     path = folder / f"{state['version']:06d}"
     partial = folder / f".{path.name}.partial"
     partial.mkdir(exist_ok=True)
-    checkpoint.save(partial / "model.safetensors", model.header, model.state_dict())
+    checkpoint.save(partial / "model.safetensors", model.header, model.state_dict() | idle)
     torch.save(optimizer.state_dict(), partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps(state | {"scale": asdict(scale)}))
     if path.exists():  # interrupted again at the same version: keep the old one until the new one is in place
@@ -131,7 +134,11 @@ def run(
         store = dist.FileStore(str(run_folder / ".spans" / "rendezvous"), ranks)
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=store, rank=rank, world_size=ranks)
     torch.manual_seed(config.train.seed)
-    model = models.load(config.train.model).build(config, spec, device=device).to(device)
+    build = models.load(config.train.model).build
+    model, idle = build(config, spec, device, "training"), {}
+    if rank == 0 and model.idle():  # a frozen VLM: no use for it here but to save it, so it stays in the host's memory
+        whole = build(config, spec, weights="idle").state_dict()
+        idle = {name: tensor for name, tensor in whole.items() if name.startswith(model.idle())}
     trainable = model.trainable()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
@@ -175,7 +182,7 @@ def run(
         with meter.work("checkpoint"):
             state = {"version": version, "seed": config.train.seed}  # all randomness is named by seed and version: no RNG state
             state["settings"] = {"train_vlm": actor.train_vlm, "oft_train": actor.oft_train, "noise": config.rollout.noise}
-            return save_checkpoint(run_folder / "checkpoints", model, optimizer, scale, state)
+            return save_checkpoint(run_folder / "checkpoints", model, idle, optimizer, scale, state)
 
     publish()
     meter.ready()

@@ -62,7 +62,7 @@ class RunConfig:
     tokenizer: Path | None = None
     """SentencePiece file (published GR00T: Qwen's vocabulary); none means the embedded default's or the checkpoint's"""
     statistics: str = ""
-    """which statistics of a checkpoint folder to use: OFT's unnorm key, GR00T's embodiment tag; empty where there is one"""
+    """which statistics of a checkpoint folder to use, where it has several: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     checkpoint_every: int = 20
     """iterations between checkpoints; there is always one at the end"""
     wandb: Literal["online", "offline", "off"] = "off"
@@ -121,6 +121,9 @@ class RolloutConfig:
     """of π0 and π0.5: Flow-SDE, or Flow-Noise: a small learned network gives the standard deviation (πRL arXiv 2510.25889)"""
     prefix_dtype: Literal["float32", "bfloat16"] = "float32"
     """of π0's and π0.5's frozen VLM, and of its keys and values in the slots"""
+
+    compile: bool | None = None
+    """torch.compile inference, for batches padded to powers of two: minutes at start-up; none means where there is a GPU"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,6 +220,13 @@ def from_preset(name: str) -> Config:
     return config
 
 
+PI, FLOW = ("pi0", "pi05"), ("pi0", "pi05", "gr00t")
+FAMILIES_OF = {  # flags that mean something to some families only
+    "noise": PI, "prefix_dtype": PI, "denoise_steps": FLOW, "noise_level": FLOW, "sde_steps": FLOW, "train_vlm": FLOW,
+    "cache_prefix": FLOW, "temperature": ("oft",), "oft_train": ("oft",),
+}  # fmt: skip
+
+
 def embedded_files(model: str) -> tuple[Path, Path]:
     """Checkpoint and vocabulary of a family's embedded default; OFT's prompts have words of their own."""
     return ASSETS / f"{model}_metaworld.safetensors", ASSETS / ("tokenizer_oft.model" if model == "oft" else "tokenizer.model")
@@ -270,6 +280,15 @@ def validate(config: Config) -> None:
     for flag, value in positive.items():
         if value <= 0:
             raise UserError(f"{flag} {value} must be at least 1")
+    default = Config()
+    for name, families in FAMILIES_OF.items():
+        stage = "rollout" if hasattr(config.rollout, name) else "actor"
+        changed = getattr(getattr(config, stage), name) != getattr(getattr(default, stage), name)
+        if changed and config.train.model not in (*families, "emulated"):
+            raise UserError(f"--{name.replace('_', '-')} means something to {', '.join(families)}, not to {config.train.model}")
+    steps = config.rollout.denoise_steps
+    if config.train.model in FLOW and not 1 <= config.rollout.sde_steps <= steps:
+        raise UserError(f"--sde-steps {config.rollout.sde_steps} must lie between 1 and --denoise-steps {steps}")
     if config.rollout.temperature is not None and not config.rollout.temperature > 0:
         raise UserError(f"--temperature {config.rollout.temperature} must be more than 0")
     if config.train.seed < 0:

@@ -2,9 +2,8 @@
 
     python evaluate.py --checkpoint runs/NAME --episodes 100
 
-The policy acts without exploration (a flow by its ODE, tokens by the likeliest bin).
-Episodes use the evaluation seeds, which neither
-training nor the demonstrations ever draw. Left out: running it on several processes.
+The policy acts without exploration (a flow by its ODE, tokens by the likeliest bin). Episodes use the evaluation seeds, which
+neither training nor the demonstrations ever draw. Left out: running it on several processes.
 """
 
 import json
@@ -20,7 +19,7 @@ import tyro
 
 import envs
 import models
-from config import ASSETS, Config, UserError, embedded_files, exit_on_user_error
+from config import ASSETS, Config, RolloutConfig, UserError, embedded_files, exit_on_user_error
 from env_worker import EVAL_SEEDS
 from models import checkpoint
 
@@ -30,7 +29,15 @@ class EvaluateConfig:
     """Success rate of a checkpoint, per task, with videos."""
 
     checkpoint: Path = ASSETS / "pi05_metaworld.safetensors"
-    """a .safetensors file, a checkpoint folder, or a run folder (its newest checkpoint)"""
+    """a .safetensors file, a checkpoint folder, a run folder (its newest checkpoint), or another project's checkpoint"""
+    model: Literal["pi0", "pi05", "gr00t", "oft"] | None = None
+    """family of another project's checkpoint; ours say it themselves"""
+    chunk: int = RolloutConfig().chunk
+    """actions executed per inference, of another project's checkpoint; ours say it themselves"""
+    statistics: str = ""
+    """which statistics of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
+    image_size: int = 256
+    """pixels that the simulator draws for another project's checkpoint, whose preparation resizes them (LIBERO: 256)"""
     env: Literal["metaworld"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
@@ -87,23 +94,36 @@ def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk
     return outcomes, films
 
 
-def main(config: EvaluateConfig) -> dict:
-    if config.episodes < 1:
-        raise UserError(f"--episodes {config.episodes} must be at least 1")
+def settings_of(config: EvaluateConfig) -> tuple[Config, int]:
+    """What a checkpoint says of itself, as settings to build its model from, and the pixels it is to be shown."""
+    settings = Config()
+    settings.train.env, settings.train.statistics = config.env, config.statistics
+    if not checkpoint.is_ours(config.checkpoint):
+        if config.model is None:
+            raise UserError(f"checkpoint {config.checkpoint} is another project's: say with --model of which family it is")
+        settings.train.checkpoint, settings.train.model, settings.rollout.chunk = config.checkpoint, config.model, config.chunk
+        return settings, config.image_size
     path = checkpoint.find(config.checkpoint)
-    header = checkpoint.read_header(path)
+    header = checkpoint.of_family(path, config.model) if config.model else checkpoint.read_header(path)
     if "image_size" not in header.shape:
         raise UserError(f"checkpoint {path} of family {header.family!r} cannot act: it does not say what it sees")
-    settings = Config()
     settings.train.checkpoint, settings.train.model = path, header.family
     for name in {field.name for field in fields(settings.rollout)} & header.shape.keys():
         setattr(settings.rollout, name, header.shape[name])
     settings.rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
+    return settings, config.image_size if header.published else header.shape["image_size"]
+
+
+def main(config: EvaluateConfig) -> dict:
+    if config.episodes < 1:
+        raise UserError(f"--episodes {config.episodes} must be at least 1")
+    settings, image_size = settings_of(config)
+    path, family = Path(settings.train.checkpoint), settings.train.model
     module = envs.load(config.env)
-    spec = module.spec(config.tasks, header.shape["image_size"])
-    model = models.load(header.family).build(settings, spec).eval()
-    tokenizer = checkpoint.vocabulary(config.tokenizer, path, header.family, embedded_files(header.family)[1])
-    preparation = models.files(header.family).preparation(model.header, tokenizer)
+    spec = module.spec(config.tasks, image_size)
+    model = models.load(family).build(settings, spec).eval()
+    tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])
+    preparation = models.files(family).preparation(model.header, tokenizer)
     outcomes, films = run_episodes(model, spec, module, preparation, config, settings.rollout.chunk)
 
     run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")

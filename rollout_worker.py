@@ -10,6 +10,7 @@ Left out: sharing lanes between rollout workers, tensor parallelism.
 import contextlib
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ import metrics
 import models
 from channel import ACT, EVAL, LAST, VERSION, Channels, Record, WeightPlane
 from config import Config
+from models import compiled
 from scheduler import Admission, DynamicBatcher
 
 
@@ -73,17 +75,24 @@ class WeightFetcher:
         return True
 
 
-def serve(model, records: list[Record], channels: Channels, seed: int, version: int, device: str) -> None:
-    """One inference: reads observations of `records`, writes what each kind of request asked for, answers the env workers."""
+def serve(
+    model, records: list[Record], channels: Channels, seed: int, version: int, device: str, size: Callable[[int], int] = int
+) -> None:
+    """One inference: reads observations of `records`, writes what each kind of request asked for, answers the env workers.
+
+    size: how many samples the model is given for so many requests.
+    """
     pool = channels.pool
     slots = torch.tensor([r.slot for r in records])
     rows = torch.tensor([0 if r.kind == EVAL else r.t for r in records])
     lanes, trajectories = pool["lane"][slots].tolist(), pool["trajectory"][slots].tolist()
     keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(records, lanes, trajectories, strict=True)]
     noise = model.draw(keys, [r.kind != EVAL for r in records])
-    obs = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}
-    to = lambda tensors: {n: x.to(device, non_blocking=True) for n, x in tensors.items()}  # noqa: E731
-    out = {name: x.to("cpu") for name, x in model.act(to(obs), to(noise)).items()}
+    obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(records)
+    if size(n) > n:
+        obs, noise = compiled.pad(obs, size(n)), compiled.pad(noise, size(n))
+    to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
+    out = {name: x[:n].to("cpu") for name, x in model.act(to(obs), to(noise)).items()}
 
     values = [i for i, r in enumerate(records) if r.kind != EVAL]
     acts = [i for i, r in enumerate(records) if r.kind == ACT]
@@ -108,13 +117,17 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     if device != "cpu":
         torch.cuda.set_device(device)
         channels.pool.pin()
-    model = models.load(config.train.model).build(config, spec, device=device).to(device).eval()
+    model = models.load(config.train.model).build(config, spec, device).eval()
     fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
+    compiles = model.COMPILED and (device != "cpu" if config.rollout.compile is None else config.rollout.compile)
     admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
     served = len(range(rank, config.env.envs, config.rollout.rollout_workers))  # lanes that ask this worker
     batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
     auto_wait = config.rollout.batch_wait_ms == "auto"
     batcher = DynamicBatcher(min(batch_max, served), 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
+    if compiles:  # riders (evaluation, last values) come on top of the lanes served
+        most = min(batch_max, served) + served + config.env.eval_envs
+        compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
     meter.ready()
 
     with meter.wait("weights"):
@@ -155,7 +168,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             meter.count("weight_stall_s", time.monotonic() - start)
         start = time.monotonic()
         with meter.work("infer"):
-            serve(model, batch, channels, config.train.seed, fetcher.version, device)
+            serve(model, batch, channels, config.train.seed, fetcher.version, device, compiled.bucket if compiles else int)
         if auto_wait:  # half an inference: requests that come during one join the next anyway, and env workers wait less
             batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * 0.5 * (time.monotonic() - start)
         meter.count("requests", len(batch)), meter.count("batches", 1), meter.count("batch_wait_s", waited)

@@ -123,7 +123,7 @@ def prepare(config: Config) -> Setup:
                 )
         if resume["version"] >= config.train.iterations:
             raise UserError(f"run {config.train.resume} already has {resume['version']} iterations: give more --iterations")
-    model = models.load(config.train.model).build(config, spec, weights=False)
+    model = models.load(config.train.model).build(config, spec, weights="none")
     models.files(config.train.model).preparation(model.header, str(config.train.tokenizer or ""))
 
     segment, f = config.env.segment, torch.float32

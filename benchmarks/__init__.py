@@ -58,26 +58,6 @@ def random_model(name: str, size: str, device: str, dtype: torch.dtype, **change
         torch.set_default_dtype(before)
 
 
-def random_observations(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
-    """`model.observation_fields()` [n, …]: noise as pictures, prompts without padding."""
-    obs = {}
-    for name, (shape, dtype) in model.observation_fields().items():
-        if dtype.is_floating_point:
-            obs[name] = torch.randn(n, *shape)
-        else:  # words that are special in no vocabulary
-            low, high = (0, 256) if name == "image" else (3, 300)
-            obs[name] = torch.randint(low, high, (n, *shape), dtype=dtype)
-    if hasattr(model.config, "image_token"):
-        obs["tokens"][:, : model.config.views] = model.config.image_token
-    return {name: x.to(device) for name, x in obs.items()}
-
-
-def draw(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
-    """What `model.act` needs beside n observations."""
-    drawn = model.draw([(1, lane, 0, 0) for lane in range(n)], [True] * n)
-    return {name: x.to(device).contiguous() for name, x in drawn.items()}
-
-
 def seconds_of(functions: list[Callable], device: str, seconds: float) -> list[float]:
     """Median time of one call of each, after one that warms up. They take turns, so that what disturbs one disturbs all.
 

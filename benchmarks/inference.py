@@ -22,21 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from benchmarks import draw, flops_of, matmul, random_model, random_observations, seconds_of, where
+from benchmarks import flops_of, matmul, random_model, seconds_of, where
+from models.compiled import compile_parts, random_noise, random_observations
 
 BATCHES = (1, 8, 32, 64)
-PARTS = {
-    "pi0": ("prefix", "suffix"),
-    "pi05": ("prefix", "suffix"),
-    "gr00t": ("backbone", "context", "velocity"),
-    "oft": ("hidden",),
-}
-
-
-def compile_parts(name: str, model: nn.Module) -> None:
-    """The large pieces of `act`, in place; what lies between them is small. A piece that is no single graph is an error."""
-    for part in PARTS[name]:
-        setattr(model, part, torch.compile(getattr(model, part), dynamic=False, fullgraph=True))
 
 
 def pieces(name: str, model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callable, Callable | None]:
@@ -64,7 +53,7 @@ def pieces(name: str, model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callabl
 @torch.inference_mode()
 def inference_row(name: str, model: nn.Module, n: int, device: str, flops: float, seconds: float) -> dict:
     """flops: of one sample."""
-    obs, noise = random_observations(model, n, device), draw(model, n, device)
+    obs, noise = random_observations(model, n, device), random_noise(model, n, device)
     once, step = pieces(name, model, obs)
     product, product_flops = matmul(device, next(model.parameters()).dtype)
     calls = [lambda: model.act(obs, noise), product, once, *([step] if step else [])]
@@ -82,12 +71,12 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
     device, size = where(size)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = random_model(name, size, device, dtype).eval().requires_grad_(False)
-    one, noise = random_observations(model, 1, device), draw(model, 1, device)
+    one, noise = random_observations(model, 1, device), random_noise(model, 1, device)
     flops = flops_of(lambda: model.act(one, noise))  # counted before anything is compiled
     rows = []
     for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
         if mode == "compiled":
-            compile_parts(name, model)
+            compile_parts(model)
         about = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch."), "mode": mode}
         try:
             for n in BATCHES:

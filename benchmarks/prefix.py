@@ -27,9 +27,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from benchmarks import draw, flops_of, matmul, peak_bytes_of, random_model, random_observations, seconds_of, where
+from benchmarks import flops_of, matmul, peak_bytes_of, random_model, seconds_of, where
 from channel import SlotPool
 from config import UserError
+from models.compiled import random_noise, random_observations
 
 SAMPLES = 32  # chunk steps of a micro-batch
 POOL_BYTES = 256e6  # at least, so that reading is reading from memory and not from a cache of the processor
@@ -65,7 +66,7 @@ def actor_row(model: nn.Module, device: str, seconds: float) -> dict:
     """What one way of training takes; see the top of this file."""
     fields = model.observation_fields() | model.slot_fields()
     obs = random_observations(model, SAMPLES, device)
-    stored = obs | model.act(obs, draw(model, SAMPLES, device))
+    stored = obs | model.act(obs, random_noise(model, SAMPLES, device))
     pool = SlotPool(fields, max(2, math.ceil(POOL_BYTES / bytes_of(fields) / SAMPLES)) * SAMPLES)
     for name in fields:
         pool[name].unflatten(0, (-1, SAMPLES)).copy_(stored[name].to("cpu"))

@@ -107,7 +107,7 @@ def weights_row(name: str, spec: Spec, versions: int) -> dict:
 def measure(repeats: int) -> list[dict]:
     settings = Config()
     env_spec = envs.load(settings.train.env).spec(settings.train.tasks, settings.env.image_size)
-    trainable = models.load("pi05").build(settings, env_spec, weights=False).trainable()
+    trainable = models.load("pi05").build(settings, env_spec, weights="none").trainable()
     embedded = {name: (tuple(p.shape), p.dtype) for name, p in trainable.items()}
     big = {f"layer_{i}": ((4096, 4096), torch.float32) for i in range(4)}
     return [weights_row("embedded", embedded, 6 * repeats), weights_row("256MB", big, 3 * repeats)]

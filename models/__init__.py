@@ -1,6 +1,6 @@
 """Model families, one file each. A new family is one file and one line in `MODELS`.
 
-A model file offers `build(config, env_spec, weights=True, device="cpu") -> module`, which offers
+A model file offers `build(config, env_spec, device="cpu", weights="all") -> module` (weights: `checkpoint.Part`), which offers
 
     .header                                     models.checkpoint.Header, for the checkpoints of a run
     .observation_fields() -> {name: (shape, dtype)}  what the policy sees: "image" and what else its `preparation` makes
@@ -9,7 +9,9 @@ A model file offers `build(config, env_spec, weights=True, device="cpu") -> modu
     .act(obs, noise) -> {name: tensor}          "actions" [n, C, A], "logprob" [n], "value" [n] and the slot fields
     .training_fields() -> (name, …)             the slot fields that `evaluate` reads
     .evaluate(batch) -> {"logprob" [n], "value" [n], "entropy" []}   differentiable, from stored slot fields
+    .COMPILED                                   names of the methods that `models/compiled.py` compiles
     .trainable() -> {name: parameter}           what reinforcement learning updates and the weight plane carries
+    .idle() -> (prefix, …)                      beginnings of the names of parameters that `evaluate` has no use for
 
     .imitation_draw(n), .imitate(obs, actions, draw) -> loss []      for `pretrain.py`
 
@@ -21,6 +23,7 @@ and prompts, and
         .actions(actions, state) -> actions              what the model returned [C, A] → what the simulator executes [C, A]
     embedded(name, tokenizer) -> module              the small model with random weights, for `pretrain.py`
     wording(task) -> text                            the words that the embedded vocabulary must hold
+    save(model, folder, like)                        another project's layout again, see `models/export.py`
     parity(folder) -> {name: tensor}                 see `models/parity.py`
 
 so that no stage knows which family it serves.

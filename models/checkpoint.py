@@ -12,9 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,11 @@ class Header(NamedTuple):
     family: str
     shape: dict
     stats: dict
+
+    @property
+    def published(self) -> bool:
+        """Whether the model began as another project's: its `preparation` resizes pictures, our small ones' does not."""
+        return self.stats.get("layout", "own") != "own"
 
 
 def find(path: str | Path) -> Path:
@@ -52,6 +57,21 @@ def read_header(path: str | Path) -> Header:
         return Header(meta["family"], shape, json.loads(meta["stats"]))  # JSON has no tuples, configurations no lists
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the header of checkpoint {path}: {error}") from None
+
+
+def of_family(path: str | Path, family: str) -> Header:
+    """The header of a checkpoint of ours, which must be of `family`. Raises UserError."""
+    header = read_header(path)
+    if header.family != family:
+        raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
+    return header
+
+
+def agree(path: str | Path, both: dict[str, tuple]) -> None:
+    """both: name → (what the checkpoint has, what the run asks for). Raises UserError naming the first pair that differs."""
+    for name, (has, wanted) in both.items():
+        if has != wanted:
+            raise UserError(f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them agree")
 
 
 def is_ours(path: str | Path) -> bool:
@@ -91,33 +111,13 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
 
 
 class Uninitialised(TorchFunctionMode):
-    """Modules built in this context keep whatever memory holds, for `load` to fill: drawing random weights for nothing takes
-    a minute for billions of them, and on the meta device its first use imports half a compiler (2 s)."""
+    """Modules built in this context keep whatever memory holds, for `load_source` to fill: drawing random weights for nothing
+    takes a minute for billions of them, and on the meta device its first use imports half a compiler (2 s)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
-
-
-def load(model: torch.nn.Module, path: str | Path, only_check: bool = False) -> None:
-    """Fills every parameter of `model`, or only checks that it could.
-
-    Raises UserError naming the first tensor that is missing or of another shape.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for name, tensor in model.state_dict().items():
-                if name not in names:
-                    raise UserError(f"checkpoint {path} has no tensor {name!r}: it is of another model")
-                found = file.get_slice(name).get_shape()
-                if list(tensor.shape) != found:
-                    raise UserError(f"checkpoint {path}: {name!r} is {found}, the model needs {list(tensor.shape)}")
-                if not only_check:
-                    tensor.copy_(file.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read checkpoint {path}: {error}") from None
 
 
 # ---------------------------------------------------------------- other projects' layouts
@@ -140,6 +140,20 @@ class Source(NamedTuple):
     """regular expressions that match (in full) the keys knowingly left unread"""
     tied: tuple[tuple[str, str], ...] = ()
     """pairs (key in `names`, alias): one tensor under two names; a file may hold either or both, and what we save agrees in both"""
+
+
+def ours(names: Iterable[str]) -> Source:
+    """The layout of our own files: every tensor under our name."""
+    table = {name: name for name in names}
+    return Source(lambda _: table, ())
+
+
+Part = Literal["all", "none", "training", "idle"]
+"""which weights a process reads: `idle` are those that training, with a frozen prefix in the slots, has no use for"""
+
+
+def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
+    return part == "all" or (part != "none" and name.startswith(model.idle()) == (part == "idle"))
 
 
 class Stored(NamedTuple):
@@ -208,7 +222,7 @@ def layout(path: str | Path) -> dict[str, Stored]:
     return found
 
 
-class Part(NamedTuple):
+class Place(NamedTuple):
     """Rows of one of our tensors that are, whole, one of theirs."""
 
     name: str
@@ -216,11 +230,11 @@ class Part(NamedTuple):
     end: int
 
 
-def match(model: torch.nn.Module, path: str | Path, source: Source, stored: dict[str, Stored]) -> dict[str, Part]:
+def match(model: torch.nn.Module, path: str | Path, source: Source, stored: dict[str, Stored]) -> dict[str, Place]:
     """Their key → where it belongs in ours. Raises UserError naming a key that is missing, extra or of another shape."""
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other_name = dict(source.tied)
-    parts: dict[str, Part] = {}
+    parts: dict[str, Place] = {}
     for name, keys in source.names(model.config).items():
         rows, shapes = 0, []
         for key in (keys,) if isinstance(keys, str) else keys:
@@ -229,7 +243,7 @@ def match(model: torch.nn.Module, path: str | Path, source: Source, stored: dict
             if key not in stored:
                 raise UserError(f"checkpoint {path} has no tensor {key!r}: it is of another model or layout")
             shapes.append(stored[key].shape)
-            parts[key] = Part(name, rows, rows + (shapes[-1] or (1,))[0])
+            parts[key] = Place(name, rows, rows + (shapes[-1] or (1,))[0])
             rows = parts[key].end
         whole = shapes[0] if len(shapes) == 1 else (rows, *shapes[0][1:])
         if whole != ours[name] or any(shape[1:] != whole[1:] for shape in shapes):
@@ -252,29 +266,28 @@ def pieces(stored: Stored) -> Iterator[tuple[int, int]]:
 
 def load_source(
     model: torch.nn.Module, path: str | Path, source: Source, device: str | torch.device,
-    dtype: torch.dtype | Callable[[str], torch.dtype] | None,
+    dtype: torch.dtype | Callable[[str], torch.dtype] | None, part: Part = "all",
 ) -> None:  # fmt: skip
-    """Puts another project's weights into `model`, which may be on `meta`, straight to `device`.
+    """Puts a checkpoint's weights, or a part, into `model`, which may be on `meta`, straight to `device`. Every key is checked.
 
     path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function of our parameter's name, or None
     to keep the file's. Our parameters that `source` does not name (heads of our own) stay
-    as they are and where they are. With device "meta" everything is checked and nothing read.
+    as they are and where they are, as do those that are not of `part`.
     Raises UserError naming the key that is missing, extra or of another shape.
     """
     stored = layout(path)
-    parts = match(model, path, source, stored)
-    if torch.device(device).type == "meta":
-        return
+    places = match(model, path, source, stored)
     wanted: dict[str, list[str]] = {}
-    for key, part in parts.items():
-        wanted.setdefault(part.name, []).append(key)
+    for key, place in places.items():
+        if includes(part, model, place.name):
+            wanted.setdefault(place.name, []).append(key)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, keys in wanted.items():
         old = tensors[name]
         kind = dtype(name) if callable(dtype) else dtype
         new = torch.empty(old.shape, device=device, dtype=kind or stored[keys[0]].dtype)
         for key in keys:
-            rows = new[parts[key].begin : parts[key].end] if stored[key].shape else new.reshape(1)
+            rows = new[places[key].begin : places[key].end] if stored[key].shape else new.reshape(1)
             for begin, end in pieces(stored[key]):
                 # Opened anew for each piece: closing the file lets its mapped pages go, which otherwise count as memory in use.
                 with safe_open(stored[key].file, framework="pt") as file:
@@ -335,7 +348,7 @@ def save_source(model: torch.nn.Module, folder: str | Path, source: Source, like
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_like(model: torch.nn.Module, out: Path, like: Path, stored: dict[str, Stored], parts: dict[str, Part]) -> None:
+def write_like(model: torch.nn.Module, out: Path, like: Path, stored: dict[str, Stored], parts: dict[str, Place]) -> None:
     """One file: the header of `like` as it stands, then its tensors in their order, ours where we have them."""
     tensors = model.state_dict()
     here = sorted((key for key in stored if stored[key].file == like), key=lambda key: stored[key].begin)

@@ -18,7 +18,7 @@ INFER_EACH = 0.8 * INFER_ALL / (WORKERS * LANES)
 TRAIN_EACH = TRAIN_ALL / (WORKERS * LANES)  # per chunk step
 
 
-def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Emulated":
+def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     return Emulated(picture, config.rollout.chunk, env_spec.action_dim, devices(config.train.ratio, config.train.placement))
 
@@ -38,6 +38,7 @@ class Preparation:
 
 
 class Emulated(nn.Module):
+    COMPILED = ()
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
     def __init__(self, picture: tuple[int, ...], chunk: int, action_dim: int, speed: tuple[float, float]):
@@ -72,3 +73,6 @@ class Emulated(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())
+
+    def idle(self) -> tuple[str, ...]:
+        return ()

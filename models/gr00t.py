@@ -112,48 +112,43 @@ FULL = Gr00tConfig(
 )  # fmt: skip
 
 
-def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Gr00t":
-    """The model of `config.train.checkpoint`; without `weights` a memory-free one of the same shape, to size slots by.
+FROZEN = ("vision.", "projector.", "embed_tokens.", "language.", "language_norm.", "eagle_linear.")  # the VLM
+
+
+def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Gr00t":
+    """The model of `config.train.checkpoint`, ours or one of `gr00t_files.SOURCES`, with those `weights` on `device`.
 
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
     from models import gr00t_files  # reads other projects' folders, and imports this file
 
-    given = config.train.checkpoint
-    wanted = {"views": env_spec.views, "image_size": env_spec.image_size, "action_dim": env_spec.action_dim}
-    foreign = gr00t_files.describe(given, config.train.statistics or None) if gr00t_files.is_folder(given) else None
-    if foreign:  # prompt length and executed actions are the run's choice
-        path, stats = given, foreign.stats
-        shape = asdict(foreign.config) | {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
+    path, source = config.train.checkpoint, None
+    wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim}
+    if gr00t_files.is_folder(path):
+        found = gr00t_files.describe(path, config.train.statistics or None)
+        shape, stats, source = asdict(found.config), found.stats, found.source
+        shape |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}  # for the run to choose
     else:
-        path = checkpoint.find(given)
-        family, shape, stats = checkpoint.read_header(path)
-        if family != "gr00t":
-            raise UserError(f"checkpoint {path} is a {family!r} model: give --model {family} or another checkpoint")
+        path = checkpoint.find(path)
+        header = checkpoint.of_family(path, "gr00t")
+        shape, stats = header.shape, header.stats
         wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
+        wanted |= {} if header.published else {"image_size": env_spec.image_size}
     chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps")}
-    if not 1 <= chosen["sde_steps"] <= chosen["denoise_steps"]:
-        raise UserError(f"--sde-steps {chosen['sde_steps']} must lie between 1 and --denoise-steps {chosen['denoise_steps']}")
-    if config.rollout.noise != "sde":
-        raise UserError("--noise network is of π0 and π0.5: GR00T explores by Flow-SDE")
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     c = Gr00tConfig(**shape | chosen)
-    for name, value in wanted.items():
-        if getattr(c, name) != value:
-            raise UserError(f"checkpoint {path} has {name} = {getattr(c, name)} and the run asks for {value}: make them agree")
+    checkpoint.agree(path, {name: (getattr(c, name), value) for name, value in wanted.items()})
     if len(stats["state_low"]) != env_spec.state_dim or env_spec.state_dim > c.max_state_dim:
         found = f"a state of {len(stats['state_low'])} dimensions"
         raise UserError(f"checkpoint {path} knows {found} and the simulator has {env_spec.state_dim}: they do not fit")
     if c.chunk > c.horizon:
         raise UserError(f"--chunk {c.chunk} is longer than the {c.horizon} actions that checkpoint {path} produces")
-    with torch.device("cpu" if weights and not foreign else "meta"), checkpoint.Uninitialised():
+    with torch.device("meta"), checkpoint.Uninitialised():
         model = Gr00t(c)
-    if foreign:
-        checkpoint.load_source(model, path, foreign.source, device if weights else "meta", torch.float32)
-        if weights and model.value_head[0].weight.is_meta:  # only RLinf's checkpoints have one
-            model.value_head = value_head(c).to(device)
-    else:
-        checkpoint.load(model, path, only_check=not weights)
+    source = source or checkpoint.ours(model.state_dict())
+    checkpoint.load_source(model, path, source, device, torch.float32, weights)
+    if weights in ("all", "training") and model.value_head[0].weight.is_meta:  # of other projects, only RLinf's files have one
+        model.value_head = value_head(c).to(device)
     model.header = checkpoint.Header("gr00t", asdict(c), stats)
     return model
 
@@ -343,6 +338,8 @@ def value_head(c: Gr00tConfig) -> nn.Sequential:
 
 
 class Gr00t(nn.Module):
+    COMPILED = ("backbone", "context", "velocity")  # `models/compiled.py`
+
     def __init__(self, config: Gr00tConfig):
         super().__init__()
         c = self.config = config
@@ -545,11 +542,17 @@ class Gr00t(nn.Module):
             return self.imitation_loss(context, state, wide, draw["t"], draw["noise"], shown)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        frozen = ("vision.", "projector.", "embed_tokens.", "language.", "language_norm.", "eagle_linear.")
-        frozen = () if self.config.train_vlm else frozen
+        frozen = () if self.config.train_vlm else FROZEN
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
+
+    def idle(self) -> tuple[str, ...]:
+        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots hold what they give."""
+        return FROZEN if self.stores_features else ()
 
 
 def training_time(n: int) -> Tensor:
     """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise (Isaac-GR00T)."""
     return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
+
+
+CONFIG, NETWORK = Gr00tConfig, Gr00t  # what a checkpoint's header describes, and makes of it

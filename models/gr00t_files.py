@@ -124,6 +124,11 @@ def source(prefix: str = "", value_head: bool = False) -> Source:
 SOURCES = {"isaac": source(), "rlinf": source(value_head=True), "lerobot": source("_groot_model.")}
 
 
+def save(model, folder: str | Path, like: str | Path) -> None:
+    """A trained policy in the layout of the checkpoint `like` that it began from, for the original tools to load."""
+    checkpoint.save_source(model, folder, SOURCES[source_of(like)], like)
+
+
 def source_of(path: str | Path) -> str:
     """The name in `SOURCES` of a checkpoint's layout. Raises UserError when it is not GR00T N1.5's."""
     keys = checkpoint.layout(path)

@@ -93,10 +93,9 @@ FULL = OftConfig(
 )  # fmt: skip
 
 
-def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Oft":
-    """The model of `config.train.checkpoint`; without `weights` a memory-free one of the same shape, to size slots by.
+def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Oft":
+    """The model of `config.train.checkpoint`, ours or an OpenVLA-OFT folder, with those `weights` on `device`.
 
-    The checkpoint is one of this project's or an OpenVLA-OFT folder of Hugging Face files; weights go straight to `device`.
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
     path, foreign = config.train.checkpoint, oft_files.is_folder(config.train.checkpoint)
@@ -108,32 +107,29 @@ def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Oft":
         # The weights say nothing about how many views, words and actions there are: positions alone tell tokens apart.
         saved = replace(saved, views=env_spec.views, tokens=config.rollout.tokens, chunk=config.rollout.chunk)
         saved = replace(saved, action_dim=len(stats["q01"]))
-        stats["gripper"] = "libero" if config.train.env == "libero" else ""
+        stats |= {"layout": "openvla", "gripper": "libero" if config.train.env == "libero" else ""}
         chosen = {"train": OftConfig.train} | chosen
         layout = oft_files.source(path, saved)
     else:
         path = checkpoint.find(path)
-        header = checkpoint.read_header(path)
-        if header.family != "oft":
-            raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
-        saved, stats = OftConfig(**header.shape), header.stats
-        layout = checkpoint.Source(lambda _: {name: name for name in model.state_dict()}, ())
+        header = checkpoint.of_family(path, "oft")
+        saved, stats, layout = OftConfig(**header.shape), header.stats, None
     shape = replace(saved, **chosen)
-    wanted = {"views": env_spec.views, "image_size": env_spec.image_size, "action_dim": env_spec.action_dim}
+    about = checkpoint.Header("oft", asdict(shape), stats)
+    wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim}
     wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
-    for name, value in wanted.items():
-        if getattr(shape, name) != value:
-            raise UserError(f"checkpoint {path} has {name} = {getattr(shape, name)} and the run asks for {value}: make them agree")
+    wanted |= {} if about.published else {"image_size": env_spec.image_size}
+    checkpoint.agree(path, {name: (getattr(shape, name), value) for name, value in wanted.items()})
     with torch.device("meta"), checkpoint.Uninitialised():
         model = Oft(saved)
-    checkpoint.load_source(model, path, layout, device if weights else "meta", None)
+    checkpoint.load_source(model, path, layout or checkpoint.ours(model.state_dict()), device, None, weights)
     torch.manual_seed(config.train.seed)  # value head and adapters may be new: alike in every process
-    if weights:
+    if weights in ("all", "training"):
         model.settle(device, torch.float32 if shape.train == "full" else None)
     model.train_as(shape.train)
     model.config = shape
     model.set_actions(oft_files.action_table(stats, shape.action_dim, shape.bins))
-    model.header = checkpoint.Header("oft", asdict(shape), stats)
+    model.header = about
     return model
 
 
@@ -308,6 +304,8 @@ def value_network(c: OftConfig) -> nn.Sequential:
 
 
 class Oft(nn.Module):
+    COMPILED = ("hidden",)  # `models/compiled.py`
+
     def __init__(self, config: OftConfig):
         super().__init__()
         c = self.config = config
@@ -470,3 +468,10 @@ class Oft(nn.Module):
         """Everything, or adapters and value head."""
         full = self.config.train == "full"
         return {n: p for n, p in self.named_parameters() if full or "lora_" in n or n.startswith("value_head.")}
+
+    def idle(self) -> tuple[str, ...]:
+        """Training needs every parameter: attention goes both ways, so there is no prefix to keep."""
+        return ()
+
+
+CONFIG, NETWORK = OftConfig, Oft  # what a checkpoint's header describes, and makes of it

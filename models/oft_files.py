@@ -253,14 +253,20 @@ class Preparation:
     """Observations to what `Oft.act` reads. Its actions are the simulator's already (`action_table`)."""
 
     def __init__(self, config, stats: dict, tokenizer):
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.published = config, tokenizer, "layout" in stats
 
     def observe(self, images: np.ndarray, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
-        """images [V, size, size, 3] uint8, state [S], task → image, tokens [L] int32. Raises UserError."""
+        """images [V, H, W, 3] uint8, state [S], task → image [V, size, size, 3], tokens [L] int32. Raises UserError.
+
+        Pictures for a published model are resized as RLinf does; openvla-oft's own evaluation first compresses them as JPEG.
+        """
         c = self.config
-        if images.dtype != np.uint8 or images.shape != (c.views, c.image_size, c.image_size, 3):
-            wanted = f"[{c.views}, {c.image_size}, {c.image_size}, 3] uint8"
+        size = images.shape[1:3] if self.published and images.ndim == 4 else (c.image_size, c.image_size)
+        if images.dtype != np.uint8 or images.shape != (c.views, *size, 3):
+            wanted = f"[{c.views}, {', '.join(map(str, size))}, 3] uint8"
             raise UserError(f"the images are {list(images.shape)} {images.dtype}: the model needs {wanted}")
+        if size != (c.image_size, c.image_size):
+            images = resize_bicubic(torch.from_numpy(images), c.image_size).numpy()
         return {"image": images, "tokens": encode(self.tokenizer, task, c.tokens, c.pad, state)}
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:

@@ -96,19 +96,18 @@ FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
 FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM: what its freezing leaves alone
 
 
-def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Pi":
-    """The model of `config.train.checkpoint`, ours or one of `pi_files.SOURCES`; without `weights` a memory-free one of its shape.
+def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Pi":
+    """The model of `config.train.checkpoint`, ours or one of `pi_files.SOURCES`, with those `weights` on `device`.
 
-    Weights go straight to `device`. Raises UserError when the checkpoint is of another model or does not suit the simulator.
+    Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
     path, family = config.train.checkpoint, config.train.model
     from_rollout = ("denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
     chosen = {name: getattr(config.rollout, name) for name in from_rollout}
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
-    if not 1 <= chosen["sde_steps"] <= chosen["denoise_steps"]:
-        raise UserError(f"--sde-steps {chosen['sde_steps']} must lie between 1 and --denoise-steps {chosen['denoise_steps']}")
     if checkpoint.is_ours(path):
-        shape, source, stats = ours(checkpoint.find(path), family, chosen, config, env_spec)
+        path = checkpoint.find(path)
+        shape, source, stats = ours(path, family, chosen, config, env_spec)
     else:
         from models import pi_files  # which reads their files, and knows this module
 
@@ -117,9 +116,9 @@ def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Pi":
         model = Pi(shape)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(shape, name))
-    checkpoint.load_source(model, path, source, device if weights else "meta", partial(dtype_of, shape))
+    checkpoint.load_source(model, path, source, device, partial(dtype_of, shape), weights)
     given = source.names(shape)
-    for name, head in heads(shape).items() if weights else ():
+    for name, head in heads(shape).items() if weights in ("all", "training") else ():
         if not any(key.startswith(name) for key in given):  # one that the checkpoint does not have begins as new
             model.add_module(name, head.to(device))
     model.header = checkpoint.Header(family, asdict(shape), stats)
@@ -128,26 +127,21 @@ def build(config, env_spec, weights: bool = True, device: str = "cpu") -> "Pi":
 
 def ours(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[PiConfig, checkpoint.Source, dict]:
     """Shape, names and statistics of a checkpoint of our own. Raises UserError."""
-    header = checkpoint.read_header(path)
-    if header.family != family:
-        raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
+    header = checkpoint.of_family(path, family)
     shape = PiConfig(**header.shape | chosen)
     agree = {
         "views": (shape.views, env_spec.views),
         "action_dim": (shape.executed_dims or shape.action_dim, env_spec.action_dim),
         "chunk": (shape.executed_steps or shape.chunk, config.rollout.chunk),
     }
-    if "state_low" in header.stats:  # a small model: nothing resizes pictures for it
+    if not header.published:
         agree |= {"image_size": (shape.image_size, env_spec.image_size), "tokens": (shape.tokens, config.rollout.tokens)}
-    for name, (has, wanted) in agree.items():
-        if has != wanted:
-            raise UserError(f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them agree")
+    checkpoint.agree(path, agree)
     with torch.device("meta"), checkpoint.Uninitialised():
         names = Pi(shape).state_dict()
     if not any(key.startswith("noise_head.") for key in checkpoint.layout(path)):
         names = [name for name in names if not name.startswith("noise_head.")]
-    table = {name: name for name in names}
-    return shape, checkpoint.Source(lambda c: table, (r"noise_head\..*",)), header.stats
+    return shape, checkpoint.ours(names)._replace(unused=(r"noise_head\..*",)), header.stats
 
 
 def dtype_of(c: PiConfig, name: str) -> torch.dtype:
@@ -297,6 +291,8 @@ def heads(c: PiConfig) -> dict[str, nn.Module]:
 
 
 class Pi(nn.Module):
+    COMPILED = ("prefix", "suffix")  # `models/compiled.py`
+
     def __init__(self, config: PiConfig):
         super().__init__()
         c = self.config = config
@@ -507,6 +503,10 @@ class Pi(nn.Module):
         frozen = () if self.config.train_vlm else FROZEN
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
+    def idle(self) -> tuple[str, ...]:
+        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots hold what they give."""
+        return FROZEN if self.cached else ()
+
 
 def wide(x: Tensor) -> Tensor:
     """At least fp32: what sums many terms is not done in half precision."""
@@ -529,3 +529,6 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=t.device)
     angle = t[:, None].double() * (2.0 * math.pi / (4e-3 * (4.0 / 4e-3) ** fraction))
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+CONFIG, NETWORK = PiConfig, Pi  # what a checkpoint's header describes, and makes of it

@@ -220,7 +220,11 @@ def published(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[
             raise UserError(f"the run asks for {wanted} {what} and checkpoint {path} has {most}")
     executed = {"executed_steps": config.rollout.chunk, "executed_dims": env_spec.action_dim}
     shape = replace(shape, views=env_spec.views, **executed, **chosen)
-    stats = read_processors(folder) if layout == "lerobot" else read_norm_stats(folder, shape.pi05, config.train.env)
+    stats = (
+        read_processors(folder)
+        if layout == "lerobot"
+        else read_norm_stats(folder, shape.pi05, config.train.env, config.train.statistics)
+    )
     return shape, source_of(layout, shape), stats
 
 
@@ -234,18 +238,20 @@ def read_json(path: Path) -> dict:
 # ---------------------------------------------------------------- statistics
 
 
-def read_norm_stats(folder: Path, pi05: bool, env: str = "") -> dict:
+def read_norm_stats(folder: Path, pi05: bool, env: str = "", chosen: str = "") -> dict:
     """openpi's and RLinf's statistics, and what their file does not say: which normalisation, prompt and actions go with them.
 
     π0 goes by mean and deviation, π0.5 by quantiles (openpi training/config.py). In LIBERO, π0's actions are deltas on state[:6]
-    and π0.5's prompt has no state. env: the simulator, which chooses among the statistics of several robots.
+    and π0.5's prompt has no state. Of several robots' statistics the path names `chosen`, else `env`, the simulator.
     """
     everything = sorted(folder.rglob("norm_stats.json"))
-    found = everything if len(everything) < 2 else [file for file in everything if env and env in str(file.relative_to(folder))]
+    word, found = chosen or env, everything
+    if chosen or len(everything) > 1:
+        found = [file for file in everything if word and word in str(file.relative_to(folder))]
     if len(found) != 1:
         what = ", ".join(str(file.relative_to(folder)) for file in everything) or "none"
         raise UserError(
-            f"{folder} must hold the norm_stats.json of one robot, or one whose path names the simulator {env!r}: it has {what}"
+            f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has {what}; choose with --statistics"
         )
     stats = read_json(found[0]).get("norm_stats", {})
     libero = "libero" in (env, *str(found[0].relative_to(folder).parent).lower().replace("_", "/").split("/"))

@@ -166,13 +166,13 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     model.velocity(cache, real, torch.randn(2, 10, 4), torch.rand(2)).sum().backward()
     optimizer.step()
     for scale in (0.5, 0.25):  # saved again at the same version: the newer one replaces it
-        path = save_checkpoint(tmp_path, model, optimizer, AdvantageScale(0.8, scale), {"version": 3, "seed": 1})
+        path = save_checkpoint(tmp_path, model, {}, optimizer, AdvantageScale(0.8, scale), {"version": 3, "seed": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["000003"] and path == tmp_path / "000003"
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
     state = json.loads((path / "state.json").read_text())
     assert state["version"] == 3 and AdvantageScale(**state["scale"]) == AdvantageScale(0.8, 0.25)
     other = tiny_pi()
-    checkpoint.load(other, path / "model.safetensors")
+    checkpoint.load_source(other, path, checkpoint.ours(other.state_dict()), "cpu", None)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     saved = torch.load(path / "optimizer.pt", weights_only=True)
     assert len(saved["state"]) > 0 and math.isclose(saved["param_groups"][0]["lr"], 0.1)

@@ -23,20 +23,26 @@ def test_roundtrip(tmp_path):
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
-    checkpoint.load(other, path)
+    fill(other, path)
     assert checkpoint.read_header(path) == header and os.listdir(tmp_path) == ["m.safetensors"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     checkpoint.save(path, header, {n: p.half() for n, p in model.state_dict().items()})  # half precision fills fp32 weights
-    checkpoint.load(other, path)
+    fill(other, path)
     assert all(torch.equal(a.half().float(), b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_only_checking_changes_nothing(tiny_checkpoint):
-    model = tiny_pi()
-    with torch.no_grad():
-        model.action_out_proj.bias.fill_(3.0)
-    checkpoint.load(model, tiny_checkpoint, only_check=True)
-    assert (model.action_out_proj.bias == 3.0).all()
+def fill(model, path, part="all"):
+    checkpoint.load_source(model, path, checkpoint.ours(model.state_dict()), "cpu", torch.float32, part)
+
+
+def test_a_part_of_the_weights_is_read_and_the_rest_only_checked(tiny_checkpoint):
+    stored = load_file(tiny_checkpoint)
+    for part, vision, expert in (("none", False, False), ("training", False, True), ("idle", True, False), ("all", True, True)):
+        model = tiny_pi().to("meta")
+        fill(model, tiny_checkpoint, part)
+        for name, read in (("vision.patch_embedding.weight", vision), ("action_out_proj.weight", expert)):
+            tensor = model.state_dict()[name]
+            assert tensor.is_meta != read and (not read or torch.equal(tensor, stored[name].float())), (part, name)
 
 
 def test_the_shipped_checkpoint_is_of_a_known_family():
@@ -88,7 +94,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, tiny_checkpoi
     path = damaged(tmp_path, tiny_checkpoint, how)
     with pytest.raises(UserError, match=words) as error:
         checkpoint.read_header(path)
-        checkpoint.load(tiny_pi(), path)
+        fill(tiny_pi(), path)
     assert "damaged.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -108,7 +114,7 @@ def test_nothing_is_unpickled(tmp_path):
     with pytest.raises(UserError):
         checkpoint.read_header(trap)
     with pytest.raises(UserError):
-        checkpoint.load(tiny_pi(), trap)
+        fill(tiny_pi(), trap)
     assert not sprung.exists()
     pickle.loads(trap.read_bytes())
     assert sprung.exists()  # the trap works

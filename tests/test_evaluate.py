@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import STATS
+from test_pi_files import published
 
 import evaluate
 from config import UserError
@@ -58,3 +59,13 @@ def test_mistakes(tiny_checkpoint, tmp_path, change, words):
             setattr(config, name, value)
     with pytest.raises(UserError, match=words):
         evaluate.main(config)
+
+
+def test_another_project_s_checkpoint_needs_its_family_and_a_robot_it_knows(tmp_path):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    with pytest.raises(UserError, match="say with --model of which family"):
+        evaluate.main(EvaluateConfig(checkpoint=folder))
+    with pytest.raises(UserError, match="is a 'pi05' model"):
+        evaluate.main(EvaluateConfig(checkpoint=folder, model="pi0", chunk=4))
+    with pytest.raises(UserError, match="brings no tokeniser"):
+        evaluate.main(EvaluateConfig(checkpoint=folder, model="pi05", chunk=4, statistics="droid"))

@@ -126,7 +126,7 @@ def test_a_checkpoint_of_another_family_is_named(made, name):
     config = Config()
     config.train.model, config.train.checkpoint = name, made(other)[0]
     with pytest.raises(UserError, match=f"'{other}' model: give --model {other}"):
-        models.load(name).build(config, SPEC, weights=False)
+        models.load(name).build(config, SPEC, weights="none")
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "pi05"])  # π0.5: tests/test_train.py

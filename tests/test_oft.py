@@ -411,7 +411,7 @@ def test_an_own_checkpoint_of_either_kind_can_be_trained_either_way(tmp_path):
         for wanted in ("lora", "full"):
             config = settings(path, tokens=8)
             config.actor.oft_train = wanted
-            found, sized = build(config, spec(image_size=16), True), build(config, spec(image_size=16), weights=False)
+            found, sized = build(config, spec(image_size=16)), build(config, spec(image_size=16), weights="none")
             assert found.config.train == wanted and any("lora_" in n for n in found.trainable()) == (wanted == "lora")
             assert largest(found.hidden(*obs.values()), model.hidden(*obs.values())) < 1e-5
             assert all(p.is_meta for p in sized.parameters()) and sized.slot_fields() == found.slot_fields()
@@ -446,7 +446,23 @@ def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
 )
 def test_a_missing_extra_or_misshapen_key_is_named(tmp_path, changes, named):
     with pytest.raises(UserError, match=named):
-        build(settings(write_folder(tmp_path / "theirs", **changes)), spec(), weights=False)
+        build(settings(write_folder(tmp_path / "theirs", **changes)), spec(), weights="none")
+
+
+def test_a_published_model_takes_pictures_of_any_size_and_ours_only_its_own(tmp_path):
+    pictures, words = (
+        np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8),
+        tokenize.load(str(GOLDEN / "tokenizer.model")),
+    )
+    config = settings(write_folder(tmp_path / "theirs"))
+    config.rollout.tokens = 24
+    model = build(config, spec(image_size=32))
+    ready = oft_files.Preparation(model.config, model.header.stats, words)
+    found = ready.observe(pictures, np.zeros(3), "go")["image"]
+    assert np.array_equal(found, oft_files.resize_bicubic(torch.from_numpy(pictures), 16).numpy())
+    assert np.array_equal(ready.observe(found, np.zeros(3), "go")["image"], found)
+    with pytest.raises(UserError, match=r"the model needs \[1, 16, 16, 3\]"):
+        oft_files.Preparation(model.config, {}, words).observe(pictures, np.zeros(3), "go")
 
 
 def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
@@ -456,8 +472,6 @@ def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
         build(settings(tiny_checkpoint), spec())
     with pytest.raises(UserError, match="no checkpoint"):
         build(settings(tmp_path / "nothing"), spec())
-    with pytest.raises(UserError, match="image_size = 16"):
-        build(settings(folder), spec(image_size=32))
     with pytest.raises(UserError, match="4 action dimensions|action_dim = 4"):
         build(settings(folder), spec(action_dim=7))
     (folder / "config.json").write_text(json.dumps(config | {"vision_backbone_id": "siglip-vit-so400m"}))

@@ -405,7 +405,7 @@ def spec(**changes) -> EnvSpec:
 def test_build_loads_the_checkpoint_and_takes_the_run_s_settings(tiny_checkpoint):
     config = Config()
     config.train.checkpoint, config.rollout.noise_level, config.rollout.denoise_steps = tiny_checkpoint, 0.3, 5
-    model, sized = build(config, spec()), build(config, spec(), weights=False)
+    model, sized = build(config, spec()), build(config, spec(), weights="none")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), tiny_pi().state_dict().values(), strict=True))
     assert (model.config.noise_level, model.config.denoise_steps, model.config.width) == (0.3, 5, TINY["width"])
     assert all(p.is_meta for p in sized.parameters()) and sized.slot_fields() == model.slot_fields()
@@ -419,18 +419,10 @@ def test_build_refuses_another_simulator(tiny_checkpoint, change):
         build(config, spec(**change))
 
 
-@pytest.mark.parametrize("steps", [0, 5])
-def test_build_refuses_stochastic_steps_that_do_not_exist(tiny_checkpoint, steps):
-    config = Config()
-    config.train.checkpoint, config.rollout.sde_steps = tiny_checkpoint, steps
-    with pytest.raises(UserError, match="--sde-steps"):
-        build(config, spec())
-
-
 def test_flow_noise_starts_from_a_checkpoint_without_its_network(tiny_checkpoint):
     config = Config()
     config.train.checkpoint, config.rollout.noise, config.rollout.prefix_dtype = tiny_checkpoint, "network", "bfloat16"
-    model, sized = build(config, spec()), build(config, spec(), weights=False)
+    model, sized = build(config, spec()), build(config, spec(), weights="none")
     assert "noise_head.0.weight" in model.trainable() and model.language[0].q_proj.weight.dtype == torch.bfloat16
     assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in sized.named_parameters()}
     std = bounded(model.noise_head(torch.randn(2, 10, 32)), model.config.noise_range)

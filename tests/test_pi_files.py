@@ -195,7 +195,7 @@ def settings(family: str, folder: Path, **changes) -> Config:
 def test_a_published_checkpoint_loads_acts_and_goes_back(family, layout, tmp_path):
     folder = published(family, layout, tmp_path / "published")
     config = settings(family, folder)
-    model, sized = build(config, SPEC), build(config, SPEC, weights=False)
+    model, sized = build(config, SPEC), build(config, SPEC, weights="none")
     c = model.config
     assert (c.views, c.image_size, c.tokens, c.executed_steps, c.executed_dims, c.depth) == (2, 42, 11, 4, 5, 3)
     assert all(p.is_meta for p in sized.parameters()) and not any(p.is_meta for p in model.parameters())

@@ -7,6 +7,7 @@ import torch
 from conftest import observations, tiny_pi
 
 from channel import ACT, EVAL, VALUE, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from models import compiled
 from rollout_worker import WeightFetcher, serve
 
 SHAPES = {"a": ((50_000,), torch.float32), "b": ((3,), torch.float32)}
@@ -164,6 +165,18 @@ def test_actions_do_not_depend_on_how_requests_are_batched(model, channels):
     torch.testing.assert_close(pool["actions"][:, 1], together, atol=1e-5, rtol=0)
     serve(model, records, channels, seed=2, version=0, device="cpu")
     assert ((pool["actions"][:, 1] - together).abs().amax((1, 2)) > 1e-2).all()  # the seed names the noise
+
+
+def test_padding_a_batch_changes_nothing(model, channels):
+    pool, records = channels.pool, [Record(slot, 1, ACT, 0) for slot in range(3)]
+    found = []
+    for size in (int, compiled.bucket):
+        for name in WRITTEN:
+            pool[name].fill_(-7)
+        serve(model, records, channels, seed=1, version=0, device="cpu", size=size)
+        found.append({name: pool[name].clone() for name in WRITTEN})
+    for name in WRITTEN:
+        torch.testing.assert_close(found[1][name], found[0][name], atol=1e-5, rtol=0)
 
 
 def test_evaluation_acts_without_exploring(model, channels):

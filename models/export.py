@@ -1,0 +1,53 @@
+"""A trained policy in the layout of the checkpoint it began from, for the original tools to load.
+
+    python -m models.export --checkpoint runs/NAME --like ORIGINAL --out FOLDER
+
+Every tensor of ORIGINAL (openpi, RLinf, LeRobot, NVIDIA, OpenVLA-OFT) keeps its key, shape and dtype; those that training changed
+get their new values, and small files (statistics, configuration, tokeniser) come along.
+Left out: value and noise heads that ORIGINAL has no room for.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import models
+from config import UserError, exit_on_user_error
+from models import checkpoint
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """Writes a trained policy in the layout of the checkpoint it began from."""
+
+    checkpoint: Path
+    """a .safetensors file of ours, a checkpoint folder, or a run folder (its newest checkpoint)"""
+    like: Path
+    """the checkpoint that training began from: a folder or file of another project"""
+    out: Path
+    """folder to write (a file where ORIGINAL is one); it must not exist"""
+
+
+def main(config: ExportConfig) -> None:
+    path = checkpoint.find(config.checkpoint)
+    header = checkpoint.read_header(path)
+    if config.out.exists():
+        raise UserError(f"{config.out} exists already: give another --out, since nothing is overwritten")
+    if not config.out.absolute().parent.is_dir():
+        raise UserError(f"the folder {config.out.absolute().parent} does not exist: create it or give another --out")
+    if checkpoint.is_ours(config.like):
+        raise UserError(f"--like {config.like} is one of our own checkpoints: give the original that training began from")
+    family = models.load(header.family)
+    with torch.device("meta"), checkpoint.Uninitialised():
+        model = family.NETWORK(family.CONFIG(**header.shape))
+    stored = checkpoint.layout(path)
+    checkpoint.load_source(model, path, checkpoint.ours(n for n in model.state_dict() if n in stored), "cpu", None)
+    models.files(header.family).save(model, config.out, config.like)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(ExportConfig))
