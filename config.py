@@ -120,7 +120,7 @@ class RolloutConfig:
     noise: Literal["sde", "network"] = "sde"
     """of π0 and π0.5: Flow-SDE, or Flow-Noise: a small learned network gives the standard deviation (πRL arXiv 2510.25889)"""
     prefix_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of π0's and π0.5's frozen VLM, and of its keys and values in the slots"""
+    """of a frozen VLM, and of what slots keep of it (OFT's dtype is the checkpoint's)"""
 
     compile: bool | None = None
     """torch.compile inference, for batches padded to powers of two: minutes at start-up; none means where there is a GPU"""
@@ -222,7 +222,7 @@ def from_preset(name: str) -> Config:
 
 PI, FLOW = ("pi0", "pi05"), ("pi0", "pi05", "gr00t")
 FAMILIES_OF = {  # flags that mean something to some families only
-    "noise": PI, "prefix_dtype": PI, "denoise_steps": FLOW, "noise_level": FLOW, "sde_steps": FLOW, "train_vlm": FLOW,
+    "noise": PI, "prefix_dtype": FLOW, "denoise_steps": FLOW, "noise_level": FLOW, "sde_steps": FLOW, "train_vlm": FLOW,
     "cache_prefix": FLOW, "temperature": ("oft",), "oft_train": ("oft",),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ keys and values, or GR00T's features) and `recomputed` (they do not, and every p
 
 The rule: recomputing is better where (bytes that the cache adds to a sample) / (bytes/s at which they are read) is more than
 (FLOPs that recomputing adds) / (FLOP/s), or where slots of that size do not fit the memory.
-A GPU runs the full model, its prefix in bf16 where the family has that; a CPU the embedded one in fp32.
+A GPU runs the full model, its prefix in bf16; a CPU the embedded one in fp32.
 Left out: slots on the GPU, gradients summed over ranks, the optimizer, writing the cache (the rollout worker computes it anyway).
 """
 
@@ -44,7 +44,7 @@ def bytes_of(fields: dict) -> int:
 def actor_model(name: str, size: str, device: str, cached: bool) -> nn.Module:
     """As an actor holds it: the VLM frozen, what is trained in fp32."""
     changes = {"train_vlm": False, "cache_prefix": cached}
-    half = device == "cuda" and name != "gr00t"
+    half = device == "cuda"
     if half:
         changes["prefix_dtype"] = "bfloat16"
     model = random_model(name, size, device, torch.float32, **changes)

@@ -19,6 +19,8 @@ gr00t/model/action_head and backbone; `models/gr00t_files.py` reads its checkpoi
 import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +83,7 @@ class Gr00tConfig:
     padded_rows: str = "flash"  # what attention gives a padded position: see `causal_mask`
     train_vlm: bool = False  # False: reinforcement learning updates the action head and the value head only
     cache_prefix: bool = True  # with a frozen VLM: slots hold its features, and no update epoch computes them again
-    cache_dtype: str = "float32"  # of those features; bfloat16
+    prefix_dtype: Literal["float32", "bfloat16"] = "float32"  # of a frozen VLM's weights and of those features; bfloat16
 
     @property
     def image_tokens(self) -> int:
@@ -108,7 +110,7 @@ FULL = Gr00tConfig(
     vocabulary=151680, image_token=151669, pad_token=0, tokens=60, width=2048, mlp=6144, depth=12, heads=16, kv_heads=8,
     head_dim=128, vl_depth=4, vl_heads=32, dit_depth=16, dit_heads=32, dit_head_dim=48, hidden=1024, future_tokens=32,
     positions=1024, embodiments=32, embodiment=31, max_state_dim=64, max_action_dim=32, horizon=16, chunk=10, action_dim=7,
-    value_widths=(1024, 512, 256), noise_level=0.5, sde_steps=4, mask_padding=False, cache_dtype="bfloat16",
+    value_widths=(1024, 512, 256), noise_level=0.5, sde_steps=4, mask_padding=False, prefix_dtype="bfloat16",
 )  # fmt: skip
 
 
@@ -134,7 +136,7 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
         shape, stats = header.shape, header.stats
         wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
         wanted |= {} if header.published else {"image_size": env_spec.image_size}
-    chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps")}
+    chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps", "prefix_dtype")}
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     c = Gr00tConfig(**shape | chosen)
     checkpoint.agree(path, {name: (getattr(c, name), value) for name, value in wanted.items()})
@@ -145,12 +147,19 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
         raise UserError(f"--chunk {c.chunk} is longer than the {c.horizon} actions that checkpoint {path} produces")
     with torch.device("meta"), checkpoint.Uninitialised():
         model = Gr00t(c)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(c, name))
     source = source or checkpoint.ours(model.state_dict())
-    checkpoint.load_source(model, path, source, device, torch.float32, weights)
+    checkpoint.load_source(model, path, source, device, partial(dtype_of, c), weights)
     if weights in ("all", "training") and model.value_head[0].weight.is_meta:  # of other projects, only RLinf's files have one
         model.value_head = value_head(c).to(device)
     model.header = checkpoint.Header("gr00t", asdict(c), stats)
     return model
+
+
+def dtype_of(c: Gr00tConfig, name: str) -> torch.dtype:
+    """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
+    return getattr(torch, c.prefix_dtype) if name.startswith(FROZEN) and not c.train_vlm else torch.float32
 
 
 # ---------------------------------------------------------------- the flow as a policy
@@ -442,7 +451,7 @@ class Gr00t(nn.Module):
         fields = {"x_t": ((c.horizon, c.max_action_dim), f), "x_next": ((c.horizon, c.max_action_dim), f)}
         fields["denoise_index"] = ((), torch.int32)
         if self.stores_features:  # frozen: the same at rollout and at every epoch
-            fields["vl_features"] = ((c.length, c.features), getattr(torch, c.cache_dtype))
+            fields["vl_features"] = ((c.length, c.features), getattr(torch, c.prefix_dtype))
         return fields
 
     def training_fields(self) -> tuple[str, ...]:
@@ -454,9 +463,9 @@ class Gr00t(nn.Module):
         ids, real = self.spread(obs["tokens"])
         if "vl_features" in obs:
             return obs["vl_features"].to(self.vlln.weight.dtype), real
-        pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2).to(self.vlln.weight.dtype) / 127.5 - 1.0
+        pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2).to(self.projector.weight.dtype) / 127.5 - 1.0
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
-            return self.backbone(pixels, ids, real), real
+            return self.backbone(pixels, ids, real).to(self.vlln.weight.dtype), real
 
     def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
         """x₀ and ε [n, H, A'], and the stochastic denoise step's index [n], −1 where `explore` is False (all ODE)."""
@@ -489,7 +498,7 @@ class Gr00t(nn.Module):
             x = after
         out = {"actions": x[:, : c.chunk, : c.action_dim], "logprob": logprob, "x_t": x_t, "x_next": x_next}
         out |= {"value": self.value(context[0], real, state), "denoise_index": noise["denoise_index"].to(torch.int32)}
-        return out | ({"vl_features": features} if self.stores_features else {})
+        return out | ({"vl_features": features.to(getattr(torch, c.prefix_dtype))} if self.stores_features else {})
 
     def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Over what the simulator executes: C actions of A dimensions, not the flow's padding."""

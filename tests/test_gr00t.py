@@ -16,7 +16,7 @@ from torch.distributions import Normal
 from config import ASSETS, Config, UserError
 from envs import EnvSpec
 from models import checkpoint, gr00t_files, tokenize
-from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, build, denoise_times, flow_sde_step, training_time
+from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, build, denoise_times, dtype_of, flow_sde_step, training_time
 
 GOLDEN = Path(__file__).parent / "golden" / "gr00t"
 FOLDERS = [GOLDEN, GOLDEN / "right"]  # the second one is padded on the right and in LeRobot's layout
@@ -530,7 +530,7 @@ def test_imitation_learns_a_few_examples():
 
 
 def test_bf16_reproduces_its_logprob():
-    model = tiny(torch.bfloat16, cache_dtype="bfloat16")
+    model = tiny(torch.bfloat16, prefix_dtype="bfloat16")
     obs, noise = observations(TINY, 5), model.draw(KEYS, [True] * 5)
     out = model.act(obs, noise)
     batch = stored(model, obs, out)
@@ -538,6 +538,22 @@ def test_bf16_reproduces_its_logprob():
     # In another batch sums are rounded otherwise. Measured on a CPU: 0 here, 0.13 at the embedded size, of log-probs about 12.
     alone = [model.evaluate({name: x[i : i + 1] for name, x in batch.items()})["logprob"] for i in range(5)]
     torch.testing.assert_close(torch.cat(alone), out["logprob"], atol=0.2, rtol=0)
+
+
+def test_a_frozen_vlm_in_half_precision():
+    full, half = tiny(), tiny(prefix_dtype="bfloat16")
+    for name, parameter in half.named_parameters():
+        parameter.data = parameter.data.to(dtype_of(half.config, name))
+    assert {p.dtype for n, p in half.named_parameters() if n in half.trainable()} == {torch.float32}
+    obs, noise = observations(TINY, 5), half.draw(KEYS, [True] * 5)
+    out = half.act(obs, noise)
+    assert half.slot_fields()["vl_features"][1] == out["vl_features"].dtype == torch.bfloat16
+    again = half.evaluate(stored(half, obs, out))
+    torch.testing.assert_close(again["logprob"], out["logprob"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(again["value"], out["value"], atol=1e-5, rtol=0)
+    same = {name: out[name].clone() for name in ("x_t", "x_next", "denoise_index")}
+    exact = full.evaluate(stored(full, obs, full.act(obs, noise)) | same)
+    assert 0 < (exact["logprob"] - out["logprob"]).abs().max() < 0.2
 
 
 # ---------------------------------------------------------------- building
