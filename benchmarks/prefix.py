@@ -10,6 +10,7 @@ keys and values, or GR00T's features) and `recomputed` (they do not, and every p
     train_s_per_sample         evaluate + backward
     slot_kb_per_sample         observation and the policy's own fields
     read_kb_per_sample         those of them that `evaluate` reads
+    weights_mb                 weights that the actor's device holds: with the cache, the VLM's are not among them
     peak_mb                    memory of evaluate + backward beyond weights, gradients and inputs
     gflop_per_sample           of evaluate + backward
     copy_gb_per_s              what the cached row reads over the time that it takes
@@ -91,10 +92,12 @@ def actor_row(model: nn.Module, device: str, seconds: float) -> dict:
             if parameter.grad is not None:
                 parameter.grad.zero_()  # which keeps its memory, as the actor does
 
+    held = [p for name, p in model.named_parameters() if not name.startswith(model.idle())]
     read_s, train_s = (taken / SAMPLES for taken in seconds_of([read, train], device, seconds))
     return {
         "s_per_sample": read_s + train_s, "read_s_per_sample": read_s, "train_s_per_sample": train_s,
         "slot_kb_per_sample": bytes_of(fields) / 1e3, "read_kb_per_sample": bytes_of({n: fields[n] for n in names}) / 1e3,
+        "weights_mb": sum(p.numel() * p.element_size() for p in held) / 1e6,
         "peak_mb": peak_bytes_of(train, device) / 1e6, "gflop_per_sample": flops_of(train) / SAMPLES / 1e9,
     }  # fmt: skip
 
