@@ -81,8 +81,8 @@ class EnvConfig:
     """lanes: simulators that ask for actions, one task each, round robin"""
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
-    image_size: int = 64
-    """pixels, square"""
+    image_size: int = 0
+    """pixels of the cameras, square; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     eval_envs: int = 4
@@ -107,14 +107,14 @@ class RolloutConfig:
     """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto is half of one inference"""
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
-    tokens: int = 24
-    """L, prompt length in tokens"""
-    denoise_steps: int = 4
-    """N, flow-matching steps (RL-VLA³: 4)"""
-    noise_level: float = 1.0
-    """a of Flow-SDE (RLinf: 0.5, over all denoise steps)"""
-    sde_steps: int = 1
-    """one denoise step per sample is stochastic, drawn from this many last ones (RLinf: all of them)"""
+    tokens: int | None = None
+    """L, prompt length in tokens; none, here and below, means as the checkpoint says (embedded: 24)"""
+    denoise_steps: int | None = None
+    """N, flow-matching steps (RL-VLA³ and embedded: 4)"""
+    noise_level: float | None = None
+    """a of Flow-SDE (RLinf: 0.5, over all denoise steps; embedded: 1)"""
+    sde_steps: int | None = None
+    """one denoise step per sample is stochastic, drawn from this many last ones (RLinf: all; embedded: 1)"""
     temperature: float | None = None
     """of OFT's action tokens (RLinf on LIBERO: 1.6); none means as the checkpoint says"""
     noise: Literal["sde", "network"] = "sde"
@@ -272,9 +272,9 @@ def validate(config: Config) -> None:
     """What must hold between settings once presets are applied and worker counts known. Raises UserError."""
     env, actor, ranks = config.env, config.actor, config.actor.actor_workers
     positive = {
-        "--iterations": config.train.iterations, "--envs": env.envs, "--image-size": env.image_size, "--batch": actor.batch,
+        "--iterations": config.train.iterations, "--envs": env.envs, "--batch": actor.batch,
         "--minibatch": actor.minibatch, "--micro-batch": actor.micro_batch, "--update-epochs": actor.update_epochs,
-        "--chunk": config.rollout.chunk, "--denoise-steps": config.rollout.denoise_steps,
+        "--chunk": config.rollout.chunk,
         "--checkpoint-every": config.train.checkpoint_every, "--timeout-s": config.train.timeout_s,
     }  # fmt: skip
     for flag, value in positive.items():
@@ -286,9 +286,11 @@ def validate(config: Config) -> None:
         changed = getattr(getattr(config, stage), name) != getattr(getattr(default, stage), name)
         if changed and config.train.model not in (*families, "emulated"):
             raise UserError(f"--{name.replace('_', '-')} means something to {', '.join(families)}, not to {config.train.model}")
-    steps = config.rollout.denoise_steps
-    if config.train.model in FLOW and not 1 <= config.rollout.sde_steps <= steps:
-        raise UserError(f"--sde-steps {config.rollout.sde_steps} must lie between 1 and --denoise-steps {steps}")
+    for flag, value in (("--tokens", config.rollout.tokens), ("--denoise-steps", config.rollout.denoise_steps)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
+    if config.actor.train_vlm and config.rollout.prefix_dtype != "float32":
+        raise UserError("--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm True, or give --prefix-dtype float32")
     if config.rollout.temperature is not None and not config.rollout.temperature > 0:
         raise UserError(f"--temperature {config.rollout.temperature} must be more than 0")
     if config.train.seed < 0:
@@ -310,8 +312,8 @@ def validate(config: Config) -> None:
         raise UserError(f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least {env.env_workers}")
     if config.rollout.rollout_workers > env.envs:
         raise UserError(f"{config.rollout.rollout_workers} rollout workers have only {env.envs} envs: raise --envs")
-    if env.segment < 0 or env.eval_every < 0 or env.eval_envs < 0 or env.eval_episodes < 0:
-        raise UserError("--segment, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
+    if env.image_size < 0 or env.segment < 0 or env.eval_every < 0 or env.eval_envs < 0 or env.eval_episodes < 0:
+        raise UserError("--image-size, --segment, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
     # An endless wait is safe only in lockstep: otherwise the last requests of a batch may be fewer than B_max, and wait for ever.
     served = -(-env.envs // config.rollout.rollout_workers)
     if config.rollout.batch_wait_ms == math.inf and config.rollout.batch_max not in ("all", 1, served):

@@ -36,8 +36,10 @@ class EvaluateConfig:
     """actions executed per inference, of another project's checkpoint; ours say it themselves"""
     statistics: str = ""
     """which statistics of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
-    image_size: int = 256
-    """pixels that the simulator draws for another project's checkpoint, whose preparation resizes them (LIBERO: 256)"""
+    image_size: int = 0
+    """pixels of the cameras; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
+    tokens: int | None = None
+    """prompt length in tokens; none means as the checkpoint says"""
     env: Literal["metaworld"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
@@ -61,7 +63,9 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk: int) -> tuple[list[list[bool]], list[list]]:
+def run_episodes(
+    model, spec, module, preparation, config: EvaluateConfig, chunk: int, device: str
+) -> tuple[list[list[bool]], list[list]]:
     """Plays every episode, eight at a time. Returns outcomes and the video frames of the first episode, per task."""
     outcomes, films = [[] for _ in spec.tasks], [[] for _ in spec.tasks]
     lanes = [module.Env(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
@@ -76,7 +80,8 @@ def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk
                 rows = [preparation.observe(*s, spec.prompts[e % len(spec.tasks)]) for e, s in zip(playing, seen, strict=True)]
                 obs = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
                 noise = model.draw([(config.seed, 0, e, steps[e]) for e in playing], [False] * len(playing))
-                actions = model.act(obs, noise)["actions"].numpy()
+                obs, noise = ({name: x.to(device) for name, x in tensors.items()} for tensors in (obs, noise))
+                actions = model.act(obs, noise)["actions"].cpu().numpy()
                 for episode, plan, (_, state) in zip(list(playing), actions, seen, strict=True):
                     task, lane = episode % len(spec.tasks), lanes[episode - first]
                     for action in preparation.actions(plan[:chunk], state):
@@ -94,15 +99,17 @@ def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk
     return outcomes, films
 
 
-def settings_of(config: EvaluateConfig) -> tuple[Config, int]:
-    """What a checkpoint says of itself, as settings to build its model from, and the pixels it is to be shown."""
+def settings_of(config: EvaluateConfig) -> Config:
+    """What a checkpoint says of itself, as settings to build its model from. Raises UserError."""
     settings = Config()
     settings.train.env, settings.train.statistics = config.env, config.statistics
     if not checkpoint.is_ours(config.checkpoint):
         if config.model is None:
             raise UserError(f"checkpoint {config.checkpoint} is another project's: say with --model of which family it is")
+        models.check_family(config.model, config.checkpoint)
         settings.train.checkpoint, settings.train.model, settings.rollout.chunk = config.checkpoint, config.model, config.chunk
-        return settings, config.image_size
+        settings.rollout.tokens = config.tokens
+        return settings
     path = checkpoint.find(config.checkpoint)
     header = checkpoint.of_family(path, config.model) if config.model else checkpoint.read_header(path)
     if "image_size" not in header.shape:
@@ -111,20 +118,21 @@ def settings_of(config: EvaluateConfig) -> tuple[Config, int]:
     for name in {field.name for field in fields(settings.rollout)} & header.shape.keys():
         setattr(settings.rollout, name, header.shape[name])
     settings.rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
-    return settings, config.image_size if header.published else header.shape["image_size"]
+    settings.rollout.tokens = config.tokens or settings.rollout.tokens
+    return settings
 
 
 def main(config: EvaluateConfig) -> dict:
     if config.episodes < 1:
         raise UserError(f"--episodes {config.episodes} must be at least 1")
-    settings, image_size = settings_of(config)
+    settings, device = settings_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     path, family = Path(settings.train.checkpoint), settings.train.model
     module = envs.load(config.env)
-    spec = module.spec(config.tasks, image_size)
-    model = models.load(family).build(settings, spec).eval()
+    spec = module.spec(config.tasks, config.image_size or checkpoint.frame_size(path))
+    model = models.load(family).build(settings, spec, device).eval()
     tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])
     preparation = models.files(family).preparation(model.header, tokenizer)
-    outcomes, films = run_episodes(model, spec, module, preparation, config, settings.rollout.chunk)
+    outcomes, films = run_episodes(model, spec, module, preparation, config, settings.rollout.chunk, device)
 
     run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")
     videos = config.videos or run / "videos"

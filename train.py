@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.multiprocessing as mp
@@ -81,14 +82,18 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
-    default, tokenizer = embedded_files(config.train.model)
-    if config.train.checkpoint is None and config.train.model != "emulated" and not default.is_file():
-        raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {config.train.model}`")
-    if config.train.model != "emulated":
-        config.train.checkpoint = config.train.checkpoint or default
-        given = config.train.tokenizer
-        found = checkpoint.vocabulary(given, config.train.checkpoint, config.train.model, tokenizer)
+    name, resume = config.train.model, None
+    default, tokenizer = embedded_files(name)
+    if config.train.checkpoint is None and name != "emulated" and not default.is_file():
+        raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {name}`")
+    saved_checkpoint = config.train.checkpoint = config.train.checkpoint or default
+    if config.train.resume:
+        config.train.checkpoint, resume = resume_from(config)
+    if name != "emulated":
+        models.check_family(name, config.train.checkpoint)
+        found = checkpoint.vocabulary(config.train.tokenizer, config.train.checkpoint, name, tokenizer)
         config.train.tokenizer = Path(found) if found else None
+    config.env.image_size = config.env.image_size or (64 if name == "emulated" else checkpoint.frame_size(config.train.checkpoint))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
@@ -108,23 +113,13 @@ def prepare(config: Config) -> Setup:
             f"--segment {config.env.segment} is longer than an episode of {horizon} chunk steps: choose at most {horizon}"
         )
 
-    resume, saved = None, to_json(config)
-    if config.train.resume:
-        found = checkpoint.find(run_path(config.train.resume)).parent
-        try:
-            config.train.checkpoint, resume = found, json.loads((found / "state.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one") from None
-        for flag, before in resume.get("settings", {}).items():  # what is trained decides what the optimizer remembers
-            now = getattr(config.rollout if flag == "noise" else config.actor, flag)
-            if now != before:
-                raise UserError(
-                    f"--{flag.replace('_', '-')} was {before} when run {config.train.resume} began: it cannot change now"
-                )
-        if resume["version"] >= config.train.iterations:
-            raise UserError(f"run {config.train.resume} already has {resume['version']} iterations: give more --iterations")
-    model = models.load(config.train.model).build(config, spec, weights="none")
-    models.files(config.train.model).preparation(model.header, str(config.train.tokenizer or ""))
+    now, config.train.checkpoint = config.train.checkpoint, saved_checkpoint
+    saved, config.train.checkpoint = to_json(config), now
+    model = models.load(name).build(config, spec, weights="none")
+    preparation = models.files(name).preparation(model.header, str(config.train.tokenizer or ""))
+    nothing = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8), np.zeros(spec.state_dim, np.float32)
+    for prompt in spec.prompts:  # pictures, states or prompts that do not suit the model are better named now than by a worker
+        preparation.observe(*nothing, prompt)
 
     segment, f = config.env.segment, torch.float32
     slots: Spec = {
@@ -144,6 +139,22 @@ def prepare(config: Config) -> Setup:
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
     return Setup(config, spec, placement, slots, weights, model.header, resume, saved)
+
+
+def resume_from(config: Config) -> tuple[Path, dict]:
+    """The newest checkpoint of the run that is resumed, and its state.json. Raises UserError."""
+    found = checkpoint.find(run_path(config.train.resume)).parent
+    try:
+        resume = json.loads((found / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one") from None
+    for flag, before in resume.get("settings", {}).items():  # what is trained decides what the optimizer remembers
+        now = getattr(config.rollout if flag == "noise" else config.actor, flag)
+        if now != before:
+            raise UserError(f"--{flag.replace('_', '-')} was {before} when run {config.train.resume} began: it cannot change now")
+    if resume["version"] >= config.train.iterations:
+        raise UserError(f"run {config.train.resume} already has {resume['version']} iterations: give more --iterations")
+    return found, resume
 
 
 def memory_report(setup: Setup, admission: Admission) -> None:
@@ -250,6 +261,9 @@ def stop(workers: dict[str, mp.Process]) -> None:
             worker.join()
 
 
+START_UP = 10  # times the time limit, for reading billions of weights and compiling
+
+
 class WorkerFailed(Exception):
     """A worker died or hangs; the message names it."""
 
@@ -271,10 +285,10 @@ def check_alive(workers, rows, counters: Counters, timeout: float, last_work: li
     work = counters.table[:, counters.index["work_s"]].sum() + counters.table[:, counters.index["ready"]].sum()
     if work != last_work[0]:
         last_work[:] = [work, now]
-    elif now - last_work[1] > timeout:
+    elif now - last_work[1] > timeout * (1 if counters.table[:, counters.index["ready"]].all() else START_UP):
         waiting = {n: int(counters.get(r, "waiting")) for r, n in names.items()}
         who = ", ".join(f"{n} for {metrics.CAUSES[w - 1]}" if w else f"{n} still starting" for n, w in waiting.items())
-        raise WorkerFailed(f"nothing happened for {timeout:.0f} s: {who}")
+        raise WorkerFailed(f"nothing happened for {now - last_work[1]:.0f} s: {who}")
 
 
 def supervise(

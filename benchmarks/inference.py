@@ -2,8 +2,8 @@
 
     python bench.py inference --model pi05 --size small
 
-Random weights, pictures and prompts; medians. Rows: every batch size, on a GPU in bf16, eager and then compiled by torch.compile
-for exactly that size; on a CPU eager in fp32.
+Random weights, pictures and prompts; medians. Rows: every batch size, on a GPU with the VLM in bf16 and what is trained in fp32, as
+in a run with `--prefix-dtype bfloat16`, eager and then compiled by torch.compile for exactly that size; on a CPU eager in fp32.
 
     samples_per_s              `model.act`: actions, log-prob and value of a batch whose observations lie on the device already
     share_of_peak              FLOPs of act over its time, over peak_gflop_per_s
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+import models
 from benchmarks import flops_of, matmul, random_model, seconds_of, where
 from models.compiled import compile_parts, random_noise, random_observations
 
@@ -50,12 +51,19 @@ def pieces(name: str, model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callabl
     return once, lambda: model.velocity(cache, real, x_t, t, obs.get("state"))
 
 
+def dtype_in_rollout(name: str, config, key: str) -> torch.dtype:
+    """As a run on a GPU with a frozen VLM in bf16 holds it: what is trained in fp32. OFT's files are in bf16."""
+    if name == "oft":
+        return torch.float32 if key.startswith("value_head.") or "lora_" in key else torch.bfloat16
+    return models.load(name).dtype_of(config, key)
+
+
 @torch.inference_mode()
 def inference_row(name: str, model: nn.Module, n: int, device: str, flops: float, seconds: float) -> dict:
     """flops: of one sample."""
     obs, noise = random_observations(model, n, device), random_noise(model, n, device)
     once, step = pieces(name, model, obs)
-    product, product_flops = matmul(device, next(model.parameters()).dtype)
+    product, product_flops = matmul(device, torch.bfloat16 if device == "cuda" else torch.float32)
     calls = [lambda: model.act(obs, noise), product, once, *([step] if step else [])]
     act_s, product_s, once_s, *step_s = seconds_of(calls, device, seconds)
     peak = product_flops / product_s
@@ -69,15 +77,18 @@ def inference_row(name: str, model: nn.Module, n: int, device: str, flops: float
 def measure(name: str, size: str, seconds: float) -> list[dict]:
     """A row per batch size, and on a GPU again compiled. Raises UserError for the full size on a CPU."""
     device, size = where(size)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = random_model(name, size, device, dtype).eval().requires_grad_(False)
+    changes = {"prefix_dtype": "bfloat16"} if device == "cuda" and name != "oft" else {}
+    model = random_model(name, size, device, torch.float32, **changes).eval().requires_grad_(False)
+    for key, parameter in model.named_parameters() if device == "cuda" else ():
+        parameter.data = parameter.data.to(dtype_in_rollout(name, model.config, key))
     one, noise = random_observations(model, 1, device), random_noise(model, 1, device)
     flops = flops_of(lambda: model.act(one, noise))  # counted before anything is compiled
     rows = []
     for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
         if mode == "compiled":
             compile_parts(model)
-        about = {"model": name, "size": size, "dtype": str(dtype).removeprefix("torch."), "mode": mode}
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+        about = {"model": name, "size": size, "dtype": ", ".join(dtypes), "mode": mode}
         try:
             for n in BATCHES:
                 torch.compiler.reset()  # past some number of shapes it would go on eagerly

@@ -27,11 +27,19 @@ import envs
 import models
 from benchmarks import context
 from channel import ACT, VERSION, IndexQueue, Record, Spec, WeightPlane
-from config import Config
+from config import Config, embedded_files
+from models import checkpoint
 from rollout_worker import WeightFetcher
 
 BATCH = 12  # requests of one inference: half the embedded default's lanes, its B_max
 PAUSE_S = 0.3  # between two versions, so that batches without a fetch are measured too
+
+
+def embedded() -> tuple[Config, envs.EnvSpec]:
+    """The embedded default: settings to build its model from, and its simulator."""
+    config = Config()
+    config.train.checkpoint = embedded_files(config.train.model)[0]
+    return config, envs.load(config.train.env).spec((), checkpoint.frame_size(config.train.checkpoint))
 
 
 def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: bool) -> None:
@@ -41,11 +49,10 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
     without and with a fetch beside them.
     """
     torch.set_num_threads(1)
-    config = Config()
-    env_spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
+    config, env_spec = embedded()
     model = models.load("pi05").build(config, env_spec).eval()
     obs = {"image": torch.zeros((BATCH, env_spec.views, env_spec.image_size, env_spec.image_size, 3), dtype=torch.uint8)}
-    obs["tokens"] = torch.ones((BATCH, config.rollout.tokens), dtype=torch.int32)
+    obs["tokens"] = torch.ones((BATCH, model.config.tokens), dtype=torch.int32)
     fetcher = WeightFetcher(plane, {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}, 60.0)
     source, copy = (np.ones(0 if serve else plane.bytes, np.uint8) for _ in range(2))
     alone, beside, reported, pending = [], [], 0.0, True
@@ -105,9 +112,8 @@ def weights_row(name: str, spec: Spec, versions: int) -> dict:
 
 
 def measure(repeats: int) -> list[dict]:
-    settings = Config()
-    env_spec = envs.load(settings.train.env).spec(settings.train.tasks, settings.env.image_size)
+    settings, env_spec = embedded()
     trainable = models.load("pi05").build(settings, env_spec, weights="none").trainable()
-    embedded = {name: (tuple(p.shape), p.dtype) for name, p in trainable.items()}
+    small = {name: (tuple(p.shape), p.dtype) for name, p in trainable.items()}
     big = {f"layer_{i}": ((4096, 4096), torch.float32) for i in range(4)}
-    return [weights_row("embedded", embedded, 6 * repeats), weights_row("256MB", big, 3 * repeats)]
+    return [weights_row("embedded", small, 6 * repeats), weights_row("256MB", big, 3 * repeats)]

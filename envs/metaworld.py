@@ -175,7 +175,7 @@ class Env:
             RENDERERS[key] = renderer
         renderer = RENDERERS[key]
         renderer.update_scene(self.sim.data, CAMERA, self.option)
-        return renderer.render()[::-1, ::-1]  # Meta-World's cameras are mounted upside down
+        return np.ascontiguousarray(renderer.render()[::-1, ::-1])  # Meta-World's cameras are mounted upside down
 
     def close(self) -> None:
         """Frees this process's GL contexts (another env makes new ones); left to the interpreter's exit, EGL complains."""

@@ -30,10 +30,12 @@ so that no stage knows which family it serves.
 """
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 
 from config import UserError
+from models import checkpoint
 
 MODELS = {
     "pi0": "models.pi", "pi05": "models.pi", "gr00t": "models.gr00t", "oft": "models.oft", "emulated": "models.emulated",
@@ -51,6 +53,24 @@ def load(name: str):
 def files(name: str):
     """What stands between a model family and the world; `name` is a key of MODELS."""
     return importlib.import_module(FILES[name])
+
+
+MARKS = {  # what the names of other projects' tensors contain, and whose they are
+    "paligemma_with_expert.": ("pi0", "pi05"), "eagle_model.": ("gr00t",), "vision_backbone.": ("oft",),
+    "base_model.model.": ("oft",),
+}  # fmt: skip
+
+
+def check_family(name: str, path: Path) -> None:
+    """Raises UserError when a checkpoint of another project is of another family than `name`, by the names of its tensors."""
+    if checkpoint.is_ours(path):
+        return
+    keys = checkpoint.layout(path)
+    found = {families for mark, families in MARKS.items() if any(mark in key for key in keys)}
+    if not found:
+        raise UserError(f"checkpoint {path} is of no family known here: none of its tensors is named {', '.join(MARKS)}")
+    if not any(name in families for families in found):
+        raise UserError(f"checkpoint {path} is a {' or '.join(found.pop())} model: give such a --model, or another checkpoint")
 
 
 def generator(key: tuple[int, int, int, int]) -> np.random.Generator:

@@ -5,9 +5,11 @@ Our own: one safetensors file whose header (metadata, JSON strings) says what is
 robot's state to [-1, 1]; for published ones what their family's file reader made of their statistics).
 
 Other projects': a file or folder in their layout, described by a `Source`: `load_source` reads it, `save_source` writes it back.
-Both stream: tensors travel in pieces of `BLOCK` bytes, so the host never holds more than the model itself and one piece.
+Both stream: tensors travel in pieces of `BLOCK` bytes, so the host never holds more than the model itself, in the type it is wanted
+in, and one piece.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -90,15 +92,52 @@ def is_ours(path: str | Path) -> bool:
         raise UserError(f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})") from None
 
 
+def published(path: Path) -> bool:
+    """Whether the checkpoint is another project's, or a run's that began from one."""
+    return not is_ours(path) or read_header(find(path)).published
+
+
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
-    """The tokeniser file for checkpoint `path`: what the user gives, else the embedded default's for a model of ours, the one in
-    another project's folder, or for GR00T "", which is an installed package's. Raises UserError when there is none."""
-    if given is not None or is_ours(path):
+    """The tokeniser file for checkpoint `path`: what the user gives, else the embedded default's for a small model of ours, the one
+    in another project's folder or of the run, or for GR00T "", an installed package's. Raises UserError when there is none."""
+    if given is not None or not published(path):
         return str(given or embedded)
-    beside = Path(path) / "tokenizer.model"
-    if beside.is_file() or family == "gr00t":
-        return str(beside) if beside.is_file() else ""
-    raise UserError(f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH")
+    places, run = [Path(path) / "tokenizer.model"], Path(path)
+    if is_ours(path) and (file := find(path)).parent.parent.name == "checkpoints":
+        run = file.parents[2]
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        places.append(Path(read_json(run / "config.json")["train"]["tokenizer"]))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None and family != "gr00t":
+        raise UserError(f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH")
+    return str(found or "")
+
+
+def frame_size(path: Path) -> int:
+    """Pixels of the pictures to show a checkpoint's model; another project's `preparation` resizes them (LIBERO: 256)."""
+    return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises UserError."""
+    try:
+        found = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"{path.parent} has no {path.name}, which such a checkpoint needs") from None
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path}: it is not a JSON object")
+    return found
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside with the contents of another project's file becomes one sentence."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not say what such a file says: {error!r}") from None
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:

@@ -49,7 +49,7 @@ def random_observations(model: nn.Module, n: int, device: str) -> dict[str, Tens
 def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
     """What `model.act` needs beside n observations."""
     drawn = model.draw([(1, lane, 0, 0) for lane in range(n)], [True] * n)
-    return {name: x.to(device).contiguous() for name, x in drawn.items()}
+    return {name: x.to(device) for name, x in drawn.items()}
 
 
 def compile_parts(model: nn.Module) -> None:

@@ -40,6 +40,9 @@ def main(config: ExportConfig) -> None:
     if checkpoint.is_ours(config.like):
         raise UserError(f"--like {config.like} is one of our own checkpoints: give the original that training began from")
     family = models.load(header.family)
+    if not hasattr(family, "NETWORK"):
+        raise UserError(f"checkpoint {path} is of the family {header.family!r}, which no other project knows")
+    models.check_family(header.family, config.like)
     with torch.device("meta"), checkpoint.Uninitialised():
         model = family.NETWORK(family.CONFIG(**header.shape))
     stored = checkpoint.layout(path)

@@ -6,7 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import UserError
 from models import generator
+
+
+def check_steps(config) -> None:
+    """config: denoise_steps and sde_steps. Raises UserError."""
+    if not 1 <= config.sde_steps <= config.denoise_steps:
+        raise UserError(f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps {config.denoise_steps}")
 
 
 def flow_noise(

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from config import UserError
 from models import checkpoint
-from models.flow import flow_noise, normal_logprob
+from models.flow import check_steps, flow_noise, normal_logprob
 from models.siglip import Siglip
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -129,16 +129,18 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     if gr00t_files.is_folder(path):
         found = gr00t_files.describe(path, config.train.statistics or None)
         shape, stats, source = asdict(found.config), found.stats, found.source
-        shape |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}  # for the run to choose
+        shape |= {"chunk": config.rollout.chunk}  # for the run to choose
     else:
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, "gr00t")
         shape, stats = header.shape, header.stats
-        wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
+        wanted |= {"chunk": config.rollout.chunk}
         wanted |= {} if header.published else {"image_size": env_spec.image_size}
-    chosen = {name: getattr(config.rollout, name) for name in ("denoise_steps", "noise_level", "sde_steps", "prefix_dtype")}
+    from_rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "prefix_dtype")
+    chosen = {name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None}
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     c = Gr00tConfig(**shape | chosen)
+    check_steps(c)
     checkpoint.agree(path, {name: (getattr(c, name), value) for name, value in wanted.items()})
     if len(stats["state_low"]) != env_spec.state_dim or env_spec.state_dim > c.max_state_dim:
         found = f"a state of {len(stats['state_low'])} dimensions"
@@ -483,7 +485,9 @@ class Gr00t(nn.Module):
         features, real = self.features(obs)
         context = self.context(features, real)
         state = self.encode_state(obs["state"].to(features.dtype), c.embodiment)
-        x, index = noise["x0"], noise["denoise_index"][:, None, None]  # the flow itself stays in fp32
+        # The flow itself stays in fp32. A copy like what later steps make of it: compiled code tells tensors made in inference mode
+        # and their strides apart.
+        x, index = noise["x0"].clone(memory_format=torch.contiguous_format), noise["denoise_index"][:, None, None]
         x_t, x_next, logprob = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x))
         times = denoise_times(c.denoise_steps)
         for i, (now, later, bucket) in enumerate(zip(times, times[1:], self.buckets(), strict=False)):

@@ -144,16 +144,6 @@ def source_of(path: str | Path) -> str:
 # ---------------------------------------------------------------- configuration and statistics
 
 
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it is not a JSON object")
-    return found
-
-
 def eagle_of(cfg: dict) -> dict:
     """The Eagle model's configuration in a config.json, or nothing."""
     return next((part for part in (cfg, *cfg.values()) if isinstance(part, dict) and "text_config" in part), {})
@@ -216,7 +206,7 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statis
     The parts are joined in the file's order, which must be the order in which state and actions are given. Returns tag, statistics
     and number of cameras.
     """
-    metadata = read_json(path)
+    metadata = checkpoint.read_json(path)
     if tag is None and len(metadata) != 1:
         raise UserError(f"{path} describes several embodiments ({', '.join(metadata)}): say which one")
     tag = tag or next(iter(metadata))
@@ -238,7 +228,7 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
     """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns embodiment, its table and statistics."""
     path = folder / "policy_preprocessor.json"
     try:
-        step = next(s for s in read_json(path)["steps"] if s.get("registry_name", "").startswith("groot_pack_inputs"))
+        step = next(s for s in checkpoint.read_json(path)["steps"] if s.get("registry_name", "").startswith("groot_pack_inputs"))
         tensors = load_file(folder / step["state_file"])
         keys = ("observation.state.min", "observation.state.max", "action.min", "action.max")
         stats = Statistics(*(tensors[key].float().flatten().numpy() for key in keys))
@@ -267,15 +257,18 @@ def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FUL
     to P = 570 positions and attends to the padding: with 2 views its policies need 60 prompt tokens to act as they did.
     """
     folder = Path(folder)
-    cfg = read_json(folder / "config.json")
+    cfg = checkpoint.read_json(folder / "config.json")
     family = cfg.get("model_type") or cfg.get("type") or cfg.get("architectures")
     if family not in ("gr00t_n1_5", "groot"):
         raise UserError(f"checkpoint {folder} is a {family!r} model, not GR00T N1.5: give another --model or another checkpoint")
-    which, c = source_of(folder), config_of(cfg, base)
+    which = source_of(folder)
+    with checkpoint.understood(folder / "config.json"):
+        c = config_of(cfg, base)
     if which == "lerobot":
         said, table, stats = lerobot_statistics(folder)
         number = embodiment_number(tag or said, table)
-        cameras = [f for f in (cfg.get("input_features") or {}).values() if f.get("type") == "VISUAL"]
+        with checkpoint.understood(folder / "config.json"):
+            cameras = [f for f in (cfg.get("input_features") or {}).values() if f.get("type") == "VISUAL"]
         views = len(cameras) or c.views
     else:
         said, stats, views = metadata_statistics(folder / "experiment_cfg" / "metadata.json", tag)
@@ -425,7 +418,7 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
     if ids.count(c.image_token) != c.views:
         raise UserError(f"the task {task!r} contains the image placeholder {IMAGE}")
     if len(ids) > c.tokens:
-        raise UserError(f"the prompt of {task!r} needs {len(ids)} tokens and the model has room for {c.tokens}")
+        raise UserError(f"the prompt of {task!r} needs {len(ids)} tokens and the model has room for {c.tokens}: give --tokens")
     return np.array(ids + [PAD] * (c.tokens - len(ids)), np.int32)
 
 
@@ -494,7 +487,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
     Gradients are of `loss` and named `grad.<original key>`.
     """
     folder = Path(folder)
-    cfg, given = read_json(folder / "config.json"), load_file(folder / "inputs.safetensors")
+    cfg, given = checkpoint.read_json(folder / "config.json"), load_file(folder / "inputs.safetensors")
     attention = eagle_of(cfg).get("_attn_implementation") or cfg.get("attn_implementation")
     rows = {"flash_attention_2": "flash", "sdpa": "sdpa"}.get(attention, "eager")
     c = replace(config_of(cfg), mask_padding=False, padded_rows=rows, train_vlm=True)

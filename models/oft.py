@@ -99,13 +99,13 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
     path, foreign = config.train.checkpoint, oft_files.is_folder(config.train.checkpoint)
-    chosen = {"train": config.actor.oft_train, "temperature": config.rollout.temperature}
+    chosen = {"train": config.actor.oft_train, "temperature": config.rollout.temperature, "tokens": config.rollout.tokens}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if foreign:
         saved = config_of(oft_files.read_config(path) | {"train": "full"})
         stats = oft_files.read_statistics(path, config.train.statistics)
         # The weights say nothing about how many views, words and actions there are: positions alone tell tokens apart.
-        saved = replace(saved, views=env_spec.views, tokens=config.rollout.tokens, chunk=config.rollout.chunk)
+        saved = replace(saved, views=env_spec.views, chunk=config.rollout.chunk)
         saved = replace(saved, action_dim=len(stats["q01"]))
         stats |= {"layout": "openvla", "gripper": "libero" if config.train.env == "libero" else ""}
         chosen = {"train": OftConfig.train} | chosen
@@ -116,8 +116,7 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
         saved, stats, layout = OftConfig(**header.shape), header.stats, None
     shape = replace(saved, **chosen)
     about = checkpoint.Header("oft", asdict(shape), stats)
-    wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim}
-    wanted |= {"chunk": config.rollout.chunk, "tokens": config.rollout.tokens}
+    wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim, "chunk": config.rollout.chunk}
     wanted |= {} if about.published else {"image_size": env_spec.image_size}
     checkpoint.agree(path, {name: (getattr(shape, name), value) for name, value in wanted.items()})
     with torch.device("meta"), checkpoint.Uninitialised():

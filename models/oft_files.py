@@ -148,18 +148,6 @@ def save(model, folder: str | Path, like: str | Path) -> None:
 # ---------------------------------------------------------------- configuration and statistics
 
 
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text())
-    except OSError:
-        raise UserError(f"{path.parent} has no {path.name}: an OpenVLA-OFT checkpoint needs it") from None
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it is not a JSON object")
-    return found
-
-
 def read_config(folder: str | Path) -> dict:
     """config.json (and preprocessor_config.json) of a folder → fields of `OftConfig`. Raises UserError.
 
@@ -167,10 +155,14 @@ def read_config(folder: str | Path) -> dict:
     `text_config` and, for the towers, under `vision`: {"featurizer" | "fused_featurizer": timm's arguments}. Fields that RLinf sets
     on the configuration (action_dim, num_action_chunks, num_images_in_input, max_prompt_length) are read if present.
     """
+    with checkpoint.understood(Path(folder) / "config.json"):
+        return fields_of(Path(folder))
+
+
+def fields_of(folder: Path) -> dict:
     from models.oft import FULL  # there, because oft imports this file
 
-    folder = Path(folder)
-    found, shape = read_json(folder / "config.json"), asdict(FULL)
+    found, shape = checkpoint.read_json(folder / "config.json"), asdict(FULL)
     backbone = found.get("vision_backbone_id")
     if backbone != "dinosiglip-vit-so-224px":
         raise UserError(f"{folder} has the vision backbone {backbone!r}: OpenVLA-OFT's is 'dinosiglip-vit-so-224px'")
@@ -201,7 +193,7 @@ def read_config(folder: str | Path) -> dict:
     shape["stop_token"] = found.get("implement_version", "official") != "rlinf"
     shape["train"] = "lora" if found.get("is_lora", False) else "full"
     if (folder / "preprocessor_config.json").is_file():
-        pictures = read_json(folder / "preprocessor_config.json")
+        pictures = checkpoint.read_json(folder / "preprocessor_config.json")
         shape["dino_mean"], shape["dino_std"] = tuple(pictures["means"][0]), tuple(pictures["stds"][0])
     return shape
 
@@ -213,16 +205,23 @@ def read_statistics(folder: str | Path, key: str = "") -> dict:
     Returns {"q01": [A], "q99": [A], "mask": [A] bool} as lists. Raises UserError.
     """
     path = Path(folder) / "dataset_statistics.json"
-    found = read_json(path) if path.is_file() else read_json(Path(folder) / "config.json").get("norm_stats") or {}
+    found = (
+        checkpoint.read_json(path) if path.is_file() else checkpoint.read_json(Path(folder) / "config.json").get("norm_stats") or {}
+    )
     if not key and len(found) != 1:
         raise UserError(f"{folder} has statistics of {len(found)} data sets: choose one of {', '.join(found) or 'none'}")
     key = next((k for k in (key, f"{key}_no_noops") if k in found), key) if key else next(iter(found))
     if key not in found:
         raise UserError(f"{folder} has no statistics of {key!r}: choose one of {', '.join(found)}")
-    action = found[key].get("action", {})
-    if not {"q01", "q99"} <= action.keys():
-        raise UserError(f"the statistics of {key!r} in {folder} lack the actions' q01 and q99")
-    return {"q01": action["q01"], "q99": action["q99"], "mask": action.get("mask", [True] * len(action["q01"]))}
+    with checkpoint.understood(path):
+        action = found[key].get("action", {})
+        if not {"q01", "q99"} <= action.keys():
+            raise UserError(f"the statistics of {key!r} in {folder} lack the actions' q01 and q99")
+        stats = {end: [float(x) for x in action[end]] for end in ("q01", "q99")}
+        stats["mask"] = [bool(x) for x in action.get("mask", [True] * len(stats["q01"]))]
+    if len({len(x) for x in stats.values()}) != 1:
+        raise UserError(f"the statistics of {key!r} in {folder} have q01, q99 and mask of different lengths")
+    return stats
 
 
 # ---------------------------------------------------------------- prompts
@@ -245,7 +244,9 @@ def encode(tokenizer, task: str, length: int, pad: int, state: np.ndarray | None
         raise UserError("the SentencePiece file has no token '▁', which ends every prompt: it is not one for OpenVLA-OFT")
     ids += [blank] * (ids[-1] != blank)
     if len(ids) + 1 > length:
-        raise UserError(f"the prompt {prompt(task)!r} needs {len(ids) + 1} tokens and the model has room for {length}")
+        raise UserError(
+            f"the prompt {prompt(task)!r} needs {len(ids) + 1} tokens and the model has room for {length}: give --tokens"
+        )
     return np.array([tokenizer.bos_id(), *[pad] * (length - 1 - len(ids)), *ids], np.int32)
 
 
@@ -432,7 +433,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
     layout = source(folder / "weights.safetensors", config)
     mapping = layout.names(config)
     checkpoint.load_source(model, folder / "weights.safetensors", layout, "cpu", torch.float32)
-    stats = read_statistics(folder, read_json(folder / "config.json").get("unnorm_key", ""))
+    stats = read_statistics(folder, checkpoint.read_json(folder / "config.json").get("unnorm_key", ""))
     model.set_actions(action_table(stats, config.action_dim, config.bins))
 
     image, tokens = inputs["image"], inputs["tokens"]

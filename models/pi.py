@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from config import UserError
 from models import checkpoint
-from models.flow import flow_noise, normal_logprob
+from models.flow import check_steps, flow_noise, normal_logprob
 from models.siglip import Siglip
 from models.tokenize import PAD
 
@@ -102,8 +102,8 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
     path, family = config.train.checkpoint, config.train.model
-    from_rollout = ("denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
-    chosen = {name: getattr(config.rollout, name) for name in from_rollout}
+    from_rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
+    chosen = {name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None}
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     if checkpoint.is_ours(path):
         path = checkpoint.find(path)
@@ -112,6 +112,7 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
         from models import pi_files  # which reads their files, and knows this module
 
         shape, source, stats = pi_files.published(Path(path), family, chosen, config, env_spec)
+    check_steps(shape)
     with torch.device("meta"), checkpoint.Uninitialised():
         model = Pi(shape)
     for name, parameter in model.named_parameters():
@@ -135,7 +136,7 @@ def ours(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[PiCon
         "chunk": (shape.executed_steps or shape.chunk, config.rollout.chunk),
     }
     if not header.published:
-        agree |= {"image_size": (shape.image_size, env_spec.image_size), "tokens": (shape.tokens, config.rollout.tokens)}
+        agree |= {"image_size": (shape.image_size, env_spec.image_size)}
     checkpoint.agree(path, agree)
     with torch.device("meta"), checkpoint.Uninitialised():
         names = Pi(shape).state_dict()
@@ -440,7 +441,9 @@ class Pi(nn.Module):
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value, slot fields."""
         cache, feature, real = self.prefix(obs["image"], obs["tokens"])
-        x, index, state = noise["x1"], noise["denoise_index"][:, None, None], obs.get("state")
+        # A copy like what later steps make of it: compiled code tells tensors made in inference mode and their strides apart.
+        x = noise["x1"].clone(memory_format=torch.contiguous_format)
+        index, state = noise["denoise_index"][:, None, None], obs.get("state")
         x_t, x_next, logprob, value = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x)), None
         times = denoise_times(self.config.denoise_steps)
         for i, (now, later) in enumerate(zip(times, times[1:], strict=False)):

@@ -11,7 +11,6 @@ openpi_client/image_tools.py; LeRobot policies/{pi0, pi05}/processor_*.py and pr
 Left out: augmentation, LoRA and FAST checkpoints, real-time chunking, robots other than those whose state the caller lays out.
 """
 
-import json
 import math
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -92,8 +91,8 @@ def names(c: PiConfig, prefix: str, embedding: str, value: bool, noise: bool) ->
     return table
 
 
-def source(prefix: str = "", value: bool = False, noise: bool = False) -> Source:
-    first, other = (EMBEDDING, LM_HEAD) if prefix else (LM_HEAD, EMBEDDING)
+def source(prefix: str = "", value: bool = False, noise: bool = False, lerobot: bool = False) -> Source:
+    first, other = (EMBEDDING, LM_HEAD) if lerobot else (LM_HEAD, EMBEDDING)
     table = partial(names, prefix=prefix, embedding=first, value=value, noise=noise)
     return Source(table, UNUSED, ((prefix + first, prefix + other),))
 
@@ -102,7 +101,8 @@ SOURCES = {
     "openpi": source(),
     "rlinf": source(value=True),
     "rlinf_noise": source(value=True, noise=True),
-    "lerobot": source("model."),
+    "lerobot": source("model.", lerobot=True),
+    "lerobot_base": source(lerobot=True),  # as lerobot/pi0_base is stored
 }
 
 
@@ -126,6 +126,8 @@ def which(path: str | Path, stored: dict[str, Stored]) -> str:
         return "lerobot"
     if not any(key.startswith("paligemma_with_expert.") for key in stored):
         raise UserError(f"checkpoint {path} is no π0 or π0.5: none of its tensors is named paligemma_with_expert.…")
+    if (Path(path) / "policy_preprocessor.json").is_file():
+        return "lerobot_base"
     if not any(key.startswith("value_head.") for key in stored):
         return "openpi"
     return "rlinf_noise" if any(key.startswith("noise_head.") for key in stored) else "rlinf"
@@ -207,7 +209,9 @@ def published(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[
     folder = path if path.is_dir() else path.parent
     stored = checkpoint.layout(path)
     layout = which(path, stored)
-    shape = shape_of(path, stored, read_json(folder / "config.json") if (folder / "config.json").is_file() else {})
+    says = checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    with checkpoint.understood(folder / "config.json"):
+        shape = shape_of(path, stored, says)
     if shape.pi05 != (family == "pi05"):
         has = "pi05" if shape.pi05 else "pi0"
         raise UserError(f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint")
@@ -216,33 +220,36 @@ def published(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[
         ("action dimensions", env_spec.action_dim, shape.action_dim),
         ("cameras", env_spec.views, 3),
     ):
-        if wanted > most:
-            raise UserError(f"the run asks for {wanted} {what} and checkpoint {path} has {most}")
+        with checkpoint.understood(folder / "config.json"):
+            if wanted > most:
+                raise UserError(f"the run asks for {wanted} {what} and checkpoint {path} has {most}")
     executed = {"executed_steps": config.rollout.chunk, "executed_dims": env_spec.action_dim}
     shape = replace(shape, views=env_spec.views, **executed, **chosen)
-    stats = (
-        read_processors(folder)
-        if layout == "lerobot"
-        else read_norm_stats(folder, shape.pi05, config.train.env, config.train.statistics)
-    )
+    if layout.startswith("lerobot"):
+        stats = read_processors(folder)
+    else:
+        stats = read_norm_stats(folder, shape.pi05, config.train.env, config.train.statistics, says.get("discrete_state_input"))
+    dims = {name: len(next((x for x in stats[name].values() if isinstance(x, list)), [])) for name in ("state", "actions")}
+    for name, has, fits in (  # 0: not normalised; statistics may be padded, to 32 for instance
+        ("state", env_spec.state_dim, dims["state"] in (0, env_spec.state_dim) or dims["state"] >= 14),
+        ("actions", env_spec.action_dim, dims["actions"] == 0 or dims["actions"] >= env_spec.action_dim),
+    ):
+        if not fits:
+            raise UserError(
+                f"the statistics of checkpoint {path} are of {dims[name]} dimensions of {name}, the simulator has {has}"
+            )
     return shape, source_of(layout, shape), stats
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 # ---------------------------------------------------------------- statistics
 
 
-def read_norm_stats(folder: Path, pi05: bool, env: str = "", chosen: str = "") -> dict:
+def read_norm_stats(folder: Path, pi05: bool, env: str = "", chosen: str = "", state_in_prompt: bool | None = None) -> dict:
     """openpi's and RLinf's statistics, and what their file does not say: which normalisation, prompt and actions go with them.
 
-    π0 goes by mean and deviation, π0.5 by quantiles (openpi training/config.py). In LIBERO, π0's actions are deltas on state[:6]
-    and π0.5's prompt has no state. Of several robots' statistics the path names `chosen`, else `env`, the simulator.
+    π0 goes by mean and deviation, π0.5 by quantiles (openpi training/config.py). In LIBERO, π0's actions are deltas on state[:6].
+    π0.5's prompt holds the state of real robots but not of simulators (`discrete_state_input` in both projects' configurations), if
+    config.json does not say. Of several robots' statistics the path names `chosen`, else `env`, the simulator.
     """
     everything = sorted(folder.rglob("norm_stats.json"))
     word, found = chosen or env, everything
@@ -253,31 +260,37 @@ def read_norm_stats(folder: Path, pi05: bool, env: str = "", chosen: str = "") -
         raise UserError(
             f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has {what}; choose with --statistics"
         )
-    stats = read_json(found[0]).get("norm_stats", {})
-    libero = "libero" in (env, *str(found[0].relative_to(folder).parent).lower().replace("_", "/").split("/"))
+    stats = checkpoint.read_json(found[0]).get("norm_stats", {})
+    places = {env, *str(found[0].relative_to(folder).parent).lower().replace("_", "/").split("/")}
+    libero, simulated = "libero" in places, bool(places & {"libero", "metaworld", "maniskill", "robocasa"})
+    if state_in_prompt is None:
+        state_in_prompt = not simulated
     needed = ("q01", "q99") if pi05 else ("mean", "std")
     kinds = {}
     for name in ("state", "actions"):
-        values = stats.get(name, {})
-        if any(values.get(key) is None for key in needed):
-            raise UserError(f"{found[0]} lacks {' or '.join(needed)} of {name!r}, which {'π0.5' if pi05 else 'π0'} goes by")
-        kinds[name] = {"kind": "openpi_quantiles" if pi05 else "openpi_mean_std", **{key: values[key] for key in needed}}
+        with checkpoint.understood(found[0]):
+            values = stats.get(name, {})
+            if any(values.get(key) is None for key in needed):
+                raise UserError(f"{found[0]} lacks {' or '.join(needed)} of {name!r}, which {'π0.5' if pi05 else 'π0'} goes by")
+            numbers = {key: [float(x) for x in values[key]] for key in needed}
+        kinds[name] = {"kind": "openpi_quantiles" if pi05 else "openpi_mean_std", **numbers}
     return kinds | {
-        "layout": "openpi", "resize": "pil", "prompt": "state" if pi05 and not libero else "newline",
+        "layout": "openpi", "prompt": "state" if pi05 and state_in_prompt else "newline",
         "delta": [not pi05 and libero and i < 6 for i in range(7)],
     }  # fmt: skip
 
 
 def read_processors(folder: Path) -> dict:
     """LeRobot's statistics: the (un)normaliser steps of policy_preprocessor.json and policy_postprocessor.json."""
-    kinds: dict = {"layout": "lerobot", "resize": "torch", "prompt": "newline", "delta": []}
+    kinds: dict = {"layout": "lerobot", "prompt": "newline", "delta": []}
     for name, file, step_name, key, feature in (
         ("state", "policy_preprocessor.json", "normalizer_processor", "observation.state", "STATE"),
         ("actions", "policy_postprocessor.json", "unnormalizer_processor", "action", "ACTION"),
     ):
-        steps = read_json(folder / file).get("steps", [])
-        by_name = {step.get("registry_name"): step for step in steps}
-        if by_name.get("relative_actions_processor", {}).get("config", {}).get("enabled"):
+        with checkpoint.understood(folder / file):
+            by_name = {step.get("registry_name"): step for step in checkpoint.read_json(folder / file).get("steps", [])}
+            relative = by_name.get("relative_actions_processor", {}).get("config", {}).get("enabled")
+        if relative:
             raise UserError(f"{folder / file} makes actions relative to the state, which is not supported")
         if step_name not in by_name:
             raise UserError(f"{folder / file} has no step {step_name!r}: it is no π0 or π0.5 of LeRobot")
@@ -350,7 +363,7 @@ def encode(tokenizer, texts: tuple[str, ...], length: int) -> np.ndarray:
     """Token ids [length] int32: BOS, the texts, padding. Raises UserError when they do not fit."""
     ids = [tokenizer.bos_id(), *(token for text in texts for token in tokenizer.encode(text))]
     if len(ids) > length:
-        raise UserError(f"the prompt {''.join(texts)!r} needs {len(ids)} tokens and the model has room for {length}")
+        raise UserError(f"the prompt {''.join(texts)!r} needs {len(ids)} tokens and the model has room for {length}: give --tokens")
     return np.array(ids + [tokenize.PAD] * (length - len(ids)), np.int32)
 
 
@@ -490,7 +503,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
     file = folder / "weights.safetensors"
     stored = checkpoint.layout(file)
     source = SOURCES[which(file, stored)]
-    c = shape_of(file, stored, read_json(folder / "config.json"))
+    c = shape_of(file, stored, checkpoint.read_json(folder / "config.json"))
     with torch.device("meta"), checkpoint.Uninitialised():
         model = Pi(c)
     model.value_head.to_empty(device="cpu")  # in case the folder has none; then nothing asks for a value

@@ -55,7 +55,7 @@ def encode(tokenizer, text: str, length: int) -> np.ndarray:
     """Token ids [length] int32: BOS, the text, padding. Raises UserError when the text does not fit."""
     ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
     if len(ids) > length:
-        raise UserError(f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}")
+        raise UserError(f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}: give --tokens")
     return np.array(ids + [PAD] * (length - len(ids)), np.int32)
 
 

@@ -65,6 +65,19 @@ def test_compiled_inference_is_the_same(monkeypatch):
     compare(model, observations(model, 3))
 
 
+def test_one_graph_for_each_piece_and_batch_size(monkeypatch):
+    graphs = []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    model = tiny_pi(depth=1, vision_depth=1)
+    compiled.compile_for(model, 16, "cpu", lambda: None)
+    assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
+    for n in (5, 8, 16):  # a padded batch, and full ones as `draw` makes their noise
+        noise = model.draw([(1, i, 0, 0) for i in range(n)], [True] * n)
+        model.act(*(compiled.pad(x, compiled.bucket(n)) if n == 5 else x for x in (observations(model, n), noise)))
+    assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compiled_inference_of_every_family_is_the_same(name):

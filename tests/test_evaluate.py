@@ -67,5 +67,5 @@ def test_another_project_s_checkpoint_needs_its_family_and_a_robot_it_knows(tmp_
         evaluate.main(EvaluateConfig(checkpoint=folder))
     with pytest.raises(UserError, match="is a 'pi05' model"):
         evaluate.main(EvaluateConfig(checkpoint=folder, model="pi0", chunk=4))
-    with pytest.raises(UserError, match="brings no tokeniser"):
+    with pytest.raises(UserError, match="8 dimensions of state, the simulator has 4"):
         evaluate.main(EvaluateConfig(checkpoint=folder, model="pi05", chunk=4, statistics="droid"))

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMALL, STATS
+from safetensors.torch import save_file
 
 import models
 from config import Config, UserError
 from envs import metaworld
-from models import checkpoint, tokenize
+from models import checkpoint, gr00t_files, oft_files, pi_files, tokenize
 
 FAMILIES = [name for name in models.MODELS if name != "emulated"]
 SPEC = metaworld.spec(("handle-press",), 64)
@@ -127,6 +128,41 @@ def test_a_checkpoint_of_another_family_is_named(made, name):
     config.train.model, config.train.checkpoint = name, made(other)[0]
     with pytest.raises(UserError, match=f"'{other}' model: give --model {other}"):
         models.load(name).build(config, SPEC, weights="none")
+
+
+def test_other_projects_checkpoints_tell_their_family(tmp_path):
+    for names, key in {
+        ("pi0", "pi05"): "paligemma_with_expert.a",
+        ("gr00t",): "backbone.eagle_model.a",
+        ("oft",): "vision_backbone.a",
+    }.items():
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        save_file({key: torch.zeros(1)}, folder / "model-00001-of-00001.safetensors")
+        for name in FAMILIES:
+            if name in names:
+                models.check_family(name, folder)
+            else:
+                with pytest.raises(UserError, match=f"is a {' or '.join(names)} model"):
+                    models.check_family(name, folder)
+    save_file({"something.else": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="of no family known here"):
+        models.check_family("oft", tmp_path)
+
+
+def test_frames_of_the_simulator_are_what_every_family_prepares(made):
+    env = metaworld.Env(("handle-press",), 64)
+    env.reset(0, 7)
+    image, state = env.observe()
+    env.close()
+    for name in FAMILIES:
+        _, preparation = built(made, name)
+        assert preparation.observe(image, state, SPEC.prompts[0])["image"].shape == (1, 64, 64, 3)
+    # Other projects' models resize them, each in its own way.
+    small = pi_files.resize_pil(image[0], 56), pi_files.resize_torch(torch.from_numpy(image).float() / 255, 56, 0.0)
+    small += gr00t_files.crop_and_resize(image, 56), gr00t_files.resize_bicubic(image, 56)
+    small += (oft_files.resize_bicubic(torch.from_numpy(image), 56),)
+    assert all(tuple(x.shape)[-3:-1] == (56, 56) for x in small)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "pi05"])  # π0.5: tests/test_train.py

@@ -165,14 +165,12 @@ def test_statistics_that_cannot_be_read(tmp_path):
 def published(family: str, layout: str, folder: Path) -> Path:
     """A folder as users have it, in one of the layouts."""
     weights = load_file(GOLDEN / family / "weights.safetensors")
-    heads = {"openpi": ("value_head", "noise_head"), "lerobot": ("value_head", "noise_head"), "rlinf": ("noise_head",)}.get(
-        layout, ()
-    )
+    heads = {"rlinf": ("noise_head",), "rlinf_noise": ()}.get(layout, ("value_head", "noise_head"))
     weights = {key: x for key, x in weights.items() if not key.startswith(heads)} if heads else weights
     config = cases(family, "config.json")
     folder.mkdir(parents=True)
-    if layout == "lerobot":
-        weights = {f"model.{key}": x for key, x in weights.items()}
+    if layout.startswith("lerobot"):
+        weights = {f"model.{key}": x for key, x in weights.items()} if layout == "lerobot" else weights
         config = {"type": family, "chunk_size": config["action_horizon"], "tokenizer_max_length": 11, "vision": config["vision"]}
         shutil.copytree(GOLDEN / family / "lerobot", folder, dirs_exist_ok=True)
     else:
@@ -296,6 +294,50 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, damage, wor
     spec = spec._replace(action_dim=7 if damage == "dims" else 5, views=4 if damage == "views" else 2)
     with pytest.raises(UserError, match=words) as error:
         build(config, spec)
+    assert "\n" not in str(error.value)
+
+
+def test_flow_settings_are_the_checkpoint_s_unless_the_user_says_otherwise(tmp_path):
+    folder = published("pi0", "openpi", tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_steps": 7, "noise_level": 0.3}))
+    c = build(settings("pi0", folder), SPEC, weights="none").config
+    assert (c.denoise_steps, c.noise_level, c.sde_steps) == (7, 0.3, 7)
+    c = build(settings("pi0", folder, denoise_steps=3, sde_steps=2, tokens=13), SPEC, weights="none").config
+    assert (c.denoise_steps, c.noise_level, c.sde_steps, c.tokens) == (3, 0.3, 2, 13)
+    with pytest.raises(UserError, match="--sde-steps 7 must lie between 1 and --denoise-steps 3"):
+        build(settings("pi0", folder, denoise_steps=3, sde_steps=7), SPEC, weights="none")
+
+
+@pytest.mark.parametrize("env, said, prompt", [
+    ("libero", None, "newline"), ("metaworld", None, "newline"), ("robot", None, "state"), ("metaworld", True, "state"),
+])  # fmt: skip
+def test_the_state_stands_in_the_prompt_of_real_robots_or_where_config_says_so(tmp_path, env, said, prompt):
+    stats = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": stats, "actions": stats}}))
+    assert pi_files.read_norm_stats(tmp_path, True, env, "", said)["prompt"] == prompt
+    assert pi_files.read_norm_stats(tmp_path, False, env, "", None)["prompt"] == "newline"  # π0 has a state token
+
+
+def test_statistics_of_another_robot_are_refused(tmp_path):
+    for layout in ("openpi", "lerobot"):
+        folder = published("pi05", layout, tmp_path / layout)
+        with pytest.raises(UserError, match="dimensions of state, the simulator has 9"):
+            build(settings("pi05", folder), SPEC._replace(state_dim=9))
+
+
+@pytest.mark.parametrize("file, contents", [
+    ("config.json", "[]"), ("config.json", '{"action_horizon": "ten"}'), ("config.json", "{"),
+    ("norm_stats.json", "[]"), ("norm_stats.json", '{"norm_stats": []}'),
+    ("norm_stats.json", '{"norm_stats": {"state": {"q01": "a", "q99": [1]}, "actions": {"q01": [0], "q99": [1]}}}'),
+    ("policy_preprocessor.json", "[]"), ("policy_preprocessor.json", '{"steps": [3]}'),
+])  # fmt: skip
+def test_files_that_say_something_else_are_named(tmp_path, file, contents):
+    folder = published("pi05", "lerobot" if "policy" in file else "openpi", tmp_path / "published")
+    for found in [path for path in folder.rglob("*.json") if path.name == file]:
+        found.write_text(contents)
+    with pytest.raises(UserError, match=file) as error:
+        build(settings("pi05", folder), SPEC)
     assert "\n" not in str(error.value)
 
 
