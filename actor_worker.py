@@ -21,15 +21,29 @@ from torch import Tensor
 
 import metrics
 import models
-from algorithms import AdvantageScale, gae, policy_loss, value_loss
+from algorithms import (
+    STALENESS,
+    AdvantageScale,
+    PolicyLoss,
+    by_staleness,
+    explained_variance,
+    gae,
+    group_advantages,
+    interpolated_proximal,
+    units,
+    value_loss,
+)
 from channel import VERSION, Channels, Record, SlotPool
 from config import Config, UserError
 from models import checkpoint
+from scheduler import Admission
 from streamer import Streamer
 
+ERRORS = ("returns", "returns_square", "error", "error_square")  # of the value head, for its explained variance
+BUCKETS = tuple(f"{what}_at_{name}" for what in ("samples", "kl", "ratio") for name in STALENESS)
 SUMS = (
-    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage_square",
-    "staleness", "samples", "reward",
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "filtered", "skipped",
+    "advantage_square", "staleness", "samples", "reward", *ERRORS, *BUCKETS,
 )  # fmt: skip
 MAXIMA = ("ratio_max", "staleness_max")
 
@@ -40,38 +54,120 @@ def gather(pool: SlotPool, slots: tuple[int, ...], names: tuple[str, ...], devic
     return {name: pool.gather(name, index).to(device, non_blocking=True) for name in names}
 
 
-def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int, config: Config, scale) -> dict[str, Tensor]:
+def played(data: dict[str, Tensor], algorithm: str) -> Tensor:
+    """Which rows [n, T] belong to the trajectory: all, but GRPO's ends with its first episode and leaves old rows behind."""
+    done = data["terminated"] | data["truncated"]
+    return done.cumsum(1) - done.long() == 0 if algorithm == "grpo" else torch.ones_like(done)
+
+
+def outcomes_of_groups(pool: SlotPool, slots: tuple[int, ...], size: int, device: str) -> Tensor:
+    """Success (1 or 0) of every member of the groups of `slots` [n, G]; the G lanes of a group have slots in a row."""
+    members = torch.tensor([range(slot - slot % size, slot - slot % size + size) for slot in slots])  # [n, G]
+    data = {name: pool.gather(name, members.flatten()) for name in ("terminated", "truncated")}
+    success = (data["terminated"] & played(data, "grpo")).any(1)
+    return success.view_as(members).float().to(device)
+
+
+def advantages_of(data: dict[str, Tensor], config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Advantages [n, T], returns [n, T] (GRPO: None, for want of a critic) and which rows are trained on [n, T]."""
+    hyper, rows = config.algorithm, played(data, config.train.algorithm)
+    if config.train.algorithm == "ppo":
+        ends = data["terminated"], data["truncated"]
+        return *gae(data["reward"], data["value"], *ends, hyper.gamma, hyper.gae_lambda), rows
+    advantages, kept = group_advantages(data["outcomes"], hyper.group_low, hyper.group_high)
+    mine = advantages.gather(1, data["member"][:, None])  # [n, 1]
+    return mine.expand_as(rows), None, rows & kept[:, None]
+
+
+def train_micro_batch(
+    model, data: dict[str, Tensor], version: int, samples: int, config: Config, scale: AdvantageScale, proximal=None
+) -> dict[str, Tensor]:
     """Forward and backward of one micro-batch; gradients accumulate. Returns sums and maxima for the metrics.
 
-    data: slot fields [n, T or T+1, …]; samples: chunk steps in the whole minibatch over all ranks, which the loss divides by.
+    data: slot fields [n, T or T+1, …], for GRPO also "outcomes" [n, G] and "member" [n], the place in the group; samples: chunk
+    steps of the whole minibatch over all ranks, which the loss divides by, trained on or not, so that it does not depend on
+    outcomes; proximal: rows' log-probs [m, C, A] → the exact proximal ones, where they are asked for.
     """
-    hyper = config.algorithm
-    n, segment = data["reward"].shape
-    done = data["terminated"] | data["truncated"]
-    advantages, returns = gae(data["reward"], data["value"], done, hyper.gamma, hyper.gae_lambda)
-    flat = {name: data[name][:, :segment].flatten(0, 1) for name in model.training_fields()}
+    hyper, segment = config.algorithm, data["reward"].shape[1]
+    advantages, returns, rows = advantages_of(data, config)
+    kept = rows.flatten().nonzero()[:, 0]  # [m]
+    sums = {"reward": (data["reward"] * played(data, config.train.algorithm)).sum(), "advantage_square": advantages.square().sum()}
+    sums |= {"filtered": (played(data, config.train.algorithm) & ~rows).sum(), "samples": torch.tensor(float(len(kept)))}
+    if not len(kept):
+        return sums
+    pick = lambda x: x[:, :segment].flatten(0, 1)[kept]  # noqa: E731  [n, T, …] → [m, …]
+    flat = {name: pick(data[name]) for name in model.training_fields()}
     out = model.evaluate(flat)
-    staleness = (version - data["version"]).flatten().to(torch.float32)  # [n·T]
-    policy, stats = policy_loss(
-        out["logprob"],
-        data["logprob"].flatten(),
-        scale(advantages).flatten(),
-        staleness,
-        hyper.clip,
-        hyper.behaviour_weight_max,
-    )
-    values = value_loss(out["value"], data["value"][:, :segment].flatten(), returns.flatten(), hyper.value_clip, hyper.huber)
-    ((policy + hyper.value_weight * values) / samples).backward()
-    return stats | {
-        "loss_policy": policy.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * n * segment,
-        "advantage_square": advantages.square().sum(), "staleness": staleness.sum(),
-        "samples": torch.tensor(float(n * segment)), "reward": data["reward"].sum(), "staleness_max": staleness.max(),
+    staleness = (version - pick(data["version"])).to(torch.float32)
+    new, old = units(out["logprob"], hyper.granularity), units(pick(data["logprob"]), hyper.granularity)
+    if proximal is None:
+        prox = interpolated_proximal(new, old, staleness)
+    else:
+        prox = torch.where(staleness[:, None] > 0, units(proximal(flat, out["logprob"], kept), hyper.granularity), old)
+    loss, stats = PolicyLoss(
+        clip_low=hyper.clip_low, clip_high=hyper.clip_high, dual_clip=hyper.dual_clip, weight_max=hyper.behaviour_weight_max,
+        weight_mode=hyper.behaviour_weight,
+    )(new, old, prox, scale(pick(advantages)))  # fmt: skip
+    warm = version >= hyper.critic_warmup
+    total, values = loss * warm, torch.zeros_like(loss)
+    if returns is not None:
+        target, before = pick(returns), pick(data["value"])
+        values = value_loss(out["value"], before, target, hyper.value_clip, hyper.huber)
+        total = total + hyper.value_weight * values
+        error = target - before
+        found = target.sum(), target.square().sum(), error.sum(), error.square().sum()
+        sums |= dict(zip(ERRORS, found, strict=True))
+    (total / samples).backward()
+    return sums | stats | by_staleness(new, old, staleness) | {
+        "loss_policy": loss.detach(), "loss_value": values.detach(), "entropy_or_noise": out["entropy"].detach() * len(kept),
+        "staleness": staleness.sum(), "staleness_max": staleness.max(),
     }  # fmt: skip
 
 
-def outcomes(data: dict[str, Tensor]) -> dict[str, Tensor]:
+class ExactProximal:
+    """Log-probs under the weights that a batch's first update begins from: computed once per trajectory, kept for later epochs."""
+
+    def __init__(self, model, parameters: list[Tensor]):
+        self.model, self.parameters = model, parameters
+        self.begin_batch()
+
+    def begin_batch(self) -> None:
+        self.before: list[Tensor] | None = None  # weights at the beginning, once an update has changed them
+        self.stored: dict[int, Tensor] = {}  # by slot
+
+    def keep_weights(self) -> None:
+        """Before every optimizer step."""
+        self.before = self.before or [p.detach().clone() for p in self.parameters]
+
+    def of(self, slots: tuple[int, ...], segment: int):
+        """For the micro-batch of these slots, a function as `train_micro_batch` wants it."""
+
+        def proximal(flat: dict[str, Tensor], new: Tensor, kept: Tensor) -> Tensor:
+            trajectory, row = kept // segment, kept % segment
+            if slots[0] not in self.stored:
+                found = new.detach()
+                if self.before is not None:
+                    self.exchange()
+                    with torch.no_grad():
+                        found = self.model.evaluate(flat)["logprob"]
+                    self.exchange()
+                for i, slot in enumerate(slots):
+                    whole = new.new_zeros(segment, *new.shape[1:])
+                    whole[row[trajectory == i]] = found[trajectory == i]
+                    self.stored[slot] = whole
+            return torch.stack([self.stored[slot] for slot in slots])[trajectory, row]
+
+        return proximal
+
+    def exchange(self) -> None:
+        for parameter, before in zip(self.parameters, self.before, strict=True):
+            parameter.data, before.data = before.data, parameter.data
+
+
+def outcomes(data: dict[str, Tensor], algorithm: str) -> dict[str, Tensor]:
     """Episodes that ended and those that succeeded, per task: episodes_0, successes_0, …"""
-    ends = {"episodes": data["terminated"] | data["truncated"], "successes": data["terminated"]}
+    mine = played(data, algorithm)
+    ends = {"episodes": (data["terminated"] | data["truncated"]) & mine, "successes": data["terminated"] & mine}
     tasks = data["task"].unique().tolist()
     return {f"{what}_{task}": end[data["task"] == task].sum() for what, end in ends.items() for task in tasks}
 
@@ -159,16 +255,17 @@ def run(
             raise UserError(f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older checkpoint") from None
         for group in optimizer.param_groups:  # a flag given on resuming counts, not what was saved
             group["weight_decay"] = actor.weight_decay
-    segment = pool["actions"].shape[1]
+    segment, algorithm, group = pool["actions"].shape[1], config.train.algorithm, Admission.of(config).group
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
     once = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(len(spec.tasks))]
-    once += ["reward", "advantage_square"]  # of a batch, not of every epoch over it
+    once += ["reward", "advantage_square", "filtered", *ERRORS]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
         actor.batch, actor.minibatch, actor.micro_batch, actor.max_staleness + 1, actor.update_epochs, actor.stream, rank, ranks,
-        config.train.seed, version,
+        config.train.seed, version, group,
     )  # fmt: skip
     parameters = list(trainable.values())
+    proximal = ExactProximal(model, parameters) if config.algorithm.proximal == "exact" else None
 
     def publish() -> None:
         """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
@@ -187,7 +284,8 @@ def run(
     publish()
     meter.ready()
     sums, maxima = dict.fromkeys(names, 0.0), dict.fromkeys(MAXIMA, 0.0)
-    grad_norm, begun = 0.0, time.monotonic()
+    norms, begun = [0.0, 0.0, 0.0], time.monotonic()
+    kl = [0.0, 0.0]  # of the running minibatch: the sum and how many samples
     updated = False  # whether the weights are past those of `version`
     while version < config.train.iterations:
         if rank == 0 and channels.counters.get(0, "stop") and not updated:
@@ -207,8 +305,13 @@ def run(
         if micro is not None:
             with meter.work("train"):
                 data = gather(pool, micro.slots, fields, device)
-                stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, scale)
-                stats |= outcomes(data) if micro.epoch == 0 else {}
+                if algorithm == "grpo":
+                    data["outcomes"] = outcomes_of_groups(pool, micro.slots, group, device)
+                    data["member"] = torch.tensor(micro.slots, device=device) % group
+                exact = proximal.of(micro.slots, segment) if proximal else None
+                stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, scale, exact)
+                stats |= outcomes(data, algorithm) if micro.epoch == 0 else {}
+                kl = [kl[0] + float(stats.get("approx_kl", 0.0)), kl[1] + float(stats["samples"])]
                 for name, value in stats.items():
                     if name in maxima:
                         maxima[name] = max(maxima[name], float(value))
@@ -218,15 +321,28 @@ def run(
                 with meter.wait("gradient") if ranks > 1 else meter.nothing:
                     all_reduce_gradients(parameters, ranks)
                 with meter.work("optimizer"):
-                    norm = torch.nn.utils.clip_grad_norm_(parameters, actor.grad_clip)
+                    parts = [
+                        float(torch.nn.utils.get_total_norm(p.grad for p in part if p.grad is not None)) for part in groups.values()
+                    ]
+                    norm = float(torch.nn.utils.clip_grad_norm_(parameters, actor.grad_clip))
                     if not math.isfinite(norm):
-                        raise FloatingPointError(f"the gradient of version {version} is {float(norm)}: lower --lr")
-                    grad_norm = max(grad_norm, float(norm))
-                    for group, lr in zip(optimizer.param_groups, (actor.lr, actor.value_lr), strict=True):
-                        group["lr"] = lr * schedule(version, config)
-                    optimizer.step()
-                    updated = True
+                        raise FloatingPointError(f"the gradient of version {version} is {norm}: lower --lr")
+                    norms = list(map(max, norms, (norm, *parts)))
+                    for part, lr in zip(optimizer.param_groups, (actor.lr, actor.value_lr), strict=True):
+                        part["lr"] = lr * schedule(version, config)
+                    if norm > 0.0:  # 0: every group was filtered, and weight decay alone teaches nothing
+                        if proximal:
+                            proximal.keep_weights()
+                        optimizer.step()
+                        updated = True
                     optimizer.zero_grad(set_to_none=False)
+                if config.algorithm.kl_stop:
+                    kl = torch.tensor(kl, device=device)
+                    if ranks > 1:
+                        dist.all_reduce(kl)
+                    if float(kl[0]) > config.algorithm.kl_stop * float(kl[1]):
+                        sums["skipped"] += streamer.stop() * segment
+                kl = [0.0, 0.0]
         if not streamer.done:
             continue
 
@@ -239,16 +355,18 @@ def run(
             totals, highest = totals.to(on), highest.to(on)
             dist.all_reduce(totals), dist.all_reduce(highest, dist.ReduceOp.MAX)
             sums, maxima = dict(zip(names, totals.tolist(), strict=True)), dict(zip(MAXIMA, highest.tolist(), strict=True))
-        first_epoch = actor.batch * segment
-        scale.update(sums["advantage_square"], first_epoch, version == 1)
+        if algorithm == "ppo":  # GRPO's are scaled within their groups
+            scale.update(sums["advantage_square"], actor.batch * segment, version == 1)
+        if proximal:
+            proximal.begin_batch()
         publish()
         now = time.monotonic()
         if rank == 0:
             if version % config.train.checkpoint_every == 0 or version == config.train.iterations:
                 save()
-            report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting))
+            report.send(iteration_metrics(sums, maxima, version, now - begun, config, norms, streamer.waiting, spec.tasks))
         sums, maxima = dict.fromkeys(names, 0.0), dict.fromkeys(MAXIMA, 0.0)
-        grad_norm, begun, updated = 0.0, now, False
+        norms, begun, updated = [0.0, 0.0, 0.0], now, False
         if device != "cpu":
             meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
     if ranks > 1:
@@ -258,21 +376,31 @@ def run(
         report.send({"done": version})
 
 
-def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int) -> dict:
+def iteration_metrics(
+    sums: dict, maxima: dict, version: int, seconds: float, config: Config, norms: list[float], waiting: int, tasks: tuple[str, ...]
+) -> dict:
     """What the actor knows of an iteration, under the names of the run folder's interface."""
-    actor, n = config.actor, sums["samples"]  # chunk steps over all epochs
-    episodes, successes = ([v for k, v in sums.items() if k.startswith(what)] for what in ("episodes_", "successes_"))
+    actor, n = config.actor, max(1.0, sums["samples"])  # chunk steps over all epochs
     # The mean over tasks: trajectories have a fixed length, so pooled episodes would count the quick tasks more often.
-    rates = [won / played for won, played in zip(successes, episodes, strict=True) if played]
-    return {
+    rates = {
+        f"success_{task}": sums[f"successes_{i}"] / sums[f"episodes_{i}"] for i, task in enumerate(tasks) if sums[f"episodes_{i}"]
+    }
+    line = {
         "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
-        "episodes": int(sum(episodes)),
-        "success_rate": sum(rates) / len(rates) if rates else None,
+        "episodes": int(sum(sums[f"episodes_{i}"] for i in range(len(tasks)))),
+        "success_rate": sum(rates.values()) / len(rates) if rates else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
         "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
-        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm,
-        "lr": actor.lr * schedule(version - 1, config),
+        "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": norms[0],
+        "grad_norm_policy": norms[1], "grad_norm_value": norms[2], "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
-        "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
+        "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / n * actor.update_epochs,
         "queue_depths": {"finished": waiting},
-    }  # fmt: skip
+        "trained": int(sums["samples"]), "filtered": int(sums["filtered"]), "skipped": int(sums["skipped"]),
+    } | rates  # fmt: skip
+    if config.train.algorithm == "ppo":
+        line["explained_variance"] = explained_variance(*(sums[name] for name in ERRORS), n / actor.update_epochs)
+    for name in STALENESS:
+        if count := sums[f"samples_at_{name}"]:
+            line |= {f"kl_at_{name}": sums[f"kl_at_{name}"] / count, f"ratio_at_{name}": sums[f"ratio_at_{name}"] / count}
+    return line

@@ -41,8 +41,8 @@ class RunConfig:
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
-    algorithm: Literal["ppo"] = "ppo"
-    """decoupled PPO, which is PPO when the staleness is 0"""
+    algorithm: Literal["ppo", "grpo"] = "ppo"
+    """decoupled PPO, which is PPO when the staleness is 0; or GRPO: no critic, trajectories compared within groups"""
     preset: Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"] = "full"
     """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and stream"""
     ratio: str = "3:1"
@@ -168,16 +168,36 @@ class AlgorithmConfig:
     """discount per chunk step (RLinf: 0.99); 0.9 rewards being quick, so every chunk says something, not only an episode's end"""
     gae_lambda: float = 0.95
     """λ of GAE"""
-    clip: float = 0.2
-    """ε of the clipped policy objective"""
+    granularity: Literal["chunk", "action", "token"] = "chunk"
+    """what the policy ratio is taken of: a whole chunk (π0.5), each action, or each number or token (RLinf: OFT)"""
+    clip_low: float = 0.2
+    """ε of the clipped policy objective, for falling probabilities"""
+    clip_high: float = 0.2
+    """ε for rising ones (RLinf's GRPO of OFT: 0.28)"""
+    dual_clip: float = 0.0
+    """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
+    proximal: Literal["interpolated", "exact"] = "interpolated"
+    """decoupled PPO's proximal log-prob: between old and new by staleness, or under the weights before a batch's first update"""
+    behaviour_weight_max: float = 5.0
+    """decoupled PPO: largest behaviour weight (AReaL: 5)"""
+    behaviour_weight: Literal["mask", "truncate"] = "mask"
+    """what happens to samples above it"""
+    kl_stop: float = 0.0
+    """no further epochs over a batch once a minibatch's KL from the policy that acted exceeds this; 0 means never"""
+    critic_warmup: int = 0
+    """iterations in which only the value head learns"""
     value_clip: float = 0.2
     """largest change of a value estimate per update before its loss is clipped"""
     value_weight: float = 1.0
     """weight of the value loss"""
     huber: float = 10.0
     """δ of the value loss (RLinf: 10)"""
-    behaviour_weight_max: float = 5.0
-    """decoupled PPO: samples whose behaviour weight exceeds this are masked (AReaL: 5)"""
+    group_size: int = 8
+    """G of GRPO: lanes that begin each trajectory in the same state (RLinf: 8)"""
+    group_low: float = 0.1
+    """GRPO: a group whose success rate lies below this is not trained on (RLinf: 0.1)"""
+    group_high: float = 0.9
+    """GRPO: nor one above this (RLinf: 0.9)"""
     advantage_memory: float = 0.8
     """decay of the running mean square, over earlier batches, that scales advantages"""
 
@@ -301,10 +321,23 @@ def validate(config: Config) -> None:
         raise UserError(f"--batch-max {config.rollout.batch_max} must be at least 1")
     if config.rollout.batch_wait_ms != "auto" and not config.rollout.batch_wait_ms >= 0:
         raise UserError(f"--batch-wait-ms {config.rollout.batch_wait_ms} must be 0 or more")
+    grouped = config.train.algorithm == "grpo"
+    size = config.algorithm.group_size if grouped else 1
+    if grouped and size < 2:
+        raise UserError(f"--group-size {size} must be at least 2: GRPO compares trajectories with each other")
+    if not 0.0 <= config.algorithm.group_low <= config.algorithm.group_high <= 1.0:
+        raise UserError("--group-low and --group-high must be success rates, and the first not above the second")
+    for flag, value in (("--clip-low", config.algorithm.clip_low), ("--clip-high", config.algorithm.clip_high)):
+        if not value > 0:
+            raise UserError(f"{flag} {value} must be more than 0")
+    if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
+        raise UserError(f"--dual-clip {config.algorithm.dual_clip} must be more than 1, or 0 for off")
     for flag, whole, parts, what in (
+        ("--envs", env.envs, size, "--group-size"),
         ("--batch", actor.batch, env.envs, "--envs"),
         ("--batch", actor.batch, actor.minibatch, "--minibatch"),
         ("--minibatch", actor.minibatch, ranks * actor.micro_batch, f"--micro-batch × {ranks} actor workers"),
+        ("--minibatch", actor.minibatch, ranks * size, f"--group-size × {ranks} actor workers"),
     ):
         if whole % parts:
             raise UserError(f"{flag} {whole} is not divisible by {what} ({parts}): choose {flag} as a multiple of it")

@@ -63,6 +63,12 @@ class Admission:
     batch: int
     lanes: int
     max_staleness: int
+    group: int = 1  # G of GRPO: so many lanes in a row begin each trajectory in the same state
+
+    @classmethod
+    def of(cls, config) -> "Admission":
+        group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
+        return cls(config.actor.batch, config.env.envs, config.actor.max_staleness, group)
 
     @property
     def per_lane(self) -> int:
@@ -82,6 +88,10 @@ class Admission:
     def slot(self, lane: int, trajectory: int) -> int:
         position = trajectory % self.per_lane * self.lanes + lane
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
+
+    def rank(self, slot: int, ranks: int) -> int:
+        """The actor rank that trains a slot: groups go round, each whole to one rank."""
+        return slot % self.batch // self.group % ranks
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Finished slots → micro-batches → minibatches, for one actor rank; every trajectory consumed exactly once per epoch.
 
 Membership is fixed before anything runs: position p of a batch (slot = ring·batch + p, see `scheduler.Admission`) belongs to
-minibatch p // minibatch and to rank p % ranks. Only the order of micro-batches inside a minibatch follows arrival, and the
+minibatch p // minibatch and to rank p // group % ranks. Only the order of micro-batches inside a minibatch follows arrival, and the
 gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
 
-Left out: GRPO's groups, and moving trajectories between ranks.
+With groups (GRPO) all of that is of whole groups.
+
+Left out: moving trajectories between ranks.
 """
 
 from collections import deque
@@ -26,11 +28,11 @@ class Streamer:
 
     def __init__(
         self, batch: int, minibatch: int, micro_batch: int, ring: int, epochs: int, stream: bool, rank: int, ranks: int,
-        seed: int, version: int,
+        seed: int, version: int, group: int = 1,
     ):  # fmt: skip
         self.batch, self.minibatch, self.micro_batch = batch, minibatch, micro_batch
         self.ring, self.epochs, self.stream, self.seed = ring, epochs, stream, seed
-        self.rank, self.ranks, self.version = rank, ranks, version
+        self.rank, self.ranks, self.version, self.group = rank, ranks, version, group
         self.local = batch // ranks  # trajectories of a batch that this rank trains
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
@@ -39,20 +41,30 @@ class Streamer:
         self.epoch = self.step = self.dispatched = 0
         self.consumed: set[int] = set()
         first = self.version % self.ring * self.batch
-        self.mine = range(first + self.rank, first + self.batch, self.ranks)
+        self.mine = {slot for slot in range(first, first + self.batch) if self._owner(slot) == self.rank}
         self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
+        self.partial: dict[int, list[int]] = {}  # members of a group that came before the others, by the group's first slot
+        self.stopping = False
         for slot in sorted(s for s in self.finished if s in self.mine):
             self._arrive(slot)
 
+    def _owner(self, slot: int) -> int:
+        """As `scheduler.Admission.rank`."""
+        return slot % self.batch // self.group % self.ranks
+
     def _arrive(self, slot: int) -> None:
-        self.ready[slot % self.batch // self.minibatch].append(slot)
+        """A group is ready when it is whole: its advantages need every member's outcome."""
+        members = self.partial.setdefault(slot - slot % self.group, [])
+        members.append(slot)
+        if len(members) == self.group:
+            self.ready[slot % self.batch // self.minibatch].extend(self.partial.pop(slot - slot % self.group))
 
     def add(self, slot: int) -> None:
         """A trajectory is complete. Raises RuntimeError when it was already given (consume-once)."""
         if slot in self.finished or slot in self.consumed:
             raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
-        if slot % self.batch % self.ranks != self.rank:
-            raise RuntimeError(f"slot {slot} belongs to actor rank {slot % self.batch % self.ranks}, not {self.rank}")
+        if self._owner(slot) != self.rank:
+            raise RuntimeError(f"slot {slot} belongs to actor rank {self._owner(slot)}, not {self.rank}")
         self.finished.add(slot)
         if slot in self.mine:
             self._arrive(slot)
@@ -87,10 +99,21 @@ class Streamer:
 
     def _begin_epoch(self) -> None:
         """Every minibatch of this epoch is out: the next epoch reshuffles the same trajectories, seeded by version."""
-        self.epoch, self.step = self.epoch + 1, 0
+        self.epoch, self.step = self.epochs if self.stopping else self.epoch + 1, 0
         if self.epoch < self.epochs:
             order = np.random.default_rng([self.seed, self.version, self.epoch, self.rank]).permutation(sorted(self.consumed))
             self.ready = [deque(map(int, part)) for part in np.split(order, len(self.ready))]
+
+    def stop(self) -> int:
+        """No epochs after the first one, which every trajectory gets. Returns how many trajectories are spared, over all epochs."""
+        if self.stopping:
+            return 0
+        self.stopping = True
+        left = sum(map(len, self.ready)) if self.epoch else 0  # of the running epoch
+        left += (self.epochs - 1 - self.epoch) * self.local
+        if self.epoch:
+            self.epoch = self.epochs
+        return left
 
     @property
     def done(self) -> bool:

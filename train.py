@@ -124,7 +124,7 @@ def prepare(config: Config) -> Setup:
     segment, f = config.env.segment, torch.float32
     slots: Spec = {
         "actions": ((segment, config.rollout.chunk, spec.action_dim), f),
-        "logprob": ((segment,), f),
+        "logprob": ((segment, config.rollout.chunk, spec.action_dim), f),
         "value": ((segment + 1,), f),
         "reward": ((segment,), f),
         "terminated": ((segment,), torch.bool),

@@ -6,9 +6,9 @@ A model file offers `build(config, env_spec, device="cpu", weights="all") -> mod
     .observation_fields() -> {name: (shape, dtype)}  what the policy sees: "image" and what else its `preparation` makes
     .slot_fields() -> {name: (shape, dtype)}    what one chunk step stores beyond the common fields, per chunk step
     .draw(keys, explore) -> {name: tensor}      all randomness of one inference, counter-based: see `generator`
-    .act(obs, noise) -> {name: tensor}          "actions" [n, C, A], "logprob" [n], "value" [n] and the slot fields
+    .act(obs, noise) -> {name: tensor}          "actions" and "logprob" [n, C, A], "value" [n], slot fields
     .training_fields() -> (name, …)             the slot fields that `evaluate` reads
-    .evaluate(batch) -> {"logprob" [n], "value" [n], "entropy" []}   differentiable, from stored slot fields
+    .evaluate(batch) -> {"logprob" [n, C, A], "value" [n], "entropy" []}   differentiable, from slot fields
     .COMPILED                                   names of the methods that `models/compiled.py` compiles
     .trainable() -> {name: parameter}           what reinforcement learning updates and the weight plane carries
     .idle() -> (prefix, …)                      beginnings of the names of parameters that `evaluate` has no use for

@@ -63,13 +63,13 @@ class Emulated(nn.Module):
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
         time.sleep((INFER_BASE + n * INFER_EACH) / self.infer_speed)
-        return {"actions": self.action.expand(n, -1, -1), "logprob": torch.zeros(n), "value": torch.zeros(n)}
+        return {"actions": self.action.expand(n, -1, -1), "logprob": torch.zeros(n, *self.action.shape), "value": torch.zeros(n)}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
         time.sleep(n * TRAIN_EACH / self.train_speed)
         zero = self.action.sum() * 0.0
-        return {"logprob": zero.expand(n), "value": zero.expand(n), "entropy": zero}
+        return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n), "entropy": zero}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())

@@ -31,6 +31,6 @@ def flow_noise(
 
 
 def normal_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """log N(x; mean, std²) summed over the chunk and the simulator's action dimensions: [n, C, A] → [n]."""
+    """log N(x; mean, std²) of every number of a chunk: [n, C, A]."""
     z = (x - mean) / std
-    return (-0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)).sum(dim=(1, 2))
+    return -0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)

@@ -488,7 +488,7 @@ class Gr00t(nn.Module):
         # The flow itself stays in fp32. A copy like what later steps make of it: compiled code tells tensors made in inference mode
         # and their strides apart.
         x, index = noise["x0"].clone(memory_format=torch.contiguous_format), noise["denoise_index"][:, None, None]
-        x_t, x_next, logprob = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x))
+        x_t, x_next, logprob = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x), c.chunk, c.action_dim)
         times = denoise_times(c.denoise_steps)
         for i, (now, later, bucket) in enumerate(zip(times, times[1:], self.buckets(), strict=False)):
             t, t_next = x.new_full((len(x), 1, 1), now), x.new_full((len(x), 1, 1), later)
@@ -498,22 +498,22 @@ class Gr00t(nn.Module):
             chosen = index == i
             after = torch.where(chosen, mean + std * noise["epsilon"], x + v * (t_next - t))
             x_t, x_next = torch.where(chosen, x, x_t), torch.where(chosen, after, x_next)
-            logprob = torch.where(chosen[:, 0, 0], self.logprob(after, mean, std), logprob)
+            logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
             x = after
         out = {"actions": x[:, : c.chunk, : c.action_dim], "logprob": logprob, "x_t": x_t, "x_next": x_next}
         out |= {"value": self.value(context[0], real, state), "denoise_index": noise["denoise_index"].to(torch.int32)}
         return out | ({"vl_features": features.to(getattr(torch, c.prefix_dtype))} if self.stores_features else {})
 
     def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Over what the simulator executes: C actions of A dimensions, not the flow's padding."""
+        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C, A]."""
         executed = slice(None), slice(self.config.chunk), slice(self.config.action_dim)
         return normal_logprob(x[executed], mean[executed], std)
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: slot fields [n, …] with tokens and state; without a cache also image. Returns logprob [n], value [n] and entropy [],
-        the mean per dimension of the transition's Normal.
+        batch: slot fields [n, …] with tokens and state; without a cache also image. Returns logprob [n, C, A], value [n] and
+        entropy [], the mean per dimension of the transition's Normal.
         """
         c = self.config
         features, real = self.features(batch)

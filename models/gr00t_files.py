@@ -518,7 +518,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
         mean, std = flow_sde_step(given["x_t"], v, t, t_next, c.noise_level)
         out |= {"sde_mean": mean, "sde_std": std.expand_as(mean), "ode_mean": given["x_t"] + v * (t_next - t)}
         executed = slice(None), slice(c.chunk), slice(c.action_dim)
-        out["logprob"] = normal_logprob(given["x_next"][executed], mean[executed], std)
+        out["logprob"] = normal_logprob(given["x_next"][executed], mean[executed], std).sum((1, 2))
         if not model.value_head[0].weight.is_meta:
             out["value"] = model.value(context[0], real, state)
 

@@ -401,10 +401,10 @@ class Oft(nn.Module):
 
     def slot_fields(self) -> dict[str, Shape]:
         shape = (self.config.chunk, self.config.action_dim)
-        return {"action_tokens": (shape, torch.int32), "token_logprob": (shape, torch.float32)}
+        return {"action_tokens": (shape, torch.int32)}
 
     def training_fields(self) -> tuple[str, ...]:
-        """What `evaluate` reads from a slot. Token-level objectives also want the behaviour's `token_logprob`."""
+        """What `evaluate` reads from a slot."""
         return ("image", "tokens", "action_tokens")
 
     def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
@@ -424,7 +424,7 @@ class Oft(nn.Module):
         sample = (below <= noise["uniform"][..., None] * below[..., -1:]).sum(-1).clamp(max=c.bins - 1)
         index = torch.where(noise["explore"][:, None], sample, logits.argmax(-1))  # [n, C·A]
         chosen = logprob.gather(-1, index[..., None])[..., 0]
-        out = {"logprob": chosen.sum(1), "value": self.value(hidden), "token_logprob": chosen.view(-1, c.chunk, c.action_dim)}
+        out = {"logprob": chosen.view(-1, c.chunk, c.action_dim), "value": self.value(hidden)}
         index = index.view(-1, c.chunk, c.action_dim)
         out["action_tokens"] = (index + c.words).to(torch.int32)
         out["actions"] = self.action_table[torch.arange(c.action_dim, device=index.device), index]
@@ -433,7 +433,7 @@ class Oft(nn.Module):
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: image, tokens, action_tokens [n, …]. Returns logprob [n], token_logprob [n, C, A], value [n] and entropy [],
+        batch: image, tokens, action_tokens [n, …]. Returns logprob [n, C, A], one per token, value [n] and entropy [],
         the mean per token in nats.
         """
         c = self.config
@@ -442,7 +442,7 @@ class Oft(nn.Module):
         chosen = logprob.gather(-1, (batch["action_tokens"].long() - c.words).flatten(1)[..., None])[..., 0]  # [n, C·A]
         entropy = -(logprob.exp() * logprob).sum(-1).mean()
         tokens = chosen.view(-1, c.chunk, c.action_dim)
-        return {"logprob": chosen.sum(1), "token_logprob": tokens, "value": self.value(hidden), "entropy": entropy}
+        return {"logprob": tokens, "value": self.value(hidden), "entropy": entropy}
 
     def imitation_loss(self, image: Tensor, tokens: Tensor, actions: Tensor) -> Tensor:
         """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A action tokens and </s>.

@@ -447,7 +447,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
     out["greedy_tokens"], out["greedy_actions"] = greedy["action_tokens"].long(), greedy["actions"]
     if "action_tokens" in inputs:
         found = model.evaluate(obs | {"action_tokens": inputs["action_tokens"]})
-        out["logprobs"], out["logprob"], out["entropy"] = found["token_logprob"], found["logprob"], found["entropy"]
+        out["logprobs"], out["logprob"], out["entropy"] = found["logprob"], found["logprob"].sum((1, 2)), found["entropy"]
         out["values"] = found["value"][:, None]
         out["loss"] = -(inputs["weights"] * out["logprobs"]).mean() + (out["values"] - inputs["returns"]).square().mean()
     else:

@@ -435,6 +435,7 @@ class Pi(nn.Module):
         return x[:, : self.config.executed_steps or None, : self.config.executed_dims or None]
 
     def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C, A]."""
         return normal_logprob(self.executed(x), self.executed(mean), self.executed(std))
 
     @torch.inference_mode()
@@ -444,7 +445,7 @@ class Pi(nn.Module):
         # A copy like what later steps make of it: compiled code tells tensors made in inference mode and their strides apart.
         x = noise["x1"].clone(memory_format=torch.contiguous_format)
         index, state = noise["denoise_index"][:, None, None], obs.get("state")
-        x_t, x_next, logprob, value = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x)), None
+        x_t, x_next, logprob, value = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(self.executed(x)), None
         times = denoise_times(self.config.denoise_steps)
         for i, (now, later) in enumerate(zip(times, times[1:], strict=False)):
             t, t_next = x.new_full((len(x), 1, 1), now), x.new_full((len(x), 1, 1), later)
@@ -453,7 +454,7 @@ class Pi(nn.Module):
             chosen = index == i
             after = torch.where(chosen, mean + std * noise["epsilon"], step)
             x_t, x_next = torch.where(chosen, x, x_t), torch.where(chosen, after, x_next)
-            logprob = torch.where(chosen[:, 0, 0], self.logprob(after, mean, std), logprob)
+            logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
             if not self.config.pi05:  # the value belongs to the step that `evaluate` will see
                 here = self.value(h.mean(1))
                 value = here if value is None else torch.where(chosen[:, 0, 0], here, value)
@@ -468,7 +469,7 @@ class Pi(nn.Module):
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n], value [n] and entropy [], the mean per
+        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A], value [n] and entropy [], the mean per
         dimension of the transition's Normal.
         """
         if self.cached:

@@ -535,7 +535,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
         for name, (mean, std) in steps.items():
             crop = model.executed
             out |= {f"{name}.mean": mean, f"{name}.std": std.expand_as(mean)}
-            out[f"{name}.logprob"] = normal_logprob(crop(given[f"{name}.x_next"]), crop(mean), crop(std))
+            out[f"{name}.logprob"] = normal_logprob(crop(given[f"{name}.x_next"]), crop(mean), crop(std)).sum((1, 2))
             out[f"{name}.entropy"] = (crop(std).log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
     actions, noise = given["actions"], given["noise"]
     t = given["time"][:, None, None]

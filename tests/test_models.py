@@ -64,7 +64,7 @@ def test_what_is_observed_acted_and_stored_fits_the_slots(made, name):
         fields.keys() <= {"image", "tokens", "state"} and set(model.training_fields()) <= fields.keys() | model.slot_fields().keys()
     )
     out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(n)], [True] * n))
-    assert out["actions"].shape == (n, 10, 4) and out["logprob"].shape == out["value"].shape == (n,)
+    assert out["actions"].shape == out["logprob"].shape == (n, 10, 4) and out["value"].shape == (n,)
     for key, (shape, dtype) in model.slot_fields().items():
         assert (out[key].shape[1:], out[key].dtype) == (shape, dtype), key
     executed = preparation.actions(out["actions"][0].numpy(), np.zeros(4, np.float32))

@@ -176,9 +176,8 @@ def test_ratio_is_one_at_staleness_zero(changes):
     out = model.act(obs, model.draw(KEYS, [True] * 5))
     for rows in (slice(None), [3, 1]):  # trained in another company than it acted in
         again = model.evaluate(stored(model, obs, out, rows))
-        for name in ("logprob", "token_logprob", "value"):
+        for name in ("logprob", "value"):
             torch.testing.assert_close(again[name], out[name][rows], atol=1e-5, rtol=0)
-        torch.testing.assert_close(again["logprob"], again["token_logprob"].sum((1, 2)))
     assert out["value"].abs().min() > 1e-4 and 0 < again["entropy"] < math.log(256)
 
 
@@ -189,11 +188,11 @@ def test_the_logprob_in_bf16():
     obs = observations(model, 5)
     exact = model.act(obs, model.draw(KEYS, [True] * 5))
     model = model.to(torch.bfloat16)
-    assert largest(model.evaluate(stored(model, obs, exact))["token_logprob"], exact["token_logprob"]) <= 0.05
+    assert largest(model.evaluate(stored(model, obs, exact))["logprob"], exact["logprob"]) <= 0.05
     out = model.act(obs, model.draw(KEYS, [True] * 5))
     for rows in (slice(None), [3, 1]):
         again = model.evaluate(stored(model, obs, out, rows))
-        assert largest(again["token_logprob"], out["token_logprob"][rows]) <= 1e-4
+        assert largest(again["logprob"], out["logprob"][rows]) <= 1e-4
 
 
 def test_logprobs_are_of_a_tempered_softmax_over_the_action_words_alone():
@@ -205,7 +204,7 @@ def test_logprobs_are_of_a_tempered_softmax_over_the_action_words_alone():
     logits[..., c.words + c.bins :] = -math.inf
     every = torch.distributions.Categorical(logits=logits / 1.6)
     expected = every.log_prob(out["action_tokens"].flatten(1).long()).view(4, c.chunk, c.action_dim)
-    torch.testing.assert_close(out["token_logprob"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(out["logprob"], expected, atol=1e-5, rtol=0)
     assert out["action_tokens"].min() >= c.words and out["action_tokens"].max() < c.words + c.bins
     bins = torch.distributions.Categorical(logits=logits[..., c.words : c.words + c.bins] / 1.6)
     torch.testing.assert_close(model.evaluate(stored(model, obs, out))["entropy"], bins.entropy().mean())
@@ -379,7 +378,7 @@ def test_a_folder_gives_the_original_s_numbers(tmp_path):
     out = model.act(inputs, {"uniform": torch.zeros(3, 12), "explore": torch.zeros(3, dtype=torch.bool)})
     assert largest(out["actions"], wanted["greedy_actions"]) < 1e-6
     found = model.evaluate(inputs)
-    assert largest(found["token_logprob"], wanted["logprobs"]) < 1e-4 and largest(found["value"], wanted["values"][:, 0]) < 1e-4
+    assert largest(found["logprob"], wanted["logprobs"]) < 1e-4 and largest(found["value"], wanted["values"][:, 0]) < 1e-4
     assert model.header.stats["q99"] == [0.9, 0.25, 0.13, 1.0] and model.config.train == "lora"
 
 

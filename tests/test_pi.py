@@ -82,7 +82,7 @@ def test_flow_sde_keeps_the_marginal_to_first_order():
 def test_logprob_is_the_normal_distribution_s():
     x, mean = torch.randn(2, 3, 5, 4, dtype=torch.float64).unbind()
     std = torch.rand(3, 1, 1, dtype=torch.float64) + 0.1
-    torch.testing.assert_close(normal_logprob(x, mean, std), Normal(mean, std).log_prob(x).sum((1, 2)))
+    torch.testing.assert_close(normal_logprob(x, mean, std), Normal(mean, std).log_prob(x))
 
 
 # ---------------------------------------------------------------- acting and evaluating
@@ -97,7 +97,7 @@ def test_ratio_is_one_at_staleness_zero(kind, how):
     again = model.evaluate(stored(model, obs, out))
     torch.testing.assert_close(again["logprob"], out["logprob"], atol=1e-5, rtol=0)
     torch.testing.assert_close(again["value"], out["value"], atol=1e-5, rtol=0)
-    assert out["logprob"].abs().min() > 0.1 and out["value"].abs().min() > 1e-4
+    assert out["logprob"].sum((1, 2)).abs().min() > 0.1 and out["value"].abs().min() > 1e-4
 
 
 def test_logprob_and_entropy_are_of_the_one_stochastic_transition():
@@ -118,7 +118,7 @@ def test_logprob_and_entropy_are_of_the_one_stochastic_transition():
                 entropy[k] = Normal(mean, std).entropy().mean()
         x = after
     torch.testing.assert_close(out["actions"], x, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(out["logprob"], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out["logprob"].sum((1, 2)), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(model.evaluate(stored(model, obs, out))["entropy"], entropy.mean())
 
 
@@ -192,7 +192,9 @@ def test_a_stored_prefix_gives_the_losses_and_gradients_of_a_recomputed_one(kind
     for model in models:
         result = model.evaluate(stored(model, obs, out))
         weight = torch.linspace(-1, 1, 5)  # a loss as PPO's: a weighted sum of log-probs and errors of values
-        ((result["logprob"] * weight).mean() + (result["value"] - weight).square().mean() + 0.1 * result["entropy"]).backward()
+        (
+            (result["logprob"].sum((1, 2)) * weight).mean() + (result["value"] - weight).square().mean() + 0.1 * result["entropy"]
+        ).backward()
         results.append(result)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for result, gradient in zip(results[1:], gradients[1:], strict=True):
@@ -283,7 +285,7 @@ def test_padding_of_actions_counts_in_no_logprob():
     batch["x_next"][:, :, 3:] -= 5.0
     torch.testing.assert_close(model.evaluate(batch)["logprob"], out["logprob"], atol=1e-5, rtol=0)
     batch["x_next"][:, 5, 2] += 0.1
-    assert (model.evaluate(batch)["logprob"] - out["logprob"]).abs().min() > 1e-3
+    assert (model.evaluate(batch)["logprob"] - out["logprob"]).sum((1, 2)).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["pi0", "pi05"])

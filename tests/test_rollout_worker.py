@@ -99,7 +99,7 @@ def channels(model):
     c, t = model.config, SEGMENT
     spec = {
         "image": ((t + 1, 1, 16, 16, 3), torch.uint8), "tokens": ((t + 1, c.tokens), torch.int32),
-        "actions": ((t, 4, 4), torch.float32), "logprob": ((t,), torch.float32), "value": ((t + 1,), torch.float32),
+        "actions": ((t, 4, 4), torch.float32), "logprob": ((t, 4, 4), torch.float32), "value": ((t + 1,), torch.float32),
         "version": ((t,), torch.int32), "lane": ((), torch.int32), "trajectory": ((), torch.int32),
     }  # fmt: skip
     spec |= {name: ((t, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
@@ -152,7 +152,7 @@ def test_what_is_written_can_be_trained_at_ratio_one(model, channels):
     batch = {name: pool[name][:, :SEGMENT].flatten(0, 1) for name in model.training_fields()}
     with torch.no_grad():
         out = model.evaluate(batch)
-    torch.testing.assert_close(out["logprob"], pool["logprob"].flatten(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out["logprob"], pool["logprob"].flatten(0, 1), atol=1e-5, rtol=0)
     torch.testing.assert_close(out["value"], pool["value"][:, :SEGMENT].flatten(), atol=1e-5, rtol=0)
 
 
