@@ -10,7 +10,17 @@ import torch.distributed as dist
 from conftest import observations, tiny_pi
 from torch import nn
 
-from actor_worker import all_reduce_gradients, gather, iteration_metrics, outcomes, save_checkpoint, train_micro_batch
+from actor_worker import (
+    SUMS,
+    ExactProximal,
+    all_reduce_gradients,
+    gather,
+    iteration_metrics,
+    outcomes,
+    outcomes_of_groups,
+    save_checkpoint,
+    train_micro_batch,
+)
 from algorithms import AdvantageScale
 from channel import SlotPool
 from config import Config
@@ -22,17 +32,17 @@ FIELDS = ("task", "reward", "value", "terminated", "truncated", "logprob", "vers
 
 
 class Toy(nn.Module):
-    """The smallest policy: log-prob and value are linear in what was seen."""
+    """The smallest policy: log-probs (of 2 actions of 3 numbers) and value are linear in what was seen."""
 
     def __init__(self):
         super().__init__()
-        self.policy, self.head = nn.Linear(6, 1).double(), nn.Linear(6, 1).double()
+        self.policy, self.head = nn.Linear(6, 6).double(), nn.Linear(6, 1).double()
 
     def training_fields(self):
         return ("seen",)
 
     def evaluate(self, batch):
-        policy, value = self.policy(batch["seen"])[:, 0], self.head(batch["seen"])[:, 0]
+        policy, value = self.policy(batch["seen"]).unflatten(1, (2, 3)), self.head(batch["seen"])[:, 0]
         return {"logprob": policy, "value": value, "entropy": policy.detach().mean()}
 
 
@@ -40,7 +50,11 @@ def filled_pool(model, dtype, fields: dict) -> SlotPool:
     """Eight random trajectories with successes, time limits, stale versions and log-probs near the model's own."""
     spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in fields.items()}
     t = (SEGMENT,)
-    spec |= {"reward": (t, dtype), "value": ((SEGMENT + 1,), dtype), "logprob": (t, dtype), "version": (t, torch.int32)}
+    spec |= {"reward": (t, dtype), "value": ((SEGMENT + 1,), dtype), "version": (t, torch.int32)}
+    flat = {name: fields[name][:, :SEGMENT].flatten(0, 1) for name in model.training_fields()}
+    with torch.no_grad():
+        logprob = model.evaluate(flat)["logprob"].unflatten(0, (BATCH, SEGMENT))  # [B, T, C, A]
+    spec |= {"logprob": (tuple(logprob.shape[1:]), dtype)}
     spec |= {"terminated": (t, torch.bool), "truncated": (t, torch.bool), "task": ((), torch.int32)}
     pool = SlotPool(spec, BATCH)
     for name, x in fields.items():
@@ -50,28 +64,32 @@ def filled_pool(model, dtype, fields: dict) -> SlotPool:
     pool["terminated"].copy_(end == 0), pool["truncated"].copy_(end == 1)
     pool["reward"].copy_(end == 0), pool["value"].copy_(torch.randn(BATCH, SEGMENT + 1))
     pool["version"].copy_(torch.randint(1, 4, (BATCH, SEGMENT)))
-    flat = {name: pool[name][:, :SEGMENT].flatten(0, 1) for name in model.training_fields()}
-    with torch.no_grad():
-        logprob = model.evaluate(flat)["logprob"].view(BATCH, SEGMENT)
-    pool["logprob"].copy_(logprob + 0.3 * torch.randn(BATCH, SEGMENT))
+    pool["logprob"].copy_(logprob + 0.3 / logprob[0, 0].numel() ** 0.5 * torch.randn_like(logprob))
     return pool
 
 
-def gradients(model, pool: SlotPool, groups: list[tuple[int, ...]]) -> tuple[list[torch.Tensor], dict[str, float]]:
+def gradients(
+    model, pool: SlotPool, groups: list[tuple[int, ...]], config: Config | None = None, proximal=None
+) -> tuple[list[torch.Tensor], dict[str, float]]:
     """Accumulated over one micro-batch per group of slots."""
     model.zero_grad()
-    scale, sums = AdvantageScale(0.8, 0.7), {}
+    scale, sums, config = AdvantageScale(0.8, 0.7), {}, config or Config()
+    size, algorithm = config.algorithm.group_size, config.train.algorithm
     for slots in groups:
         data = gather(pool, slots, (*FIELDS, *model.training_fields()), "cpu")
-        for name, value in (train_micro_batch(model, data, 3, BATCH * SEGMENT, Config(), scale) | outcomes(data)).items():
+        if algorithm == "grpo":
+            data |= {"outcomes": outcomes_of_groups(pool, slots, size, "cpu"), "member": torch.tensor(slots) % size}
+        exact = proximal.of(slots, SEGMENT) if proximal else None
+        found = train_micro_batch(model, data, 3, BATCH * SEGMENT, config, scale, exact) | outcomes(data, algorithm)
+        for name, value in found.items():
             keep = max if name in ("ratio_max", "staleness_max") else lambda a, b: a + b
             sums[name] = keep(sums[name], float(value)) if name in sums else float(value)
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], sums
 
 
-def streamed(order: np.ndarray, stream: bool = True) -> list[tuple[int, ...]]:
+def streamed(order: np.ndarray, stream: bool = True, group: int = 1) -> list[tuple[int, ...]]:
     """The micro-batches of two trajectories that a streamer makes when they arrive in this order."""
-    streamer = Streamer(BATCH, BATCH, 2, 1, 1, stream, 0, 1, seed=1, version=0)
+    streamer = Streamer(BATCH, BATCH, 2, 1, 1, stream, 0, 1, seed=1, version=0, group=group)
     groups = []
     for slot in order:
         streamer.add(int(slot))
@@ -96,10 +114,64 @@ def test_streamed_gradient_is_the_full_batch_gradient_in_fp64(seed):
     parts, sums = gradients(model, pool, streamed(order, stream=seed % 2 == 0))
     assert close(parts, whole, 1e-6)  # measured: 1e-16
     assert sums == pytest.approx(stats, rel=1e-9) and sums["samples"] == BATCH * SEGMENT
-    assert sums["discarded"] == 0 and sums["staleness_max"] == 2
+    assert sums["masked"] == sums["filtered"] == 0 and sums["staleness_max"] == 2
     assert sums["successes_0"] + sums["successes_1"] == pool["reward"].sum()
     less, _ = gradients(model, pool, streamed(order)[1:])
     assert not close(less, whole, 1e-2)  # the comparison can fail
+
+
+@pytest.mark.parametrize("granularity", ["chunk", "token"])
+def test_streamed_gradient_of_groups_is_the_full_batch_gradient(granularity):
+    config = Config()
+    config.train.algorithm, config.algorithm.group_size, config.algorithm.granularity = "grpo", 4, granularity
+    model = Toy()
+    pool = filled_pool(model, torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    pool["terminated"].zero_(), pool["truncated"].zero_()
+    pool["terminated"][[0, 3, 6], [1, 4, 0]] = True  # 2 of the first group succeed, 1 of the second
+    pool["truncated"][:, SEGMENT - 1] = ~pool["terminated"][:, SEGMENT - 1]
+    whole, stats = gradients(model, pool, [tuple(range(BATCH))], config)
+    groups = streamed(np.random.default_rng(0).permutation(BATCH), group=4)
+    assert all(len({slot // 4 for slot in slots}) == 1 for slots in groups)  # whole groups, one after the other
+    parts, sums = gradients(model, pool, groups, config)
+    assert close(parts[:2], whole[:2], 1e-6) and sums == pytest.approx(stats, rel=1e-6)
+    assert sums["samples"] == 6 * SEGMENT + 2 + 1  # rows after an episode's end are not trained
+    assert sums["episodes_0"] + sums["episodes_1"] == BATCH and sums["successes_0"] + sums["successes_1"] == 3
+    assert not parts[2:] or not any(p.any() for p in parts[2:])  # no critic
+
+    pool["terminated"][4:].zero_()
+    pool["truncated"][4:, SEGMENT - 1] = True  # the second group fails as one
+    less, sums = gradients(model, pool, groups, config)
+    alone, _ = gradients(model, pool, [(0, 1, 2, 3)], config)
+    assert close(less[:2], alone[:2], 1e-9) and sums["filtered"] == 4 * SEGMENT
+
+
+def test_the_exact_proximal_policy_is_that_of_before_the_first_update():
+    config, model = Config(), Toy()
+    pool = filled_pool(model, torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    pool["version"].fill_(2)  # staleness 1
+    flat = {"seen": pool["seen"][:, :SEGMENT].flatten(0, 1)}
+    before = model.evaluate(flat)["logprob"].detach()
+    exact = ExactProximal(model, list(model.parameters()))
+    seen = []
+    watched = lambda slots: lambda *args: seen.append((slots, exact.of(slots, SEGMENT)(*args))) or seen[-1][1]  # noqa: E731
+    with torch.no_grad():
+        exact.keep_weights()
+        for parameter in model.parameters():
+            parameter.add_(0.1)  # the first update
+    stand_in = type("Watched", (), {"of": lambda self, slots, segment: watched(slots)})()
+    for _ in range(2):  # two epochs, between which weights move on
+        gradients(model, pool, [(3, 1), (0, 2)], config, stand_in)
+        with torch.no_grad():
+            exact.keep_weights()
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    assert len(seen) == 4
+    for slots, found in seen:
+        rows = torch.cat([torch.arange(slot * SEGMENT, (slot + 1) * SEGMENT) for slot in slots])
+        torch.testing.assert_close(found, before[rows])
+    exact.begin_batch()
+    gradients(model, pool, [(0, 1)], config, stand_in)  # of the next batch: nothing was updated yet
+    torch.testing.assert_close(seen[-1][1], model.evaluate(flat)["logprob"].detach()[: 2 * SEGMENT])
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])
@@ -132,17 +204,27 @@ def test_metrics_of_a_micro_batch_by_hand():
 def test_iteration_metrics_are_per_chunk_step():
     config = Config()
     config.actor.batch, config.actor.update_epochs = BATCH, 2
-    names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "staleness")
+    names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "staleness")
     samples = 2.0 * BATCH * SEGMENT  # both epochs
-    sums = {n: samples for n in names} | {"samples": samples, "reward": 4.0}
+    sums = dict.fromkeys(SUMS, 0.0) | {n: samples for n in names} | {"samples": samples, "reward": 4.0}
+    sums |= {"samples_at_1": samples, "kl_at_1": 0.5 * samples, "ratio_at_1": 2.0 * samples}
+    sums |= {"returns_square": samples, "error_square": 0.5 * samples}  # of the first epoch: half of the variance is left
     sums |= {"episodes_0": 6.0, "successes_0": 6.0, "episodes_1": 2.0, "successes_1": 0.0, "episodes_2": 0.0, "successes_2": 0.0}
-    out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, 0.5, 3)
-    assert all(out[n] == 1.0 for n in names if n not in ("discarded", "staleness")) and out["staleness_mean"] == 1.0
+    tasks = ("a", "b", "c")
+    out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, [0.5, 0.4, 0.3], 3, tasks)
+    assert all(out[n] == 1.0 for n in names if n not in ("masked", "staleness")) and out["staleness_mean"] == 1.0
+    assert (out["success_a"], out["success_b"], "success_c" in out) == (1.0, 0.0, False) and out["masked_fraction"] == 1.0
+    assert (out["kl_at_1"], out["ratio_at_1"], "kl_at_0" in out) == (0.5, 2.0, False)
+    assert out["explained_variance"] == 0.5 and (out["grad_norm"], out["grad_norm_policy"], out["grad_norm_value"]) == (
+        0.5,
+        0.4,
+        0.3,
+    )
     assert (out["success_rate"], out["reward"], out["episodes"]) == (0.5, 0.5, 8)  # the mean over tasks, whatever their number
     assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
     assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
     sums |= {"episodes_0": 0.0, "episodes_1": 0.0}
-    nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, 0.5, 3)
+    nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, [0.5, 0.4, 0.3], 3, tasks)
     assert nothing["success_rate"] is None
 
 

@@ -1,5 +1,6 @@
 """Every trajectory once per epoch, in a minibatch that arrival cannot change."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,3 +137,46 @@ def test_a_batch_cannot_be_finished_with_trajectories_missing():
     drive(streamer, [0, 1, 2])
     with pytest.raises(RuntimeError, match="2 of 8"):
         streamer.finish_batch()
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4, 8]), st.booleans())
+@settings(deadline=None, derandomize=True, max_examples=40)
+def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(seed, ranks, micro_batch, stream):
+    batch, minibatch, group, epochs = 32, 16, 4, 2
+    order = np.random.default_rng(seed).permutation(batch)
+    trained = {}
+    for rank in range(ranks):
+        streamer = Streamer(batch, minibatch, micro_batch, 2, epochs, stream, rank, ranks, seed, 0, group)
+        arrived: set[int] = set()
+        for slot in order:
+            if slot // group % ranks != rank:
+                continue
+            streamer.add(int(slot))
+            arrived.add(int(slot))
+            while (micro := streamer.next()) is not None:
+                for s in micro.slots:
+                    start = s - s % group
+                    assert set(range(start, start + group)) <= arrived  # nobody's outcome is missing
+                    trained.setdefault(micro.epoch, []).append(s)
+        assert streamer.done
+        streamer.finish_batch()
+    assert all(sorted(slots) == list(range(batch)) for slots in trained.values()) and len(trained) == epochs
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 7, 8])
+def test_stopping_spares_epochs_but_never_a_trajectory(after):
+    """Four micro-batches an epoch, three epochs; stopped after so many of them."""
+    streamer = Streamer(8, 4, 2, 1, 3, True, 0, 1, seed=1, version=0)
+    for slot in range(8):
+        streamer.add(slot)
+    trained, spared = [], None
+    while not streamer.done:
+        if len(trained) == 2 * after:
+            spared = streamer.stop()
+            assert streamer.stop() == 0  # once is enough
+            if streamer.done:
+                break
+        trained += streamer.next().slots
+    assert set(trained[:8]) == set(range(8)) and len(trained) == max(8, 2 * after)
+    assert spared == 3 * 8 - len(trained)  # trained and spared add up
+    streamer.finish_batch()
