@@ -396,6 +396,7 @@ def iteration_metrics(
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
         "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / n * actor.update_epochs,
         "queue_depths": {"finished": waiting},
+        "filtered_fraction": sums["filtered"] / (sums["filtered"] + n / actor.update_epochs),
         "trained": int(sums["samples"]), "filtered": int(sums["filtered"]), "skipped": int(sums["skipped"]),
     } | rates  # fmt: skip
     if config.train.algorithm == "ppo":

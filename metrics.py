@@ -283,6 +283,45 @@ class Interval:
         }  # fmt: skip
 
 
+# ---------------------------------------------------------------- what a collapse announces itself by
+
+# key of a metrics line, when it is unhealthy, and what to say; rules of thumb, each from the source named
+SIGNS = (
+    (
+        "approx_kl",
+        lambda x: x > 0.1,
+        "the policy moves far in one batch (KL {:.2g}, healthy below 0.1): lower --lr or --update-epochs",
+    ),
+    ("clip_fraction", lambda x: x > 0.4, "{:.0%} of samples are clipped and teach nothing (healthy below 40 %): lower --lr"),
+    ("masked_fraction", lambda x: x > 0.05, "{:.0%} of samples are too stale to be used: lower --max-staleness or --lr"),
+    ("kl_at_3_or_more", lambda x: x > 0.2, "samples 3 and more versions old differ by KL {:.2g}: lower --max-staleness"),
+    ("explained_variance", lambda x: x < -0.5, "the critic is worse than a constant (explained variance {:.2f}): raise --value-lr"),
+    (
+        "grad_norm",
+        lambda x: x > 50.0,
+        "the gradient's norm is {:.0f} before clipping: lower --lr, and look at the episodes' rewards",
+    ),
+    ("filtered_fraction", lambda x: x > 0.8, "{:.0%} of steps are in groups that all succeed or all fail: choose other --tasks"),
+)
+PATIENCE = 3  # iterations in a row before anything is said, and ten times as many before it is said again
+
+
+class Warnings:
+    """Says in plain words when a diagnostic has left its healthy range for PATIENCE iterations, and what to change."""
+
+    def __init__(self):
+        self.ill: dict[str, int] = {}
+
+    def of(self, line: dict) -> list[str]:
+        found = []
+        for key, unhealthy, words in SIGNS:
+            value = line.get(key)
+            self.ill[key] = self.ill.get(key, 0) + 1 if value is not None and unhealthy(value) else 0
+            if self.ill[key] % (10 * PATIENCE) == PATIENCE:
+                found.append(f"warning: {words.format(value)}")
+        return found
+
+
 # ---------------------------------------------------------------- progress display
 
 
