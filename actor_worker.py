@@ -22,13 +22,13 @@ from torch import Tensor
 import metrics
 import models
 from algorithms import AdvantageScale, gae, policy_loss, value_loss
-from channel import VERSION, Channels, Record, SlotPool
+from channel import RESTART, VERSION, Channels, Record, SlotPool
 from config import Config, UserError
 from models import checkpoint
 from streamer import Streamer
 
 SUMS = (
-    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage_square",
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "advantage_square",
     "staleness", "samples", "reward",
 )  # fmt: skip
 MAXIMA = ("ratio_max", "staleness_max")
@@ -117,8 +117,8 @@ def save_checkpoint(folder: Path, model, optimizer, scale: AdvantageScale, state
 
 
 def run(
-    rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter, run_folder: Path,
-    resume: dict | None, report: Connection | None,
+    rank: int, config: Config, spec, device: str, channels: Channels, run_folder: Path, resume: dict | None,
+    report: Connection | None, meter: metrics.Meter,
 ) -> None:  # fmt: skip
     """The worker. resume: state.json of the checkpoint to continue from, or None; report: rank 0's pipe to the launcher."""
     ranks, actor = config.actor.actor_workers, config.actor
@@ -171,6 +171,16 @@ def run(
                 for target in (*channels.replies, *channels.requests):
                     target.put([Record(0, 0, VERSION, 0)])
 
+    def receive(wait_s: float) -> None:
+        """Takes in finished trajectories. `received` marks the slot before any weight can depend on it; a worker that replaces a
+        dead one reads the marks, which are complete once its RESTART, queued behind all that the dead one wrote, is echoed."""
+        for record in queue.get(wait_s):
+            if record.kind == RESTART:
+                channels.replies[record.sender].put([record])
+                continue
+            pool["received"][record.slot] = pool["trajectory"][record.slot] + 1
+            streamer.add(record.slot)
+
     def save() -> Path:
         with meter.work("checkpoint"):
             state = {"version": version, "seed": config.train.seed}  # all randomness is named by seed and version: no RNG state
@@ -187,14 +197,11 @@ def run(
             report.send({"saved": str(save())})
             while True:  # the launcher ends us; leaving first would fail the other ranks before it has read this
                 time.sleep(1.0)
-        for record in queue.get(0):
-            streamer.add(record.slot)
+        receive(0)
         micro = streamer.next()
         if micro is None and not streamer.done:
             with meter.wait("trajectory"):
-                records = queue.get(1.0)  # who is to blame for a long wait, the launcher knows better: `check_alive`
-            for record in records:
-                streamer.add(record.slot)
+                receive(1.0)  # who is to blame for a long wait, the launcher knows better: `processes.Crew`
             continue
 
         if micro is not None:
@@ -266,6 +273,6 @@ def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm,
         "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
-        "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
+        "masked": int(sums["masked"]), "reuse": float(actor.update_epochs),
         "queue_depths": {"finished": waiting},
     }  # fmt: skip

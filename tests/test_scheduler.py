@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,6 +92,22 @@ def test_an_uncounted_request_alone_is_served_after_t_max():
     batcher.add("eval", counted=False)
     clock.now = 10.0
     assert batcher.remaining() <= 0.0 and batcher.take()[0] == ["eval"]
+
+
+def test_what_a_dead_worker_had_asked_is_forgotten():
+    batcher = DynamicBatcher(3, 10.0, clock := Clock())
+    for request, counted in (("dead 0", True), ("alive 0", True), ("dead 1", False), ("alive 1", False)):
+        batcher.add(request, counted)
+        clock.now += 1.0
+    batcher.drop(lambda request: request.startswith("dead"))
+    assert batcher.counted == 1 and batcher.remaining() == 7.0  # the oldest one left has its own clock
+    assert batcher.take()[0] == ["alive 0", "alive 1"] and batcher.remaining() is None
+
+
+def test_the_last_batch_is_the_last():
+    admission = Admission(batch=4, lanes=2, max_staleness=3, batches=2)
+    assert [bool(admission.admits(j, 0)) for j in range(5)] == [True, True, True, True, False]
+    assert admission.admits(np.array([0, 3, 4]), 1).tolist() == [True, True, False]
 
 
 @fast
