@@ -70,10 +70,11 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
 
 
 def outcomes(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Episodes that ended and those that succeeded, per task: episodes_0, successes_0, …"""
-    ends = {"episodes": data["terminated"] | data["truncated"], "successes": data["terminated"]}
+    """Trajectories, episodes that ended and those that succeeded, per task: trajectories_0, episodes_0, successes_0, …"""
+    counted = {"episodes": data["terminated"] | data["truncated"], "successes": data["terminated"]}
+    counted["trajectories"] = torch.ones_like(data["task"])
     tasks = data["task"].unique().tolist()
-    return {f"{what}_{task}": end[data["task"] == task].sum() for what, end in ends.items() for task in tasks}
+    return {f"{what}_{task}": each[data["task"] == task].sum() for what, each in counted.items() for task in tasks}
 
 
 def schedule(version: int, config: Config) -> float:
@@ -154,7 +155,7 @@ def run(
             group["weight_decay"] = actor.weight_decay
     segment = pool["actions"].shape[1]
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
-    once = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(len(spec.tasks))]
+    once = [f"{what}_{k}" for what in ("episodes", "successes", "trajectories") for k in range(len(spec.tasks))]
     once += ["reward", "advantage_square"]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
@@ -246,7 +247,7 @@ def run(
         if rank == 0:
             if version % config.train.checkpoint_every == 0 or version == config.train.iterations:
                 save()
-            report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting))
+            report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting, spec.tasks))
         sums, maxima = dict.fromkeys(names, 0.0), dict.fromkeys(MAXIMA, 0.0)
         grad_norm, begun, updated = 0.0, now, False
         if device != "cpu":
@@ -258,7 +259,9 @@ def run(
         report.send({"done": version})
 
 
-def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int) -> dict:
+def iteration_metrics(
+    sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int, tasks: tuple[str, ...]
+) -> dict:
     """What the actor knows of an iteration, under the names of the run folder's interface."""
     actor, n = config.actor, sums["samples"]  # chunk steps over all epochs
     episodes, successes = ([v for k, v in sums.items() if k.startswith(what)] for what in ("episodes_", "successes_"))
@@ -266,6 +269,7 @@ def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config
     rates = [won / played for won, played in zip(successes, episodes, strict=True) if played]
     return {
         "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
+        "trajectories_per_task": {task: int(sums[f"trajectories_{k}"]) for k, task in enumerate(tasks)},
         "episodes": int(sum(episodes)),
         "success_rate": sum(rates) / len(rates) if rates else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,

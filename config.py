@@ -78,7 +78,7 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class EnvConfig:
     envs: int = 24
-    """lanes: simulators that ask for actions, one task each, round robin"""
+    """simulators that ask for actions; each keeps its task if the number of tasks divides theirs, else they take turns"""
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
     image_size: int = 64

@@ -110,10 +110,18 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
             pool[name][lane.slot] = value
 
-    def begin_episode(lane: Lane, task: int, seed: int) -> None:
+    def task_of(lane: int, trajectory: int) -> int:
+        return admission.task(lane, trajectory, len(spec.tasks))
+
+    def reset(lane: Lane, task: int, seed: int) -> None:
         with meter.work("reset"):
             lane.env.reset(task, seed)
         lane.task, lane.step = task, 0
+
+    def begin_episode(lane: Lane, trajectory: int, t: int) -> None:
+        """The episode that begins in row t of a trajectory, which names it as a resumed run would."""
+        seed = episode_seed(config.train.seed, lane.index, trajectory, t, generation)
+        reset(lane, task_of(lane.index, trajectory), seed)
 
     def owner(slot: int) -> int:
         """The actor rank that a trajectory goes to."""
@@ -131,17 +139,18 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         return known or admission.batch_of(lane.trajectory) >= admission.batches
 
     def begin_trajectory(lane: Lane) -> bool:
-        """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it."""
+        """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it, unless the
+        task is another."""
         if not admission.admits(lane.trajectory, plane.version):
             return False
         last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
-        label(lane)
-        if last < 0:
-            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, 0, generation))
+        if last < 0 or lane.task != task_of(lane.index, lane.trajectory):
+            begin_episode(lane, lane.trajectory, 0)
             observe(lane, 0)
         else:
             for field in seen.values():
                 field[lane.slot, 0] = field[last, segment]
+        label(lane)
         request(lane, lane.slot, ACT, 0)
         return True
 
@@ -156,8 +165,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
             raise FloatingPointError(f"the reward of task {spec.tasks[lane.task]!r} is {reward[slot, t]}")
         if terminated[slot, t] or truncated[slot, t]:
             meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
-            begins = (lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)  # as a resumed run would call it
-            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, *begins, generation))
+            begin_episode(lane, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
         lane.t += 1
         observe(lane, lane.t)
         if lane.t < segment:
@@ -176,7 +184,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         """Plays the lane's next episode of this round, if one is left: a dead worker may have played some of them."""
         while (episode := lane.trajectory) < config.env.eval_episodes:
             if meter.counters.get(meter.row, f"outcome_{episode}") < 2 * eval_round:
-                begin_episode(lane, episode % len(spec.tasks), EVAL_SEEDS + episode)
+                reset(lane, episode % len(spec.tasks), EVAL_SEEDS + episode)
                 lane.t = 0
                 label(lane)
                 observe(lane, 0)
@@ -199,9 +207,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
     make = envs.load(config.train.env).Env
     workers, lanes, evaluators = config.env.env_workers, {}, {}
     for index in range(rank, config.env.envs, workers):
-        lane = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
-        lane.task = index % len(spec.tasks)
-        lanes[index] = lane
+        lanes[index] = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
     for i in range(rank, config.env.eval_envs if config.env.evaluates else 0, workers):
         slot = admission.slots + i
         evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)

@@ -95,6 +95,14 @@ class Admission:
         position = trajectory % self.per_lane * self.lanes + lane
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
 
+    def task(self, lane: int, trajectory: int, tasks: int) -> int:
+        """Which task it plays: dealt in turn to the positions of a batch, and on from batch to batch.
+
+        So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its simulators are. Where `tasks`
+        divides `lanes`, a lane keeps its task, which saves it from building another scene.
+        """
+        return (trajectory * self.lanes + lane) % tasks
+
 
 @dataclass(frozen=True)
 class Placement:

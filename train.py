@@ -69,6 +69,7 @@ class Setup:
     config: Config
     spec: envs.EnvSpec
     placement: Placement
+    note: str  # what the user should know about the settings
     slots: Spec
     weights: Spec
     header: checkpoint.Header
@@ -102,13 +103,15 @@ def prepare(config: Config) -> Setup:
 
     spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
-    if len(spec.tasks) > config.env.envs:
-        raise UserError(f"{len(spec.tasks)} tasks need as many --envs at least, not {config.env.envs}: one lane plays one task")
     config.env.segment = config.env.segment or horizon
     if config.env.segment > horizon:
         raise UserError(
             f"--segment {config.env.segment} is longer than an episode of {horizon} chunk steps: choose at most {horizon}"
         )
+    note = ""
+    if config.env.envs % len(spec.tasks) and config.env.segment < horizon:
+        note = f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment {config.env.segment}"
+        note += f" of {horizon} chunk steps: to see their ends, leave it out, or give a multiple of {len(spec.tasks)} as --envs\n"
 
     resume, saved = None, to_json(config)
     if config.train.resume:
@@ -146,7 +149,7 @@ def prepare(config: Config) -> Setup:
     slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, slots, weights, model.header, resume, saved)
+    return Setup(config, spec, placement, note, slots, weights, model.header, resume, saved)
 
 
 def memory_report(setup: Setup) -> None:
@@ -267,7 +270,7 @@ def main(config: Config) -> int:
     if setup.resume:
         folder.truncate(setup.version)
     (path / "config.json").write_text(setup.saved)
-    print(setup.placement.line, f"run folder {path}", sep="\n", flush=True)
+    print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
 
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers

@@ -22,7 +22,9 @@ CHUNK, HORIZON, SEGMENT, LANES = 3, 6, 4, 2
 
 
 def spec(tasks, image_size) -> EnvSpec:
-    return EnvSpec(("one", "two"), ("push the puck", "open the door"), 1, 2, 4, 4, HORIZON)
+    prompts = {"one": "push the puck", "two": "open the door", "three": "close the box"}
+    tasks = tuple(tasks) or ("one", "two")
+    return EnvSpec(tasks, tuple(prompts[task] for task in tasks), 1, 2, 4, 4, HORIZON)
 
 
 class Env:
@@ -65,11 +67,11 @@ def worker(monkeypatch):
     monkeypatch.setitem(envs.ENVS, "metaworld", __name__)
     processes = []
 
-    def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, **settings) -> Channels:
+    def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, tasks=(), **settings) -> Channels:
         """With `replaces`, in place of the last one started, which is killed."""
         config = Config()
         config.env.envs, config.actor.batch, config.env.env_workers, config.env.eval_every = LANES, LANES, 1, 0
-        config.train.tokenizer = ASSETS / "tokenizer.model"
+        config.train.tasks, config.train.tokenizer = tasks, ASSETS / "tokenizer.model"
         for name, value in settings.items():
             setattr(config.env, name, value)
         f = torch.float32
@@ -195,6 +197,18 @@ def test_a_trajectory_starts_when_its_version_allows_and_goes_on_where_the_last_
     publish(channels, 1)
     (zero,) = requests(channels, 1)
     assert zero == Record(0, 0, ACT, 0) and pool["trajectory"][0] == 2
+
+
+def test_tasks_that_do_not_divide_the_lanes_take_turns(worker):
+    channels = worker(tasks=("one", "two", "three"))
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    publish(channels, 0)
+    for lane, first, second in ((0, zero, 2), (1, one, 0)):
+        after = drive(channels, first)
+        assert after.slot == 2 + lane and seen(pool, after.slot, 0) == (name(lane, 1, 0), 0, second)
+        assert [pool["task"][slot].item() for slot in (lane, 2 + lane)] == [lane, second]
+    assert channels.counters.get(0, "episodes") == 4
 
 
 def test_a_resumed_run_meets_the_same_episodes(worker):

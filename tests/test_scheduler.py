@@ -170,6 +170,19 @@ def test_admission_bounds_staleness_and_never_shares_a_slot(lanes, per_lane, sta
         assert trained == sorted((lane, j) for lane in range(lanes) for j in range(b * per_lane, (b + 1) * per_lane))
 
 
+@fast
+@given(lanes=st.integers(1, 12), per_lane=st.integers(1, 3), tasks=st.integers(1, 15))
+def test_every_batch_holds_each_task_equally_often(lanes, per_lane, tasks):
+    admission, total = Admission(lanes * per_lane, lanes, 1), np.zeros(tasks, int)
+    for batch in range(4):
+        members = [(lane, j) for lane in range(lanes) for j in range(batch * per_lane, (batch + 1) * per_lane)]
+        dealt = np.bincount([admission.task(lane, j, tasks) for lane, j in members], minlength=tasks)
+        total += dealt
+        assert dealt.max() - dealt.min() <= 1 and total.max() - total.min() <= 1
+    if lanes % tasks == 0:
+        assert all(admission.task(lane, j, tasks) == lane % tasks for lane in range(lanes) for j in range(10))
+
+
 @pytest.mark.parametrize(
     "ratio, env, rollout, actor, threads",
     [

@@ -149,6 +149,19 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     assert list((tmp_path / "x").glob("wandb/offline-run-*"))
 
 
+def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path):
+    """Three tasks, the slowest thirty times as slow as the fastest, on five envs in two workers: nothing divides anything."""
+    flags = (
+        "--model emulated --env emulated --tasks 0.02 0.1 0.6 --envs 5 --env-workers 2 --batch 10 --minibatch 10 --micro-batch 5"
+    )
+    flags += " --update-epochs 1 --image-size 8 --iterations 4 --eval-envs 0 --segment 4 --ratio 1:1"
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
+    assert status == 0 and "5 envs take turns at 3 tasks, so episodes end after --segment 4 of 8 chunk steps" in output, output
+    counts = [line["trajectories_per_task"] for line in lines_of(tmp_path / "x")]
+    assert [sorted(one.values()) for one in counts] == [[3, 3, 4]] * 4
+    assert sorted(sum(one[task] for one in counts) for task in counts[0]) == [13, 13, 14]
+
+
 def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):
     flags = f"{SMALL} --checkpoint {tiny_checkpoint} --run {tmp_path / 'x'} --memory-report"
     assert train.main(train.parse(flags.split())) == 0
