@@ -22,13 +22,13 @@ from torch import Tensor
 import metrics
 import models
 from algorithms import AdvantageScale, gae, policy_loss, value_loss
-from channel import VERSION, Channels, Record, SlotPool
+from channel import RESTART, VERSION, Channels, Record, SlotPool
 from config import Config, UserError
 from models import checkpoint
 from streamer import Streamer
 
 SUMS = (
-    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "advantage_square",
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "advantage_square",
     "staleness", "samples", "reward",
 )  # fmt: skip
 MAXIMA = ("ratio_max", "staleness_max")
@@ -70,10 +70,11 @@ def train_micro_batch(model, data: dict[str, Tensor], version: int, samples: int
 
 
 def outcomes(data: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Episodes that ended and those that succeeded, per task: episodes_0, successes_0, …"""
-    ends = {"episodes": data["terminated"] | data["truncated"], "successes": data["terminated"]}
+    """Trajectories, episodes that ended and those that succeeded, per task: trajectories_0, episodes_0, successes_0, …"""
+    counted = {"episodes": data["terminated"] | data["truncated"], "successes": data["terminated"]}
+    counted["trajectories"] = torch.ones_like(data["task"])
     tasks = data["task"].unique().tolist()
-    return {f"{what}_{task}": end[data["task"] == task].sum() for what, end in ends.items() for task in tasks}
+    return {f"{what}_{task}": each[data["task"] == task].sum() for what, each in counted.items() for task in tasks}
 
 
 def schedule(version: int, config: Config) -> float:
@@ -120,8 +121,8 @@ def save_checkpoint(folder: Path, model, idle: dict[str, Tensor], optimizer, sca
 
 
 def run(
-    rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter, run_folder: Path,
-    resume: dict | None, report: Connection | None,
+    rank: int, config: Config, spec, device: str, channels: Channels, run_folder: Path, resume: dict | None,
+    report: Connection | None, meter: metrics.Meter,
 ) -> None:  # fmt: skip
     """The worker. resume: state.json of the checkpoint to continue from, or None; report: rank 0's pipe to the launcher."""
     ranks, actor = config.actor.actor_workers, config.actor
@@ -161,7 +162,7 @@ def run(
             group["weight_decay"] = actor.weight_decay
     segment = pool["actions"].shape[1]
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
-    once = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(len(spec.tasks))]
+    once = [f"{what}_{k}" for what in ("episodes", "successes", "trajectories") for k in range(len(spec.tasks))]
     once += ["reward", "advantage_square"]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
@@ -177,6 +178,16 @@ def run(
                 plane.publish(trainable, version)
                 for target in (*channels.replies, *channels.requests):
                     target.put([Record(0, 0, VERSION, 0)])
+
+    def receive(wait_s: float) -> None:
+        """Takes in finished trajectories. `received` marks the slot before any weight can depend on it; a worker that replaces a
+        dead one reads the marks, which are complete once its RESTART, queued behind all that the dead one wrote, is echoed."""
+        for record in queue.get(wait_s):
+            if record.kind == RESTART:
+                channels.replies[record.sender].put([record])
+                continue
+            pool["received"][record.slot] = pool["trajectory"][record.slot] + 1
+            streamer.add(record.slot)
 
     def save() -> Path:
         with meter.work("checkpoint"):
@@ -194,14 +205,11 @@ def run(
             report.send({"saved": str(save())})
             while True:  # the launcher ends us; leaving first would fail the other ranks before it has read this
                 time.sleep(1.0)
-        for record in queue.get(0):
-            streamer.add(record.slot)
+        receive(0)
         micro = streamer.next()
         if micro is None and not streamer.done:
             with meter.wait("trajectory"):
-                records = queue.get(1.0)  # who is to blame for a long wait, the launcher knows better: `check_alive`
-            for record in records:
-                streamer.add(record.slot)
+                receive(1.0)  # who is to blame for a long wait, the launcher knows better: `processes.Crew`
             continue
 
         if micro is not None:
@@ -246,7 +254,7 @@ def run(
         if rank == 0:
             if version % config.train.checkpoint_every == 0 or version == config.train.iterations:
                 save()
-            report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting))
+            report.send(iteration_metrics(sums, maxima, version, now - begun, config, grad_norm, streamer.waiting, spec.tasks))
         sums, maxima = dict.fromkeys(names, 0.0), dict.fromkeys(MAXIMA, 0.0)
         grad_norm, begun, updated = 0.0, now, False
         if device != "cpu":
@@ -258,7 +266,9 @@ def run(
         report.send({"done": version})
 
 
-def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int) -> dict:
+def iteration_metrics(
+    sums, maxima, version: int, seconds: float, config: Config, grad_norm: float, waiting: int, tasks: tuple[str, ...]
+) -> dict:
     """What the actor knows of an iteration, under the names of the run folder's interface."""
     actor, n = config.actor, sums["samples"]  # chunk steps over all epochs
     episodes, successes = ([v for k, v in sums.items() if k.startswith(what)] for what in ("episodes_", "successes_"))
@@ -266,6 +276,7 @@ def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config
     rates = [won / played for won, played in zip(successes, episodes, strict=True) if played]
     return {
         "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
+        "trajectories_per_task": {task: int(sums[f"trajectories_{k}"]) for k, task in enumerate(tasks)},
         "episodes": int(sum(episodes)),
         "success_rate": sum(rates) / len(rates) if rates else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
@@ -273,6 +284,6 @@ def iteration_metrics(sums, maxima, version: int, seconds: float, config: Config
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": grad_norm,
         "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
-        "discarded": int(sums["discarded"]), "reuse": float(actor.update_epochs),
+        "masked": int(sums["masked"]), "reuse": float(actor.update_epochs),
         "queue_depths": {"finished": waiting},
     }  # fmt: skip

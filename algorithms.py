@@ -80,7 +80,7 @@ def policy_loss(
         stats = {
             "approx_kl": ((log_ratio.exp() - 1.0) - log_ratio).sum(),  # http://joschu.net/blog/kl-approx.html
             "clip_fraction": ((ratio - 1.0).abs() > clip).sum(),
-            "discarded": (~kept).sum(),
+            "masked": (~kept).sum(),
             "ratio_max": log_ratio.exp().max(),
         }
     return (weight * loss).sum(), stats

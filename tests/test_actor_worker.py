@@ -96,7 +96,7 @@ def test_streamed_gradient_is_the_full_batch_gradient_in_fp64(seed):
     parts, sums = gradients(model, pool, streamed(order, stream=seed % 2 == 0))
     assert close(parts, whole, 1e-6)  # measured: 1e-16
     assert sums == pytest.approx(stats, rel=1e-9) and sums["samples"] == BATCH * SEGMENT
-    assert sums["discarded"] == 0 and sums["staleness_max"] == 2
+    assert sums["masked"] == 0 and sums["staleness_max"] == 2
     assert sums["successes_0"] + sums["successes_1"] == pool["reward"].sum()
     less, _ = gradients(model, pool, streamed(order)[1:])
     assert not close(less, whole, 1e-2)  # the comparison can fail
@@ -132,17 +132,19 @@ def test_metrics_of_a_micro_batch_by_hand():
 def test_iteration_metrics_are_per_chunk_step():
     config = Config()
     config.actor.batch, config.actor.update_epochs = BATCH, 2
-    names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "discarded", "staleness")
+    names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "staleness")
     samples = 2.0 * BATCH * SEGMENT  # both epochs
     sums = {n: samples for n in names} | {"samples": samples, "reward": 4.0}
     sums |= {"episodes_0": 6.0, "successes_0": 6.0, "episodes_1": 2.0, "successes_1": 0.0, "episodes_2": 0.0, "successes_2": 0.0}
-    out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, 0.5, 3)
-    assert all(out[n] == 1.0 for n in names if n not in ("discarded", "staleness")) and out["staleness_mean"] == 1.0
+    sums |= {"trajectories_0": 5.0, "trajectories_1": 3.0, "trajectories_2": 0.0}
+    out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, 0.5, 3, ("push", "reach", "dunk"))
+    assert all(out[n] == 1.0 for n in names if n not in ("masked", "staleness")) and out["staleness_mean"] == 1.0
     assert (out["success_rate"], out["reward"], out["episodes"]) == (0.5, 0.5, 8)  # the mean over tasks, whatever their number
+    assert out["trajectories_per_task"] == {"push": 5, "reach": 3, "dunk": 0}
     assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
     assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
     sums |= {"episodes_0": 0.0, "episodes_1": 0.0}
-    nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, 0.5, 3)
+    nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, 0.5, 3, ("push", "reach", "dunk"))
     assert nothing["success_rate"] is None
 
 

@@ -69,7 +69,7 @@ def test_staleness_zero_is_ppo():
     (expected,) = torch.autograd.grad(plain, again)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradient, expected)
-    assert stats["discarded"] == 0 and stats["ratio_max"] == ratio.max()
+    assert stats["masked"] == 0 and stats["ratio_max"] == ratio.max()
     assert stats["clip_fraction"] == ((ratio < 0.8) | (ratio > 1.2)).sum() > 0
     torch.testing.assert_close(stats["approx_kl"], (ratio - 1 - ratio.log()).sum().detach())
 
@@ -102,7 +102,7 @@ def test_samples_above_the_behaviour_cap_are_masked_and_counted():
     loss, stats = policy_loss(new, torch.zeros(2), torch.tensor([-1.0, -1.0]), torch.ones(2), 0.2, 5.0)
     alone, _ = policy_loss(new[1:], torch.zeros(1), torch.tensor([-1.0]), torch.ones(1), 0.2, 5.0)
     loss.backward()
-    assert stats["discarded"] == 1 and loss.item() == pytest.approx(alone.item())
+    assert stats["masked"] == 1 and loss.item() == pytest.approx(alone.item())
     assert new.grad[0] == 0.0 and new.grad[1] != 0.0
 
 
@@ -110,7 +110,7 @@ def test_a_masked_sample_cannot_poison_the_batch():
     new = torch.tensor([400.0, 0.1], requires_grad=True)  # ratio = e²⁰⁰ is infinite in fp32
     loss, stats = policy_loss(new, torch.zeros(2), torch.tensor([-1.0, -1.0]), torch.ones(2), 0.2, 5.0)
     loss.backward()
-    assert stats["discarded"] == 1 and math.isfinite(loss.item())
+    assert stats["masked"] == 1 and math.isfinite(loss.item())
     assert new.grad[0] == 0.0 and math.isfinite(new.grad[1])
 
 
