@@ -18,8 +18,11 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {"metaworld": "envs.metaworld", "emulated": "envs.emulated"}
-INSTALL = {"metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0"}
+ENVS = {"metaworld": "envs.metaworld", "maniskill": "envs.maniskill", "emulated": "envs.emulated"}
+INSTALL = {
+    "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
+    "maniskill": "bash setup.sh --maniskill",
+}
 
 
 class EnvSpec(NamedTuple):
