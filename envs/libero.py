@@ -17,17 +17,14 @@ Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
 import contextlib
 import importlib.util
 import math
-import os
 import sys
 import types
 from collections import OrderedDict
-from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "0")  # software rasteriser: processes scale, its threads only fight
+from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 
@@ -42,6 +39,13 @@ STATES = 50  # initial states of every task
 SETTLE = 15  # steps of no-op before the first observation (RLinf; openpi and openvla-oft take 10)
 NO_OP = np.array([0.0, 0, 0, 0, 0, 0, -1])  # −1 opens the gripper
 SUBSTEPS, TIMESTEP, PERIOD = 25, 0.002, 0.05  # physics steps per control step; seconds of each
+REST_DAMPING = 2.0 * math.sqrt(10.0)  # critical, at the stiffness of 10 that pulls the arm towards its first posture
+
+FILM = 256  # pixels, square: of frames for people
+# Of what is drawn with quality "fast", at frames of s pixels: a pixel covers 1/s metres of the table in the front camera, and a
+# tenth of that near the hand's.
+COARSE, FINE = 1.0, 0.3  # metres · pixels: scenery's and the arm's vertices closer than this / s are one
+TEXELS = 4  # largest side of a texture, in sides of a frame
 
 PACKAGE = importlib.util.find_spec("libero")
 if PACKAGE is None or importlib.util.find_spec("robosuite") is None:
@@ -124,10 +128,10 @@ class Memory(NamedTuple):
     physics: np.ndarray  # MuJoCo's integration state: time, qpos, qvel, ctrl, warm start …
     goal: tuple[np.ndarray, np.ndarray]  # position [3] and rotation [3, 3] that the controller pulls to
     stale: Pose | None  # the pose that robosuite's controller still believes in, right after a reset
-    grip: np.ndarray  # [2] in [-1, 1], what the gripper's rate limit has come to
+    grip: tuple[float, float]  # each finger's in [-1, 1], what the gripper's rate limit has come to
     clock: float  # seconds since robosuite last sampled its observables
     sampled: bool
-    seen: np.ndarray  # [nq] joint positions when it did
+    seen: tuple[np.ndarray, np.ndarray]  # joint positions [nq] and visible lamps when it did
     fingers: np.ndarray  # [2] one physics step later
     lamps: np.ndarray  # visibility of what glows when switched on
 
@@ -135,8 +139,9 @@ class Memory(NamedTuple):
 class Scene:
     """A task's model, success predicates and initial states; envs of one process that play the task share it."""
 
-    def __init__(self, task: str):
+    def __init__(self, task: str, image_size: int, quality: str):
         suite, (problems, parser, load_controller_config, MjSim, RandomizationError) = suite_of(task), original()
+        self.quality, self.buffer = quality, max(image_size, FILM)
         file = FOLDER / "bddl_files" / suite / f"{task}.bddl"
         with np.load(FOLDER / "init_files" / suite / f"{task}.pruned_init.npz") as states:
             self.states = states["states"]  # [50, 1 + nq + nv]: time, qpos, qvel
@@ -144,32 +149,51 @@ class Scene:
             "robots": ["Panda"], "controller_configs": load_controller_config(default_controller="OSC_POSE"),
             "initialization_noise": None, "use_camera_obs": False, "has_offscreen_renderer": False, "hard_reset": False,
         }  # fmt: skip
+
+        def initialize(problem, xml_string=None):
+            """robosuite's `_initialize_sim`, but for the textures."""
+            xml, files = drawing.thin_textures(problem.model.get_xml(), max(TEXELS * image_size, FILM))
+            problem.sim = MjSim(mujoco.MjModel.from_xml_string(xml, files))
+            problem.sim.forward()
+            problem.initialize_time(problem.control_freq)
+
+        kind = problems[parser.get_problem_info(str(file))["problem_name"]]
+        if quality == "fast":
+            kind = type(kind.__name__, (kind,), {"_initialize_sim": initialize})
         random = np.random.get_state()
         np.random.seed(0)
         try:
             while True:
                 with contextlib.suppress(RandomizationError):  # objects did not fit: LIBERO draws again
-                    self.problem = problems[parser.get_problem_info(str(file))["problem_name"]](str(file), **settings)
+                    self.problem = kind(str(file), **settings)
                     break
         finally:
             np.random.set_state(random)
+            drawing.give_back_memory()
         self.problem.sim.forward()
         self.problem.visualize({what: False for what in self.problem._visualizations})
         self.model: mujoco.MjModel = self.problem.sim.model._model
+        if quality == "fast":
+            near = ("gripper0_", *self.problem.objects_dict, *self.problem.fixtures_dict)  # what the hand's camera sees close by
+            names = [self.model.mesh(i).name for i in range(self.model.nmesh)]
+            cells = [FINE / image_size if name.startswith(near) else COARSE / image_size for name in names]
+            drawing.thin_meshes(self.model, np.array(cells))
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
-        self.painter = None
+        self.painter, self.players = None, 0
 
         robot = self.problem.robots[0]
         controller, gripper = robot.controller, robot.gripper
         self.site, self.hand = robot.eef_site_id, self.model.body(robot.robot_model.eef_name).id
-        self.arm, self.arm_actuators = np.array(robot._ref_joint_vel_indexes), np.array(robot._ref_joint_actuator_indexes)
-        self.arm_qpos, self.finger_qpos = np.array(robot._ref_joint_pos_indexes), np.array(robot._ref_gripper_joint_pos_indexes)
-        self.finger_actuators = np.array(robot._ref_joint_gripper_actuator_indexes)
+        self.arm, self.arm_qpos = in_a_row(robot._ref_joint_vel_indexes), in_a_row(robot._ref_joint_pos_indexes)
+        self.arm_actuators, self.finger_actuators = (
+            in_a_row(robot._ref_joint_actuator_indexes), in_a_row(robot._ref_joint_gripper_actuator_indexes),
+        )  # fmt: skip
+        self.finger_qpos = np.array(robot._ref_gripper_joint_pos_indexes)
         self.torque_limits = self.model.actuator_ctrlrange[self.arm_actuators].T.copy()  # [2, 7]
         low, high = self.model.actuator_ctrlrange[self.finger_actuators].T
         self.grip_bias, self.grip_weight = 0.5 * (high + low), 0.5 * (high - low)
-        self.grip_speed = np.array([-1.0, 1.0]) * gripper.speed
+        self.grip_speed = gripper.speed
         self.scale, self.kp, self.kd = controller.output_max, controller.kp, controller.kd
         self.rest = controller.initial_joint  # [7], what redundancy is resolved towards
         self.lamps = [
@@ -182,12 +206,12 @@ class Scene:
             controller.ee_pos, controller.ee_ori_mat, np.concatenate([controller.ee_pos_vel, controller.ee_ori_vel]),
             controller.J_full, controller.mass_matrix, controller.joint_pos, controller.joint_vel,
         )  # fmt: skip
-        data = self.problem.sim.data._data
+        data, lamps = self.problem.sim.data._data, self.model.site_rgba[self.lamps, 3]
         physics = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         self.start = Memory(
-            physics, (controller.goal_pos, controller.goal_ori), pose, gripper.current_action, TIMESTEP, True, data.qpos.copy(),
-            data.qpos[self.finger_qpos], self.model.site_rgba[self.lamps, 3],
+            physics, (controller.goal_pos, controller.goal_ori), pose, (0.0, 0.0), TIMESTEP, True,
+            (data.qpos.copy(), lamps), data.qpos[self.finger_qpos], lamps,
         )  # fmt: skip
 
     def success(self, data: mujoco.MjData) -> tuple[bool, np.ndarray]:
@@ -202,8 +226,8 @@ class Scene:
             self.painter.close()
 
 
-SCENES: OrderedDict[str, Scene] = OrderedDict()  # of this process, the least recently used first
-MOST_SCENES = 10  # that no env is playing
+SCENES: OrderedDict[tuple, Scene] = OrderedDict()  # of this process by task, image size and quality; least recently used first
+MOST_SCENES = 10  # kept beyond those that an env is playing
 
 
 class Painter:
@@ -243,6 +267,13 @@ class Painter:
         self.gl.free()
 
 
+def in_a_row(indexes: list[int]) -> slice:
+    """Consecutive indexes as a slice: reading it makes no copy, which is most of the cost of reading seven numbers."""
+    if [*indexes] != [*range(indexes[0], indexes[0] + len(indexes))]:
+        raise ValueError(f"expected consecutive indexes, not {indexes}")
+    return slice(indexes[0], indexes[0] + len(indexes))
+
+
 def rotation_of(turn: np.ndarray) -> np.ndarray:
     """Axis-angle [3] → rotation matrix, through a quaternion in fp32 and in robosuite's order, so that its bits are the same."""
     angle = np.linalg.norm(turn)
@@ -253,7 +284,7 @@ def rotation_of(turn: np.ndarray) -> np.ndarray:
     q = (q * math.sqrt(2.0 / np.dot(q, q))).astype(np.float32)
     a = np.outer(q, q).astype(np.float64)
     f = np.float32
-    off = lambda i, j, k, l, sign: float(f(a[i, j]) + f(sign * a[k, l]))  # noqa: E731
+    off = lambda i, j, k, m, sign: float(f(a[i, j]) + f(sign * a[k, m]))  # noqa: E731
     return np.array([
         [1.0 - a[2, 2] - a[3, 3], off(1, 2, 3, 0, -1), off(1, 3, 2, 0, 1)],
         [off(1, 2, 3, 0, 1), 1.0 - a[1, 1] - a[3, 3], off(2, 3, 1, 0, -1)],
@@ -272,6 +303,7 @@ class Env:
     """One env instance: its own physics state in a scene that it may share."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
+        drawing.forget_missing_device()
         self.tasks, self.size, self.quality = tasks, image_size, quality
         self.scene: Scene | None = None
 
@@ -285,8 +317,7 @@ class Env:
             return
         scene, data = self.scene, self.data
         self._recall(scene.start)
-        time, self.qpos, self.qvel = np.split(scene.states[index], [1, 1 + scene.model.nq])
-        data.time, data.qpos[:], data.qvel[:] = time[0], self.qpos, self.qvel
+        (data.time,), data.qpos[:], data.qvel[:] = np.split(scene.states[index], [1, 1 + scene.model.nq])
         mujoco.mj_forward(scene.model, data)
         _, self.lamps = scene.success(data)
         self.clock += TIMESTEP  # robosuite samples its observables once more
@@ -296,18 +327,30 @@ class Env:
 
     def _enter(self, task: str) -> None:
         """Takes the scene of a task, builds it where there is none."""
-        if task not in SCENES:
-            SCENES[task] = Scene(task)
-        SCENES.move_to_end(task)
-        if self.scene is SCENES[task]:
+        key = task, self.size, self.quality
+        if key not in SCENES:
+            SCENES[key] = Scene(*key)
+        SCENES.move_to_end(key)
+        if self.scene is SCENES[key]:
             return
-        scene = self.scene = SCENES[task]
+        self._leave()
+        scene = self.scene = SCENES[key]
+        scene.players += 1
+        idle = [key for key, scene in SCENES.items() if not scene.players]
+        for key in idle[: max(0, len(idle) - MOST_SCENES)]:
+            SCENES.pop(key).close()
         model, data = scene.model, mujoco.MjData(scene.model)
         self.data = data
         # Views of the simulator's memory: making them anew costs more than what is done with them.
         self.position, self.rotation = data.site_xpos[scene.site], data.site_xmat[scene.site].reshape(3, 3)
         self.qpos, self.qvel, self.bias, self.ctrl = data.qpos, data.qvel, data.qfrc_bias, data.ctrl
-        self.jacobians, self.mass = np.zeros((6, model.nv)), np.zeros((model.nv, model.nv))
+        self.jacobian, self.mass = np.zeros((6, model.nv)), np.zeros((model.nv, model.nv))
+        self.jacobians = self.jacobian[:3], self.jacobian[3:]
+
+    def _leave(self) -> None:
+        if self.scene is not None:
+            self.scene.players -= 1
+            self.scene = None
 
     def _remember(self) -> Memory:
         physics = np.empty(mujoco.mj_stateSize(self.scene.model, mujoco.mjtState.mjSTATE_INTEGRATION))
@@ -325,52 +368,63 @@ class Env:
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         """action [7]: hand displacement (1 is 5 cm), rotation (1 is 0.5 rad), gripper (-1 opens, 1 closes); clipped to [-1, 1]."""
         scene, data, action = self.scene, self.data, np.asarray(action, np.float64)
-        model, turn = scene.model, np.sign(action[6:])
-        delta = np.clip(action[:6], -1.0, 1.0) * scene.scale
+        model, delta = scene.model, np.clip(action[:6], -1.0, 1.0) * scene.scale
+        close = float(np.sign(action[6])) * scene.grip_speed
         for substep in range(SUBSTEPS):
             mujoco.mj_step1(model, data)
-            pose = self.stale or self._pose()
-            self.stale = None
+            pose, self.stale = self.stale or self._pose(), None
             if substep == 0:
                 rotation = rotation_of(delta[3:]) @ pose.rotation if delta[3:].any() else self.goal[1]
                 self.goal = pose.position + delta[:3], rotation
-            self.ctrl[scene.arm_actuators] = np.clip(self._torques(pose), *scene.torque_limits)
-            self.grip = np.clip(self.grip + scene.grip_speed * turn, -1.0, 1.0)
+            torques = np.minimum(np.maximum(self._torques(pose), scene.torque_limits[0]), scene.torque_limits[1])
+            left, right = self.grip
+            self.grip = max(-1.0, min(1.0, left - close)), max(-1.0, min(1.0, right + close))
+            self.ctrl[scene.arm_actuators] = torques
             self.ctrl[scene.finger_actuators] = scene.grip_bias + scene.grip_weight * self.grip
             # robosuite samples its observables once per period, on a clock that is not that of the control steps.
             self.clock += TIMESTEP
             now = not self.sampled and self.clock <= PERIOD
             if now:
-                self.seen, self.seen_lamps = data.qpos.copy(), self.lamps
+                self.seen, self.sampled = (self.qpos.copy(), self.lamps), True
             mujoco.mj_step2(model, data)
             if now:
-                self.fingers, self.sampled = data.qpos[scene.finger_qpos], True
+                self.fingers = self.qpos[scene.finger_qpos]
             if self.clock >= PERIOD:
                 self.clock, self.sampled = self.clock % PERIOD, False
         success, self.lamps = scene.success(data)
         return float(success), success
 
     def _pose(self) -> Pose:
-        scene, data = self.scene, self.data
-        mujoco.mj_jacSite(scene.model, data, self.jacobians[:3], self.jacobians[3:], scene.site)
+        scene, data, arm = self.scene, self.data, self.scene.arm
+        mujoco.mj_jacSite(scene.model, data, *self.jacobians, scene.site)
         mujoco.mj_fullM(scene.model, self.mass, data.qM)
+        jacobian, speeds = self.jacobian[:, arm].copy(), self.qvel[arm].copy()
         return Pose(
-            self.position.copy(), self.rotation.copy(), self.jacobians @ data.qvel, self.jacobians[:, scene.arm],
-            self.mass[np.ix_(scene.arm, scene.arm)], data.qpos[scene.arm_qpos], data.qvel[scene.arm],
+            self.position.copy(), self.rotation.copy(), jacobian @ speeds, jacobian, self.mass[arm, arm].copy(),
+            self.qpos[scene.arm_qpos].copy(), speeds,
         )  # fmt: skip
 
     def _torques(self, pose: Pose) -> np.ndarray:
-        """Operational space control (Khatib 1987) as robosuite's OSC_POSE has it. Returns [7] newton metres."""
-        scene, (position, rotation), j = self.scene, self.goal, pose.jacobian
-        turn = 0.5 * np.cross(pose.rotation.T, rotation.T).sum(axis=0)
-        force = scene.kp * np.concatenate([position - pose.position, turn]) - scene.kd * pose.velocity
-        inverse = np.linalg.inv(pose.mass)
-        spread = j @ inverse @ j.T  # [6, 6]
-        wrench = np.concatenate([np.linalg.pinv(spread[:3, :3]) @ force[:3], np.linalg.pinv(spread[3:, 3:]) @ force[3:]])
-        torques = j.T @ wrench + self.data.qfrc_bias[scene.arm]
-        to_rest = pose.mass @ (10.0 * (scene.rest - pose.joints) - 2.0 * math.sqrt(10.0) * pose.speeds)
-        unseen = np.eye(7) - inverse @ j.T @ np.linalg.pinv(spread) @ j  # motions that leave the hand where it is
-        return torques + unseen.T @ to_rest
+        """Operational space control (Khatib 1987) as robosuite's OSC_POSE has it. Returns [7] newton metres.
+
+        τ = Jᵀ(Λ_position F, Λ_rotation F) + gravity + Nᵀ M a with Λ = (J M⁻¹ Jᵀ)⁻¹ and N = 1 − M⁻¹ Jᵀ Λ J, so that Nᵀ M a =
+        M a − Jᵀ Λ J a: two systems of equations instead of the original's inverses.
+        """
+        scene, (position, rotation), (here, turned, velocity, j, mass, joints, speeds) = self.scene, self.goal, pose
+        force = np.empty(6)
+        np.subtract(position, here, out=force[:3])
+        (ax, bx, cx), (ay, by, cy), (az, bz, cz) = turned.tolist()  # columns a, b, c
+        (dx, ex, fx), (dy, ey, fy), (dz, ez, fz) = rotation.tolist()
+        force[3] = 0.5 * (ay * dz - az * dy + by * ez - bz * ey + cy * fz - cz * fy)  # ½ (a × d + b × e + c × f)
+        force[4] = 0.5 * (az * dx - ax * dz + bz * ex - bx * ez + cz * fx - cx * fz)
+        force[5] = 0.5 * (ax * dy - ay * dx + bx * ey - by * ex + cx * fy - cy * fx)
+        force = scene.kp * force - scene.kd * velocity
+        to_rest = 10.0 * (scene.rest - joints) - REST_DAMPING * speeds  # acceleration that redundancy is left to
+        spread = j @ np.linalg.solve(mass, j.T)  # [6, 6], Λ⁻¹
+        systems = np.array((spread, spread))
+        systems[0, :3, 3:] = systems[0, 3:, :3] = 0.0  # position and rotation are decoupled
+        wrench, unseen = np.linalg.solve(systems, np.array((force, j @ to_rest))[..., None])[..., 0]
+        return j.T @ (wrench - unseen) + self.bias[scene.arm] + mass @ to_rest
 
     # ---- what is seen
 
@@ -382,23 +436,26 @@ class Env:
         state = np.concatenate([view.site_xpos[scene.site], axis_angle(view.xquat[scene.hand]), self.fingers])
         return image, state.astype(np.float32)
 
-    def film(self, size: int = 256) -> np.ndarray:
-        """A frame for people: the front camera."""
+    def film(self, size: int = FILM) -> np.ndarray:
+        """A frame for people, [size, size, 3] uint8: the front camera."""
         self._pose_view()
         return self._draw(CAMERAS[0], size)
 
     def _pose_view(self) -> None:
         model, view = self.scene.model, self.scene.view
-        view.qpos[:] = self.seen
-        model.site_rgba[self.scene.lamps, 3] = self.seen_lamps
+        view.qpos[:], model.site_rgba[self.scene.lamps, 3] = self.seen
         mujoco.mj_kinematics(model, view), mujoco.mj_comPos(model, view), mujoco.mj_camlight(model, view)
 
     def _draw(self, camera: str, size: int) -> np.ndarray:
         scene = self.scene
-        if scene.painter is None or scene.painter.size < size:
-            scene.painter = Painter(scene.model, max(size, self.size, 256), self.quality)
+        if size > scene.buffer:
+            raise UserError(f"a LIBERO frame of {size} pixels is more than {scene.buffer}, which this env was made for")
+        if scene.painter is None:
+            scene.painter = Painter(scene.model, scene.buffer, scene.quality)
         return scene.painter.draw(scene.model, scene.view, camera, size)
 
     def close(self) -> None:
-        while SCENES:
-            SCENES.popitem()[1].close()
+        """Frees scenes that nobody plays any more, with their GL contexts: left to the interpreter's exit, EGL complains."""
+        self._leave()
+        for key in [key for key, scene in SCENES.items() if not scene.players]:
+            SCENES.pop(key).close()
