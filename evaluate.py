@@ -20,7 +20,7 @@ import tyro
 
 import envs
 import models
-from config import ASSETS, Config, UserError, embedded_files, exit_on_user_error
+from config import ASSETS, Config, UserError, embedded_files, exit_on_user_error, from_json
 from env_worker import EVAL_SEEDS
 from models import checkpoint
 
@@ -29,18 +29,22 @@ from models import checkpoint
 class EvaluateConfig:
     """Success rate of a checkpoint, per task, with videos."""
 
-    checkpoint: Path = ASSETS / "pi05_metaworld.safetensors"
-    """a .safetensors file, a checkpoint folder, or a run folder (its newest checkpoint)"""
-    env: Literal["metaworld"] = "metaworld"
+    checkpoint: Path | None = None
+    """a .safetensors file, a checkpoint folder, or a run folder (its newest checkpoint); none means Meta-World's shipped one"""
+    env: Literal["metaworld", "libero"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks; none means the simulator's default task set"""
+    suite: str = ""
+    """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
+    render_quality: Literal["fast", "full"] = "fast"
+    """as it was in training"""
     episodes: int = 100
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """shifts the evaluation seeds by a thousand per step"""
     tokenizer: Path | None = None
-    """SentencePiece file (gr00t: Qwen's vocabulary); none means the embedded default's"""
+    """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded default's"""
     videos: Path | None = None
     """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
     json: Path | None = None
@@ -54,10 +58,11 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk: int) -> tuple[list[list[bool]], list[list]]:
+def run_episodes(model, spec, preparation, config: EvaluateConfig, chunk: int) -> tuple[list[list[bool]], list[list]]:
     """Plays every episode, eight at a time. Returns outcomes and the video frames of the first episode, per task."""
     outcomes, films = [[] for _ in spec.tasks], [[] for _ in spec.tasks]
-    lanes = [module.Env(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
+    make = envs.maker(config.env, config.render_quality)
+    lanes = [make(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
     try:
         for first in range(0, config.episodes, len(lanes)):
             playing = list(range(first, min(first + len(lanes), config.episodes)))  # episode numbers; lane = number − first
@@ -90,23 +95,27 @@ def run_episodes(model, spec, module, preparation, config: EvaluateConfig, chunk
 def main(config: EvaluateConfig) -> dict:
     if config.episodes < 1:
         raise UserError(f"--episodes {config.episodes} must be at least 1")
-    path = checkpoint.find(config.checkpoint)
+    if config.checkpoint is None and config.env != "metaworld":
+        raise UserError(f"no checkpoint is shipped for {config.env}: give --checkpoint, a file or a run")
+    path = checkpoint.find(config.checkpoint or ASSETS / "pi05_metaworld.safetensors")
     header = checkpoint.read_header(path)
     if "image_size" not in header.shape:
         raise UserError(f"checkpoint {path} of family {header.family!r} cannot act: it does not say what it sees")
     settings = Config()
-    settings.train.checkpoint, settings.train.model = path, header.family
+    settings.train.checkpoint, settings.train.model, settings.train.env = path, header.family, config.env
     for name in {field.name for field in fields(settings.rollout)} & header.shape.keys():
         setattr(settings.rollout, name, header.shape[name])
     settings.rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
-    module = envs.load(config.env)
-    spec = module.spec(config.tasks, header.shape["image_size"])
+    tasks = tuple(filter(None, (config.suite, *config.tasks)))
+    spec = envs.load(config.env).spec(tasks, header.shape["image_size"])
     model = models.load(header.family).build(settings, spec).eval()
-    tokenizer = checkpoint.vocabulary(config.tokenizer, path, header.family, embedded_files(header.family)[1])
+    run, given = (path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")), config.tokenizer
+    if given is None and run != Path(".") and (run / "config.json").is_file():
+        given = from_json(run / "config.json").train.tokenizer
+    tokenizer = checkpoint.vocabulary(given, path, header.family, embedded_files(header.family)[1])
     preparation = models.files(header.family).preparation(model.header, tokenizer)
-    outcomes, films = run_episodes(model, spec, module, preparation, config, settings.rollout.chunk)
+    outcomes, films = run_episodes(model, spec, preparation, config, settings.rollout.chunk)
 
-    run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")
     videos = config.videos or run / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ import models
 import rollout_worker
 from channel import Channels, Counters, IndexQueue, SlotPool, Spec, WeightPlane, layout
 from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
-from models import checkpoint
+from models import checkpoint, untrained
 from scheduler import Admission, Placement, place
 
 
@@ -81,6 +81,13 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
+    config.train.tasks = tuple(dict.fromkeys(filter(None, (config.train.suite, *config.train.tasks))))
+    if config.train.checkpoint is None and config.train.model != "emulated" and config.train.env not in ("metaworld", "emulated"):
+        simulator, chunk = envs.load(config.train.env), config.rollout.chunk
+        spec = simulator.spec(config.train.tasks, config.env.image_size)
+        config.train.checkpoint, config.train.tokenizer, config.rollout.tokens = untrained.start(
+            ROOT / "runs", config.train.model, spec, simulator.STATE_RANGE, chunk, config.rollout.tokens
+        )
     default, tokenizer = embedded_files(config.train.model)
     if config.train.checkpoint is None and config.train.model != "emulated" and not default.is_file():
         raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {config.train.model}`")
@@ -379,6 +386,10 @@ def main(config: Config) -> int:
         folder.truncate(setup.resume["version"])
     (path / "config.json").write_text(setup.saved)
     print(setup.placement.line, f"run folder {path}", sep="\n", flush=True)
+    if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
+        print(
+            f"no checkpoint is given and none shipped for {config.train.env}: a small {config.train.model} of random weights starts"
+        )
 
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers

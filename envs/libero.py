@@ -41,6 +41,9 @@ NO_OP = np.array([0.0, 0, 0, 0, 0, 0, -1])  # −1 opens the gripper
 SUBSTEPS, TIMESTEP, PERIOD = 25, 0.002, 0.05  # physics steps per control step; seconds of each
 REST_DAMPING = 2.0 * math.sqrt(10.0)  # critical, at the stiffness of 10 that pulls the arm towards its first posture
 
+# States that an untrained model takes for −1 and 1: where the hand gets to on tables and floors, metres; around pointing down,
+# radians; closed and open fingers, metres.
+STATE_RANGE = ((-0.6, -0.5, 0.0, 1.5, -1.5, -1.5, 0.0, -0.04), (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0))
 FILM = 256  # pixels, square: of frames for people
 # Of what is drawn with quality "fast", at frames of s pixels: a pixel covers 1/s metres of the table in the front camera, and a
 # tenth of that near the hand's.
