@@ -37,10 +37,12 @@ def exit_on_user_error() -> Iterator[None]:
 class RunConfig:
     model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal["metaworld", "emulated"] = "metaworld"
+    env: Literal["metaworld", "libero", "emulated"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
+    suite: str = ""
+    """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     algorithm: Literal["ppo"] = "ppo"
     """decoupled PPO, which is PPO when the staleness is 0"""
     preset: Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"] = "full"
@@ -83,6 +85,8 @@ class EnvConfig:
     """processes that step them; 0 derives it from --ratio"""
     image_size: int = 0
     """pixels of the cameras, square; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
+    render_quality: Literal["fast", "full"] = "fast"
+    """full draws the simulator's own picture; fast leaves out shadows, smooth edges and detail too small to see (LIBERO)"""
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     restarts: int = 5

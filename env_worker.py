@@ -204,7 +204,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
             observe(lane, 0)
             request(lane, lane.slot, EVAL, lane.t)
 
-    make = envs.load(config.train.env).Env
+    make = envs.maker(config.train.env, config.env.render_quality)
     workers, lanes, evaluators = config.env.env_workers, {}, {}
     for index in range(rank, config.env.envs, workers):
         lanes[index] = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)

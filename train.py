@@ -30,7 +30,7 @@ import models
 import rollout_worker
 from channel import VERSION, Channels, Counters, IndexQueue, Record, SlotPool, Spec, WeightPlane, layout
 from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
-from models import checkpoint
+from models import checkpoint, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
 from scheduler import Admission, Placement, place
 
@@ -85,8 +85,14 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
-    name, resume = config.train.model, None
+    name, simulator, resume = config.train.model, envs.load(config.train.env), None
+    config.train.tasks = tuple(dict.fromkeys(filter(None, (config.train.suite, *config.train.tasks))))
     default, tokenizer = embedded_files(name)
+    if config.train.checkpoint is None and name != "emulated" and config.train.env not in ("metaworld", "emulated"):
+        config.env.image_size = config.env.image_size or 64
+        spec = simulator.spec(config.train.tasks, config.env.image_size)
+        found = untrained.start(ROOT / "runs", name, spec, simulator.STATE_RANGE, config.rollout.chunk, config.rollout.tokens or 0)
+        config.train.checkpoint, config.train.tokenizer = found
     if config.train.checkpoint is None and name != "emulated" and not default.is_file():
         raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {name}`")
     saved_checkpoint = config.train.checkpoint = config.train.checkpoint or default
@@ -282,6 +288,10 @@ def main(config: Config) -> int:
         folder.truncate(setup.version)
     (path / "config.json").write_text(setup.saved)
     print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
+    if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
+        print(
+            f"no checkpoint is given and none shipped for {config.train.env}: a small {config.train.model} of random weights starts"
+        )
 
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers

@@ -12,10 +12,7 @@ Left out: the dense reward (reward is 1 on success, as each task defines it, els
 which hide the goal, and the 50 fixed goals that the suites draw per task: here a seed names one of endlessly many.
 """
 
-import os
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "0")  # software rasteriser: processes scale, its threads only fight
+from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -131,43 +128,15 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 
 
-def forget_missing_device() -> None:
-    """A container may show fewer EGL devices than CUDA ones; MuJoCo then takes the first that works instead of failing."""
-    wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    if wanted is not None and os.environ["MUJOCO_GL"] == "egl":
-        from mujoco.egl import egl_ext
-
-        if int(wanted) >= len(egl_ext.eglQueryDevicesEXT()):
-            del os.environ["MUJOCO_EGL_DEVICE_ID"]
-
-
 def thin_meshes(model: mujoco.MjModel) -> None:
-    """Merges the vertices of each large mesh that share a cell of CELL metres and drops the faces that thereby collapse.
-
-    For pictures only: the physics collides with hulls and primitives, made when the model was compiled.
-    """
-    for mesh in np.flatnonzero(model.mesh_facenum > 1000):
-        vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
-        faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
-        cells = np.round(model.mesh_vert[vertices] / CELL).astype(int)
-        _, first, cell = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-        corners = first[cell.ravel()][model.mesh_face[faces]]  # [faces, 3]: a cell's first vertex stands for all of it
-        ordered = np.sort(corners, axis=1)
-        distinct = np.zeros(len(corners), bool)
-        distinct[np.unique(ordered, axis=0, return_index=True)[1]] = True
-        kept = distinct & (ordered[:, 0] < ordered[:, 1]) & (ordered[:, 1] < ordered[:, 2])
-        fewer = slice(faces.start, faces.start + kept.sum())
-        model.mesh_face[fewer] = corners[kept]
-        for attribute in (model.mesh_facenormal, model.mesh_facetexcoord):
-            attribute[fewer] = attribute[faces][kept]
-        model.mesh_facenum[mesh] = kept.sum()
+    drawing.thin_meshes(model, np.full(model.nmesh, CELL))
 
 
 class Env:
     """One env instance. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks, so that a reset costs milliseconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
-        forget_missing_device()
+        drawing.forget_missing_device()
         self.tasks, self.size = tasks, image_size
         self.sims = {}
         self.option = mujoco.MjvOption()
