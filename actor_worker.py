@@ -33,7 +33,7 @@ from algorithms import (
     units,
     value_loss,
 )
-from channel import VERSION, Channels, Record, SlotPool
+from channel import RESTART, VERSION, Channels, Record, SlotPool
 from config import Config, UserError
 from models import checkpoint
 from scheduler import Admission
@@ -165,11 +165,12 @@ class ExactProximal:
 
 
 def outcomes(data: dict[str, Tensor], algorithm: str) -> dict[str, Tensor]:
-    """Episodes that ended and those that succeeded, per task: episodes_0, successes_0, …"""
+    """Trajectories, episodes that ended and those that succeeded, per task: trajectories_0, episodes_0, successes_0, …"""
     mine = played(data, algorithm)
-    ends = {"episodes": (data["terminated"] | data["truncated"]) & mine, "successes": data["terminated"] & mine}
+    counted = {"episodes": (data["terminated"] | data["truncated"]) & mine, "successes": data["terminated"] & mine}
+    counted["trajectories"] = torch.ones_like(data["task"])
     tasks = data["task"].unique().tolist()
-    return {f"{what}_{task}": end[data["task"] == task].sum() for what, end in ends.items() for task in tasks}
+    return {f"{what}_{task}": each[data["task"] == task].sum() for what, each in counted.items() for task in tasks}
 
 
 def schedule(version: int, config: Config) -> float:
@@ -216,8 +217,8 @@ def save_checkpoint(folder: Path, model, idle: dict[str, Tensor], optimizer, sca
 
 
 def run(
-    rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter, run_folder: Path,
-    resume: dict | None, report: Connection | None,
+    rank: int, config: Config, spec, device: str, channels: Channels, run_folder: Path, resume: dict | None,
+    report: Connection | None, meter: metrics.Meter,
 ) -> None:  # fmt: skip
     """The worker. resume: state.json of the checkpoint to continue from, or None; report: rank 0's pipe to the launcher."""
     ranks, actor = config.actor.actor_workers, config.actor
@@ -257,7 +258,7 @@ def run(
             group["weight_decay"] = actor.weight_decay
     segment, algorithm, group = pool["actions"].shape[1], config.train.algorithm, Admission.of(config).group
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
-    once = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(len(spec.tasks))]
+    once = [f"{what}_{k}" for what in ("episodes", "successes", "trajectories") for k in range(len(spec.tasks))]
     once += ["reward", "advantage_square", "filtered", *ERRORS]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
@@ -274,6 +275,16 @@ def run(
                 plane.publish(trainable, version)
                 for target in (*channels.replies, *channels.requests):
                     target.put([Record(0, 0, VERSION, 0)])
+
+    def receive(wait_s: float) -> None:
+        """Takes in finished trajectories. `received` marks the slot before any weight can depend on it; a worker that replaces a
+        dead one reads the marks, which are complete once its RESTART, queued behind all that the dead one wrote, is echoed."""
+        for record in queue.get(wait_s):
+            if record.kind == RESTART:
+                channels.replies[record.sender].put([record])
+                continue
+            pool["received"][record.slot] = pool["trajectory"][record.slot] + 1
+            streamer.add(record.slot)
 
     def save() -> Path:
         with meter.work("checkpoint"):
@@ -292,14 +303,11 @@ def run(
             report.send({"saved": str(save())})
             while True:  # the launcher ends us; leaving first would fail the other ranks before it has read this
                 time.sleep(1.0)
-        for record in queue.get(0):
-            streamer.add(record.slot)
+        receive(0)
         micro = streamer.next()
         if micro is None and not streamer.done:
             with meter.wait("trajectory"):
-                records = queue.get(1.0)  # who is to blame for a long wait, the launcher knows better: `check_alive`
-            for record in records:
-                streamer.add(record.slot)
+                receive(1.0)  # who is to blame for a long wait, the launcher knows better: `processes.Crew`
             continue
 
         if micro is not None:
@@ -387,6 +395,7 @@ def iteration_metrics(
     }
     line = {
         "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
+        "trajectories_per_task": {task: int(sums[f"trajectories_{i}"]) for i, task in enumerate(tasks)},
         "episodes": int(sum(sums[f"episodes_{i}"] for i in range(len(tasks)))),
         "success_rate": sum(rates.values()) / len(rates) if rates else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,

@@ -142,7 +142,8 @@ class Record(NamedTuple):
 
 
 RECORD = struct.Struct("<IHBB")  # 8 bytes
-ACT, VALUE, EVAL, DONE, VERSION, LAST = range(6)  # kinds; LAST is a VALUE that the lane does not wait for
+# Kinds. LAST is a VALUE that the lane does not wait for; RESTART says that `sender` replaces a dead worker, and is echoed.
+ACT, VALUE, EVAL, DONE, VERSION, LAST, RESTART = range(7)
 ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps together (PIPE_BUF)
 
 

@@ -37,10 +37,12 @@ def exit_on_user_error() -> Iterator[None]:
 class RunConfig:
     model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal["metaworld", "emulated"] = "metaworld"
+    env: Literal["metaworld", "libero", "emulated"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
+    suite: str = ""
+    """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     algorithm: Literal["ppo", "grpo"] = "ppo"
     """decoupled PPO, which is PPO when the staleness is 0; or GRPO: no critic, trajectories compared within groups"""
     preset: Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"] = "full"
@@ -72,19 +74,23 @@ class RunConfig:
     memory_report: bool = False
     """print the size of each memory pool, then exit"""
     timeout_s: float = 120.0
-    """seconds without a sign of life after which a worker counts as hung and ends the run"""
+    """seconds without a sign of life after which a worker counts as hung: an env worker is replaced, another one ends the run"""
 
 
 @dataclass(kw_only=True, slots=True)
 class EnvConfig:
     envs: int = 24
-    """lanes: simulators that ask for actions, one task each, round robin"""
+    """simulators that ask for actions; each keeps its task if the number of tasks divides theirs, else they take turns"""
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
     image_size: int = 0
     """pixels of the cameras, square; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
+    render_quality: Literal["fast", "full"] = "fast"
+    """full draws the simulator's own picture; fast leaves out shadows, smooth edges and detail too small to see (LIBERO)"""
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
+    restarts: int = 5
+    """how often each env worker is replaced, 1, 2, 4 … seconds after it failed, before the run ends; 0 means never"""
     eval_envs: int = 4
     """lanes that only evaluate, on seeds never trained on; they never hold up the others before the run ends"""
     eval_episodes: int = 24
@@ -345,12 +351,8 @@ def validate(config: Config) -> None:
         raise UserError(f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least {env.env_workers}")
     if config.rollout.rollout_workers > env.envs:
         raise UserError(f"{config.rollout.rollout_workers} rollout workers have only {env.envs} envs: raise --envs")
-    if env.image_size < 0 or env.segment < 0 or env.eval_every < 0 or env.eval_envs < 0 or env.eval_episodes < 0:
-        raise UserError("--image-size, --segment, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
-    # An endless wait is safe only in lockstep: otherwise the last requests of a batch may be fewer than B_max, and wait for ever.
-    served = -(-env.envs // config.rollout.rollout_workers)
-    if config.rollout.batch_wait_ms == math.inf and config.rollout.batch_max not in ("all", 1, served):
-        raise UserError(f"--batch-wait-ms inf with --batch-max {config.rollout.batch_max} may wait for ever: give --batch-max all")
+    if min(env.image_size, env.segment, env.restarts, env.eval_every, env.eval_envs, env.eval_episodes) < 0:
+        raise UserError("--image-size, --segment, --restarts, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
     workers = env.env_workers + config.rollout.rollout_workers + ranks
     if workers > 120:  # two file descriptors each, and the fork server takes 256 at once
         raise UserError(f"{workers} workers are more than one machine can start (120): lower --env-workers")

@@ -9,7 +9,6 @@ Evaluation lanes do the same on seeds never trained on, in slots of their own; n
 Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import numpy as np
 import envs
 import metrics
 import models
-from channel import ACT, DONE, EVAL, LAST, OBSERVED, VALUE, VERSION, Channels, Record
+from channel import ACT, DONE, EVAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record
 from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
@@ -38,9 +37,14 @@ class Lane:
     task: int = 0
 
 
-def episode_seed(seed: int, lane: int, trajectory: int, t: int) -> int:
-    """Names an episode by where it starts, so a resumed or differently timed run meets the same ones."""
-    return 2**30 + int(np.random.SeedSequence([seed, lane, trajectory, t]).generate_state(1)[0] >> 2)
+def episode_seed(seed: int, lane: int, trajectory: int, t: int, generation: int = 0) -> int:
+    """Names an episode by where it starts, so a resumed or differently timed run meets the same ones.
+
+    generation: of the worker; a replaced one plays other episodes, or a fault that depends on the seed would come again.
+    """
+    # Lanes of a group that is to share initial states (GRPO) would give the group's number in place of the lane's.
+    where = [seed, lane, trajectory, t] + ([generation] if generation else [])
+    return 2**30 + int(np.random.SeedSequence(where).generate_state(1)[0] >> 2)
 
 
 def run_chunk(lane: Lane, actions: np.ndarray, horizon: int) -> tuple[float, bool, bool]:
@@ -56,46 +60,33 @@ def run_chunk(lane: Lane, actions: np.ndarray, horizon: int) -> tuple[float, boo
     return reward, False, False
 
 
-class Evaluations:
-    """When to evaluate, and with what result: kept by env worker 0; the others follow its counter `eval_round`.
+def take_over(rank: int, generation: int, channels: Channels, meter: metrics.Meter) -> set[int]:
+    """Tells everyone that this worker replaces a dead one; from then on whatever comes is meant for this one.
 
-    A round begins when all workers have played the one before, so that rounds never mix. Every `eval_every`-th version is
-    evaluated, as far as there is time, and always the last one.
+    Pipes are first in, first out. A rollout worker drops what the dead one had asked and echoes the word; what it had answered
+    lies before that echo, and is thrown away here. An actor echoes once it has taken in all that the dead one had finished, which
+    may last (it may be waiting for other ranks that wait for us), so that is not waited for: returns the peers yet to answer.
     """
-
-    def __init__(self, config: Config, tasks: int, version: int, meter: metrics.Meter):
-        self.config, self.tasks, self.meter = config, tasks, meter
-        self.names = [f"{what}_{k}" for what in ("episodes", "successes") for k in range(tasks)]
-        self.columns = [meter.counters.index[f"eval_{name}"] for name in self.names]
-        self.before = np.zeros(len(self.columns))  # counts before the running round
-        self.round, self.due, self.running = 0, version, None  # running: the version being evaluated
-
-    def begins(self, version: int) -> bool:
-        """Whether a round begins now. Notes the result of the one that has just ended."""
-        if self.running is not None:
-            gained = self.meter.counters.table[:, self.columns].sum(axis=0) - self.before
-            if gained[: self.tasks].sum() < self.config.env.eval_episodes:
-                return False
-            for name, value in zip(self.names, gained, strict=True):
-                self.meter.set(f"result_{name}", value)
-            self.meter.set("result_version", self.running)
-            self.meter.set("result_round", self.round)  # last, because it says that the rest is there
-            self.before, self.running = self.before + gained, None
-        if version < self.due:
-            return False
-        last = self.config.train.iterations
-        self.due = min(version + self.config.env.eval_every, last) if version < last else math.inf
-        self.running, self.round = version, self.round + 1
-        self.meter.set("eval_round", self.round)
-        return True
+    peers = (*channels.requests, *channels.finished)
+    for peer, queue in enumerate(peers):
+        queue.put([Record(peer, generation, RESTART, rank)])
+    missing = set(range(len(peers)))
+    while min(missing, default=len(peers)) < len(channels.requests):
+        with meter.wait("admission"):
+            records = channels.replies[rank].get(1.0)
+        missing -= {record.slot for record in records if record.kind == RESTART and record.t == generation}
+    return missing
 
 
 def run(rank: int, config: Config, header: Header, channels: Channels, version: int, meter: metrics.Meter) -> None:
-    """The worker. `header` is the model's; `version` is the one training starts or resumes from."""
+    """The worker. `header` is the model's; `version` is the one training starts or resumes from.
+
+    One that replaces a dead worker plays each of its lanes on from the start of the first trajectory that no actor has received.
+    """
     pool, replies, plane = channels.pool, channels.replies[rank], channels.plane
     replies.close_writer()
     spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
-    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
+    admission, generation = Admission.of(config), int(meter.counters.get(meter.row, "restarts"))
     segment = pool["actions"].shape[1]  # T
     preparation = models.files(config.train.model).preparation(header, str(config.train.tokenizer or ""))
     actions, seen = pool["actions"].numpy(), {name: pool[name].numpy() for name in pool.spec if name in OBSERVED}
@@ -105,6 +96,8 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
     def observe(lane: Lane, row: int) -> None:
         with meter.work("render"):
             picture, lane.state = lane.env.observe()
+        if not np.isfinite(lane.state).all():
+            raise FloatingPointError(f"the state of task {spec.tasks[lane.task]!r} is not a number: {lane.state}")
         for name, value in preparation.observe(picture, lane.state, spec.prompts[lane.task]).items():
             seen[name][lane.slot, row] = value
 
@@ -117,23 +110,47 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
             pool[name][lane.slot] = value
 
-    def begin_episode(lane: Lane, task: int, seed: int) -> None:
+    def task_of(lane: int, trajectory: int) -> int:
+        return admission.task(lane, trajectory, len(spec.tasks))
+
+    def reset(lane: Lane, task: int, seed: int) -> None:
         with meter.work("reset"):
             lane.env.reset(task, seed)
         lane.task, lane.step = task, 0
 
+    def begin_episode(lane: Lane, trajectory: int, t: int) -> None:
+        """The episode that begins in row t of a trajectory, which names it as a resumed run would."""
+        seed = episode_seed(config.train.seed, lane.index, trajectory, t, generation)
+        reset(lane, task_of(lane.index, trajectory), seed)
+
+    def owner(slot: int) -> int:
+        """The actor rank that a trajectory goes to."""
+        return slot % config.actor.batch % len(channels.finished)
+
+    def find(lane: Lane) -> bool:
+        """Moves a lane of a dead worker on to its first trajectory that no actor has received, once that is known.
+
+        An actor that is yet to answer may wait, in the sum over ranks, for the very trajectory that this lane owes another one;
+        then it has received all earlier ones of the lane, and the marks tell so.
+        """
+        while pool["received"][admission.slot(lane.index, lane.trajectory)] > lane.trajectory:
+            lane.trajectory += 1
+        known = len(channels.requests) + owner(admission.slot(lane.index, lane.trajectory)) not in missing
+        return known or admission.batch_of(lane.trajectory) >= admission.batches
+
     def begin_trajectory(lane: Lane) -> bool:
-        """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it."""
-        if not admission.admits(lane.trajectory, plane.version) or plane.version >= config.train.iterations:
+        """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it, unless the
+        task is another."""
+        if not admission.admits(lane.trajectory, plane.version):
             return False
         last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
-        label(lane)
-        if last < 0:
-            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, lane.trajectory, 0))
+        if last < 0 or lane.task != task_of(lane.index, lane.trajectory):
+            begin_episode(lane, lane.trajectory, 0)
             observe(lane, 0)
         else:
             for field in seen.values():
                 field[lane.slot, 0] = field[last, segment]
+        label(lane)
         request(lane, lane.slot, ACT, 0)
         return True
 
@@ -143,11 +160,12 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         with meter.work("step"):
             before, plan = lane.step, preparation.actions(actions[slot, t], lane.state)
             reward[slot, t], terminated[slot, t], truncated[slot, t] = run_chunk(lane, plan, spec.horizon)
-        meter.count("env_steps", lane.step - before)
+        meter.count("env_steps", lane.step - before), meter.count("collected", 1)
+        if not np.isfinite(reward[slot, t]):
+            raise FloatingPointError(f"the reward of task {spec.tasks[lane.task]!r} is {reward[slot, t]}")
         if terminated[slot, t] or truncated[slot, t]:
             meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
-            begins = (lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)  # as a resumed run would call it
-            begin_episode(lane, lane.task, episode_seed(config.train.seed, lane.index, *begins))
+            begin_episode(lane, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
         lane.t += 1
         observe(lane, lane.t)
         if lane.t < segment:
@@ -163,60 +181,70 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
 
     # ---- evaluation: episode i runs on lane i % eval_envs, in that lane's own slot, always in row 0
     def begin_evaluation(lane: Lane) -> None:
-        begin_episode(lane, lane.trajectory % len(spec.tasks), EVAL_SEEDS + lane.trajectory)
-        lane.t = 0
-        label(lane)
-        observe(lane, 0)
-        request(lane, lane.slot, EVAL, 0)
+        """Plays the lane's next episode of this round, if one is left: a dead worker may have played some of them."""
+        while (episode := lane.trajectory) < config.env.eval_episodes:
+            if meter.counters.get(meter.row, f"outcome_{episode}") < 2 * eval_round:
+                reset(lane, episode % len(spec.tasks), EVAL_SEEDS + episode)
+                lane.t = 0
+                label(lane)
+                observe(lane, 0)
+                request(lane, lane.slot, EVAL, 0)
+                return
+            lane.trajectory += config.env.eval_envs
 
     def advance_evaluation(lane: Lane) -> None:
         with meter.work("step"):
             plan = preparation.actions(actions[lane.slot, 0], lane.state)
             _, success, timeout = run_chunk(lane, plan, spec.horizon)
         if success or timeout:
-            meter.count(f"eval_episodes_{lane.task}", 1), meter.count(f"eval_successes_{lane.task}", int(success))
-            lane.trajectory += config.env.eval_envs
-            if lane.trajectory < config.env.eval_episodes:
-                begin_evaluation(lane)
+            meter.set(f"outcome_{lane.trajectory}", 2 * eval_round + int(success))
+            begin_evaluation(lane)
         else:
             lane.t += 1
             observe(lane, 0)
             request(lane, lane.slot, EVAL, lane.t)
 
-    make = envs.load(config.train.env).Env
+    make = envs.maker(config.train.env, config.env.render_quality)
     workers, lanes, evaluators = config.env.env_workers, {}, {}
     for index in range(rank, config.env.envs, workers):
-        lane = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
-        lane.task = index % len(spec.tasks)
-        lanes[index] = lane
+        lanes[index] = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
     for i in range(rank, config.env.eval_envs if config.env.evaluates else 0, workers):
         slot = admission.slots + i
         evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
-    parked, rounds = list(lanes.values()), 0
-    evaluations = Evaluations(config, len(spec.tasks), version, meter)
-    eval_round = meter.counters.table[:, meter.counters.index["eval_round"]]
+    eval_round, asked_round = 0, meter.counters.table[:1, meter.counters.index["eval_round"]]
     ready: list[Record] = []
+    lost = list(lanes.values()) if generation else []  # lanes of which it is not known yet where they go on
+    parked = [] if generation else list(lanes.values())
+    before, kept = meter.counters.get(meter.row, "collected"), 0  # chunk steps of earlier generations, and those that are received
     meter.ready()
+    missing = take_over(rank, generation, channels, meter) if generation else set()
     while True:
+        for lane in [lane for lane in lost if find(lane)]:
+            lost.remove(lane), parked.append(lane)
+            kept += (lane.trajectory - version * admission.per_lane) * segment
+            if not lost:
+                meter.set("discarded", before - kept)
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
-        if evaluators and (evaluations.begins(plane.version) if rank == 0 else eval_round.max() > rounds):
-            rounds += 1
+        if eval_round < asked_round[0]:
+            eval_round = int(asked_round[0])
             for slot, lane in evaluators.items():
                 lane.trajectory = slot - admission.slots
-                if lane.trajectory < config.env.eval_episodes:
-                    begin_evaluation(lane)
+                begin_evaluation(lane)
         for worker, records in outbox.items():
             channels.requests[worker].put(records)
         outbox.clear()
 
-        cause = "admission" if len(parked) == len(lanes) else "action"
+        cause = "admission" if len(parked) + len(lost) == len(lanes) else "action"
         with meter.wait(cause) if not ready else meter.nothing:
             ready += replies.get(0.0 if ready else 1.0)
         if not ready:
             continue
         record = ready.pop(0)
         if record.kind == VERSION:
+            continue
+        if record.kind == RESTART:
+            missing -= {record.slot} if record.t == generation else set()
             continue
         if record.kind == EVAL:
             advance_evaluation(evaluators[record.slot])
@@ -225,8 +253,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         if record.kind == ACT:
             advance(lane)
         else:  # the value of row T has come: the trajectory is complete
-            owner = record.slot % config.actor.batch % len(channels.finished)
-            channels.finished[owner].put([Record(record.slot, 0, DONE, rank)])
+            channels.finished[owner(record.slot)].put([Record(record.slot, 0, DONE, rank)])
             if record.kind == VALUE:
                 parked.append(lane)
         meter.set("time", time.monotonic())

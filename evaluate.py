@@ -28,8 +28,8 @@ from models import checkpoint
 class EvaluateConfig:
     """Success rate of a checkpoint, per task, with videos."""
 
-    checkpoint: Path = ASSETS / "pi05_metaworld.safetensors"
-    """a .safetensors file, a checkpoint folder, a run folder (its newest checkpoint), or another project's checkpoint"""
+    checkpoint: Path | None = None
+    """a .safetensors file, a checkpoint or run folder, or another project's checkpoint; none means Meta-World's shipped one"""
     model: Literal["pi0", "pi05", "gr00t", "oft"] | None = None
     """family of another project's checkpoint; ours say it themselves"""
     chunk: int = RolloutConfig().chunk
@@ -40,16 +40,20 @@ class EvaluateConfig:
     """pixels of the cameras; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    env: Literal["metaworld"] = "metaworld"
+    env: Literal["metaworld", "libero"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks; none means the simulator's default task set"""
+    suite: str = ""
+    """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
+    render_quality: Literal["fast", "full"] = "fast"
+    """as it was in training"""
     episodes: int = 100
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """shifts the evaluation seeds by a thousand per step"""
     tokenizer: Path | None = None
-    """SentencePiece file (gr00t: Qwen's vocabulary); none means the embedded default's"""
+    """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded default's"""
     videos: Path | None = None
     """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
     json: Path | None = None
@@ -63,12 +67,11 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run_episodes(
-    model, spec, module, preparation, config: EvaluateConfig, chunk: int, device: str
-) -> tuple[list[list[bool]], list[list]]:
+def run_episodes(model, spec, preparation, config: EvaluateConfig, chunk: int, device: str) -> tuple[list[list[bool]], list[list]]:
     """Plays every episode, eight at a time. Returns outcomes and the video frames of the first episode, per task."""
     outcomes, films = [[] for _ in spec.tasks], [[] for _ in spec.tasks]
-    lanes = [module.Env(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
+    make = envs.maker(config.env, config.render_quality)
+    lanes = [make(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
     try:
         for first in range(0, config.episodes, len(lanes)):
             playing = list(range(first, min(first + len(lanes), config.episodes)))  # episode numbers; lane = number − first
@@ -102,6 +105,9 @@ def run_episodes(
 def settings_of(config: EvaluateConfig) -> Config:
     """What a checkpoint says of itself, as settings to build its model from. Raises UserError."""
     settings = Config()
+    if config.checkpoint is None and config.env != "metaworld":
+        raise UserError(f"no checkpoint is shipped for {config.env}: give --checkpoint, a file or a run")
+    config.checkpoint = config.checkpoint or ASSETS / "pi05_metaworld.safetensors"
     settings.train.env, settings.train.statistics = config.env, config.statistics
     if not checkpoint.is_ours(config.checkpoint):
         if config.model is None:
@@ -127,14 +133,14 @@ def main(config: EvaluateConfig) -> dict:
         raise UserError(f"--episodes {config.episodes} must be at least 1")
     settings, device = settings_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     path, family = Path(settings.train.checkpoint), settings.train.model
-    module = envs.load(config.env)
-    spec = module.spec(config.tasks, config.image_size or checkpoint.frame_size(path))
+    tasks = tuple(filter(None, (config.suite, *config.tasks)))
+    spec = envs.load(config.env).spec(tasks, config.image_size or checkpoint.frame_size(path))
     model = models.load(family).build(settings, spec, device).eval()
     tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])
     preparation = models.files(family).preparation(model.header, tokenizer)
-    outcomes, films = run_episodes(model, spec, module, preparation, config, settings.rollout.chunk, device)
-
+    outcomes, films = run_episodes(model, spec, preparation, config, settings.rollout.chunk, device)
     run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")
+
     videos = config.videos or run / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ Left out: profiling inside a stage (Perfetto shows spans; for kernels use torch.
 
 import contextlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -17,25 +18,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from channel import Counters
-from config import ROOT, UserError
+from config import ROOT, Config, UserError
 
 STAGES = ("env", "rollout", "actor")
 CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")  # what a worker can wait for
 COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
-    "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s", "fetches", "stop", "gpu_memory_gb",
-    "eval_round", "result_round", "result_version",
+    "collected", "discarded", "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s", "fetches",
+    "stop", "gpu_memory_gb", "eval_round",
 )  # fmt: skip
+# Of a whole run, also when it is resumed. Chunk steps collected = trained once + discarded + in flight, which is none at the end.
+TOTALS = ("env_steps", "collected", "discarded", "restarts")
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))  # batches of at most 1, 2, 4 … 256 requests
 FLUSH, LIMIT = 200, 200_000  # spans between writes to file, and the most that one worker records
 
 
-def columns(tasks: int) -> tuple[str, ...]:
-    return (
-        *COLUMNS,
-        *HISTOGRAM,
-        *(f"{when}_{what}_{k}" for when in ("eval", "result") for what in ("episodes", "successes") for k in range(tasks)),
-    )
+def columns(eval_episodes: int) -> tuple[str, ...]:
+    return (*COLUMNS, *HISTOGRAM, *(f"outcome_{episode}" for episode in range(eval_episodes)))
 
 
 class Meter:
@@ -86,7 +85,8 @@ class Meter:
         if self.trace is None or not self.spans:
             return
         with open(self.trace / f"{self.name}.jsonl", "a") as file:
-            file.writelines(f'["{n}",{s:.6f},{e:.6f}]\n' for n, s, e in self.spans)
+            # The end of a line comes first: a killed worker tears its last line, and its successor goes on in the same file.
+            file.writelines(f'\n["{n}",{s:.6f},{e:.6f}]' for n, s, e in self.spans)
         self.spans, self.flushed = [], time.monotonic()
 
 
@@ -126,7 +126,7 @@ class RunFolder:
         spans = {}
         for file in sorted(self.spans.glob("*.jsonl")):
             rows = file.read_text().splitlines()
-            spans[file.stem] = [json.loads(row) for row in rows if row.endswith("]")]  # a killed worker tears its last line
+            spans[file.stem] = [json.loads(row) for row in rows if row.endswith("]")]
             file.unlink()
         shutil.rmtree(self.spans)  # also what actor workers met through
         if spans:
@@ -235,10 +235,12 @@ def draw_all(run: Path) -> None:
 class Interval:
     """What the counters gained since the last call: rates, bubbles and waits of each stage, of one iteration."""
 
-    def __init__(self, counters: Counters, rows: dict[str, list[int]], tasks: tuple[str, ...]):
-        self.counters, self.rows, self.tasks = counters, rows, tasks
+    def __init__(self, counters: Counters, rows: dict[str, list[int]]):
+        self.counters, self.rows = counters, rows
         self.last, self.last_time = counters.table.copy(), time.monotonic()
-        self.evaluated = 0.0  # rounds of evaluation that were reported
+
+    def totals(self) -> dict:
+        return {name: int(self.counters.table[:, self.counters.index[name]].sum()) for name in TOTALS}
 
     def measure(self) -> dict:
         now, table = time.monotonic(), self.counters.table.copy()
@@ -252,7 +254,6 @@ class Interval:
         batches, fetches = max(total("rollout", "batches"), 1.0), max(total("rollout", "fetches"), 1.0)
         histogram = {name.removeprefix("batch_le_"): int(total("rollout", name)) for name in HISTOGRAM}
         out = {
-            "env_steps": int(table[self.rows["env"], column["env_steps"]].sum()),
             "env_steps_per_s": total("env", "env_steps") / elapsed,
             "batch_size_mean": total("rollout", "requests") / batches,
             "batch_size_hist": {k: v for k, v in histogram.items() if v},
@@ -268,19 +269,43 @@ class Interval:
             out["waits"] |= {f"{stage}:{c}": round(w, 4) for c, w in waits.items() if w > 0}
         return out
 
-    def evaluation(self) -> dict:
-        """The newest finished evaluation, if it was not reported yet: see `env_worker.Evaluations`."""
-        total = lambda column: float(self.counters.table[:, self.counters.index[column]].sum())  # noqa: E731
-        newest = total("result_round")
-        if newest == self.evaluated:
-            return {}
-        self.evaluated = newest
-        episodes, wins = ([total(f"result_{what}_{k}") for k in range(len(self.tasks))] for what in ("episodes", "successes"))
-        per_task = {t: round(w / n, 4) for t, w, n in zip(self.tasks, wins, episodes, strict=True) if n}
-        return {
-            "eval_success_rate": sum(wins) / sum(episodes), "eval_episodes": int(sum(episodes)), "eval_per_task": per_task,
-            "eval_version": int(total("result_version")),
-        }  # fmt: skip
+
+class Evaluations:
+    """When to evaluate, and with what result. Kept by the launcher, which no fault of a simulator touches.
+
+    A round begins when all of the one before has been played, so that rounds never mix: every `eval_every`-th version, as far as
+    there is time, and always the last one. Env workers follow the counter `eval_round`, and write the outcome of episode e into
+    their `outcome_e` as 2 · round + success, in one store: a replaced worker sees what is left to play, and nothing counts twice.
+    """
+
+    def __init__(self, config: Config, tasks: tuple[str, ...], version: int, counters: Counters):
+        self.config, self.tasks, self.counters = config, tasks, counters
+        self.round, self.due, self.running = 0, version if config.env.evaluates else math.inf, None  # running: version evaluated
+        self.news: dict = {}  # the newest finished round
+
+    def begins(self, version: int) -> bool:
+        """Whether a round begins now. Notes the result of the one that has just ended."""
+        if self.running is not None:
+            first, episodes = self.counters.index["outcome_0"], self.config.env.eval_episodes
+            outcomes = self.counters.table[:, first : first + episodes].max(axis=0) - 2 * self.round  # of one worker, others are 0
+            if (outcomes < 0).any():
+                return False
+            self.news = {"eval_success_rate": float(outcomes.mean()), "eval_episodes": episodes, "eval_version": self.running}
+            per_task = {task: outcomes[k :: len(self.tasks)] for k, task in enumerate(self.tasks[:episodes])}
+            self.news["eval_per_task"] = {task: round(float(won.mean()), 4) for task, won in per_task.items()}
+            self.running = None
+        if version < self.due:
+            return False
+        last = self.config.train.iterations
+        self.due = min(version + self.config.env.eval_every, last) if version < last else math.inf
+        self.running, self.round = version, self.round + 1
+        self.counters.set(0, "eval_round", self.round)
+        return True
+
+    def report(self) -> dict:
+        """The newest finished round, once."""
+        news, self.news = self.news, {}
+        return news
 
 
 # ---------------------------------------------------------------- what a collapse announces itself by

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, LAST, VERSION, Channels, Record, WeightPlane
+from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
@@ -112,19 +113,19 @@ def serve(
 
 def run(rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter) -> None:
     """The worker. spec: the simulator's EnvSpec."""
-    queue, plane = channels.requests[rank], channels.plane
+    queue, plane, pool = channels.requests[rank], channels.plane, channels.pool
     queue.close_writer()
     if device != "cpu":
         torch.cuda.set_device(device)
-        channels.pool.pin()
+        pool.pin()
     model = models.load(config.train.model).build(config, spec, device).eval()
     fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
     compiles = model.COMPILED and (device != "cpu" if config.rollout.compile is None else config.rollout.compile)
-    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
-    served = len(range(rank, config.env.envs, config.rollout.rollout_workers))  # lanes that ask this worker
+    admission, workers = Admission.of(config), config.rollout.rollout_workers
+    served = len(range(rank, config.env.envs, workers))  # lanes that ask this worker
     batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
     auto_wait = config.rollout.batch_wait_ms == "auto"
-    batcher = DynamicBatcher(min(batch_max, served), 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
+    batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
     if compiles:  # riders (evaluation, last values) come on top of the lanes served
         most = min(batch_max, served) + served + config.env.eval_envs
         compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
@@ -133,8 +134,16 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     with meter.wait("weights"):
         while not fetcher.swap(1.0):  # however long the actor takes to start: the launcher watches it
             meter.set("time", time.monotonic())
+    trajectories = np.full(served, fetcher.version * admission.per_lane)  # of each lane: the one it is in, or starts next
+
+    def due() -> float | None:
+        """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for more would be in vain, with
+        T_max = ∞ for ever."""
+        batcher.batch_max = max(1, min(batch_max, int(admission.admits(trajectories, plane.version).sum())))
+        return batcher.remaining()
+
     while True:
-        remaining = batcher.remaining()
+        remaining = due()
         if remaining is None or remaining > 0:
             timeout = 1.0 if remaining is None else min(remaining, 1.0)
             with meter.wait("request"):
@@ -144,16 +153,25 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         for record in records:
             if record.kind == VERSION:
                 fetcher.wake.set()
-            else:
-                batcher.add(record, record.kind not in (EVAL, LAST), float(channels.pool["asked"][record.slot]))
+                continue
+            if record.kind == RESTART:  # nobody waits for what the dead worker had asked; what was answered lies before this echo
+                batcher.drop(lambda request, sender=record.sender: request.sender == sender)
+                channels.replies[record.sender].put([record])
+                continue
+            if record.kind == ACT:
+                trajectories[int(pool["lane"][record.slot]) // workers] = pool["trajectory"][record.slot]
+            batcher.add(record, record.kind not in (EVAL, LAST), float(pool["asked"][record.slot]))
         if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
             batcher.wait_s = min(batcher.wait_s, 0.01)
-        remaining = batcher.remaining()
+        remaining = due()
         if remaining is None or remaining > 0:
             continue
 
         batch, waited = batcher.take()
-        needed = max((admission.batch_of(int(channels.pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
+        for record in batch:
+            if record.kind == VALUE:  # the lane's next one may have to wait for its version
+                trajectories[int(pool["lane"][record.slot]) // workers] = pool["trajectory"][record.slot] + 1
+        needed = max((admission.batch_of(int(pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
         if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
             needed = plane.version + admission.max_staleness
         swap_start = time.monotonic()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from config import UserError, parse_ratio
+from config import Config, UserError, parse_ratio
 
 
 class DynamicBatcher:
@@ -49,6 +49,11 @@ class DynamicBatcher:
             self.counted -= counted
         return batch, waited
 
+    def drop(self, stale: Callable[[object], bool]) -> None:
+        """Forgets the requests that `stale` is true of: who asked is gone."""
+        self.queue = deque(entry for entry in self.queue if not stale(entry[0]))
+        self.counted = sum(counted for _, counted, _ in self.queue)
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -57,18 +62,20 @@ class Admission:
     A lane's j-th trajectory belongs to batch b = j // k, where k = batch / lanes trajectories of every lane make a batch. So
     membership never depends on outcome or speed. It may start once version b − K is published (K = max staleness), hence
     started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, lane, j) alone: batches b and b + K + 1
-    share slots, and the later one may start only when the earlier one has been trained on.
+    share slots, and the later one may start only when the earlier one has been trained on. What would come after the last batch
+    never starts.
     """
 
     batch: int
     lanes: int
     max_staleness: int
+    batches: float = math.inf
     group: int = 1  # G of GRPO: so many lanes in a row begin each trajectory in the same state
 
     @classmethod
-    def of(cls, config) -> "Admission":
+    def of(cls, config: Config) -> "Admission":
         group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
-        return cls(config.actor.batch, config.env.envs, config.actor.max_staleness, group)
+        return cls(config.actor.batch, config.env.envs, config.actor.max_staleness, config.train.iterations, group)
 
     @property
     def per_lane(self) -> int:
@@ -83,7 +90,8 @@ class Admission:
         return trajectory // self.per_lane
 
     def admits(self, trajectory: int, version: int) -> bool:
-        return self.batch_of(trajectory) <= version + self.max_staleness
+        """Whether it may start. For an array of trajectories, an array."""
+        return (self.batch_of(trajectory) <= version + self.max_staleness) & (self.batch_of(trajectory) < self.batches)
 
     def slot(self, lane: int, trajectory: int) -> int:
         position = trajectory % self.per_lane * self.lanes + lane
@@ -92,6 +100,14 @@ class Admission:
     def rank(self, slot: int, ranks: int) -> int:
         """The actor rank that trains a slot: groups go round, each whole to one rank."""
         return slot % self.batch // self.group % ranks
+
+    def task(self, lane: int, trajectory: int, tasks: int) -> int:
+        """Which task it plays: dealt in turn to the positions of a batch, and on from batch to batch.
+
+        So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its simulators are. Where `tasks`
+        divides `lanes`, a lane keeps its task, which saves it from building another scene.
+        """
+        return (trajectory * self.lanes + lane) % tasks
 
 
 @dataclass(frozen=True)

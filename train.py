@@ -6,18 +6,14 @@
     python train.py --resume NAME                             continue runs/NAME from its newest checkpoint
 
 It holds no tensor work of its own: placement → shared memory → spawn → supervise → run folder.
-Left out: restarting a lost worker (it ends the run, named), several machines.
+Left out: several machines.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
-import traceback
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +28,10 @@ import envs
 import metrics
 import models
 import rollout_worker
-from channel import Channels, Counters, IndexQueue, SlotPool, Spec, WeightPlane, layout
+from channel import VERSION, Channels, Counters, IndexQueue, Record, SlotPool, Spec, WeightPlane, layout
 from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
-from models import checkpoint
+from models import checkpoint, untrained
+from processes import Crew, Job, WorkerFailed, note_interrupts
 from scheduler import Admission, Placement, place
 
 
@@ -73,17 +70,29 @@ class Setup:
     config: Config
     spec: envs.EnvSpec
     placement: Placement
+    note: str  # what the user should know about the settings
     slots: Spec
     weights: Spec
     header: checkpoint.Header
     resume: dict | None  # state.json of the checkpoint that continues
     saved: str  # config.json, complete and as the user meant it
 
+    @property
+    def version(self) -> int:
+        """What training starts or continues from."""
+        return self.resume["version"] if self.resume else 0
+
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
-    name, resume = config.train.model, None
+    name, simulator, resume = config.train.model, envs.load(config.train.env), None
+    config.train.tasks = tuple(dict.fromkeys(filter(None, (config.train.suite, *config.train.tasks))))
     default, tokenizer = embedded_files(name)
+    if config.train.checkpoint is None and name != "emulated" and config.train.env not in ("metaworld", "emulated"):
+        config.env.image_size = config.env.image_size or 64
+        spec = simulator.spec(config.train.tasks, config.env.image_size)
+        found = untrained.start(ROOT / "runs", name, spec, simulator.STATE_RANGE, config.rollout.chunk, config.rollout.tokens or 0)
+        config.train.checkpoint, config.train.tokenizer = found
     if config.train.checkpoint is None and name != "emulated" and not default.is_file():
         raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {name}`")
     saved_checkpoint = config.train.checkpoint = config.train.checkpoint or default
@@ -105,13 +114,15 @@ def prepare(config: Config) -> Setup:
 
     spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
-    if len(spec.tasks) > config.env.envs:
-        raise UserError(f"{len(spec.tasks)} tasks need as many --envs at least, not {config.env.envs}: one lane plays one task")
     config.env.segment = config.env.segment or horizon
     if config.env.segment > horizon:
         raise UserError(
             f"--segment {config.env.segment} is longer than an episode of {horizon} chunk steps: choose at most {horizon}"
         )
+    note = ""
+    if config.env.envs % len(spec.tasks) and config.env.segment < horizon:
+        note = f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment {config.env.segment}"
+        note += f" of {horizon} chunk steps: to see their ends, leave it out, or give a multiple of {len(spec.tasks)} as --envs\n"
 
     now, config.train.checkpoint = config.train.checkpoint, saved_checkpoint
     saved, config.train.checkpoint = to_json(config), now
@@ -131,6 +142,7 @@ def prepare(config: Config) -> Setup:
         "truncated": ((segment,), torch.bool),
         "version": ((segment,), torch.int32),
         "asked": ((), torch.float64),  # monotonic seconds: when the newest request of this slot was sent
+        "received": ((), torch.int32),  # by its actor: the trajectory and one, 0 for none
         "lane": ((), torch.int32),
         "trajectory": ((), torch.int32),
         "task": ((), torch.int32),
@@ -138,7 +150,7 @@ def prepare(config: Config) -> Setup:
     slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, slots, weights, model.header, resume, saved)
+    return Setup(config, spec, placement, note, slots, weights, model.header, resume, saved)
 
 
 def resume_from(config: Config) -> tuple[Path, dict]:
@@ -157,8 +169,8 @@ def resume_from(config: Config) -> tuple[Path, dict]:
     return found, resume
 
 
-def memory_report(setup: Setup, admission: Admission) -> None:
-    slots = admission.slots + setup.config.env.eval_envs
+def memory_report(setup: Setup) -> None:
+    slots = Admission.of(setup.config).slots + setup.config.env.eval_envs
     one = layout(setup.slots, 1)[1]
     print(f"slot pool: {slots} slots × {one / 1e6:.2f} MB = {slots * one / 1e6:.1f} MB of shared memory")
     print(f"weight plane: 2 × {layout(setup.weights, 1)[1] / 1e6:.2f} MB")
@@ -167,139 +179,36 @@ def memory_report(setup: Setup, admission: Admission) -> None:
         print(f"  {name:16s} {str(list(shape)):26s} {str(dtype):14s} {layout({name: setup.slots[name]}, slots)[1] / 1e6:9.2f} MB")
 
 
-# ---------------------------------------------------------------- processes
+# ---------------------------------------------------------------- start, follow, report
 
 
-def child(name: str, target, args: tuple, threads: int, environment: dict[str, str], meter, errors) -> None:
-    """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went wrong by name."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
-    if os.getppid() == 1:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave)
-    os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
-    os.environ.update(environment)
-    torch.set_num_threads(threads)
-    status = 0
-    try:
-        target(*args)
-    except SystemExit:  # SIGTERM; where it is not the launcher's, it is a death that the launcher must see
-        status = 128 + signal.SIGTERM
-    except UserError as error:
-        errors.send((name, str(error), ""))
-        status = 2
-    except BaseException as error:
-        errors.send((name, f"{type(error).__name__}: {error}"[:1000], traceback.format_exc()[-2500:]))
-        status = 1
-    meter.flush()
-    os._exit(status)
-
-
-def leave(*_) -> None:
-    """A worker's answer to SIGTERM. What it was just building is dropped half-built, and is not to complain about that."""
-    sys.unraisablehook = lambda _: None
-    sys.exit()
-
-
-def note_interrupts() -> list[float]:
-    """From here on Ctrl-C and SIGTERM only leave their time here. Starts the fork server, which Ctrl-C in a terminal reaches too:
-    it inherits that SIGINT is ignored while it starts."""
-    # Threads that wait must sleep: where cores are shared, spinning at every barrier is several times slower than waking up.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The fork server looks for what it preloads here alone, and says nothing when it fails: then each worker imports torch itself.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    forkserver.set_forkserver_preload(["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"])
-    forkserver.ensure_running()
-    interrupts: list[float] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
-    return interrupts
-
-
-def start(setup: Setup, channels: Channels, folder: metrics.RunFolder, report, errors) -> tuple[dict[str, mp.Process], dict]:
-    """Starts every worker. Returns processes by name, and the rows of the counters by stage."""
+def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) -> list[Job]:
+    """What every worker is to do; a worker's place in this list is its row of the counters."""
     config, placement, trace = setup.config, setup.placement, folder.spans if setup.config.train.trace else None
-    version = setup.resume["version"] if setup.resume else 0
-    context = mp.get_context("forkserver")
-    jobs, meters, rows = [], {}, {stage: [] for stage in metrics.STAGES}
+    out: list[Job] = []
 
-    def meter(stage: str, rank: int) -> metrics.Meter:
-        row = sum(map(len, rows.values()))
-        rows[stage].append(row)
-        meters[f"{stage}-{rank}"] = metrics.Meter(f"{stage}-{rank}", row, channels.counters, trace)
-        return meters[f"{stage}-{rank}"]
+    def add(stage: str, rank: int, target, *args, threads: int = 1, environment: dict[str, str] | None = None) -> None:
+        meter = metrics.Meter(f"{stage}-{rank}", len(out), channels.counters, trace)
+        out.append(Job(meter.name, target, (rank, config, *args, meter), threads, meter, environment or {}, stage == "env"))
 
     for rank, device in enumerate(placement.actor_devices):
-        args = (rank, config, setup.spec, device, channels, meter("actor", rank), folder.path, setup.resume)
-        jobs.append((f"actor-{rank}", actor_worker.run, (*args, report if rank == 0 else None), placement.actor_threads))
+        news = report if rank == 0 else None
+        args = (setup.spec, device, channels, folder.path, setup.resume, news)
+        add("actor", rank, actor_worker.run, *args, threads=placement.actor_threads)
     for rank, device in enumerate(placement.rollout_devices):
-        args = (rank, config, setup.spec, device, channels, meter("rollout", rank))
-        jobs.append((f"rollout-{rank}", rollout_worker.run, args, placement.rollout_threads))
-    for rank in range(len(placement.env_devices)):
-        args = (rank, config, setup.header, channels._replace(plane=channels.plane.watch()), version, meter("env", rank))
-        jobs.append((f"env-{rank}", env_worker.run, args, 1))
-    devices = {f"env-{rank}": device for rank, device in enumerate(placement.env_devices) if device != "cpu"}
-    workers = {}
-    for name, target, args, threads in jobs:
-        renders_on = {"MUJOCO_EGL_DEVICE_ID": devices[name].split(":")[1]} if name in devices else {}
-        job = (name, target, args, threads, renders_on, meters[name], errors)
-        workers[name] = context.Process(target=child, args=job, name=name, daemon=True)
-        workers[name].start()
-    return workers, rows
+        add("rollout", rank, rollout_worker.run, setup.spec, device, channels, threads=placement.rollout_threads)
+    for rank, device in enumerate(placement.env_devices):
+        renders_on = {} if device == "cpu" else {"MUJOCO_EGL_DEVICE_ID": device.split(":")[1]}
+        watching = channels._replace(plane=channels.plane.watch())
+        add("env", rank, env_worker.run, setup.header, watching, setup.version, environment=renders_on)
+    return out
 
 
-def stop(workers: dict[str, mp.Process]) -> None:
-    """No worker outlives this call."""
-    for worker in workers.values():
-        worker.terminate()
-    deadline = time.monotonic() + 5.0
-    for worker in workers.values():
-        worker.join(max(0.0, deadline - time.monotonic()))
-        if worker.is_alive():
-            worker.kill()
-            worker.join()
-
-
-START_UP = 10  # times the time limit, for reading billions of weights and compiling
-
-
-class WorkerFailed(Exception):
-    """A worker died or hangs; the message names it."""
-
-
-def check_alive(workers, rows, counters: Counters, timeout: float, last_work: list) -> None:
-    """Raises WorkerFailed when a worker is gone, shows no sign of life, or all of them wait for one another."""
-    now, names = time.monotonic(), {}
-    for stage, stage_rows in rows.items():
-        names |= {row: f"{stage}-{rank}" for rank, row in enumerate(stage_rows)}
-    for name, worker in workers.items():
-        if worker.exitcode not in (None, 0):
-            raise WorkerFailed(f"worker {name} died (exit code {worker.exitcode})")
-    for row, name in names.items():
-        if workers[name].exitcode is not None:
-            continue
-        at_barrier = counters.get(row, "waiting") == 1 + metrics.CAUSES.index("gradient")  # waits for other ranks, silently
-        if counters.get(row, "ready") and not at_barrier and now - counters.get(row, "time") > timeout:
-            raise WorkerFailed(f"worker {name} hangs: no sign of life for {timeout:.0f} s")
-    work = counters.table[:, counters.index["work_s"]].sum() + counters.table[:, counters.index["ready"]].sum()
-    if work != last_work[0]:
-        last_work[:] = [work, now]
-    elif now - last_work[1] > timeout * (1 if counters.table[:, counters.index["ready"]].all() else START_UP):
-        waiting = {n: int(counters.get(r, "waiting")) for r, n in names.items()}
-        who = ", ".join(f"{n} for {metrics.CAUSES[w - 1]}" if w else f"{n} still starting" for n, w in waiting.items())
-        raise WorkerFailed(f"nothing happened for {now - last_work[1]:.0f} s: {who}")
-
-
-def supervise(
-    setup: Setup, folder: metrics.RunFolder, workers, rows, counters: Counters, reports, errors, interrupts: list[float]
-) -> str:
+def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Channels, reports, interrupts: list[float]) -> str:
     """Follows the run to its end: writes metrics, watches workers, handles Ctrl-C. Returns what to tell the user."""
-    config, names = setup.config, setup.spec.tasks
-    timeout, began = config.train.timeout_s, time.monotonic()
-    earlier = folder.lines()
-    offset = earlier[-1]["time"] if earlier else 0.0
-    steps_before = earlier[-1]["env_steps"] if earlier else 0
+    config, counters, began = setup.config, channels.counters, time.monotonic()
+    rows = {stage: [job.meter.row for job in crew.jobs.values() if job.name.startswith(stage)] for stage in metrics.STAGES}
+    earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     tracker = None
     if config.train.wandb != "off":
@@ -307,48 +216,36 @@ def supervise(
 
         tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
                              config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
-    interval, last_work, pool_gb = None, [0.0, began], slot_pool_gb(setup)
+    interval, pool_gb = None, slot_pool_gb(setup)
+    evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters)
 
-    def watch() -> list:
-        """Waits for news at most 0.25 s. Raises WorkerFailed when a worker failed, died or hangs."""
-        ready = connection.wait([reports, errors, *(w.sentinel for w in workers.values() if w.exitcode is None)], timeout=0.25)
-        if errors.poll():
-            name, message, trace = errors.recv()
-            if trace:
-                (folder.path / "error.txt").write_text(f"{name}\n{trace}")
-            details = f" (details in {folder.path / 'error.txt'})" if trace else ""
-            raise WorkerFailed(f"worker {name} failed: {message}{details}")
-        check_alive(workers, rows, counters, timeout, last_work)
-        return ready
-
-    def last_evaluation() -> dict:
-        """Of the final weights, which every run ends with: nothing is left that waiting for it could hold up."""
-        while not interrupts:
-            result = interval.evaluation()
-            if result.get("eval_version") == config.train.iterations:
-                return result
-            watch()
-            time.sleep(0.25)
-        return {}
+    def watch() -> bool:
+        """Waits for the actor's news at most 0.25 s and returns whether there is some; begins evaluations."""
+        if evaluations.begins(channels.plane.version):
+            for reply in channels.replies:  # env workers that wait for an action or for a version are to see it
+                reply.put([Record(0, 0, VERSION, 0)])
+        return crew.watch(reports)
 
     with display:
         while True:
-            ready = watch()
+            news = watch()
             if interval is None and counters.table[:, counters.index["ready"]].all():
-                interval = metrics.Interval(counters, rows, names)
-            if reports in ready:
+                interval = metrics.Interval(counters, rows)
+            if news:
                 line = reports.recv()
                 if "done" in line:
                     return f"{line['done']} iterations done; checkpoint in {folder.path / 'checkpoints'}"
                 if "saved" in line:
                     return f"interrupted; saved {line['saved']}; continue with: python train.py --resume {folder.name}"
-                interval = interval or metrics.Interval(counters, rows, names)
-                line |= interval.measure()
-                line |= {"time": offset + time.monotonic() - began, "restarts": 0, "rss_gb": rss_gb(workers) + pool_gb}
-                line["env_steps"] += steps_before
-                line |= interval.evaluation()
+                interval = interval or metrics.Interval(counters, rows)
+                line |= interval.measure() | {"time": time.monotonic() - began, "rss_gb": rss_gb(crew.processes) + pool_gb}
                 if line["iteration"] == config.train.iterations and config.env.evaluates:
-                    line |= last_evaluation()
+                    # Every run ends with an evaluation of the final weights: nothing is left that waiting for it could hold up.
+                    while evaluations.news.get("eval_version") != config.train.iterations and not interrupts:
+                        watch()
+                        time.sleep(0.25)
+                line |= evaluations.report() | interval.totals()
+                line |= {name: line[name] + earlier.get(name, 0) for name in ("time", *metrics.TOTALS)}
                 folder.append(line)
                 show(line)
                 if tracker:
@@ -376,45 +273,46 @@ def rss_gb(workers: dict[str, mp.Process]) -> float:
 
 
 def slot_pool_gb(setup: Setup) -> float:
-    admission = Admission(setup.config.actor.batch, setup.config.env.envs, setup.config.actor.max_staleness)
-    return layout(setup.slots, admission.slots)[1] / 1e9
+    return layout(setup.slots, Admission.of(setup.config).slots)[1] / 1e9
 
 
 def main(config: Config) -> int:
     setup = prepare(config)
-    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
     if config.train.memory_report:
-        memory_report(setup, admission)
+        memory_report(setup)
         return 0
     path = run_path(config.train.resume or config.train.run or time.strftime("%Y%m%d-%H%M%S"))
     folder = metrics.RunFolder(path, resume=bool(config.train.resume))
     interrupts = note_interrupts()
     if setup.resume:
-        folder.truncate(setup.resume["version"])
+        folder.truncate(setup.version)
     (path / "config.json").write_text(setup.saved)
-    print(setup.placement.line, f"run folder {path}", sep="\n", flush=True)
+    print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
+    if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
+        print(
+            f"no checkpoint is given and none shipped for {config.train.env}: a small {config.train.model} of random weights starts"
+        )
 
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
     channels = Channels(
-        pool=SlotPool(setup.slots, admission.slots + config.env.eval_envs),
-        plane=WeightPlane(setup.weights, gpu or "cpu", setup.resume["version"] if setup.resume else 0),
-        counters=Counters(workers_total, metrics.columns(len(setup.spec.tasks))),
+        pool=SlotPool(setup.slots, Admission.of(config).slots + config.env.eval_envs),
+        plane=WeightPlane(setup.weights, gpu or "cpu", setup.version),
+        counters=Counters(workers_total, metrics.columns(config.env.eval_episodes)),
         requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
         replies=tuple(IndexQueue() for _ in range(config.env.env_workers)),
         finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
     )
     reports, report = mp.Pipe(duplex=False)
-    errors, error = mp.Pipe(duplex=False)
-    workers: dict[str, mp.Process] = {}
+    crew = Crew(jobs(setup, channels, folder, report), channels.counters, path, config.env.restarts, config.train.timeout_s)
     try:
-        workers, rows = start(setup, channels, folder, report, error)
-        message = supervise(setup, folder, workers, rows, channels.counters, reports, errors, interrupts)
+        crew.start_all()
+        message = supervise(setup, folder, crew, channels, reports, interrupts)
         status = 130 if message.startswith("interrupted") else 0
     except WorkerFailed as failure:
         message, status = f"error: {failure}", 1
     finally:
-        stop(workers)
+        crew.stop()
     folder.finish()
     print(message, file=sys.stderr if status == 1 else sys.stdout)
     return status

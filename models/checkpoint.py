@@ -98,15 +98,17 @@ def published(path: Path) -> bool:
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
-    """The tokeniser file for checkpoint `path`: what the user gives, else the embedded default's for a small model of ours, the one
-    in another project's folder or of the run, or for GR00T "", an installed package's. Raises UserError when there is none."""
-    if given is not None or not published(path):
-        return str(given or embedded)
+    """The tokeniser file for checkpoint `path`: what the user gives, else the one in another project's folder or of the run, the
+    embedded default's for a small model of ours, or for GR00T "", an installed package's. Raises UserError when there is none."""
+    if given is not None:
+        return str(given)
     places, run = [Path(path) / "tokenizer.model"], Path(path)
     if is_ours(path) and (file := find(path)).parent.parent.name == "checkpoints":
         run = file.parents[2]
     with contextlib.suppress(UserError, KeyError, TypeError):
         places.append(Path(read_json(run / "config.json")["train"]["tokenizer"]))
+    if not published(path):
+        places.append(embedded)
     found = next((place for place in places if place.is_file()), None)
     if found is None and family != "gr00t":
         raise UserError(f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH")

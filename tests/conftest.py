@@ -87,11 +87,10 @@ def channels_of(setup) -> Channels:
     """What `train.main` connects the stages with."""
     config = setup.config
     workers = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
-    admission = Admission(config.actor.batch, config.env.envs, config.actor.max_staleness)
     return Channels(
-        pool=SlotPool(setup.slots, admission.slots + config.env.eval_envs),
+        pool=SlotPool(setup.slots, Admission.of(config).slots + config.env.eval_envs),
         plane=WeightPlane(setup.weights),
-        counters=Counters(workers, metrics.columns(len(setup.spec.tasks))),
+        counters=Counters(workers, metrics.columns(config.env.eval_episodes)),
         requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
         replies=tuple(IndexQueue() for _ in range(config.env.env_workers)),
         finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),

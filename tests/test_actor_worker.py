@@ -210,10 +210,11 @@ def test_iteration_metrics_are_per_chunk_step():
     sums |= {"samples_at_1": samples, "kl_at_1": 0.5 * samples, "ratio_at_1": 2.0 * samples}
     sums |= {"returns_square": samples, "error_square": 0.5 * samples}  # of the first epoch: half of the variance is left
     sums |= {"episodes_0": 6.0, "successes_0": 6.0, "episodes_1": 2.0, "successes_1": 0.0, "episodes_2": 0.0, "successes_2": 0.0}
-    tasks = ("a", "b", "c")
+    sums |= {"trajectories_0": 5.0, "trajectories_1": 3.0, "trajectories_2": 0.0}
+    tasks = ("push", "reach", "dunk")
     out = iteration_metrics(sums, {"ratio_max": 1.5, "staleness_max": 2.0}, 7, 10.0, config, [0.5, 0.4, 0.3], 3, tasks)
     assert all(out[n] == 1.0 for n in names if n not in ("masked", "staleness")) and out["staleness_mean"] == 1.0
-    assert (out["success_a"], out["success_b"], "success_c" in out) == (1.0, 0.0, False) and out["masked_fraction"] == 1.0
+    assert (out["success_push"], out["success_reach"], "success_dunk" in out) == (1.0, 0.0, False) and out["masked_fraction"] == 1.0
     assert (out["kl_at_1"], out["ratio_at_1"], "kl_at_0" in out) == (0.5, 2.0, False)
     assert out["explained_variance"] == 0.5 and (out["grad_norm"], out["grad_norm_policy"], out["grad_norm_value"]) == (
         0.5,
@@ -221,6 +222,7 @@ def test_iteration_metrics_are_per_chunk_step():
         0.3,
     )
     assert (out["success_rate"], out["reward"], out["episodes"]) == (0.5, 0.5, 8)  # the mean over tasks, whatever their number
+    assert out["trajectories_per_task"] == {"push": 5, "reach": 3, "dunk": 0}
     assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
     assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
     sums |= {"episodes_0": 0.0, "episodes_1": 0.0}

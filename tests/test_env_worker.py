@@ -9,9 +9,9 @@ import torch
 
 import envs
 import metrics
-from channel import ACT, EVAL, LAST, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
 from config import ASSETS, Config
-from env_worker import EVAL_SEEDS, Evaluations, Lane, episode_seed, run, run_chunk
+from env_worker import EVAL_SEEDS, Lane, episode_seed, run, run_chunk
 from envs import EnvSpec
 from models.checkpoint import Header
 from scheduler import Admission
@@ -22,7 +22,9 @@ CHUNK, HORIZON, SEGMENT, LANES = 3, 6, 4, 2
 
 
 def spec(tasks, image_size) -> EnvSpec:
-    return EnvSpec(("one", "two"), ("push the puck", "open the door"), 1, 2, 4, 4, HORIZON)
+    prompts = {"one": "push the puck", "two": "open the door", "three": "close the box"}
+    tasks = tuple(tasks) or ("one", "two")
+    return EnvSpec(tasks, tuple(prompts[task] for task in tasks), 1, 2, 4, 4, HORIZON)
 
 
 class Env:
@@ -65,10 +67,11 @@ def worker(monkeypatch):
     monkeypatch.setitem(envs.ENVS, "metaworld", __name__)
     processes = []
 
-    def start(version: int = 0, **settings) -> Channels:
+    def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, tasks=(), **settings) -> Channels:
+        """With `replaces`, in place of the last one started, which is killed."""
         config = Config()
         config.env.envs, config.actor.batch, config.env.env_workers, config.env.eval_every = LANES, LANES, 1, 0
-        config.train.tokenizer = ASSETS / "tokenizer.model"
+        config.train.tasks, config.train.tokenizer = tasks, ASSETS / "tokenizer.model"
         for name, value in settings.items():
             setattr(config.env, name, value)
         f = torch.float32
@@ -76,14 +79,17 @@ def worker(monkeypatch):
             "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8), "tokens": ((SEGMENT + 1, 24), torch.int32),
             "actions": ((SEGMENT, CHUNK, 4), f), "reward": ((SEGMENT,), f), "terminated": ((SEGMENT,), torch.bool),
             "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "asked": ((), torch.float64),
-            "trajectory": ((), torch.int32),
-            "task": ((), torch.int32),
+            "trajectory": ((), torch.int32), "received": ((), torch.int32), "task": ((), torch.int32),
         }  # fmt: skip
         slots = Admission(LANES, LANES, 1).slots + config.env.eval_envs
-        channels = Channels(
-            SlotPool(fields, slots), WeightPlane({"w": ((1,), f)}, version=version), Counters(1, metrics.columns(2)),
-            (IndexQueue(),), (IndexQueue(),), (IndexQueue(),),
+        channels = replaces or Channels(
+            SlotPool(fields, slots), WeightPlane({"w": ((1,), f)}, version=version),
+            Counters(1, metrics.columns(config.env.eval_episodes)), (IndexQueue(),), (IndexQueue(),),
+            tuple(IndexQueue() for _ in range(ranks)),
         )  # fmt: skip
+        if replaces:
+            processes[-1].kill(), processes[-1].join()
+            channels.counters.add(0, "restarts", 1)
         header = Header("pi05", {"image_size": 2}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
         meter = metrics.Meter("env-0", 0, channels.counters, None)
         process = get_context("fork").Process(target=run, args=(0, config, header, channels, version, meter), daemon=True)
@@ -193,6 +199,18 @@ def test_a_trajectory_starts_when_its_version_allows_and_goes_on_where_the_last_
     assert zero == Record(0, 0, ACT, 0) and pool["trajectory"][0] == 2
 
 
+def test_tasks_that_do_not_divide_the_lanes_take_turns(worker):
+    channels = worker(tasks=("one", "two", "three"))
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    publish(channels, 0)
+    for lane, first, second in ((0, zero, 2), (1, one, 0)):
+        after = drive(channels, first)
+        assert after.slot == 2 + lane and seen(pool, after.slot, 0) == (name(lane, 1, 0), 0, second)
+        assert [pool["task"][slot].item() for slot in (lane, 2 + lane)] == [lane, second]
+    assert channels.counters.get(0, "episodes") == 4
+
+
 def test_a_resumed_run_meets_the_same_episodes(worker):
     whole, resumed = worker(), worker(version=1)
     zero, _ = requests(whole, 2)
@@ -204,13 +222,19 @@ def test_a_resumed_run_meets_the_same_episodes(worker):
     assert seen(resumed.pool, first.slot, 0) == seen(whole.pool, again.slot, 0)
 
 
+def begin_round(channels: Channels, number: int) -> None:
+    channels.counters.set(0, "eval_round", number)
+    channels.replies[0].put([Record(0, 0, VERSION, 0)])
+
+
 def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
     channels = worker(eval_envs=1, eval_episodes=3, eval_every=2)
     slot = 2 * LANES
     requests(channels, 2)  # the training lanes' are never answered
     publish(channels, 0)
-    counted = lambda: [channels.counters.get(0, f"eval_{n}_{k}") for n in ("episodes", "successes") for k in (0, 1)]  # noqa: E731
-    for successes in ([True, False, True], [False, False, False]):
+    assert requests(channels, 0) == []  # rounds are the launcher's to begin
+    for number, successes in enumerate(([True, False, True], [False, False, True]), 1):
+        begin_round(channels, number)
         for episode, success in enumerate(successes):
             (record,) = requests(channels, 1)
             assert record == Record(slot, 0, EVAL, 0) and channels.pool["trajectory"][slot] == episode
@@ -220,33 +244,99 @@ def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
             assert record == Record(slot, 1, EVAL, 0) and seen(channels.pool, slot, 0)[1] == 3
             answer(channels, record, plan(success_at=2 if success else None))
         assert requests(channels, 0) == []
-        got = [
-            int(channels.counters.get(0, f"result_{n}")) for n in ("round", "version", "episodes_0", "successes_0", "episodes_1")
-        ]
-        assert got == ([1, 0, 2, 2, 1] if successes[0] else [2, 2, 2, 0, 1])
-        if successes[0]:
-            assert counted() == [2, 1, 2, 0]
-            publish(channels, 1)
-            assert requests(channels, 0) == []  # every second version
-            publish(channels, 2)
-    assert counted() == [4, 2, 2, 0] and channels.counters.get(0, "env_steps") == 0
+        assert [channels.counters.get(0, f"outcome_{e}") - 2 * number for e in range(3)] == successes
+    assert channels.counters.get(0, "env_steps") == 0
 
 
-def test_rounds_of_evaluation_never_mix():
-    config = Config()
-    config.env.eval_every, config.env.eval_episodes, config.train.iterations = 2, 4, 5
-    counters = Counters(3, metrics.columns(2))
-    evaluations = Evaluations(config, 2, 0, metrics.Meter("env-0", 0, counters, None))
-    result = lambda: [int(counters.get(0, f"result_{n}")) for n in ("round", "version", "episodes_0", "successes_0", "episodes_1")]  # noqa: E731
-    assert not evaluations.begins(-1) and evaluations.begins(0) and not evaluations.begins(0)
-    counters.add(1, "eval_episodes_0", 2), counters.add(1, "eval_successes_0", 1), counters.add(2, "eval_episodes_1", 1)
-    assert not evaluations.begins(4) and result()[0] == 0  # one episode is still played
-    counters.add(2, "eval_episodes_1", 1)
-    assert evaluations.begins(4) and result() == [1, 0, 2, 1, 2] and counters.get(0, "eval_round") == 2
-    counters.add(2, "eval_episodes_0", 4)
-    assert evaluations.begins(5) and result() == [2, 4, 4, 0, 0]  # the last version, whatever `eval_every` says
-    counters.add(1, "eval_episodes_1", 4)
-    assert not evaluations.begins(5) and not evaluations.begins(5) and result() == [3, 5, 0, 0, 4]
+# ---------------------------------------------------------------- a worker that replaces a dead one
+
+
+def restarted(channels: Channels, generation: int, ranks: int, echo: list[int]) -> list[Record]:
+    """What a replacement writes first: RESTART to everyone. `echo`: who answers, 0 for the rollout worker, 1 … for actors."""
+    words = []
+    for queue in (*channels.requests, *channels.finished):
+        records = queue.get(10.0)
+        while records[-1].kind != RESTART:  # what the dead one wrote lies before it
+            records = queue.get(10.0)
+        words.append(records[-1])
+    assert words == [Record(i, generation, RESTART, 0) for i in range(1 + ranks)]
+    for i in echo:
+        channels.replies[0].put([words[i]])
+    return words
+
+
+def test_a_replacement_plays_again_what_nobody_has_received(worker):
+    channels = worker()
+    pool, received = channels.pool, channels.pool["received"]
+    zero, one = requests(channels, 2)
+    publish(channels, 0)
+    zero = drive(channels, zero)  # lane 0 has finished its first trajectory, and is in the second of which one row is there
+    answer(channels, zero, plan())
+    (stale,) = requests(channels, 1)
+    assert stale == Record(2, 1, ACT, 0) and pool["trajectory"][2] == 1
+    assert channels.counters.get(0, "collected") == SEGMENT + 1
+    answer(channels, stale, plan(success_at=0))  # an answer that the dead one does not live to read, or does not live to use
+
+    worker(replaces=channels)
+    words = restarted(channels, 1, 1, echo=[])
+    assert requests(channels, 0) == []  # it waits: answers to the dead one may still come
+    answer(channels, one, plan(success_at=0))  # such as this one
+    channels.replies[0].put([Record(0, 0, RESTART, 0), Record(1, 0, RESTART, 0)])  # an echo that an earlier generation asked for
+    assert requests(channels, 0) == []
+    received[0] = 1  # the actor takes in slot 0 before it echoes
+    channels.replies[0].put([words[0]])
+    assert requests(channels, 0) == []  # what the actor has received is not known yet
+    channels.replies[0].put([words[1]])
+    zero, one = sorted(requests(channels, 2), key=lambda record: -record.slot)
+    assert (zero, one) == (Record(2, 0, ACT, 0), Record(1, 0, ACT, 0))  # lane 0 goes on at its second, lane 1 at its first
+    assert [pool["trajectory"][slot].item() for slot in (2, 1)] == [1, 0]
+    # Other episodes than the first time, from their beginning.
+    names = [episode_seed(1, *where, 1) % 251 for where in ((0, 1, 0), (1, 0, 0))]
+    assert seen(pool, 2, 0) == (names[0], 0, 0) and seen(pool, 1, 0) == (names[1], 0, 1) and names[1] != name(1, 0, 0)
+    # One whole trajectory was received: one chunk step is lost, or two, had the dead one used its last answer.
+    lost = channels.counters.get(0, "collected") - SEGMENT
+    assert channels.counters.get(0, "discarded") == lost and lost in (1, 2)
+
+    # It goes on as any other: received at the end, and then the next.
+    assert drive(channels, one) == Record(3, 0, ACT, 0)
+    assert drive(channels, zero) is None and requests(channels, 0) == []  # trajectory 2 waits for version 1
+
+
+def test_a_replacement_does_not_wait_for_an_actor_that_may_be_waiting_for_it(worker):
+    """Rank 0 has had its share, marked as received, and waits for rank 1, which waits for lane 1."""
+    channels = worker(ranks=2)
+    zero, one = requests(channels, 2)
+    assert drive(channels, zero) is None
+    channels.pool["received"][0] = 1
+    publish(channels, 0)
+    requests(channels, 1)
+    worker(replaces=channels, ranks=2)
+    words = restarted(channels, 1, 2, echo=[0, 2])
+    assert requests(channels, 1) == [Record(1, 0, ACT, 0)]
+    assert channels.counters.get(0, "discarded") == 0  # as far as is known
+    channels.replies[0].put([words[1]])
+    assert requests(channels, 1) == [Record(2, 0, ACT, 0)] and channels.pool["trajectory"][2] == 1
+
+
+def test_a_round_of_evaluation_outlives_its_worker(worker):
+    channels = worker(eval_envs=2, eval_episodes=6, eval_every=2)
+    slot = 2 * LANES  # of the first evaluator; the second plays episodes 1, 3 and 5
+    requests(channels, 2)  # of lanes: their answers do not come
+    begin_round(channels, 1)
+    records = requests(channels, 2)
+    answer(channels, records[0], plan(success_at=0))  # episode 0 is won, episode 2 begins
+    assert requests(channels, 1) == [Record(slot, 0, EVAL, 0)] and channels.pool["trajectory"][slot] == 2
+    worker(replaces=channels, eval_envs=2, eval_episodes=6, eval_every=2)
+    restarted(channels, 1, 1, echo=[0, 1])
+    *_, record, other = requests(channels, 4)  # two lanes and two evaluators
+    waiting, played = [record, other], []
+    while waiting:
+        record = waiting.pop()
+        played.append(int(channels.pool["trajectory"][record.slot]))
+        answer(channels, record, plan(success_at=0))
+        waiting += requests(channels, 1 if played[-1] < 4 else 0)
+    assert sorted(played) == [1, 2, 3, 4, 5]
+    assert [channels.counters.get(0, f"outcome_{episode}") for episode in range(6)] == [3.0] * 6
 
 
 # ---------------------------------------------------------------- its parts

@@ -37,6 +37,26 @@ def test_a_seed_names_an_episode_whatever_came_before(make):
     assert not np.array_equal(play(one, 1, 6)[0], first[0])
 
 
+def test_a_simulator_that_was_dropped_and_made_again_plays_the_same_episodes(make, monkeypatch):
+    monkeypatch.setattr(metaworld, "KEEP", 1)
+    env = make("reach", "push", "button-press")
+    first = [play(env, task, 4) for task in (0, 1, 2)]
+    again = [play(env, task, 4) for task in (0, 1, 2)]
+    assert len(env.sims) == 1
+    assert all(np.array_equal(a, b) for one, other in zip(first, again, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def test_only_a_goal_that_nothing_else_shows_is_marked(make):
+    def marks(name):  # pixels that change when the goal's sphere is put out of sight
+        env = make(name)
+        env.reset(0, 1)
+        before = env.film(96).astype(int)
+        env.sim._target_pos = env.sim._target_pos - [0.0, 0.0, 1.0]
+        return int((np.abs(env.film(96) - before).sum(axis=-1) > 30).sum())
+
+    assert marks("reach") > 3 and marks("push") > 3 and marks("button-press") == 0
+
+
 def test_what_the_policy_sees(make):
     env = make("handle-press")
     _, image, state = play(env, 0, 1)
@@ -75,9 +95,87 @@ def test_spec():
     spec = metaworld.spec((), 64)
     assert spec.tasks == metaworld.DEFAULT_TASKS and (spec.views, spec.state_dim, spec.action_dim) == (1, 4, 4)
     assert metaworld.spec(("push",), 32).prompts == ("push the puck to the goal",)
-    assert all(name + "-v3" in metaworld.ALL_V3_ENVIRONMENTS for name in metaworld.PROMPTS) and len(metaworld.PROMPTS) == 50
     with pytest.raises(UserError, match="'juggle'"):
         metaworld.spec(("juggle",), 64)
+
+
+def test_suites_are_meta_worlds():
+    from metaworld.env_dict import MT10_V3, MT50_V3
+
+    names = {suite: [name + "-v3" for name in metaworld.spec((suite,), 64).tasks] for suite in ("MT10", "MT50")}
+    assert names["MT10"] == list(MT10_V3) and sorted(names["MT50"]) == sorted(MT50_V3)
+    for one in ("MT1-push", "push", "push-v3"):
+        assert metaworld.spec((one,), 64).tasks == ("push",)
+    assert metaworld.spec(("reach", "MT10", "MT1-sweep"), 64).tasks == (*metaworld.MT10, "sweep")  # each once, in the order given
+    assert len(set(metaworld.PROMPTS.values())) == 50  # a policy could not tell two tasks of one prompt apart
+    assert metaworld.spec((), 64).horizon == 90 and metaworld.spec(("MT10",), 64).horizon == 150
+    with pytest.raises(UserError, match="'MT1-juggle'"):
+        metaworld.spec(("MT1-juggle",), 64)
+
+
+def pixel(sim, point: np.ndarray, size: int) -> np.ndarray:
+    """Column and row at which an upright picture shows a point (metres), from the camera's pose alone.
+
+    MuJoCo's cameras look along their -z, with x to the right and y up; the field of view is vertical, in degrees. One that hangs
+    head over (its y points down in the world) shows the same upright when both axes are counted from the other end.
+    """
+    camera = sim.data.cam(metaworld.CAMERA)
+    axes = camera.xmat.reshape(3, 3).T  # rows: the camera's axes in the world
+    x, y, z = axes @ (point - camera.xpos)
+    focal = size / 2 / np.tan(np.radians(sim.model.cam(metaworld.CAMERA).fovy[0]) / 2)
+    upright = 1 if axes[1, 2] > 0 else -1
+    return size / 2 + upright * focal / -z * np.array([x, -y])
+
+
+def test_frames_are_right_side_up(make):
+    size, env = 128, make("reach")
+    env.reset(0, 0)
+    sim, before = env.sim, env.film(size).astype(int)
+    places = [pixel(sim, point, size) for point in (sim.data.geom("objGeom").xpos, sim._target_pos)]  # the puck and the goal
+    sim.data.geom("objGeom").xpos[2] -= 1.0  # both out of sight
+    sim._target_pos = sim._target_pos - [0.0, 0.0, 1.0]
+    vanished = np.abs(env.film(size).astype(int) - before).sum(axis=-1) > 30  # [H, W]
+
+    def where_they_were(picture: np.ndarray) -> bool:
+        rows, columns = np.nonzero(picture)
+        distance = np.stack([np.hypot(columns + 0.5 - x, rows + 0.5 - y) for x, y in places])  # [2, pixels]
+        return bool((distance.min(axis=0) < 6).all() and (distance.min(axis=1) < 2).all())
+
+    assert where_they_were(vanished)
+    assert not any(where_they_were(flipped) for flipped in (vanished[::-1], vanished[:, ::-1], vanished[::-1, ::-1]))
+    hand = sim.data.body("hand").xpos
+    assert pixel(sim, hand + [0.0, 0.0, 0.1], size)[1] < pixel(sim, hand, size)[1] - 5  # up in the world is up in the picture
+
+
+def test_the_expert_is_told_the_goal_and_the_policy_is_not(make):
+    from metaworld.policies import ENV_POLICY_MAP
+
+    env, expert = make("reach"), ENV_POLICY_MAP["reach-v3"]()
+    env.reset(0, 0)
+    solved = [env.step(expert.get_action(env.state))[1] for _ in range(metaworld.HORIZON)]
+    assert any(solved) and np.array_equal(env.state[-3:], env.sim._target_pos)
+    assert env.observe()[1].shape == (4,)
+
+
+@pytest.mark.slow
+def test_every_task_of_mt50_is_built_reset_stepped_seen_and_solved(make):
+    from metaworld.policies import ENV_POLICY_MAP
+
+    env = make(*metaworld.spec(("MT50",), 64).tasks)
+    for task, name in enumerate(env.tasks):
+        expert, solved, seen = ENV_POLICY_MAP[name + "-v3"](), False, []
+        for seed in range(10):
+            env.reset(task, seed)
+            seen.append(env.observe()[0])
+            for _ in range(metaworld.LONG_HORIZON if name in metaworld.LONG_TASKS else metaworld.HORIZON):
+                solved = env.step(expert.get_action(env.state))[1]
+                if solved:
+                    break
+            if solved:
+                break
+        assert solved, name
+        assert seen[0].std() > 10 and not np.array_equal(seen[0], env.observe()[0]), name
+        assert len(env.sims) <= metaworld.KEEP
 
 
 def test_unknown_simulators_are_named():

@@ -9,15 +9,15 @@ import pytest
 
 import metrics
 from channel import Counters
-from config import ROOT, UserError
-from metrics import HISTOGRAM, Interval, Meter, RunFolder, progress, read_metrics, write_trace
+from config import ROOT, Config, UserError
+from metrics import HISTOGRAM, Evaluations, Interval, Meter, RunFolder, progress, read_metrics, write_trace
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 TASKS = ("push", "reach")
 
 
 def counters() -> Counters:
-    return Counters(4, metrics.columns(len(TASKS)))
+    return Counters(4, metrics.columns(4))
 
 
 def line(version: int, **more) -> dict:
@@ -39,7 +39,7 @@ def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):
     assert table.get(2, "waiting") == 0 and table.get(2, "work_s") >= 0.05 and table.get(2, "wait_action_s") >= 0.03
     assert time.monotonic() - table.get(2, "time") < 5.0
     meter.flush()
-    spans = [json.loads(row) for row in (tmp_path / "env-0.jsonl").read_text().splitlines()]
+    spans = [json.loads(row) for row in (tmp_path / "env-0.jsonl").read_text().split("\n")[1:]]
     assert [name for name, _, _ in spans] == ["step", "wait: action"]
     assert all(end > start for _, start, end in spans) and spans[1][1] >= spans[0][2]
 
@@ -58,7 +58,7 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     table = counters()
     table.add(2, "env_steps", 50.0)
-    interval = Interval(table, ROWS, TASKS)
+    interval = Interval(table, ROWS)
     now[0] = 110.0
     table.add(2, "env_steps", 100.0), table.add(3, "env_steps", 300.0)
     table.add(1, "requests", 12.0), table.add(1, "batches", 4.0), table.add(1, "batch_wait_s", 0.02)
@@ -67,27 +67,41 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     table.add(2, "wait_action_s", 1.0), table.add(3, "wait_action_s", 3.0), table.add(3, "wait_admission_s", 2.0)
     table.add(0, "wait_trajectory_s", 12.0)  # a wait that began before the interval
     out = interval.measure()
-    assert out["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
+    assert interval.totals()["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
     assert out["batch_size_mean"] == 3.0 and out["batch_size_hist"] == {"2": 3, "8": 1} and out["batch_wait_ms"] == 5.0
     assert out["weight_sync_s"] == 0.25 and out["weight_stall_s"] == 0.25
     assert out["bubble_env"] == pytest.approx(0.3) and out["bubble_rollout"] == 0.0 and out["bubble_actor"] == 1.0
     assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.2}
     now[0] = 111.0
     again = interval.measure()
-    assert again["env_steps"] == 450 and again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
+    assert again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
 
 
-def test_an_evaluation_is_reported_once():
-    table = counters()
-    interval = Interval(table, ROWS, TASKS)
-    result = {"result_episodes_0": 2.0, "result_successes_0": 1.0, "result_episodes_1": 2.0, "result_successes_1": 1.0}
-    for name, value in (result | {"result_version": 7.0}).items():
-        table.set(2, name, value)
-    assert interval.evaluation() == {}
-    table.set(2, "result_round", 1.0)
-    expected = {"eval_success_rate": 0.5, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.5}, "eval_version": 7}
-    assert interval.evaluation() == expected
-    assert interval.evaluation() == {}
+def test_rounds_of_evaluation_never_mix_and_are_reported_once():
+    config, table = Config(), counters()
+    config.env.eval_every, config.env.eval_episodes, config.train.iterations = 2, 4, 5
+    evaluations = Evaluations(config, TASKS, 0, table)
+
+    def play(round: int, outcomes: dict[int, bool]) -> None:
+        for episode, success in outcomes.items():
+            table.set(2 + episode % 2, f"outcome_{episode}", 2 * round + success)
+
+    assert not evaluations.begins(-1) and evaluations.begins(0) and not evaluations.begins(0) and table.get(0, "eval_round") == 1
+    play(1, {0: True, 1: False, 2: False})
+    assert not evaluations.begins(4) and evaluations.report() == {}  # one episode is still played
+    play(1, {3: False})
+    assert evaluations.begins(4) and table.get(0, "eval_round") == 2
+    expected = {"eval_success_rate": 0.25, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.0}, "eval_version": 0}
+    assert evaluations.report() == expected and evaluations.report() == {}
+    play(2, dict.fromkeys(range(4), True))
+    assert evaluations.begins(5)  # the last version, whatever `eval_every` says
+    assert evaluations.report() == expected | {
+        "eval_success_rate": 1.0, "eval_per_task": {"push": 1.0, "reach": 1.0}, "eval_version": 4
+    }  # fmt: skip
+    play(3, dict.fromkeys(range(4), False))
+    assert not evaluations.begins(5) and not evaluations.begins(5) and evaluations.report()["eval_version"] == 5
+    config.env.eval_envs = 0
+    assert not Evaluations(config, TASKS, 0, table).begins(0)
 
 
 def test_the_trace_is_in_chrome_s_format(tmp_path):
@@ -108,12 +122,13 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
         folder.append(
             line(version, **{"eval_success_rate": 0.5} if version == 2 else {}, success_rate=None if version == 1 else 0.5)
         )
-    (folder.spans / "env-0.jsonl").write_text('["step",1.0,2.0]\n["step",2.0,2.5]\n["step",3.')  # killed while it wrote
+    torn = '\n["step",1.0,2.0]\n["step",2.0,2.5]\n["step",3.'  # killed while it wrote; its successor goes on below
+    (folder.spans / "env-0.jsonl").write_text(torn + '\n["step",4.0,4.5]')
     (folder.spans / "rendezvous").write_bytes(b"left by actor workers that were killed")
     folder.finish()
     assert {p.name for p in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl", "trace.json", "swimlane.png", "curve.png"}
     events = json.loads((folder.path / "trace.json").read_text())["traceEvents"]
-    assert sum(e["ph"] == "X" for e in events) == 2
+    assert sum(e["ph"] == "X" for e in events) == 3
     for picture in ("swimlane.png", "curve.png"):
         assert (folder.path / picture).read_bytes().startswith(b"\x89PNG")
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -93,6 +94,22 @@ def test_an_uncounted_request_alone_is_served_after_t_max():
     assert batcher.remaining() <= 0.0 and batcher.take()[0] == ["eval"]
 
 
+def test_what_a_dead_worker_had_asked_is_forgotten():
+    batcher = DynamicBatcher(3, 10.0, clock := Clock())
+    for request, counted in (("dead 0", True), ("alive 0", True), ("dead 1", False), ("alive 1", False)):
+        batcher.add(request, counted)
+        clock.now += 1.0
+    batcher.drop(lambda request: request.startswith("dead"))
+    assert batcher.counted == 1 and batcher.remaining() == 7.0  # the oldest one left has its own clock
+    assert batcher.take()[0] == ["alive 0", "alive 1"] and batcher.remaining() is None
+
+
+def test_the_last_batch_is_the_last():
+    admission = Admission(batch=4, lanes=2, max_staleness=3, batches=2)
+    assert [bool(admission.admits(j, 0)) for j in range(5)] == [True, True, True, True, False]
+    assert admission.admits(np.array([0, 3, 4]), 1).tolist() == [True, True, False]
+
+
 @fast
 @given(
     batch_max=st.integers(1, 5),
@@ -151,6 +168,19 @@ def test_admission_bounds_staleness_and_never_shares_a_slot(lanes, per_lane, sta
         assert any(admission.admits(j, version) for j in started) or all(j >= (version + 1) * per_lane for j in started)
     for b, trained in members.items():  # who is in a batch never depends on the order of events
         assert trained == sorted((lane, j) for lane in range(lanes) for j in range(b * per_lane, (b + 1) * per_lane))
+
+
+@fast
+@given(lanes=st.integers(1, 12), per_lane=st.integers(1, 3), tasks=st.integers(1, 15))
+def test_every_batch_holds_each_task_equally_often(lanes, per_lane, tasks):
+    admission, total = Admission(lanes * per_lane, lanes, 1), np.zeros(tasks, int)
+    for batch in range(4):
+        members = [(lane, j) for lane in range(lanes) for j in range(batch * per_lane, (batch + 1) * per_lane)]
+        dealt = np.bincount([admission.task(lane, j, tasks) for lane, j in members], minlength=tasks)
+        total += dealt
+        assert dealt.max() - dealt.min() <= 1 and total.max() - total.min() <= 1
+    if lanes % tasks == 0:
+        assert all(admission.task(lane, j, tasks) == lane % tasks for lane in range(lanes) for j in range(10))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ KEYS = {
     "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "ratio_max", "grad_norm", "lr",
     "staleness_mean", "staleness_max", "discarded", "reuse", "batch_size_mean", "batch_size_hist", "batch_wait_ms",
     "bubble_env", "bubble_rollout", "bubble_actor", "weight_sync_s", "weight_stall_s", "queue_depths", "restarts",
-    "gpu_memory_gb", "rss_gb",
+    "gpu_memory_gb", "rss_gb", "collected", "masked",
 }  # fmt: skip
 FRACTIONS = ("clip_fraction", "bubble_env", "bubble_rollout", "bubble_actor")
 CASES = {name: f"--preset {name} --ratio 2:1" for name in PRESETS}
@@ -63,6 +63,7 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
         assert line["grad_norm"] > 0 and line["restarts"] == 0 and line["rss_gb"] > 0 and line["discarded"] == 0
         assert sum(line["batch_size_hist"].values()) > 0 and line["samples_per_s"] > 0 and line["env_steps_per_s"] > 0
     assert second["eval_episodes"] % 2 == 0 and 0.0 <= second["eval_success_rate"] <= 1.0  # of the last weights, in every run
+    assert second["collected"] == 2 * 4 * 3  # chunk steps: what is not going to be trained is never begun
     assert first["env_steps"] >= 4 * 3 * 10 and second["env_steps"] > first["env_steps"] and second["time"] > first["time"]
 
     synchronous = case in ("sync-colocated", "sync-disaggregated", "staleness-0")
@@ -128,6 +129,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
     lines = lines_of(run)
     assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
+    assert lines[2]["collected"] == 3 * 4 * 3
     assert lines[2]["env_steps"] >= before[1]["env_steps"] + 4 * 3 * 10 and lines[2]["time"] > before[1]["time"]
     assert lines[2]["staleness_max"] == 0 and lines[2]["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # it acts with what was saved
     assert (run / "checkpoints/000003/model.safetensors").is_file() and (run / "checkpoints/000002").is_dir()
@@ -145,6 +147,19 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     assert line["episodes"] >= 2 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
     assert line["reward"] == pytest.approx(line["success_rate"] * line["episodes"] / 2)
     assert list((tmp_path / "x").glob("wandb/offline-run-*"))
+
+
+def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path):
+    """Three tasks, the slowest thirty times as slow as the fastest, on five envs in two workers: nothing divides anything."""
+    flags = (
+        "--model emulated --env emulated --tasks 0.02 0.1 0.6 --envs 5 --env-workers 2 --batch 10 --minibatch 10 --micro-batch 5"
+    )
+    flags += " --update-epochs 1 --image-size 8 --iterations 4 --eval-envs 0 --segment 4 --ratio 1:1"
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
+    assert status == 0 and "5 envs take turns at 3 tasks, so episodes end after --segment 4 of 8 chunk steps" in output, output
+    counts = [line["trajectories_per_task"] for line in lines_of(tmp_path / "x")]
+    assert [sorted(one.values()) for one in counts] == [[3, 3, 4]] * 4
+    assert sorted(sum(one[task] for one in counts) for task in counts[0]) == [13, 13, 14]
 
 
 def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):

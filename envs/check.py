@@ -1,0 +1,160 @@
+"""Does a simulator work here, how fast is it, and what does it look like?
+
+    python -m envs.check --env metaworld
+    python -m envs.check --env libero --suite libero_10 --image-size 256
+
+Plays random actions, and in Meta-World its scripted expert, and prints how long each part takes, how much memory an env needs,
+and how episodes end. Writes one picture with a row per task: every camera at the start, in the middle and at the end.
+Left out: several processes (`python bench.py envs`).
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import imageio.v2 as imageio
+import numpy as np
+import psutil
+import tyro
+
+import envs
+from config import UserError, exit_on_user_error
+
+
+@dataclass(kw_only=True)
+class CheckConfig:
+    """Makes a simulator, plays it, prints what it costs and draws what it shows."""
+
+    env: str = "metaworld"
+    """simulator"""
+    tasks: tuple[str, ...] = ()
+    """tasks; none means the simulator's default task set"""
+    suite: str = ""
+    """a suite of the simulator: all of its tasks, beside --tasks"""
+    at_most: int = 3
+    """tasks to play, the first ones; 0 means all"""
+    image_size: int = 128
+    """pixels, square"""
+    render_quality: Literal["fast", "full"] = "fast"
+    """full draws the simulator's own picture, where it knows the difference"""
+    steps: int = 60
+    """control steps per task and player"""
+    seed: int = 0
+    """of the episodes and the random actions"""
+    out: Path | None = None
+    """file of the picture; by default check_NAME.png"""
+
+
+class Single:
+    """One env of a vectorised simulator, as if it were not vectorised."""
+
+    def __init__(self, module, tasks: tuple[str, ...], image_size: int):
+        import torch
+
+        self.envs = module.Envs(tasks, image_size, 1, "cuda" if torch.cuda.is_available() else "cpu")
+        self.tensor = lambda action: torch.from_numpy(np.float32(action))[None]
+
+    def reset(self, task: int, seed: int) -> None:
+        self.envs.reset([0], task, [seed])
+
+    def observe(self) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(x[0].cpu().numpy() for x in self.envs.observe())
+
+    def step(self, action: np.ndarray) -> tuple[float, bool]:
+        reward, success = self.envs.step(self.tensor(action))
+        return float(reward[0]), bool(success[0])
+
+    def close(self) -> None:
+        self.envs.close()
+
+
+def players(name: str, task: str, config: CheckConfig, action_dim: int) -> dict:
+    """Who plays: name → a function of the env that returns an action [A]."""
+    random = np.random.default_rng(config.seed)
+    found = {"random": lambda env: random.uniform(-1.0, 1.0, action_dim)}
+    if name == "metaworld":
+        from metaworld.policies import ENV_POLICY_MAP
+
+        expert = ENV_POLICY_MAP[task + "-v3"]()
+        found["expert"] = lambda env: np.clip(expert.get_action(env.state), -1.0, 1.0)
+    return found
+
+
+def seconds(function, times: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        function()
+    return (time.perf_counter() - start) / times
+
+
+def row(title: str, *values: str) -> None:
+    print(f"{title[:56]:56s}" + "".join(f"{value:>11s}" for value in values), flush=True)
+
+
+def play(env, task: int, horizon: int, config: CheckConfig, action) -> tuple[list[np.ndarray], float, str]:
+    """One episode of at most `config.steps`. Returns three frames, seconds per step, and how it ended."""
+    env.reset(task, config.seed)
+    frames, took, steps, success = [env.observe()[0]], 0.0, min(config.steps, horizon), False
+    for step in range(1, steps + 1):
+        chosen = action(env)
+        start = time.perf_counter()
+        _, success = env.step(chosen)
+        took += time.perf_counter() - start
+        if step == steps // 2:
+            frames.append(env.observe()[0])
+        if success:
+            break
+    frames = [*frames, env.observe()[0]]
+    return (frames + frames[-1:])[:3], took / step, f"success after {step}" if success else f"{step} steps"
+
+
+def main(config: CheckConfig) -> Path:
+    if config.steps < 1 or config.image_size < 1:
+        raise UserError("--steps and --image-size must be at least 1")
+    out = config.out or Path(f"check_{config.env}.png")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"the folder {out.absolute().parent} does not exist: create it or give another --out")
+    process, import_s = psutil.Process(), time.perf_counter()
+    module = envs.load(config.env)
+    spec = module.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
+    import_s, imported = time.perf_counter() - import_s, process.memory_info().rss
+    make = envs.maker(config.env, config.render_quality) if hasattr(module, "Env") else lambda *a: Single(module, *a)
+    print(
+        f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} pixels, state [{spec.state_dim}], ",
+        end="",
+    )
+    print(f"action [{spec.action_dim}], at most {spec.horizon} control steps; imported in {import_s:.1f} s")
+    env = make(spec.tasks, config.image_size)
+    sheet = []
+    try:
+        row("", "make s", "reset ms", "step ms", "frame ms", "ends")
+        for task, name in list(enumerate(spec.tasks))[: config.at_most or None]:
+            make_s = seconds(lambda task=task: (env.reset(task, config.seed), env.observe()))
+            reset_s = seconds(lambda task=task: env.reset(task, config.seed), 3)
+            frame_s = seconds(env.observe, 5)
+            for player, action in players(config.env, name, config, spec.action_dim).items():
+                frames, step_s, end = play(env, task, spec.horizon, config, action)
+                figures = f"{make_s:.2f}", f"{1e3 * reset_s:.2f}", f"{1e3 * step_s:.2f}", f"{1e3 * frame_s:.1f}"
+                row(f"{name}, {player}", *figures, f"  {end}")
+                sheet.append(np.concatenate([view for frame in frames for view in frame], axis=1))
+        before = process.memory_info().rss
+        second = make(spec.tasks, config.image_size)
+        second.reset(0, config.seed + len(spec.tasks)), second.observe()
+        megabytes = [imported, before - imported, process.memory_info().rss - before]
+        second.close()
+    finally:
+        env.close()
+    tasks = len(spec.tasks[: config.at_most or None])
+    print("memory in MB: {:.0f} imported, {:.0f} for {} tasks, {:.0f} for another env of the first".format(
+        megabytes[0] / 1e6, megabytes[1] / 1e6, tasks, megabytes[2] / 1e6))  # fmt: skip
+    imageio.imwrite(out, np.concatenate(sheet))
+    print(f"one row per line above, each camera at the start, in the middle and at the end: {out}")
+    return out
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(tyro.cli(CheckConfig))
+        sys.stdout.flush()

@@ -1,0 +1,195 @@
+"""The processes of a run: how a worker starts, how the launcher sees that one is gone, and how it replaces one.
+
+A simulator may raise, crash, hang, return NaN or be killed for want of memory. That ends its env worker and nothing else: the
+launcher starts another in its place, 1, 2, 4 … seconds later and at most `--restarts` times each, which plays again what the dead
+one had begun (`env_worker.take_over`). A worker that fails before it was ever ready has another problem, so that ends the run, and
+so does the end of a rollout or an actor worker.
+
+Left out: replacing rollout and actor workers.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+import metrics
+from channel import Counters
+from config import ROOT, UserError
+
+START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
+LONGEST_BACKOFF = 60.0  # seconds
+
+
+class WorkerFailed(Exception):
+    """A worker is gone or hangs and is not to be replaced; the message names it."""
+
+
+@dataclass
+class Job:
+    """What a worker runs, and where."""
+
+    name: str  # "env-0"
+    target: Callable
+    args: tuple  # the last one is `meter`
+    threads: int
+    meter: metrics.Meter
+    environment: dict[str, str]
+    replaceable: bool = False
+
+
+def child(job: Job, errors: connection.Connection) -> None:
+    """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went wrong by name."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
+    if os.getppid() == 1:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
+    os.environ.update(job.environment)
+    torch.set_num_threads(job.threads)
+    status = 0
+    try:
+        job.target(*job.args)
+    except SystemExit:  # SIGTERM; where it is not the launcher's, it is a death that the launcher must see
+        status = 128 + signal.SIGTERM
+    except UserError as error:
+        errors.send((job.name, str(error), ""))
+        status = 2
+    except BaseException as error:
+        errors.send((job.name, f"{type(error).__name__}: {error}"[:1000], traceback.format_exc()[-2500:]))
+        status = 1
+    job.meter.flush()
+    os._exit(status)
+
+
+def leave(*_) -> None:
+    """A worker's answer to SIGTERM. What it was just building is dropped half-built, and is not to complain about that."""
+    sys.unraisablehook = lambda _: None
+    sys.exit()
+
+
+def note_interrupts() -> list[float]:
+    """From here on Ctrl-C and SIGTERM only leave their time here. Starts the fork server, which Ctrl-C in a terminal reaches too:
+    it inherits that SIGINT is ignored while it starts."""
+    # Threads that wait must sleep: where cores are shared, spinning at every barrier is several times slower than waking up.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The fork server looks for what it preloads here alone, and says nothing when it fails: then each worker imports torch itself.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.set_forkserver_preload(["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"])
+    forkserver.ensure_running()
+    interrupts: list[float] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
+    return interrupts
+
+
+class Crew:
+    """The workers of a run. The launcher calls `watch` again and again, and `stop` at the end."""
+
+    def __init__(self, jobs: list[Job], counters: Counters, folder: Path, restarts: int, timeout: float):
+        self.jobs, self.counters, self.folder = {job.name: job for job in jobs}, counters, folder
+        self.restarts, self.timeout = restarts, timeout
+        self.errors, self.error = mp.Pipe(duplex=False)
+        self.processes: dict[str, mp.Process] = {}
+        self.started: dict[str, float] = {}  # when its present process was started
+        self.due: dict[str, float] = {}  # when those who have none are started again
+        self.work, self.last_work = 0.0, time.monotonic()  # sum of everybody's work, and when it last changed
+
+    def start(self, name: str) -> None:
+        process = mp.get_context("forkserver").Process(target=child, args=(self.jobs[name], self.error), name=name, daemon=True)
+        process.start()
+        self.processes[name], self.started[name] = process, time.monotonic()
+
+    def start_all(self) -> None:
+        for name in self.jobs:
+            self.start(name)
+
+    def watch(self, news: connection.Connection) -> bool:
+        """Waits at most 0.25 s, and returns whether there is news. Replaces who may be; raises WorkerFailed for the others."""
+        for name in [name for name, due in self.due.items() if due <= time.monotonic()]:
+            del self.due[name]
+            self.start(name)
+        alive = [process.sentinel for process in self.processes.values() if process.exitcode is None]
+        ready = connection.wait([news, self.errors, *alive], timeout=0.25)
+        while failure := self.failure():
+            self.replace(*failure)
+        self.check_progress()
+        return news in ready
+
+    def failure(self) -> tuple[str, str, bool] | None:
+        """Who has failed, in which way, and whether it is the user's mistake."""
+        now, processes = time.monotonic(), {name: p for name, p in self.processes.items() if name not in self.due}
+        dead = {name: p.exitcode for name, p in processes.items() if p.exitcode not in (None, 0)}
+        while self.errors.poll():  # after looking who is dead: what a worker had to say, it said before
+            name, message, trace = self.errors.recv()
+            if name not in processes:
+                continue  # it was killed while it wrote this
+            if trace:
+                with open(self.folder / "error.txt", "a") as file:
+                    file.write(f"{name}\n{trace}\n")
+                message += f" (details in {self.folder / 'error.txt'})"
+            return name, f"failed: {message}", not trace
+        for name, code in dead.items():
+            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+            return name, f"died ({how}{': out of memory?' if code == -signal.SIGKILL else ''})", False
+        for name, process in processes.items():
+            row, get = self.jobs[name].meter.row, self.counters.get
+            at_barrier = get(row, "waiting") == 1 + metrics.CAUSES.index("gradient")  # waits for other ranks, silently
+            if process.exitcode is not None or at_barrier or not (get(row, "ready") or get(row, "restarts")):
+                continue  # while a run starts up, `check_progress` alone counts the time
+            if now - (get(row, "time") if get(row, "ready") else self.started[name]) > self.timeout:
+                return name, f"hangs: no sign of life for {self.timeout:.0f} s", False
+        return None
+
+    def replace(self, name: str, cause: str, mistake: bool) -> None:
+        """Ends what is left of a worker and says when its successor starts. Raises WorkerFailed where there is to be none."""
+        job, row = self.jobs[name], self.jobs[name].meter.row
+        before = int(self.counters.get(row, "restarts"))
+        if mistake or not job.replaceable or not (before or self.counters.get(row, "ready")):
+            raise WorkerFailed(f"worker {name} {cause}")
+        if before >= self.restarts:
+            raise WorkerFailed(f"worker {name} {cause}, after {before} restarts: --restarts allows no more")
+        self.processes[name].kill()
+        self.processes[name].join(10.0)
+        if self.processes[name].is_alive():
+            raise WorkerFailed(f"worker {name} {cause}, and cannot be killed")
+        backoff = min(2.0**before, LONGEST_BACKOFF)
+        self.counters.set(row, "ready", 0.0)  # nobody else writes this row now
+        self.counters.add(row, "restarts", 1.0)
+        self.due[name] = time.monotonic() + backoff
+        print(f"worker {name} {cause}; starting it again in {backoff:.0f} s ({before + 1} of {self.restarts})", flush=True)
+
+    def check_progress(self) -> None:
+        """Raises WorkerFailed when everybody waits for somebody else, and nobody is just being replaced."""
+        now, column = time.monotonic(), self.counters.index
+        starting = [name for name, job in self.jobs.items() if not self.counters.get(job.meter.row, "ready")]
+        replacing = [name for name in starting if self.counters.get(self.jobs[name].meter.row, "restarts")]
+        work = self.counters.table[:, column["work_s"]].sum() + len(self.jobs) - len(starting)
+        if work != self.work or replacing:
+            self.work, self.last_work = work, now
+        elif now - self.last_work > self.timeout * (START_UP if starting else 1):
+            waiting = {name: int(self.counters.get(job.meter.row, "waiting")) for name, job in self.jobs.items()}
+            who = ", ".join(f"{n} for {metrics.CAUSES[w - 1]}" if w else f"{n} still starting" for n, w in waiting.items())
+            raise WorkerFailed(f"nothing happened for {now - self.last_work:.0f} s: {who}")
+
+    def stop(self) -> None:
+        """No worker outlives this call."""
+        for process in self.processes.values():
+            process.terminate()
+        deadline = time.monotonic() + 5.0
+        for process in self.processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()

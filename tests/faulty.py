@@ -1,0 +1,69 @@
+"""`train.py` on a simulator with a fault: the emulated one, without its sleeps, until FAULT strikes in one of its processes.
+
+FAULT is a key of FAULTS; it strikes once, in the process that makes the file MARK, or without MARK again and again. AFTER: control
+steps of a process before it may. Workers import this file too, and register its simulator in place of the emulated one.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+import envs
+from env_worker import EVAL_SEEDS
+from envs import emulated
+
+envs.ENVS["emulated"] = "faulty"
+spec = emulated.spec
+FAULTS = {"raise": "step", "segfault": "observe", "hang": "reset", "nan": "observe", "reward": "step", "evaluation": "reset"}
+taken = 0  # control steps of this process
+
+
+def strikes(where: str) -> bool:
+    """Whether the fault happens here and now."""
+    if FAULTS.get(os.environ["FAULT"]) != where or taken < int(os.environ["AFTER"]):
+        return False
+    try:
+        return "MARK" not in os.environ or bool(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+
+
+class Env(emulated.Env):
+    def __init__(self, tasks, image_size):
+        super().__init__(tasks, image_size)
+        if os.environ["FAULT"] == "start":
+            raise RuntimeError("there is no simulator")
+
+    def reset(self, task, seed):
+        if (os.environ["FAULT"] != "evaluation" or EVAL_SEEDS < seed < 10**7) and strikes("reset"):
+            time.sleep(1e6)
+        super().reset(task, seed)
+
+    def step(self, action):
+        global taken
+        taken += 1
+        self.steps += 1
+        if strikes("step"):
+            if os.environ["FAULT"] == "reward":
+                return float("inf"), False
+            raise RuntimeError("the simulator broke")
+        return 0.0, False
+
+    def observe(self):
+        image, state = super().observe()
+        if strikes("observe"):
+            if os.environ["FAULT"] == "segfault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            state = np.full(4, np.nan, np.float32)
+        return image, state
+
+
+if __name__ == "__main__":
+    import train
+    from config import exit_on_user_error
+
+    with exit_on_user_error():
+        sys.exit(train.main(train.parse(sys.argv[1:])))

@@ -1,0 +1,307 @@
+"""LIBERO against LIBERO: the same numbers as its own wrapper, whatever was played before, however many share a scene."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import envs
+from config import ROOT, UserError
+
+try:
+    libero = envs.load("libero")
+except UserError as missing:
+    pytest.skip(str(missing), allow_module_level=True)
+import mujoco
+
+STOVE = "turn_on_the_stove"  # has a lamp, a knob and movable objects
+INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION  # time, positions, speeds, controls, warm start
+
+
+@pytest.fixture(scope="module")
+def make():
+    """Makes envs. One of them keeps the scene of STOVE alive, so that it is built once for all tests."""
+    made = [libero.Env((STOVE,), 64)]
+    made[0].reset(0, 0)
+
+    def env(*tasks, size=64, **settings):
+        made.append(libero.Env(tasks or (STOVE,), size, **settings))
+        return made[-1]
+
+    yield env
+    for one in made:
+        one.close()
+    assert not libero.SCENES
+
+
+def actions(seed: int, steps: int) -> np.ndarray:
+    """Random ones that press the hand down, among the objects."""
+    drawn = np.random.default_rng(seed).uniform(-0.7, 0.7, (steps, 7)).astype(np.float32)
+    drawn[:, 2] -= 0.3
+    drawn[steps // 2 :, 3:6] = 0.0  # without rotation the controller keeps its old goal
+    return drawn
+
+
+def physics(model, data) -> np.ndarray:
+    state = np.empty(mujoco.mj_stateSize(model, INTEGRATION))
+    mujoco.mj_getState(model, data, state, INTEGRATION)
+    return state
+
+
+def difference(a, b) -> float:
+    """Largest difference between two memories of an env, all of their fields."""
+    if a is None or b is None:
+        return 0.0 if a is b else np.inf
+    if isinstance(a, tuple):
+        return max(difference(x, y) for x, y in zip(a, b, strict=True))
+    return float(np.max(np.abs(np.subtract(a, b, dtype=np.float64)), initial=0.0))
+
+
+# ---------------------------------------------------------------- what there is
+
+
+def test_all_130_tasks_by_suite_and_by_name():
+    counts = {suite: len(libero.spec((suite,), 64).tasks) for suite in libero.SUITES}
+    assert counts == {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+    everything = libero.spec(tuple(libero.SUITES), 256)
+    assert len(set(everything.tasks)) == 130 and everything.horizon == 480
+    assert (everything.views, everything.image_size, everything.state_dim, everything.action_dim) == (2, 256, 8, 7)
+    assert libero.spec((), 64) == libero.spec(("libero_10",), 64) == libero.spec(("libero_10", "libero_10"), 64)
+    one = libero.spec((STOVE,), 64)
+    assert (one.tasks, one.prompts, one.horizon) == ((STOVE,), ("turn on the stove",), 320)
+    for task in everything.tasks:
+        suite = libero.suite_of(task)
+        assert (libero.FOLDER / "bddl_files" / suite / f"{task}.bddl").is_file()
+        with np.load(libero.FOLDER / "init_files" / suite / f"{task}.pruned_init.npz") as states:
+            assert len(states["states"]) == libero.STATES
+    with pytest.raises(UserError, match="unknown LIBERO task 'juggle'"):
+        libero.spec(("juggle",), 64)
+
+
+def test_language_is_the_benchmark_s():
+    from contextlib import redirect_stdout
+
+    with redirect_stdout(None):
+        libero.original()
+        from libero.libero import benchmark
+
+        for suite in libero.SUITES:
+            tasks = benchmark.get_benchmark(suite)().tasks
+            assert [task.name for task in tasks] == libero.task_names()[suite]
+            assert [task.language for task in tasks] == [libero.language(task.name) for task in tasks]
+
+
+# ---------------------------------------------------------------- the same as the original
+
+
+@pytest.fixture(scope="module")
+def theirs(make):
+    libero.original()
+    from libero.libero.envs import OffScreenRenderEnv
+
+    path = libero.FOLDER / "bddl_files" / "libero_goal" / f"{STOVE}.bddl"
+    env = OffScreenRenderEnv(bddl_file_name=str(path), camera_heights=64, camera_widths=64)
+    yield env
+    env.close()
+
+
+@pytest.mark.parametrize("solver, bound", [(0.0, 1e-9), (1e-8, 1e-6)])
+def test_the_same_episode_as_in_libero_s_own_env(make, theirs, solver, bound):
+    """Its wrapper, hard reset, seed 0, initial state 3, 15 steps of no-op, then 24 actions: time, positions, speeds, warm start,
+    controls, the controller's memory, observations and pictures.
+
+    MuJoCo's solver stops at a tolerance, LIBERO's at 1e-8, so the last bit of a torque may change how often it iterates and thereby
+    accelerations by as much. Without that tolerance the two agree to 1e-9.
+    """
+    ours = make(quality="full")
+    ours.reset(0, 0)
+    theirs.seed(0)
+    theirs.reset()
+    theirs.env.sim.model._model.opt.tolerance = ours.scene.model.opt.tolerance = solver
+    ours.scene.settled.clear()
+    ours.reset(0, 3)
+    theirs.set_init_state(ours.scene.states[3])
+    for _ in range(15):
+        seen = theirs.step([0, 0, 0, 0, 0, 0, -1])[0]
+    same(ours, theirs, seen, bound)
+    for action in actions(3, 24):
+        seen, reward, done, _ = theirs.step(action.tolist())
+        assert ours.step(action) == (reward, done)
+    same(ours, theirs, seen, bound)
+    assert ours.data.ncon > 4  # so that contacts were part of it
+    ours.close()
+
+
+def same(ours, theirs, seen: dict, bound: float) -> None:
+    model, data = theirs.env.sim.model._model, theirs.env.sim.data._data
+    wanted = physics(model, data)
+    assert np.max(np.abs(wanted - physics(ours.scene.model, ours.data)) / np.maximum(1.0, np.abs(wanted))) < bound
+    controller, gripper = theirs.env.robots[0].controller, theirs.env.robots[0].gripper
+    assert difference((controller.goal_pos, controller.goal_ori), ours.goal) < bound
+    assert difference(gripper.current_action, ours.grip) < bound
+    image, state = ours.observe()
+    x, y, z, w = seen["robot0_eef_quat"]
+    wanted = [*seen["robot0_eef_pos"], *libero.axis_angle(np.array([w, x, y, z])), *seen["robot0_gripper_qpos"]]
+    assert np.abs(state - np.float32(wanted)).max() < 1e-6
+    for picture, name in zip(image, ("agentview_image", "robot0_eye_in_hand_image"), strict=True):
+        assert np.abs(picture.astype(int) - seen[name][::-1, ::-1]).max() <= 1
+        assert picture.std() > 10
+
+
+def test_rotations_are_robosuite_s_bit_for_bit():
+    libero.original()
+    from robosuite.utils.transform_utils import axisangle2quat, quat2mat
+
+    for turn in np.random.default_rng(0).normal(0.0, 0.4, (100, 3)):
+        assert np.array_equal(libero.rotation_of(turn), quat2mat(axisangle2quat(turn)))
+    assert np.array_equal(libero.rotation_of(np.zeros(3)), np.identity(3))
+
+
+# ---------------------------------------------------------------- resets and shared scenes
+
+
+def play(env, seed: int, steps: int = 6):
+    env.reset(0, seed)
+    outcomes = [env.step(action) for action in actions(seed, steps)]
+    return env._remember(), outcomes, *env.observe()
+
+
+def test_a_soft_reset_is_a_hard_reset(make):
+    env = make()
+    play(env, 11), play(env, 4)
+    env.reset(0, 5)
+    soft, soft_picture, soft_after = env._remember(), env.observe()[0], play(env, 5)
+    play(env, 11)
+    env.reset(0, 5)
+    again = env._remember()
+    hard_env = make()
+    scene = libero.Scene(STOVE, 64, "fast")  # built anew, from LIBERO's files
+    try:
+        libero.SCENES[STOVE, 64, "new"] = scene
+        hard_env.quality = "new"
+        hard_env.reset(0, 5)
+        hard, hard_picture, hard_after = hard_env._remember(), hard_env.observe()[0], play(hard_env, 5)
+    finally:
+        hard_env.close()
+    assert difference(soft, again) == 0.0 and difference(soft, hard) < 1e-9
+    assert difference(soft_after[0], hard_after[0]) < 1e-9 and soft_after[1] == hard_after[1]
+    assert np.abs(soft_picture.astype(int) - hard_picture).max() <= 1
+    assert np.abs(soft_after[2].astype(int) - hard_after[2]).max() <= 1
+    for name in ("body_pos", "body_quat", "site_rgba", "geom_rgba", "geom_pos", "geom_friction", "dof_damping"):
+        assert np.array_equal(getattr(scene.model, name), getattr(env.scene.model, name)), name
+
+
+def test_envs_of_a_task_share_its_scene_and_nothing_else(make):
+    one, other = make(), make()
+    alone = {seed: play(one, seed) for seed in (1, 2)}
+    one.reset(0, 1), other.reset(0, 2)
+    assert one.scene is other.scene and not np.array_equal(alone[1][2], alone[2][2])
+    for first, second in zip(actions(1, 6), actions(2, 6), strict=True):
+        one.step(first), other.step(second)
+    for env, seed in ((one, 1), (other, 2)):
+        memory, _, image, state = alone[seed]
+        assert difference(env._remember(), memory) == 0.0
+        assert all(np.array_equal(a, b) for a, b in zip(env.observe(), (image, state), strict=True))
+
+
+def test_a_seed_names_an_initial_state(make):
+    """Of two tasks, seeds 2i and 2i + 1 both mean state i; after 50 states they come again."""
+    env = make(STOVE, "put_the_bowl_on_the_plate")
+    poses = []
+    for seed in (0, 1, 2, 98, 100):
+        env.reset(0, seed)
+        poses.append(env.data.qpos.copy())
+    assert np.array_equal(poses[0], poses[1]) and np.array_equal(poses[0], poses[4])
+    assert not np.array_equal(poses[0], poses[2]) and not np.array_equal(poses[0], poses[3])
+
+
+def test_success_and_the_lamp_that_glows(make):
+    env = make()
+    env.reset(0, 0)
+    assert env.step(libero.NO_OP) == (0.0, False)
+    before = env.film(64)
+    knob = next(i for i in range(env.scene.model.njnt) if "flat_stove" in env.scene.model.joint(i).name)
+    env.data.qpos[env.scene.model.jnt_qposadr[knob]] = 1.0
+    assert env.step(libero.NO_OP) == (1.0, True)
+    env.step(libero.NO_OP)
+    assert np.abs(env.film(64).astype(int) - before).max() > 50
+    env.reset(0, 0)
+    assert np.abs(env.film(64).astype(int) - before).max() < 50
+
+
+def test_scenes_that_nobody_plays_are_bounded(make, monkeypatch):
+    monkeypatch.setattr(libero, "MOST_SCENES", 0)
+    env = make(STOVE, "put_the_bowl_on_the_plate")
+    env.reset(1, 0)
+    env.observe()
+    assert len(libero.SCENES) == 2  # this one, and the one that the fixture's env plays
+    env.reset(0, 0)
+    assert len(libero.SCENES) == 1
+    env.close(), env.close()
+
+
+# ---------------------------------------------------------------- what the policy sees
+
+
+def test_what_the_policy_sees(make):
+    env = make()
+    env.reset(0, 0)
+    image, state = env.observe()
+    assert image.shape == (2, 64, 64, 3) and image.dtype == np.uint8
+    assert state.shape == (8,) and state.dtype == np.float32
+    position, turn, fingers = state[:3], state[3:6], state[6:]
+    assert 0.9 < position[2] < 1.5 and 2.8 < np.linalg.norm(turn) < 3.5 and fingers[0] > 0.03 > -0.03 > fingers[1]
+    for _ in range(8):
+        env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
+    assert env.observe()[1][6] < fingers[0] - 0.005  # 1 closes the gripper
+    for _ in range(4):
+        env.step(np.array([0, 0, 5.0, 0, 0, 0, 1.0]))  # clipped to 1
+    assert position[2] + 0.03 < env.observe()[1][2] < position[2] + 0.2
+    assert env.film().shape == (256, 256, 3)
+    with pytest.raises(UserError, match="300 pixels"):
+        env.film(300)
+
+
+def test_a_fast_picture_differs_in_shadows_and_edges_only(make):
+    """Of 255 grey levels; the physics does not differ at all."""
+    fast, full = make(), make(quality="full")
+    (memory, _, image, _), (full_memory, _, full_image, _) = play(fast, 2), play(full, 2)
+    assert difference(memory, full_memory) == 0.0
+    assert fast.scene.model.ntexdata < full.scene.model.ntexdata / 5
+    assert fast.scene.model.mesh_facenum.sum() < full.scene.model.mesh_facenum.sum() / 2
+    assert np.abs(image.astype(int) - full_image).mean() < 8.0
+
+
+# ---------------------------------------------------------------- a guest in the user's house
+
+
+def test_it_asks_nothing_writes_nothing_and_calls_nobody(tmp_path):
+    """In a process of its own, with an empty home, no standard input and no network."""
+    script = f"""
+import socket, sys
+def refuse(*_): raise OSError("no network here")
+socket.socket.connect = socket.getaddrinfo = refuse
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+from envs import libero
+random = np.random.get_state()[1].copy()
+env = libero.Env(({STOVE!r},), 32)
+env.reset(0, 0); env.step(libero.NO_OP); env.observe(); env.close()
+assert np.array_equal(np.random.get_state()[1], random), "the user's random numbers were disturbed"
+assert not {{"cv2", "numba", "matplotlib"}} & set(sys.modules)
+"""
+    log = "/tmp/robosuite.log"
+    before = os.stat(log).st_mtime if os.path.exists(log) else None
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("XDG_")} | {"HOME": str(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr) == ("", "")
+    assert [path for path in tmp_path.rglob("*") if path != home] == []
+    assert (os.stat(log).st_mtime if os.path.exists(log) else None) == before
