@@ -2,8 +2,9 @@
 
     observe → write row t of the slot → request → (rollout worker writes actions) → step C times → row t + 1 …
 
-A trajectory is a fixed number of chunk steps with auto-reset inside, so that success never changes when it ends. Frames are
-rendered only where the policy will see them, once per chunk.
+A trajectory is a fixed number of chunk steps with auto-reset inside, so that success never changes when it ends; for GRPO it is one
+episode, which may end early, because whole groups are trained whatever their outcomes. Frames are rendered only where the policy
+will see them, once per chunk.
 Evaluation lanes do the same on seeds never trained on, in slots of their own; nobody waits for them before the run ends.
 
 Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
@@ -87,6 +88,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
     replies.close_writer()
     spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
     admission, generation = Admission.of(config), int(meter.counters.get(meter.row, "restarts"))
+    grouped = config.train.algorithm == "grpo"  # then a trajectory is one episode
     segment = pool["actions"].shape[1]  # T
     preparation = models.files(config.train.model).preparation(header, str(config.train.tokenizer or ""))
     actions, seen = pool["actions"].numpy(), {name: pool[name].numpy() for name in pool.spec if name in OBSERVED}
@@ -120,12 +122,19 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
 
     def begin_episode(lane: Lane, trajectory: int, t: int) -> None:
         """The episode that begins in row t of a trajectory, which names it as a resumed run would."""
-        seed = episode_seed(config.train.seed, lane.index, trajectory, t, generation)
+        # The lanes of a group meet the same initial state, also when one of them is played again by a worker's successor.
+        first = lane.index - lane.index % admission.group
+        seed = episode_seed(config.train.seed, first, trajectory, t, 0 if grouped else generation)
         reset(lane, task_of(lane.index, trajectory), seed)
 
     def owner(slot: int) -> int:
         """The actor rank that a trajectory goes to."""
-        return slot % config.actor.batch % len(channels.finished)
+        return admission.rank(slot, len(channels.finished))
+
+    def finish(slot: int, steps: int) -> None:
+        """A trajectory of so many chunk steps is complete."""
+        channels.finished[owner(slot)].put([Record(slot, 0, DONE, rank)])
+        meter.count("delivered", steps)
 
     def find(lane: Lane) -> bool:
         """Moves a lane of a dead worker on to its first trajectory that no actor has received, once that is known.
@@ -144,7 +153,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         if not admission.admits(lane.trajectory, plane.version):
             return False
         last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
-        if last < 0 or lane.task != task_of(lane.index, lane.trajectory):
+        if last < 0 or grouped or lane.task != task_of(lane.index, lane.trajectory):
             begin_episode(lane, lane.trajectory, 0)
             observe(lane, 0)
         else:
@@ -165,6 +174,12 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
             raise FloatingPointError(f"the reward of task {spec.tasks[lane.task]!r} is {reward[slot, t]}")
         if terminated[slot, t] or truncated[slot, t]:
             meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
+            if grouped:
+                finish(slot, t + 1)
+                lane.trajectory += 1
+                if not begin_trajectory(lane):
+                    parked.append(lane)
+                return
             begin_episode(lane, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
         lane.t += 1
         observe(lane, lane.t)
@@ -223,7 +238,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
             lost.remove(lane), parked.append(lane)
             kept += (lane.trajectory - version * admission.per_lane) * segment
             if not lost:
-                meter.set("discarded", before - kept)
+                meter.set("discarded", before - (meter.counters.get(meter.row, "delivered") if grouped else kept))
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
         if eval_round < asked_round[0]:
@@ -253,7 +268,7 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         if record.kind == ACT:
             advance(lane)
         else:  # the value of row T has come: the trajectory is complete
-            channels.finished[owner(record.slot)].put([Record(record.slot, 0, DONE, rank)])
+            finish(record.slot, segment)
             if record.kind == VALUE:
                 parked.append(lane)
         meter.set("time", time.monotonic())

@@ -24,8 +24,8 @@ STAGES = ("env", "rollout", "actor")
 CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")  # what a worker can wait for
 COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
-    "collected", "discarded", "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s", "fetches",
-    "stop", "gpu_memory_gb", "eval_round",
+    "collected", "delivered", "discarded", "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s",
+    "fetches", "stop", "gpu_memory_gb", "eval_round",
 )  # fmt: skip
 # Of a whole run, also when it is resumed. Chunk steps collected = trained once + discarded + in flight, which is none at the end.
 TOTALS = ("env_steps", "collected", "discarded", "restarts")

@@ -105,9 +105,9 @@ class Admission:
         """Which task it plays: dealt in turn to the positions of a batch, and on from batch to batch.
 
         So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its simulators are. Where `tasks`
-        divides `lanes`, a lane keeps its task, which saves it from building another scene.
+        divides `lanes`, a lane keeps its task, which saves it from building another scene. The lanes of a group play the same one.
         """
-        return (trajectory * self.lanes + lane) % tasks
+        return (trajectory * self.lanes + lane) // self.group % tasks
 
 
 @dataclass(frozen=True)

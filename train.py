@@ -119,6 +119,8 @@ def prepare(config: Config) -> Setup:
         raise UserError(
             f"--segment {config.env.segment} is longer than an episode of {horizon} chunk steps: choose at most {horizon}"
         )
+    if config.train.algorithm == "grpo" and config.env.segment != horizon:
+        raise UserError(f"--segment {config.env.segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole")
     note = ""
     if config.env.envs % len(spec.tasks) and config.env.segment < horizon:
         note = f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment {config.env.segment}"
@@ -209,6 +211,7 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
     config, counters, began = setup.config, channels.counters, time.monotonic()
     rows = {stage: [job.meter.row for job in crew.jobs.values() if job.name.startswith(stage)] for stage in metrics.STAGES}
     earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
+    warnings = metrics.Warnings()
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     tracker = None
     if config.train.wandb != "off":
@@ -248,6 +251,8 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
                 line |= {name: line[name] + earlier.get(name, 0) for name in ("time", *metrics.TOTALS)}
                 folder.append(line)
                 show(line)
+                for text in warnings.of(line):
+                    print(text, file=sys.stderr, flush=True)
                 if tracker:
                     tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["iteration"])
                 continue
