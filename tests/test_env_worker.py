@@ -67,11 +67,13 @@ def worker(monkeypatch):
     monkeypatch.setitem(envs.ENVS, "metaworld", __name__)
     processes = []
 
-    def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, tasks=(), **settings) -> Channels:
+    def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, tasks=(), group: int = 0, **settings) -> Channels:
         """With `replaces`, in place of the last one started, which is killed."""
         config = Config()
         config.env.envs, config.actor.batch, config.env.env_workers, config.env.eval_every = LANES, LANES, 1, 0
         config.train.tasks, config.train.tokenizer = tasks, ASSETS / "tokenizer.model"
+        if group:
+            config.train.algorithm, config.algorithm.group_size = "grpo", group
         for name, value in settings.items():
             setattr(config.env, name, value)
         f = torch.float32
@@ -209,6 +211,25 @@ def test_tasks_that_do_not_divide_the_lanes_take_turns(worker):
         assert after.slot == 2 + lane and seen(pool, after.slot, 0) == (name(lane, 1, 0), 0, second)
         assert [pool["task"][slot].item() for slot in (lane, 2 + lane)] == [lane, second]
     assert channels.counters.get(0, "episodes") == 4
+
+
+def test_the_lanes_of_a_group_meet_one_state_and_their_trajectories_end_with_their_episodes(worker):
+    channels = worker(group=2, tasks=("one", "two"))
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    assert seen(pool, zero.slot, 0) == seen(pool, one.slot, 0) == (name(0, 0, 0), 0, 0)
+    publish(channels, 0)
+    answer(channels, zero, plan(success_at=1))
+    (third,) = requests(channels, 1)  # the next trajectory, at once: nobody asks for the value of an end
+    assert [record.slot for record in channels.finished[0].get(5.0)] == [zero.slot]
+    assert third.kind == ACT and third.t == 0 and seen(pool, third.slot, 0) == (name(0, 1, 0), 0, 1)
+    answer(channels, one, plan())  # the other one goes on until its time limit, two chunks
+    (one,) = requests(channels, 1)
+    assert one.t == 1 and channels.finished[0].get(0.0) == []
+    answer(channels, one, plan())
+    (one,) = requests(channels, 1)
+    assert [record.slot for record in channels.finished[0].get(5.0)] == [1]
+    assert one.t == 0 and seen(pool, one.slot, 0) == seen(pool, third.slot, 0)  # the same state again
 
 
 def test_a_resumed_run_meets_the_same_episodes(worker):

@@ -149,6 +149,21 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     assert list((tmp_path / "x").glob("wandb/offline-run-*"))
 
 
+def test_grpo_from_end_to_end(cli, tmp_path):
+    flags = "--algorithm grpo --group-size 2 --tasks faucet-open handle-press --envs 4 --env-workers 2 --batch 4 --minibatch 4"
+    flags += " --micro-batch 2 --update-epochs 1 --eval-envs 0 --iterations 3 --max-staleness 0"
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
+    assert status == 0, output
+    lines = lines_of(tmp_path / "x")
+    for line in lines:
+        assert line["trajectories_per_task"] == {"faucet-open": 2, "handle-press": 2} and line["episodes"] == 4
+        assert line["loss_value"] == 0.0 and "explained_variance" not in line
+        assert not line["trained"] or line["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+        assert (line["trained"] > 0) == (line["grad_norm"] > 0)
+    assert any(line["trained"] for line in lines)  # a group of which one succeeds
+    assert sum(line["trained"] + line["filtered"] for line in lines) == lines[-1]["collected"] - lines[-1]["discarded"]
+
+
 def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path):
     """Three tasks, the slowest thirty times as slow as the fastest, on five envs in two workers: nothing divides anything."""
     flags = (
