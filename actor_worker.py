@@ -100,7 +100,9 @@ def train_micro_batch(
     out = model.evaluate(flat)
     staleness = (version - pick(data["version"])).to(torch.float32)
     new, old = units(out["logprob"], hyper.granularity), units(pick(data["logprob"]), hyper.granularity)
-    if proximal is None:
+    if hyper.proximal == "behaviour":
+        prox = old
+    elif proximal is None:
         prox = interpolated_proximal(new, old, staleness)
     else:
         prox = torch.where(staleness[:, None] > 0, units(proximal(flat, out["logprob"], kept), hyper.granularity), old)

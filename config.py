@@ -182,8 +182,9 @@ class AlgorithmConfig:
     """ε for rising ones (RLinf's GRPO of OFT: 0.28)"""
     dual_clip: float = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
-    proximal: Literal["interpolated", "exact"] = "interpolated"
-    """decoupled PPO's proximal log-prob: between old and new by staleness, or under the weights before a batch's first update"""
+    proximal: Literal["interpolated", "exact", "behaviour"] = "interpolated"
+    """decoupled PPO's proximal log-prob: between old and new by staleness; under the weights before a batch's first update; or that
+    of the policy that acted, which is plain PPO"""
     behaviour_weight_max: float = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
