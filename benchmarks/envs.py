@@ -7,14 +7,15 @@ Meta-World offer their users: LIBERO's `OffScreenRenderEnv`, which draws both ca
 every reset; Meta-World's gymnasium env with `render_mode="rgb_array"`, drawn after every step at the same size.
 
 Every row is a process of its own (or several). On one process they take turns, so that what disturbs one disturbs all; rows hold
-medians. With several processes all work at once. `env_steps_per_s` is of whole episodes, resets included.
+medians. With several processes all work at once. `env_steps_per_s` is of whole episodes, resets included; `times_naive_cpu`
+compares the processor time of such episodes, which other programs on the machine hardly change.
 Left out: vectorised simulators; inference between chunks.
 """
 
 import contextlib
 import os
-import statistics
 import time
+from multiprocessing import connection
 
 import numpy as np
 import torch.multiprocessing as mp
@@ -114,7 +115,10 @@ NAIVE = {"libero": NaiveLibero, "metaworld": NaiveMetaworld}
 
 
 def serve(pipe, naive: bool, name: str, size: int, quality: str, count: int) -> None:
-    """A process with one player: does what it is told and answers with the seconds it took; "memory" with its MB in use."""
+    """A process with one player: does what it is told and answers with the seconds, and those of the processor, that it took.
+
+    "memory" is answered with its private MB in use, twice.
+    """
     import psutil
 
     os.environ["LP_NUM_THREADS"] = "0"
@@ -126,16 +130,16 @@ def serve(pipe, naive: bool, name: str, size: int, quality: str, count: int) -> 
     while (what := pipe.recv()) != "end":
         if what == "memory":
             info = psutil.Process().memory_info()
-            pipe.send((info.rss - info.shared) / 1e6)
+            pipe.send(((info.rss - info.shared) / 1e6,) * 2)
             continue
         if played + CHUNK > horizon and what in ("chunk", "steps"):
             player.reset()
             played = 0
         actions = (random.uniform(-1.0, 1.0, (CHUNK, dimension)),) if what in ("chunk", "steps") else ()
         played = played + CHUNK if actions else 0 if what.endswith("reset") else played
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         getattr(player, what)(*actions)
-        pipe.send(time.perf_counter() - start)
+        pipe.send((time.perf_counter() - start, time.process_time() - cpu))
     os._exit(0)  # LIBERO's own contexts complain at the interpreter's exit
 
 
@@ -152,7 +156,7 @@ class Player:
         self.horizon = self.pipe.recv()
         return self
 
-    def ask(self, what: str) -> float:
+    def ask(self, what: str) -> tuple[float, float]:
         self.pipe.send(what)
         return self.pipe.recv()
 
@@ -163,35 +167,33 @@ class Player:
         self.process.kill()
 
 
-def in_turns(players: list[Player], what: str, seconds: float) -> list[float]:
-    """Median milliseconds of each, after one to warm up; at least 3 and `seconds` for each."""
+def in_turns(players: list[Player], what: str, seconds: float) -> np.ndarray:
+    """[players, 2]: median milliseconds of each, and of the processor; at least 3 turns, after one to warm up, and `seconds`."""
     for player in players:
         player.ask(what)
-    taken, end = [[] for _ in players], time.monotonic() + seconds * len(players)
-    while len(taken[0]) < 3 or time.monotonic() < end:
-        for times, player in zip(taken, players, strict=True):
-            times.append(1e3 * player.ask(what))
-    return [statistics.median(times) for times in taken]
+    taken, end = [], time.monotonic() + seconds * len(players)
+    while len(taken) < 3 or time.monotonic() < end:
+        taken.append([player.ask(what) for player in players])
+    return 1e3 * np.median(np.array(taken), axis=0)
 
 
-def at_once(players: list[Player], seconds: float) -> float:
-    """Mean milliseconds of a chunk while all of them work."""
+def at_once(players: list[Player], seconds: float) -> np.ndarray:
+    """[2]: mean milliseconds of a chunk, and of the processor, while all of them work."""
     end, taken = time.monotonic() + seconds, []
     for player in players:
         player.pipe.send("chunk")
     while time.monotonic() < end or len(taken) < 3 * len(players):
-        for player in mp_wait(players):
-            taken.append(1e3 * player.pipe.recv())
+        for player in waiting(players):
+            taken.append(player.pipe.recv())
             player.pipe.send("chunk")
     for player in players:
         player.pipe.recv()
-    return statistics.mean(taken)
+    return 1e3 * np.mean(taken, axis=0)
 
 
-def mp_wait(players: list[Player]) -> list[Player]:
-    from multiprocessing.connection import wait
-
-    ready = wait([player.pipe for player in players])
+def waiting(players: list[Player]) -> list[Player]:
+    """Those that have answered."""
+    ready = connection.wait([player.pipe for player in players])
     return [player for player in players if player.pipe in ready]
 
 
@@ -203,12 +205,14 @@ def measure_one(name: str, seconds: float) -> list[dict]:
     size, cores, rows = SIZES[name], len(os.sched_getaffinity(0)), []
     counts = sorted({1, 2, cores})
 
-    def row(how: str, player: Player, chunk: float, reset: float, processes: int = 1, count: int = 1, **more: float) -> dict:
-        per_s = 1e3 * processes * count * player.horizon / (reset + player.horizon / CHUNK * chunk)
+    def row(how: str, player: Player, chunk, reset, processes: int = 1, count: int = 1, **more: float) -> dict:
+        wall, cpu = reset + player.horizon / CHUNK * chunk  # milliseconds of an episode
         found = {
             "env": name, "how": how, "image_size": size, "processes": processes, "envs_per_process": count, "step_ms": None,
-            "frame_ms": None, "chunk_ms": chunk, "reset_ms": reset, "env_steps_per_s": per_s,
-            "times_naive": None, "private_mb_per_process": player.ask("memory"),
+            "frame_ms": None, "chunk_ms": float(chunk[0]), "reset_ms": float(reset[0]),
+            "env_steps_per_s": 1e3 * processes * count * player.horizon / wall, "times_naive": None,
+            "cpu_ms_per_step": cpu / count / player.horizon, "times_naive_cpu": None,
+            "private_mb_per_process": player.ask("memory")[0],
         } | more  # fmt: skip
         rows.append(found)
         return found
@@ -222,11 +226,11 @@ def measure_one(name: str, seconds: float) -> list[dict]:
         naive = row("naive", players[0], chunks[0], resets[0])
         steps, frames = in_turns(players[1:], "steps", seconds), in_turns(players[1:], "frame", seconds)
         for i, quality in enumerate(["fast", "full"][: len(players) - 1]):
-            how = {"step_ms": steps[i] / CHUNK, "frame_ms": frames[i]}
+            how = {"step_ms": steps[i, 0] / CHUNK, "frame_ms": float(frames[i, 0])}
             row(f"ours, {quality}", players[1 + i], chunks[1 + i], resets[1 + i], **how)
-        row("ours, no frames", players[1], steps[0], resets[1], step_ms=steps[0] / CHUNK)
+        row("ours, no frames", players[1], steps[0], resets[1], step_ms=steps[0, 0] / CHUNK)
         hard = in_turns(players[1:2], "hard_reset", 0.0)[0]
-        row("ours, hard reset", players[1], chunks[1], hard, step_ms=steps[0] / CHUNK, frame_ms=frames[0])
+        row("ours, hard reset", players[1], chunks[1], hard, step_ms=steps[0, 0] / CHUNK, frame_ms=float(frames[0, 0]))
     finally:
         for player in players:
             player.close()
@@ -243,4 +247,5 @@ def measure_one(name: str, seconds: float) -> list[dict]:
                 player.close()
     for found in rows:
         found["times_naive"] = found["env_steps_per_s"] / naive["env_steps_per_s"]
+        found["times_naive_cpu"] = naive["cpu_ms_per_step"] / found["cpu_ms_per_step"]
     return rows
