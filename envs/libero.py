@@ -154,8 +154,10 @@ class Scene:
         }  # fmt: skip
 
         def initialize(problem, xml_string=None):
-            """robosuite's `_initialize_sim`, but for the textures."""
-            xml, files = drawing.thin_textures(problem.model.get_xml(), max(TEXELS * image_size, FILM))
+            """robosuite's `_initialize_sim`, but for what is drawn."""
+            near = ("gripper0_", *problem.objects_dict, *problem.fixtures_dict)  # what the hand's camera sees close by
+            cell = lambda mesh: (FINE if mesh.startswith(near) else COARSE) / image_size  # noqa: E731
+            xml, files = drawing.thin_assets(problem.model.get_xml(), max(TEXELS * image_size, FILM), cell)
             problem.sim = MjSim(mujoco.MjModel.from_xml_string(xml, files))
             problem.sim.forward()
             problem.initialize_time(problem.control_freq)
@@ -176,11 +178,6 @@ class Scene:
         self.problem.sim.forward()
         self.problem.visualize({what: False for what in self.problem._visualizations})
         self.model: mujoco.MjModel = self.problem.sim.model._model
-        if quality == "fast":
-            near = ("gripper0_", *self.problem.objects_dict, *self.problem.fixtures_dict)  # what the hand's camera sees close by
-            names = [self.model.mesh(i).name for i in range(self.model.nmesh)]
-            cells = [FINE / image_size if name.startswith(near) else COARSE / image_size for name in names]
-            drawing.thin_meshes(self.model, np.array(cells))
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
         self.painter, self.players = None, 0
