@@ -1,19 +1,23 @@
 """What MuJoCo simulators share for drawing small frames fast. Import it before mujoco: it says which GL is meant.
 
-A frame costs as much as its triangles and its textures' first touch, hardly its pixels: both are thinned to what it can show.
+On a processor a frame costs what its triangles cost, hardly its pixels, and a model is mostly textures and meshes: both are
+thinned to what a frame can show.
 """
 
 import ctypes
 import hashlib
 import io
 import os
+import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("LP_NUM_THREADS", "0")  # software rasteriser: processes scale, its threads only fight
+# Mesa keeps compiled shaders, which saves each process half a second; by itself it would put them into the user's home.
+os.environ.setdefault("MESA_SHADER_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mesa_shader_cache_{os.getuid()}"))
 import mujoco
 import numpy as np
 
@@ -66,7 +70,7 @@ def whole_triangles(corners: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- before a model is compiled
 
 
-@cache
+@lru_cache(maxsize=200)
 def small_png(file: str, most: int) -> bytes | None:
     """A picture file with sides of at most `most` pixels, or None where it is that small already."""
     from PIL import Image
@@ -114,7 +118,7 @@ def read_mesh(file: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | No
     return look_up(0, positions), look_up(2, normals), texture
 
 
-@cache
+@lru_cache(maxsize=200)
 def small_mesh(file: str, cell: float) -> bytes | None:
     """A mesh file, as MuJoCo's .msh, whose vertices within a cell are one; None where it is small already, or too much would go.
 
@@ -141,14 +145,15 @@ def thin_assets(xml: str, most: int, cell_of: Callable[[str], float]) -> tuple[s
     """A model's XML with its large textures and meshes replaced, and their files by name, for `MjModel.from_xml_string`.
 
     They are most of a model: of the time to compile it, and of memory, in the simulator as well as in GL. Only meshes of visual
-    geoms are touched; the model must not take masses from these (`inertiagrouprange`).
+    geoms are touched, and only in a model that takes no masses from these (`inertiagrouprange`).
     most: pixels of a texture's side; cell_of: a mesh's name → metres within which its vertices are one.
     """
     root, files = ElementTree.fromstring(xml), {}
+    weightless = any(compiler.get("inertiagrouprange") == "0 0" for compiler in root.iter("compiler"))
     seen_only = {}
     for geom in root.iter("geom"):
         if mesh := geom.get("mesh"):
-            visual = (geom.get("group"), geom.get("contype"), geom.get("conaffinity")) == ("1", "0", "0")
+            visual = weightless and (geom.get("group"), geom.get("contype"), geom.get("conaffinity")) == ("1", "0", "0")
             seen_only[mesh] = visual and seen_only.get(mesh, True)
 
     def replace(element: ElementTree.Element, content: bytes | None, detail: float, suffix: str) -> bool:
