@@ -5,9 +5,9 @@
     python bench.py ladder --setting emulated          the five presets of RL-VLA³'s Table 1 against each other and their bound
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
+    python bench.py envs                               simulators against the way their own documentation has it
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
-Left out: `envs`.
 """
 
 import json
@@ -22,22 +22,24 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import inference, ladder, prefix, transport, weights
+from benchmarks import envs, inference, ladder, prefix, transport, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport of observations, transfer of weights, the ladder of presets, prefix cache, inference."""
+    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference"]]
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs"]]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
     repeats: int = 5
     """transport: repetitions behind each median; weights: tens of versions"""
     seconds: float = 1.0
-    """transport: length of one repetition; prefix, inference: time spent on each median"""
+    """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
+    env: Literal["all", "libero", "metaworld"] = "all"
+    """envs: which simulator"""
     setting: Literal["emulated", "embedded", "both"] = "both"
     """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
     iterations: int = 0
@@ -88,6 +90,8 @@ def main(config: BenchConfig) -> None:
         rows = weights.measure(config.repeats)
     elif config.what == "prefix":
         rows = prefix.measure(config.model, config.size, config.seconds)
+    elif config.what == "envs":
+        rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:

@@ -147,8 +147,8 @@ def main(config: CheckConfig) -> Path:
     finally:
         env.close()
     tasks = len(spec.tasks[: config.at_most or None])
-    print("memory in MB: {:.0f} imported, {:.0f} for {} tasks, {:.0f} for another env of the first".format(
-        megabytes[0] / 1e6, megabytes[1] / 1e6, tasks, megabytes[2] / 1e6))  # fmt: skip
+    first, others, another = (x / 1e6 for x in megabytes)
+    print(f"memory in MB: {first:.0f} imported, {others:.0f} for {tasks} tasks, {another:.0f} for another env of the first")
     imageio.imwrite(out, np.concatenate(sheet))
     print(f"one row per line above, each camera at the start, in the middle and at the end: {out}")
     return out

@@ -62,3 +62,15 @@ def test_refusals():
         prefix.measure("pi05", "full", 0.01)
     with pytest.raises(UserError, match="oft has no prefix"):
         prefix.measure("oft", "auto", 0.01)
+
+
+def test_envs(tmp_path):
+    file = tmp_path / "result.json"
+    bench.main(bench.BenchConfig(what="envs", env="metaworld", seconds=0.01, json=file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["how"] for row in rows][:4] == ["naive", "ours, fast", "ours, no frames", "ours, hard reset"]
+    assert rows[0]["times_naive"] == rows[0]["times_naive_cpu"] == 1.0 and {row["env"] for row in rows} == {"metaworld"}
+    assert {(row["processes"], row["envs_per_process"]) for row in rows} >= {(1, 1), (2, 1), (1, 2), (1, 4)}
+    for row in rows:
+        assert min(row["env_steps_per_s"], row["chunk_ms"], row["reset_ms"], row["private_mb_per_process"]) > 0
+    assert rows[1]["times_naive_cpu"] > 5.0  # by how much is a matter of the machine
