@@ -53,6 +53,8 @@ TASKS = {
 DEFAULT_TASKS = ("PickCube-v1",)
 HORIZON = 80  # control steps (RLinf, RL-VLA³); ManiSkill's own limits are 50
 ACTIONS = 7
+# States that an untrained model takes for -1 and 1: the arm's angles around where it starts, radians; the fingers', metres.
+STATE_RANGE = ((-1.0, -1.0, -1.0, -2.8, -1.0, 1.2, -0.5, 0.0, 0.0), (1.0, 1.4, 1.0, -1.0, 1.0, 3.4, 2.0, 0.04, 0.04))
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
