@@ -37,7 +37,7 @@ def exit_on_user_error() -> Iterator[None]:
 class RunConfig:
     model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal["metaworld", "libero", "emulated"] = "metaworld"
+    env: Literal["metaworld", "libero", "maniskill", "robocasa", "emulated"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
