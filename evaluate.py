@@ -40,7 +40,7 @@ class EvaluateConfig:
     """pixels of the cameras; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    env: Literal["metaworld", "libero"] = "metaworld"
+    env: Literal["metaworld", "libero", "robocasa"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks; none means the simulator's default task set"""
