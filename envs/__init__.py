@@ -27,12 +27,7 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {
-    "metaworld": "envs.metaworld",
-    "maniskill": "envs.maniskill",
-    "robocasa": "envs.robocasa",
-    "emulated": "envs.emulated",
-}
+ENVS = {name: f"envs.{name}" for name in ("metaworld", "maniskill", "robocasa", "emulated")}
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "maniskill": "bash setup.sh --maniskill",
