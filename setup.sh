@@ -28,9 +28,9 @@ if ! have_gl || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
         echo "installing system libraries for headless rendering"
         as_root apt-get update -qq
         DEBIAN_FRONTEND=noninteractive as_root apt-get install -y -qq --no-install-recommends \
-            libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri python3-venv >/dev/null
+            libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri libglib2.0-0 python3-venv >/dev/null
     else
-        echo "note: rendering needs libEGL and Mesa; ask an administrator for: apt-get install libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri python3-venv" >&2
+        echo "note: rendering needs libEGL and Mesa; ask an administrator for: apt-get install libegl1 libgl1 libegl-mesa0 libgl1-mesa-dri libglib2.0-0 python3-venv" >&2
     fi
 fi
 

@@ -322,3 +322,8 @@ assert os.environ["MESA_SHADER_CACHE_DIR"].startswith(tempfile.gettempdir())  # 
     assert (done.stdout, done.stderr) == ("", "")
     assert [path for path in tmp_path.rglob("*") if path != home] == []
     assert (os.stat(log).st_mtime if os.path.exists(log) else None) == before
+
+
+def test_the_quality_reaches_a_simulator_that_knows_it():
+    assert envs.maker("libero", "full")((STOVE,), 64).quality == "full"
+    assert envs.maker("metaworld", "full")(("reach",), 64).size == 64  # knows none
