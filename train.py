@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 import torch.multiprocessing as mp
@@ -71,6 +72,7 @@ class Setup:
     placement: Placement
     note: str  # what the user should know about the settings
     slots: Spec
+    on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
     weights: Spec
     header: checkpoint.Header
     resume: dict | None  # state.json of the checkpoint that continues
@@ -80,6 +82,10 @@ class Setup:
     def version(self) -> int:
         """What training starts or continues from."""
         return self.resume["version"] if self.resume else 0
+
+    def pool(self) -> SlotPool:
+        device = self.placement.env_devices[0] if self.on_gpu else "cpu"
+        return SlotPool(self.slots, Admission.of(self.config).slots + self.config.env.eval_envs, device, self.on_gpu)
 
 
 def prepare(config: Config) -> Setup:
@@ -99,9 +105,14 @@ def prepare(config: Config) -> Setup:
     config.env.env_workers = len(placement.env_devices)
     config.rollout.rollout_workers = len(placement.rollout_devices)
     config.actor.actor_workers = len(placement.actor_devices)
+    simulator = envs.load(config.train.env)
+    if vectorised := hasattr(simulator, "Envs"):
+        config.env.lanes = config.env.lanes or 2
+    elif config.env.lanes:
+        raise UserError(f"--lanes {config.env.lanes} is for vectorised simulators: {config.train.env} steps every env by itself")
     validate(config)
 
-    spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
+    spec = simulator.spec(config.train.tasks, config.env.image_size)
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
     config.env.segment = config.env.segment or horizon
     if config.env.segment > horizon:
@@ -129,7 +140,12 @@ def prepare(config: Config) -> Setup:
         if resume["version"] >= config.train.iterations:
             raise UserError(f"run {config.train.resume} already has {resume['version']} iterations: give more --iterations")
     model = models.load(config.train.model).build(config, spec, weights=False)
-    models.files(config.train.model).preparation(model.header, str(config.train.tokenizer or ""))
+    preparation = models.files(config.train.model).preparation(model.header, str(config.train.tokenizer or ""))
+    on_gpu: tuple[str, ...] = ()  # what a vectorised simulator draws on a GPU stays there, if the model takes pictures as they are
+    if vectorised and placement.env_devices[0] != "cpu":
+        picture = np.random.default_rng(0).integers(0, 256, (spec.views, spec.image_size, spec.image_size, 3), np.uint8)
+        if np.array_equal(preparation.observe(picture, np.zeros(spec.state_dim, np.float32), spec.prompts[0])["image"], picture):
+            on_gpu = ("image", *model.slot_fields())
 
     segment, f = config.env.segment, torch.float32
     slots: Spec = {
@@ -149,7 +165,7 @@ def prepare(config: Config) -> Setup:
     slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, note, slots, weights, model.header, resume, saved)
+    return Setup(config, spec, placement, note, slots, on_gpu, weights, model.header, resume, saved)
 
 
 def memory_report(setup: Setup) -> None:
@@ -183,7 +199,7 @@ def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) ->
     for rank, device in enumerate(placement.env_devices):
         renders_on = {} if device == "cpu" else {"MUJOCO_EGL_DEVICE_ID": device.split(":")[1]}
         watching = channels._replace(plane=channels.plane.watch())
-        add("env", rank, env_worker.run, setup.header, watching, setup.version, environment=renders_on)
+        add("env", rank, env_worker.run, setup.header, device, watching, setup.version, environment=renders_on)
     return out
 
 
@@ -275,7 +291,7 @@ def main(config: Config) -> int:
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
     channels = Channels(
-        pool=SlotPool(setup.slots, Admission.of(config).slots + config.env.eval_envs),
+        pool=setup.pool(),
         plane=WeightPlane(setup.weights, gpu or "cpu", setup.version),
         counters=Counters(workers_total, metrics.columns(config.env.eval_episodes)),
         requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),

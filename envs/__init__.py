@@ -10,6 +10,14 @@ A simulator file offers:
         .step(action [A]) -> (reward, success)  one control step, without rendering
         .close()
 
+A vectorised one offers instead of `Env`
+
+    Envs(tasks, image_size, count, device)    `count` envs of a lane, which step together on "cpu" or "cuda:k", with
+        .reset(rows: list[int], task: int, seeds: list[int])  start episodes in some of them
+        .observe() -> (images, states)        tensors there, [N, V, H, W, 3] uint8 and [N, S] float32
+        .step(actions [N, A]) -> (reward [N], success [N])  tensors
+        .film(size), .close()                 as above, of the first
+
 Time limits are the env worker's business (`EnvSpec.horizon`), so success and truncation stay apart.
 """
 
@@ -18,7 +26,7 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {"metaworld": "envs.metaworld", "emulated": "envs.emulated"}
+ENVS = {"metaworld": "envs.metaworld", "emulated": "envs.emulated", "vectorised": "envs.vectorised"}
 INSTALL = {"metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0"}
 
 
