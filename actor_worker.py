@@ -167,7 +167,7 @@ def run(
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
         actor.batch, actor.minibatch, actor.micro_batch, actor.max_staleness + 1, actor.update_epochs, actor.stream, rank, ranks,
-        config.train.seed, version,
+        config.train.seed, version, config.env.width,
     )  # fmt: skip
     parameters = list(trainable.values())
 
@@ -186,8 +186,9 @@ def run(
             if record.kind == RESTART:
                 channels.replies[record.sender].put([record])
                 continue
-            pool["received"][record.slot] = pool["trajectory"][record.slot] + 1
-            streamer.add(record.slot)
+            for slot in range(record.slot, record.slot + config.env.width):  # of all envs of the lane
+                pool["received"][slot] = pool["trajectory"][slot] + 1
+                streamer.add(slot)
 
     def save() -> Path:
         with meter.work("checkpoint"):

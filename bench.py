@@ -3,6 +3,7 @@
     python bench.py transport --json transport.json    slots against queues that carry the data (and Ray, where it is installed)
     python bench.py weights                            a weight sync against a memcpy, and what it costs a serving rollout worker
     python bench.py ladder --setting emulated          the five presets of RL-VLA³'s Table 1 against each other and their bound
+    python bench.py ladder --env vectorised            the same for a simulator whose envs step together
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
     python bench.py envs                               simulators against the way their own documentation has it
@@ -42,8 +43,10 @@ class BenchConfig:
     """envs: which simulator"""
     setting: Literal["emulated", "embedded", "both"] = "both"
     """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
+    env: Literal["libero", "vectorised"] = "libero"
+    """ladder: which simulator the emulated setting stands for; vectorised (ManiSkill) has no other setting"""
     iterations: int = 0
-    """ladder: iterations measured after the warm-up; 0 means 8 emulated and 4 embedded ones"""
+    """ladder: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
     ratio: str = ""
     """ladder: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
     model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
@@ -95,7 +98,8 @@ def main(config: BenchConfig) -> None:
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:
-        rows = ladder.measure(config.setting, config.ratio, config.iterations)
+        setting = "vectorised" if config.env == "vectorised" else config.setting
+        rows = ladder.measure(setting, config.ratio, config.iterations)
     result = {"what": config.what, "machine": machine(), "rows": rows}
     show(result)
     if config.json:

@@ -59,26 +59,27 @@ class DynamicBatcher:
 class Admission:
     """Which trajectory is which, and when it may start: staleness as back-pressure, decided without talking to anyone.
 
-    A lane's j-th trajectory belongs to batch b = j // k, where k = batch / lanes trajectories of every lane make a batch. So
+    An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of every env make a batch. So
     membership never depends on outcome or speed. It may start once version b − K is published (K = max staleness), hence
-    started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, lane, j) alone: batches b and b + K + 1
+    started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1
     share slots, and the later one may start only when the earlier one has been trained on. What would come after the last batch
-    never starts.
+    never starts. The envs of a lane, `width` of them, have slots side by side.
     """
 
     batch: int
-    lanes: int
+    envs: int
     max_staleness: int
     batches: float = math.inf
+    width: int = 1
 
     @classmethod
     def of(cls, config: Config) -> "Admission":
-        return cls(config.actor.batch, config.env.envs, config.actor.max_staleness, config.train.iterations)
+        return cls(config.actor.batch, config.env.envs, config.actor.max_staleness, config.train.iterations, config.env.width)
 
     @property
     def per_lane(self) -> int:
-        """k: trajectories of each lane in a batch."""
-        return self.batch // self.lanes
+        """k: trajectories of each env, and so of each lane, in a batch."""
+        return self.batch // self.envs
 
     @property
     def slots(self) -> int:
@@ -91,17 +92,22 @@ class Admission:
         """Whether it may start. For an array of trajectories, an array."""
         return (self.batch_of(trajectory) <= version + self.max_staleness) & (self.batch_of(trajectory) < self.batches)
 
-    def slot(self, lane: int, trajectory: int) -> int:
-        position = trajectory % self.per_lane * self.lanes + lane
+    def slot(self, env: int, trajectory: int) -> int:
+        position = trajectory % self.per_lane * self.envs + env
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
 
-    def task(self, lane: int, trajectory: int, tasks: int) -> int:
+    def owner(self, slot: int, ranks: int) -> int:
+        """The actor rank that trains it: lanes in turn, so that the trajectories of a lane go to one rank, in one record."""
+        return slot % self.batch // self.width % ranks
+
+    def task(self, env: int, trajectory: int, tasks: int) -> int:
         """Which task it plays: dealt in turn to the positions of a batch, and on from batch to batch.
 
         So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its simulators are. Where `tasks`
-        divides `lanes`, a lane keeps its task, which saves it from building another scene.
+        divides the lanes, a whole lane plays one task and keeps it, which saves it from building another scene.
         """
-        return (trajectory * self.lanes + lane) % tasks
+        unit = self.width if self.envs // self.width % tasks == 0 else 1
+        return (trajectory * self.envs + env) // unit % tasks
 
 
 @dataclass(frozen=True)

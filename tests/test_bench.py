@@ -7,8 +7,9 @@ import torch
 
 import bench
 import benchmarks
-from benchmarks import inference, prefix
+from benchmarks import inference, ladder, prefix
 from config import UserError
+from envs import vectorised
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +54,21 @@ def test_inference(model, tmp_path):
     for row in result["rows"]:
         assert row["mode"] == "eager" and row["samples_per_s"] > 0 and row["share_of_peak"] > 0
         assert (row["denoise_step_s"] is None) == (model == "oft")
+
+
+def test_the_vectorised_setting_is_the_paper_s_column():
+    """Env steps/s of the five rows that `envs/vectorised.py` is derived from, from its constants."""
+    v = vectorised
+    rate = lambda seconds: 81_920 / (64 * seconds / v.SCALE)  # noqa: E731  of a round: simulation, inference, training
+    simulate = lambda envs, lanes: lanes * v.FIXED + envs * v.EACH  # noqa: E731
+    lockstep = simulate(64, 1) + v.INFER_ALL
+    paper = ladder.PAPER["vectorised"]
+    assert rate(lockstep + v.TRAIN_ALL) == pytest.approx(paper["sync-disaggregated"])
+    assert rate(max(lockstep, v.TRAIN_ALL)) == pytest.approx(paper["train-async"], rel=0.05)
+    assert rate(simulate(64, 64)) == pytest.approx(paper["rollout-async"])
+    assert rate(simulate(32, 1) + v.INFER_ALL / 2 + v.TRAIN_ALL / 2) == pytest.approx(paper["sync-colocated"], rel=0.1)
+    # Two lanes per GPU lose less than the inference that they hide; the actor then is the slowest stage.
+    assert simulate(64, 2) < lockstep and ladder.emulated_bound("vectorised", "1:1", "full") == pytest.approx(256 * 5 / v.TRAIN_ALL)
 
 
 def test_refusals():
