@@ -258,14 +258,15 @@ def run(
             raise UserError(f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older checkpoint") from None
         for group in optimizer.param_groups:  # a flag given on resuming counts, not what was saved
             group["weight_decay"] = actor.weight_decay
-    segment, algorithm, group = pool["actions"].shape[1], config.train.algorithm, Admission.of(config).group
+    admission = Admission.of(config)
+    segment, algorithm, group = pool["actions"].shape[1], config.train.algorithm, admission.group
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
     once = [f"{what}_{k}" for what in ("episodes", "successes", "trajectories") for k in range(len(spec.tasks))]
     once += ["reward", "advantage_square", "filtered", *ERRORS]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
         actor.batch, actor.minibatch, actor.micro_batch, actor.max_staleness + 1, actor.update_epochs, actor.stream, rank, ranks,
-        config.train.seed, version, group,
+        config.train.seed, version, admission.whole, group,
     )  # fmt: skip
     parameters = list(trainable.values())
     proximal = ExactProximal(model, parameters) if config.algorithm.proximal == "exact" else None
@@ -285,8 +286,9 @@ def run(
             if record.kind == RESTART:
                 channels.replies[record.sender].put([record])
                 continue
-            pool["received"][record.slot] = pool["trajectory"][record.slot] + 1
-            streamer.add(record.slot)
+            for slot in range(record.slot, record.slot + config.env.width):  # of all envs of the lane
+                pool["received"][slot] = pool["trajectory"][slot] + 1
+                streamer.add(slot)
 
     def save() -> Path:
         with meter.work("checkpoint"):

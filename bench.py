@@ -3,11 +3,12 @@
     python bench.py transport --json transport.json    slots against queues that carry the data (and Ray, where it is installed)
     python bench.py weights                            a weight sync against a memcpy, and what it costs a serving rollout worker
     python bench.py ladder --setting emulated          the five presets of RL-VLA³'s Table 1 against each other and their bound
+    python bench.py ladder --env vectorised            the same for a simulator whose envs step together
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
+    python bench.py envs                               simulators against the way their own documentation has it
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
-Left out: `envs`.
 """
 
 import json
@@ -22,26 +23,30 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import inference, ladder, prefix, transport, weights
+from benchmarks import envs, inference, ladder, prefix, transport, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport of observations, transfer of weights, the ladder of presets, prefix cache, inference."""
+    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference"]]
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs"]]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
     repeats: int = 5
     """transport: repetitions behind each median; weights: tens of versions"""
     seconds: float = 1.0
-    """transport: length of one repetition; prefix, inference: time spent on each median"""
+    """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
+    env: Literal["all", "libero", "metaworld"] = "all"
+    """envs: which simulator"""
     setting: Literal["emulated", "embedded", "both"] = "both"
     """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
+    env: Literal["libero", "vectorised"] = "libero"
+    """ladder: which simulator the emulated setting stands for; vectorised (ManiSkill) has no other setting"""
     iterations: int = 0
-    """ladder: iterations measured after the warm-up; 0 means 8 emulated and 4 embedded ones"""
+    """ladder: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
     ratio: str = ""
     """ladder: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
     model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
@@ -88,10 +93,13 @@ def main(config: BenchConfig) -> None:
         rows = weights.measure(config.repeats)
     elif config.what == "prefix":
         rows = prefix.measure(config.model, config.size, config.seconds)
+    elif config.what == "envs":
+        rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:
-        rows = ladder.measure(config.setting, config.ratio, config.iterations)
+        setting = "vectorised" if config.env == "vectorised" else config.setting
+        rows = ladder.measure(setting, config.ratio, config.iterations)
     result = {"what": config.what, "machine": machine(), "rows": rows}
     show(result)
     if config.json:

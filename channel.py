@@ -84,24 +84,22 @@ def layout(spec: Spec, slots: int) -> tuple[dict[str, int], int]:
 class SlotPool:
     """`pool["image"]` is one tensor [slots, *shape] that every process sees at the same place.
 
-    spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is used (`pin`). "cuda:k":
-    one allocation per field, shared by CUDA IPC when the pool is passed to a process.
+    spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is used (`pin`). "cuda:k": the
+    fields `on_device` (none given: all) are one allocation each, shared by CUDA IPC when the pool is passed to a process; the
+    others, which processes read and write element by element, stay in shared memory.
     """
 
-    def __init__(self, spec: Spec, slots: int, device: str = "cpu"):
+    def __init__(self, spec: Spec, slots: int, device: str = "cpu", on_device: tuple[str, ...] = ()):
         self.spec, self.slots, self.device = spec, slots, device
-        self.offsets, self.bytes = layout(spec, slots)
-        self.arena, self.pinned = None, False
-        if device == "cpu":
-            self.arena = Arena(self.bytes)
-            self._view()
-        else:
-            self.tensors = {n: torch.zeros((slots, *shape), dtype=t, device=device) for n, (shape, t) in spec.items()}
+        there = () if device == "cpu" else on_device or tuple(spec)
+        self.gpu = {n: torch.zeros((slots, *spec[n][0]), dtype=spec[n][1], device=device) for n in there}
+        self.offsets, self.bytes = layout({name: kind for name, kind in spec.items() if name not in there}, slots)
+        self.arena, self.pinned = Arena(self.bytes) if self.offsets else None, False
+        self._view()
 
     def _view(self) -> None:
-        self.tensors = {
-            name: self.arena.tensor(self.offsets[name], (self.slots, *shape), dtype) for name, (shape, dtype) in self.spec.items()
-        }
+        at = {name: (self.offsets[name], (self.slots, *self.spec[name][0]), self.spec[name][1]) for name in self.offsets}
+        self.tensors = self.gpu | {name: self.arena.tensor(*where) for name, where in at.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -112,8 +110,9 @@ class SlotPool:
         tensor = self[name]
         if rows is not None:
             tensor, slots = tensor.flatten(0, 1), slots * tensor.shape[1] + rows
-        out = torch.empty((len(slots), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, pin_memory=self.pinned)
-        return torch.index_select(tensor, 0, slots, out=out)
+        pinned = self.pinned and not tensor.is_cuda
+        out = torch.empty((len(slots), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, pin_memory=pinned)
+        return torch.index_select(tensor, 0, slots.to(tensor.device), out=out)
 
     def pin(self) -> None:
         if self.arena is not None:
@@ -121,19 +120,15 @@ class SlotPool:
             self.pinned = True
 
     def __getstate__(self):
-        state = dict(self.__dict__)
-        if self.arena is not None:
-            del state["tensors"]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name != "tensors"}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        if self.arena is not None:
-            self._view()
+        self._view()
 
 
 class Record(NamedTuple):
-    """What travels: which slot, which row of it, what for, and who asks."""
+    """What travels: which slot, which row of it, what for, and who asks. It speaks for a whole lane, whose first slot it names."""
 
     slot: int
     t: int
@@ -321,7 +316,7 @@ def fence() -> None:
 
 def synchronize(device: str) -> None:
     if device != "cpu":
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Counters:

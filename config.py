@@ -37,8 +37,8 @@ def exit_on_user_error() -> Iterator[None]:
 class RunConfig:
     model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal["metaworld", "libero", "emulated"] = "metaworld"
-    """simulator"""
+    env: Literal["metaworld", "libero", "maniskill", "robocasa", "emulated", "vectorised"] = "metaworld"
+    """simulator; `emulated` and `vectorised` sleep for calibrated times, to measure the pipeline alone"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
     suite: str = ""
@@ -83,6 +83,8 @@ class EnvConfig:
     """simulators that ask for actions; each keeps its task if the number of tasks divides theirs, else they take turns"""
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
+    lanes: int = 0
+    """of a vectorised simulator: lanes per env worker, in which envs step together; 0 means 2, so that one steps while one waits"""
     image_size: int = 0
     """pixels of the cameras, square; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
     render_quality: Literal["fast", "full"] = "fast"
@@ -101,6 +103,18 @@ class EnvConfig:
     @property
     def evaluates(self) -> bool:
         return min(self.eval_envs, self.eval_every, self.eval_episodes) > 0
+
+    @property
+    def width(self) -> int:
+        """Envs of a lane."""
+        return self.envs // (self.env_workers * self.lanes) if self.lanes else 1
+
+    @property
+    def eval_width(self) -> int:
+        """Envs of an evaluation lane: of a vectorised simulator, every env worker has one, or else the first has them all."""
+        if not self.lanes:
+            return 1
+        return self.eval_envs if self.eval_envs % self.env_workers else max(1, self.eval_envs // self.env_workers)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -339,19 +353,26 @@ def validate(config: Config) -> None:
             raise UserError(f"{flag} {value} must be more than 0")
     if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
         raise UserError(f"--dual-clip {config.algorithm.dual_clip} must be more than 1, or 0 for off")
-    for flag, whole, parts, what in (
+    if env.lanes < 0 or env.lanes and env.envs % (env.env_workers * env.lanes):
+        raise UserError(f"--envs {env.envs} cannot be split evenly into {env.lanes} lanes of each of {env.env_workers} env workers")
+    if grouped and max(size, env.width) % min(size, env.width):
+        raise UserError(f"--group-size {size} and the {env.width} envs of a lane must divide one another")
+    whole = ranks * max(size, env.width)
+    together = f"{size} envs of a group" if size > env.width else f"{env.width} envs of a lane"
+    for flag, total, parts, what in (
         ("--envs", env.envs, size, "--group-size"),
         ("--batch", actor.batch, env.envs, "--envs"),
         ("--batch", actor.batch, actor.minibatch, "--minibatch"),
         ("--minibatch", actor.minibatch, ranks * actor.micro_batch, f"--micro-batch × {ranks} actor workers"),
-        ("--minibatch", actor.minibatch, ranks * size, f"--group-size × {ranks} actor workers"),
+        ("--minibatch", actor.minibatch, size, "--group-size"),
+        ("--minibatch", actor.minibatch, whole if ranks > 1 else 1, f"{together} × {ranks} actor workers"),
     ):
-        if whole % parts:
-            raise UserError(f"{flag} {whole} is not divisible by {what} ({parts}): choose {flag} as a multiple of it")
+        if total % parts:
+            raise UserError(f"{flag} {total} is not divisible by {what} ({parts}): choose {flag} as a multiple of it")
     if env.env_workers > env.envs:
         raise UserError(f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least {env.env_workers}")
-    if config.rollout.rollout_workers > env.envs:
-        raise UserError(f"{config.rollout.rollout_workers} rollout workers have only {env.envs} envs: raise --envs")
+    if config.rollout.rollout_workers > env.envs // env.width:
+        raise UserError(f"{config.rollout.rollout_workers} rollout workers have only {env.envs // env.width} lanes: raise --envs")
     if min(env.image_size, env.segment, env.restarts, env.eval_every, env.eval_envs, env.eval_episodes) < 0:
         raise UserError("--image-size, --segment, --restarts, --eval-every, --eval-envs and --eval-episodes must be 0 or more")
     workers = env.env_workers + config.rollout.rollout_workers + ranks

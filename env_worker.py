@@ -1,64 +1,124 @@
 """Steps a shard of lanes. Each lane runs on its own: while one waits for an action, the others step.
 
-    observe → write row t of the slot → request → (rollout worker writes actions) → step C times → row t + 1 …
+    observe → write row t of the slots → request → (rollout worker writes actions) → step C times → row t + 1 …
+
+A lane is one env or, of a vectorised simulator, N envs that step together; each env has a slot of its own, and those of a lane lie
+side by side, so that one record asks for the whole lane. Where the simulator and the slots are on a GPU, pictures stay there.
 
 A trajectory is a fixed number of chunk steps with auto-reset inside, so that success never changes when it ends; for GRPO it is one
 episode, which may end early, because whole groups are trained whatever their outcomes. Frames are rendered only where the policy
 will see them, once per chunk.
 Evaluation lanes do the same on seeds never trained on, in slots of their own; nobody waits for them before the run ends.
 
-Left out: GPU-vectorised simulators (one lane = one env). Paper: RL-VLA³, Rollout Async.
+Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import envs
 import metrics
 import models
-from channel import ACT, DONE, EVAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record
+from channel import ACT, DONE, EVAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record, synchronize
 from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
 
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
 
+Outcome = tuple[np.ndarray, np.ndarray, np.ndarray]  # reward, terminated, truncated, of every env of a lane [N]
+
+
+class Single:
+    """One env as a lane of one."""
+
+    def __init__(self, env):
+        self.env = env
+
+    @property
+    def prompt(self) -> str | None:
+        """Of the running episode, where they differ within a task (RoboCasa)."""
+        return getattr(self.env, "prompt", None)
+
+    def reset(self, rows: list[int], task: int, seeds: list[int]) -> None:
+        self.env.reset(task, seeds[0])
+
+    def observe(self) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures [1, V, H, W, 3] and states [1, S]."""
+        picture, state = self.env.observe()
+        return picture[None], state[None]
+
+    def play(self, plans: np.ndarray, steps: np.ndarray, horizon: int) -> Outcome:
+        """Steps through plans [1, C, A] until the episode ends. steps [1]: control steps into the episode, counted on."""
+        reward, success = 0.0, False
+        for action in plans[0]:
+            r, success = self.env.step(action)
+            reward, steps[0] = reward + r, steps[0] + 1
+            if success or steps[0] >= horizon:
+                return np.array([reward]), np.array([success]), np.array([not success])
+        return np.array([reward]), np.array([False]), np.array([False])
+
+
+class Vectorised:
+    """The envs of a vectorised simulator as a lane."""
+
+    prompt = None
+
+    def __init__(self, sims, device: str):
+        self.sims, self.device, self.reset = sims, device, sims.reset
+
+    def observe(self) -> tuple[np.ndarray | Tensor, np.ndarray]:
+        """Pictures [N, V, H, W, 3], a tensor where they are on a GPU, and states [N, S]."""
+        pictures, states = self.sims.observe()
+        return pictures if pictures.is_cuda else pictures.numpy(), states.cpu().numpy()
+
+    def play(self, plans: np.ndarray, steps: np.ndarray, horizon: int) -> Outcome:
+        """Steps through plans [N, C, A] with all envs; those whose episode has ended go on with the others, to no effect."""
+        actions, taken = torch.from_numpy(plans).to(self.device), torch.from_numpy(steps).to(self.device)
+        reward = torch.zeros(len(plans), device=self.device)
+        alive, won = torch.ones_like(taken, dtype=torch.bool), torch.zeros_like(taken, dtype=torch.bool)
+        for c in range(actions.shape[1]):
+            r, success = self.sims.step(actions[:, c])
+            reward, taken = torch.where(alive, reward + r, reward), taken + alive
+            won, alive = won | alive & success, alive & ~success & (taken < horizon)
+        steps[:] = taken.cpu().numpy()
+        return reward.cpu().numpy(), won.cpu().numpy(), (~alive & ~won).cpu().numpy()
+
 
 @dataclass
 class Lane:
     index: int
-    env: object
-    slot: int = -1
-    state: np.ndarray | None = None  # [S] as last observed
-    trajectory: int = 0  # j, or the evaluation episode
+    sim: Single | Vectorised
+    envs: range  # their numbers; of evaluation those after all others
+    slots: slice | None = None  # where they write; None before the first trajectory
+    trajectory: int = 0  # j
     t: int = 0  # chunk steps into the trajectory
-    step: int = 0  # control steps into the episode
-    task: int = 0
+    states: np.ndarray | None = None  # [N, S] as last observed
+    steps: np.ndarray = field(init=False)  # [N] control steps into the episodes
+    tasks: list[int] = field(init=False)  # [N]
+    episodes: list[int] = field(init=False)  # [N] of the running round of evaluation
+
+    def __post_init__(self):
+        self.steps, self.tasks, self.episodes = np.zeros(len(self.envs), np.int64), [-1] * len(self.envs), [0] * len(self.envs)
+
+    def moved_to(self, slot: int) -> slice | None:
+        """Puts the lane into the slots from this one on. Returns those it was in."""
+        before, self.slots = self.slots, slice(slot, slot + len(self.envs))
+        return before
 
 
-def episode_seed(seed: int, lane: int, trajectory: int, t: int, generation: int = 0) -> int:
+def episode_seed(seed: int, env: int, trajectory: int, t: int, generation: int = 0) -> int:
     """Names an episode by where it starts, so a resumed or differently timed run meets the same ones.
 
     generation: of the worker; a replaced one plays other episodes, or a fault that depends on the seed would come again.
     """
-    # Lanes of a group that is to share initial states (GRPO) would give the group's number in place of the lane's.
-    where = [seed, lane, trajectory, t] + ([generation] if generation else [])
+    # The envs of a group, which share their initial states (GRPO), give the first one's number in place of their own.
+    where = [seed, env, trajectory, t] + ([generation] if generation else [])
     return 2**30 + int(np.random.SeedSequence(where).generate_state(1)[0] >> 2)
-
-
-def run_chunk(lane: Lane, actions: np.ndarray, horizon: int) -> tuple[float, bool, bool]:
-    """Steps through actions [C, A] until the episode ends. Returns reward, terminated, truncated."""
-    reward = 0.0
-    for action in actions:
-        r, success = lane.env.step(action)
-        reward, lane.step = reward + r, lane.step + 1
-        if success:
-            return reward, True, False
-        if lane.step >= horizon:
-            return reward, False, True
-    return reward, False, False
 
 
 def take_over(rank: int, generation: int, channels: Channels, meter: metrics.Meter) -> set[int]:
@@ -79,62 +139,78 @@ def take_over(rank: int, generation: int, channels: Channels, meter: metrics.Met
     return missing
 
 
-def run(rank: int, config: Config, header: Header, channels: Channels, version: int, meter: metrics.Meter) -> None:
+def run(rank: int, config: Config, header: Header, device: str, channels: Channels, version: int, meter: metrics.Meter) -> None:
     """The worker. `header` is the model's; `version` is the one training starts or resumes from.
 
     One that replaces a dead worker plays each of its lanes on from the start of the first trajectory that no actor has received.
     """
     pool, replies, plane = channels.pool, channels.replies[rank], channels.plane
     replies.close_writer()
-    spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
+    module = envs.load(config.train.env)
+    spec = module.spec(config.train.tasks, config.env.image_size)
     admission, generation = Admission.of(config), int(meter.counters.get(meter.row, "restarts"))
     grouped = config.train.algorithm == "grpo"  # then a trajectory is one episode
     segment = pool["actions"].shape[1]  # T
     preparation = models.files(config.train.model).preparation(header, str(config.train.tokenizer or ""))
-    actions, seen = pool["actions"].numpy(), {name: pool[name].numpy() for name in pool.spec if name in OBSERVED}
-    reward, terminated, truncated = (pool[n].numpy() for n in ("reward", "terminated", "truncated"))
+    actions, reward, terminated, truncated = (pool[n].numpy() for n in ("actions", "reward", "terminated", "truncated"))
+    seen = {name: pool[name] if pool[name].is_cuda else pool[name].numpy() for name in pool.spec if name in OBSERVED}
+    labels = {name: pool[name].numpy() for name in ("lane", "trajectory", "task")}
+    on_gpu = pool["image"].is_cuda  # then they are of the size and kind that the model wants: `train.prepare` has seen to that
+    blank = np.broadcast_to(np.uint8(0), (spec.views, spec.image_size, spec.image_size, 3))  # for a picture that is not here
     outbox: dict[int, list[Record]] = {}  # per rollout worker; sent together once per turn
 
     def observe(lane: Lane, row: int) -> None:
         with meter.work("render"):
-            picture, lane.state = lane.env.observe()
-        if not np.isfinite(lane.state).all():
-            raise FloatingPointError(f"the state of task {spec.tasks[lane.task]!r} is not a number: {lane.state}")
-        for name, value in preparation.observe(picture, lane.state, spec.prompts[lane.task]).items():
-            seen[name][lane.slot, row] = value
+            pictures, lane.states = lane.sim.observe()
+            if on_gpu:
+                pool["image"][lane.slots, row] = pictures
+                synchronize(pool.device)  # before anybody is told that they are there
+        for i, slot in enumerate(range(lane.slots.start, lane.slots.stop)):
+            task, state = lane.tasks[i], lane.states[i]
+            if not np.isfinite(state).all():
+                raise FloatingPointError(f"the state of task {spec.tasks[task]!r} is not a number: {state}")
+            prompt = lane.sim.prompt or spec.prompts[task]
+            for name, value in preparation.observe(blank if on_gpu else pictures[i], state, prompt).items():
+                if not (on_gpu and name == "image"):
+                    seen[name][slot, row] = value
 
     def request(lane: Lane, slot: int, kind: int, row: int) -> None:
+        """Asks for the whole lane, by its first slot."""
         pool["asked"][slot] = time.monotonic()
         outbox.setdefault(lane.index % len(channels.requests), []).append(Record(slot, row, kind, rank))
 
-    def label(lane: Lane) -> None:
-        """Writes into the lane's slot whose it is."""
-        for name, value in (("lane", lane.index), ("trajectory", lane.trajectory), ("task", lane.task)):
-            pool[name][lane.slot] = value
+    def label(lane: Lane, trajectories: int | list[int]) -> None:
+        """Writes into the lane's slots whose they are."""
+        labels["lane"][lane.slots], labels["trajectory"][lane.slots], labels["task"][lane.slots] = (
+            lane.envs,
+            trajectories,
+            lane.tasks,
+        )
 
-    def task_of(lane: int, trajectory: int) -> int:
-        return admission.task(lane, trajectory, len(spec.tasks))
+    def reset(lane: Lane, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
+        """Begins an episode in some envs of a lane; those of one task together."""
+        for task in dict.fromkeys(tasks):
+            chosen = [i for i, other in enumerate(tasks) if other == task]
+            with meter.work("reset"):
+                lane.sim.reset([rows[i] for i in chosen], task, [seeds[i] for i in chosen])
+        for row, task in zip(rows, tasks, strict=True):
+            lane.tasks[row], lane.steps[row] = task, 0
 
-    def reset(lane: Lane, task: int, seed: int) -> None:
-        with meter.work("reset"):
-            lane.env.reset(task, seed)
-        lane.task, lane.step = task, 0
+    def tasks_of(lane: Lane, trajectory: int) -> list[int]:
+        return [admission.task(env, trajectory, len(spec.tasks)) for env in lane.envs]
 
-    def begin_episode(lane: Lane, trajectory: int, t: int) -> None:
-        """The episode that begins in row t of a trajectory, which names it as a resumed run would."""
-        # The lanes of a group meet the same initial state, also when one of them is played again by a worker's successor.
-        first = lane.index - lane.index % admission.group
-        seed = episode_seed(config.train.seed, first, trajectory, t, 0 if grouped else generation)
-        reset(lane, task_of(lane.index, trajectory), seed)
-
-    def owner(slot: int) -> int:
-        """The actor rank that a trajectory goes to."""
-        return admission.rank(slot, len(channels.finished))
+    def begin_episodes(lane: Lane, rows: list[int], trajectory: int, t: int) -> None:
+        """Those that begin in row t of a trajectory, which names them as a resumed run would."""
+        tasks = tasks_of(lane, trajectory)
+        # The envs of a group meet the same initial state, also when one of them is played again by a worker's successor.
+        names = [env - env % admission.group for env in (lane.envs[row] for row in rows)]
+        seeds = [episode_seed(config.train.seed, name, trajectory, t, 0 if grouped else generation) for name in names]
+        reset(lane, rows, [tasks[row] for row in rows], seeds)
 
     def finish(slot: int, steps: int) -> None:
-        """A trajectory of so many chunk steps is complete."""
-        channels.finished[owner(slot)].put([Record(slot, 0, DONE, rank)])
-        meter.count("delivered", steps)
+        """The trajectories of a lane, of so many chunk steps each, are complete."""
+        channels.finished[admission.owner(slot, len(channels.finished))].put([Record(slot, 0, DONE, rank)])
+        meter.count("delivered", steps * width)
 
     def find(lane: Lane) -> bool:
         """Moves a lane of a dead worker on to its first trajectory that no actor has received, once that is known.
@@ -142,90 +218,109 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
         An actor that is yet to answer may wait, in the sum over ranks, for the very trajectory that this lane owes another one;
         then it has received all earlier ones of the lane, and the marks tell so.
         """
-        while pool["received"][admission.slot(lane.index, lane.trajectory)] > lane.trajectory:
+        while pool["received"][slot := admission.slot(lane.envs[0], lane.trajectory)] > lane.trajectory:
             lane.trajectory += 1
-        known = len(channels.requests) + owner(admission.slot(lane.index, lane.trajectory)) not in missing
+        known = len(channels.requests) + admission.owner(slot, len(channels.finished)) not in missing
         return known or admission.batch_of(lane.trajectory) >= admission.batches
 
     def begin_trajectory(lane: Lane) -> bool:
-        """Moves a lane into its next slot when admission allows; the observation that ended the last one begins it, unless the
-        task is another."""
+        """Moves a lane into its next slots when admission allows. The observation that ended the last trajectory begins this one,
+        unless the task is another."""
         if not admission.admits(lane.trajectory, plane.version):
             return False
-        last, lane.slot, lane.t = lane.slot, admission.slot(lane.index, lane.trajectory), 0
-        if last < 0 or grouped or lane.task != task_of(lane.index, lane.trajectory):
-            begin_episode(lane, lane.trajectory, 0)
+        last, lane.t = lane.moved_to(admission.slot(lane.envs[0], lane.trajectory)), 0
+        new = [
+            row for row, task in enumerate(tasks_of(lane, lane.trajectory)) if last is None or grouped or task != lane.tasks[row]
+        ]
+        if new:
+            begin_episodes(lane, new, lane.trajectory, 0)
             observe(lane, 0)
         else:
-            for field in seen.values():
-                field[lane.slot, 0] = field[last, segment]
-        label(lane)
-        request(lane, lane.slot, ACT, 0)
+            for values in seen.values():
+                values[lane.slots, 0] = values[last, segment]
+        label(lane, lane.trajectory)
+        request(lane, lane.slots.start, ACT, 0)
         return True
+
+    def plans(lane: Lane, row: int) -> np.ndarray:
+        """What the simulator is to execute [N, C, A]."""
+        asked = actions[lane.slots, row]
+        return np.stack([preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)])
 
     def advance(lane: Lane) -> None:
         """Actions for row t have come: step, write what happened, observe, ask again."""
-        t, slot = lane.t, lane.slot
+        t, slots = lane.t, lane.slots
         with meter.work("step"):
-            before, plan = lane.step, preparation.actions(actions[slot, t], lane.state)
-            reward[slot, t], terminated[slot, t], truncated[slot, t] = run_chunk(lane, plan, spec.horizon)
-        meter.count("env_steps", lane.step - before), meter.count("collected", 1)
-        if not np.isfinite(reward[slot, t]):
-            raise FloatingPointError(f"the reward of task {spec.tasks[lane.task]!r} is {reward[slot, t]}")
-        if terminated[slot, t] or truncated[slot, t]:
-            meter.count("episodes", 1), meter.count("successes", int(terminated[slot, t]))
-            if grouped:
-                finish(slot, t + 1)
-                lane.trajectory += 1
-                if not begin_trajectory(lane):
-                    parked.append(lane)
-                return
-            begin_episode(lane, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
+            before = lane.steps.sum()
+            rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
+        meter.count("env_steps", lane.steps.sum() - before), meter.count("collected", len(lane.envs))
+        if not np.isfinite(rewards).all():
+            raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[0]]!r} is not a number: {rewards}")
+        reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
+        ended = np.flatnonzero(won | late).tolist()
+        meter.count("episodes", len(ended)), meter.count("successes", won.sum())
+        if grouped and (terminated[slots, : t + 1] | truncated[slots, : t + 1]).any(1).all():
+            finish(slots.start, t + 1)
+            lane.trajectory += 1
+            if not begin_trajectory(lane):
+                parked.append(lane)
+            return
+        if ended and not grouped:
+            begin_episodes(lane, ended, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
         lane.t += 1
         observe(lane, lane.t)
         if lane.t < segment:
-            request(lane, slot, ACT, lane.t)
+            request(lane, slots.start, ACT, lane.t)
             return
         # The trajectory ends with the value of row T. If the next may start, its first request takes that one along: the lane
         # waits for one inference, not two.
         lane.trajectory += 1
         if begin_trajectory(lane):
-            request(lane, slot, LAST, segment)
+            request(lane, slots.start, LAST, segment)
         else:
-            request(lane, slot, VALUE, segment)
+            request(lane, slots.start, VALUE, segment)
 
-    # ---- evaluation: episode i runs on lane i % eval_envs, in that lane's own slot, always in row 0
-    def begin_evaluation(lane: Lane) -> None:
-        """Plays the lane's next episode of this round, if one is left: a dead worker may have played some of them."""
-        while (episode := lane.trajectory) < config.env.eval_episodes:
-            if meter.counters.get(meter.row, f"outcome_{episode}") < 2 * eval_round:
-                reset(lane, episode % len(spec.tasks), EVAL_SEEDS + episode)
-                lane.t = 0
-                label(lane)
-                observe(lane, 0)
-                request(lane, lane.slot, EVAL, 0)
-                return
-            lane.trajectory += config.env.eval_envs
+    # ---- evaluation: episode e runs on evaluation env e % eval_envs, in that env's own slot, always in row 0
+    def go_on_evaluating(lane: Lane, rows: list[int]) -> None:
+        """Begins what is left of this round in envs that have nothing to play (a dead worker may have played some), and asks."""
+        for row in rows:
+            while lane.episodes[row] < config.env.eval_episodes and (
+                meter.counters.get(meter.row, f"outcome_{lane.episodes[row]}") >= 2 * eval_round
+            ):
+                lane.episodes[row] += config.env.eval_envs
+        new = [row for row in rows if lane.episodes[row] < config.env.eval_episodes]
+        lane.t = 0 if len(new) == len(lane.envs) else lane.t + 1
+        episodes = [lane.episodes[row] for row in new]
+        reset(lane, new, [episode % len(spec.tasks) for episode in episodes], [EVAL_SEEDS + episode for episode in episodes])
+        if min(lane.episodes) < config.env.eval_episodes:
+            label(lane, lane.episodes)
+            observe(lane, 0)
+            request(lane, lane.slots.start, EVAL, lane.t)
 
     def advance_evaluation(lane: Lane) -> None:
         with meter.work("step"):
-            plan = preparation.actions(actions[lane.slot, 0], lane.state)
-            _, success, timeout = run_chunk(lane, plan, spec.horizon)
-        if success or timeout:
-            meter.set(f"outcome_{lane.trajectory}", 2 * eval_round + int(success))
-            begin_evaluation(lane)
-        else:
-            lane.t += 1
-            observe(lane, 0)
-            request(lane, lane.slot, EVAL, lane.t)
+            _, won, late = lane.sim.play(plans(lane, 0), lane.steps, spec.horizon)
+        ended = [row for row in np.flatnonzero(won | late).tolist() if lane.episodes[row] < config.env.eval_episodes]
+        for row in ended:
+            meter.set(f"outcome_{lane.episodes[row]}", 2 * eval_round + int(won[row]))
+        go_on_evaluating(lane, ended)
 
-    make = envs.maker(config.train.env, config.env.render_quality)
-    workers, lanes, evaluators = config.env.env_workers, {}, {}
-    for index in range(rank, config.env.envs, workers):
-        lanes[index] = Lane(index, make(spec.tasks, config.env.image_size), trajectory=version * admission.per_lane)
-    for i in range(rank, config.env.eval_envs if config.env.evaluates else 0, workers):
-        slot = admission.slots + i
-        evaluators[slot] = Lane(config.env.envs + i, make(spec.tasks, config.env.image_size), slot=slot)
+    if config.env.lanes and device != "cpu":
+        torch.cuda.set_device(device)
+
+    def make(count: int) -> Single | Vectorised:
+        if config.env.lanes:
+            return Vectorised(module.Envs(spec.tasks, config.env.image_size, count, device), device)
+        return Single(envs.maker(config.train.env, config.env.render_quality)(spec.tasks, config.env.image_size))
+
+    width, eval_width, begin = config.env.width, config.env.eval_width, version * admission.per_lane
+    lanes, evaluators = {}, {}
+    for index in range(rank, config.env.envs // width, config.env.env_workers):
+        lanes[index] = Lane(index, make(width), range(index * width, (index + 1) * width), trajectory=begin)
+    for index in range(rank, config.env.eval_envs // eval_width if config.env.evaluates else 0, config.env.env_workers):
+        first = config.env.envs + index * eval_width
+        evaluators[index] = Lane(index, make(eval_width), range(first, first + eval_width))
+        evaluators[index].moved_to(admission.slots + index * eval_width)
     eval_round, asked_round = 0, meter.counters.table[:1, meter.counters.index["eval_round"]]
     ready: list[Record] = []
     lost = list(lanes.values()) if generation else []  # lanes of which it is not known yet where they go on
@@ -236,16 +331,16 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
     while True:
         for lane in [lane for lane in lost if find(lane)]:
             lost.remove(lane), parked.append(lane)
-            kept += (lane.trajectory - version * admission.per_lane) * segment
+            kept += (lane.trajectory - begin) * segment * width
             if not lost:
                 meter.set("discarded", before - (meter.counters.get(meter.row, "delivered") if grouped else kept))
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
         if eval_round < asked_round[0]:
             eval_round = int(asked_round[0])
-            for slot, lane in evaluators.items():
-                lane.trajectory = slot - admission.slots
-                begin_evaluation(lane)
+            for lane in evaluators.values():
+                lane.episodes = [env - config.env.envs for env in lane.envs]
+                go_on_evaluating(lane, list(range(eval_width)))
         for worker, records in outbox.items():
             channels.requests[worker].put(records)
         outbox.clear()
@@ -262,12 +357,12 @@ def run(rank: int, config: Config, header: Header, channels: Channels, version: 
             missing -= {record.slot} if record.t == generation else set()
             continue
         if record.kind == EVAL:
-            advance_evaluation(evaluators[record.slot])
+            advance_evaluation(evaluators[(record.slot - admission.slots) // eval_width])
             continue
-        lane = lanes[int(pool["lane"][record.slot])]
+        lane = lanes[int(pool["lane"][record.slot]) // width]
         if record.kind == ACT:
             advance(lane)
-        else:  # the value of row T has come: the trajectory is complete
+        else:  # the value of row T has come: the trajectories are complete
             finish(record.slot, segment)
             if record.kind == VALUE:
                 parked.append(lane)

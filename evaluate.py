@@ -40,7 +40,7 @@ class EvaluateConfig:
     """pixels of the cameras; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    env: Literal["metaworld", "libero"] = "metaworld"
+    env: Literal["metaworld", "libero", "maniskill", "robocasa"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks; none means the simulator's default task set"""
@@ -80,7 +80,8 @@ def run_episodes(model, spec, preparation, config: EvaluateConfig, chunk: int, d
                 lanes[episode - first].reset(episode % len(spec.tasks), EVAL_SEEDS + 1000 * config.seed + episode)
             while playing:
                 seen = [lanes[e - first].observe() for e in playing]
-                rows = [preparation.observe(*s, spec.prompts[e % len(spec.tasks)]) for e, s in zip(playing, seen, strict=True)]
+                said = [getattr(lanes[e - first], "prompt", None) or spec.prompts[e % len(spec.tasks)] for e in playing]
+                rows = [preparation.observe(*s, words) for s, words in zip(seen, said, strict=True)]
                 obs = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
                 noise = model.draw([(config.seed, 0, e, steps[e]) for e in playing], [False] * len(playing))
                 obs, noise = ({name: x.to(device) for name, x in tensors.items()} for tensors in (obs, noise))
@@ -129,8 +130,9 @@ def settings_of(config: EvaluateConfig) -> Config:
 
 
 def main(config: EvaluateConfig) -> dict:
-    if config.episodes < 1:
-        raise UserError(f"--episodes {config.episodes} must be at least 1")
+    for flag, value in (("--episodes", config.episodes), ("--chunk", config.chunk)):
+        if value < 1:
+            raise UserError(f"{flag} {value} must be at least 1")
     settings, device = settings_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     path, family = Path(settings.train.checkpoint), settings.train.model
     tasks = tuple(filter(None, (config.suite, *config.tasks)))

@@ -28,10 +28,10 @@ import tyro
 
 import models
 from actor_worker import all_reduce_gradients
-from config import EnvConfig, RolloutConfig, UserError, embedded_files, exit_on_user_error
+from config import RolloutConfig, UserError, embedded_files, exit_on_user_error
 from models import checkpoint, tokenize
 
-CHUNK, IMAGE_SIZE = RolloutConfig().chunk, EnvConfig().image_size
+CHUNK, IMAGE_SIZE = RolloutConfig().chunk, 64  # pixels, as the small models take them
 PROCESSES = 2  # a constant, because the order of sums, and so every bit of the checkpoint, depends on it
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane
+from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
@@ -76,33 +76,41 @@ class WeightFetcher:
         return True
 
 
+def expand(records: list[Record], width: int, eval_width: int) -> list[Record]:
+    """A record for every env of the lanes that ask: their slots lie side by side."""
+    each = [(record, eval_width if record.kind == EVAL else width) for record in records]
+    return [record._replace(slot=record.slot + i) for record, count in each for i in range(count)]
+
+
 def serve(
-    model, records: list[Record], channels: Channels, seed: int, version: int, device: str, size: Callable[[int], int] = int
-) -> None:
+    model, records: list[Record], channels: Channels, seed: int, version: int, device: str, width: int = 1, eval_width: int = 1,
+    size: Callable[[int], int] = int,
+) -> None:  # fmt: skip
     """One inference: reads observations of `records`, writes what each kind of request asked for, answers the env workers.
 
-    size: how many samples the model is given for so many requests.
+    width, eval_width: envs of a lane and of an evaluation lane; size: how many samples the model is given for so many.
     """
-    pool = channels.pool
-    slots = torch.tensor([r.slot for r in records])
-    rows = torch.tensor([0 if r.kind == EVAL else r.t for r in records])
+    pool, samples = channels.pool, expand(records, width, eval_width)
+    slots = torch.tensor([r.slot for r in samples])
+    rows = torch.tensor([0 if r.kind == EVAL else r.t for r in samples])
     lanes, trajectories = pool["lane"][slots].tolist(), pool["trajectory"][slots].tolist()
-    keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(records, lanes, trajectories, strict=True)]
-    noise = model.draw(keys, [r.kind != EVAL for r in records])
-    obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(records)
+    keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)]
+    noise = model.draw(keys, [r.kind != EVAL for r in samples])
+    obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(samples)
     if size(n) > n:
         obs, noise = compiled.pad(obs, size(n)), compiled.pad(noise, size(n))
     to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
-    out = {name: x[:n].to("cpu") for name, x in model.act(to(obs), to(noise)).items()}
+    out = {name: x[:n].to(pool[name].device) for name, x in model.act(to(obs), to(noise)).items() if name in pool.spec}
 
-    values = [i for i, r in enumerate(records) if r.kind != EVAL]
-    acts = [i for i, r in enumerate(records) if r.kind == ACT]
-    moves = [i for i, r in enumerate(records) if r.kind in (ACT, EVAL)]
+    values = [i for i, r in enumerate(samples) if r.kind != EVAL]
+    acts = [i for i, r in enumerate(samples) if r.kind == ACT]
+    moves = [i for i, r in enumerate(samples) if r.kind in (ACT, EVAL)]
     pool["value"][slots[values], rows[values]] = out["value"][values].float()
     pool["actions"][slots[moves], rows[moves]] = out["actions"][moves].float()
     for name in ("logprob", *model.slot_fields()):
         pool[name][slots[acts], rows[acts]] = out[name][acts].to(pool[name].dtype)
     pool["version"][slots[acts], rows[acts]] = version
+    synchronize(pool.device)  # what is written into GPU memory is there before anybody is told
 
     answers: dict[int, list[Record]] = {}
     for record in records:
@@ -121,13 +129,13 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     model = models.load(config.train.model).build(config, spec, device).eval()
     fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
     compiles = model.COMPILED and (device != "cpu" if config.rollout.compile is None else config.rollout.compile)
-    admission, workers = Admission.of(config), config.rollout.rollout_workers
-    served = len(range(rank, config.env.envs, workers))  # lanes that ask this worker
+    admission, workers, width = Admission.of(config), config.rollout.rollout_workers, config.env.width
+    served = len(range(rank, config.env.envs // width, workers))  # lanes that ask this worker
     batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
     auto_wait = config.rollout.batch_wait_ms == "auto"
     batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
     if compiles:  # riders (evaluation, last values) come on top of the lanes served
-        most = min(batch_max, served) + served + config.env.eval_envs
+        most = (min(batch_max, served) + served) * width + config.env.eval_envs
         compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
     meter.ready()
 
@@ -159,7 +167,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 channels.replies[record.sender].put([record])
                 continue
             if record.kind == ACT:
-                trajectories[int(pool["lane"][record.slot]) // workers] = pool["trajectory"][record.slot]
+                trajectories[int(pool["lane"][record.slot]) // width // workers] = pool["trajectory"][record.slot]
             batcher.add(record, record.kind not in (EVAL, LAST), float(pool["asked"][record.slot]))
         if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
             batcher.wait_s = min(batcher.wait_s, 0.01)
@@ -170,7 +178,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         batch, waited = batcher.take()
         for record in batch:
             if record.kind == VALUE:  # the lane's next one may have to wait for its version
-                trajectories[int(pool["lane"][record.slot]) // workers] = pool["trajectory"][record.slot] + 1
+                trajectories[int(pool["lane"][record.slot]) // width // workers] = pool["trajectory"][record.slot] + 1
         needed = max((admission.batch_of(int(pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
         if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
             needed = plane.version + admission.max_staleness
@@ -186,11 +194,14 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             meter.count("weight_stall_s", time.monotonic() - start)
         start = time.monotonic()
         with meter.work("infer"):
-            serve(model, batch, channels, config.train.seed, fetcher.version, device, compiled.bucket if compiles else int)
+            widths = width, config.env.eval_width
+            sizes = compiled.bucket if compiles else int
+            serve(model, batch, channels, config.train.seed, fetcher.version, device, *widths, sizes)
         if auto_wait:  # half an inference: requests that come during one join the next anyway, and env workers wait less
             batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * 0.5 * (time.monotonic() - start)
-        meter.count("requests", len(batch)), meter.count("batches", 1), meter.count("batch_wait_s", waited)
-        bucket = next(b for b in metrics.HISTOGRAM if len(batch) <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
+        size = sum(config.env.eval_width if record.kind == EVAL else width for record in batch)  # envs
+        meter.count("requests", size), meter.count("batches", 1), meter.count("batch_wait_s", waited)
+        bucket = next(b for b in metrics.HISTOGRAM if size <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
         meter.count(bucket, 1)
         meter.set("weight_sync_s", fetcher.seconds), meter.set("fetches", fetcher.fetches)
         if device != "cpu":

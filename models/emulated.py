@@ -1,8 +1,7 @@
-"""A policy that only takes time, for `envs/emulated.py`, which derives the times: inference and training sleep.
+"""A policy that only takes time, for `envs/emulated.py` and `envs/vectorised.py`, which derive it: inference and training sleep.
 
-Inference of n samples takes INFER_BASE + n·INFER_EACH seconds, a fifth of a full batch's time being independent of n; training one
-sample takes TRAIN_EACH. More devices for a phase, by placement or ratio, divide its times; of `--ratio 1:1`, colocated has twice
-the devices in either phase. Weights are a few numbers.
+A fifth of the time of inference for all envs is independent of the number of samples. More devices for a phase, by placement or
+ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Weights are a few numbers.
 """
 
 import time
@@ -10,17 +9,19 @@ import time
 import torch
 from torch import Tensor, nn
 
-from envs.emulated import INFER_ALL, LANES, TRAIN_ALL, WORKERS, devices
+from envs import emulated, vectorised
 from models.checkpoint import Header
 
-INFER_BASE = 0.2 * INFER_ALL  # seconds, at 1:1
-INFER_EACH = 0.8 * INFER_ALL / (WORKERS * LANES)
-TRAIN_EACH = TRAIN_ALL / (WORKERS * LANES)  # per chunk step
+ENVS = {emulated: emulated.WORKERS * emulated.LANES, vectorised: vectorised.ENVS}
 
 
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
-    return Emulated(picture, config.rollout.chunk, env_spec.action_dim, devices(config.train.ratio, config.train.placement))
+    costs = vectorised if config.train.env == "vectorised" else emulated
+    for_rollout, for_actor = emulated.devices(config.train.ratio, config.train.placement)
+    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor
+    times = 0.2 * infer, 0.8 * infer / ENVS[costs], train / ENVS[costs]
+    return Emulated(picture, config.rollout.chunk, env_spec.action_dim, times)
 
 
 def preparation(header: Header, tokenizer: str) -> "Preparation":
@@ -41,11 +42,12 @@ class Emulated(nn.Module):
     COMPILED = ()
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
-    def __init__(self, picture: tuple[int, ...], chunk: int, action_dim: int, speed: tuple[float, float]):
+    def __init__(self, picture: tuple[int, ...], chunk: int, action_dim: int, times: tuple[float, float, float]):
+        """times: seconds of one inference, of each sample besides, and of training one sample (a chunk step)."""
         super().__init__()
         self.picture = picture
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
-        self.infer_speed, self.train_speed = speed
+        self.infer_base, self.infer_each, self.train_each = times
 
     def observation_fields(self) -> dict:
         return {"image": (self.picture, torch.uint8)}
@@ -62,12 +64,12 @@ class Emulated(nn.Module):
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        time.sleep((INFER_BASE + n * INFER_EACH) / self.infer_speed)
+        time.sleep(self.infer_base + n * self.infer_each)
         return {"actions": self.action.expand(n, -1, -1), "logprob": torch.zeros(n, *self.action.shape), "value": torch.zeros(n)}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
-        time.sleep(n * TRAIN_EACH / self.train_speed)
+        time.sleep(n * self.train_each)
         zero = self.action.sum() * 0.0
         return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n), "entropy": zero}
 

@@ -128,7 +128,8 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim}
     if gr00t_files.is_folder(path):
         found = gr00t_files.describe(path, config.train.statistics or None)
-        shape, stats, source = asdict(found.config), found.stats, found.source
+        shape, source = asdict(found.config), found.source
+        stats = found.stats | {"gripper": "libero" if config.train.env == "libero" else ""}
         shape |= {"chunk": config.rollout.chunk}  # for the run to choose
     else:
         path = checkpoint.find(path)

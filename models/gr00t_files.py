@@ -433,6 +433,7 @@ class Preparation:
 
     def __init__(self, config: Gr00tConfig, stats: dict, tokenizer):
         self.config, self.tokenizer, self.layout = config, tokenizer, stats.get("layout", "own")
+        self.gripper = stats.get("gripper", "")  # "libero" where a published model plays LIBERO
         self.low, self.high = (np.array(stats[f"state_{end}"], np.float32) for end in ("low", "high"))
         self.action_ends = [np.array(stats[f"action_{end}"], np.float32) for end in ("low", "high") if f"action_{end}" in stats]
 
@@ -459,7 +460,8 @@ class Preparation:
 
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """What the model returned [C, A] → what the robot executes [C, A]. The state is not needed: actions are absolute."""
-        return denormalise(actions, *self.action_ends) if self.action_ends else actions
+        actions = denormalise(actions, *self.action_ends) if self.action_ends else actions
+        return libero_gripper(actions) if self.gripper == "libero" else actions
 
 
 def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import metrics
-from channel import Channels, Counters, IndexQueue, SlotPool, WeightPlane
+from channel import Channels, Counters, IndexQueue, WeightPlane
 from config import ROOT
 from models import checkpoint
 from models.pi import Pi, PiConfig
-from scheduler import Admission
 
 torch.set_num_threads(1)
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -88,7 +87,7 @@ def channels_of(setup) -> Channels:
     config = setup.config
     workers = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
     return Channels(
-        pool=SlotPool(setup.slots, Admission.of(config).slots + config.env.eval_envs),
+        pool=setup.pool(),
         plane=WeightPlane(setup.weights),
         counters=Counters(workers, metrics.columns(config.env.eval_episodes)),
         requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),

@@ -7,8 +7,9 @@ import torch
 
 import bench
 import benchmarks
-from benchmarks import inference, prefix
+from benchmarks import inference, ladder, prefix
 from config import UserError
+from envs import vectorised
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,21 @@ def test_inference(model, tmp_path):
         assert (row["denoise_step_s"] is None) == (model == "oft")
 
 
+def test_the_vectorised_setting_is_the_paper_s_column():
+    """Env steps/s of the five rows that `envs/vectorised.py` is derived from, from its constants."""
+    v = vectorised
+    rate = lambda seconds: 81_920 / (64 * seconds / v.SCALE)  # noqa: E731  of a round: simulation, inference, training
+    simulate = lambda envs, lanes: lanes * v.FIXED + envs * v.EACH  # noqa: E731
+    lockstep = simulate(64, 1) + v.INFER_ALL
+    paper = ladder.PAPER["vectorised"]
+    assert rate(lockstep + v.TRAIN_ALL) == pytest.approx(paper["sync-disaggregated"])
+    assert rate(max(lockstep, v.TRAIN_ALL)) == pytest.approx(paper["train-async"], rel=0.05)
+    assert rate(simulate(64, 64)) == pytest.approx(paper["rollout-async"])
+    assert rate(simulate(32, 1) + v.INFER_ALL / 2 + v.TRAIN_ALL / 2) == pytest.approx(paper["sync-colocated"], rel=0.1)
+    # Two lanes per GPU lose less than the inference that they hide; the actor then is the slowest stage.
+    assert simulate(64, 2) < lockstep and ladder.emulated_bound("vectorised", "1:1", "full") == pytest.approx(256 * 5 / v.TRAIN_ALL)
+
+
 def test_refusals():
     with pytest.raises(UserError, match="--size full needs a GPU"):
         inference.measure("oft", "full", 0.01)
@@ -62,3 +78,15 @@ def test_refusals():
         prefix.measure("pi05", "full", 0.01)
     with pytest.raises(UserError, match="oft has no prefix"):
         prefix.measure("oft", "auto", 0.01)
+
+
+def test_envs(tmp_path):
+    file = tmp_path / "result.json"
+    bench.main(bench.BenchConfig(what="envs", env="metaworld", seconds=0.01, json=file))
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["how"] for row in rows][:4] == ["naive", "ours, fast", "ours, no frames", "ours, hard reset"]
+    assert rows[0]["times_naive"] == rows[0]["times_naive_cpu"] == 1.0 and {row["env"] for row in rows} == {"metaworld"}
+    assert {(row["processes"], row["envs_per_process"]) for row in rows} >= {(1, 1), (2, 1), (1, 2), (1, 4)}
+    for row in rows:
+        assert min(row["env_steps_per_s"], row["chunk_ms"], row["reset_ms"], row["private_mb_per_process"]) > 0
+    assert rows[1]["times_naive_cpu"] > 5.0  # by how much is a matter of the machine

@@ -59,6 +59,26 @@ def test_slots_are_aligned_apart_and_without_a_name():
     assert len(maps) == 1 and "/memfd:" in maps[0] and "/dev/shm" not in maps[0]
 
 
+def test_some_fields_on_a_device_and_the_others_in_shared_memory():
+    pool = SlotPool(SPEC, 3, "meta", ("image",))  # a device without memory, in place of a GPU
+    assert pool["image"].device.type == "meta" and pool["image"].shape == (3, 3, 5)
+    assert {pool[name].device.type for name in ("value", "lane", "none")} == {"cpu"} and pool.bytes == 64 + 64
+    whole = SlotPool(SPEC, 3, "meta")
+    assert {tensor.device.type for tensor in whole.tensors.values()} == {"meta"} and whole.arena is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_process_sees_slots_in_gpu_memory():
+    pool, counters, queue = SlotPool(SPEC, 3, "cuda:0", ("image",)), Counters(2, ("a", "b")), IndexQueue()
+    pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    process = get_context("forkserver").Process(target=touch, args=(pool, counters, queue))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and queue.get(0) == [Record(1, 2, VERSION, 3)]
+    assert (pool["image"][2] == 7).all() and pool["image"].is_cuda and pool.gather("image", torch.tensor([2])).is_cuda
+
+
 def test_memory_is_resident_before_it_is_used():
     pool = SlotPool({"big": ((1 << 20,), torch.uint8)}, 8)
     start = next(t.data_ptr() for t in pool.tensors.values())

@@ -6,7 +6,8 @@ import pytest
 
 import envs
 from config import UserError
-from envs.check import CheckConfig, Single, main
+from envs.alone import Alone
+from envs.check import CheckConfig, main
 
 
 def test_meta_world(tmp_path, capsys):
@@ -50,7 +51,7 @@ def test_a_vectorised_simulator_is_played_one_by_one():
             pass
 
     module = type("module", (), {"Envs": Envs})
-    one = Single(module, ("a", "b"), 8)
+    one = Alone(module, ("a", "b"), 8)
     one.reset(1, 7)
     image, state = one.observe()
     assert image.shape == (2, 8, 8, 3) and state.tolist() == [1.0] * 5

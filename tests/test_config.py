@@ -70,7 +70,10 @@ def test_what_is_valid():
         ({"rollout__batch_wait_ms": -1.0}, "--batch-wait-ms -1"),
         ({"rollout__batch_wait_ms": math.nan}, "--batch-wait-ms nan"),
         ({"env__env_workers": 25}, "25 env workers have only 24 envs"),
-        ({"rollout__rollout_workers": 25}, "25 rollout workers have only 24 envs"),
+        ({"rollout__rollout_workers": 25}, "25 rollout workers have only 24 lanes"),
+        ({"env__lanes": -1}, "into -1 lanes"),
+        ({"env__lanes": 5}, "--envs 24 cannot be split evenly into 5 lanes of each of 3 env workers"),
+        ({"env__lanes": 1, "actor__actor_workers": 2}, "8 envs of a lane × 2 actor workers"),  # a lane goes to one rank
         ({"env__segment": -1}, "--segment"),
         ({"env__eval_every": -1}, "--eval-every"),
     ],

@@ -9,9 +9,9 @@ import torch
 
 import envs
 import metrics
-from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from channel import ACT, DONE, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
 from config import ASSETS, Config
-from env_worker import EVAL_SEEDS, Lane, episode_seed, run, run_chunk
+from env_worker import EVAL_SEEDS, Single, Vectorised, episode_seed, run
 from envs import EnvSpec
 from models.checkpoint import Header
 from scheduler import Admission
@@ -46,6 +46,25 @@ class Env:
         return float(action[0] == 1.0), bool(action[0] == 1.0)
 
 
+class Envs:
+    """Several of them, as a vectorised simulator."""
+
+    def __init__(self, tasks, image_size, count, device):
+        self.envs = [Env(tasks, image_size) for _ in range(count)]
+
+    def reset(self, rows, task, seeds):
+        for row, seed in zip(rows, seeds, strict=True):
+            self.envs[row].reset(task, seed)
+
+    def observe(self):
+        pictures, states = zip(*(env.observe() for env in self.envs), strict=True)
+        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(states))
+
+    def step(self, actions):
+        rewards, successes = zip(*(env.step(action) for env, action in zip(self.envs, actions, strict=True)), strict=True)
+        return torch.tensor(rewards), torch.tensor(successes)
+
+
 def seen(pool: SlotPool, slot: int, row: int) -> tuple[int, int, int]:
     """Episode (its seed mod 251), step and task of a stored picture."""
     return tuple(pool["image"][slot, row].flatten()[:3].tolist())
@@ -70,7 +89,8 @@ def worker(monkeypatch):
     def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, tasks=(), group: int = 0, **settings) -> Channels:
         """With `replaces`, in place of the last one started, which is killed."""
         config = Config()
-        config.env.envs, config.actor.batch, config.env.env_workers, config.env.eval_every = LANES, LANES, 1, 0
+        config.env.envs = config.actor.batch = settings.get("envs", LANES)
+        config.env.env_workers, config.env.eval_every = 1, 0
         config.train.tasks, config.train.tokenizer = tasks, ASSETS / "tokenizer.model"
         if group:
             config.train.algorithm, config.algorithm.group_size = "grpo", group
@@ -83,7 +103,7 @@ def worker(monkeypatch):
             "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "asked": ((), torch.float64),
             "trajectory": ((), torch.int32), "received": ((), torch.int32), "task": ((), torch.int32),
         }  # fmt: skip
-        slots = Admission(LANES, LANES, 1).slots + config.env.eval_envs
+        slots = Admission.of(config).slots + config.env.eval_envs
         channels = replaces or Channels(
             SlotPool(fields, slots), WeightPlane({"w": ((1,), f)}, version=version),
             Counters(1, metrics.columns(config.env.eval_episodes)), (IndexQueue(),), (IndexQueue(),),
@@ -94,7 +114,7 @@ def worker(monkeypatch):
             channels.counters.add(0, "restarts", 1)
         header = Header("pi05", {"image_size": 2}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
         meter = metrics.Meter("env-0", 0, channels.counters, None)
-        process = get_context("fork").Process(target=run, args=(0, config, header, channels, version, meter), daemon=True)
+        process = get_context("fork").Process(target=run, args=(0, config, header, "cpu", channels, version, meter), daemon=True)
         process.start()
         processes.append(process)
         return channels
@@ -269,6 +289,78 @@ def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
     assert channels.counters.get(0, "env_steps") == 0
 
 
+# ---------------------------------------------------------------- vectorised lanes
+
+
+def plans(*success_at: int | None) -> torch.Tensor:
+    return torch.stack([plan(at) for at in success_at])
+
+
+def answer_lane(channels: Channels, record: Record, actions: torch.Tensor) -> None:
+    row = 0 if record.kind == EVAL else record.t
+    channels.pool["actions"][record.slot : record.slot + len(actions), row] = actions
+    channels.replies[0].put([record])
+
+
+def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
+    channels = worker(envs=6, lanes=2)  # two lanes of three envs
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    assert (zero, one) == (Record(0, 0, ACT, 0), Record(3, 0, ACT, 0))
+    assert [seen(pool, slot, 0) for slot in range(6)] == [(name(slot, 0, 0), 0, slot // 3) for slot in range(6)]  # a task per lane
+    assert [pool[n][:6].tolist() for n in ("lane", "trajectory", "task")] == [[0, 1, 2, 3, 4, 5], [0] * 6, [0, 0, 0, 1, 1, 1]]
+
+    # Lane 1 is left waiting. In lane 0 the second env succeeds in the first chunk: it alone begins another episode.
+    answer_lane(channels, zero, plans(None, 1, None))
+    (zero,) = requests(channels, 1)
+    assert zero == Record(0, 1, ACT, 0)
+    assert [seen(pool, slot, 1) for slot in range(3)] == [(name(0, 0, 0), 3, 0), (name(1, 0, 1), 0, 0), (name(2, 0, 0), 3, 0)]
+    for t in (1, 2, 3):
+        answer_lane(channels, zero, plans(None, None, None))
+        (zero,) = requests(channels, 1)
+        assert zero == Record(0, t + 1, ACT if t < 3 else VALUE, 0)
+    assert pool["terminated"][:3].int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert pool["truncated"][:3].int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
+    assert pool["reward"][:3].sum().item() == 1.0
+    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes", "collected")]
+    assert counted == [3 * 12 - 1, 6, 1, 12]  # the step that the second env took after its success counts for nothing
+    answer(channels, zero)
+    assert channels.finished[0].get(10.0) == [Record(0, 0, DONE, 0)]
+    publish(channels, 0)
+    (zero,) = requests(channels, 1)
+    assert zero == Record(6, 0, ACT, 0) and all(seen(pool, 6 + i, 0) == seen(pool, i, SEGMENT) for i in range(3))
+
+
+def test_a_replaced_lane_of_several_envs_plays_again_with_all_of_them(worker):
+    channels = worker(envs=4, lanes=2, ranks=2)
+    zero, one = requests(channels, 2)
+    answer_lane(channels, zero, plans(None, 0))
+    requests(channels, 1)
+    channels.pool["received"][2:4] = 1  # as if lane 1, whose trajectories both go to rank 1, had finished
+    worker(replaces=channels, envs=4, lanes=2, ranks=2)
+    restarted(channels, 1, 2, echo=[0, 1, 2])
+    publish(channels, 0)
+    assert requests(channels, 2) == [Record(0, 0, ACT, 0), Record(6, 0, ACT, 0)]
+    assert [seen(channels.pool, slot, 0)[1:] for slot in (0, 1)] == [(0, 0), (0, 0)]
+
+
+def test_evaluation_of_several_envs_in_one_lane(worker):
+    channels = worker(envs=2, lanes=1, eval_envs=2, eval_episodes=5, eval_every=1)
+    pool, slot = channels.pool, 4
+    requests(channels, 1)
+    begin_round(channels, 1)
+    (record,) = requests(channels, 1)
+    assert record == Record(slot, 0, EVAL, 0) and pool["trajectory"][slot : slot + 2].tolist() == [0, 1]
+    # Episode 0 succeeds at once and 1 never does; then 2 and so on: each env plays at its own pace.
+    for outcome, playing in (((0, None), [2, 1]), ((None, None), [2, 3]), ((0, None), [4, 3]), ((0, None), [6, 5])):
+        answer_lane(channels, record, plans(*outcome))
+        more = requests(channels, 0 if min(playing) >= 5 else 1)
+        if more:
+            (record,) = more
+            assert pool["trajectory"][slot : slot + 2].tolist() == playing and record.kind == EVAL
+    assert [channels.counters.get(0, f"outcome_{e}") for e in range(5)] == [3, 2, 3, 2, 3]
+
+
 # ---------------------------------------------------------------- a worker that replaces a dead one
 
 
@@ -376,9 +468,14 @@ def test_a_round_of_evaluation_outlives_its_worker(worker):
     ],
 )
 def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
-    lane = Lane(0, Env((), 2), step=begun)
-    lane.env.reset(0, 0)
-    assert run_chunk(lane, plan(success_at).numpy(), HORIZON) == expected and lane.step == steps
+    lane, taken = Single(Env((), 2)), np.array([begun])
+    lane.reset([0], 0, [0])
+    assert [x.item() for x in lane.play(plan(success_at)[None].numpy(), taken, HORIZON)] == list(expected) and taken == [steps]
+    many, taken = Vectorised(Envs((), 2, 3, "cpu"), "cpu"), np.array([0, begun, 3])
+    many.reset([0, 1, 2], 0, [0, 0, 0])
+    plans = torch.stack([plan(1), plan(success_at), plan()]).numpy()
+    rows = [tuple(x.item() for x in row) for row in zip(*many.play(plans, taken, HORIZON), strict=True)]
+    assert rows == [(1.0, True, False), expected, (0.0, False, True)] and taken.tolist() == [2, steps, 6]
 
 
 def test_episodes_have_names_of_their_own():
@@ -408,25 +505,26 @@ def test_success_does_not_select_what_is_trained_on():
     rate, horizon, chunk, segment, lanes = 0.3, 40, np.zeros((5, 4)), 8, 8
     rng, admission = np.random.default_rng(0), Admission(lanes, lanes, 1)
     speed = np.linspace(1.0, 6.0, lanes)  # fast and slow simulators, which succeed early or late
-    all_lanes = [Lane(i, Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)]
-    slots, version, trained = {}, 0, []
-    for lane in all_lanes:
-        lane.env.reset()
+    coins, taken = [Single(Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)], np.zeros((lanes, 1), int)
+    at, slots, version, trained = np.zeros((lanes, 2), int), {}, 0, []  # at: trajectory and row of each lane
+    for coin in coins:
+        coin.reset([0], 0, [0])
     while version < 120:
-        lane = all_lanes[rng.choice(lanes, p=speed / speed.sum())]
-        if lane.t == segment:
-            lane.trajectory, lane.t = lane.trajectory + 1, 0
-        if lane.t == 0:
-            if not admission.admits(lane.trajectory, version):
+        lane = rng.choice(lanes, p=speed / speed.sum())
+        if at[lane, 1] == segment:
+            at[lane] = at[lane, 0] + 1, 0
+        slot = admission.slot(int(lane), int(at[lane, 0]))
+        if at[lane, 1] == 0:
+            if not admission.admits(at[lane, 0], version):
                 continue
-            slots[admission.slot(lane.index, lane.trajectory)] = []
-        _, terminated, truncated = run_chunk(lane, chunk, horizon)
+            slots[slot] = []
+        _, (terminated,), (truncated,) = coins[lane].play(chunk[None], taken[lane], horizon)
         if terminated or truncated:
-            slots[admission.slot(lane.index, lane.trajectory)].append(terminated)
-            lane.env.reset()
-            lane.step = 0
-        lane.t += 1
-        if all(one.trajectory * segment + one.t >= (version + 1) * segment for one in all_lanes):
+            slots[slot].append(terminated)
+            coins[lane].reset([0], 0, [0])
+            taken[lane] = 0
+        at[lane, 1] += 1
+        if (at @ [segment, 1] >= (version + 1) * segment).all():
             ring = version % 2 * lanes
             trained += [won for slot in range(ring, ring + lanes) for won in slots.pop(slot)]
             version += 1

@@ -15,7 +15,7 @@ def test_tost_by_its_interval():
     for _ in range(200):
         a, b = rng.normal(0.9, 0.02, 5), rng.normal(0.9 + rng.uniform(-0.06, 0.06), 0.02, 5)
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
-        within = -MARGIN < interval.low and interval.high < MARGIN
+        within = interval.low > -MARGIN and interval.high < MARGIN
         assert (tost(a, b, MARGIN) < 0.05) == within
         seen.add(within)
     assert seen == {True, False}

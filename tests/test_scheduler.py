@@ -105,7 +105,7 @@ def test_what_a_dead_worker_had_asked_is_forgotten():
 
 
 def test_the_last_batch_is_the_last():
-    admission = Admission(batch=4, lanes=2, max_staleness=3, batches=2)
+    admission = Admission(batch=4, envs=2, max_staleness=3, batches=2)
     assert [bool(admission.admits(j, 0)) for j in range(5)] == [True, True, True, True, False]
     assert admission.admits(np.array([0, 3, 4]), 1).tolist() == [True, True, False]
 
@@ -171,16 +171,17 @@ def test_admission_bounds_staleness_and_never_shares_a_slot(lanes, per_lane, sta
 
 
 @fast
-@given(lanes=st.integers(1, 12), per_lane=st.integers(1, 3), tasks=st.integers(1, 15))
-def test_every_batch_holds_each_task_equally_often(lanes, per_lane, tasks):
-    admission, total = Admission(lanes * per_lane, lanes, 1), np.zeros(tasks, int)
+@given(lanes=st.integers(1, 12), width=st.integers(1, 4), per_lane=st.integers(1, 3), tasks=st.integers(1, 15))
+def test_every_batch_holds_each_task_equally_often(lanes, width, per_lane, tasks):
+    envs = lanes * width
+    admission, total = Admission(envs * per_lane, envs, 1, width=width), np.zeros(tasks, int)
     for batch in range(4):
-        members = [(lane, j) for lane in range(lanes) for j in range(batch * per_lane, (batch + 1) * per_lane)]
-        dealt = np.bincount([admission.task(lane, j, tasks) for lane, j in members], minlength=tasks)
+        members = [(env, j) for env in range(envs) for j in range(batch * per_lane, (batch + 1) * per_lane)]
+        dealt = np.bincount([admission.task(env, j, tasks) for env, j in members], minlength=tasks)
         total += dealt
         assert dealt.max() - dealt.min() <= 1 and total.max() - total.min() <= 1
     if lanes % tasks == 0:
-        assert all(admission.task(lane, j, tasks) == lane % tasks for lane in range(lanes) for j in range(10))
+        assert all(admission.task(env, j, tasks) == env // width % tasks for env in range(envs) for j in range(10))
 
 
 @pytest.mark.parametrize(

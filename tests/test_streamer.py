@@ -10,8 +10,8 @@ from streamer import MicroBatch, Streamer
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 
 
-def make(batch=8, minibatch=4, micro_batch=2, ring=2, epochs=1, stream=True, rank=0, ranks=1, version=0) -> Streamer:
-    return Streamer(batch, minibatch, micro_batch, ring, epochs, stream, rank, ranks, seed=1, version=version)
+def make(batch=8, minibatch=4, micro_batch=2, ring=2, epochs=1, stream=True, rank=0, ranks=1, version=0, width=1) -> Streamer:
+    return Streamer(batch, minibatch, micro_batch, ring, epochs, stream, rank, ranks, seed=1, version=version, width=width)
 
 
 def drive(streamer: Streamer, order: list[int]) -> list[MicroBatch]:
@@ -34,9 +34,12 @@ def by_minibatch(micros: list[MicroBatch]) -> dict[tuple[int, int], set[int]]:
 @st.composite
 def cases(draw):
     micro, ranks, per_rank, minibatches = (draw(st.integers(1, n)) for n in (3, 3, 2, 3))
+    width = draw(st.sampled_from([w for w in range(1, micro * per_rank + 1) if micro * per_rank % w == 0]))
     minibatch = micro * ranks * per_rank
     batch = minibatch * minibatches
-    sizes = dict(batch=batch, minibatch=minibatch, micro_batch=micro, epochs=draw(st.integers(1, 3)), stream=draw(st.booleans()))
+    sizes = dict(
+        batch=batch, minibatch=minibatch, micro_batch=micro, width=width, epochs=draw(st.integers(1, 3)), stream=draw(st.booleans())
+    )
     return sizes, ranks, draw(st.permutations(range(batch)))
 
 
@@ -46,7 +49,7 @@ def test_each_trajectory_once_per_epoch_whatever_the_order(case):
     sizes, ranks, order = case
     everything: list[int] = []
     for rank in range(ranks):
-        mine = [slot for slot in order if slot % ranks == rank]
+        mine = [slot for slot in order if slot // sizes["width"] % ranks == rank]
         micros = drive(streamer := make(**sizes, rank=rank, ranks=ranks), mine)
         assert streamer.done and streamer.waiting == 0
         for epoch in range(sizes["epochs"]):
@@ -146,7 +149,7 @@ def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(seed, ranks
     order = np.random.default_rng(seed).permutation(batch)
     trained = {}
     for rank in range(ranks):
-        streamer = Streamer(batch, minibatch, micro_batch, 2, epochs, stream, rank, ranks, seed, 0, group)
+        streamer = Streamer(batch, minibatch, micro_batch, 2, epochs, stream, rank, ranks, seed, 0, group, group)
         arrived: set[int] = set()
         for slot in order:
             if slot // group % ranks != rank:

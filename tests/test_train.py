@@ -177,6 +177,19 @@ def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path)
     assert sorted(sum(one[task] for one in counts) for task in counts[0]) == [13, 13, 14]
 
 
+def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
+    """Four lanes of two envs, two per env worker; two actor ranks, which each train whole lanes; evaluation in lanes of its own."""
+    flags = "--model emulated --env vectorised --envs 8 --env-workers 2 --batch 16 --minibatch 8 --micro-batch 2 --actor-workers 2"
+    flags += " --update-epochs 2 --image-size 8 --segment 4 --chunk 5 --iterations 3 --eval-envs 2 --eval-episodes 5 --ratio 1:1"
+    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
+    assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
+    lines = lines_of(tmp_path / "x")
+    assert lines[-1]["collected"] == 3 * 16 * 4 and lines[-1]["env_steps"] == 3 * 16 * 4 * 5 and lines[-1]["discarded"] == 0
+    assert [line["trajectories_per_task"] for line in lines] == [{"vectorised": 16}] * 3
+    assert (lines[-1]["eval_version"], lines[-1]["eval_episodes"]) == (3, 5)
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["env"]["lanes"] == 2
+
+
 def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):
     flags = f"{SMALL} --checkpoint {tiny_checkpoint} --run {tmp_path / 'x'} --memory-report"
     assert train.main(train.parse(flags.split())) == 0
@@ -217,6 +230,8 @@ def refused(flags: str) -> None:
         ("--minibatch 7", "not divisible by --minibatch"),
         ("--micro-batch 5", "not divisible by --micro-batch"),
         ("--iterations 0", "--iterations 0 must be at least 1"),
+        ("--lanes 2", "--lanes 2 is for vectorised simulators"),
+        ("--env vectorised --model emulated --env-workers 5", "--envs 24 cannot be split evenly into 2 lanes of each of 5"),
         ("--segment 11", "longer than an episode of 9 chunk steps"),
         ("--chunk 5", "chunk = 10 and the run asks for 5"),
         ("--image-size 32", "image_size = 64 and the run asks for 32"),
