@@ -2,7 +2,8 @@
 
 Membership is fixed before anything runs: position p of a batch (slot = ring·batch + p, see `scheduler.Admission`) belongs to
 minibatch p // minibatch and to rank p // width % ranks, width being the envs of a lane or a group. Only the order of micro-batches
-inside a minibatch follows arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³ §Streamer).
+inside a minibatch follows arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³,
+Streamer).
 
 With groups (GRPO) all of that is of whole groups.
 
