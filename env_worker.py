@@ -254,8 +254,8 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             before = lane.steps.sum()
             rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
         meter.count("env_steps", lane.steps.sum() - before), meter.count("collected", len(lane.envs))
-        if not np.isfinite(rewards).all():
-            raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[0]]!r} is not a number: {rewards}")
+        for row in np.flatnonzero(~np.isfinite(rewards)):
+            raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {rewards[row]}")
         reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
         ended = np.flatnonzero(won | late).tolist()
         meter.count("episodes", len(ended)), meter.count("successes", won.sum())

@@ -27,6 +27,7 @@ from channel import Counters
 from config import ROOT, UserError
 
 START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
+LEAVE = signal.SIGUSR1  # the launcher's word to a worker; SIGTERM is the launcher's, though a scheduler sends it to everybody
 LONGEST_BACKOFF = 60.0  # seconds
 
 
@@ -52,16 +53,17 @@ def child(job: Job, errors: connection.Connection) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
     if os.getppid() == 1:
         os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(LEAVE, leave)
     os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
     os.environ.update(job.environment)
     torch.set_num_threads(job.threads)
     status = 0
     try:
         job.target(*job.args)
-    except SystemExit:  # SIGTERM; where it is not the launcher's, it is a death that the launcher must see
-        status = 128 + signal.SIGTERM
+    except SystemExit:  # LEAVE; where it is not the launcher's, it is a death that the launcher must see
+        status = 128 + LEAVE
     except UserError as error:
         errors.send((job.name, str(error), ""))
         status = 2
@@ -73,19 +75,20 @@ def child(job: Job, errors: connection.Connection) -> None:
 
 
 def leave(*_) -> None:
-    """A worker's answer to SIGTERM. What it was just building is dropped half-built, and is not to complain about that."""
+    """A worker's answer to LEAVE. What it was just building is dropped half-built, and is not to complain about that."""
     sys.unraisablehook = lambda _: None
     sys.exit()
 
 
 def note_interrupts() -> list[float]:
-    """From here on Ctrl-C and SIGTERM only leave their time here. Starts the fork server, which Ctrl-C in a terminal reaches too:
-    it inherits that SIGINT is ignored while it starts."""
+    """From here on Ctrl-C and SIGTERM only leave their time here. Starts the fork server, which they may reach too (Ctrl-C in
+    a terminal, a scheduler's SIGTERM): it inherits that they are ignored while it starts."""
     # Threads that wait must sleep: where cores are shared, spinning at every barrier is several times slower than waking up.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The fork server looks for what it preloads here alone, and says nothing when it fails: then each worker imports torch itself.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     forkserver.set_forkserver_preload(["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"])
     forkserver.ensure_running()
     interrupts: list[float] = []
@@ -186,7 +189,8 @@ class Crew:
     def stop(self) -> None:
         """No worker outlives this call."""
         for process in self.processes.values():
-            process.terminate()
+            if process.is_alive():
+                os.kill(process.pid, LEAVE)
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))

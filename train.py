@@ -189,7 +189,8 @@ def resume_from(config: Config) -> tuple[Path, dict]:
 def memory_report(setup: Setup) -> None:
     slots = Admission.of(setup.config).slots + setup.config.env.eval_envs
     one = layout(setup.slots, 1)[1]
-    print(f"slot pool: {slots} slots × {one / 1e6:.2f} MB = {slots * one / 1e6:.1f} MB of shared memory")
+    where = "shared memory" + (f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}" if setup.on_gpu else "")
+    print(f"slot pool: {slots} slots × {one / 1e6:.2f} MB = {slots * one / 1e6:.1f} MB of {where}")
     print(f"weight plane: 2 × {layout(setup.weights, 1)[1] / 1e6:.2f} MB")
     for name in sorted(setup.slots, key=lambda n: -layout({n: setup.slots[n]}, 1)[1]):
         shape, dtype = setup.slots[name]
@@ -293,7 +294,8 @@ def rss_gb(workers: dict[str, mp.Process]) -> float:
 
 
 def slot_pool_gb(setup: Setup) -> float:
-    return layout(setup.slots, Admission.of(setup.config).slots)[1] / 1e9
+    on_host = {name: kind for name, kind in setup.slots.items() if name not in setup.on_gpu}
+    return layout(on_host, Admission.of(setup.config).slots)[1] / 1e9
 
 
 def main(config: Config) -> int:

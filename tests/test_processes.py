@@ -4,6 +4,7 @@ And it does not end where a simulator fails: real faults in real env workers, wi
 """
 
 import json
+import os
 import re
 import signal
 import time
@@ -52,6 +53,16 @@ def test_ctrl_c_saves_and_says_where(endless, tmp_path):
     assert saved.parent == tmp_path / "x" / "checkpoints"
     assert {file.name for file in saved.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
     assert json.loads((saved / "state.json").read_text())["version"] == int(saved.name) >= 1
+    assert_clean_end(tmp_path / "x", output)
+
+
+def test_sigterm_to_all_processes_saves_too(endless, tmp_path):
+    """As `timeout` and cluster schedulers send it."""
+    process = endless()
+    os.killpg(process.process.pid, signal.SIGTERM)
+    status, output = process.finish(timeout=30)
+    process.assert_nothing_left()
+    assert status == 130 and "interrupted; saved" in output, output
     assert_clean_end(tmp_path / "x", output)
 
 
