@@ -97,7 +97,7 @@ class Admission:
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
 
     def owner(self, slot: int, ranks: int) -> int:
-        """The actor rank that trains it: lanes in turn, so that the trajectories of a lane go to one rank, in one record."""
+        """The actor rank that trains it: lanes in turn, so that what one record hands over goes to one rank."""
         return slot % self.batch // self.width % ranks
 
     def task(self, env: int, trajectory: int, tasks: int) -> int:
