@@ -68,13 +68,14 @@ class Vectorised:
 
     prompt = None
 
-    def __init__(self, sims, device: str):
-        self.sims, self.device, self.reset = sims, device, sims.reset
+    def __init__(self, sims, device: str, keep: bool):
+        """keep: whether pictures that are on a GPU stay there; else the model's `preparation` takes them from the host."""
+        self.sims, self.device, self.keep, self.reset = sims, device, keep, sims.reset
 
     def observe(self) -> tuple[np.ndarray | Tensor, np.ndarray]:
         """Pictures [N, V, H, W, 3], a tensor where they are on a GPU, and states [N, S]."""
         pictures, states = self.sims.observe()
-        return pictures if pictures.is_cuda else pictures.numpy(), states.cpu().numpy()
+        return pictures if self.keep else pictures.cpu().numpy(), states.cpu().numpy()
 
     def play(self, plans: np.ndarray, steps: np.ndarray, horizon: int) -> Outcome:
         """Steps through plans [N, C, A] with all envs; those whose episode has ended go on with the others, to no effect."""
@@ -238,6 +239,8 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         else:
             for values in seen.values():
                 values[lane.slots, 0] = values[last, segment]
+            if on_gpu:
+                synchronize(pool.device)  # before anybody is told that they are there
         label(lane, lane.trajectory)
         request(lane, lane.slots.start, ACT, 0)
         return True
@@ -310,7 +313,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
 
     def make(count: int) -> Single | Vectorised:
         if config.env.lanes:
-            return Vectorised(module.Envs(spec.tasks, config.env.image_size, count, device), device)
+            return Vectorised(module.Envs(spec.tasks, config.env.image_size, count, device), device, on_gpu)
         return Single(envs.maker(config.train.env, config.env.render_quality)(spec.tasks, config.env.image_size))
 
     width, eval_width, begin = config.env.width, config.env.eval_width, version * admission.per_lane

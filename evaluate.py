@@ -149,18 +149,22 @@ def main(config: EvaluateConfig) -> dict:
     except OSError as error:
         raise UserError(f"cannot write videos to {videos}: {error.strerror}; give --videos FOLDER") from None
     rows = []
-    for task, results, film in zip((*spec.tasks, "all"), (*outcomes, sum(outcomes, [])), (*films, []), strict=True):
+    for task, results in zip((*spec.tasks, "all"), (*outcomes, sum(outcomes, [])), strict=True):
         if not results:
             continue
         low, high = wilson(sum(results), len(results))
         rows.append({"task": task, "episodes": len(results), "success_rate": sum(results) / len(results), "low": low, "high": high})
-        print(f"{task:28s} {sum(results):4d}/{len(results):<4d} {sum(results) / len(results):6.1%}   95 % [{low:.1%}, {high:.1%}]")
-        if film:
-            imageio.mimwrite(videos / f"{task}.mp4", film, fps=20, macro_block_size=1)
-    print(f"videos in {videos}")
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
         config.json.write_text(json.dumps(result, indent=1))
+    for task, results, film in zip((*spec.tasks, "all"), (*outcomes, sum(outcomes, [])), (*films, []), strict=True):
+        if not results:
+            continue
+        low, high = wilson(sum(results), len(results))
+        print(f"{task:28s} {sum(results):4d}/{len(results):<4d} {sum(results) / len(results):6.1%}   95 % [{low:.1%}, {high:.1%}]")
+        if film:
+            imageio.mimwrite(videos / f"{task.replace('/', '_')}.mp4", film, fps=20, macro_block_size=1)
+    print(f"videos in {videos}")
     return result
 
 

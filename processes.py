@@ -133,7 +133,8 @@ class Crew:
     def failure(self) -> tuple[str, str, bool] | None:
         """Who has failed, in which way, and whether it is the user's mistake."""
         now, processes = time.monotonic(), {name: p for name, p in self.processes.items() if name not in self.due}
-        dead = {name: p.exitcode for name, p in processes.items() if p.exitcode not in (None, 0)}
+        dead = {name: p.exitcode for name, p in processes.items() if p.exitcode is not None}
+        dead = {name: code for name, code in dead.items() if code or self.jobs[name].replaceable}  # actors end by themselves
         while self.errors.poll():  # after looking who is dead: what a worker had to say, it said before
             name, message, trace = self.errors.recv()
             if name not in processes:
@@ -144,7 +145,7 @@ class Crew:
                 message += f" (details in {self.folder / 'error.txt'})"
             return name, f"failed: {message}", not trace
         for name, code in dead.items():
-            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             return name, f"died ({how}{': out of memory?' if code == -signal.SIGKILL else ''})", False
         for name, process in processes.items():
             row, get = self.jobs[name].meter.row, self.counters.get

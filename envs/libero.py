@@ -32,7 +32,7 @@ import mujoco
 import numpy as np
 
 from config import UserError
-from envs import EnvSpec
+from envs import EnvSpec, stability
 
 # Control steps after which an episode is cut: RLinf's for its π0 and π0.5 recipes (its OFT recipe takes 512 for libero_10), for
 # libero_90 openpi's and openvla-oft's (the longest demonstration has 373).
@@ -398,6 +398,7 @@ class Env:
                 self.fingers = self.qpos[scene.finger_qpos]
             if self.clock >= PERIOD:
                 self.clock, self.sampled = self.clock % PERIOD, False
+        stability.check(data)
         success, self.lamps = scene.success(data)
         return float(success), success
 

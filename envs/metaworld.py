@@ -18,7 +18,7 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from config import UserError
-from envs import EnvSpec
+from envs import EnvSpec, stability
 
 # The wording is ours; Meta-World itself has no language instructions.
 PROMPTS = {
@@ -172,6 +172,7 @@ class Env:
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         """action [4] float32: hand displacement x, y, z in units of 1 cm per step and gripper, each clipped to [-1, 1]."""
         self.state, _, _, _, info = self.sim.step(np.clip(action, -1.0, 1.0))
+        stability.check(self.sim.data)
         success = bool(info["success"])
         return float(success), success
 
@@ -184,13 +185,17 @@ class Env:
 
     def _render(self, size: int) -> np.ndarray:
         key = (self.tasks[self.task], size)
-        if key not in RENDERERS:
+        if key in RENDERERS:
+            RENDERERS[key] = RENDERERS.pop(key)  # used last, so dropped last
+        else:
             visual = self.sim.model.vis.global_
             visual.offwidth = visual.offheight = size
             renderer = mujoco.Renderer(self.sim.model, size, size)
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
             RENDERERS[key] = renderer
+            if len(RENDERERS) > KEEP:
+                RENDERERS.pop(next(iter(RENDERERS))).close()
         renderer = RENDERERS[key]
         if mark := GOAL_MARKS.get(self.tasks[self.task]):  # Meta-World moves it late or, in one task, elsewhere
             self.sim.data.site(mark).xpos[:] = self.sim._target_pos

@@ -17,7 +17,10 @@ from envs import emulated
 
 envs.ENVS["emulated"] = "faulty"
 spec = emulated.spec
-FAULTS = {"raise": "step", "segfault": "observe", "hang": "reset", "nan": "observe", "reward": "step", "evaluation": "reset"}
+FAULTS = {
+    "raise": "step", "segfault": "observe", "exit": "observe", "hang": "reset", "nan": "observe", "reward": "step",
+    "evaluation": "reset",
+}  # fmt: skip
 taken = 0  # control steps of this process
 
 
@@ -57,6 +60,8 @@ class Env(emulated.Env):
         if strikes("observe"):
             if os.environ["FAULT"] == "segfault":
                 os.kill(os.getpid(), signal.SIGSEGV)
+            if os.environ["FAULT"] == "exit":
+                os._exit(0)
             state = np.full(4, np.nan, np.float32)
         return image, state
 

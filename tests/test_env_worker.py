@@ -471,7 +471,7 @@ def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
     lane, taken = Single(Env((), 2)), np.array([begun])
     lane.reset([0], 0, [0])
     assert [x.item() for x in lane.play(plan(success_at)[None].numpy(), taken, HORIZON)] == list(expected) and taken == [steps]
-    many, taken = Vectorised(Envs((), 2, 3, "cpu"), "cpu"), np.array([0, begun, 3])
+    many, taken = Vectorised(Envs((), 2, 3, "cpu"), "cpu", keep=False), np.array([0, begun, 3])
     many.reset([0, 1, 2], 0, [0, 0, 0])
     plans = torch.stack([plan(1), plan(success_at), plan()]).numpy()
     rows = [tuple(x.item() for x in row) for row in zip(*many.play(plans, taken, HORIZON), strict=True)]

@@ -193,3 +193,30 @@ def test_the_emulated_simulator_offers_the_same(monkeypatch):
     assert image.shape == (spec.views, 8, 8, 3) and state.shape == (spec.state_dim,)
     assert [env.step(np.zeros(spec.action_dim)) for _ in range(spec.horizon)] == [(0.0, False)] * spec.horizon
     assert 0.3 * emulated.MEAN < np.mean(slept) < 3 * emulated.MEAN and len(slept) == spec.horizon // emulated.CHUNK
+
+
+def test_a_simulation_that_blows_up_is_an_error_and_leaves_no_log(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env = make("push")
+    env.reset(0, 1)
+    env.step(np.zeros(4))
+    env.sim.data.qvel[-1] = 1e11
+    with pytest.raises(FloatingPointError, match="unstable .mjWARN_BADQ"):
+        for _ in range(3):
+            env.step(np.zeros(4))
+    env.reset(0, 1)
+    env.step(np.zeros(4))  # a new episode is sound again
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_env_going_through_many_tasks_keeps_few_contexts(make):
+    tasks = [*metaworld.PROMPTS][: metaworld.KEEP + 2]
+    env = make(*tasks)
+    first = None
+    for task in range(len(tasks)):
+        env.reset(task, 1)
+        picture = env.observe()[0]
+        first = picture if first is None else first
+    assert len(metaworld.RENDERERS) <= metaworld.KEEP
+    env.reset(0, 1)
+    assert np.array_equal(env.observe()[0], first)

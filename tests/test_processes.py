@@ -145,6 +145,7 @@ def assert_exact(run: Path, iterations: int, restarts: int, trajectories: int = 
 FAULTS = [  # fault, control steps of the process before it, flags, what is said of it
     ("raise", 100, "--preset full --actor-workers 2 --rollout-workers 2", "failed: RuntimeError: the simulator broke"),
     ("segfault", 60, "--preset sync-colocated", "died (SIGSEGV)"),
+    ("exit", 60, "--preset full", "died (exit code 0)"),
     ("hang", 80, "--preset sync-disaggregated --timeout-s 8", "hangs: no sign of life for 8 s"),
     ("nan", 100, "--preset train-async", "failed: FloatingPointError: the state of task 'emulated' is not a number"),
     ("reward", 70, "--preset rollout-async", "failed: FloatingPointError: the reward of task 'emulated' is inf"),
