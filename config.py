@@ -353,6 +353,15 @@ def validate(config: Config) -> None:
             raise UserError(f"{flag} {value} must be more than 0")
     if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
         raise UserError(f"--dual-clip {config.algorithm.dual_clip} must be more than 1, or 0 for off")
+    for flag, value, good in (
+        ("--lr", actor.lr, actor.lr > 0), ("--value-lr", actor.value_lr, actor.value_lr > 0),
+        ("--grad-clip", actor.grad_clip, actor.grad_clip > 0), ("--weight-decay", actor.weight_decay, actor.weight_decay >= 0),
+        ("--gamma", config.algorithm.gamma, 0 < config.algorithm.gamma <= 1),
+        ("--gae-lambda", config.algorithm.gae_lambda, 0 <= config.algorithm.gae_lambda <= 1),
+        ("--noise-level", config.rollout.noise_level, config.rollout.noise_level is None or config.rollout.noise_level > 0),
+    ):  # fmt: skip
+        if not good:
+            raise UserError(f"{flag} {value} is out of range: see `python train.py --help` for what it means")
     if env.lanes < 0 or env.lanes and env.envs % (env.env_workers * env.lanes):
         raise UserError(f"--envs {env.envs} cannot be split evenly into {env.lanes} lanes of each of {env.env_workers} env workers")
     if grouped and max(size, env.width) % min(size, env.width):

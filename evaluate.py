@@ -19,7 +19,7 @@ import tyro
 
 import envs
 import models
-from config import ASSETS, Config, RolloutConfig, UserError, embedded_files, exit_on_user_error
+from config import ASSETS, Config, RolloutConfig, UserError, embedded_files, exit_on_user_error, from_json
 from env_worker import EVAL_SEEDS
 from models import checkpoint
 
@@ -43,7 +43,7 @@ class EvaluateConfig:
     env: Literal["metaworld", "libero", "maniskill", "robocasa"] = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
-    """tasks; none means the simulator's default task set"""
+    """tasks; none means those of the run, else the simulator's default task set"""
     suite: str = ""
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     render_quality: Literal["fast", "full"] = "fast"
@@ -129,13 +129,24 @@ def settings_of(config: EvaluateConfig) -> Config:
     return settings
 
 
+def tasks_of(path: Path, env: str) -> tuple[str, ...]:
+    """The tasks that a run was trained on, if the checkpoint is a run's and the simulator the same."""
+    file = checkpoint.find(path).parents[2] / "config.json" if checkpoint.is_ours(path) else path
+    if path.parent.parent.name != "checkpoints" or not file.is_file():
+        return ()
+    run = from_json(file)
+    return run.train.tasks if run.train.env == env else ()
+
+
 def main(config: EvaluateConfig) -> dict:
     for flag, value in (("--episodes", config.episodes), ("--chunk", config.chunk)):
         if value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
+    if config.json and not config.json.absolute().parent.is_dir():
+        raise UserError(f"the folder {config.json.absolute().parent} does not exist: create it or give another --json")
     settings, device = settings_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     path, family = Path(settings.train.checkpoint), settings.train.model
-    tasks = tuple(filter(None, (config.suite, *config.tasks)))
+    tasks = tuple(filter(None, (config.suite, *config.tasks))) or tasks_of(path, config.env)
     spec = envs.load(config.env).spec(tasks, config.image_size or checkpoint.frame_size(path))
     model = models.load(family).build(settings, spec, device).eval()
     tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])

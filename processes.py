@@ -27,6 +27,7 @@ from channel import Counters
 from config import ROOT, UserError
 
 START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a closed terminal
 LEAVE = signal.SIGUSR1  # the launcher's word to a worker; SIGTERM is the launcher's, though a scheduler sends it to everybody
 LONGEST_BACKOFF = 60.0  # seconds
 
@@ -53,7 +54,7 @@ def child(job: Job, errors: connection.Connection) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
     if os.getppid() == 1:
         os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(LEAVE, leave)
     os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
@@ -87,13 +88,18 @@ def note_interrupts() -> list[float]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The fork server looks for what it preloads here alone, and says nothing when it fails: then each worker imports torch itself.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     forkserver.set_forkserver_preload(["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"])
     forkserver.ensure_running()
     interrupts: list[float] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: interrupts.append(time.monotonic()))
+
+    def note(*_) -> None:
+        if not interrupts or time.monotonic() - interrupts[-1] > 0.5:  # `timeout` and terminals may send one word twice
+            interrupts.append(time.monotonic())
+
+    for number in INTERRUPTS:
+        signal.signal(number, note)
     return interrupts
 
 

@@ -70,7 +70,9 @@ def check_family(name: str, path: Path) -> None:
     if not found:
         raise UserError(f"checkpoint {path} is of no family known here: none of its tensors is named {', '.join(MARKS)}")
     if not any(name in families for families in found):
-        raise UserError(f"checkpoint {path} is a {' or '.join(found.pop())} model: give such a --model, or another checkpoint")
+        raise UserError(
+            f"checkpoint {path} is of the family {' or '.join(found.pop())}, not {name}: give another checkpoint, or the --model"
+        )
 
 
 def generator(key: tuple[int, int, int, int]) -> np.random.Generator:

@@ -83,8 +83,8 @@ def is_ours(path: str | Path) -> bool:
     except UserError as nothing:
         try:
             return not weight_files(path)  # shards are never ours
-        except UserError:
-            raise nothing from None
+        except UserError as missing:
+            raise missing if (Path(path) / "model.safetensors.index.json").is_file() else nothing from None
     try:
         with safe_open(file, framework="pt") as opened:
             return "family" in (opened.metadata() or {})

@@ -415,6 +415,10 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
         ids = [c.image_token if token == tokenizer.image_token else token for token in ids]
     else:
         ids = [tokenizer.bos_id(), *[c.image_token] * c.views, *tokenizer.encode(task)]
+    if max(ids) >= c.vocabulary:
+        raise UserError(
+            f"the tokenizer has words that the model does not know ({max(ids)} of {c.vocabulary}): give its --tokenizer"
+        )
     if ids.count(c.image_token) != c.views:
         raise UserError(f"the task {task!r} contains the image placeholder {IMAGE}")
     if len(ids) > c.tokens:

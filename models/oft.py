@@ -104,8 +104,8 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     if foreign:
         saved = config_of(oft_files.read_config(path) | {"train": "full"})
         stats = oft_files.read_statistics(path, config.train.statistics)
-        # The weights say nothing about how many views, words and actions there are: positions alone tell tokens apart.
-        saved = replace(saved, views=env_spec.views, chunk=config.rollout.chunk)
+        if not oft_files.says_views(path):  # nor do the weights: positions alone tell tokens apart
+            saved = replace(saved, views=env_spec.views)
         saved = replace(saved, action_dim=len(stats["q01"]))
         stats |= {"layout": "openvla", "gripper": "libero" if config.train.env == "libero" else ""}
         chosen = {"train": OftConfig.train} | chosen

@@ -159,6 +159,11 @@ def read_config(folder: str | Path) -> dict:
         return fields_of(Path(folder))
 
 
+def says_views(folder: str | Path) -> bool:
+    """Whether config.json says how many cameras there are."""
+    return "num_images_in_input" in checkpoint.read_json(Path(folder) / "config.json")
+
+
 def fields_of(folder: Path) -> dict:
     from models.oft import FULL  # there, because oft imports this file
 

@@ -143,7 +143,7 @@ def test_other_projects_checkpoints_tell_their_family(tmp_path):
             if name in names:
                 models.check_family(name, folder)
             else:
-                with pytest.raises(UserError, match=f"is a {' or '.join(names)} model"):
+                with pytest.raises(UserError, match=f"is of the family {' or '.join(names)}, not {name}"):
                     models.check_family(name, folder)
     save_file({"something.else": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="of no family known here"):

@@ -464,6 +464,18 @@ def test_a_published_model_takes_pictures_of_any_size_and_ours_only_its_own(tmp_
         oft_files.Preparation(model.config, {}, words).observe(pictures, np.zeros(3), "go")
 
 
+def test_chunk_and_views_are_what_the_checkpoint_was_trained_with(tmp_path):
+    folder = write_folder(tmp_path / "theirs")
+    with pytest.raises(UserError, match="chunk = 3 and the run asks for 4"):
+        build(settings(folder, chunk=4), spec())
+    with pytest.raises(UserError, match="views = 1 and the run asks for 2"):
+        build(settings(folder), spec(views=2))
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_images_in_input"]  # as the published ones, which say nothing of it
+    (folder / "config.json").write_text(json.dumps(config))
+    assert build(settings(folder), spec(views=2), weights="none").config.views == 2
+
+
 def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
     folder = write_folder(tmp_path / "theirs")
     config = json.loads((folder / "config.json").read_text())
