@@ -407,7 +407,7 @@ def iteration_metrics(
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": norms[0],
         "grad_norm_policy": norms[1], "grad_norm_value": norms[2], "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
-        "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / n * actor.update_epochs,
+        "masked": int(sums["masked"]), "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / n * actor.update_epochs,
         "queue_depths": {"finished": waiting},
         "filtered_fraction": sums["filtered"] / (sums["filtered"] + n / actor.update_epochs),
         "trained": int(sums["samples"]), "filtered": int(sums["filtered"]), "skipped": int(sums["skipped"]),
