@@ -39,12 +39,10 @@ class BenchConfig:
     """transport: repetitions behind each median; weights: tens of versions"""
     seconds: float = 1.0
     """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
-    env: Literal["all", "libero", "metaworld"] = "all"
-    """envs: which simulator"""
     setting: Literal["emulated", "embedded", "both"] = "both"
     """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
-    env: Literal["libero", "vectorised"] = "libero"
-    """ladder: which simulator the emulated setting stands for; vectorised (ManiSkill) has no other setting"""
+    env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
+    """envs: which simulator, libero or metaworld; ladder: vectorised stands for ManiSkill, anything else for LIBERO"""
     iterations: int = 0
     """ladder: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
     ratio: str = ""
@@ -86,6 +84,8 @@ def main(config: BenchConfig) -> None:
         raise UserError("--repeats must be at least 1, --seconds more than 0 and --iterations not negative")
     if config.ratio:
         parse_ratio(config.ratio)
+    if config.what == "envs" and config.env == "vectorised":
+        raise UserError("--env vectorised only takes time, so there is nothing to compare: give libero or metaworld")
     torch.set_num_threads(1)
     if config.what == "transport":
         rows = transport.measure(config.repeats, config.seconds)

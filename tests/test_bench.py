@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import tyro
 
 import bench
 import benchmarks
@@ -78,6 +79,14 @@ def test_refusals():
         prefix.measure("pi05", "full", 0.01)
     with pytest.raises(UserError, match="oft has no prefix"):
         prefix.measure("oft", "auto", 0.01)
+
+
+def test_a_simulator_is_chosen_on_the_command_line():
+    for args in ("envs --env metaworld", "envs --env libero", "ladder --env vectorised"):
+        assert tyro.cli(bench.BenchConfig, args=args.split()).env == args.split()[-1]
+    assert tyro.cli(bench.BenchConfig, args=["envs"]).env == "all"
+    with pytest.raises(UserError, match="only takes time"):
+        bench.main(bench.BenchConfig(what="envs", env="vectorised"))
 
 
 def test_envs(tmp_path):
