@@ -68,9 +68,9 @@ def outcomes_of_groups(pool: SlotPool, slots: tuple[int, ...], size: int, device
     return success.view_as(members).float().to(device)
 
 
-def advantages_of(data: dict[str, Tensor], config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Advantages [n, T], returns [n, T] (GRPO: None, for want of a critic) and which rows are trained on [n, T]."""
-    hyper, rows = config.algorithm, played(data, config.train.algorithm)
+def advantages_of(data: dict[str, Tensor], rows: Tensor, config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Advantages [n, T], returns [n, T] (GRPO: None, for want of a critic) and which of the played `rows` are trained on [n, T]."""
+    hyper = config.algorithm
     if config.train.algorithm == "ppo":
         ends = data["terminated"], data["truncated"]
         return *gae(data["reward"], data["value"], *ends, hyper.gamma, hyper.gae_lambda), rows
@@ -89,10 +89,11 @@ def train_micro_batch(
     outcomes; proximal: rows' log-probs [m, C, A] → the exact proximal ones, where they are asked for.
     """
     hyper, segment = config.algorithm, data["reward"].shape[1]
-    advantages, returns, rows = advantages_of(data, config)
+    mine = played(data, config.train.algorithm)
+    advantages, returns, rows = advantages_of(data, mine, config)
     kept = rows.flatten().nonzero()[:, 0]  # [m]
-    sums = {"reward": (data["reward"] * played(data, config.train.algorithm)).sum(), "advantage_square": advantages.square().sum()}
-    sums |= {"filtered": (played(data, config.train.algorithm) & ~rows).sum(), "samples": torch.tensor(float(len(kept)))}
+    sums = {"reward": (data["reward"] * mine).sum(), "advantage_square": advantages.square().sum()}
+    sums |= {"filtered": (mine & ~rows).sum(), "samples": torch.tensor(float(len(kept)))}
     if not len(kept):
         return sums
     pick = lambda x: x[:, :segment].flatten(0, 1)[kept]  # noqa: E731  [n, T, …] → [m, …]

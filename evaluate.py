@@ -129,13 +129,12 @@ def settings_of(config: EvaluateConfig) -> Config:
     return settings
 
 
-def tasks_of(path: Path, env: str) -> tuple[str, ...]:
-    """The tasks that a run was trained on, if the checkpoint is a run's and the simulator the same."""
-    file = checkpoint.find(path).parents[2] / "config.json" if checkpoint.is_ours(path) else path
-    if path.parent.parent.name != "checkpoints" or not file.is_file():
+def tasks_of(run: Path | None, env: str) -> tuple[str, ...]:
+    """The tasks that a run was trained on, if there is one and the simulator is the same."""
+    if run is None or not (run / "config.json").is_file():
         return ()
-    run = from_json(file)
-    return run.train.tasks if run.train.env == env else ()
+    train = from_json(run / "config.json").train
+    return train.tasks if train.env == env else ()
 
 
 def main(config: EvaluateConfig) -> dict:
@@ -146,15 +145,15 @@ def main(config: EvaluateConfig) -> dict:
         raise UserError(f"the folder {config.json.absolute().parent} does not exist: create it or give another --json")
     settings, device = settings_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     path, family = Path(settings.train.checkpoint), settings.train.model
-    tasks = tuple(filter(None, (config.suite, *config.tasks))) or tasks_of(path, config.env)
+    run = checkpoint.run_of(path)
+    tasks = tuple(filter(None, (config.suite, *config.tasks))) or tasks_of(run, config.env)
     spec = envs.load(config.env).spec(tasks, config.image_size or checkpoint.frame_size(path))
     model = models.load(family).build(settings, spec, device).eval()
     tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])
     preparation = models.files(family).preparation(model.header, tokenizer)
     outcomes, films = run_episodes(model, spec, preparation, config, settings.rollout.chunk, device)
-    run = path.parent.parent.parent if path.parent.parent.name == "checkpoints" else Path(".")
 
-    videos = config.videos or run / "videos"
+    videos = config.videos or (run or Path(".")) / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -164,15 +163,12 @@ def main(config: EvaluateConfig) -> dict:
         if not results:
             continue
         low, high = wilson(sum(results), len(results))
+        print(f"{task:28s} {sum(results):4d}/{len(results):<4d} {sum(results) / len(results):6.1%}   95 % [{low:.1%}, {high:.1%}]")
         rows.append({"task": task, "episodes": len(results), "success_rate": sum(results) / len(results), "low": low, "high": high})
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
         config.json.write_text(json.dumps(result, indent=1))
-    for task, results, film in zip((*spec.tasks, "all"), (*outcomes, sum(outcomes, [])), (*films, []), strict=True):
-        if not results:
-            continue
-        low, high = wilson(sum(results), len(results))
-        print(f"{task:28s} {sum(results):4d}/{len(results):<4d} {sum(results) / len(results):6.1%}   95 % [{low:.1%}, {high:.1%}]")
+    for task, film in zip(spec.tasks, films, strict=True):
         if film:
             imageio.mimwrite(videos / f"{task.replace('/', '_')}.mp4", film, fps=20, macro_block_size=1)
     print(f"videos in {videos}")

@@ -97,14 +97,18 @@ def published(path: Path) -> bool:
     return not is_ours(path) or read_header(find(path)).published
 
 
+def run_of(path: str | Path) -> Path | None:
+    """The run folder that a checkpoint of ours is in, if it is in one."""
+    file = find(path) if is_ours(path) else None
+    return file.parents[2] if file and file.parent.parent.name == "checkpoints" else None
+
+
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
     """The tokeniser file for checkpoint `path`: what the user gives, else the one in another project's folder or of the run, the
     embedded default's for a small model of ours, or for GR00T "", an installed package's. Raises UserError when there is none."""
     if given is not None:
         return str(given)
-    places, run = [Path(path) / "tokenizer.model"], Path(path)
-    if is_ours(path) and (file := find(path)).parent.parent.name == "checkpoints":
-        run = file.parents[2]
+    places, run = [Path(path) / "tokenizer.model"], run_of(path) or Path(path)
     with contextlib.suppress(UserError, KeyError, TypeError):
         places.append(Path(read_json(run / "config.json")["train"]["tokenizer"]))
     if not published(path):
