@@ -73,7 +73,7 @@ def advantages_of(data: dict[str, Tensor], rows: Tensor, config: Config) -> tupl
     hyper = config.algorithm
     if config.train.algorithm == "ppo":
         ends = data["terminated"], data["truncated"]
-        return *gae(data["reward"], data["value"], *ends, hyper.gamma, hyper.gae_lambda), rows
+        return *gae(data["reward"], data["value"], *ends, hyper.gamma, hyper.gae_lambda, data.get("final")), rows
     advantages, kept = group_advantages(data["outcomes"], hyper.group_low, hyper.group_high)
     mine = advantages.gather(1, data["member"][:, None])  # [n, 1]
     return mine.expand_as(rows), None, rows & kept[:, None]
@@ -262,6 +262,7 @@ def run(
     admission = Admission.of(config)
     segment, algorithm, group = pool["actions"].shape[1], config.train.algorithm, admission.group
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
+    fields += ("final",) if config.algorithm.bootstrap_truncated else ()
     once = [f"{what}_{k}" for what in ("episodes", "successes", "trajectories") for k in range(len(spec.tasks))]
     once += ["reward", "advantage_square", "filtered", *ERRORS]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))

@@ -188,6 +188,8 @@ class AlgorithmConfig:
     """discount per chunk step (RLinf: 0.99); 0.9 rewards being quick, so every chunk says something, not only an episode's end"""
     gae_lambda: float = 0.95
     """λ of GAE"""
+    bootstrap_truncated: bool = False
+    """the time limit cuts an episode and does not fail it: its return goes on with the value of its last observation (RLinf: on)"""
     granularity: Literal["chunk", "action", "token"] = "chunk"
     """what the policy ratio is taken of: a whole chunk (π0.5), each action, or each number or token (RLinf: OFT)"""
     clip_low: float = 0.2
@@ -346,6 +348,8 @@ def validate(config: Config) -> None:
     size = config.algorithm.group_size if grouped else 1
     if grouped and size < 2:
         raise UserError(f"--group-size {size} must be at least 2: GRPO compares trajectories with each other")
+    if grouped and config.algorithm.bootstrap_truncated:
+        raise UserError("--bootstrap-truncated True needs a critic, and GRPO has none: leave it out, or give --algorithm ppo")
     if not 0.0 <= config.algorithm.group_low <= config.algorithm.group_high <= 1.0:
         raise UserError("--group-low and --group-high must be success rates, and the first not above the second")
     for flag, value in (("--clip-low", config.algorithm.clip_low), ("--clip-high", config.algorithm.clip_high)):

@@ -23,7 +23,7 @@ from torch import Tensor
 import envs
 import metrics
 import models
-from channel import ACT, DONE, EVAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record, synchronize
+from channel import ACT, DONE, EVAL, FINAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record, synchronize
 from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
@@ -99,6 +99,7 @@ class Lane:
     trajectory: int = 0  # j
     t: int = 0  # chunk steps into the trajectory
     states: np.ndarray | None = None  # [N, S] as last observed
+    ended: list[int] = field(default_factory=list)  # rows whose episodes have just ended, while their last observations are valued
     steps: np.ndarray = field(init=False)  # [N] control steps into the episodes
     tasks: list[int] = field(init=False)  # [N]
     episodes: list[int] = field(init=False)  # [N] of the running round of evaluation
@@ -251,7 +252,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         return np.stack([preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)])
 
     def advance(lane: Lane) -> None:
-        """Actions for row t have come: step, write what happened, observe, ask again."""
+        """Actions for row t have come: step, write what happened."""
         t, slots = lane.t, lane.slots
         with meter.work("step"):
             before = lane.steps.sum()
@@ -268,9 +269,19 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             if not begin_trajectory(lane):
                 parked.append(lane)
             return
-        if ended and not grouped:
-            begin_episodes(lane, ended, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
-        lane.t += 1
+        lane.ended = [] if grouped else ended
+        if late.any() and config.algorithm.bootstrap_truncated:
+            observe(lane, t + 1)  # for its value alone: `go_on` overwrites the row
+            request(lane, slots.start, FINAL, t + 1)
+        else:
+            go_on(lane)
+
+    def go_on(lane: Lane) -> None:
+        """The step is complete: begin new episodes where they ended, observe, ask again."""
+        slots, after = lane.slots, lane.t + 1
+        if lane.ended:
+            begin_episodes(lane, lane.ended, *((lane.trajectory, after) if after < segment else (lane.trajectory + 1, 0)))
+        lane.t = after
         observe(lane, lane.t)
         if lane.t < segment:
             request(lane, slots.start, ACT, lane.t)
@@ -365,6 +376,8 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         lane = lanes[int(pool["lane"][record.slot]) // width]
         if record.kind == ACT:
             advance(lane)
+        elif record.kind == FINAL:
+            go_on(lane)
         else:  # the value of row T has come: the trajectories are complete
             finish(record.slot, segment)
             if record.kind == VALUE:

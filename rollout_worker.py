@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
+from channel import ACT, EVAL, FINAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
@@ -102,10 +102,13 @@ def serve(
     to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
     out = {name: x[:n].to(pool[name].device) for name, x in model.act(to(obs), to(noise)).items() if name in pool.spec}
 
-    values = [i for i, r in enumerate(samples) if r.kind != EVAL]
+    values = [i for i, r in enumerate(samples) if r.kind not in (EVAL, FINAL)]
+    finals = [i for i, r in enumerate(samples) if r.kind == FINAL]
     acts = [i for i, r in enumerate(samples) if r.kind == ACT]
     moves = [i for i, r in enumerate(samples) if r.kind in (ACT, EVAL)]
     pool["value"][slots[values], rows[values]] = out["value"][values].float()
+    if finals:  # of the observation that follows step t = row − 1
+        pool["final"][slots[finals], rows[finals] - 1] = out["value"][finals].float()
     pool["actions"][slots[moves], rows[moves]] = out["actions"][moves].float()
     for name in ("logprob", *model.slot_fields()):
         pool[name][slots[acts], rows[acts]] = out[name][acts].to(pool[name].dtype)

@@ -164,6 +164,8 @@ def prepare(config: Config) -> Setup:
         "trajectory": ((), torch.int32),
         "task": ((), torch.int32),
     }
+    if config.algorithm.bootstrap_truncated:
+        slots["final"] = ((segment,), f)  # V of an episode's last observation, where the time limit ended it in this step
     slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}

@@ -13,6 +13,7 @@ from torch import nn
 from actor_worker import (
     SUMS,
     ExactProximal,
+    advantages_of,
     all_reduce_gradients,
     gather,
     iteration_metrics,
@@ -185,6 +186,22 @@ def test_streamed_gradient_of_the_real_model_in_fp32(train_vlm):
     parts, sums = gradients(model, pool, streamed(np.random.default_rng(0).permutation(BATCH)))
     assert close(parts, whole, 1e-5)  # fp32: measured 1e-7
     assert sums == pytest.approx(stats, rel=1e-4)
+
+
+def test_the_value_of_an_episode_s_last_observation_counts_where_the_time_limit_cut_it():
+    """γ = 0.5, λ = 1. Of three steps the second is the last of its episode: cut in one row, successful in the other."""
+    config = Config()
+    config.algorithm.gamma, config.algorithm.gae_lambda = 0.5, 1.0
+    data = {"reward": torch.tensor([[0.0, 0, 0], [0, 1, 0]]), "value": torch.tensor([[1.0, 2, 3, 4]] * 2)}
+    data |= {"terminated": torch.tensor([[False] * 3, [False, True, False]])}
+    data |= {"truncated": torch.tensor([[False, True, False], [False] * 3])}
+    rows = torch.ones(2, 3, dtype=torch.bool)
+    advantages, returns, _ = advantages_of(data, rows, config)
+    assert returns.tolist() == [[0, 0, 2], [0.5, 1, 2]]  # the time limit is worth 0
+    data["final"] = torch.full((2, 3), 8.0)
+    advantages, returns, _ = advantages_of(data, rows, config)
+    assert returns.tolist() == [[2, 4, 2], [0.5, 1, 2]]  # worth γ·8 a step before; success is worth its reward and no more
+    assert advantages.tolist() == [[1, 2, -1], [-0.5, -1, -1]]
 
 
 def test_metrics_of_a_micro_batch_by_hand():

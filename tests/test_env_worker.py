@@ -9,7 +9,22 @@ import torch
 
 import envs
 import metrics
-from channel import ACT, DONE, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from channel import (
+    ACT,
+    DONE,
+    EVAL,
+    FINAL,
+    LAST,
+    RESTART,
+    VALUE,
+    VERSION,
+    Channels,
+    Counters,
+    IndexQueue,
+    Record,
+    SlotPool,
+    WeightPlane,
+)
 from config import ASSETS, Config
 from env_worker import EVAL_SEEDS, Single, Vectorised, episode_seed, run
 from envs import EnvSpec
@@ -95,7 +110,7 @@ def worker(monkeypatch):
         if group:
             config.train.algorithm, config.algorithm.group_size = "grpo", group
         for name, value in settings.items():
-            setattr(config.env, name, value)
+            setattr(config.algorithm if name == "bootstrap_truncated" else config.env, name, value)
         f = torch.float32
         fields = {
             "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8), "tokens": ((SEGMENT + 1, 24), torch.int32),
@@ -180,6 +195,27 @@ def test_a_trajectory_from_request_to_request(worker):
     assert channels.finished[0].get(10.0)[0][:2] == (0, 0)
     counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
     assert counted == [3 + 2 + 3 + 3, 2, 1]
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_time_limit_can_ask_for_the_value_of_the_last_observation(worker, width):
+    """Before the episodes that it cut are replaced by new ones; success, which ends them too, asks for nothing."""
+    channels = worker(bootstrap_truncated=True, lanes=width - 1)
+    pool = channels.pool
+    record = requests(channels, LANES // width)[0]
+    for t in range(SEGMENT):
+        assert record == Record(0, t, ACT, 0)
+        pool["actions"][:LANES, t] = plan(success_at=1 if t == 2 else None)  # too late after t = 1; success; not over
+        answer(channels, record)
+        (record,) = requests(channels, 1)
+        if t == 1:
+            assert record == Record(0, 2, FINAL, 0) and seen(pool, 0, 2) == (name(0, 0, 0), HORIZON, 0)
+            answer(channels, record)
+            (record,) = requests(channels, 1)
+            assert seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)  # of which the next action is asked for
+    assert record == Record(0, SEGMENT, VALUE, 0)
+    assert pool["truncated"][0].tolist() == [False, True, False, False]
+    assert pool["terminated"][0].tolist() == [False, False, True, False]
 
 
 def test_a_slot_says_whose_it_is(worker):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import observations, tiny_pi
 
-from channel import ACT, EVAL, VALUE, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from channel import ACT, EVAL, FINAL, VALUE, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
 from models import compiled
 from rollout_worker import WeightFetcher, serve
 
@@ -100,7 +100,7 @@ def channels(model):
     spec = {
         "image": ((t + 1, 1, 16, 16, 3), torch.uint8), "tokens": ((t + 1, c.tokens), torch.int32),
         "actions": ((t, 4, 4), torch.float32), "logprob": ((t, 4, 4), torch.float32), "value": ((t + 1,), torch.float32),
-        "version": ((t,), torch.int32), "lane": ((), torch.int32), "trajectory": ((), torch.int32),
+        "final": ((t,), torch.float32), "version": ((t,), torch.int32), "lane": ((), torch.int32), "trajectory": ((), torch.int32),
     }  # fmt: skip
     spec |= {name: ((t, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     pool = SlotPool(spec, SLOTS)
@@ -111,7 +111,7 @@ def channels(model):
     return Channels(pool, None, Counters(1, ("a",)), (), (IndexQueue(), IndexQueue()), ())
 
 
-WRITTEN = ("actions", "logprob", "value", "version", "x_t", "x_next", "denoise_index", "prefix_cache", "prefix_feature")
+WRITTEN = ("actions", "logprob", "value", "final", "version", "x_t", "x_next", "denoise_index", "prefix_cache", "prefix_feature")
 
 
 def changed(channels, records, model) -> set[tuple[str, int, int]]:
@@ -133,14 +133,16 @@ def changed(channels, records, model) -> set[tuple[str, int, int]]:
 def test_each_kind_of_request_writes_its_own_rows_and_no_others(model, channels):
     records = [Record(2, 1, ACT, 1), Record(0, SEGMENT, VALUE, 0), Record(3, 2, EVAL, 1), Record(1, 0, ACT, 0)]
     wrote = changed(channels, records, model)
-    acts = {(name, slot, row) for name in WRITTEN for slot, row in ((2, 1), (1, 0))}
+    acts = {(name, slot, row) for name in WRITTEN if name != "final" for slot, row in ((2, 1), (1, 0))}
     assert wrote == acts | {("value", 0, SEGMENT), ("actions", 3, 0)}  # evaluation lives in row 0
     assert channels.pool["version"][2, 1] == 5
     assert channels.replies[0].get(0) == [records[1], records[3]]
     assert channels.replies[1].get(0) == [records[0], records[2]]
 
 
-@pytest.mark.parametrize("kind, row, wrote", [(VALUE, SEGMENT, {("value", 0, SEGMENT)}), (EVAL, 2, {("actions", 0, 0)})])
+@pytest.mark.parametrize(
+    "kind, row, wrote", [(VALUE, SEGMENT, {("value", 0, SEGMENT)}), (EVAL, 2, {("actions", 0, 0)}), (FINAL, 2, {("final", 0, 1)})]
+)
 def test_a_batch_of_one_kind_alone(model, channels, kind, row, wrote):
     assert changed(channels, [Record(0, row, kind, 0)], model) == wrote
 

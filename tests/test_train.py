@@ -120,6 +120,19 @@ def test_at_staleness_zero_no_setting_changes_learning(finished, case):
     assert learned(finished(case), 2) == pytest.approx(learned(finished("sync-colocated"), 2), rel=1e-2, abs=1e-5)
 
 
+def test_synchronous_and_asynchronous_runs_are_the_same_bit_for_bit(cli, tmp_path, tiny_checkpoint):
+    """At staleness 0, where the same things are computed together: one request per inference, one micro-batch per minibatch."""
+    weights, same = [], f"{SMALL} --ratio 2:1 --micro-batch 4 --eval-envs 0 --checkpoint {tiny_checkpoint} --iterations 3"
+    for name, preset in (("sync", "sync-disaggregated --batch-max 1"), ("async", "full --max-staleness 0 --batch-max 1")):
+        run = tmp_path / name
+        status, output = cli("train.py", f"{same} --preset {preset} --run {run}").finish()
+        assert status == 0, output
+        weights.append(load_file(run / "checkpoints" / "000003" / "model.safetensors"))
+    before = load_file(tiny_checkpoint)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in before)
+    assert any(not torch.equal(weights[0][name], before[name]) for name in before)
+
+
 def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     run = shutil.copytree(finished("full"), tmp_path / "copy")
     before = lines_of(run)
