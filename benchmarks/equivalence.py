@@ -2,6 +2,7 @@
 
     python -m benchmarks.equivalence run --seeds 5            hours; skips what benchmarks/results/equivalence.jsonl holds already
     python -m benchmarks.equivalence analyse                  the table and the plot, from that file
+    python -m benchmarks.equivalence run --study algorithms   PPO against PPO that bootstraps at the time limit, and GRPO
 
 Arms: the synchronous algorithm (sync-colocated); `full` with a staleness of at most 1, 2, 4 and 8, each with decoupled PPO's
 correction and without (`--proximal behaviour`: plain PPO on stale samples). Every arm trains the same number of batches of the
@@ -30,15 +31,16 @@ from scipy import stats
 from config import ROOT, UserError, exit_on_user_error
 
 RESULTS = ROOT / "benchmarks" / "results"
-RAW, TABLE, PLOT = RESULTS / "equivalence.jsonl", RESULTS / "equivalence.md", RESULTS / "equivalence.png"
 MARGIN = 0.05  # success rate
 EPISODES = 100  # held-out episodes of one evaluation of final weights
-ARMS = {"synchronous": "--preset sync-colocated"} | {
-    f"staleness {k}{name}": f"--preset full --max-staleness {k} {flags}"
-    for name, flags in (("", "--proximal interpolated"), (", uncorrected", "--proximal behaviour"))
-    for k in (1, 2, 4, 8)
-}
-BASE = "synchronous"
+STUDIES = {  # arms and the flags of train.py that make them; the others are compared with the first
+    "equivalence": {"synchronous": "--preset sync-colocated"} | {
+        f"staleness {k}{name}": f"--preset full --max-staleness {k} {flags}"
+        for name, flags in (("", "--proximal interpolated"), (", uncorrected", "--proximal behaviour"))
+        for k in (1, 2, 4, 8)
+    },
+    "algorithms": {"PPO": "", "PPO, bootstrapped": "--bootstrap-truncated True", "GRPO": "--algorithm grpo"},
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -47,19 +49,26 @@ class EquivalenceConfig:
 
     what: tyro.conf.Positional[Literal["run", "analyse"]]
     """run the arms that are missing, or analyse what there is"""
+    study: Literal["equivalence", "algorithms"] = "equivalence"
+    """asynchronous against synchronous, or the algorithms against each other"""
     seeds: int = 5
     """seeds of every arm"""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """which arms to run"""
+    arms: tuple[str, ...] = ()
+    """which arms to run; none means all of the study"""
     flags: str = ""
     """more flags of train.py, the same for every arm"""
 
 
-def one_run(arm: str, seed: int, flags: str) -> dict:
+def file(study: str, kind: str) -> Path:
+    """Of its results: jsonl holds a line per run, md the table, png the plot."""
+    return RESULTS / f"{study}.{kind}"
+
+
+def one_run(study: str, arm: str, seed: int, flags: str) -> dict:
     """Trains and evaluates by the commands that a user gives. Returns what is kept of it."""
     with tempfile.TemporaryDirectory() as folder:
         run, result = Path(folder) / "run", Path(folder) / "result.json"
-        train = f"train.py {ARMS[arm]} --seed {seed} --eval-envs 0 --no-trace --run {run} {flags}".split()
+        train = f"train.py {STUDIES[study][arm]} --seed {seed} --eval-envs 0 --no-trace --run {run} {flags}".split()
         subprocess.run([sys.executable, *train], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         evaluate = f"evaluate.py --checkpoint {run} --episodes {EPISODES} --json {result} --videos {folder}".split()
         subprocess.run([sys.executable, *evaluate], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -69,24 +78,26 @@ def one_run(arm: str, seed: int, flags: str) -> dict:
     return {"arm": arm, "seed": seed, "flags": flags, "final": final, **{name: [line.get(name) for line in lines] for name in keep}}
 
 
-def rows() -> list[dict]:
-    return [json.loads(line) for line in RAW.read_text().splitlines()] if RAW.is_file() else []
+def rows(study: str) -> list[dict]:
+    raw = file(study, "jsonl")
+    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
 
 
 def run(config: EquivalenceConfig) -> None:
     """Seeds outermost, so that an interrupted study has all arms alike."""
+    known = STUDIES[config.study]
     for arm in config.arms:
-        if arm not in ARMS:
-            raise UserError(f"unknown arm {arm!r}: choose among {', '.join(ARMS)}")
+        if arm not in known:
+            raise UserError(f"unknown arm {arm!r}: choose among {', '.join(known)}")
     RESULTS.mkdir(exist_ok=True)
     for seed in range(1, config.seeds + 1):
-        for arm in config.arms:
-            if any((row["arm"], row["seed"], row["flags"]) == (arm, seed, config.flags) for row in rows()):
+        for arm in config.arms or known:
+            if any((row["arm"], row["seed"], row["flags"]) == (arm, seed, config.flags) for row in rows(config.study)):
                 continue
             began = time.monotonic()
-            row = one_run(arm, seed, config.flags)
-            with RAW.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            row = one_run(config.study, arm, seed, config.flags)
+            with file(config.study, "jsonl").open("a") as raw:
+                raw.write(json.dumps(row) + "\n")
             print(f"{arm}, seed {seed}: {row['final']:.0%} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
 
 
@@ -111,17 +122,18 @@ def tost(values: np.ndarray, base: np.ndarray, margin: float) -> float:
     return float(max(lower, upper))
 
 
-def summary(found: list[dict]) -> list[dict]:
-    """One row per arm that has results, in the order of ARMS."""
+def summary(study: str, found: list[dict]) -> list[dict]:
+    """One row per arm that has results, in the order of the study."""
+    arms, base_arm = list(STUDIES[study]), next(iter(STUDIES[study]))
     measures = {"final": lambda row: row["final"], "area": area}
-    values = {arm: {m: np.array([f(row) for row in found if row["arm"] == arm]) for m, f in measures.items()} for arm in ARMS}
+    values = {arm: {m: np.array([f(row) for row in found if row["arm"] == arm]) for m, f in measures.items()} for arm in arms}
     out = []
-    for arm in (arm for arm in ARMS if len(values[arm]["final"])):
+    for arm in (arm for arm in arms if len(values[arm]["final"])):
         row = {"arm": arm, "seeds": len(values[arm]["final"])}
         for m in measures:
-            mine, base = values[arm][m], values[BASE][m]
+            mine, base = values[arm][m], values[base_arm][m]
             row |= {m: float(mine.mean()), f"{m}_interval": bootstrap(mine)}
-            if arm != BASE and len(base):
+            if arm != base_arm and len(base):
                 p = tost(mine, base, MARGIN)
                 row |= {f"{m}_difference": float(mine.mean() - base.mean()), f"{m}_tost_p": p, f"{m}_equivalent": p < 0.05}
         row["minutes"] = float(np.mean([one["time"][-1] / 60 for one in found if one["arm"] == arm]))
@@ -129,14 +141,14 @@ def summary(found: list[dict]) -> list[dict]:
     return out
 
 
-def table(found: list[dict]) -> str:
+def table(study: str, found: list[dict]) -> str:
     head = (
         "| arm | seeds | final success | difference, TOST p | area under the curve | difference, TOST p | minutes |\n"
         + 7 * "|---"
         + "|\n"
     )
     text = ""
-    for row in summary(found):
+    for row in summary(study, found):
         cells = [row["arm"], str(row["seeds"])]
         for m in ("final", "area"):
             low, high = row[f"{m}_interval"]
@@ -150,7 +162,7 @@ def table(found: list[dict]) -> str:
     return head + text
 
 
-def plot(found: list[dict]) -> None:
+def plot(study: str, found: list[dict]) -> None:
     """Training's success against env steps and against minutes: the mean over seeds, five iterations smoothed."""
     import matplotlib
 
@@ -158,7 +170,7 @@ def plot(found: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for i, arm in enumerate(ARMS):
+    for i, arm in enumerate(STUDIES[study]):
         mine = [row for row in found if row["arm"] == arm]
         if not mine:
             continue
@@ -166,7 +178,7 @@ def plot(found: list[dict]) -> None:
         curves = np.array([[np.nan if x is None else x for x in row["success_rate"][:length]] for row in mine])
         smooth = np.array([np.nanmean(curves[:, max(0, t - 4) : t + 1]) for t in range(length)])
         style = {
-            "color": "black" if arm == BASE else f"C{(i - 1) % 4}",
+            "color": "black" if i == 0 else f"C{(i - 1) % 4}",
             "linestyle": ":" if "uncorrected" in arm else "-",
             "label": arm,
         }
@@ -176,18 +188,19 @@ def plot(found: list[dict]) -> None:
     axes[1].set(xlabel="minutes")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(PLOT, dpi=110)
+    figure.savefig(file(study, "png"), dpi=110)
 
 
 def main(config: EquivalenceConfig) -> None:
     if config.what == "run":
         run(config)
-    found = rows()
+    found = rows(config.study)
     if not found:
-        raise UserError(f"there are no results in {RAW}: begin with `python -m benchmarks.equivalence run`")
-    TABLE.write_text(table(found))
-    plot(found)
-    print(table(found))
+        raise UserError(f"there are no results in {file(config.study, 'jsonl')}: begin with `python -m benchmarks.equivalence run`")
+    text = table(config.study, found)
+    file(config.study, "md").write_text(text)
+    plot(config.study, found)
+    print(text)
 
 
 if __name__ == "__main__":

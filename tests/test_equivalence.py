@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import equivalence
-from benchmarks.equivalence import ARMS, BASE, MARGIN, bootstrap, summary, table, tost
+from benchmarks.equivalence import MARGIN, STUDIES, bootstrap, summary, table, tost
 
 
 def test_tost_by_its_interval():
@@ -36,13 +36,13 @@ def result(arm: str, seed: int, final: float) -> dict:
 
 
 def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch):
-    same, worse = list(ARMS)[1:3]
+    base, same, worse = list(STUDIES["equivalence"])[:3]
     noise = (-0.01, 0.0, 0.01, 0.005, -0.005)
-    found = [result(arm, i, level + noise[i]) for arm, level in ((BASE, 0.9), (same, 0.905), (worse, 0.8)) for i in range(5)]
-    base, alike, different = summary(found)
+    found = [result(arm, i, level + noise[i]) for arm, level in ((base, 0.9), (same, 0.905), (worse, 0.8)) for i in range(5)]
+    base, alike, different = summary("equivalence", found)
     assert alike["final_equivalent"] and alike["area_equivalent"] and not different["final_equivalent"]
     assert different["final_difference"] == pytest.approx(-0.1) and base["minutes"] == 2.0
-    assert "-10.0 points" in table(found) and table(found).count("equivalent") == 2
-    monkeypatch.setattr(equivalence, "PLOT", tmp_path / "x.png")
-    equivalence.plot(found)
-    assert (tmp_path / "x.png").stat().st_size > 5000
+    assert "-10.0 points" in (text := table("equivalence", found)) and text.count("equivalent") == 2
+    monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
+    equivalence.plot("equivalence", found)
+    assert (tmp_path / "equivalence.png").stat().st_size > 5000
