@@ -163,7 +163,7 @@ def table(study: str, found: list[dict]) -> str:
 
 
 def plot(study: str, found: list[dict]) -> None:
-    """Training's success against env steps and against minutes: the mean over seeds, five iterations smoothed."""
+    """Training's success against env steps and against minutes: five iterations smoothed, the mean over seeds and, thin, each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -176,14 +176,13 @@ def plot(study: str, found: list[dict]) -> None:
             continue
         length = min(len(row["time"]) for row in mine)
         curves = np.array([[np.nan if x is None else x for x in row["success_rate"][:length]] for row in mine])
-        smooth = np.array([np.nanmean(curves[:, max(0, t - 4) : t + 1]) for t in range(length)])
-        style = {
-            "color": "black" if i == 0 else f"C{(i - 1) % 4}",
-            "linestyle": ":" if "uncorrected" in arm else "-",
-            "label": arm,
-        }
+        smooth = np.array([np.nanmean(curves[:, max(0, t - 4) : t + 1], axis=1) for t in range(length)])  # [length, seeds]
+        style = {"color": "black" if i == 0 else f"C{(i - 1) % 4}", "linestyle": ":" if "uncorrected" in arm else "-"}
         for axis, key, scale in ((axes[0], "env_steps", 1e3), (axes[1], "time", 60.0)):
-            axis.plot(np.mean([row[key][:length] for row in mine], axis=0) / scale, 100 * smooth, **style)
+            x = np.mean([row[key][:length] for row in mine], axis=0) / scale
+            axis.plot(x, 100 * smooth.mean(axis=1), **style, label=f"{arm}, {len(mine)} seeds")
+            if len(STUDIES[study]) < 5:  # every seed, where there is room
+                axis.plot(x, 100 * smooth, **style, linewidth=0.7, alpha=0.4)
     axes[0].set(xlabel="thousand env steps", ylabel="success of training, %")
     axes[1].set(xlabel="minutes")
     axes[0].legend()
