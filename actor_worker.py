@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import time
+from collections import deque
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -147,7 +148,7 @@ class ExactProximal:
 
         def proximal(flat: dict[str, Tensor], new: Tensor, kept: Tensor) -> Tensor:
             trajectory, row = kept // segment, kept % segment
-            if slots[0] not in self.stored:
+            if not self.stored.keys() >= set(slots):
                 found = new.detach()
                 if self.before is not None:
                     self.exchange()
@@ -272,12 +273,14 @@ def run(
     )  # fmt: skip
     parameters = list(trainable.values())
     proximal = ExactProximal(model, parameters) if config.algorithm.proximal == "exact" else None
+    past = deque(maxlen=actor.extra_staleness + 1)  # weights of the newest versions, of which the oldest acts
 
     def publish() -> None:
         """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
         with meter.work("publish"):
             if rank == 0:
-                plane.publish(trainable, version)
+                past.append({n: p.detach().clone() for n, p in trainable.items()} if actor.extra_staleness else trainable)
+                plane.publish(past[0], version)
                 for target in (*channels.replies, *channels.requests):
                     target.put([Record(0, 0, VERSION, 0)])
 

@@ -152,6 +152,8 @@ class ActorConfig:
     """training processes, which average gradients; 0 derives it from --ratio"""
     max_staleness: int = 1
     """K: a trajectory of batch b may start once version b − K is published; 0 is synchronous"""
+    extra_staleness: int = 0
+    """versions by which the weights that act are held back, on purpose: to study what staleness does"""
     stream: bool = True
     """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
     batch: int = 48
@@ -338,8 +340,11 @@ def validate(config: Config) -> None:
         raise UserError(f"--temperature {config.rollout.temperature} must be more than 0")
     if config.train.seed < 0:
         raise UserError(f"--seed {config.train.seed} must be 0 or more")
-    if actor.max_staleness < 0:
-        raise UserError(f"--max-staleness {actor.max_staleness} must be 0 or more")
+    for flag, value in (("--max-staleness", actor.max_staleness), ("--extra-staleness", actor.extra_staleness)):
+        if value < 0:
+            raise UserError(f"{flag} {value} must be 0 or more")
+    if actor.extra_staleness and env.evaluates:
+        raise UserError("--extra-staleness makes evaluations meet old weights: add --eval-every 0, and use evaluate.py afterwards")
     if config.rollout.batch_max not in ("auto", "all") and config.rollout.batch_max < 1:
         raise UserError(f"--batch-max {config.rollout.batch_max} must be at least 1")
     if config.rollout.batch_wait_ms != "auto" and not config.rollout.batch_wait_ms >= 0:

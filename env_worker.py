@@ -23,7 +23,7 @@ from torch import Tensor
 import envs
 import metrics
 import models
-from channel import ACT, DONE, EVAL, FINAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record, synchronize
+from channel import ACT, DONE, EVAL, FINAL, LAST, OBSERVED, PARKED, RESTART, VALUE, VERSION, Channels, Record, synchronize
 from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
@@ -214,6 +214,13 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         channels.finished[admission.owner(slot, len(channels.finished))].put([Record(slot, 0, DONE, rank)])
         meter.count("delivered", steps * width)
 
+    def park(lane: Lane) -> None:
+        """The lane waits for its version. A rollout worker that waits for every lane must know, and has seen it only for PPO, whose
+        trajectories end with a VALUE."""
+        parked.append(lane)
+        if grouped and lane.trajectory > begin:
+            request(lane, admission.slot(lane.envs[0], lane.trajectory - 1), PARKED, 0)
+
     def find(lane: Lane) -> bool:
         """Moves a lane of a dead worker on to its first trajectory that no actor has received, once that is known.
 
@@ -267,7 +274,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             finish(slots.start, t + 1)
             lane.trajectory += 1
             if not begin_trajectory(lane):
-                parked.append(lane)
+                park(lane)
             return
         lane.ended = [] if grouped else ended
         if late.any() and config.algorithm.bootstrap_truncated:
@@ -344,7 +351,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     missing = take_over(rank, generation, channels, meter) if generation else set()
     while True:
         for lane in [lane for lane in lost if find(lane)]:
-            lost.remove(lane), parked.append(lane)
+            lost.remove(lane), park(lane)
             kept += (lane.trajectory - begin) * segment * width
             if not lost:
                 meter.set("discarded", before - (meter.counters.get(meter.row, "delivered") if grouped else kept))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, FINAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
+from channel import ACT, EVAL, FINAL, LAST, PARKED, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
@@ -145,7 +145,12 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     with meter.wait("weights"):
         while not fetcher.swap(1.0):  # however long the actor takes to start: the launcher watches it
             meter.set("time", time.monotonic())
-    trajectories = np.full(served, fetcher.version * admission.per_lane)  # of each lane: the one it is in, or starts next
+    begun = fetcher.version
+    trajectories = np.full(served, begun * admission.per_lane)  # of each lane: the one it is in, or starts next
+
+    def note(record: Record, over: bool) -> None:
+        """The lane that asks is in the trajectory of its slot, or that one is over and it is in, or waits for, the next."""
+        trajectories[int(pool["lane"][record.slot]) // width // workers] = int(pool["trajectory"][record.slot]) + over
 
     def due() -> float | None:
         """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for more would be in vain, with
@@ -169,8 +174,10 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 batcher.drop(lambda request, sender=record.sender: request.sender == sender)
                 channels.replies[record.sender].put([record])
                 continue
-            if record.kind == ACT:
-                trajectories[int(pool["lane"][record.slot]) // width // workers] = pool["trajectory"][record.slot]
+            if record.kind in (ACT, PARKED):
+                note(record, record.kind == PARKED)
+            if record.kind == PARKED:
+                continue
             batcher.add(record, record.kind not in (EVAL, LAST), float(pool["asked"][record.slot]))
         if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
             batcher.wait_s = min(batcher.wait_s, 0.01)
@@ -181,7 +188,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         batch, waited = batcher.take()
         for record in batch:
             if record.kind == VALUE:  # the lane's next one may have to wait for its version
-                trajectories[int(pool["lane"][record.slot]) // width // workers] = pool["trajectory"][record.slot] + 1
+                note(record, True)
         needed = max((admission.batch_of(int(pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
         if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
             needed = plane.version + admission.max_staleness
@@ -199,7 +206,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         with meter.work("infer"):
             widths = width, config.env.eval_width
             sizes = compiled.bucket if compiles else int
-            serve(model, batch, channels, config.train.seed, fetcher.version, device, *widths, sizes)
+            acting = max(begun, fetcher.version - config.actor.extra_staleness)  # what the actor has published under that version
+            serve(model, batch, channels, config.train.seed, acting, device, *widths, sizes)
         if auto_wait:  # half an inference: requests that come during one join the next anyway, and env workers wait less
             batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * 0.5 * (time.monotonic() - start)
         size = sum(config.env.eval_width if record.kind == EVAL else width for record in batch)  # envs

@@ -69,6 +69,8 @@ def test_what_is_valid():
         ({"train__timeout_s": 0.0}, "--timeout-s 0"),
         ({"train__seed": -1}, "--seed -1"),
         ({"actor__max_staleness": -1}, "--max-staleness -1"),
+        ({"actor__extra_staleness": -1}, "--extra-staleness -1"),
+        ({"actor__extra_staleness": 1}, "add --eval-every 0"),
         ({"rollout__batch_max": 0}, "--batch-max 0"),
         ({"rollout__batch_wait_ms": -1.0}, "--batch-wait-ms -1"),
         ({"rollout__batch_wait_ms": math.nan}, "--batch-wait-ms nan"),

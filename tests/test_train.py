@@ -133,6 +133,18 @@ def test_synchronous_and_asynchronous_runs_are_the_same_bit_for_bit(cli, tmp_pat
     assert any(not torch.equal(weights[0][name], before[name]) for name in before)
 
 
+def test_staleness_on_purpose(cli, tmp_path, tiny_checkpoint):
+    run = tmp_path / "x"
+    flags = (
+        f"{SMALL} --eval-every 0 --max-staleness 0 --extra-staleness 2 --checkpoint {tiny_checkpoint} --iterations 4 --run {run}"
+    )
+    status, output = cli("train.py", flags).finish()
+    assert status == 0, output
+    lines = lines_of(run)
+    assert [line["staleness_mean"] for line in lines] == [0.0, 1.0, 2.0, 2.0]  # versions 0, 0, 0, 1 acted
+    assert lines[0]["ratio_max"] == pytest.approx(1.0, abs=1e-4) and lines[2]["ratio_max"] > 1.001
+
+
 def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     run = shutil.copytree(finished("full"), tmp_path / "copy")
     before = lines_of(run)
@@ -162,9 +174,10 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     assert list((tmp_path / "x").glob("wandb/offline-run-*"))
 
 
-def test_grpo_from_end_to_end(cli, tmp_path):
+@pytest.mark.parametrize("preset", PRESETS)
+def test_grpo_from_end_to_end(cli, tmp_path, preset):
     flags = "--algorithm grpo --group-size 2 --tasks faucet-open handle-press --envs 4 --env-workers 2 --batch 4 --minibatch 4"
-    flags += " --micro-batch 2 --update-epochs 1 --eval-envs 0 --iterations 3 --max-staleness 0"
+    flags += f" --micro-batch 2 --update-epochs 1 --eval-envs 0 --iterations 3 --preset {preset} --max-staleness 0"
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
     assert status == 0, output
     lines = lines_of(tmp_path / "x")
