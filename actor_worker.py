@@ -112,8 +112,7 @@ def train_micro_batch(
         clip_low=hyper.clip_low, clip_high=hyper.clip_high, dual_clip=hyper.dual_clip, weight_max=hyper.behaviour_weight_max,
         weight_mode=hyper.behaviour_weight,
     )(new, old, prox, scale(pick(advantages)))  # fmt: skip
-    warm = version >= hyper.critic_warmup
-    total, values = loss * warm, torch.zeros_like(loss)
+    total, values = loss, torch.zeros_like(loss)
     if returns is not None:
         target, before = pick(returns), pick(data["value"])
         values = value_loss(out["value"], before, target, hyper.value_clip, hyper.huber)
@@ -338,6 +337,9 @@ def run(
                 with meter.wait("gradient") if ranks > 1 else meter.nothing:
                     all_reduce_gradients(parameters, ranks)
                 with meter.work("optimizer"):
+                    if version < config.algorithm.critic_warmup:  # not even by weight decay
+                        for parameter in groups[False]:
+                            parameter.grad = None
                     parts = [
                         float(torch.nn.utils.get_total_norm(p.grad for p in part if p.grad is not None)) for part in groups.values()
                     ]

@@ -353,8 +353,12 @@ def validate(config: Config) -> None:
     size = config.algorithm.group_size if grouped else 1
     if grouped and size < 2:
         raise UserError(f"--group-size {size} must be at least 2: GRPO compares trajectories with each other")
-    if grouped and config.algorithm.bootstrap_truncated:
-        raise UserError("--bootstrap-truncated True needs a critic, and GRPO has none: leave it out, or give --algorithm ppo")
+    for flag, given in (
+        ("--bootstrap-truncated True", config.algorithm.bootstrap_truncated),
+        (f"--critic-warmup {config.algorithm.critic_warmup}", config.algorithm.critic_warmup),
+    ):
+        if grouped and given:
+            raise UserError(f"{flag} needs a critic, and GRPO has none: leave it out, or give --algorithm ppo")
     if not 0.0 <= config.algorithm.group_low <= config.algorithm.group_high <= 1.0:
         raise UserError("--group-low and --group-high must be success rates, and the first not above the second")
     for flag, value in (("--clip-low", config.algorithm.clip_low), ("--clip-high", config.algorithm.clip_high)):

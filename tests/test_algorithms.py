@@ -231,6 +231,23 @@ def test_staleness_zero_is_ppo():
     torch.testing.assert_close(stats["approx_kl"], (ratio - 1 - ratio.log()).sum().detach())
 
 
+def test_inside_the_clip_the_action_is_corrected_in_full():
+    """Whatever the proximal policy, interpolated at any staleness or another: the gradient is r·A per sample, r = new / old."""
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(12, 1, dtype=torch.float64, generator=generator)
+    a = torch.randn(12, dtype=torch.float64, generator=generator)
+    for staleness in (0.0, 1.0, 3.0, 8.0, None):
+        new = (old + torch.empty_like(old).uniform_(-0.15, 0.15, generator=generator)).requires_grad_()
+        prox = old + 0.05 if staleness is None else interpolated_proximal(new, old, torch.full_like(a, staleness))
+        loss, _ = PolicyLoss(clip_low=0.2, clip_high=0.25)(new, old, prox, a)
+        (gradient,) = torch.autograd.grad(loss, new)
+        torch.testing.assert_close(gradient[:, 0], -(new - old).exp()[:, 0].detach() * a, rtol=1e-12, atol=0)
+        log_weight = prox - old  # and beyond the clip, where it would raise the objective further, there is none
+        further = (old + log_weight + 0.3).detach().requires_grad_()
+        loss, _ = PolicyLoss(clip_low=0.2, clip_high=0.25)(further, old, old + log_weight, a.abs())
+        assert not torch.autograd.grad(loss, further)[0].any()
+
+
 @pytest.mark.parametrize("u", [1, 5])
 def test_gradient_at_ratio_one_is_the_policy_gradient(u):
     _, old, advantages, _ = samples(u=u)

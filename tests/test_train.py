@@ -1,5 +1,6 @@
 """The command line end to end on the real simulator: every preset, several workers, resuming, and every mistake."""
 
+import itertools
 import json
 import math
 import shutil
@@ -131,6 +132,20 @@ def test_synchronous_and_asynchronous_runs_are_the_same_bit_for_bit(cli, tmp_pat
     before = load_file(tiny_checkpoint)
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in before)
     assert any(not torch.equal(weights[0][name], before[name]) for name in before)
+
+
+def test_only_the_critic_learns_while_it_warms_up(cli, tmp_path, tiny_checkpoint):
+    run = tmp_path / "x"
+    flags = (
+        f"{SMALL} --eval-envs 0 --critic-warmup 1 --checkpoint-every 1 --checkpoint {tiny_checkpoint} --iterations 2 --run {run}"
+    )
+    status, output = cli("train.py", flags).finish()
+    assert status == 0, output
+    weights = [load_file(tiny_checkpoint), *(load_file(run / f"checkpoints/00000{v}/model.safetensors") for v in (1, 2))]
+    learnt = [{name for name in a if not torch.equal(a[name], b[name])} for a, b in itertools.pairwise(weights)]
+    assert learnt[0] and all(name.startswith("value_head.") for name in learnt[0])
+    assert any(name.startswith("expert.") for name in learnt[1])
+    assert [line["grad_norm_policy"] > 0 for line in lines_of(run)] == [False, True]
 
 
 def test_staleness_on_purpose(cli, tmp_path, tiny_checkpoint):
