@@ -4,15 +4,19 @@
     python -m benchmarks.equivalence analyse                  the table and the plot, from that file
     python -m benchmarks.equivalence run --study algorithms   PPO against PPO that bootstraps at the time limit, and GRPO
 
-Arms: the synchronous algorithm (sync-colocated); `full` with a staleness of at most 1, 2, 4 and 8, each with decoupled PPO's
-correction and without (`--proximal behaviour`: plain PPO on stale samples). Every arm trains the same number of batches of the
-same size, so they are compared at equal env steps, and by the clock as well.
+Arms: the synchronous algorithm (sync-colocated); `full` at a staleness of at most 1, 2, 4 and 8, each with decoupled PPO's
+correction and without (`--proximal behaviour`: plain PPO on stale samples). A bound alone is no treatment: rollouts are the
+slower stage here, so that samples are seldom more than one version old however large it is. Beyond 1, `--extra-staleness` holds
+the acting weights back; the table has the staleness that came of it. Every arm trains the same number of batches of the same
+size.
 
-Stated beforehand: the measures are the success rate of the final weights on EPISODES held-out episodes, and the mean over
-iterations of training's success rate (area under the curve). MARGIN points either way count as no difference. An arm is equivalent
-when two one-sided Welch t-tests (TOST) both reject, at 5 %, that it differs by MARGIN or more: then its 90 % interval lies within.
-Intervals shown are 95 % bootstrap intervals of the mean over seeds.
-Left out: other tasks and models; five seeds see differences of about 5 points, not smaller ones.
+Stated beforehand: the measures are the success rate of the final weights on EPISODES held-out episodes (the same ones in every
+arm), and the area under the learning curve: success of the episodes that a version played, over the versions from 0 to LAST
+before the end, so that lag by itself, which shifts the curve but not the learning, does not count. MARGIN points either way
+count as no difference. An arm is equivalent when two one-sided Welch t-tests (TOST) both reject, at 5 % after Holm's correction
+for the number of arms, that it differs by MARGIN or more. Intervals shown are 95 % bootstrap-t intervals of the mean over
+seeds.
+Left out: other tasks and models. What five seeds can see is printed below the table.
 """
 
 import json
@@ -33,9 +37,10 @@ from config import ROOT, UserError, exit_on_user_error
 RESULTS = ROOT / "benchmarks" / "results"
 MARGIN = 0.05  # success rate
 EPISODES = 100  # held-out episodes of one evaluation of final weights
+LAST = 8  # versions: the largest staleness of any arm
 STUDIES = {  # arms and the flags of train.py that make them; the others are compared with the first
     "equivalence": {"synchronous": "--preset sync-colocated"} | {
-        f"staleness {k}{name}": f"--preset full --max-staleness {k} {flags}"
+        f"staleness {k}{name}": f"--preset full --max-staleness 1 --extra-staleness {k - 1} {flags}"
         for name, flags in (("", "--proximal interpolated"), (", uncorrected", "--proximal behaviour"))
         for k in (1, 2, 4, 8)
     },
@@ -68,19 +73,24 @@ def one_run(study: str, arm: str, seed: int, flags: str) -> dict:
     """Trains and evaluates by the commands that a user gives. Returns what is kept of it."""
     with tempfile.TemporaryDirectory() as folder:
         run, result = Path(folder) / "run", Path(folder) / "result.json"
-        train = f"train.py {STUDIES[study][arm]} --seed {seed} --eval-envs 0 --no-trace --run {run} {flags}".split()
+        train = f"train.py {STUDIES[study][arm]} --seed {seed} --eval-every 0 --no-trace --run {run} {flags}".split()
         subprocess.run([sys.executable, *train], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         evaluate = f"evaluate.py --checkpoint {run} --episodes {EPISODES} --json {result} --videos {folder}".split()
         subprocess.run([sys.executable, *evaluate], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         final = json.loads(result.read_text())["rows"][-1]["success_rate"]
-    keep = ("success_rate", "env_steps", "time", "staleness_mean", "approx_kl", "masked_fraction")
+    keep = ("success_rate", "env_steps", "time", "staleness_mean", "staleness_max", "approx_kl", "masked_fraction")
     return {"arm": arm, "seed": seed, "flags": flags, "final": final, **{name: [line.get(name) for line in lines] for name in keep}}
 
 
-def rows(study: str) -> list[dict]:
+def rows(study: str, flags: str) -> list[dict]:
+    """Of the runs with these flags. Raises UserError where an arm has a seed twice or runs differ in length."""
     raw = file(study, "jsonl")
-    return [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
+    found = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
+    found = [row for row in found if row["flags"] == flags]
+    if len({(row["arm"], row["seed"]) for row in found}) < len(found) or len({len(row["time"]) for row in found}) > 1:
+        raise UserError(f"{raw} has an arm's seed twice, or runs of different length: remove the lines that are wrong")
+    return found
 
 
 def run(config: EquivalenceConfig) -> None:
@@ -92,7 +102,7 @@ def run(config: EquivalenceConfig) -> None:
     RESULTS.mkdir(exist_ok=True)
     for seed in range(1, config.seeds + 1):
         for arm in config.arms or known:
-            if any((row["arm"], row["seed"], row["flags"]) == (arm, seed, config.flags) for row in rows(config.study)):
+            if any((row["arm"], row["seed"]) == (arm, seed) for row in rows(config.study, config.flags)):
                 continue
             began = time.monotonic()
             row = one_run(config.study, arm, seed, config.flags)
@@ -101,69 +111,104 @@ def run(config: EquivalenceConfig) -> None:
             print(f"{arm}, seed {seed}: {row['final']:.0%} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
 
 
+def curve(row: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Versions that acted, not decreasing, and the success rate of what they played."""
+    acted = np.arange(len(row["time"])) - np.array(row["staleness_mean"])
+    success = np.array([np.nan if x is None else x for x in row["success_rate"]])  # None: no episode ended
+    return acted[~np.isnan(success)], success[~np.isnan(success)]
+
+
 def area(row: dict) -> float:
-    return float(np.mean([x for x in row["success_rate"] if x is not None]))
+    versions = np.arange(max(1, len(row["time"]) - LAST))
+    return float(np.interp(versions, *curve(row)).mean())
 
 
 def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % interval of the mean, by resampling seeds."""
-    means = np.random.default_rng(0).choice(values, (draws, len(values))).mean(axis=1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    """95 % bootstrap-t interval of the mean, by resampling seeds (percentiles alone cover 85 % at five seeds). NaN below three."""
+    n, spread = len(values), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 2 else np.nan
+    drawn = np.random.default_rng(0).choice(values, (draws, n))
+    spreads = drawn.std(axis=1, ddof=1) / n**0.5 if n > 2 else np.zeros(draws)
+    t = (drawn.mean(axis=1) - values.mean())[spreads > 0] / spreads[spreads > 0]
+    low, high = np.quantile(t, (0.975, 0.025)) if len(t) else (0.0, 0.0)
+    return float(values.mean() - low * spread), float(values.mean() - high * spread)
 
 
 def tost(values: np.ndarray, base: np.ndarray, margin: float) -> float:
     """p of two one-sided Welch t-tests: the larger of those for "lower by the margin or more" and "higher by it or more"."""
-    if len(values) < 2 or len(base) < 2:
+    if len(values) < 2 or len(base) < 2 or values.std() == base.std() == 0.0:  # too few to know how much seeds vary
         return 1.0
-    if values.std() == base.std() == 0.0:  # nothing varies: certain either way
-        return 0.0 if abs(values.mean() - base.mean()) < margin else 1.0
     lower = stats.ttest_ind(values + margin, base, equal_var=False, alternative="greater").pvalue
     upper = stats.ttest_ind(values - margin, base, equal_var=False, alternative="less").pvalue
     return float(max(lower, upper))
 
 
+def holm(p: list[float]) -> list[float]:
+    """p values corrected for their number (Holm 1979)."""
+    order, corrected, least = np.argsort(p), [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, (len(p) - rank) * p[i]))
+        corrected[i] = least
+    return corrected
+
+
+def power(deviation: float, seeds: int, arms: int, studies: int = 1000) -> float:
+    """How often an arm that is truly equal is found equivalent at the strictest step of Holm's correction, p · arms < 0.05."""
+    drawn = np.random.default_rng(0).normal(0.0, deviation, (studies, 2, seeds))
+    return float(np.mean([tost(a, b, MARGIN) * arms < 0.05 for a, b in drawn]))
+
+
 def summary(study: str, found: list[dict]) -> list[dict]:
     """One row per arm that has results, in the order of the study."""
-    arms, base_arm = list(STUDIES[study]), next(iter(STUDIES[study]))
-    measures = {"final": lambda row: row["final"], "area": area}
-    values = {arm: {m: np.array([f(row) for row in found if row["arm"] == arm]) for m, f in measures.items()} for arm in arms}
-    out = []
-    for arm in (arm for arm in arms if len(values[arm]["final"])):
-        row = {"arm": arm, "seeds": len(values[arm]["final"])}
-        for m in measures:
-            mine, base = values[arm][m], values[base_arm][m]
+    arms = {arm: [row for row in found if row["arm"] == arm] for arm in STUDIES[study]}
+    base, *others = arms
+    values = {arm: {"final": np.array([row["final"] for row in mine]), "area": np.array([area(row) for row in mine])}
+              for arm, mine in arms.items()}  # fmt: skip
+    out = {arm: {"arm": arm, "seeds": len(mine)} for arm, mine in arms.items() if mine}
+    for m in ("final", "area"):
+        for arm, row in out.items():
+            mine = values[arm][m]
             row |= {m: float(mine.mean()), f"{m}_interval": bootstrap(mine)}
-            if arm != base_arm and len(base):
-                p = tost(mine, base, MARGIN)
-                row |= {f"{m}_difference": float(mine.mean() - base.mean()), f"{m}_tost_p": p, f"{m}_equivalent": p < 0.05}
-        row["minutes"] = float(np.mean([one["time"][-1] / 60 for one in found if one["arm"] == arm]))
-        out.append(row)
-    return out
+        compared = [arm for arm in others if arm in out and base in out]
+        for arm, p in zip(compared, holm([tost(values[arm][m], values[base][m], MARGIN) for arm in compared]), strict=True):
+            difference = out[arm][m] - out[base][m]
+            out[arm] |= {f"{m}_difference": difference, f"{m}_tost_p": p, f"{m}_equivalent": p < 0.05}
+    for arm, row in out.items():
+        row["minutes"] = float(np.mean([one["time"][-1] / 60 for one in arms[arm]]))
+        row["staleness_mean"] = float(np.mean([one["staleness_mean"] for one in arms[arm]]))
+        row["staleness_max"] = max(max(one["staleness_max"]) for one in arms[arm])
+    return list(out.values())
 
 
 def table(study: str, found: list[dict]) -> str:
-    head = (
-        "| arm | seeds | final success | difference, TOST p | area under the curve | difference, TOST p | minutes |\n"
-        + 7 * "|---"
-        + "|\n"
+    text = (
+        "| arm | seeds | staleness: mean, most | final success | difference, p | area under the curve | difference, p | minutes |\n"
     )
-    text = ""
-    for row in summary(study, found):
-        cells = [row["arm"], str(row["seeds"])]
+    text += 8 * "|---" + "|\n"
+    arms = summary(study, found)
+    for row in arms:
+        cells = [row["arm"], str(row["seeds"]), f"{row['staleness_mean']:.1f}, {row['staleness_max']}"]
         for m in ("final", "area"):
             low, high = row[f"{m}_interval"]
             cells.append(f"{row[m]:.1%} [{low:.1%}, {high:.1%}]")
+            cells.append("")
             if f"{m}_difference" in row:
                 verdict = "equivalent" if row[f"{m}_equivalent"] else "not shown"
-                cells.append(f"{100 * row[f'{m}_difference']:+.1f} points, p = {row[f'{m}_tost_p']:.3f}: {verdict}")
-            else:
-                cells.append("")
+                cells[-1] = f"{100 * row[f'{m}_difference']:+.1f} points, {row[f'{m}_tost_p']:.3f}: {verdict}"
         text += "| " + " | ".join([*cells, f"{row['minutes']:.1f}"]) + " |\n"
-    return head + text
+    for m, words in (("final", "final success"), ("area", "the area")):
+        groups = [[one["final"] if m == "final" else area(one) for one in found if one["arm"] == row["arm"]] for row in arms]
+        spreads = [np.var(group, ddof=1) for group in groups if len(group) > 1]
+        if spreads and len(arms) > 1:
+            deviation, seeds = float(np.mean(spreads)) ** 0.5, min(map(len, groups))
+            seen = power(deviation, seeds, len(arms) - 1)
+            text += f"\nSeeds of an arm differ by {100 * deviation:.1f} points in {words} (standard deviation): an arm truly equal"
+            text += f" to the first is found so in {seen:.0%} of studies with {seeds} seeds.\n"
+    return text
 
 
 def plot(study: str, found: list[dict]) -> None:
-    """Training's success against env steps and against minutes: five iterations smoothed, the mean over seeds and, thin, each."""
+    """Success of a version's episodes, five batches smoothed: against the env steps trained until it and the minutes until it was
+    published. The mean over seeds and, thin, where there are few arms, each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,31 +219,35 @@ def plot(study: str, found: list[dict]) -> None:
         mine = [row for row in found if row["arm"] == arm]
         if not mine:
             continue
-        length = min(len(row["time"]) for row in mine)
-        curves = np.array([[np.nan if x is None else x for x in row["success_rate"][:length]] for row in mine])
-        smooth = np.array([np.nanmean(curves[:, max(0, t - 4) : t + 1], axis=1) for t in range(length)])  # [length, seeds]
+        length = len(mine[0]["time"])
+        versions = np.arange(max(1, length - LAST))
+        curves = np.array([np.interp(versions, *curve(row)) for row in mine])  # [seeds, versions]
+        smooth = np.array([curves[:, max(0, v - 4) : v + 1].mean(axis=1) for v in versions])  # [versions, seeds]
+        steps = versions / length * np.mean([row["env_steps"][-1] for row in mine]) / 1e3
+        minutes = np.mean([[0.0, *row["time"]] for row in mine], axis=0)[versions] / 60
         style = {"color": "black" if i == 0 else f"C{(i - 1) % 4}", "linestyle": ":" if "uncorrected" in arm else "-"}
-        for axis, key, scale in ((axes[0], "env_steps", 1e3), (axes[1], "time", 60.0)):
-            x = np.mean([row[key][:length] for row in mine], axis=0) / scale
+        for axis, x in zip(axes, (steps, minutes), strict=True):
             axis.plot(x, 100 * smooth.mean(axis=1), **style, label=f"{arm}, {len(mine)} seeds")
-            if len(STUDIES[study]) < 5:  # every seed, where there is room
+            if len(STUDIES[study]) < 5:
                 axis.plot(x, 100 * smooth, **style, linewidth=0.7, alpha=0.4)
-    axes[0].set(xlabel="thousand env steps", ylabel="success of training, %")
-    axes[1].set(xlabel="minutes")
-    axes[0].legend()
+    axes[0].set(xlabel="thousand env steps trained", ylabel="success of the version's episodes, %")
+    axes[1].set(xlabel="minutes until it was published")
+    axes[0].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(file(study, "png"), dpi=110)
+    plt.close(figure)
 
 
 def main(config: EquivalenceConfig) -> None:
     if config.what == "run":
         run(config)
-    found = rows(config.study)
+    found = rows(config.study, config.flags)
     if not found:
         raise UserError(f"there are no results in {file(config.study, 'jsonl')}: begin with `python -m benchmarks.equivalence run`")
     text = table(config.study, found)
-    file(config.study, "md").write_text(text)
-    plot(config.study, found)
+    if not config.flags:  # which make another study
+        file(config.study, "md").write_text(text)
+        plot(config.study, found)
     print(text)
 
 

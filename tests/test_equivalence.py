@@ -1,11 +1,16 @@
 """The statistics of the equivalence study, on numbers whose answer is known."""
 
+import json
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import equivalence
-from benchmarks.equivalence import MARGIN, STUDIES, bootstrap, summary, table, tost
+from benchmarks.equivalence import MARGIN, STUDIES, area, bootstrap, holm, summary, table, tost
+from config import UserError
 
 
 def test_tost_by_its_interval():
@@ -19,20 +24,44 @@ def test_tost_by_its_interval():
         assert (tost(a, b, MARGIN) < 0.05) == within
         seen.add(within)
     assert seen == {True, False}
-    assert tost(np.array([0.9, 0.9]), np.array([0.9, 0.9]), MARGIN) == 0.0 and tost(np.array([0.9]), a, MARGIN) == 1.0
+    same = np.array([0.9, 0.9])
+    assert tost(same, same, MARGIN) == tost(np.array([0.9]), a, MARGIN) == 1.0  # nothing is known of how much seeds vary
 
 
-def test_bootstrap_covers_the_mean():
+def test_intervals_cover_the_mean_at_five_seeds():
     rng, hits = np.random.default_rng(0), 0
-    for _ in range(100):
-        low, high = bootstrap(rng.normal(0.5, 0.1, 20), 1000)
+    for _ in range(300):
+        low, high = bootstrap(rng.normal(0.5, 0.1, 5), 1000)
         hits += low <= 0.5 <= high
-    assert 85 <= hits <= 100
+    assert 0.9 <= hits / 300 <= 0.99
+    assert np.isnan(bootstrap(np.array([0.5, 0.6]))).all() and bootstrap(np.full(3, 0.5)) == (0.5, 0.5)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm(p):
+    """Against its definition: the smallest level at which stepping down rejects it."""
+    for mine, corrected in zip(p, holm(p), strict=True):
+        steps = [(len(p) - rank) * q for rank, q in enumerate(sorted(p)) if q <= mine]
+        assert corrected == pytest.approx(min(1.0, max(steps)))
+
+
+def test_lag_does_not_count_as_slow_learning():
+    """Versions that play equally well, met later: the same area, though training's own success is lower throughout."""
+    play = np.linspace(0.4, 0.9, 40)
+    late = [max(0, i - 5) for i in range(40)]
+    rows = [
+        {"time": list(range(40)), "staleness_mean": [float(i - v) for i, v in enumerate(acted)], "success_rate": list(play[acted])}
+        for acted in (list(range(40)), late)
+    ]
+    assert area(rows[0]) == pytest.approx(area(rows[1])) == pytest.approx(play[:32].mean())
+    rows[1]["success_rate"][7] = None  # no episode ended: between its neighbours
+    assert area(rows[1]) == pytest.approx(area(rows[0]))
 
 
 def result(arm: str, seed: int, final: float) -> dict:
     return {"arm": arm, "seed": seed, "flags": "", "final": final, "success_rate": [None, final], "time": [1.0, 120.0],
-            "env_steps": [10, 20]}  # fmt: skip
+            "env_steps": [10, 20], "staleness_mean": [0.0, 0.5], "staleness_max": [0, 1]}  # fmt: skip
 
 
 def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch):
@@ -42,7 +71,20 @@ def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch
     base, alike, different = summary("equivalence", found)
     assert alike["final_equivalent"] and alike["area_equivalent"] and not different["final_equivalent"]
     assert different["final_difference"] == pytest.approx(-0.1) and base["minutes"] == 2.0
-    assert "-10.0 points" in (text := table("equivalence", found)) and text.count("equivalent") == 2
+    assert "-10.0 points" in (text := table("equivalence", found)) and text.count(": equivalent") == 2 and "| 0.2, 1 |" in text
+    assert "100% of studies with 5 seeds" in text
     monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
     equivalence.plot("equivalence", found)
     assert (tmp_path / "equivalence.png").stat().st_size > 5000
+
+
+def test_results_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
+    one, other = result("PPO", 1, 0.9), result("PPO", 2, 0.9) | {"flags": "--iterations 3"}
+    raw = tmp_path / "algorithms.jsonl"
+    raw.write_text(f"{json.dumps(one)}\n{json.dumps(other)}\n")
+    assert equivalence.rows("algorithms", "") == [one] and equivalence.rows("algorithms", "--iterations 3") == [other]
+    for wrong in (one, result("PPO", 2, 0.9) | {"time": [1.0]}):
+        raw.write_text(f"{json.dumps(one)}\n{json.dumps(wrong)}\n")
+        with pytest.raises(UserError, match="twice, or runs of different length"):
+            equivalence.rows("algorithms", "")
