@@ -128,7 +128,8 @@ def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
     n, spread = len(values), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 2 else np.nan
     drawn = np.random.default_rng(0).choice(values, (draws, n))
     spreads = drawn.std(axis=1, ddof=1) / n**0.5 if n > 2 else np.zeros(draws)
-    t = (drawn.mean(axis=1) - values.mean())[spreads > 0] / spreads[spreads > 0]
+    varied = spreads > 1e-9  # not the same seed n times, up to rounding
+    t = (drawn.mean(axis=1) - values.mean())[varied] / spreads[varied]
     low, high = np.quantile(t, (0.975, 0.025)) if len(t) else (0.0, 0.0)
     return float(values.mean() - low * spread), float(values.mean() - high * spread)
 
