@@ -186,14 +186,20 @@ def schedule(version: int, config: Config) -> float:
 
 
 def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:
-    """Sums gradients over actor ranks, as one flat tensor. The loss is already divided by the global count."""
+    """Sums gradients over actor ranks, as one flat tensor. The loss is already divided by the global count.
+
+    A weight may have none on any rank (the last layer's, with --train-vlm), and then keeps none; or on some ranks, whose groups
+    were all filtered (GRPO): theirs is 0.
+    """
     if ranks == 1:
         return
-    parameters = [p for p in parameters if p.grad is not None]  # the last layer's, with --train-vlm: the same on every rank
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    has = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([has, *(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters)])
     dist.all_reduce(flat)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(part.view_as(p))
+    has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, part, somewhere in zip(parameters, parts, has.tolist(), strict=True):
+        if somewhere:
+            p.grad = part.view_as(p).clone()
 
 
 def save_checkpoint(folder: Path, model, idle: dict[str, Tensor], optimizer, scale: AdvantageScale, state: dict) -> Path:

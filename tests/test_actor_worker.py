@@ -231,20 +231,23 @@ def test_iteration_metrics_are_per_chunk_step():
 
 
 def summed(rank: int, folder: str) -> None:
-    """One of two ranks, whose gradients are 1, 2, 3 times its number plus one."""
+    """One of two ranks, whose gradients are 1, 2, 3 times its number plus one; and 1, 2, 3 on rank 1 alone."""
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm
+    once = nn.Parameter(torch.ones(3))  # as of ranks whose groups are all filtered
     ((rank + 1) * used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    all_reduce_gradients([unused, used], ranks=2)
-    torch.save((used.grad, unused.grad), f"{folder}/{rank}.pt")
+    if rank == 1:
+        (once * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    all_reduce_gradients([unused, used, once], ranks=2)
+    torch.save((used.grad, unused.grad, once.grad), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_gradients_are_summed_over_ranks_and_untouched_weights_do_not_matter(tmp_path):
     torch.multiprocessing.spawn(summed, (str(tmp_path),), 2)
     for rank in range(2):
-        used, unused = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert used.tolist() == [3.0, 6.0, 9.0] and unused is None
+        used, unused, once = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert used.tolist() == [3.0, 6.0, 9.0] and once.tolist() == [1.0, 2.0, 3.0] and unused is None
 
 
 def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
