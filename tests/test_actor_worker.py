@@ -81,6 +81,7 @@ def gradients(
             data |= {"outcomes": outcomes_of_groups(pool, slots, size, "cpu"), "member": torch.tensor(slots) % size}
         exact = proximal.of(slots, SEGMENT) if proximal else None
         found = train_micro_batch(model, data, 3, BATCH * SEGMENT, config, scale, exact) | outcomes(data, algorithm)
+        assert found.pop("rows").sum() == found["samples"]
         for name, value in found.items():
             keep = max if name in ("ratio_max", "staleness_max") else lambda a, b: a + b
             sums[name] = keep(sums[name], float(value)) if name in sums else float(value)
@@ -207,6 +208,7 @@ def test_iteration_metrics_are_per_chunk_step():
     names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "staleness")
     samples = 2.0 * BATCH * SEGMENT  # both epochs
     sums = dict.fromkeys(SUMS, 0.0) | {n: samples for n in names} | {"samples": samples, "reward": 4.0}
+    sums |= {"trained_once": samples / 2, "restart": 3.0, "after_end": 2.0}
     sums |= {"samples_at_1": samples, "kl_at_1": 0.5 * samples, "ratio_at_1": 2.0 * samples}
     sums |= {"returns_square": samples, "error_square": 0.5 * samples}  # of the first epoch: half of the variance is left
     sums |= {"episodes_0": 6.0, "successes_0": 6.0, "episodes_1": 2.0, "successes_1": 0.0, "episodes_2": 0.0, "successes_2": 0.0}
@@ -225,6 +227,8 @@ def test_iteration_metrics_are_per_chunk_step():
     assert out["trajectories_per_task"] == {"push": 5, "reach": 3, "dunk": 0}
     assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
     assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
+    assert (out["trained"], out["trained_once"]) == (2 * BATCH * SEGMENT, BATCH * SEGMENT)
+    assert out["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
     sums |= {"episodes_0": 0.0, "episodes_1": 0.0}
     nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, [0.5, 0.4, 0.3], 3, tasks)
     assert nothing["success_rate"] is None

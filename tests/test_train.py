@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, assert_balanced
 from safetensors.torch import load_file
 
 import train
@@ -19,7 +19,7 @@ KEYS = {
     "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "ratio_max", "grad_norm", "lr",
     "staleness_mean", "staleness_max", "discarded", "reuse", "batch_size_mean", "batch_size_hist", "batch_wait_ms",
     "bubble_env", "bubble_rollout", "bubble_actor", "weight_sync_s", "weight_stall_s", "queue_depths", "restarts",
-    "gpu_memory_gb", "rss_gb", "collected", "masked",
+    "gpu_memory_gb", "rss_gb", "collected", "masked", "trained", "trained_once", "skipped", "filtered", "discarded_by",
 }  # fmt: skip
 FRACTIONS = ("clip_fraction", "bubble_env", "bubble_rollout", "bubble_actor")
 CASES = {name: f"--preset {name} --ratio 2:1" for name in PRESETS}
@@ -64,6 +64,7 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
         assert sum(line["batch_size_hist"].values()) > 0 and line["samples_per_s"] > 0 and line["env_steps_per_s"] > 0
     assert second["eval_episodes"] % 2 == 0 and 0.0 <= second["eval_success_rate"] <= 1.0  # of the last weights, in every run
     assert second["collected"] == 2 * 4 * 3  # chunk steps: what is not going to be trained is never begun
+    assert assert_balanced(run)["trained_once"] == 2 * 4 * 3
     assert first["env_steps"] >= 4 * 3 * 10 and second["env_steps"] > first["env_steps"] and second["time"] > first["time"]
 
     synchronous = case in ("sync-colocated", "sync-disaggregated", "staleness-0")
@@ -129,7 +130,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
     lines = lines_of(run)
     assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
-    assert lines[2]["collected"] == 3 * 4 * 3
+    assert lines[2]["collected"] == 3 * 4 * 3 == assert_balanced(run)["trained_once"]
     assert lines[2]["env_steps"] >= before[1]["env_steps"] + 4 * 3 * 10 and lines[2]["time"] > before[1]["time"]
     assert lines[2]["staleness_max"] == 0 and lines[2]["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # it acts with what was saved
     assert (run / "checkpoints/000003/model.safetensors").is_file() and (run / "checkpoints/000002").is_dir()
@@ -161,7 +162,19 @@ def test_grpo_from_end_to_end(cli, tmp_path):
         assert not line["trained"] or line["ratio_max"] == pytest.approx(1.0, abs=1e-4)
         assert (line["trained"] > 0) == (line["grad_norm"] > 0)
     assert any(line["trained"] for line in lines)  # a group of which one succeeds
-    assert sum(line["trained"] + line["filtered"] for line in lines) == lines[-1]["collected"] - lines[-1]["discarded"]
+    last = assert_balanced(tmp_path / "x")
+    assert last["discarded"] == last["discarded_by"]["filtered"] == sum(line["filtered"] for line in lines)
+
+
+def test_what_kl_stop_spares_is_counted(cli, tmp_path, tiny_checkpoint):
+    """A KL that any update exceeds, so that two of three epochs are left out."""
+    flags = SMALL.replace("--minibatch 4", "--minibatch 2").replace("--update-epochs 1", "--update-epochs 3")
+    flags += f" --checkpoint {tiny_checkpoint} --kl-stop 1e-12 --iterations 2 --run {tmp_path / 'x'} --lr 1e-3 --warmup 0"
+    status, output = cli("train.py", flags).finish()
+    assert status == 0, output
+    assert_balanced(tmp_path / "x")
+    for line in lines_of(tmp_path / "x"):
+        assert line["skipped"] == 2 * 4 * 3 and line["trained"] == 4 * 3 and line["reuse"] == 1.0
 
 
 def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path):
@@ -186,6 +199,7 @@ def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
     lines = lines_of(tmp_path / "x")
     assert lines[-1]["collected"] == 3 * 16 * 4 and lines[-1]["env_steps"] == 3 * 16 * 4 * 5 and lines[-1]["discarded"] == 0
     assert [line["trajectories_per_task"] for line in lines] == [{"vectorised": 16}] * 3
+    assert assert_balanced(tmp_path / "x")["trained_once"] == 3 * 16 * 4
     assert (lines[-1]["eval_version"], lines[-1]["eval_episodes"]) == (3, 5)
     assert json.loads((tmp_path / "x" / "config.json").read_text())["env"]["lanes"] == 2
 
