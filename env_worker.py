@@ -178,7 +178,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
                     seen[name][slot, row] = value
 
     def request(lane: Lane, slot: int, kind: int, row: int) -> None:
-        """Asks for the whole lane, by its first slot."""
+        """Asks for the whole lane, by its first slot; with DONE for nothing: whoever waits for every lane is not to wait for it."""
         pool["asked"][slot] = time.monotonic()
         outbox.setdefault(lane.index % len(channels.requests), []).append(Record(slot, row, kind, rank))
 
@@ -269,6 +269,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             lane.trajectory += 1
             if not begin_trajectory(lane):
                 parked.append(lane)
+                request(lane, slots.start, DONE, t + 1)
             return
         if ended and not grouped:
             begin_episodes(lane, ended, *((lane.trajectory, t + 1) if t + 1 < segment else (lane.trajectory + 1, 0)))
@@ -335,6 +336,9 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     while True:
         for lane in [lane for lane in lost if find(lane)]:
             lost.remove(lane), parked.append(lane)
+            last = admission.slot(lane.envs[0], lane.trajectory - 1)
+            if grouped and lane.trajectory > begin and pool["trajectory"][last] == lane.trajectory - 1:
+                request(lane, last, DONE, segment)  # the dead one may not have come to say so
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
         if eval_round < asked_round[0]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
+from channel import ACT, DONE, EVAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
@@ -166,8 +166,11 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 batcher.drop(lambda request, sender=record.sender: request.sender == sender)
                 channels.replies[record.sender].put([record])
                 continue
-            if record.kind == ACT:
-                trajectories[int(pool["lane"][record.slot]) // width // workers] = pool["trajectory"][record.slot]
+            if record.kind in (ACT, DONE):
+                ended = record.kind == DONE  # GRPO's, which ask for no last value; the next one waits for its version
+                trajectories[int(pool["lane"][record.slot]) // width // workers] = pool["trajectory"][record.slot] + ended
+            if record.kind == DONE:
+                continue
             batcher.add(record, record.kind not in (EVAL, LAST), float(pool["asked"][record.slot]))
         if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
             batcher.wait_s = min(batcher.wait_s, 0.01)
