@@ -81,7 +81,7 @@ class Streamer:
         queue = self.ready[self.step]
         if len(queue) < self.micro_batch:
             return None
-        slots = tuple(queue.popleft() for _ in range(self.micro_batch))
+        slots = tuple(sorted(queue.popleft() for _ in range(self.micro_batch)))  # sums in one order, however they arrived
         if self.epoch == 0:
             self.consumed.update(slots)
             self.finished.difference_update(slots)

@@ -21,7 +21,7 @@ from actor_worker import (
     save_checkpoint,
     train_micro_batch,
 )
-from algorithms import AdvantageScale
+from algorithms import AdvantageScale, gae
 from channel import SlotPool
 from config import Config
 from models import checkpoint
@@ -144,6 +144,75 @@ def test_streamed_gradient_of_groups_is_the_full_batch_gradient(granularity):
     less, sums = gradients(model, pool, groups, config)
     alone, _ = gradients(model, pool, [(0, 1, 2, 3)], config)
     assert close(less[:2], alone[:2], 1e-9) and sums["filtered"] == 4 * SEGMENT
+
+
+def updates(pool: SlotPool, order: list[int], micro_batch: int, epochs: int, config: Config) -> list[torch.Tensor]:
+    """The gradient of every optimizer step over a batch of two minibatches whose trajectories arrive in this order."""
+    torch.manual_seed(1)
+    model, group, found = Toy(), config.algorithm.group_size if config.train.algorithm == "grpo" else 1, []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    streamer = Streamer(BATCH, BATCH // 2, micro_batch, 1, epochs, True, 0, 1, seed=1, version=0, group=group)
+    groups = []
+    for slot in order:
+        streamer.add(slot)
+        while (micro := streamer.next()) is not None:
+            groups.append(micro.slots)
+            if micro.last:
+                gradients(model, pool, groups, config)
+                found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+                optimizer.step()
+                groups = []
+    return found
+
+
+@pytest.mark.parametrize("algorithm, epochs", [("ppo", 1), ("ppo", 4), ("grpo", 1), ("grpo", 4)])
+def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, epochs):
+    """Also once weights have moved: minibatches of later epochs hold the same trajectories in whatever order the first came."""
+    config = Config()
+    config.train.algorithm, config.algorithm.group_size = algorithm, 4
+    pool = filled_pool(Toy(), torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    if algorithm == "grpo":  # of either group some succeed
+        pool["terminated"].zero_(), pool["truncated"].zero_()
+        pool["terminated"][[0, 3, 6], [1, 4, 0]] = True
+        pool["truncated"][:, SEGMENT - 1] = ~pool["terminated"][:, SEGMENT - 1]
+    order = np.random.default_rng(0).permutation(BATCH).tolist()
+    whole = updates(pool, list(range(BATCH)), BATCH // 2, epochs, config)
+    parts = updates(pool, order, 2, epochs, config)
+    assert len(whole) == len(parts) == 2 * epochs
+    assert all(close([a], [b], 1e-6) for a, b in zip(parts, whole, strict=True))  # measured: 1e-15
+    assert not close([whole[0]], [whole[-1]], 1e-2)
+
+
+@pytest.mark.parametrize("most", [5.0, 1.02])
+def test_stale_samples_are_trained_by_the_decoupled_objective(most):
+    """The whole way from slots to gradient: staleness from versions, α = d / (d + 1), w, clipping around π_prox, masking."""
+    config, model = Config(), Toy()
+    config.algorithm.behaviour_weight_max, config.algorithm.value_weight = most, 0.0
+    pool = filled_pool(model, torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    whole, stats = gradients(model, pool, [tuple(range(BATCH))], config)
+
+    model.zero_grad()
+    ends = pool["terminated"], pool["truncated"]
+    advantages, _ = gae(pool["reward"], pool["value"], *ends, config.algorithm.gamma, config.algorithm.gae_lambda)
+    advantages, stale, masked = advantages / (0.7**0.5 + 1e-6), 0, 0
+    for slot in range(BATCH):
+        for t in range(SEGMENT):
+            new, old = model.policy(pool["seen"][slot, t]).sum(), pool["logprob"][slot, t].sum()
+            d, a = 3 - int(pool["version"][slot, t]), advantages[slot, t]
+            moved = (new - old).item()
+            w, prox = math.exp(moved * d / (d + 1)), float(old) + moved * d / (d + 1)
+            ratio = (new - prox).exp()
+            if w > most:
+                masked += 1
+                continue
+            stale += d > 0
+            clipped = ratio.clamp(1.0 - config.algorithm.clip_low, 1.0 + config.algorithm.clip_high)
+            (-w * torch.minimum(ratio * a, clipped * a) / (BATCH * SEGMENT)).backward()
+    assert stats["masked"] == masked and (masked > 0) == (most < 5.0) and stale > 0
+    assert close(whole[:2], [p.grad for p in model.policy.parameters()], 1e-9)
+    config.algorithm.proximal = "behaviour"
+    plain, _ = gradients(model, pool, [tuple(range(BATCH))], config)
+    assert not close(plain[:2], whole[:2], 1e-2)  # plain PPO is something else
 
 
 def test_the_exact_proximal_policy_is_that_of_before_the_first_update():

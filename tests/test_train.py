@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +120,36 @@ def test_no_setting_changes_the_first_batch(finished, case):
 @pytest.mark.parametrize("case", ["sync-disaggregated", "staleness-0"])
 def test_at_staleness_zero_no_setting_changes_learning(finished, case):
     assert learned(finished(case), 2) == pytest.approx(learned(finished("sync-colocated"), 2), rel=1e-2, abs=1e-5)
+
+
+EXACT = (
+    "--model emulated --env emulated --image-size 8 --envs 4 --batch 8 --minibatch 4 --micro-batch 4 --segment 4 --update-epochs 2 "
+    "--lr 0.02 --value-lr 0.02 --eval-envs 0 --iterations 4 --ratio 1:1"
+)
+
+
+@pytest.mark.parametrize("algorithm", ["--algorithm ppo", "--algorithm grpo --group-size 2 --segment 6"])
+def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, algorithm):
+    """On simulators of random speed. Where a micro-batch is a minibatch, sums have one order; smaller ones differ by rounding."""
+    settings = {
+        "sync": "--preset sync-colocated --env-workers 1",
+        "async": "--preset full --max-staleness 0 --env-workers 2 --rollout-workers 2 --batch-max 1",
+        "streamed": "--preset full --max-staleness 0 --env-workers 2 --micro-batch 2",
+    }
+    weights = {}
+    for name, flags in settings.items():
+        command = f"{EXACT} {algorithm} {flags} --run {tmp_path / name}"
+        status, output = cli(Path(__file__).with_name("exact.py"), command, PYTHONPATH=str(ROOT)).finish(timeout=240)
+        assert status == 0, output
+        weights[name] = load_file(tmp_path / name / "checkpoints" / "000004" / "model.safetensors")
+    for name, tensor in weights["sync"].items():
+        assert torch.equal(weights["async"][name], tensor), (name, weights)
+        torch.testing.assert_close(weights["streamed"][name], tensor, rtol=1e-3, atol=1e-5)
+    assert weights["sync"]["gain"].any() and weights["sync"]["bias"].abs().max() > 0.02
+    for iteration in (1, 2, 3, 4):
+        sync, other, streamed = (learned(tmp_path / name, iteration) for name in settings)
+        assert other == sync and streamed == pytest.approx(sync, rel=1e-3, abs=1e-6)
+    assert any(line["episodes"] and 0 < line["success_rate"] < 1 for line in lines_of(tmp_path / "sync"))
 
 
 def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
