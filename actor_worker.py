@@ -43,8 +43,8 @@ from streamer import Streamer
 ERRORS = ("returns", "returns_square", "error", "error_square")  # of the value head, for its explained variance
 BUCKETS = tuple(f"{what}_at_{name}" for what in ("samples", "kl", "ratio") for name in STALENESS)
 SUMS = (
-    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "filtered", "skipped",
-    "advantage_square", "staleness", "samples", "reward", *ERRORS, *BUCKETS,
+    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "filtered", "skipped", "restart",
+    "after_end", "advantage_square", "staleness", "samples", "trained_once", "reward", *ERRORS, *BUCKETS,
 )  # fmt: skip
 MAXIMA = ("ratio_max", "staleness_max")
 
@@ -83,7 +83,8 @@ def advantages_of(data: dict[str, Tensor], rows: Tensor, config: Config) -> tupl
 def train_micro_batch(
     model, data: dict[str, Tensor], version: int, samples: int, config: Config, scale: AdvantageScale, proximal=None
 ) -> dict[str, Tensor]:
-    """Forward and backward of one micro-batch; gradients accumulate. Returns sums and maxima for the metrics.
+    """Forward and backward of one micro-batch; gradients accumulate. Returns sums and maxima for the metrics, and "rows" [n]: how
+    many chunk steps of each trajectory were trained.
 
     data: slot fields [n, T or T+1, …], for GRPO also "outcomes" [n, G] and "member" [n], the place in the group; samples: chunk
     steps of the whole minibatch over all ranks, which the loss divides by, trained on or not, so that it does not depend on
@@ -94,7 +95,8 @@ def train_micro_batch(
     advantages, returns, rows = advantages_of(data, mine, config)
     kept = rows.flatten().nonzero()[:, 0]  # [m]
     sums = {"reward": (data["reward"] * mine).sum(), "advantage_square": advantages.square().sum()}
-    sums |= {"filtered": (mine & ~rows).sum(), "samples": torch.tensor(float(len(kept)))}
+    sums |= {"filtered": (mine & ~rows).sum(), "rows": rows.sum(1)}
+    sums |= dict.fromkeys(("samples", "trained_once"), torch.tensor(float(len(kept))))
     if not len(kept):
         return sums
     pick = lambda x: x[:, :segment].flatten(0, 1)[kept]  # noqa: E731  [n, T, …] → [m, …]
@@ -186,14 +188,20 @@ def schedule(version: int, config: Config) -> float:
 
 
 def all_reduce_gradients(parameters: list[Tensor], ranks: int) -> None:
-    """Sums gradients over actor ranks, as one flat tensor. The loss is already divided by the global count."""
+    """Sums gradients over actor ranks, as one flat tensor. The loss is already divided by the global count.
+
+    A weight may have none on any rank (the last layer's, with --train-vlm), and then keeps none; or on some ranks, whose groups
+    were all filtered (GRPO): theirs is 0.
+    """
     if ranks == 1:
         return
-    parameters = [p for p in parameters if p.grad is not None]  # the last layer's, with --train-vlm: the same on every rank
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    has = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([has, *(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters)])
     dist.all_reduce(flat)
-    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(part.view_as(p))
+    has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for p, part, somewhere in zip(parameters, parts, has.tolist(), strict=True):
+        if somewhere:
+            p.grad = part.view_as(p).clone()
 
 
 def save_checkpoint(folder: Path, model, idle: dict[str, Tensor], optimizer, scale: AdvantageScale, state: dict) -> Path:
@@ -264,7 +272,7 @@ def run(
     fields = ("task", "reward", "value", "terminated", "truncated", "logprob", "version", *model.training_fields())
     fields += ("final",) if config.algorithm.bootstrap_truncated else ()
     once = [f"{what}_{k}" for what in ("episodes", "successes", "trajectories") for k in range(len(spec.tasks))]
-    once += ["reward", "advantage_square", "filtered", *ERRORS]  # of a batch, not of every epoch over it
+    once += ["reward", "advantage_square", "filtered", "trained_once", *ERRORS]  # of a batch, not of every epoch over it
     names = tuple(dict.fromkeys((*SUMS, *once)))
     streamer = Streamer(
         actor.batch, actor.minibatch, actor.micro_batch, actor.max_staleness + 1, actor.update_epochs, actor.stream, rank, ranks,
@@ -273,6 +281,9 @@ def run(
     parameters = list(trainable.values())
     proximal = ExactProximal(model, parameters) if config.algorithm.proximal == "exact" else None
     past = deque(maxlen=actor.extra_staleness + 1)  # weights of the newest versions, of which the oldest acts
+    settled = torch.zeros_like(pool["collected"])  # chunk steps of each slot, as far as trajectories from it were received
+    rows: dict[int, int] = {}  # chunk steps trained, of each slot of the batch
+    spared: list[int] = []  # slots whose epochs --kl-stop left out, once for each
 
     def publish() -> None:
         """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
@@ -290,7 +301,13 @@ def run(
             if record.kind == RESTART:
                 channels.replies[record.sender].put([record])
                 continue
-            for slot in range(record.slot, record.slot + config.env.width):  # of all envs of the lane
+            slots = tuple(range(record.slot, record.slot + config.env.width))  # of all envs of the lane
+            mine = played(gather(pool, slots, ("terminated", "truncated"), "cpu"), algorithm).sum(1)
+            for slot, steps in zip(slots, mine.tolist(), strict=True):
+                # It was stepped `record.t` times, of which `steps` are its trajectory; what lies before, dead workers had stepped.
+                sums["restart"] += float(pool["collected"][slot] - settled[slot]) - record.t
+                sums["after_end"] += record.t - steps
+                settled[slot] = pool["collected"][slot]
                 pool["received"][slot] = pool["trajectory"][slot] + 1
                 streamer.add(slot)
 
@@ -327,6 +344,7 @@ def run(
                 exact = proximal.of(micro.slots, segment) if proximal else None
                 stats = train_micro_batch(model, data, version, actor.minibatch * segment, config, scale, exact)
                 stats |= outcomes(data, algorithm) if micro.epoch == 0 else {}
+                rows |= dict(zip(micro.slots, stats.pop("rows").tolist(), strict=True))
                 kl = [kl[0] + float(stats.get("approx_kl", 0.0)), kl[1] + float(stats["samples"])]
                 for name, value in stats.items():
                     if name in maxima:
@@ -360,13 +378,15 @@ def run(
                     if ranks > 1:
                         dist.all_reduce(kl)
                     if float(kl[0]) > config.algorithm.kl_stop * float(kl[1]):
-                        sums["skipped"] += streamer.stop() * segment
+                        spared += streamer.stop()
                 kl = [0.0, 0.0]
         if not streamer.done:
             continue
 
         # The batch is trained: publish it, which also frees its slots, and report.
         version = streamer.finish_batch()
+        sums["skipped"] = float(sum(rows[slot] for slot in spared))
+        rows, spared = {}, []
         if ranks > 1:
             totals = torch.tensor([sums[n] for n in names], dtype=torch.float64)
             highest = torch.tensor([maxima[n] for n in MAXIMA], dtype=torch.float64)
@@ -399,13 +419,14 @@ def iteration_metrics(
     sums: dict, maxima: dict, version: int, seconds: float, config: Config, norms: list[float], waiting: int, tasks: tuple[str, ...]
 ) -> dict:
     """What the actor knows of an iteration, under the names of the run folder's interface."""
-    actor, n = config.actor, max(1.0, sums["samples"])  # chunk steps over all epochs
+    actor = config.actor
+    n, once = max(1.0, sums["samples"]), max(1.0, sums["trained_once"])  # chunk steps over all epochs, and in the first
     # The mean over tasks: trajectories have a fixed length, so pooled episodes would count the quick tasks more often.
     rates = {
         f"success_{task}": sums[f"successes_{i}"] / sums[f"episodes_{i}"] for i, task in enumerate(tasks) if sums[f"episodes_{i}"]
     }
     line = {
-        "iteration": version, "version": version, "samples_per_s": n / actor.update_epochs / seconds,
+        "iteration": version, "version": version, "samples_per_s": once / seconds,
         "trajectories_per_task": {task: int(sums[f"trajectories_{i}"]) for i, task in enumerate(tasks)},
         "episodes": int(sum(sums[f"episodes_{i}"] for i in range(len(tasks)))),
         "success_rate": sum(rates.values()) / len(rates) if rates else None,
@@ -414,13 +435,15 @@ def iteration_metrics(
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": norms[0],
         "grad_norm_policy": norms[1], "grad_norm_value": norms[2], "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
-        "masked": int(sums["masked"]), "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / n * actor.update_epochs,
+        "masked": int(sums["masked"]), "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / once,
         "queue_depths": {"finished": waiting},
-        "filtered_fraction": sums["filtered"] / (sums["filtered"] + n / actor.update_epochs),
+        "filtered_fraction": sums["filtered"] / (sums["filtered"] + once),
         "trained": int(sums["samples"]), "filtered": int(sums["filtered"]), "skipped": int(sums["skipped"]),
+        "trained_once": int(sums["trained_once"]),
+        "discarded_by": {reason: int(sums[reason]) for reason in ("restart", "filtered", "after_end")},
     } | rates  # fmt: skip
     if config.train.algorithm == "ppo":
-        line["explained_variance"] = explained_variance(*(sums[name] for name in ERRORS), n / actor.update_epochs)
+        line["explained_variance"] = explained_variance(*(sums[name] for name in ERRORS), once)
     for name in STALENESS:
         if count := sums[f"samples_at_{name}"]:
             line |= {f"kl_at_{name}": sums[f"kl_at_{name}"] / count, f"ratio_at_{name}": sums[f"ratio_at_{name}"] / count}

@@ -137,10 +137,9 @@ class Record(NamedTuple):
 
 
 RECORD = struct.Struct("<IHBB")  # 8 bytes
-# Kinds. LAST is a VALUE that the lane does not wait for, FINAL asks for the value of an episode's last observation; PARKED asks for
-# nothing: the lane's trajectory is over, and the next must wait for its version; RESTART says that `sender` replaces a dead worker,
-# and is echoed.
-ACT, VALUE, EVAL, DONE, VERSION, LAST, RESTART, FINAL, PARKED = range(9)
+# Kinds. LAST is a VALUE that the lane does not wait for, FINAL asks for the value of an episode's last observation; DONE says that
+# a trajectory is over; RESTART says that `sender` replaces a dead worker, and is echoed.
+ACT, VALUE, EVAL, DONE, VERSION, LAST, RESTART, FINAL = range(8)
 ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps together (PIPE_BUF)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 import envs
 import metrics
 import models
-from channel import ACT, DONE, EVAL, FINAL, LAST, OBSERVED, PARKED, RESTART, VALUE, VERSION, Channels, Record, synchronize
+from channel import ACT, DONE, EVAL, FINAL, LAST, OBSERVED, RESTART, VALUE, VERSION, Channels, Record, synchronize
 from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
@@ -154,7 +154,9 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     grouped = config.train.algorithm == "grpo"  # then a trajectory is one episode
     segment = pool["actions"].shape[1]  # T
     preparation = models.files(config.train.model).preparation(header, str(config.train.tokenizer or ""))
-    actions, reward, terminated, truncated = (pool[n].numpy() for n in ("actions", "reward", "terminated", "truncated"))
+    actions, reward, terminated, truncated, collected = (
+        pool[n].numpy() for n in ("actions", "reward", "terminated", "truncated", "collected")
+    )
     seen = {name: pool[name] if pool[name].is_cuda else pool[name].numpy() for name in pool.spec if name in OBSERVED}
     labels = {name: pool[name].numpy() for name in ("lane", "trajectory", "task")}
     on_gpu = pool["image"].is_cuda  # then they are of the size and kind that the model wants: `train.prepare` has seen to that
@@ -177,7 +179,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
                     seen[name][slot, row] = value
 
     def request(lane: Lane, slot: int, kind: int, row: int) -> None:
-        """Asks for the whole lane, by its first slot."""
+        """Asks for the whole lane, by its first slot; with DONE for nothing: whoever waits for every lane is not to wait for it."""
         pool["asked"][slot] = time.monotonic()
         outbox.setdefault(lane.index % len(channels.requests), []).append(Record(slot, row, kind, rank))
 
@@ -211,15 +213,15 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
 
     def finish(slot: int, steps: int) -> None:
         """The trajectories of a lane, of so many chunk steps each, are complete."""
-        channels.finished[admission.owner(slot, len(channels.finished))].put([Record(slot, 0, DONE, rank)])
-        meter.count("delivered", steps * width)
+        channels.finished[admission.owner(slot, len(channels.finished))].put([Record(slot, steps, DONE, rank)])
 
     def park(lane: Lane) -> None:
-        """The lane waits for its version. A rollout worker that waits for every lane must know, and has seen it only for PPO, whose
-        trajectories end with a VALUE."""
+        """The lane waits for its version. A rollout worker that waits for every lane is not to wait for this one: PPO's last VALUE
+        has told it that the trajectory is over, GRPO says so here (once more, where a dead worker may not have come to it)."""
         parked.append(lane)
-        if grouped and lane.trajectory > begin:
-            request(lane, admission.slot(lane.envs[0], lane.trajectory - 1), PARKED, 0)
+        last = admission.slot(lane.envs[0], lane.trajectory - 1)
+        if grouped and lane.trajectory > begin and pool["trajectory"][last] == lane.trajectory - 1:
+            request(lane, last, DONE, 0)
 
     def find(lane: Lane) -> bool:
         """Moves a lane of a dead worker on to its first trajectory that no actor has received, once that is known.
@@ -264,7 +266,8 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         with meter.work("step"):
             before = lane.steps.sum()
             rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
-        meter.count("env_steps", lane.steps.sum() - before), meter.count("collected", len(lane.envs))
+        meter.count("env_steps", lane.steps.sum() - before)
+        collected[slots] += 1
         for row in np.flatnonzero(~np.isfinite(rewards)):
             raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {rewards[row]}")
         reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
@@ -346,15 +349,11 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     ready: list[Record] = []
     lost = list(lanes.values()) if generation else []  # lanes of which it is not known yet where they go on
     parked = [] if generation else list(lanes.values())
-    before, kept = meter.counters.get(meter.row, "collected"), 0  # chunk steps of earlier generations, and those that are received
     meter.ready()
     missing = take_over(rank, generation, channels, meter) if generation else set()
     while True:
         for lane in [lane for lane in lost if find(lane)]:
             lost.remove(lane), park(lane)
-            kept += (lane.trajectory - begin) * segment * width
-            if not lost:
-                meter.set("discarded", before - (meter.counters.get(meter.row, "delivered") if grouped else kept))
         # Whatever the version allows to start, starts now.
         parked = [lane for lane in parked if not begin_trajectory(lane)]
         if eval_round < asked_round[0]:

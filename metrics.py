@@ -24,11 +24,13 @@ STAGES = ("env", "rollout", "actor")
 CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")  # what a worker can wait for
 COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
-    "collected", "delivered", "discarded", "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s",
+    "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s",
     "fetches", "stop", "gpu_memory_gb", "eval_round",
 )  # fmt: skip
-# Of a whole run, also when it is resumed. Chunk steps collected = trained once + discarded + in flight, which is none at the end.
-TOTALS = ("env_steps", "collected", "discarded", "restarts")
+TOTALS = ("env_steps", "restarts")  # of a whole run, also when it is resumed
+# Why a chunk step is not trained on: its worker died before its trajectory was complete; its group was filtered (GRPO); its
+# env's episode had ended, the others of the lane went on (GRPO, vectorised); the run ended, and was resumed from before it.
+REASONS = ("restart", "filtered", "after_end", "resume")
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))  # batches of at most 1, 2, 4 … 256 requests
 FLUSH, LIMIT = 200, 200_000  # spans between writes to file, and the most that one worker records
 
@@ -268,6 +270,32 @@ class Interval:
             out[f"bubble_{stage}"] = min(1.0, sum(waits.values()))
             out["waits"] |= {f"{stage}:{c}": round(w, 4) for c, w in waits.items() if w > 0}
         return out
+
+
+class Ledger:
+    """Where every chunk step of a run went, also when it is resumed. In every line of metrics.jsonl
+
+        collected = trained_once + discarded + in flight        discarded = Σ discarded_by
+
+    in chunk steps of the whole run so far; in flight is what env workers and the actor hold, and is 0 in the last line. And over
+    all lines, which count chunk steps times epochs of their own batch, Σ trained + Σ skipped = update epochs · trained_once.
+    """
+
+    def __init__(self, earlier: dict):
+        """earlier: the last line of the run that is resumed, or {}. What was in flight then is not trained any more."""
+        self.collected, self.trained_once = earlier.get("collected", 0), earlier.get("trained_once", 0)
+        self.discarded_by = dict.fromkeys(REASONS, 0) | earlier.get("discarded_by", {})
+        self.discarded_by["resume"] += self.collected - self.trained_once - sum(self.discarded_by.values())
+
+    def of(self, line: dict, collected: int) -> dict:
+        """The totals. line: `trained_once` and `discarded_by` of its own batch, from the actor; collected: since this start."""
+        self.trained_once += line["trained_once"]
+        for reason, steps in line["discarded_by"].items():
+            self.discarded_by[reason] += steps
+        return {
+            "collected": self.collected + collected, "trained_once": self.trained_once,
+            "discarded": sum(self.discarded_by.values()), "discarded_by": dict(self.discarded_by),
+        }  # fmt: skip
 
 
 class Evaluations:

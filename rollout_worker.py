@@ -18,7 +18,7 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, EVAL, FINAL, LAST, PARKED, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
+from channel import ACT, DONE, EVAL, FINAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
@@ -174,9 +174,9 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 batcher.drop(lambda request, sender=record.sender: request.sender == sender)
                 channels.replies[record.sender].put([record])
                 continue
-            if record.kind in (ACT, PARKED):
-                note(record, record.kind == PARKED)
-            if record.kind == PARKED:
+            if record.kind in (ACT, DONE):
+                note(record, record.kind == DONE)
+            if record.kind == DONE:
                 continue
             batcher.add(record, record.kind not in (EVAL, LAST), float(pool["asked"][record.slot]))
         if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with

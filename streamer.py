@@ -101,13 +101,13 @@ class Streamer:
             order = np.random.default_rng([self.seed, self.version, self.epoch, self.rank]).permutation(sorted(self.consumed))
             self.ready = [deque(map(int, part)) for part in np.split(order, len(self.ready))]
 
-    def stop(self) -> int:
-        """No epochs after the first one, which every trajectory gets. Returns how many trajectories are spared, over all epochs."""
+    def stop(self) -> list[int]:
+        """No epochs after the first one, which every trajectory gets. Returns the slots that are spared, once for each epoch."""
         if self.stopping:
-            return 0
+            return []
         self.stopping = True
-        left = sum(map(len, self.ready)) if self.epoch else 0  # of the running epoch
-        left += (self.epochs - 1 - self.epoch) * self.local
+        left = [slot for part in self.ready for slot in part] if self.epoch else []  # of the running epoch
+        left += sorted(self.mine) * (self.epochs - 1 - self.epoch)
         if self.epoch:
             self.epoch = self.epochs
         return left

@@ -159,6 +159,7 @@ def prepare(config: Config) -> Setup:
         "truncated": ((segment,), torch.bool),
         "version": ((segment,), torch.int32),
         "asked": ((), torch.float64),  # monotonic seconds: when the newest request of this slot was sent
+        "collected": ((), torch.int64),  # chunk steps that were ever stepped in this slot, also by workers that died
         "received": ((), torch.int32),  # by its actor: the trajectory and one, 0 for none
         "lane": ((), torch.int32),
         "trajectory": ((), torch.int32),
@@ -229,6 +230,7 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
     config, counters, began = setup.config, channels.counters, time.monotonic()
     rows = {stage: [job.meter.row for job in crew.jobs.values() if job.name.startswith(stage)] for stage in metrics.STAGES}
     earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
+    ledger = metrics.Ledger(earlier)
     warnings = metrics.Warnings()
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     tracker = None
@@ -267,6 +269,7 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
                         time.sleep(0.25)
                 line |= evaluations.report() | interval.totals()
                 line |= {name: line[name] + earlier.get(name, 0) for name in ("time", *metrics.TOTALS)}
+                line |= ledger.of(line, int(channels.pool["collected"].sum()))
                 folder.append(line)
                 show(line)
                 for text in warnings.of(line):

@@ -1,6 +1,7 @@
 """What the tests share: a tiny π0.5, the command line in a process of its own, and proof that nothing outlives it."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -94,6 +95,19 @@ def channels_of(setup) -> Channels:
         replies=tuple(IndexQueue() for _ in range(config.env.env_workers)),
         finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
     )
+
+
+def assert_balanced(run: Path) -> dict:
+    """Every chunk step of a finished run was trained as often as every other, or discarded for a reason. Returns its last line."""
+    lines, config = metrics.read_metrics(run), json.loads((run / "config.json").read_text())
+    last, epochs = lines[-1], config["actor"]["update_epochs"]
+    for line in lines:
+        assert line["discarded"] == sum(line["discarded_by"].values()) and min(line["discarded_by"].values()) >= 0
+        assert line["collected"] >= line["trained_once"] + line["discarded"]  # the rest is in flight
+    assert last["collected"] == last["trained_once"] + last["discarded"], last
+    assert sum(line["trained"] + line["skipped"] for line in lines) == epochs * last["trained_once"], lines
+    assert sum(line["filtered"] for line in lines) == last["discarded_by"]["filtered"]
+    return last
 
 
 # ---------------------------------------------------------------- the command line

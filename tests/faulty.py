@@ -1,9 +1,11 @@
 """`train.py` on a simulator with a fault: the emulated one, without its sleeps, until FAULT strikes in one of its processes.
 
 FAULT is a key of FAULTS; it strikes once, in the process that makes the file MARK, or without MARK again and again. AFTER: control
-steps of a process before it may. Workers import this file too, and register its simulator in place of the emulated one.
+steps of a process before it may. WINS: half of all episodes succeed, at any step. Workers import this file too, and register its
+simulator in place of the emulated one, and `faulty_lanes.py` in place of the vectorised one.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,13 +17,14 @@ import envs
 from env_worker import EVAL_SEEDS
 from envs import emulated
 
-envs.ENVS["emulated"] = "faulty"
+envs.ENVS |= {"emulated": "faulty", "vectorised": "faulty_lanes"}
 spec = emulated.spec
 FAULTS = {
     "raise": "step", "segfault": "observe", "exit": "observe", "hang": "reset", "nan": "observe", "reward": "step",
-    "evaluation": "reset",
+    "evaluation": "reset", "kill": "observe",
 }  # fmt: skip
-taken = 0  # control steps of this process
+SIGNALS = {"segfault": signal.SIGSEGV, "kill": signal.SIGKILL}
+taken, made = 0, 0  # control steps of this process, and its envs
 
 
 def strikes(where: str) -> bool:
@@ -36,7 +39,9 @@ def strikes(where: str) -> bool:
 
 class Env(emulated.Env):
     def __init__(self, tasks, image_size):
+        global made
         super().__init__(tasks, image_size)
+        self.number, made = made, made + 1
         if os.environ["FAULT"] == "start":
             raise RuntimeError("there is no simulator")
 
@@ -44,6 +49,10 @@ class Env(emulated.Env):
         if (os.environ["FAULT"] != "evaluation" or EVAL_SEEDS < seed < 10**7) and strikes("reset"):
             time.sleep(1e6)
         super().reset(task, seed)
+        self.win = None  # the step that ends the episode with success
+        if "WINS" in os.environ:  # also within a group, whose members begin with one seed
+            rng = np.random.default_rng([seed, self.number, *multiprocessing.current_process().name.encode()])
+            self.win = int(rng.integers(1, 2 * emulated.EPISODE * emulated.CHUNK))
 
     def step(self, action):
         global taken
@@ -53,13 +62,13 @@ class Env(emulated.Env):
             if os.environ["FAULT"] == "reward":
                 return float("inf"), False
             raise RuntimeError("the simulator broke")
-        return 0.0, False
+        return float(self.steps == self.win), self.steps == self.win
 
     def observe(self):
         image, state = super().observe()
         if strikes("observe"):
-            if os.environ["FAULT"] == "segfault":
-                os.kill(os.getpid(), signal.SIGSEGV)
+            if os.environ["FAULT"] in SIGNALS:
+                os.kill(os.getpid(), SIGNALS[os.environ["FAULT"]])
             if os.environ["FAULT"] == "exit":
                 os._exit(0)
             state = np.full(4, np.nan, np.float32)

@@ -22,7 +22,7 @@ from actor_worker import (
     save_checkpoint,
     train_micro_batch,
 )
-from algorithms import AdvantageScale
+from algorithms import AdvantageScale, gae
 from channel import SlotPool
 from config import Config
 from models import checkpoint
@@ -82,6 +82,7 @@ def gradients(
             data |= {"outcomes": outcomes_of_groups(pool, slots, size, "cpu"), "member": torch.tensor(slots) % size}
         exact = proximal.of(slots, SEGMENT) if proximal else None
         found = train_micro_batch(model, data, 3, BATCH * SEGMENT, config, scale, exact) | outcomes(data, algorithm)
+        assert found.pop("rows").sum() == found["samples"]
         for name, value in found.items():
             keep = max if name in ("ratio_max", "staleness_max") else lambda a, b: a + b
             sums[name] = keep(sums[name], float(value)) if name in sums else float(value)
@@ -144,6 +145,75 @@ def test_streamed_gradient_of_groups_is_the_full_batch_gradient(granularity):
     less, sums = gradients(model, pool, groups, config)
     alone, _ = gradients(model, pool, [(0, 1, 2, 3)], config)
     assert close(less[:2], alone[:2], 1e-9) and sums["filtered"] == 4 * SEGMENT
+
+
+def updates(pool: SlotPool, order: list[int], micro_batch: int, epochs: int, config: Config) -> list[torch.Tensor]:
+    """The gradient of every optimizer step over a batch of two minibatches whose trajectories arrive in this order."""
+    torch.manual_seed(1)
+    model, group, found = Toy(), config.algorithm.group_size if config.train.algorithm == "grpo" else 1, []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    streamer = Streamer(BATCH, BATCH // 2, micro_batch, 1, epochs, True, 0, 1, seed=1, version=0, group=group)
+    groups = []
+    for slot in order:
+        streamer.add(slot)
+        while (micro := streamer.next()) is not None:
+            groups.append(micro.slots)
+            if micro.last:
+                gradients(model, pool, groups, config)
+                found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+                optimizer.step()
+                groups = []
+    return found
+
+
+@pytest.mark.parametrize("algorithm, epochs", [("ppo", 1), ("ppo", 4), ("grpo", 1), ("grpo", 4)])
+def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, epochs):
+    """Also once weights have moved: minibatches of later epochs hold the same trajectories in whatever order the first came."""
+    config = Config()
+    config.train.algorithm, config.algorithm.group_size = algorithm, 4
+    pool = filled_pool(Toy(), torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    if algorithm == "grpo":  # of either group some succeed
+        pool["terminated"].zero_(), pool["truncated"].zero_()
+        pool["terminated"][[0, 3, 6], [1, 4, 0]] = True
+        pool["truncated"][:, SEGMENT - 1] = ~pool["terminated"][:, SEGMENT - 1]
+    order = np.random.default_rng(0).permutation(BATCH).tolist()
+    whole = updates(pool, list(range(BATCH)), BATCH // 2, epochs, config)
+    parts = updates(pool, order, 2, epochs, config)
+    assert len(whole) == len(parts) == 2 * epochs
+    assert all(close([a], [b], 1e-6) for a, b in zip(parts, whole, strict=True))  # measured: 1e-15
+    assert not close([whole[0]], [whole[-1]], 1e-2)
+
+
+@pytest.mark.parametrize("most", [5.0, 1.02])
+def test_stale_samples_are_trained_by_the_decoupled_objective(most):
+    """The whole way from slots to gradient: staleness from versions, α = d / (d + 1), w, clipping around π_prox, masking."""
+    config, model = Config(), Toy()
+    config.algorithm.behaviour_weight_max, config.algorithm.value_weight = most, 0.0
+    pool = filled_pool(model, torch.float64, {"seen": torch.randn(BATCH, SEGMENT, 6, dtype=torch.float64)})
+    whole, stats = gradients(model, pool, [tuple(range(BATCH))], config)
+
+    model.zero_grad()
+    ends = pool["terminated"], pool["truncated"]
+    advantages, _ = gae(pool["reward"], pool["value"], *ends, config.algorithm.gamma, config.algorithm.gae_lambda)
+    advantages, stale, masked = advantages / (0.7**0.5 + 1e-6), 0, 0
+    for slot in range(BATCH):
+        for t in range(SEGMENT):
+            new, old = model.policy(pool["seen"][slot, t]).sum(), pool["logprob"][slot, t].sum()
+            d, a = 3 - int(pool["version"][slot, t]), advantages[slot, t]
+            moved = (new - old).item()
+            w, prox = math.exp(moved * d / (d + 1)), float(old) + moved * d / (d + 1)
+            ratio = (new - prox).exp()
+            if w > most:
+                masked += 1
+                continue
+            stale += d > 0
+            clipped = ratio.clamp(1.0 - config.algorithm.clip_low, 1.0 + config.algorithm.clip_high)
+            (-w * torch.minimum(ratio * a, clipped * a) / (BATCH * SEGMENT)).backward()
+    assert stats["masked"] == masked and (masked > 0) == (most < 5.0) and stale > 0
+    assert close(whole[:2], [p.grad for p in model.policy.parameters()], 1e-9)
+    config.algorithm.proximal = "behaviour"
+    plain, _ = gradients(model, pool, [tuple(range(BATCH))], config)
+    assert not close(plain[:2], whole[:2], 1e-2)  # plain PPO is something else
 
 
 def test_the_exact_proximal_policy_is_that_of_before_the_first_update():
@@ -224,6 +294,7 @@ def test_iteration_metrics_are_per_chunk_step():
     names = ("loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "masked", "staleness")
     samples = 2.0 * BATCH * SEGMENT  # both epochs
     sums = dict.fromkeys(SUMS, 0.0) | {n: samples for n in names} | {"samples": samples, "reward": 4.0}
+    sums |= {"trained_once": samples / 2, "restart": 3.0, "after_end": 2.0}
     sums |= {"samples_at_1": samples, "kl_at_1": 0.5 * samples, "ratio_at_1": 2.0 * samples}
     sums |= {"returns_square": samples, "error_square": 0.5 * samples}  # of the first epoch: half of the variance is left
     sums |= {"episodes_0": 6.0, "successes_0": 6.0, "episodes_1": 2.0, "successes_1": 0.0, "episodes_2": 0.0, "successes_2": 0.0}
@@ -242,26 +313,31 @@ def test_iteration_metrics_are_per_chunk_step():
     assert out["trajectories_per_task"] == {"push": 5, "reach": 3, "dunk": 0}
     assert (out["iteration"], out["version"], out["staleness_max"], out["reuse"]) == (7, 7, 2, 2.0)
     assert out["samples_per_s"] == BATCH * SEGMENT / 10.0  # chunk steps trained, however often each was used
+    assert (out["trained"], out["trained_once"]) == (2 * BATCH * SEGMENT, BATCH * SEGMENT)
+    assert out["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
     sums |= {"episodes_0": 0.0, "episodes_1": 0.0}
     nothing = iteration_metrics(sums, {"ratio_max": 1.0, "staleness_max": 0.0}, 7, 10.0, config, [0.5, 0.4, 0.3], 3, tasks)
     assert nothing["success_rate"] is None
 
 
 def summed(rank: int, folder: str) -> None:
-    """One of two ranks, whose gradients are 1, 2, 3 times its number plus one."""
+    """One of two ranks, whose gradients are 1, 2, 3 times its number plus one; and 1, 2, 3 on rank 1 alone."""
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     used, unused = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm
+    once = nn.Parameter(torch.ones(3))  # as of ranks whose groups are all filtered
     ((rank + 1) * used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    all_reduce_gradients([unused, used], ranks=2)
-    torch.save((used.grad, unused.grad), f"{folder}/{rank}.pt")
+    if rank == 1:
+        (once * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    all_reduce_gradients([unused, used, once], ranks=2)
+    torch.save((used.grad, unused.grad, once.grad), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_gradients_are_summed_over_ranks_and_untouched_weights_do_not_matter(tmp_path):
     torch.multiprocessing.spawn(summed, (str(tmp_path),), 2)
     for rank in range(2):
-        used, unused = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert used.tolist() == [3.0, 6.0, 9.0] and unused is None
+        used, unused, once = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert used.tolist() == [3.0, 6.0, 9.0] and once.tolist() == [1.0, 2.0, 3.0] and unused is None
 
 
 def test_a_checkpoint_holds_all_a_run_needs(tmp_path):

@@ -117,6 +117,7 @@ def worker(monkeypatch):
             "actions": ((SEGMENT, CHUNK, 4), f), "reward": ((SEGMENT,), f), "terminated": ((SEGMENT,), torch.bool),
             "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "asked": ((), torch.float64),
             "trajectory": ((), torch.int32), "received": ((), torch.int32), "task": ((), torch.int32),
+            "collected": ((), torch.int64),
         }  # fmt: skip
         slots = Admission.of(config).slots + config.env.eval_envs
         channels = replaces or Channels(
@@ -192,7 +193,7 @@ def test_a_trajectory_from_request_to_request(worker):
     assert pool["truncated"][0].tolist() == [False, False, False, True]
     assert channels.finished[0].get(0) == []
     answer(channels, zero)  # the value of the last observation has come
-    assert channels.finished[0].get(10.0)[0][:2] == (0, 0)
+    assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)] and pool["collected"][:2].tolist() == [SEGMENT, 0]
     counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
     assert counted == [3 + 2 + 3 + 3, 2, 1]
 
@@ -277,14 +278,14 @@ def test_the_lanes_of_a_group_meet_one_state_and_their_trajectories_end_with_the
     publish(channels, 0)
     answer(channels, zero, plan(success_at=1))
     (third,) = requests(channels, 1)  # the next trajectory, at once: nobody asks for the value of an end
-    assert [record.slot for record in channels.finished[0].get(5.0)] == [zero.slot]
+    assert channels.finished[0].get(5.0) == [Record(zero.slot, 1, DONE, 0)]  # of one chunk step
     assert third.kind == ACT and third.t == 0 and seen(pool, third.slot, 0) == (name(0, 1, 0), 0, 1)
     answer(channels, one, plan())  # the other one goes on until its time limit, two chunks
     (one,) = requests(channels, 1)
     assert one.t == 1 and channels.finished[0].get(0.0) == []
     answer(channels, one, plan())
     (one,) = requests(channels, 1)
-    assert [record.slot for record in channels.finished[0].get(5.0)] == [1]
+    assert channels.finished[0].get(5.0) == [Record(1, 2, DONE, 0)] and pool["collected"][:4].tolist() == [1, 2, 0, 0]
     assert one.t == 0 and seen(pool, one.slot, 0) == seen(pool, third.slot, 0)  # the same state again
 
 
@@ -358,10 +359,11 @@ def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
     assert pool["terminated"][:3].int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert pool["truncated"][:3].int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
     assert pool["reward"][:3].sum().item() == 1.0
-    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes", "collected")]
-    assert counted == [3 * 12 - 1, 6, 1, 12]  # the step that the second env took after its success counts for nothing
+    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
+    assert counted == [3 * 12 - 1, 6, 1]  # the step that the second env took after its success counts for nothing
     answer(channels, zero)
-    assert channels.finished[0].get(10.0) == [Record(0, 0, DONE, 0)]
+    assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)]
+    assert pool["collected"][:6].tolist() == [SEGMENT] * 3 + [0] * 3
     publish(channels, 0)
     (zero,) = requests(channels, 1)
     assert zero == Record(6, 0, ACT, 0) and all(seen(pool, 6 + i, 0) == seen(pool, i, SEGMENT) for i in range(3))
@@ -423,7 +425,7 @@ def test_a_replacement_plays_again_what_nobody_has_received(worker):
     answer(channels, zero, plan())
     (stale,) = requests(channels, 1)
     assert stale == Record(2, 1, ACT, 0) and pool["trajectory"][2] == 1
-    assert channels.counters.get(0, "collected") == SEGMENT + 1
+    assert pool["collected"][:4].tolist() == [SEGMENT, 0, 1, 0]
     answer(channels, stale, plan(success_at=0))  # an answer that the dead one does not live to read, or does not live to use
 
     worker(replaces=channels)
@@ -443,12 +445,13 @@ def test_a_replacement_plays_again_what_nobody_has_received(worker):
     names = [episode_seed(1, *where, 1) % 251 for where in ((0, 1, 0), (1, 0, 0))]
     assert seen(pool, 2, 0) == (names[0], 0, 0) and seen(pool, 1, 0) == (names[1], 0, 1) and names[1] != name(1, 0, 0)
     # One whole trajectory was received: one chunk step is lost, or two, had the dead one used its last answer.
-    lost = channels.counters.get(0, "collected") - SEGMENT
-    assert channels.counters.get(0, "discarded") == lost and lost in (1, 2)
+    lost = int(pool["collected"][2])
+    assert pool["collected"][:4].tolist() == [SEGMENT, 0, lost, 0] and lost in (1, 2)
 
     # It goes on as any other: received at the end, and then the next.
     assert drive(channels, one) == Record(3, 0, ACT, 0)
     assert drive(channels, zero) is None and requests(channels, 0) == []  # trajectory 2 waits for version 1
+    assert pool["collected"][:4].tolist() == [SEGMENT, SEGMENT, lost + SEGMENT, 0]  # the slot remembers what was lost in it
 
 
 def test_a_replacement_does_not_wait_for_an_actor_that_may_be_waiting_for_it(worker):
@@ -462,7 +465,6 @@ def test_a_replacement_does_not_wait_for_an_actor_that_may_be_waiting_for_it(wor
     worker(replaces=channels, ranks=2)
     words = restarted(channels, 1, 2, echo=[0, 2])
     assert requests(channels, 1) == [Record(1, 0, ACT, 0)]
-    assert channels.counters.get(0, "discarded") == 0  # as far as is known
     channels.replies[0].put([words[1]])
     assert requests(channels, 1) == [Record(2, 0, ACT, 0)] and channels.pool["trajectory"][2] == 1
 

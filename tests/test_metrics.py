@@ -10,7 +10,7 @@ import pytest
 import metrics
 from channel import Counters
 from config import ROOT, Config, UserError
-from metrics import HISTOGRAM, Evaluations, Interval, Meter, RunFolder, progress, read_metrics, write_trace
+from metrics import HISTOGRAM, Evaluations, Interval, Ledger, Meter, RunFolder, progress, read_metrics, write_trace
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 TASKS = ("push", "reach")
@@ -75,6 +75,21 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     now[0] = 111.0
     again = interval.measure()
     assert again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
+
+
+def test_the_ledger_goes_on_where_a_resumed_run_stopped():
+    of_batch = {"trained_once": 10, "discarded_by": {"restart": 2, "filtered": 3, "after_end": 1}}
+    none = {"restart": 0, "filtered": 0, "after_end": 0, "resume": 0}
+    ledger = Ledger({})
+    first = ledger.of(of_batch, 20)
+    assert first == {"collected": 20, "trained_once": 10, "discarded": 6, "discarded_by": none | of_batch["discarded_by"]}
+    second = ledger.of({"trained_once": 4, "discarded_by": {"restart": 0, "filtered": 8, "after_end": 0}}, 35)
+    by = {"restart": 2, "filtered": 11, "after_end": 1, "resume": 0}
+    assert second == {"collected": 35, "trained_once": 14, "discarded": 14, "discarded_by": by}
+    assert first["discarded_by"]["filtered"] == 3  # a line of its own
+    resumed = Ledger(second).of(of_batch, 16)  # 7 were in flight, of which nothing is left
+    by = {"restart": 4, "filtered": 14, "after_end": 2, "resume": 7}
+    assert resumed == {"collected": 51, "trained_once": 24, "discarded": 27, "discarded_by": by}
 
 
 def test_rounds_of_evaluation_never_mix_and_are_reported_once():

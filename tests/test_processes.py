@@ -12,7 +12,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
 
 from channel import Counters, IndexQueue, SlotPool
@@ -138,8 +138,8 @@ def assert_exact(run: Path, iterations: int, restarts: int, trajectories: int = 
     lines = read_metrics(run)
     assert [line["iteration"] for line in lines] == list(range(1, iterations + 1))
     assert lines[-1]["restarts"] == restarts
-    assert lines[-1]["collected"] == iterations * trajectories * segment + lines[-1]["discarded"]
-    assert all(line["collected"] - line["discarded"] >= line["iteration"] * trajectories * segment for line in lines)
+    assert [line["trained_once"] for line in lines] == [trajectories * segment * line["iteration"] for line in lines]
+    assert assert_balanced(run)["discarded"] == lines[-1]["discarded_by"]["restart"]
 
 
 FAULTS = [  # fault, control steps of the process before it, flags, what is said of it
@@ -166,6 +166,42 @@ def test_a_simulator_s_fault_costs_its_worker_s_trajectories_and_no_more(faulty,
     last = read_metrics(tmp_path / "x")[-1]
     assert (last["eval_version"], last["eval_episodes"]) == (4, 4)
     assert_clean_end(tmp_path / "x", output)
+
+
+GRPO = "--algorithm grpo --group-size 2 --segment 8 --update-epochs 2 --eval-envs 0"
+LANES = "--env vectorised --envs 8 --lanes 2"
+LEDGERS = [  # flags, and the reasons for which chunk steps are discarded
+    (f"{GRPO} --actor-workers 2", {"restart", "filtered"}),
+    (f"{GRPO} {LANES} --max-staleness 0", {"restart", "filtered", "after_end"}),
+    (f"{LANES} --segment 3 --update-epochs 3 --minibatch 4 --eval-envs 0", {"restart"}),
+]
+
+
+@pytest.mark.parametrize("flags, reasons", LEDGERS, ids=["grpo", "grpo-vectorised", "ppo-vectorised"])
+def test_the_ledger_balances_to_the_step_though_a_worker_is_killed(faulty, tmp_path, flags, reasons):
+    status, output = faulty("kill", 100, flags, MARK=str(tmp_path / "struck"), WINS="").finish(timeout=240)
+    assert status == 0 and "died (SIGKILL: out of memory?); starting it again" in output, output
+    last = assert_balanced(tmp_path / "x")
+    assert {reason for reason, steps in last["discarded_by"].items() if steps} == reasons
+    assert last["trained_once"] > 0 and last["restarts"] == 1
+
+
+def test_the_ledger_goes_on_when_a_run_is_resumed(faulty, cli, tmp_path):
+    """Interrupted where fast envs are a batch ahead: what they had played is discarded, and played again."""
+    process = faulty("none", 0, f"{GRPO} --max-staleness 3 --iterations 100000 --checkpoint-every 100000", WINS="")
+    process.wait_for(tmp_path / "x" / "metrics.jsonl", lines=2, timeout=240)
+    process.interrupt_group()
+    status, output = process.finish(timeout=240)
+    assert status == 130 and "interrupted; saved" in output, output
+    before = read_metrics(tmp_path / "x")[-1]
+    left = before["collected"] - before["trained_once"] - before["discarded"]
+    flags = f"--resume {tmp_path / 'x'} --iterations {before['iteration'] + 2}"
+    environment = {"FAULT": "none", "AFTER": "0", "WINS": "", "PYTHONPATH": str(ROOT)}
+    status, output = cli(Path(__file__).with_name("faulty.py"), flags, **environment).finish(timeout=240)
+    assert status == 0, output
+    last = assert_balanced(tmp_path / "x")
+    assert last["iteration"] == before["iteration"] + 2 and last["discarded_by"]["resume"] == left > 0
+    assert last["trained_once"] > before["trained_once"] and last["discarded_by"]["filtered"] >= before["discarded_by"]["filtered"]
 
 
 @pytest.mark.parametrize(
