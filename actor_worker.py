@@ -274,7 +274,7 @@ def run(
 
     def publish() -> None:
         """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
-        with meter.work("publish"):
+        with meter.work("publish", version=version, bytes=plane.bytes if rank == 0 else 0):
             if rank == 0:
                 plane.publish(trainable, version)
                 for target in (*channels.replies, *channels.requests):
@@ -316,7 +316,7 @@ def run(
             continue
 
         if micro is not None:
-            with meter.work("train"):
+            with meter.work("train", slots=micro.slots, epoch=micro.epoch, minibatch=micro.minibatch):
                 data = gather(pool, micro.slots, fields, device)
                 if algorithm == "grpo":
                     data["outcomes"] = outcomes_of_groups(pool, micro.slots, group, device)
@@ -408,6 +408,7 @@ def iteration_metrics(
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": norms[0],
         "grad_norm_policy": norms[1], "grad_norm_value": norms[2], "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
+        "staleness_hist": {name: int(sums[f"samples_at_{name}"]) for name in STALENESS if sums[f"samples_at_{name}"]},
         "masked": int(sums["masked"]), "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / n * actor.update_epochs,
         "queue_depths": {"finished": waiting},
         "filtered_fraction": sums["filtered"] / (sums["filtered"] + n / actor.update_epochs),
