@@ -66,7 +66,7 @@ def draw_swimlane(run: Path) -> None:
     seen: dict[tuple[bool, str], set[str]] = {}  # by whether it is a wait, and colour
     for name, y in zip(names, at, strict=True):
         here = [span for span in spans[name] if span[2] >= first and span[1] <= last]
-        for what in {span[0] for span in here}:
+        for what in sorted({span[0] for span in here}, key=lambda what: (what in MARKED, what)):
             cause = what.removeprefix("wait: ")
             waits, colour = what != cause, WAITS[cause] if what != cause else WORK[what]
             height, least = (0.16, 0.0) if waits else (0.8, 0.003 * (last - first) if what in MARKED else 0.0)
@@ -304,7 +304,7 @@ def show(name: str, summary: Summary, config: Config) -> None:
     ages = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
     left = histogram("batch size", summary.batch_sizes, sizes(max(map(int, summary.batch_sizes), default=1)))
     console.print(Columns([left, histogram("staleness", summary.staleness, ages)], padding=(0, 6)), "")
-    console.print(f"[b]advice:[/] {advice(summary, config)}")
+    console.print(f"[b]advice:[/] {advice(summary, config)}", soft_wrap=True)
 
 
 def main() -> None:
