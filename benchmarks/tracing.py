@@ -14,7 +14,8 @@ WARMUP iterations:
     cost_fraction         us_per_span × spans_per_s_busiest: the share of its time that this worker spends on it
     cost_fraction_of_cpu  us_per_span × spans_per_s of the CPU time that the run uses
 
-On a machine that other programs use as well, ratios between runs scatter by more than tracing costs; the last two do not.
+On a machine that other programs use as well, ratios between runs scatter by more than tracing costs; the last two do not. They hold
+for spans in a row, whose code and counters lie in caches; after a unit of work that has used the caches up a span takes longer.
 Left out: writing trace.json and drawing swimlane.png, which come after a run.
 """
 
