@@ -287,7 +287,7 @@ def run(
 
     def publish() -> None:
         """Rank 0: new weights and the word that they are there, to everyone who may be waiting for a version."""
-        with meter.work("publish"):
+        with meter.work("publish", version=version, bytes=plane.bytes if rank == 0 else 0):
             if rank == 0:
                 past.append({n: p.detach().clone() for n, p in trainable.items()} if actor.extra_staleness else trainable)
                 plane.publish(past[0], version)
@@ -336,7 +336,7 @@ def run(
             continue
 
         if micro is not None:
-            with meter.work("train"):
+            with meter.work("train", slots=micro.slots, epoch=micro.epoch, minibatch=micro.minibatch):
                 data = gather(pool, micro.slots, fields, device)
                 if algorithm == "grpo":
                     data["outcomes"] = outcomes_of_groups(pool, micro.slots, group, device)
@@ -435,6 +435,7 @@ def iteration_metrics(
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": norms[0],
         "grad_norm_policy": norms[1], "grad_norm_value": norms[2], "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),
+        "staleness_hist": {name: int(sums[f"samples_at_{name}"]) for name in STALENESS if sums[f"samples_at_{name}"]},
         "masked": int(sums["masked"]), "masked_fraction": sums["masked"] / n, "reuse": sums["samples"] / once,
         "queue_depths": {"finished": waiting},
         "filtered_fraction": sums["filtered"] / (sums["filtered"] + once),

@@ -7,6 +7,7 @@
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
     python bench.py envs                               simulators against the way their own documentation has it
+    python bench.py tracing                            what --trace costs a run
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
 """
@@ -23,30 +24,30 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import envs, inference, ladder, prefix, transport, weights
+from benchmarks import envs, inference, ladder, prefix, tracing, transport, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators."""
+    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators, trace."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs"]]
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tracing"]]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
     repeats: int = 5
-    """transport: repetitions behind each median; weights: tens of versions"""
+    """transport: repetitions behind each median; weights: tens of versions; tracing: runs with it, and as many without"""
     seconds: float = 1.0
     """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
     setting: Literal["emulated", "embedded", "both"] = "both"
-    """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
+    """ladder, tracing: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised stands for ManiSkill, anything else for LIBERO"""
     iterations: int = 0
-    """ladder: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
+    """ladder, tracing: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
     ratio: str = ""
-    """ladder: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
+    """ladder, tracing: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
     model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
@@ -95,6 +96,8 @@ def main(config: BenchConfig) -> None:
         rows = prefix.measure(config.model, config.size, config.seconds)
     elif config.what == "envs":
         rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
+    elif config.what == "tracing":
+        rows = tracing.measure(config.setting, config.ratio, config.iterations, config.repeats)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:

@@ -1,7 +1,7 @@
-"""What a run says about itself: counters, spans, the run folder, pictures and the progress display.
+"""What a run records: counters, spans, the run folder and the progress display.
 
     runs/NAME/  config.json  metrics.jsonl  trace.json  swimlane.png  curve.png  checkpoints/
-    python -m metrics runs/NAME        draws swimlane.png and curve.png again
+    python -m metrics NAME        says what runs/NAME did and draws its pictures again (summary.py)
 
 Every worker owns one row of the shared `Counters` and, with --trace, one file of spans; nobody locks. Every moment of a
 worker is either work or a wait with a cause, so a bubble is the sum of waits over the time that passed.
@@ -11,11 +11,13 @@ Left out: profiling inside a stage (Perfetto shows spans; for kernels use torch.
 import contextlib
 import json
 import math
+import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
 
 from channel import Counters
 from config import ROOT, Config, UserError
@@ -32,7 +34,10 @@ TOTALS = ("env_steps", "restarts")  # of a whole run, also when it is resumed
 # env's episode had ended, the others of the lane went on (GRPO, vectorised); the run ended, and was resumed from before it.
 REASONS = ("restart", "filtered", "after_end", "resume")
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))  # batches of at most 1, 2, 4 … 256 requests
-FLUSH, LIMIT = 200, 200_000  # spans between writes to file, and the most that one worker records
+FLUSH, FLUSH_S = 500, 10.0  # spans, and seconds, between writes to file: 30 spans take 0.4 ms, nearly all of it for the opening
+LIMIT = 200_000  # spans that one worker records at most
+GROUPS = ("env", "rollout", "weights", "actor")  # of a trace's rows; "weights" are transfers beside what a worker does
+Span = tuple[str, float, float] | tuple[str, float, float, dict]  # what, start and end in monotonic seconds, what of
 
 
 def columns(eval_episodes: int) -> tuple[str, ...]:
@@ -46,7 +51,7 @@ class Meter:
 
     def __init__(self, name: str, row: int, counters: Counters, trace: Path | None):
         self.name, self.row, self.counters, self.trace = name, row, counters, trace
-        self.spans: list[tuple[str, float, float]] = []
+        self.spans: list[Span] = []
         self.recorded, self.flushed = 0, time.monotonic()
 
     def count(self, column: str, amount: float) -> None:
@@ -60,10 +65,11 @@ class Meter:
         self.set("time", time.monotonic()), self.set("ready", 1)
 
     @contextlib.contextmanager
-    def work(self, what: str) -> Iterator[None]:
+    def work(self, what: str, **args) -> Iterator[None]:
+        """args: numbers that the trace shows beside the span, such as the batch size."""
         start = time.monotonic()
         yield
-        self._span(what, "work_s", start)
+        self._span(what, "work_s", start, args)
 
     @contextlib.contextmanager
     def wait(self, cause: str) -> Iterator[None]:
@@ -74,22 +80,26 @@ class Meter:
         self.set("waiting", 0)
         self._span("wait: " + cause, f"wait_{cause}_s", start)
 
-    def _span(self, name: str, column: str, start: float) -> None:
+    def _span(self, name: str, column: str, start: float, args: dict | None = None) -> None:
         end = time.monotonic()
         self.count(column, end - start), self.set("time", end)
+        self.record(name, start, end, args)
+
+    def record(self, name: str, start: float, end: float, args: dict | None = None) -> None:
+        """A span of the trace alone: what a side thread has done. Called by the worker's own thread."""
         if self.trace is not None and self.recorded < LIMIT:
-            self.spans.append((name, start, end))
+            self.spans.append((name, start, end, args) if args else (name, start, end))
             self.recorded += 1
-            if len(self.spans) >= FLUSH or end - self.flushed > 1.0:
+            if len(self.spans) >= FLUSH or end - self.flushed > FLUSH_S:
                 self.flush()
 
     def flush(self) -> None:
         if self.trace is None or not self.spans:
             return
+        spans, self.spans, self.flushed = self.spans, [], time.monotonic()
         with open(self.trace / f"{self.name}.jsonl", "a") as file:
             # The end of a line comes first: a killed worker tears its last line, and its successor goes on in the same file.
-            file.writelines(f'\n["{n}",{s:.6f},{e:.6f}]' for n, s, e in self.spans)
-        self.spans, self.flushed = [], time.monotonic()
+            file.write("\n" + json.dumps(spans))  # all in one call takes a third of the time
 
 
 # ---------------------------------------------------------------- run folder
@@ -123,18 +133,18 @@ class RunFolder:
         kept = [line for line in self.lines() if line["version"] <= version]
         (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
 
-    def finish(self, draw: bool = True) -> None:
-        """trace.json and the pictures, from what the workers have written."""
+    def finish(self) -> None:
+        """trace.json, from what the workers have written."""
         spans = {}
         for file in sorted(self.spans.glob("*.jsonl")):
-            rows = file.read_text().splitlines()
-            spans[file.stem] = [json.loads(row) for row in rows if row.endswith("]")]
+            spans[file.stem] = []
+            for row in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # empty, or torn
+                    spans[file.stem] += json.loads(row)
             file.unlink()
         shutil.rmtree(self.spans)  # also what actor workers met through
         if spans:
             write_trace(self.path / "trace.json", spans)
-        if draw:
-            draw_all(self.path)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -142,93 +152,47 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def write_trace(path: Path, spans: dict[str, list]) -> None:
-    """Chrome trace format, microseconds: one row per worker, one complete event ("X") per span."""
-    begin = min((rows[0][1] for rows in spans.values() if rows), default=0.0)
-    order = sorted(spans, key=lambda name: (STAGES.index(name.split("-")[0]), name))
+def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
+    """Chrome trace format, microseconds: a process per stage, a thread per worker, one complete event ("X") per span.
+
+    Fetches of weights, which a side thread does while its worker infers, have rows of their own: "weights to rollout-0".
+    """
+    rows: dict[tuple[int, int, str], list[Span]] = {}  # by group, number and name
+    for worker, all_of_it in spans.items():
+        stage, _, rank = worker.partition("-")
+        mine = rows.setdefault((GROUPS.index(stage), int(rank), worker), [])
+        for span in all_of_it:
+            beside = (GROUPS.index("weights"), int(rank), f"weights to {worker}")
+            (rows.setdefault(beside, []) if span[0] == "fetch" else mine).append(span)
+    begin = min((span[1] for row in rows.values() for span in row), default=0.0)
+
+    def events() -> Iterator[dict]:
+        for group in sorted({group for group, _, _ in rows}):
+            about = {"ph": "M", "pid": group + 1}  # Perfetto takes process 0 and thread 0 for the kernel's
+            yield about | {"name": "process_name", "args": {"name": GROUPS[group]}}
+            yield about | {"name": "process_sort_index", "args": {"sort_index": group}}
+        for tid, (group, rank, name) in enumerate(sorted(rows), 1):
+            where = {"pid": group + 1, "tid": tid}
+            yield {"ph": "M", "name": "thread_name"} | where | {"args": {"name": name}}
+            for what, start, end, *args in rows[group, rank, name]:
+                times = {"ts": round((start - begin) * 1e6, 1), "dur": round((end - start) * 1e6, 1)}
+                yield {"ph": "X", "name": what} | where | times | ({"args": args[0]} if args else {})
+
     with open(path, "w") as file:
-        file.write('{"displayTimeUnit": "ms", "traceEvents": [\n')
-        for tid, name in enumerate(order):
-            file.write(json.dumps({"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}))
-            for what, start, end in spans[name]:
-                event = {"ph": "X", "name": what, "pid": 0, "tid": tid, "ts": round((start - begin) * 1e6, 1)}
-                file.write(",\n" + json.dumps(event | {"dur": round((end - start) * 1e6, 1)}))
-            file.write("\n" if tid == len(order) - 1 else ",\n")
-        file.write("]}\n")
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        file.writelines(f"{',' if i else ''}\n{json.dumps(event)}" for i, event in enumerate(events()))
+        file.write("\n]}\n")
 
 
-# ---------------------------------------------------------------- pictures
-
-
-COLOURS = {
-    "step": "#4c9f70", "render": "#8fc1a3", "reset": "#c5e0cf", "infer": "#3b7dd8", "train": "#d9822b", "publish": "#8e5bb5",
-    "optimizer": "#f0b775", "swap": "#8e5bb5", "checkpoint": "#777777",
-}  # fmt: skip
-
-
-def draw_swimlane(run: Path, seconds: float = 6.0) -> None:
-    """One row per worker over a window of `seconds` in the middle of the run; waiting is white."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def read_trace(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
+    """The rows of a run's trace.json by name: spans (what, start, end, args) in order, in seconds; those without spans left out."""
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
-    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    spans = [e for e in events if e["ph"] == "X"]
-    if not spans:
-        return
-    end = max(e["ts"] + e["dur"] for e in spans) / 1e6
-    first = max(0.0, min(0.6 * end, end - seconds))
-    figure, axes = plt.subplots(figsize=(12, 0.45 * len(names) + 1.3), layout="constrained")
-    seen = {}
-    for tid in names:
-        for what in COLOURS:
-            mine = [e for e in spans if e["tid"] == tid and e["name"] == what]
-            bars = [(e["ts"] / 1e6, e["dur"] / 1e6) for e in mine if first <= e["ts"] / 1e6 <= first + seconds]
-            if bars:
-                seen[what] = axes.broken_barh(bars, (len(names) - 1 - tid - 0.4, 0.8), color=COLOURS[what], linewidth=0)
-    axes.set_yticks(range(len(names)), [names[t] for t in sorted(names, reverse=True)])
-    axes.set_xlim(first, first + seconds), axes.set_xlabel("seconds; white is waiting")
-    if seen:
-        axes.legend(seen.values(), seen.keys(), loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.9 / len(names)), ncol=9)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(run / "swimlane.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_curve(run: Path) -> None:
-    """Success of training episodes and of evaluations against minutes, and env steps per second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    lines = read_metrics(run)
-    if not lines:
-        return
-    minutes = np.array([line["time"] for line in lines]) / 60
-    success = np.array([np.nan if line["success_rate"] is None else line["success_rate"] for line in lines])
-    evaluated = [(line["time"] / 60, line["eval_success_rate"]) for line in lines if line.get("eval_success_rate") is not None]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    window = min(10, len(lines))
-    sums = np.convolve(np.nan_to_num(success), np.ones(window), "valid")
-    counts = np.convolve(~np.isnan(success), np.ones(window), "valid")
-    axes.plot(minutes, success, color="#3b7dd8", alpha=0.25, linewidth=1)
-    axes.plot(minutes[window - 1 :], sums / np.maximum(counts, 1), color="#3b7dd8", label=f"training, mean of {window} iterations")
-    if evaluated:
-        axes.plot(*zip(*evaluated, strict=True), "o-", color="#d9822b", label="evaluation, held-out seeds")
-    axes.set_ylim(0, 1), axes.set_xlabel("minutes"), axes.set_ylabel("success rate"), axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(run / "curve.png", dpi=110)
-    plt.close(figure)
-
-
-def draw_all(run: Path) -> None:
-    if (run / "trace.json").is_file():
-        draw_swimlane(run)
-    draw_curve(run)
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    spans: dict[str, list] = {name: [] for name in names.values()}
+    for e in events:
+        if e["ph"] == "X":
+            spans[names[e["tid"]]].append((e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e.get("args", {})))
+    return {name: sorted(rows, key=lambda row: row[1]) for name, rows in spans.items() if rows}
 
 
 # ---------------------------------------------------------------- from counters to a line of metrics.jsonl
@@ -240,6 +204,7 @@ class Interval:
     def __init__(self, counters: Counters, rows: dict[str, list[int]]):
         self.counters, self.rows = counters, rows
         self.last, self.last_time = counters.table.copy(), time.monotonic()
+        cpu_fraction()
 
     def totals(self) -> dict:
         return {name: int(self.counters.table[:, self.counters.index[name]].sum()) for name in TOTALS}
@@ -263,6 +228,7 @@ class Interval:
             "weight_sync_s": total("rollout", "weight_sync_s") / fetches,
             "weight_stall_s": total("rollout", "weight_stall_s"),
             "gpu_memory_gb": float(table[:, column["gpu_memory_gb"]].sum()),
+            "cpu_fraction": cpu_fraction(),
             "waits": {},
         }
         for stage in STAGES:
@@ -296,6 +262,13 @@ class Ledger:
             "collected": self.collected + collected, "trained_once": self.trained_once,
             "discarded": sum(self.discarded_by.values()), "discarded_by": dict(self.discarded_by),
         }  # fmt: skip
+
+
+def cpu_fraction() -> float:
+    """Share of time, since the last call, in which the cores that this process may use were busy, with whatever program."""
+    cores = psutil.cpu_percent(percpu=True)
+    mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
+    return sum(mine) / max(len(mine), 1) / 100
 
 
 class Evaluations:
@@ -432,6 +405,6 @@ def progress(iterations: int, interactive: bool) -> tuple[Callable[[dict], None]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.jsonl").is_file():
-        sys.exit("usage: python -m metrics runs/NAME   (a folder that holds metrics.jsonl)")
-    draw_all(Path(sys.argv[1]))
+    import summary  # which reads what is recorded here
+
+    summary.main()

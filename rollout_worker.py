@@ -38,6 +38,7 @@ class WeightFetcher:
         self.spare = 0  # which block is filled next; the other one serves
         self.version = -1  # of the weights in use
         self.staged = -1  # of the weights in spare memory, valid while `full` is set
+        self.copied = self.took = (0.0, 0.0)  # when the staged weights, and those in use, were fetched: start and end
         self.seconds, self.fetches, self.error = 0.0, 0, None
         self.wake, self.full, self.empty = threading.Event(), threading.Event(), threading.Event()
         self.empty.set()
@@ -54,7 +55,8 @@ class WeightFetcher:
                 start = time.monotonic()
                 with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                     self.staged = self.plane.fetch(self.blocks[self.spare], self.timeout)
-                self.seconds, self.fetches = self.seconds + time.monotonic() - start, self.fetches + 1
+                self.copied = start, time.monotonic()
+                self.seconds, self.fetches = self.seconds + self.copied[1] - start, self.fetches + 1
                 self.empty.clear()
                 self.full.set()
         except Exception as error:  # re-raised by `swap` in the worker's own thread
@@ -70,7 +72,7 @@ class WeightFetcher:
         for name, parameter in self.parameters.items():
             parameter.data = self.views[self.spare][name]
         self.spare = 1 - self.spare
-        self.version = self.staged
+        self.version, self.took = self.staged, self.copied
         self.full.clear()
         self.empty.set()
         return True
@@ -142,8 +144,14 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
     meter.ready()
 
+    def swap(wait_s: float = 0.0) -> bool:
+        swapped = fetcher.swap(wait_s)
+        if swapped:
+            meter.record("fetch", *fetcher.took, {"version": fetcher.version, "bytes": plane.bytes})
+        return swapped
+
     with meter.wait("weights"):
-        while not fetcher.swap(1.0):  # however long the actor takes to start: the launcher watches it
+        while not swap(1.0):  # however long the actor takes to start: the launcher watches it
             meter.set("time", time.monotonic())
     begun = fetcher.version
     trajectories = np.full(served, begun * admission.per_lane)  # of each lane: the one it is in, or starts next
@@ -193,24 +201,24 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
             needed = plane.version + admission.max_staleness
         swap_start = time.monotonic()
-        fetcher.swap()
+        swap()
         meter.count("weight_stall_s", time.monotonic() - swap_start)
         while fetcher.version < needed - admission.max_staleness:  # admitted on a version that is still being copied
             fetcher.wake.set()
             start = time.monotonic()
             with meter.wait("weights"):
-                if not fetcher.swap(config.train.timeout_s):
+                if not swap(config.train.timeout_s):
                     raise TimeoutError(f"version {needed} never came from the actor within {config.train.timeout_s:.0f} s")
             meter.count("weight_stall_s", time.monotonic() - start)
         start = time.monotonic()
-        with meter.work("infer"):
+        size = sum(config.env.eval_width if record.kind == EVAL else width for record in batch)  # envs
+        with meter.work("infer", batch=size, version=fetcher.version):
             widths = width, config.env.eval_width
             sizes = compiled.bucket if compiles else int
             acting = max(begun, fetcher.version - config.actor.extra_staleness)  # what the actor has published under that version
             serve(model, batch, channels, config.train.seed, acting, device, *widths, sizes)
         if auto_wait:  # half an inference: requests that come during one join the next anyway, and env workers wait less
             batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * 0.5 * (time.monotonic() - start)
-        size = sum(config.env.eval_width if record.kind == EVAL else width for record in batch)  # envs
         meter.count("requests", size), meter.count("batches", 1), meter.count("batch_wait_s", waited)
         bucket = next(b for b in metrics.HISTOGRAM if size <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
         meter.count(bucket, 1)

@@ -28,6 +28,7 @@ import envs
 import metrics
 import models
 import rollout_worker
+import summary
 from channel import VERSION, Channels, Counters, IndexQueue, Record, SlotPool, Spec, WeightPlane, layout
 from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
 from models import checkpoint, untrained
@@ -341,6 +342,7 @@ def main(config: Config) -> int:
     finally:
         crew.stop()
     folder.finish()
+    summary.draw(path)
     print(message, file=sys.stderr if status == 1 else sys.stdout)
     return status
 

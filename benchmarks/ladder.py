@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -44,7 +45,7 @@ SETTINGS = {  # ratio, iterations, flags
     "embedded": ("3:1", 4, []),
 }  # fmt: skip
 SINGLE_ENVS = "rollout-async, single envs"  # the split that costs RL-VLA³ what it costs
-COMMON = ["--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "1000000", "--no-trace"]
+COMMON = ["--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "1000000"]
 # RL-VLA³'s Table 1 on 8 GPUs at 1:1, which the emulated settings are calibrated on: LIBERO + π0.5 and ManiSkill + π0, env steps/s
 PAPER = {
     "emulated": {
@@ -70,10 +71,18 @@ def cpu_seconds(pid: int) -> float:
     return total
 
 
-def run_preset(setting: str, preset: str, ratio: str, iterations: int) -> tuple[list[dict], dict[int, float]]:
-    """One run of the real command. Returns its metrics lines, and the CPU seconds it had used when there were n of them."""
+class Run(NamedTuple):
+    """What one run of the real command left behind."""
+
+    lines: list[dict]  # of metrics.jsonl
+    used: dict[int, float]  # CPU seconds when there were n lines
+    spans: dict[str, list]  # of trace.json, by row; {} where it was not traced
+
+
+def run_preset(setting: str, preset: str, ratio: str, iterations: int, trace: bool = False) -> Run:
     name = preset.partition(",")[0]
     args = ["--preset", name, "--ratio", ratio, "--iterations", str(iterations), *SETTINGS[setting][2], *COMMON]
+    args.append("--trace" if trace else "--no-trace")
     if setting != "embedded":  # its simulators scale with their devices as well
         workers = env_workers(setting, ratio, PRESETS[name][0])
         args += ["--env-workers", str(workers)]
@@ -98,7 +107,7 @@ def run_preset(setting: str, preset: str, ratio: str, iterations: int) -> tuple[
         lines = metrics.read_metrics(run)
         if process.returncode != 0 or len(lines) < iterations:
             raise UserError(f"`train.py {' '.join(args)}` failed: {log.read_text().strip()[-300:]}")
-    return lines, used
+        return Run(lines, used, metrics.read_trace(run) if trace else {})
 
 
 def env_workers(setting: str, ratio: str, placement: str) -> int:
@@ -152,7 +161,7 @@ def climb(setting: str, ratio: str, iterations: int) -> list[dict]:
     for preset in [*PRESETS, *([SINGLE_ENVS] if setting == "vectorised" else [])]:
         staleness = PRESETS[preset.partition(",")[0]][1]
         # One iteration more than is measured: the workers, whose CPU time is asked for, end with the last.
-        lines, used = run_preset(setting, preset, ratio, WARMUP + iterations + 1)
+        lines, used, _ = run_preset(setting, preset, ratio, WARMUP + iterations + 1)
         first, last, window = lines[WARMUP - 1], lines[-2], lines[WARMUP:-1]
         env_steps, seconds = last["env_steps"] - first["env_steps"], last["time"] - first["time"]
         row = {"setting": setting, "ratio": ratio, "preset": preset, "env_steps_per_s": env_steps / seconds}

@@ -6,7 +6,6 @@
 Left out: cores and links that stages fight over. What a trace shows contains the contention that the run had.
 """
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -93,17 +92,6 @@ def calibrate(config: PlanConfig) -> Costs:
 
 
 # ---------------------------------------------------------------- costs that a run measured
-
-
-def spans_of(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
-    """Of every worker, by name: (what, start, end, args) in order, in seconds."""
-    events = json.loads((run / "trace.json").read_text())["traceEvents"]
-    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-    spans: dict[str, list] = {name: [] for name in names.values()}
-    for e in events:
-        if e["ph"] == "X":
-            spans[names[e["tid"]]].append((e["name"], e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6, e.get("args", {})))
-    return {name: sorted(rows, key=lambda row: row[1]) for name, rows in spans.items() if rows}
 
 
 def chunk_times(rows: list) -> list[float]:
@@ -202,7 +190,7 @@ def costs_of_run(spans: dict[str, list], settings: Config, batch_size: float, in
 
 def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
     """Node, number of nodes and costs of a run, changed as flags say; and what the run itself reached. Raises UserError."""
-    from metrics import read_metrics  # which imports torch: seconds that nothing else here needs
+    from metrics import read_metrics, read_trace  # which import torch: seconds that nothing else here needs
 
     run = Path(config.from_) if "/" in config.from_ else ROOT / "runs" / config.from_
     if not (run / "trace.json").is_file() or not (run / "metrics.jsonl").is_file():
@@ -211,7 +199,7 @@ def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
         raise UserError(f"--infer-fixed {config.infer_fixed} must be at least 0 and less than 1")
     settings = from_json(run / "config.json")
     try:
-        lines, spans = read_metrics(run), spans_of(run)
+        lines, spans = read_metrics(run), read_trace(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read what run {run} left behind: {error!r}") from None
     lines = lines[2:-1] if len(lines) > 4 else lines  # the first iterations warm up, the last one stops

@@ -304,6 +304,7 @@ def test_iteration_metrics_are_per_chunk_step():
     assert all(out[n] == 1.0 for n in names if n not in ("masked", "staleness")) and out["staleness_mean"] == 1.0
     assert (out["success_push"], out["success_reach"], "success_dunk" in out) == (1.0, 0.0, False) and out["masked_fraction"] == 1.0
     assert (out["kl_at_1"], out["ratio_at_1"], "kl_at_0" in out) == (0.5, 2.0, False)
+    assert out["staleness_hist"] == {"1": samples}
     assert out["explained_variance"] == 0.5 and (out["grad_norm"], out["grad_norm_policy"], out["grad_norm_value"]) == (
         0.5,
         0.4,

@@ -8,7 +8,7 @@ import tyro
 
 import bench
 import benchmarks
-from benchmarks import inference, ladder, prefix
+from benchmarks import inference, ladder, prefix, tracing
 from config import UserError
 from envs import vectorised
 
@@ -99,3 +99,29 @@ def test_envs(tmp_path):
     for row in rows:
         assert min(row["env_steps_per_s"], row["chunk_ms"], row["reset_ms"], row["private_mb_per_process"]) > 0
     assert rows[1]["times_naive_cpu"] > 5.0  # by how much is a matter of the machine
+
+
+def test_tracing_by_hand():
+    """Two iterations after the warm-up, and one that is not measured."""
+
+    def run(cpu_s: float, seconds: float, spans: dict) -> ladder.Run:
+        lines = [{"env_steps": 100 * i, "time": seconds * i} for i in range(1, 6)]
+        return ladder.Run(lines, {i: cpu_s * i for i in range(6)}, spans)
+
+    spans = {
+        "env-0": [("step", 0.1 * i, 0.1 * i + 0.05, {}) for i in range(100)],
+        "actor-0": [("train", 2.0, 3.0, {}), ("train", 3.0, 10.0, {})],
+    }
+    traced, untraced = run(6.0, 2.0, spans), run(5.0, 1.0, {})
+    assert tracing.rates(traced) == (50.0, 0.06, 3.0)
+    row = tracing.row("emulated", [traced] * 3, [untraced, run(50.0, 9.0, {}), untraced], 100.0, 2.0)
+    assert (row["env_steps_per_s"], row["env_steps_per_s_untraced"], row["rate_ratio"]) == (50.0, 100.0, 0.5)
+    assert row["cpu_ratio"] == pytest.approx(6.0 / 5.0) and row["spans_per_s_busiest"] == pytest.approx(10.0)
+    assert row["spans_per_s"] == pytest.approx(10.2) and row["cost_fraction"] == pytest.approx(1e-3)
+    assert row["cost_fraction_of_cpu"] == pytest.approx(100e-6 * 10.2 / 3.0)
+
+
+def test_a_recorded_span_costs_more_than_one_that_is_not(monkeypatch):
+    monkeypatch.setattr(tracing, "SPANS", 2000)
+    plain, more = tracing.span_us(3)
+    assert plain > 0 and more > 0

@@ -1,16 +1,14 @@
-"""Counters to metrics lines, spans to a Chrome trace, the run folder and its pictures."""
+"""Counters to metrics lines, spans to a Chrome trace and back, and the run folder."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
 
 import metrics
 from channel import Counters
-from config import ROOT, Config, UserError
-from metrics import HISTOGRAM, Evaluations, Interval, Ledger, Meter, RunFolder, progress, read_metrics, write_trace
+from config import Config, UserError
+from metrics import HISTOGRAM, Evaluations, Interval, Ledger, Meter, RunFolder, progress, read_metrics, read_trace, write_trace
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 TASKS = ("push", "reach")
@@ -31,23 +29,28 @@ def line(version: int, **more) -> dict:
 def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):
     table = counters()
     meter = Meter("env-0", 2, table, tmp_path)
-    with meter.work("step"):
+    with meter.work("step", batch=3):
         time.sleep(0.05)
     with meter.wait("action"):
         assert table.get(2, "waiting") == 1 + metrics.CAUSES.index("action")
         time.sleep(0.03)
     assert table.get(2, "waiting") == 0 and table.get(2, "work_s") >= 0.05 and table.get(2, "wait_action_s") >= 0.03
     assert time.monotonic() - table.get(2, "time") < 5.0
+    busy = table.get(2, "work_s")
+    meter.record("fetch", 1.0, 2.0, {"version": 7})
+    assert table.get(2, "work_s") == busy  # what a side thread does is neither work nor a wait of this worker
     meter.flush()
-    spans = [json.loads(row) for row in (tmp_path / "env-0.jsonl").read_text().split("\n")[1:]]
-    assert [name for name, _, _ in spans] == ["step", "wait: action"]
-    assert all(end > start for _, start, end in spans) and spans[1][1] >= spans[0][2]
+    step, wait, fetch = json.loads((tmp_path / "env-0.jsonl").read_text())
+    assert (step[0], step[3], wait[0], len(wait)) == ("step", {"batch": 3}, "wait: action", 3)
+    assert fetch == ["fetch", 1.0, 2.0, {"version": 7}]
+    assert step[2] > step[1] and wait[2] > wait[1] >= step[2]
 
 
 def test_without_trace_nothing_is_written(tmp_path):
     meter = Meter("env-0", 2, counters(), None)
-    with meter.work("step"), meter.nothing:
+    with meter.work("step", batch=3), meter.nothing:
         pass
+    meter.record("fetch", 1.0, 2.0)
     meter.flush()
     meter.ready()
     assert list(tmp_path.iterdir()) == [] and meter.counters.get(2, "ready") == 1
@@ -69,7 +72,7 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     out = interval.measure()
     assert interval.totals()["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
     assert out["batch_size_mean"] == 3.0 and out["batch_size_hist"] == {"2": 3, "8": 1} and out["batch_wait_ms"] == 5.0
-    assert out["weight_sync_s"] == 0.25 and out["weight_stall_s"] == 0.25
+    assert out["weight_sync_s"] == 0.25 and out["weight_stall_s"] == 0.25 and 0.0 <= out["cpu_fraction"] <= 1.0
     assert out["bubble_env"] == pytest.approx(0.3) and out["bubble_rollout"] == 0.0 and out["bubble_actor"] == 1.0
     assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.2}
     now[0] = 111.0
@@ -119,40 +122,62 @@ def test_rounds_of_evaluation_never_mix_and_are_reported_once():
     assert not Evaluations(config, TASKS, 0, table).begins(0)
 
 
+SPANS = {
+    "env-10": [["step", 10.5, 11.0], ["wait: action", 11.0, 11.25]],
+    "env-2": [["step", 10.5, 10.75]],
+    "actor-0": [["publish", 10.0, 10.25, {"version": 0, "bytes": 8}], ["train", 11.0, 12.0, {"slots": [0, 1], "epoch": 1}]],
+    "rollout-0": [["infer", 10.5, 11.5, {"batch": 2}], ["fetch", 10.25, 10.5, {"version": 0, "bytes": 8}]],
+    "rollout-1": [],
+}
+
+
 def test_the_trace_is_in_chrome_s_format(tmp_path):
-    spans = {"env-0": [["step", 10.5, 11.0], ["wait: action", 11.0, 11.25]], "actor-0": [["train", 10.0, 12.0]], "rollout-0": []}
-    write_trace(tmp_path / "trace.json", spans)
+    """A process per stage and a thread per worker, in an order that Perfetto keeps; transfers of weights beside them."""
+    write_trace(tmp_path / "trace.json", SPANS)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
-    assert list(names.values()) == ["env-0", "rollout-0", "actor-0"]
-    work = [(names[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
-    assert ("env-0", "step", pytest.approx(500_000.0), pytest.approx(500_000.0)) in work  # microseconds
-    assert ("env-0", "wait: action", pytest.approx(1_000_000.0), pytest.approx(250_000.0)) in work
-    assert ("actor-0", "train", pytest.approx(0.0), pytest.approx(2_000_000.0)) in work and len(work) == 3
+    stages = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert list(stages.values()) == ["env", "rollout", "weights", "actor"] and min(stages) > 0
+    order = {e["pid"]: e["args"]["sort_index"] for e in events if e["name"] == "process_sort_index"}
+    assert sorted(stages, key=order.get) == list(stages)
+    rows = {e["tid"]: (stages[e["pid"]], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    assert list(rows.values()) == [
+        ("env", "env-2"), ("env", "env-10"), ("rollout", "rollout-0"), ("rollout", "rollout-1"),
+        ("weights", "weights to rollout-0"), ("actor", "actor-0"),
+    ]  # fmt: skip
+    spans = [e for e in events if e["ph"] == "X"]
+    assert len(spans) == 7 and all(stages[e["pid"]] == rows[e["tid"]][0] for e in spans)
+    found = {(rows[e["tid"]][1], e["name"]): (e["ts"], e["dur"], e.get("args")) for e in spans}
+    assert found["env-10", "step"] == (500_000.0, 500_000.0, None)  # microseconds since the first span
+    assert found["weights to rollout-0", "fetch"] == (250_000.0, 250_000.0, {"version": 0, "bytes": 8})
+    assert found["rollout-0", "infer"][2] == {"batch": 2} and found["actor-0", "train"][2] == {"slots": [0, 1], "epoch": 1}
+
+
+def test_a_trace_is_read_as_it_was_written(tmp_path):
+    write_trace(tmp_path / "trace.json", SPANS)
+    rows = read_trace(tmp_path)
+    assert list(rows) == ["env-2", "env-10", "rollout-0", "weights to rollout-0", "actor-0"]  # rollout-1 has no span
+    assert rows["env-10"] == [("step", 0.5, 1.0, {}), ("wait: action", 1.0, 1.25, {})]
+    assert rows["weights to rollout-0"] == [("fetch", 0.25, 0.5, {"version": 0, "bytes": 8})]
 
 
 def test_a_run_folder_from_begin_to_end(tmp_path):
     folder = RunFolder(tmp_path / "runs" / "one", resume=False)
     for version in (1, 2, 3):
-        folder.append(
-            line(version, **{"eval_success_rate": 0.5} if version == 2 else {}, success_rate=None if version == 1 else 0.5)
-        )
-    torn = '\n["step",1.0,2.0]\n["step",2.0,2.5]\n["step",3.'  # killed while it wrote; its successor goes on below
-    (folder.spans / "env-0.jsonl").write_text(torn + '\n["step",4.0,4.5]')
+        folder.append(line(version))
+    # Killed while it wrote: at a bracket, which must not look like the end. Its successor goes on below.
+    torn = '\n[["step",1.0,2.0],["step",2.0,2.5]]\n[["train",3.0,4.0,{"slots": [1, 2]'
+    (folder.spans / "env-0.jsonl").write_text(torn + '\n[["step",4.0,4.5]]')
     (folder.spans / "rendezvous").write_bytes(b"left by actor workers that were killed")
     folder.finish()
-    assert {p.name for p in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl", "trace.json", "swimlane.png", "curve.png"}
-    events = json.loads((folder.path / "trace.json").read_text())["traceEvents"]
-    assert sum(e["ph"] == "X" for e in events) == 3
-    for picture in ("swimlane.png", "curve.png"):
-        assert (folder.path / picture).read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl", "trace.json"}
+    assert [span[:3] for span in read_trace(folder.path)["env-0"]] == [("step", 0.0, 1.0), ("step", 1.0, 1.5), ("step", 3.0, 3.5)]
 
     with pytest.raises(UserError, match=f"exists: continue it with --resume {folder.path} "):
         RunFolder(folder.path, resume=False)
     again = RunFolder(folder.path, resume=True)
     again.truncate(2)
     assert [one["version"] for one in again.lines()] == [1, 2] == [one["version"] for one in read_metrics(folder.path)]
-    again.finish(draw=False)
+    again.finish()
 
 
 def test_a_run_folder_that_cannot_be(tmp_path):
@@ -160,16 +185,6 @@ def test_a_run_folder_that_cannot_be(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="choose another --run"):
             RunFolder(path, resume=False)
-
-
-def test_pictures_are_drawn_again_on_request(tmp_path):
-    command = [sys.executable, "-m", "metrics", str(tmp_path)]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 1 and "usage" in failed.stderr and "Traceback" not in failed.stderr
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(line(1)) + "\n")
-    write_trace(tmp_path / "trace.json", {"env-0": [["step", 1.0, 2.0]]})
-    subprocess.run(command, cwd=ROOT, check=True)
-    assert (tmp_path / "curve.png").stat().st_size > 1000 and (tmp_path / "swimlane.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("interactive", [False, True])

@@ -35,11 +35,14 @@ def parameters():
 def test_weights_change_only_when_they_are_swapped_in(plane, parameters):
     fetcher = WeightFetcher(plane, parameters, timeout=10.0)
     assert not fetcher.swap() and fetcher.version == -1
+    began = time.monotonic()
     plane.publish(filled(0.0), 0)
     fetcher.wake.set()
     assert fetcher.full.wait(10) and values(parameters) == {-1.0}  # staged beside the weights in use
     assert fetcher.swap() and fetcher.version == 0 and values(parameters) == {0.0}
     assert not fetcher.swap() and fetcher.fetches == 1
+    start, end = fetcher.took  # when they were copied, for the trace
+    assert began <= start < end <= time.monotonic() and fetcher.seconds == end - start
 
 
 def test_versions_only_rise_and_the_newest_comes(plane, parameters):

@@ -22,8 +22,9 @@ KEYS = {
     "staleness_mean", "staleness_max", "discarded", "reuse", "batch_size_mean", "batch_size_hist", "batch_wait_ms",
     "bubble_env", "bubble_rollout", "bubble_actor", "weight_sync_s", "weight_stall_s", "queue_depths", "restarts",
     "gpu_memory_gb", "rss_gb", "collected", "masked", "trained", "trained_once", "skipped", "filtered", "discarded_by",
+    "staleness_hist", "cpu_fraction",
 }  # fmt: skip
-FRACTIONS = ("clip_fraction", "bubble_env", "bubble_rollout", "bubble_actor")
+FRACTIONS = ("clip_fraction", "cpu_fraction", "bubble_env", "bubble_rollout", "bubble_actor")
 CASES = {name: f"--preset {name} --ratio 2:1" for name in PRESETS}
 # The synchronous algorithm on the asynchronous machinery: dynamic batches, streaming, two rollout and two actor workers.
 CASES["staleness-0"] = "--preset full --max-staleness 0 --rollout-workers 2 --actor-workers 2 --ratio 1:2"
@@ -79,10 +80,11 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
     assert (config["env"]["envs"], config["train"]["iterations"]) == (4, 2)
     assert config["train"]["checkpoint"] == str(tiny_checkpoint)
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
-    rows = {e["args"]["name"] for e in events if e["ph"] == "M"}
+    rows = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
     workers = config["env"]["env_workers"], config["rollout"]["rollout_workers"], config["actor"]["actor_workers"]
     assert workers == ((2, 2, 2) if case == "staleness-0" else (2, 1, 1))
-    assert rows == {f"{s}-{i}" for s, n in zip(("env", "rollout", "actor"), workers, strict=True) for i in range(n)}
+    stages = ("env", "rollout", "weights to rollout", "actor")
+    assert rows == {f"{s}-{i}" for s, n in zip(stages, (*workers[:2], workers[1], workers[2]), strict=True) for i in range(n)}
     for picture in ("swimlane.png", "curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -103,6 +105,14 @@ def test_the_trace_has_a_span_per_unit_of_work(finished, case):
     assert spans.count("train") == 2 * 2  # two iterations of two micro-batches, over all ranks
     assert spans.count("optimizer") == 2 * ranks and spans.count("publish") == 3 * ranks
     assert set(spans) >= {"step", "render", "reset", "infer", "checkpoint", "wait: action", "wait: request", "wait: trajectory"}
+    args = {what: [e["args"] for e in events if e["name"] == what] for what in ("infer", "train", "fetch", "publish")}
+    assert {a["version"] for a in args["infer"]} <= {0, 1, 2} and all(1 <= a["batch"] <= 6 for a in args["infer"])
+    slots = [0, 1, 2, 3, 4, 5, 6, 7] if case == "full" else [0, 0, 1, 1, 2, 2, 3, 3]  # without staleness, batches share slots
+    assert sorted(slot for a in args["train"] for slot in a["slots"]) == slots
+    assert all(a["epoch"] == a["minibatch"] == 0 for a in args["train"])
+    assert [a["version"] for a in args["publish"] if a["bytes"]] == [0, 1, 2]
+    assert {a["version"] for a in args["fetch"]} >= ({0, 1} if case == "staleness-0" else {0})
+    assert {a["bytes"] for a in args["fetch"]} == {a["bytes"] for a in args["publish"]} - {0}
 
 
 # What a batch holds and what is learned from it. fp32 sums in other orders; success and entropy are the same to the last bit.
