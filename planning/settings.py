@@ -113,7 +113,7 @@ class PlanConfig:
     validate: bool = False
     """compare predictions with RL-VLA³'s tables, and with a measured ladder if there is one"""
     ladder: Path | None = None
-    """--validate: what `python bench.py ladder --setting emulated --json FILE` wrote"""
+    """--validate: what `python bench.py ladder --setting columns --json FILE` wrote"""
     json: Path | None = None
     """also write the result to this file"""
 
