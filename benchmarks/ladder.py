@@ -20,6 +20,7 @@ that row is measured once.
 Left out: several nodes.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -155,25 +156,24 @@ def run_preset(
                 if count not in used:
                     used[count] = cpu_seconds(process.pid)
         finally:
-            stop(process)
+            stop(process, wanted=trace is not None)
         lines = metrics.read_metrics(run)[:iterations]
         if len(lines) < iterations:
             raise UserError(f"`train.py {' '.join(args)}` failed: {log.read_text().strip()[-300:]}")
-        if trace:
+        if trace and (run / "trace.json").is_file():  # a machine too busy to write it within a minute has shown enough
             shutil.copy(run / "trace.json", trace)
         return lines, used, from_json(run / "config.json")
 
 
-def stop(process: subprocess.Popen) -> None:
-    """Ends a run and all its workers. Told twice, it does so without finishing its batch, but writes its trace."""
-    for _ in range(2):
+def stop(process: subprocess.Popen, wanted: bool) -> None:
+    """Ends a run, and its workers with it. wanted: its trace is; told twice to end, it writes that without finishing its batch."""
+    for _ in range(2 if wanted else 0):
         process.terminate()
         time.sleep(0.6)  # two words in less than half a second count as one
-    try:
-        process.wait(60.0)
-    except subprocess.TimeoutExpired:
-        process.kill()  # its workers die with it
-        process.wait(60.0)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(60.0 if wanted else 0.0)
+    process.kill()
+    process.wait(60.0)
 
 
 # ---------------------------------------------------------------- what could be
