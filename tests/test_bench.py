@@ -209,6 +209,8 @@ def test_a_simulator_is_chosen_on_the_command_line():
     for args in ("envs --env metaworld", "envs --env libero", "ladder --env vectorised"):
         assert tyro.cli(bench.BenchConfig, args=args.split()).env == args.split()[-1]
     assert tyro.cli(bench.BenchConfig, args=["envs"]).env == "all"
+    for setting in ladder.SETTINGS:
+        assert tyro.cli(bench.BenchConfig, args=["ladder", "--setting", setting]).setting == setting
     with pytest.raises(UserError, match="only takes time"):
         bench.main(bench.BenchConfig(what="envs", env="vectorised"))
 
