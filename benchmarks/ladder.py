@@ -358,6 +358,6 @@ def contention(rows: list[dict]) -> list[str]:
     """Of a real setting: whether workers fight over cores."""
     out, cores = [], len(os.sched_getaffinity(0))
     for row in rows:
-        busy = f"{cores} cores that are {row['share_of_bound']:.0%} busy"
+        busy = f"{cores} cores, which this run keeps {row['share_of_bound']:.0%} busy"
         out.append(f"{row['preset']}: {row['working']:.1f} workers work at the same time, on {busy}")
     return out
