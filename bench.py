@@ -2,8 +2,7 @@
 
     python bench.py transport --json transport.json    slots against queues that carry the data (and Ray, where it is installed)
     python bench.py weights                            a weight sync against a memcpy, and what it costs a serving rollout worker
-    python bench.py ladder --setting emulated          the five presets of RL-VLA³'s Table 1 against each other and their bound
-    python bench.py ladder --env vectorised            the same for a simulator whose envs step together
+    python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against each other and their bound
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
     python bench.py envs                               simulators against the way their own documentation has it
@@ -40,14 +39,15 @@ class BenchConfig:
     """transport: repetitions behind each median; weights: tens of versions; tracing: runs with it, and as many without"""
     seconds: float = 1.0
     """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
-    setting: Literal["emulated", "embedded", "both"] = "both"
-    """ladder, tracing: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
+    setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = "all"
+    """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill + π0), which sleep; embedded (the
+    default model and simulator) and libero, all real; columns is the first three. tracing: all is emulated and embedded"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
-    """envs: which simulator, libero or metaworld; ladder: vectorised stands for ManiSkill, anything else for LIBERO"""
+    """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that --setting"""
     iterations: int = 0
-    """ladder, tracing: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
+    """ladder, tracing: iterations measured after the warm-up; 0 means 5 emulated, 6 gr00t, 2 vectorised and 4 real ones"""
     ratio: str = ""
-    """ladder, tracing: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
+    """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and 3:1 of the real settings"""
     model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
@@ -102,9 +102,12 @@ def main(config: BenchConfig) -> None:
         rows = inference.measure(config.model, config.size, config.seconds)
     else:
         setting = "vectorised" if config.env == "vectorised" else config.setting
-        rows = ladder.measure(setting, config.ratio, config.iterations)
+        rows = ladder.measure(setting, config.ratio, config.iterations, config.json)
     result = {"what": config.what, "machine": machine(), "rows": rows}
-    show(result)
+    if config.what == "ladder":
+        print(f"\n{result['machine']}\n\n{ladder.report(rows)}")
+    else:
+        show(result)
     if config.json:
         config.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -37,8 +37,8 @@ def exit_on_user_error() -> Iterator[None]:
 class RunConfig:
     model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal["metaworld", "libero", "maniskill", "robocasa", "emulated", "vectorised"] = "metaworld"
-    """simulator; `emulated` and `vectorised` sleep for calibrated times, to measure the pipeline alone"""
+    env: Literal["metaworld", "libero", "maniskill", "robocasa", "emulated", "emulated_gr00t", "vectorised"] = "metaworld"
+    """simulator; `emulated`, `emulated_gr00t` and `vectorised` sleep for calibrated times, to measure the pipeline alone"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
     suite: str = ""

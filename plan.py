@@ -4,7 +4,7 @@
     python plan.py --from NAME --preset train-async                                        stage costs that runs/NAME measured
     python plan.py --rollout-s 1050 --actor-s 861 --sweep --plot sweep.png                 8 … 1024 GPUs, and what breaks first
     python plan.py --validate                                                              against the paper, each error
-    python bench.py ladder --setting emulated --json L.json && python plan.py --validate --ladder L.json
+    python bench.py ladder --setting columns --json L.json && python plan.py --validate --ladder L.json
 
 `planning/events.py` runs the real batcher, admission and streamer in virtual time; here its costs are found. `--rollout-s` and
 `--actor-s` are what a synchronous run shows: seconds that one iteration's two phases take alone, on the parts that --ratio gives

@@ -23,11 +23,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import metrics
 from benchmarks import ladder
 from channel import Counters
 
+WARMUP = ladder.warmup("full")
 SPANS = 20_000  # of one repetition, at intervals as short as they can be
 ARGS = {"batch": 12, "version": 34}  # as an inference's
 
@@ -49,22 +51,37 @@ def span_us(repeats: int) -> tuple[float, float]:
     return plain, traced - plain
 
 
-def rates(run: ladder.Run) -> tuple[float, float, float]:
-    """Env steps/s, CPU seconds per env step and CPU seconds per second of the iterations after the warm-up, but the last one."""
-    first, last = run.lines[ladder.WARMUP - 1], run.lines[-2]
+class Run(NamedTuple):
+    """What one run of the ladder's preset `full` left behind."""
+
+    lines: list[dict]  # of metrics.jsonl
+    used: dict[int, float]  # CPU seconds when there were n lines
+    spans: dict[str, list]  # of trace.json, by row; {} where it was not traced
+
+
+def run_once(setting: str, ratio: str, iterations: int, trace: bool) -> Run:
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        file = Path(folder) / "trace.json" if trace else None
+        lines, used, _ = ladder.run_preset(setting, "full", ratio, WARMUP + iterations, file)
+        return Run(lines, used, metrics.read_trace(Path(folder)) if trace else {})
+
+
+def rates(run: Run) -> tuple[float, float, float]:
+    """Env steps/s, CPU seconds per env step and CPU seconds per second of the iterations after the warm-up."""
+    first, last = run.lines[WARMUP - 1], run.lines[-1]
     env_steps, seconds = last["env_steps"] - first["env_steps"], last["time"] - first["time"]
-    cpu_s = run.used[len(run.lines) - 1] - run.used[ladder.WARMUP]
+    cpu_s = run.used[len(run.lines)] - run.used[WARMUP]
     return env_steps / seconds, cpu_s / env_steps, cpu_s / seconds
 
 
-def spans_per_s(run: ladder.Run) -> tuple[float, float]:
+def spans_per_s(run: Run) -> tuple[float, float]:
     """Of all workers, and of the one that records most. A fetch is recorded by the worker that it was for, but is rare."""
     counts = [len(rows) for rows in run.spans.values()]
     seconds = max(rows[-1][2] for rows in run.spans.values()) - min(rows[0][1] for rows in run.spans.values())
     return sum(counts) / seconds, max(counts) / seconds
 
 
-def row(setting: str, traced: list[ladder.Run], untraced: list[ladder.Run], us: float, meter_us: float) -> dict:
+def row(setting: str, traced: list[Run], untraced: list[Run], us: float, meter_us: float) -> dict:
     """us, meter_us: of `span_us`."""
     middle = lambda runs, figure: statistics.median(rates(run)[figure] for run in runs)  # noqa: E731
     every, busiest = (statistics.median(spans_per_s(run)[figure] for run in traced) for figure in (0, 1))
@@ -83,13 +100,13 @@ def measure(setting: str, ratio: str, iterations: int, repeats: int) -> list[dic
     meter_us, us = span_us(4 * repeats)
     print(f"a span takes {meter_us:.2f} us, recorded {us:.2f} us more", flush=True)
     rows = []
-    for name in ("emulated", "embedded") if setting == "both" else (setting,):
-        own_ratio, own_iterations, _ = ladder.SETTINGS[name]
-        runs: dict[bool, list[ladder.Run]] = {True: [], False: []}
+    for name in ("emulated", "embedded") if setting == "all" else ladder.SETTINGS[setting]:
+        real = ladder.REAL.get(name)
+        runs: dict[bool, list[Run]] = {True: [], False: []}
         for turn in range(2 * repeats):
             trace = turn % 4 in (0, 3)  # with, without, without, with, …: neither is always the first of a pair
-            count = ladder.WARMUP + (iterations or own_iterations) + 1
-            runs[trace].append(ladder.run_preset(name, "full", ratio or own_ratio, count, trace))
+            count = iterations or (real[2] if real else ladder.COLUMNS[name].iterations)
+            runs[trace].append(run_once(name, ratio or (real[1] if real else "1:1"), count, trace))
             speed, cpu, _ = rates(runs[trace][-1])
             how = "with" if trace else "without"
             print(f"{name}, {how} trace: {speed:.0f} env steps/s, {1e3 * cpu:.3g} CPU ms per env step", flush=True)

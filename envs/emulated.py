@@ -19,9 +19,18 @@ full inferences per round, because a trajectory of 8 chunks also asks for its la
     E32 · MEAN + 9/8 · INFER_ALL / 2   = ROUND · 630 / 1070  colocated: twice the workers, inference twice as fast
 
 They give TAIL = 0.27 (E16 = 2.775, E32 = 1.702) and INFER_ALL = 0.204 ROUND. The limit of 594 s lies below the 641 s of the
-paper's own π0.5 "+ Streamer" row, as it must. Two lanes share a worker as several simulators share a CPU core.
+paper's own π0.5 "+ Streamer" row, as it must. Two lanes share a worker as several simulators share a CPU core; one lane stands for
+two of the paper's envs.
 
-Left out: images that mean anything; the 384 rounds of a training step are 16 here, so lanes drift further apart, relative to it.
+Other ratios cut the same devices otherwise (`devices`) and have envs in proportion to those that simulate (`sizes`), as the paper's
+128 envs at 1:1 are 192 at 3:1.
+
+Weights: what a synchronous step takes beyond its rollout and actor is 0.8 s on 8 GPUs at 1:1 (π0). All of it is taken for the
+weights' way, half to the weight plane and half from there. Nothing sleeps for it: the model has as many bytes (`WEIGHTS`) as the
+real plane copies in that time.
+
+Left out: images that mean anything; the 384 rounds of a training step are 16 here, so lanes drift further apart, relative to it; an
+optimizer step of its own, which is part of the actor's time.
 """
 
 import time
@@ -35,18 +44,35 @@ SCALE = 1 / 10  # seconds here per second there
 ROUND = 1070 / (8 * 48) * SCALE  # seconds: one lockstep round of all lanes, simulation and inference
 LOCKSTEP = 1.80  # seconds of lockstep rollout per second that a worker simulates
 WORKERS, LANES = 16, 2  # at 1:1: env workers, and lanes of each
+ENVS = WORKERS * LANES
 MEAN = ROUND / LOCKSTEP / LANES  # seconds: mean simulation time of one chunk
 TAIL = 0.27
 INFER_ALL = 0.204 * ROUND  # seconds: one inference for all lanes
+INFER_FIXED = 0.2  # share of it that is independent of the number of lanes
 TRAIN_ALL = 440 / (8 * 48) * SCALE  # seconds: training one chunk step of every lane
 CHUNK = 10  # control steps of which one is long, for simplicity the first
 EPISODE = 8  # chunks
+TRAJECTORIES = 2  # of each lane in an iteration
+MINIBATCHES = 2  # of an iteration: the paper's 2048 chunk steps are 32 of its rounds, as 8 rounds are here
+MICRO_BATCH = 4  # trajectories, at most
+SYNC = 0.8 * TRAJECTORIES * EPISODE / (8 * 48) * SCALE  # seconds: an iteration's weights, to the plane and from there
+COPIES = 5e9  # bytes/s of one such copy, through memory
+WEIGHTS = int(SYNC / 2 * COPIES)  # bytes
 
 
 def devices(ratio: str, placement: str) -> tuple[float, float]:
     """Devices for env + rollout and for actors, relative to the disaggregated 1:1 rows that the times above are for."""
     r, a = parse_ratio(ratio)
     return (2.0, 2.0) if placement == "colocated" else (2.0 * r / (r + a), 2.0 * a / (r + a))
+
+
+def sizes(costs, ratio: str, placement: str) -> tuple[int, int]:
+    """Env workers and envs. costs: this module or another with the same constants.
+
+    Colocated shares the envs of 1:1 out among twice the workers.
+    """
+    workers = round(costs.WORKERS * devices(ratio, placement)[0])
+    return workers, costs.ENVS if placement == "colocated" else costs.ENVS // costs.WORKERS * workers
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
@@ -61,16 +87,18 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 
 
 class Env:
+    mean_s, tail = MEAN, TAIL
+
     def __init__(self, tasks: tuple[str, ...], image_size: int):
         self.image = np.zeros((1, image_size, image_size, 3), np.uint8)
-        self.means = [MEAN * (1.0 if task == "emulated" else float(task)) for task in tasks]
+        self.means = [self.mean_s * (1.0 if task == "emulated" else float(task)) for task in tasks]
 
     def reset(self, task: int, seed: int) -> None:
         self.rng, self.mean, self.steps = np.random.default_rng(seed), self.means[task], 0
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         if self.steps % CHUNK == 0:
-            time.sleep(self.mean * float(self.rng.lognormal(-0.5 * TAIL**2, TAIL)))  # whose mean is 1
+            time.sleep(self.mean * float(self.rng.lognormal(-0.5 * self.tail**2, self.tail)))  # whose mean is 1
         self.steps += 1
         return 0.0, False
 

@@ -20,6 +20,8 @@ They give FIXED = 0.16 s and EACH = 0.13 s (before SCALE): the five rows come ou
 A second lane per GPU thus costs 0.16 s of simulation and hides 2.15 s of inference. Where FIXED is the longer (a simulator that is
 fast, a model that is small), `--lanes 1` is right.
 
+Other ratios have 64 envs on each GPU that simulates (`emulated.sizes`).
+
 Left out: pictures that mean anything, episodes of different lengths; the 64 rounds of a training step are 16 here.
 """
 
@@ -28,18 +30,22 @@ import time
 import numpy as np
 import torch
 
-from envs import EnvSpec
+from envs import EnvSpec, emulated
 
 SCALE = 1 / 40  # seconds here per second there
 WORKERS, ENVS = 4, 256  # GPUs that simulate at 1:1, and envs of them all
 ROUND = 81_920 / 60.64 / 2 / 64 * SCALE  # seconds: one lockstep round of all envs, simulation and inference
 SPLIT = 81_920 / 69.07 / 64 * SCALE  # seconds: a GPU's work for a round when each env is stepped by itself
 INFER_ALL = 0.204 * ROUND  # seconds: one inference for all envs
+INFER_FIXED = emulated.INFER_FIXED
 FIXED = (SPLIT - ROUND + INFER_ALL) / (ENVS / WORKERS - 1)  # seconds per chunk of a lane
 EACH = SPLIT / (ENVS / WORKERS) - FIXED  # seconds per chunk of an env
 TRAIN_ALL = ROUND  # seconds: training one chunk step of every env
 CHUNK = 5  # control steps of which one is long, for simplicity the first
 EPISODE = 16  # chunks
+TRAJECTORIES, MINIBATCHES = 1, 1  # of each env in an iteration; of an iteration: the paper's 4096 chunk steps are 16 of its rounds
+MICRO_BATCH = 32  # trajectories, at most
+WEIGHTS = int(0.8 * EPISODE / 64 * SCALE / 2 * emulated.COPIES)  # bytes: envs/emulated.py derives them
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:

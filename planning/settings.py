@@ -77,7 +77,7 @@ class PlanConfig:
     infer_share: float = 0.2
     """inference's share of the lockstep rollout (envs/emulated.py)"""
     infer_fixed: float = 0.2
-    """share of a full batch's inference that does not depend on its size (models/emulated.py)"""
+    """share of a full batch's inference that does not depend on its size (envs/emulated.py)"""
     step_fixed: float = 0.0
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
     train_fixed: float = 0.0
@@ -113,7 +113,7 @@ class PlanConfig:
     validate: bool = False
     """compare predictions with RL-VLA³'s tables, and with a measured ladder if there is one"""
     ladder: Path | None = None
-    """--validate: what `python bench.py ladder --setting emulated --json FILE` wrote"""
+    """--validate: what `python bench.py ladder --setting columns --json FILE` wrote"""
     json: Path | None = None
     """also write the result to this file"""
 

@@ -15,6 +15,7 @@ From the paper only synchronous rows calibrate, and asynchronous ones are predic
 From the ladder the seconds that its own sync-disaggregated row measured for rollout and actor calibrate; all else is nominal.
 """
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,14 @@ from config import PRESETS, UserError, parse_ratio
 from planning import STAGES, Costs, Node
 from planning.costs import calibrate
 from planning.events import simulate
-from planning.settings import PlanConfig, node_of
+from planning.settings import PlanConfig, divisor, node_of
 
 SHARES = (0.0, 0.2, 0.4)  # inference's part of the lockstep rollout
 FIXED = (0.0, 0.5, 1.0)  # part of a vectorised simulator's step that does not depend on the number of envs
 PASS_S = 442.2 / 4 / 24576  # seconds of the actor per chunk step and pass, on the 4 GPUs of a node at 1:1
 PRESET_ROWS = ("sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full")
 GPUS = (8, 16, 32)
+EMULATED = {"emulated": "envs.emulated", "gr00t": "envs.emulated_gr00t", "vectorised": "envs.vectorised"}  # settings of the ladder
 
 # RL-VLA³, main comparison: env steps/s at 8, 16 and 32 GPUs, in the order of PRESET_ROWS.
 MAIN = {
@@ -219,32 +221,44 @@ What the paper's figures do not determine, and so no plan can predict:
 # ---------------------------------------------------------------- the ladder
 
 
-def emulated_node(preset: str, ratio: str) -> tuple[Node, Costs]:
-    """What `benchmarks/ladder.py` runs as --setting emulated: sleeps of envs/emulated.py and models/emulated.py."""
+def emulated_node(preset: str, ratio: str, setting: str = "emulated") -> tuple[Node, Costs]:
+    """What `benchmarks/ladder.py` runs: sleeps of a simulator that only takes time and models/emulated.py. setting: of EMULATED."""
     from envs import emulated
 
+    costs = importlib.import_module(EMULATED[setting])
     placement, staleness, batch_max, wait, stream = PRESETS[preset]
     for_rollout, for_actor = emulated.devices(ratio, placement)
-    lanes = emulated.WORKERS * emulated.LANES
+    workers, envs = emulated.sizes(costs, ratio, placement)
+    lanes, step_s, tail = envs, 0.0, 0.0
+    if hasattr(costs, "Envs"):
+        lanes = workers * (1 if batch_max == "all" else 2)
+        step_s = costs.FIXED + envs / lanes * costs.EACH
+    else:
+        step_s, tail = costs.MEAN, costs.TAIL
+    batch = costs.TRAJECTORIES * envs
+    minibatch = batch // costs.MINIBATCHES
     node = Node(
-        lanes=lanes, env_devices=("cpu",) * round(emulated.WORKERS * for_rollout), rollout_devices=("cpu",),
-        actor_devices=("cpu",) * parse_ratio(ratio)[1], segment=emulated.EPISODE, chunk=emulated.CHUNK, batch=2 * lanes,
-        minibatch=lanes, micro_batch=4, update_epochs=1, max_staleness=staleness, batch_max=batch_max, batch_wait_s=wait,
-        stream=stream,
+        lanes=lanes, lane_envs=envs // lanes, env_devices=("cpu",) * workers, rollout_devices=("cpu",),
+        actor_devices=("cpu",) * parse_ratio(ratio)[1], segment=costs.EPISODE, chunk=costs.CHUNK, batch=batch, minibatch=minibatch,
+        micro_batch=divisor(minibatch, costs.MICRO_BATCH), update_epochs=1, max_staleness=staleness, batch_max=batch_max,
+        batch_wait_s=wait, stream=stream,
     )  # fmt: skip
-    infer, train = emulated.INFER_ALL / for_rollout, emulated.TRAIN_ALL / for_actor  # of all lanes at once
-    costs = Costs(step_s=emulated.MEAN, step_tail=emulated.TAIL, infer_fixed_s=0.2 * infer,
-                  infer_each_s=0.8 * infer / lanes, train_each_s=train / lanes)  # fmt: skip
-    return node, costs
+    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor  # of so many envs as there are at 1:1
+    return node, Costs(
+        step_s=step_s, step_tail=tail, infer_fixed_s=costs.INFER_FIXED * infer,
+        infer_each_s=(1 - costs.INFER_FIXED) * infer / costs.ENVS, train_each_s=train / costs.ENVS,
+    )  # fmt: skip
 
 
 def read_ladder(file: Path) -> list[dict]:
+    """Its rows of the paper's columns, as far as they are presets."""
     try:
-        measured = [row for row in json.loads(file.read_text())["rows"] if row["setting"] == "emulated"]
+        rows = json.loads(file.read_text())["rows"]
+        measured = [row for row in rows if row["setting"] in EMULATED and row["preset"] in PRESETS]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read the ladder in {file}: {error}") from None
     if not measured:
-        raise UserError(f"{file} has no emulated rows: make it with `python bench.py ladder --setting emulated --json {file}`")
+        raise UserError(f"{file} has no emulated rows: make it with `python bench.py ladder --setting columns --json {file}`")
     return measured
 
 
@@ -254,12 +268,13 @@ def ladder(measured: list[dict]) -> list[dict]:
     print("\nemulated ladder, env steps/s                        measured   nominal   error   calibrated on sync-disaggregated")
     rows = []
     for row in measured:
-        preset, ratio, reached = row["preset"], row["ratio"], row["env_steps_per_s"]
-        node, costs = emulated_node(preset, ratio)
+        preset, ratio, setting, reached = row["preset"], row["ratio"], row["setting"], row["env_steps_per_s"]
+        node, costs = emulated_node(preset, ratio, setting)
         found, calibrated = simulate(node, costs, iterations=40), None
-        base = next((r for r in measured if r["preset"] == "sync-disaggregated" and r["ratio"] == ratio), None)
+        own = (row for row in measured if row["ratio"] == ratio and row["setting"] == setting)
+        base = next((row for row in own if row["preset"] == "sync-disaggregated"), None)
         if base:
-            sync = simulate(*emulated_node("sync-disaggregated", ratio), iterations=40)
+            sync = simulate(*emulated_node("sync-disaggregated", ratio, setting), iterations=40)
             rollout = base["rollout_s"] / (sync.bubble_actor * sync.step_s)  # while the actor waits, the rollout phase runs
             actor = base["actor_s"] / ((1 - sync.bubble_actor) * sync.step_s)
             priced = replace(
@@ -268,10 +283,15 @@ def ladder(measured: list[dict]) -> list[dict]:
             )  # fmt: skip
             calibrated = simulate(node, priced, iterations=40).env_steps_per_s
         more = f"{calibrated:8.1f}  {calibrated / reached - 1:+6.1%}" if calibrated else ""
-        error = line(f"{ratio} {preset}", found.env_steps_per_s, reached, more)
+        error = line(f"{setting} {ratio} {preset}", found.env_steps_per_s, reached, more)
         bubbles = {f"bubble_{s}": [row[f"bubble_{s}"], getattr(found, f"bubble_{s}")] for s in STAGES}  # measured, predicted
         print("      waits: " + ", ".join(f"{s.removeprefix('bubble_')} {a:.0%} and {b:.0%}" for s, (a, b) in bubbles.items()))
-        row = {"table": "emulated ladder", "row": f"{ratio} {preset}", "measured": reached, "predicted": found.env_steps_per_s}
+        row = {
+            "table": "emulated ladder",
+            "row": f"{setting} {ratio} {preset}",
+            "measured": reached,
+            "predicted": found.env_steps_per_s,
+        }
         rows.append(row | {"calibrated": calibrated, "error": error} | bubbles)
     return rows
 
@@ -281,5 +301,5 @@ def validate(file: Path | None) -> list[dict]:
     rows = stage_times() + other_parts() + main_table()
     print(LIMITS)
     if not measured:
-        print("\nFor the emulated ladder: python bench.py ladder --setting emulated --json L.json, then --validate --ladder L.json")
+        print("\nFor the emulated ladder: python bench.py ladder --setting columns --json L.json, then --validate --ladder L.json")
     return rows + (ladder(measured) if measured else [])

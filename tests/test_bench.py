@@ -1,6 +1,7 @@
 """`bench.py` on the small models and a CPU: that it runs, counts what it says and refuses what it cannot do."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,9 +9,15 @@ import tyro
 
 import bench
 import benchmarks
+import config
+import metrics
+import train
 from benchmarks import inference, ladder, prefix, tracing
+from channel import layout
 from config import UserError
-from envs import vectorised
+from envs import emulated, vectorised
+from planning.events import simulate
+from planning.validate import emulated_node
 
 
 @pytest.fixture(autouse=True)
@@ -57,19 +64,136 @@ def test_inference(model, tmp_path):
         assert (row["denoise_step_s"] is None) == (model == "oft")
 
 
-def test_the_vectorised_setting_is_the_paper_s_column():
-    """Env steps/s of the five rows that `envs/vectorised.py` is derived from, from its constants."""
+# ---------------------------------------------------------------- the ladder
+
+
+@pytest.mark.parametrize("setting, tolerance", [("emulated", 0.02), ("gr00t", 0.02), ("vectorised", 0.1)])
+def test_the_emulated_settings_are_the_paper_s_columns(setting, tolerance):
+    """In virtual time, the sleeps give the rows that they are derived from; ManiSkill's do not fit one another better."""
+    column = ladder.COLUMNS[setting]
+    fewer = {"vectorised": 256}.get(setting, 64) / column.costs.ENVS  # envs of the paper for each one here
+    for preset in ("sync-colocated", "sync-disaggregated", "train-async"):
+        found = simulate(*emulated_node(preset, "1:1", setting), iterations=30).env_steps_per_s
+        assert found * column.costs.SCALE * fewer == pytest.approx(column.paper[preset], rel=tolerance)
+
+
+def test_splitting_into_single_envs_costs_what_it_costs_the_paper():
     v = vectorised
-    rate = lambda seconds: 81_920 / (64 * seconds / v.SCALE)  # noqa: E731  of a round: simulation, inference, training
-    simulate = lambda envs, lanes: lanes * v.FIXED + envs * v.EACH  # noqa: E731
-    lockstep = simulate(64, 1) + v.INFER_ALL
-    paper = ladder.PAPER["vectorised"]
-    assert rate(lockstep + v.TRAIN_ALL) == pytest.approx(paper["sync-disaggregated"])
-    assert rate(max(lockstep, v.TRAIN_ALL)) == pytest.approx(paper["train-async"], rel=0.05)
-    assert rate(simulate(64, 64)) == pytest.approx(paper["rollout-async"])
-    assert rate(simulate(32, 1) + v.INFER_ALL / 2 + v.TRAIN_ALL / 2) == pytest.approx(paper["sync-colocated"], rel=0.1)
+    rate = 81_920 / (64 * v.SPLIT / v.SCALE)  # env steps/s of the paper's 64 rounds
+    assert rate == pytest.approx(ladder.COLUMNS["vectorised"].paper[ladder.SINGLE_ENVS])
+    assert pytest.approx(v.SPLIT) == 64 * (v.FIXED + v.EACH)
     # Two lanes per GPU lose less than the inference that they hide; the actor then is the slowest stage.
-    assert simulate(64, 2) < lockstep and ladder.emulated_bound("vectorised", "1:1", "full") == pytest.approx(256 * 5 / v.TRAIN_ALL)
+    assert 2 * v.FIXED + 64 * v.EACH < v.ROUND
+    assert ladder.emulated_bound("vectorised", "1:1", "full") == pytest.approx(256 * 5 / v.TRAIN_ALL)
+
+
+@pytest.mark.parametrize("ratio", ladder.RATIOS)
+@pytest.mark.parametrize("setting", ladder.COLUMNS)
+def test_no_row_of_the_event_model_exceeds_its_bound_and_none_is_ahead_of_full(setting, ratio):
+    found = {p: simulate(*emulated_node(p, ratio, setting), iterations=12).env_steps_per_s for p in config.PRESETS}
+    for preset, rate in found.items():
+        assert rate <= ladder.emulated_bound(setting, ratio, preset) * 1.02  # chunks are random, and so few of them quick ones
+    assert found["full"] > 1.3 * found["sync-disaggregated"]
+    assert found["full"] >= 0.97 * max(found["rollout-async"], found["train-async"])
+
+
+def test_bounds():
+    bounds = {ratio: ladder.emulated_bounds("emulated", ratio, "full") for ratio in ladder.RATIOS}
+    chunk = 2 * emulated.MEAN  # seconds of a worker for its two lanes, at every ratio
+    assert [b["env"] * chunk for b in bounds.values()] == pytest.approx([32 * 10, 42 * 10, 48 * 10])
+    assert bounds["3:1"]["actor"] == pytest.approx(bounds["1:1"]["actor"] / 2)
+    assert [min(b, key=b.get) for b in bounds.values()] == ["env", "actor", "actor"]
+    assert all(min(b := ladder.emulated_bounds("gr00t", r, "full"), key=b.get) == "env" for r in ladder.RATIOS)
+    # Colocated takes turns, on all devices in turn, whatever the ratio.
+    alone = ladder.emulated_bounds("emulated", "1:1", "sync-colocated")
+    assert ladder.emulated_bound("emulated", "3:1", "sync-colocated") == pytest.approx(1 / (1 / alone["env"] + 1 / alone["actor"]))
+    assert ladder.real_bound(1000.0, 4.0) == pytest.approx(250.0 * len(os.sched_getaffinity(0)))
+
+
+def test_a_pipeline_that_fills_does_not_count_as_faster():
+    """At 3:1 the actor bounds π0.5: what simulators collect beyond its pace, until admission stops them, is in no row."""
+    batch = 48 * 2 * 8 * 10
+    seconds = batch / ladder.emulated_bound("emulated", "3:1", "full")
+    lines = [{"env_steps": (1.5 * n + 1) * batch, "time": n * seconds} for n in range(1, 6)]
+    steps = ladder.steady("emulated", "3:1", "full", lines)
+    assert ladder.warmup("full") == 2 and steps == 3 * batch
+    assert steps / (lines[-1]["time"] - lines[1]["time"]) == pytest.approx(ladder.emulated_bound("emulated", "3:1", "full"))
+    # Where simulators are the bound, and in a real setting, steps count where they are made.
+    for setting, ratio in (("gr00t", "3:1"), ("emulated", "1:1"), ("embedded", "3:1")):
+        assert ladder.steady(setting, ratio, "full", lines) == 3 * 1.5 * batch
+
+
+@pytest.mark.parametrize("ratio", ladder.RATIOS)
+@pytest.mark.parametrize("setting", ladder.COLUMNS)
+def test_what_the_ladder_runs_is_valid(setting, ratio):
+    for preset in ("sync-colocated", "full", *([ladder.SINGLE_ENVS] if (setting, ratio) == ("vectorised", "1:1") else [])):
+        settings = train.prepare(train.parse(ladder.flags(setting, preset, ratio))).config
+        workers, envs = emulated.sizes(ladder.COLUMNS[setting].costs, ratio, settings.train.placement)
+        assert (settings.env.env_workers, settings.env.envs) == (workers, envs)
+        assert settings.env.segment == ladder.COLUMNS[setting].costs.EPISODE
+        node = emulated_node(preset.partition(",")[0], ratio, setting)[0]
+        actor = settings.actor
+        assert (actor.batch, actor.minibatch, actor.micro_batch) == (node.batch, node.minibatch, node.micro_batch)
+        assert preset == ladder.SINGLE_ENVS or settings.env.envs // settings.env.width == node.lanes
+
+
+def test_the_emulated_weights_take_their_way_through_the_plane():
+    settings = train.prepare(train.parse(["--model", "emulated", "--env", "emulated_gr00t"]))
+    moved = layout(settings.weights, 1)[1]
+    assert moved == pytest.approx(emulated.SYNC / 2 * emulated.COPIES, rel=0.01)
+    assert pytest.approx(0.8 / 24 / 10) == emulated.SYNC  # a 24th of the paper's training step, ten times as fast
+
+
+def row_of(preset, ratio, rate, base, bound, of_paper=None):
+    waits = {f"bubble_{stage}": 0.25 for stage in metrics.STAGES}
+    row = {"setting": "gr00t", "ratio": ratio, "preset": preset, "env_steps_per_s": rate, "bound_env_steps_per_s": bound}
+    row |= {"share_of_bound": rate / bound, "paper_ratio_to_sync_disaggregated": of_paper}
+    return row | waits | {"ratio_to_sync_disaggregated": rate / base}
+
+
+def test_the_verdict_says_which_targets_are_met():
+    rows = [
+        row_of("sync-colocated", "1:1", 900, 500, 2000, 1.7), row_of("sync-disaggregated", "1:1", 500, 500, 1000, 1.0),
+        row_of("full", "1:1", 960, 500, 1000, 1.9), row_of("sync-colocated", "3:1", 900, 400, 2000),
+        row_of("sync-disaggregated", "3:1", 400, 400, 800), row_of("full", "3:1", 790, 400, 800),
+    ]  # fmt: skip
+    ahead, ratio, bound, behind = ladder.verdict(rows)
+    assert ahead.startswith("met:") and "sync-colocated, 900" in ahead
+    assert ratio.startswith("met:") and "1.92 at 1:1, the paper's 1.90" in ratio
+    assert bound.startswith("not met:") and "96.0% of the bound (1000) at the best ratio, 1:1" in bound
+    assert "at 3:1 full (790) is behind sync-colocated (900); its bound is 800" in behind
+    text = ladder.report(rows)
+    assert text.count("sync-colocated | all") == 1 and "| full | 1:1 | 960 | 1.92 | 1.90 | 96.0% | 25% / 25% / 25% |" in text
+    rows[2] |= {"env_steps_per_s": 1010.0, "share_of_bound": 1.01, "ratio_to_sync_disaggregated": 1.8}
+    assert [line.startswith("met:") for line in ladder.verdict(rows)[:3]] == [True, False, True]
+    assert "above the bound: 1:1 full" in ladder.verdict(rows)[-1]
+
+
+def test_rows_of_a_run(monkeypatch, capsys):
+    """From metrics lines to rows and what is told of them; the run itself is given."""
+    settings = config.Config()
+    settings.env.env_workers, settings.rollout.rollout_workers, settings.actor.actor_workers = 3, 1, 1
+
+    def given(setting, preset, ratio, iterations, trace):
+        bubbles = {"bubble_env": 0.5, "bubble_rollout": 0.0, "bubble_actor": 0.25}
+        others = {"batch_size_mean": 2.0, "weight_sync_s": 0.001, "weight_stall_s": 0.0}
+        lines = [{"env_steps": 480.0 * n, "time": 1.0 + 2.0 * n} | bubbles | others for n in range(1, iterations + 1)]
+        return lines, {n: 3.0 * n for n in range(iterations + 1)}, settings
+
+    monkeypatch.setattr(ladder, "run_preset", given)
+    rows = ladder.measure("libero", "", 2)
+    assert [row["preset"] for row in rows] == list(config.PRESETS) and {row["ratio"] for row in rows} == {"3:1"}
+    full, sync = rows[-1], rows[1]
+    assert full["env_steps_per_s"] == 240.0 and full["share_of_bound"] == pytest.approx(1.5 / len(os.sched_getaffinity(0)))
+    assert full["working"] == pytest.approx(3 * 0.5 + 1 + 0.75) and full["rollout_s"] is None
+    assert (sync["rollout_s"], sync["actor_s"]) == (0.5, 1.5)
+    assert "full: 3.2 workers work at the same time" in ladder.report(rows)
+
+    runs = len(capsys.readouterr().out.splitlines())
+    rows = ladder.measure("columns", "", 2)
+    assert len(rows) == 3 * 3 * 5 + 1  # colocated once for each column, single envs at 1:1 only
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) - 6 and runs == 5
+    assert {tuple(row) for row in rows} == {tuple(full)}
 
 
 def test_refusals():
@@ -85,6 +209,8 @@ def test_a_simulator_is_chosen_on_the_command_line():
     for args in ("envs --env metaworld", "envs --env libero", "ladder --env vectorised"):
         assert tyro.cli(bench.BenchConfig, args=args.split()).env == args.split()[-1]
     assert tyro.cli(bench.BenchConfig, args=["envs"]).env == "all"
+    for setting in ladder.SETTINGS:
+        assert tyro.cli(bench.BenchConfig, args=["ladder", "--setting", setting]).setting == setting
     with pytest.raises(UserError, match="only takes time"):
         bench.main(bench.BenchConfig(what="envs", env="vectorised"))
 
@@ -104,9 +230,9 @@ def test_envs(tmp_path):
 def test_tracing_by_hand():
     """Two iterations after the warm-up, and one that is not measured."""
 
-    def run(cpu_s: float, seconds: float, spans: dict) -> ladder.Run:
+    def run(cpu_s: float, seconds: float, spans: dict) -> tracing.Run:
         lines = [{"env_steps": 100 * i, "time": seconds * i} for i in range(1, 6)]
-        return ladder.Run(lines, {i: cpu_s * i for i in range(6)}, spans)
+        return tracing.Run(lines, {i: cpu_s * i for i in range(6)}, spans)
 
     spans = {
         "env-0": [("step", 0.1 * i, 0.1 * i + 0.05, {}) for i in range(100)],
