@@ -287,8 +287,9 @@ def run(
             if record.kind == RESTART:
                 channels.replies[record.sender].put([record])
                 continue
-            for slot in range(record.slot, record.slot + config.env.width):  # of all envs of the lane
-                pool["received"][slot] = pool["trajectory"][slot] + 1
+            slots = range(record.slot, record.slot + config.env.width)  # of all envs of the lane
+            pool["received"][slots.start : slots.stop] = pool["trajectory"][slots.start : slots.stop] + 1
+            for slot in slots:
                 streamer.add(slot)
 
     def save() -> Path:
