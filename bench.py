@@ -7,6 +7,7 @@
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
     python bench.py envs                               simulators against the way their own documentation has it
+    python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing, beside TorchRL
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
 """
@@ -23,22 +24,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import envs, inference, ladder, prefix, transport, weights
+from benchmarks import envs, inference, ladder, machinery, prefix, transport, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators."""
+    """Measured comparisons: transport, transfer of weights, presets, prefix cache, inference, simulators, our own machinery."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs"]]
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "machinery"]]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
     repeats: int = 5
-    """transport: repetitions behind each median; weights: tens of versions"""
+    """transport, machinery: repetitions behind each median; weights: tens of versions"""
     seconds: float = 1.0
-    """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
+    """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each median"""
     setting: Literal["emulated", "embedded", "both"] = "both"
     """ladder: emulated (sleeps, calibrated on the paper's rows), embedded (the default model and simulator) or both"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
@@ -51,6 +52,8 @@ class BenchConfig:
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
     """prefix, inference: the embedded default or the published model; full needs a GPU, auto is full where there is one"""
+    peer: str = ""
+    """machinery: a Python that has TorchRL, to be measured beside ours; empty measures ours alone, at more numbers of envs"""
 
 
 def machine() -> str:
@@ -95,6 +98,9 @@ def main(config: BenchConfig) -> None:
         rows = prefix.measure(config.model, config.size, config.seconds)
     elif config.what == "envs":
         rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
+    elif config.what == "machinery":
+        times = config.repeats, config.seconds
+        rows = machinery.compare(config.peer, *times) if config.peer else machinery.measure(*times)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:
