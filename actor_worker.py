@@ -307,8 +307,10 @@ def run(
                 # It was stepped `record.t` times, of which `steps` are its trajectory; what lies before, dead workers had stepped.
                 sums["restart"] += float(pool["collected"][slot] - settled[slot]) - record.t
                 sums["after_end"] += record.t - steps
-                settled[slot] = pool["collected"][slot]
-                pool["received"][slot] = pool["trajectory"][slot] + 1
+            lane = slice(record.slot, record.slot + config.env.width)
+            settled[lane] = pool["collected"][lane]
+            pool["received"][lane] = pool["trajectory"][lane] + 1
+            for slot in slots:
                 streamer.add(slot)
 
     def save() -> Path:

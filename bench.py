@@ -7,6 +7,7 @@
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
     python bench.py envs                               simulators against the way their own documentation has it
     python bench.py tracing                            what --trace costs a run
+    python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing, beside TorchRL
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
 """
@@ -23,22 +24,22 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import envs, inference, ladder, prefix, tracing, transport, weights
+from benchmarks import envs, inference, ladder, machinery, prefix, tracing, transport, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators, trace."""
+    """Measured comparisons: transport, transfer of weights, presets, prefix cache, inference, simulators, trace, machinery."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tracing"]]
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tracing", "machinery"]]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
     repeats: int = 5
-    """transport: repetitions behind each median; weights: tens of versions; tracing: runs with it, and as many without"""
+    """transport, machinery: repetitions behind each median; weights: tens of versions; tracing: runs with and without"""
     seconds: float = 1.0
-    """transport: length of one repetition; prefix, inference, envs: time spent on each median"""
+    """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each median"""
     setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = "all"
     """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill + π0), which sleep; embedded (the
     default model and simulator) and libero, all real; columns is the first three. tracing: all is emulated and embedded"""
@@ -52,6 +53,8 @@ class BenchConfig:
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
     """prefix, inference: the embedded default or the published model; full needs a GPU, auto is full where there is one"""
+    peer: str = ""
+    """machinery: a Python that has TorchRL, to be measured beside ours; empty measures ours alone, at more numbers of envs"""
 
 
 def machine() -> str:
@@ -98,6 +101,9 @@ def main(config: BenchConfig) -> None:
         rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
     elif config.what == "tracing":
         rows = tracing.measure(config.setting, config.ratio, config.iterations, config.repeats)
+    elif config.what == "machinery":
+        times = config.repeats, config.seconds
+        rows = machinery.compare(config.peer, *times) if config.peer else machinery.measure(*times)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:

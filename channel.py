@@ -176,12 +176,12 @@ class IndexQueue:
 
     def get(self, timeout: float | None) -> list[Record]:
         """Every queued record; waits up to `timeout` seconds for the first and returns [] when none came."""
-        if timeout is None or timeout > 0:
-            select.select([self.reader], [], [], timeout)
         try:
             data = os.read(self.reader, 65536)
         except BlockingIOError:
-            return []
+            if timeout is not None and timeout <= 0 or not select.select([self.reader], [], [], timeout)[0]:
+                return []
+            return self.get(0.0)
         if not data:
             raise IndexQueue.Closed
         return [Record(*fields) for fields in RECORD.iter_unpack(data)]

@@ -158,7 +158,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         pool[n].numpy() for n in ("actions", "reward", "terminated", "truncated", "collected")
     )
     seen = {name: pool[name] if pool[name].is_cuda else pool[name].numpy() for name in pool.spec if name in OBSERVED}
-    labels = {name: pool[name].numpy() for name in ("lane", "trajectory", "task")}
+    labels = {name: pool[name].numpy() for name in ("lane", "trajectory", "task", "asked")}
     on_gpu = pool["image"].is_cuda  # then they are of the size and kind that the model wants: `train.prepare` has seen to that
     blank = np.broadcast_to(np.uint8(0), (spec.views, spec.image_size, spec.image_size, 3))  # for a picture that is not here
     outbox: dict[int, list[Record]] = {}  # per rollout worker; sent together once per turn
@@ -180,7 +180,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
 
     def request(lane: Lane, slot: int, kind: int, row: int) -> None:
         """Asks for the whole lane, by its first slot; with DONE for nothing: whoever waits for every lane is not to wait for it."""
-        pool["asked"][slot] = time.monotonic()
+        labels["asked"][slot] = time.monotonic()
         outbox.setdefault(lane.index % len(channels.requests), []).append(Record(slot, row, kind, rank))
 
     def label(lane: Lane, trajectories: int | list[int]) -> None:
@@ -258,7 +258,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     def plans(lane: Lane, row: int) -> np.ndarray:
         """What the simulator is to execute [N, C, A]."""
         asked = actions[lane.slots, row]
-        return np.stack([preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)])
+        return np.array([preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)])
 
     def advance(lane: Lane) -> None:
         """Actions for row t have come: step, write what happened."""
@@ -268,11 +268,13 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
         meter.count("env_steps", lane.steps.sum() - before)
         collected[slots] += 1
-        for row in np.flatnonzero(~np.isfinite(rewards)):
+        if not np.isfinite(rewards).all():
+            row = np.isfinite(rewards).argmin()
             raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {rewards[row]}")
         reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
-        ended = np.flatnonzero(won | late).tolist()
-        meter.count("episodes", len(ended)), meter.count("successes", won.sum())
+        ended = (won | late).nonzero()[0].tolist()
+        if ended:
+            meter.count("episodes", len(ended)), meter.count("successes", won.sum())
         if grouped and (terminated[slots, : t + 1] | truncated[slots, : t + 1]).any(1).all():
             finish(slots.start, t + 1)
             lane.trajectory += 1
@@ -379,7 +381,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         if record.kind == EVAL:
             advance_evaluation(evaluators[(record.slot - admission.slots) // eval_width])
             continue
-        lane = lanes[int(pool["lane"][record.slot]) // width]
+        lane = lanes[labels["lane"][record.slot] // width]
         if record.kind == ACT:
             advance(lane)
         elif record.kind == FINAL:

@@ -52,6 +52,7 @@ class Job:
 def child(job: Job, errors: connection.Connection) -> None:
     """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went wrong by name."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
+    ctypes.CDLL(None).prctl(15, job.name.encode())  # PR_SET_NAME: what `top` calls it
     if os.getppid() == 1:
         os._exit(1)
     for number in INTERRUPTS:

@@ -80,10 +80,13 @@ class WeightFetcher:
 
 def expand(records: list[Record], width: int, eval_width: int) -> list[Record]:
     """A record for every env of the lanes that ask: their slots lie side by side."""
+    if width == eval_width == 1:
+        return records
     each = [(record, eval_width if record.kind == EVAL else width) for record in records]
     return [record._replace(slot=record.slot + i) for record, count in each for i in range(count)]
 
 
+@torch.inference_mode()
 def serve(
     model, records: list[Record], channels: Channels, seed: int, version: int, device: str, width: int = 1, eval_width: int = 1,
     size: Callable[[int], int] = int,
@@ -104,17 +107,18 @@ def serve(
     to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
     out = {name: x[:n].to(pool[name].device) for name, x in model.act(to(obs), to(noise)).items() if name in pool.spec}
 
-    values = [i for i, r in enumerate(samples) if r.kind not in (EVAL, FINAL)]
-    finals = [i for i, r in enumerate(samples) if r.kind == FINAL]
-    acts = [i for i, r in enumerate(samples) if r.kind == ACT]
-    moves = [i for i, r in enumerate(samples) if r.kind in (ACT, EVAL)]
-    pool["value"][slots[values], rows[values]] = out["value"][values].float()
-    if finals:  # of the observation that follows step t = row − 1
+    out["version"] = torch.full((n,), version)
+    for names, kinds in (
+        (("value",), (ACT, VALUE, LAST)), (("actions",), (ACT, EVAL)), (("logprob", "version", *model.slot_fields()), (ACT,)),
+    ):  # fmt: skip
+        chosen = [i for i, r in enumerate(samples) if r.kind in kinds]
+        some = torch.tensor(chosen) if 0 < len(chosen) < n else slice(len(chosen))  # a list as index costs ten times a tensor
+        where = slots[some], rows[some]
+        for name in names:
+            pool[name][where] = out[name][some].to(pool[name].dtype)
+    finals = torch.tensor([i for i, r in enumerate(samples) if r.kind == FINAL], dtype=torch.int64)
+    if len(finals):  # of the observation that follows step t = row − 1
         pool["final"][slots[finals], rows[finals] - 1] = out["value"][finals].float()
-    pool["actions"][slots[moves], rows[moves]] = out["actions"][moves].float()
-    for name in ("logprob", *model.slot_fields()):
-        pool[name][slots[acts], rows[acts]] = out[name][acts].to(pool[name].dtype)
-    pool["version"][slots[acts], rows[acts]] = version
     synchronize(pool.device)  # what is written into GPU memory is there before anybody is told
 
     answers: dict[int, list[Record]] = {}
@@ -136,6 +140,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     compiles = model.COMPILED and (device != "cpu" if config.rollout.compile is None else config.rollout.compile)
     admission, workers, width = Admission.of(config), config.rollout.rollout_workers, config.env.width
     served = len(range(rank, config.env.envs // width, workers))  # lanes that ask this worker
+    lane_of, trajectory_of, asked = (pool[name].numpy() for name in ("lane", "trajectory", "asked"))  # as read one by one
     batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
     auto_wait = config.rollout.batch_wait_ms == "auto"
     batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
@@ -158,7 +163,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
 
     def note(record: Record, over: bool) -> None:
         """The lane that asks is in the trajectory of its slot, or that one is over and it is in, or waits for, the next."""
-        trajectories[int(pool["lane"][record.slot]) // width // workers] = int(pool["trajectory"][record.slot]) + over
+        trajectories[lane_of[record.slot] // width // workers] = trajectory_of[record.slot] + over
 
     def due() -> float | None:
         """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for more would be in vain, with
@@ -186,7 +191,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 note(record, record.kind == DONE)
             if record.kind == DONE:
                 continue
-            batcher.add(record, record.kind not in (EVAL, LAST), float(pool["asked"][record.slot]))
+            batcher.add(record, record.kind not in (EVAL, LAST), float(asked[record.slot]))
         if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
             batcher.wait_s = min(batcher.wait_s, 0.01)
         remaining = due()
@@ -197,7 +202,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         for record in batch:
             if record.kind == VALUE:  # the lane's next one may have to wait for its version
                 note(record, True)
-        needed = max((admission.batch_of(int(pool["trajectory"][r.slot])) for r in batch if r.kind == ACT), default=0)
+        needed = max((admission.batch_of(int(trajectory_of[r.slot])) for r in batch if r.kind == ACT), default=0)
         if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
             needed = plane.version + admission.max_staleness
         swap_start = time.monotonic()

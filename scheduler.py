@@ -98,7 +98,8 @@ class Admission:
 
     def admits(self, trajectory: int, version: int) -> bool:
         """Whether it may start. For an array of trajectories, an array."""
-        return (self.batch_of(trajectory) <= version + self.max_staleness) & (self.batch_of(trajectory) < self.batches)
+        batch = self.batch_of(trajectory)
+        return (batch <= version + self.max_staleness) & (batch < self.batches)
 
     def slot(self, env: int, trajectory: int) -> int:
         position = trajectory % self.per_lane * self.envs + env

@@ -29,6 +29,8 @@ Weights: what a synchronous step takes beyond its rollout and actor is 0.8 s on 
 weights' way, half to the weight plane and half from there. Nothing sleeps for it: the model has as many bytes (`WEIGHTS`) as the
 real plane copies in that time.
 
+`--tasks 0` is a pipeline of stages that take no time at all, which leaves the cost of the machinery: `python bench.py machinery`.
+
 Left out: images that mean anything; the 384 rounds of a training step are 16 here, so lanes drift further apart, relative to it; an
 optimizer step of its own, which is part of the actor's time.
 """
@@ -58,6 +60,7 @@ MICRO_BATCH = 4  # trajectories, at most
 SYNC = 0.8 * TRAJECTORIES * EPISODE / (8 * 48) * SCALE  # seconds: an iteration's weights, to the plane and from there
 COPIES = 5e9  # bytes/s of one such copy, through memory
 WEIGHTS = int(SYNC / 2 * COPIES)  # bytes
+VIEWS = 2
 
 
 def devices(ratio: str, placement: str) -> tuple[float, float]:
@@ -83,21 +86,21 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
             raise UserError(
                 f"unknown emulated task {task!r}: give numbers, by which the time of a chunk is multiplied, such as 0.5 2"
             )
-    return EnvSpec(tasks, ("wait",) * len(tasks), 1, image_size, 4, 4, EPISODE * CHUNK)
+    return EnvSpec(tasks, ("wait",) * len(tasks), VIEWS, image_size, 4, 4, EPISODE * CHUNK)
 
 
 class Env:
     mean_s, tail = MEAN, TAIL
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
-        self.image = np.zeros((1, image_size, image_size, 3), np.uint8)
+        self.image = np.zeros((VIEWS, image_size, image_size, 3), np.uint8)
         self.means = [self.mean_s * (1.0 if task == "emulated" else float(task)) for task in tasks]
 
     def reset(self, task: int, seed: int) -> None:
         self.rng, self.mean, self.steps = np.random.default_rng(seed), self.means[task], 0
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        if self.steps % CHUNK == 0:
+        if self.mean and self.steps % CHUNK == 0:
             time.sleep(self.mean * float(self.rng.lognormal(-0.5 * self.tail**2, self.tail)))  # whose mean is 1
         self.steps += 1
         return 0.0, False

@@ -3,7 +3,8 @@ inference and training sleep.
 
 A fifth of the time of inference for all envs is independent of the number of samples. More devices for a phase, by placement or
 ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Weights mean nothing and never change,
-but have as many bytes as their way through the weight plane is to take time for.
+but have as many bytes as their way through the weight plane is to take time for. Where simulation takes no time (`--tasks 0`),
+neither do inference and training.
 """
 
 import time
@@ -22,8 +23,15 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
     costs = COSTS.get(config.train.env, emulated)
     for_rollout, for_actor = emulated.devices(config.train.ratio, config.train.placement)
     infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor
+    if config.train.tasks == ("0",):
+        infer = train = 0.0
     times = costs.INFER_FIXED * infer, (1 - costs.INFER_FIXED) * infer / costs.ENVS, train / costs.ENVS
     return Emulated(picture, config.rollout.chunk, env_spec.action_dim, times, costs.WEIGHTS)
+
+
+def wait(seconds: float) -> None:
+    if seconds:  # `sleep(0)` gives up the core for 50 µs
+        time.sleep(seconds)
 
 
 def preparation(header: Header, tokenizer: str) -> "Preparation":
@@ -67,12 +75,12 @@ class Emulated(nn.Module):
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        time.sleep(self.infer_base + n * self.infer_each)
+        wait(self.infer_base + n * self.infer_each)
         return {"actions": self.action.expand(n, -1, -1), "logprob": torch.zeros(n, *self.action.shape), "value": torch.zeros(n)}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
-        time.sleep(n * self.train_each)
+        wait(n * self.train_each)
         zero = self.action.sum() * 0.0
         return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n), "entropy": zero}
 

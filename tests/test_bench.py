@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import bench
 import benchmarks
 import config
 import metrics
+import models
 import train
-from benchmarks import inference, ladder, prefix, tracing
+from benchmarks import inference, ladder, machinery, prefix, tracing
 from channel import layout
 from config import UserError
 from envs import emulated, vectorised
@@ -251,3 +253,46 @@ def test_a_recorded_span_costs_more_than_one_that_is_not(monkeypatch):
     monkeypatch.setattr(tracing, "SPANS", 2000)
     plain, more = tracing.span_us(3)
     assert plain > 0 and more > 0
+
+
+def test_processor_time_goes_to_whose_it_is():
+    assert [machinery.part_of(name) for name in ("env-3", "rollout-0", "actor-1", "python", "")] == [
+        "env", "rollout", "actor", "launcher", "launcher",
+    ]  # fmt: skip
+    before, after = dict(env=1.0, rollout=2.0, actor=3.0, launcher=4.0), dict(env=1.2, rollout=2.1, actor=3.0, launcher=4.1)
+    row = machinery.rates(({"collected": 1000, "time": 5.0}, before), ({"collected": 3000, "time": 9.0}, after))
+    assert row["chunk_steps_per_s"] == 500 and row["actor_us"] == 0
+    assert [row["env_us"], row["rollout_us"], row["cpu_us"]] == pytest.approx([100, 50, 200])
+
+
+def test_slots_of_the_machinery_benchmark_grow_with_the_pictures_alone():
+    small, large = machinery.sizes(2, 8), machinery.sizes(256, 64)
+    assert large["slot_kb"] - small["slot_kb"] == pytest.approx((machinery.SEGMENT + 1) * 2 * 3 * (64**2 - 8**2) / 1e3)
+    assert large["pool_mb"] == pytest.approx(2 * machinery.BATCH * large["slot_kb"] / 1e3, rel=0.01)
+
+
+def test_machinery():
+    row = machinery.run_pipeline(8, 8, 0.0)
+    assert row["envs"] == 8 and row["cpu_us"] == pytest.approx(sum(row[f"{part}_us"] for part in machinery.PARTS))
+    assert min(row[key] for key in ("chunk_steps_per_s", "env_us", "rollout_us", "actor_us", "private_mb")) > 0
+
+
+def test_what_fails_is_told(tmp_path):
+    with pytest.raises(UserError, match="no TorchRL: make one with"):
+        bench.main(bench.BenchConfig(what="machinery", peer=str(tmp_path / "python")))
+    with pytest.raises(UserError, match="failed or took longer than 60 s: broken"):
+        machinery.follow([sys.executable, "-c", "print('broken')"], lambda folder, pid: None, 60.0)
+
+
+def test_a_task_of_zero_takes_no_time(monkeypatch):
+    def sleep(seconds):
+        raise AssertionError(f"slept {seconds} s")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    config = train.parse(["--model", "emulated", "--env", "emulated", "--tasks", "0", "--image-size", "8"])
+    spec = emulated.spec(config.train.tasks, 8)
+    env, model = emulated.Env(spec.tasks, 8), models.load("emulated").build(config, spec)
+    env.reset(0, 1)
+    assert [env.step(None) for _ in range(20)] == [(0.0, False)] * 20
+    assert model.act({"image": torch.zeros(3, 1)}, {})["actions"].shape == (3, config.rollout.chunk, spec.action_dim)
+    model.evaluate({"actions": torch.zeros(3, 1)})
