@@ -7,6 +7,7 @@
     python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
     python bench.py envs                               simulators against the way their own documentation has it
+    python bench.py tuning                             --ratio auto and automatic batches against an exhaustive search
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
 """
@@ -23,15 +24,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import envs, inference, ladder, prefix, transport, weights
+from benchmarks import envs, inference, ladder, prefix, transport, tuning, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport of observations, transfer of weights, presets, prefix cache, inference, simulators."""
+    """Measured comparisons: transport of observations and weights, presets, prefix cache, inference, simulators, tuning."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs"]]
+    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tuning"]]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
@@ -44,7 +45,7 @@ class BenchConfig:
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised stands for ManiSkill, anything else for LIBERO"""
     iterations: int = 0
-    """ladder: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones"""
+    """ladder: iterations measured after the warm-up; 0 means 8 emulated, 6 vectorised and 4 embedded ones; tuning: 10"""
     ratio: str = ""
     """ladder: R:A; empty means 1:1 for emulated and 3:1 for embedded"""
     model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
@@ -95,6 +96,8 @@ def main(config: BenchConfig) -> None:
         rows = prefix.measure(config.model, config.size, config.seconds)
     elif config.what == "envs":
         rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
+    elif config.what == "tuning":
+        rows = tuning.measure(config.iterations)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:

@@ -364,7 +364,10 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             continue
         lane = lanes[int(pool["lane"][record.slot]) // width]
         if record.kind == ACT:
+            start = time.monotonic()
             advance(lane)
+            seconds = time.monotonic() - start
+            meter.count("chunk_s", seconds), meter.count("chunk_s_square", seconds**2)
         else:  # the value of row T has come: the trajectories are complete
             finish(record.slot, segment)
             if record.kind == VALUE:

@@ -26,6 +26,8 @@ COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
     "collected", "delivered", "discarded", "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s",
     "fetches", "stop", "gpu_memory_gb", "eval_round",
+    "chunk_s", "chunk_s_square", "infer_s", "batch_square", "batch_infer_s",  # sums of what `tuning.costs_of` takes moments of
+    "tuned_batch_max", "tuned_wait_s",  # of a rollout worker: what the launcher has chosen; 0 before it has
 )  # fmt: skip
 # Of a whole run, also when it is resumed. Chunk steps collected = trained once + discarded + in flight, which is none at the end.
 TOTALS = ("env_steps", "collected", "discarded", "restarts")
@@ -99,6 +101,7 @@ class RunFolder:
     def __init__(self, path: Path, resume: bool):
         self.path, self.spans = path, path / ".spans"
         self.name = path.name if path.parent == ROOT / "runs" else str(path)  # what --resume takes
+        self.appended: float | None = None  # monotonic seconds: when the newest line was, if it is this launcher's
         if path.exists() and not resume:
             raise UserError(f"the run folder {path} exists: continue it with --resume {self.name} or choose another --run")
         try:
@@ -112,6 +115,7 @@ class RunFolder:
     def append(self, line: dict) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.appended = time.monotonic()
 
     def lines(self) -> list[dict]:
         return read_metrics(self.path)

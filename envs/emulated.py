@@ -49,6 +49,11 @@ def devices(ratio: str, placement: str) -> tuple[float, float]:
     return (2.0, 2.0) if placement == "colocated" else (2.0 * r / (r + a), 2.0 * a / (r + a))
 
 
+def workers(ratio: str, placement: str) -> int:
+    """Env workers on so many devices."""
+    return round(WORKERS * devices(ratio, placement)[0])
+
+
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """A task may be a number: its chunks take that many times as long."""
     tasks = tuple(tasks) or ("emulated",)

@@ -1,7 +1,8 @@
 """A policy that only takes time, for `envs/emulated.py` and `envs/vectorised.py`, which derive it: inference and training sleep.
 
 A fifth of the time of inference for all envs is independent of the number of samples. More devices for a phase, by placement or
-ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Weights are a few numbers.
+ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Several actor workers share theirs.
+Weights are a few numbers.
 """
 
 import time
@@ -18,8 +19,8 @@ ENVS = {emulated: emulated.WORKERS * emulated.LANES, vectorised: vectorised.ENVS
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     costs = vectorised if config.train.env == "vectorised" else emulated
-    for_rollout, for_actor = emulated.devices(config.train.ratio, config.train.placement)
-    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor
+    for_rollout, for_actor = emulated.devices(config.train.parts, config.train.placement)
+    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
     times = 0.2 * infer, 0.8 * infer / ENVS[costs], train / ENVS[costs]
     return Emulated(picture, config.rollout.chunk, env_spec.action_dim, times)
 

@@ -226,13 +226,14 @@ def emulated_node(preset: str, ratio: str) -> tuple[Node, Costs]:
     placement, staleness, batch_max, wait, stream = PRESETS[preset]
     for_rollout, for_actor = emulated.devices(ratio, placement)
     lanes = emulated.WORKERS * emulated.LANES
+    actors = parse_ratio(ratio)[1]  # which share their devices
     node = Node(
-        lanes=lanes, env_devices=("cpu",) * round(emulated.WORKERS * for_rollout), rollout_devices=("cpu",),
-        actor_devices=("cpu",) * parse_ratio(ratio)[1], segment=emulated.EPISODE, chunk=emulated.CHUNK, batch=2 * lanes,
+        lanes=lanes, env_devices=("cpu",) * emulated.workers(ratio, placement), rollout_devices=("cpu",),
+        actor_devices=("cpu",) * actors, segment=emulated.EPISODE, chunk=emulated.CHUNK, batch=2 * lanes,
         minibatch=lanes, micro_batch=4, update_epochs=1, max_staleness=staleness, batch_max=batch_max, batch_wait_s=wait,
         stream=stream,
     )  # fmt: skip
-    infer, train = emulated.INFER_ALL / for_rollout, emulated.TRAIN_ALL / for_actor  # of all lanes at once
+    infer, train = emulated.INFER_ALL / for_rollout, emulated.TRAIN_ALL / for_actor * actors  # of all lanes at once
     costs = Costs(step_s=emulated.MEAN, step_tail=emulated.TAIL, infer_fixed_s=0.2 * infer,
                   infer_each_s=0.8 * infer / lanes, train_each_s=train / lanes)  # fmt: skip
     return node, costs
