@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.multiprocessing as mp
 import tyro
@@ -281,7 +280,8 @@ def supervise(
                 if "saved" in line:
                     return f"interrupted; saved {line['saved']}; continue with: python train.py --resume {folder.name}"
                 interval = interval or metrics.Interval(counters, rows)
-                line |= interval.measure() | {"time": time.monotonic() - began, "rss_gb": rss_gb(crew.processes) + pool_gb}
+                memory_gb, cpu_s = crew.used()
+                line |= interval.measure() | {"time": time.monotonic() - began, "rss_gb": memory_gb + pool_gb}
                 if line["iteration"] == config.train.iterations and config.env.evaluates:
                     # Every run ends with an evaluation of the final weights: nothing is left that waiting for it could hold up.
                     while evaluations.news.get("eval_version") != config.train.iterations and not interrupts:
@@ -289,7 +289,7 @@ def supervise(
                         time.sleep(0.25)
                 line |= evaluations.report() | interval.totals()
                 line |= {name: line[name] + earlier.get(name, 0) for name in ("time", *metrics.TOTALS)}
-                tuner.iteration(line["version"], cpu_seconds(crew.processes))
+                tuner.iteration(line["version"], cpu_s)
                 line["tuning"] = tuner.report()
                 folder.append(line)
                 show(line)
@@ -305,30 +305,6 @@ def supervise(
                 if not counters.get(0, "stop"):
                     print("finishing the batch that is being trained, then saving; Ctrl-C again stops without saving", flush=True)
                 counters.set(0, "stop", 1.0)
-
-
-def rss_gb(workers: dict[str, mp.Process]) -> float:
-    """Private resident memory of all workers and this process."""
-    total = 0
-    for pid in (os.getpid(), *(w.pid for w in workers.values())):
-        try:
-            info = psutil.Process(pid).memory_info()
-            total += info.rss - info.shared
-        except psutil.NoSuchProcess:
-            pass
-    return total / 1e9
-
-
-def cpu_seconds(workers: dict[str, mp.Process]) -> float:
-    """That all workers have used so far."""
-    total = 0.0
-    for worker in workers.values():
-        try:
-            used = psutil.Process(worker.pid).cpu_times()
-            total += used.user + used.system
-        except psutil.NoSuchProcess:
-            pass
-    return total
 
 
 def slot_pool_gb(setup: Setup) -> float:
