@@ -46,6 +46,7 @@ SETTLED = 4  # iterations at a ratio before it is judged: the first one warms up
 CHANGED = 0.1  # relative change of a cost after which B_max and T_max are looked at again
 SIMULATED = 16_000  # chunk steps of lanes behind one prediction: some 0.1 s
 SIMULATE = {"iterations": 8, "warmup": 3}
+FOREVER = 10.0  # seconds that stand for no limit of T_max: a real worker knows when nobody else can ask, a simulated one does not
 LARGEST = 8  # ratios that are simulated, of those with the fastest slowest stage
 
 
@@ -103,13 +104,15 @@ def node_of(config: Config, placement: Placement) -> Node:
     env, rollout, actor = config.env, config.rollout, config.actor
     lanes = env.envs // env.width
     rounds = SIMULATED // (lanes * sum(SIMULATE.values()) * (actor.batch // env.envs))
+    wait = "auto" if rollout.batch_wait_ms == "auto" else rollout.batch_wait_ms / 1e3
+    if wait == math.inf and rollout.batch_max != "all":
+        wait = FOREVER
     devices = placement.env_devices if env.lanes else ("cpu",) * len(placement.env_devices)  # these share a GPU with inference
     return Node(
         lanes=lanes, lane_envs=env.width, env_devices=devices, rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices, segment=max(1, min(env.segment, max(4, rounds))), chunk=rollout.chunk,
         batch=actor.batch, minibatch=actor.minibatch, micro_batch=actor.micro_batch, update_epochs=actor.update_epochs,
-        max_staleness=actor.max_staleness, batch_max=rollout.batch_max,
-        batch_wait_s="auto" if rollout.batch_wait_ms == "auto" else rollout.batch_wait_ms / 1e3, stream=actor.stream,
+        max_staleness=actor.max_staleness, batch_max=rollout.batch_max, batch_wait_s=wait, stream=actor.stream,
     )  # fmt: skip
 
 
@@ -274,7 +277,10 @@ class Tuner:
         """Returns what to tell, mostly nothing: decisions, as soon as what they need has been predicted."""
         if self.thoughts and self.thoughts[0][0].done():
             found, decide = self.thoughts.popleft()
-            return decide(found.result())
+            try:
+                return decide(found.result())
+            except RuntimeError as error:  # no reason to end a run
+                return f"warning: nothing is tuned now, for in virtual time {error}"
         if self.probes or self.last is None:
             self.warm_up()
         return ""
@@ -357,10 +363,10 @@ class Tuner:
         most = math.ceil(self.config.env.envs / self.config.env.width / len(self.rows["rollout"]))
         at_most = min(most, batch_max) if isinstance(batch_max, int) else most
         self.tell(at_most, wait_s)
-        self.past.news |= {"batch_max": at_most, "batch_wait_ms": 1e3 * wait_s if math.isfinite(wait_s) else "inf"}
-        return (
-            f"rollout: batches of at most {at_most} of {most} lanes, waiting at most {1e3 * wait_s:.3g} ms: {words(self.chosen_at)}"
-        )
+        given = self.config.rollout.batch_wait_ms
+        wait_ms = 1e3 * wait_s if given == "auto" else given
+        self.past.news |= {"batch_max": at_most, "batch_wait_ms": wait_ms if math.isfinite(wait_ms) else "inf"}
+        return f"rollout: batches of at most {at_most} of {most} lanes, waiting at most {wait_ms:.3g} ms: {words(self.chosen_at)}"
 
     # ---- the ratio
     def think_of_ratio(self, version: int) -> None:

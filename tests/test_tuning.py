@@ -171,7 +171,10 @@ class Clock:
 
 def at_once(function) -> Future:
     future = Future()
-    future.set_result(function())
+    try:
+        future.set_result(function())
+    except RuntimeError as error:
+        future.set_exception(error)
     return future
 
 
@@ -265,6 +268,23 @@ def test_batches_are_looked_at_again_when_costs_change(monkeypatch):
 def test_nothing_is_told_where_nothing_is_auto():
     run = Run(COSTS, ratio="3:1", batch_max="all", batch_wait_ms=math.inf)
     assert run.warm_up() == [] and [run.iteration(20.0) for _ in range(25)] == [""] * 25 and run.told() == (0.0, 0.0)
+
+
+def test_no_limit_of_waiting_is_no_reason_to_wait_for_ever_in_virtual_time():
+    run = Run(COSTS, batch_wait_ms=math.inf)
+    (said,) = run.warm_up()
+    assert "waiting at most inf ms" in said and run.tuner.past.news["batch_wait_ms"] == "inf"
+
+
+def test_a_prediction_that_fails_is_told_and_ends_nothing(monkeypatch):
+    run = Run(COSTS)
+
+    def fail(*_):
+        raise RuntimeError("every worker waits for another")
+
+    monkeypatch.setattr(tuning, "best_batches", fail)
+    assert run.warm_up() == ["warning: nothing is tuned now, for in virtual time every worker waits for another"]
+    assert run.told() == (4.0, 0.0)  # half the lanes, as to begin with
 
 
 SLOW_ACTOR = replace(COSTS, train_each_s=0.1)  # 12.8 s of an iteration
