@@ -44,6 +44,7 @@ RATIO_WORTH = 0.05  # gain for which all workers start again
 PAYS_BACK = 1.5  # seconds that a new ratio must save in the rest of the run, per second until workers that start have an iteration
 SETTLED = 4  # iterations at a ratio before it is judged: the first one warms up
 CHANGED = 0.1  # relative change of a cost after which B_max and T_max are looked at again
+RECHECK = 200  # and the least inferences of a rollout worker between two looks: costs from fewer would make them wander
 SIMULATED = 16_000  # chunk steps of lanes behind one prediction: some 0.1 s
 SIMULATE = {"iterations": 8, "warmup": 3}
 FOREVER = 10.0  # seconds that stand for no limit of T_max: a real worker knows when nobody else can ask, a simulated one does not
@@ -248,7 +249,7 @@ class Tuner:
         self.probes = list(PROBES) if self.config.rollout.batch_max == "auto" else [0.0] if self.tunes else []
         self.last: np.ndarray | None = None  # counters when they were last taken in
         self.gained, self.fit = np.zeros_like(counters.table), np.zeros(5)
-        self.seconds = self.trained = self.cpu_s = self.cpu_last = self.probed = 0.0
+        self.seconds = self.trained = self.cpu_s = self.cpu_last = self.probed = self.looked = 0.0
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()  # predictions under way, and what decides on them
         self.chosen: tuple | None = None  # B_max and T_max
         self.chosen_at: Costs | None = None  # the costs that they were last looked at for
@@ -257,6 +258,10 @@ class Tuner:
     # ---- what is measured
     def total(self, stage: str, *names: str) -> float:
         return float(sum(self.gained[self.rows[stage], self.counters.index[name]].sum() for name in names))
+
+    def batches(self) -> float:
+        """Inferences so far, of the rollout worker that had the fewest."""
+        return float(self.counters.table[self.rows["rollout"], self.counters.index["batches"]].min())
 
     def take(self, memory: float, trained: float = 0.0, cpu_s: float = 0.0) -> None:
         """Takes in what the counters gained since the last time; what they had gained before counts `memory` as much."""
@@ -287,8 +292,7 @@ class Tuner:
 
     def warm_up(self) -> None:
         """Lets batches of several sizes be served, then has B_max and T_max chosen."""
-        batches = self.counters.table[self.rows["rollout"], self.counters.index["batches"]]
-        if (batches < self.probed + PROBED).any():
+        if self.batches() < self.probed + PROBED:
             return
         if self.last is None:  # the first batches are slow
             self.last, self.taken = self.counters.table.copy(), self.clock()
@@ -300,7 +304,7 @@ class Tuner:
         if self.probes and self.probes[0]:
             lanes = self.config.env.envs // self.config.env.width
             self.tell(max(1, round(self.probes[0] * lanes / len(self.rows["rollout"]))), 0.0)
-        self.probed = float(batches.max())
+        self.probed = self.batches()
 
     def iteration(self, version: int, cpu_s: float) -> None:
         """After every iteration. cpu_s: that all workers have used so far."""
@@ -334,9 +338,11 @@ class Tuner:
 
     # ---- B_max and T_max
     def differ(self) -> bool:
-        """Whether costs are others than those that B_max and T_max were chosen for."""
+        """Whether costs are others than those that B_max and T_max were chosen for, and enough was measured to tell."""
         if self.chosen_at is None:
             return True
+        if self.batches() < self.looked + RECHECK:
+            return False
         names = ("step_s", "train_each_s", "infer_fixed_s", "infer_each_s")
         pairs = [(getattr(self.chosen_at, name), getattr(self.costs(), name)) for name in names]
         pairs[2:] = [tuple(map(sum, zip(*pairs[2:], strict=True)))]  # of an inference's two parts the sum: a line wavers
@@ -344,7 +350,7 @@ class Tuner:
 
     def think_of_batches(self) -> None:
         costs, chosen, node = self.costs(), self.chosen, node_of(self.config, self.placement)
-        prices, self.chosen_at = short(costs, node, self.config.env.segment), costs
+        prices, self.chosen_at, self.looked = short(costs, node, self.config.env.segment), costs, self.batches()
 
         def predict() -> tuple:
             """The best B_max and T_max, their throughput, and that of the present ones."""
