@@ -239,7 +239,8 @@ def run(
         torch.cuda.set_device(device)
         pool.pin()
     if ranks > 1:
-        store = dist.FileStore(str(run_folder / ".spans" / "rendezvous"), ranks)
+        meeting = f"rendezvous-{resume['version'] if resume else 0}"  # of this start of the workers: one file serves one meeting
+        store = dist.FileStore(str(run_folder / ".spans" / meeting), ranks)
         dist.init_process_group("nccl" if device != "cpu" else "gloo", store=store, rank=rank, world_size=ranks)
     torch.manual_seed(config.train.seed)
     build = models.load(config.train.model).build

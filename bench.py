@@ -8,6 +8,7 @@
     python bench.py envs                               simulators against the way their own documentation has it
     python bench.py tracing                            what --trace costs a run
     python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing, beside TorchRL
+    python bench.py tuning                             --ratio auto and automatic batches against an exhaustive search
 
 Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/WHAT.py says.
 """
@@ -24,15 +25,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import envs, inference, ladder, machinery, prefix, tracing, transport, weights
+from benchmarks import envs, inference, ladder, machinery, prefix, tracing, transport, tuning, weights
 from config import UserError, exit_on_user_error, parse_ratio
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport, transfer of weights, presets, prefix cache, inference, simulators, trace, machinery."""
+    """Measured comparisons: transport, weights, presets, prefix cache, inference, simulators, tracing, machinery, tuning."""
 
-    what: tyro.conf.Positional[Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tracing", "machinery"]]
+    what: tyro.conf.Positional[
+        Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tracing", "machinery", "tuning"]
+    ]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
@@ -46,7 +49,7 @@ class BenchConfig:
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that --setting"""
     iterations: int = 0
-    """ladder, tracing: iterations measured after the warm-up; 0 means 5 emulated, 6 gr00t, 2 vectorised and 4 real ones"""
+    """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2 vectorised, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and 3:1 of the real settings"""
     model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
@@ -104,6 +107,8 @@ def main(config: BenchConfig) -> None:
     elif config.what == "machinery":
         times = config.repeats, config.seconds
         rows = machinery.compare(config.peer, *times) if config.peer else machinery.measure(*times)
+    elif config.what == "tuning":
+        rows = tuning.measure(config.iterations)
     elif config.what == "inference":
         rows = inference.measure(config.model, config.size, config.seconds)
     else:

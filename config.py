@@ -48,7 +48,10 @@ class RunConfig:
     preset: Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"] = "full"
     """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and stream"""
     ratio: str = "3:1"
-    """R:A, parts for env + rollout against parts for actors (GPUs; without them worker processes and threads)"""
+    """R:A, parts for env + rollout against parts for actors (GPUs; without them worker processes and threads); auto measures what
+    stages cost, chooses, and chooses again as costs change"""
+    ratio_from: str = ""
+    """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json has what a run came to"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates env from rollout"""
     iterations: int = 60
@@ -75,6 +78,11 @@ class RunConfig:
     """print the size of each memory pool, then exit"""
     timeout_s: float = 120.0
     """seconds without a sign of life after which a worker counts as hung: an env worker is replaced, another one ends the run"""
+
+    @property
+    def parts(self) -> str:
+        """R:A in use."""
+        return (self.ratio_from or "3:1") if self.ratio == "auto" else self.ratio
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,9 +130,11 @@ class RolloutConfig:
     rollout_workers: int = 0
     """inference processes; 0 derives it from --ratio"""
     batch_max: int | Literal["auto", "all"] = "auto"
-    """B_max of eq. 1: infer when so many requests are queued; auto is half the lanes served, all is lockstep"""
+    """B_max of eq. 1: infer when so many requests are queued; all is lockstep; auto begins with half the lanes served, then
+    measures and chooses (tuning.py)"""
     batch_wait_ms: float | Literal["auto"] = "auto"
-    """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto is half of one inference"""
+    """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto begins with half of one inference, then
+    measures and chooses"""
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: int | None = None
@@ -309,7 +319,7 @@ def parse_ratio(ratio: str) -> tuple[int, int]:
     """ "3:1" → (3, 1). Raises UserError."""
     left, colon, right = ratio.partition(":")
     if not (colon and left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 0):
-        raise UserError(f"--ratio {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1")
+        raise UserError(f"--ratio {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1, nor auto")
     return int(left), int(right)
 
 

@@ -383,7 +383,10 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             continue
         lane = lanes[labels["lane"][record.slot] // width]
         if record.kind == ACT:
+            start = time.monotonic()
             advance(lane)
+            seconds = time.monotonic() - start
+            meter.count("chunks", 1), meter.count("chunk_s", seconds), meter.count("chunk_s_square", seconds**2)
         elif record.kind == FINAL:
             go_on(lane)
         else:  # the value of row T has come: the trajectories are complete

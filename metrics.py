@@ -28,6 +28,8 @@ COLUMNS = (
     "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
     "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s",
     "fetches", "stop", "gpu_memory_gb", "eval_round",
+    "chunks", "chunk_s", "chunk_s_square", "infer_s", "batch_square", "batch_infer_s",  # sums for the moments in `tuning.costs_of`
+    "tuned_batch_max", "tuned_wait_s",  # of a rollout worker: what the launcher has chosen; 0 before it has
 )  # fmt: skip
 TOTALS = ("env_steps", "restarts")  # of a whole run, also when it is resumed
 # Why a chunk step is not trained on: its worker died before its trajectory was complete; its group was filtered (GRPO); its
@@ -111,6 +113,7 @@ class RunFolder:
     def __init__(self, path: Path, resume: bool):
         self.path, self.spans = path, path / ".spans"
         self.name = path.name if path.parent == ROOT / "runs" else str(path)  # what --resume takes
+        self.appended: float | None = None  # monotonic seconds: when the newest line was, if it is this launcher's
         if path.exists() and not resume:
             raise UserError(f"the run folder {path} exists: continue it with --resume {self.name} or choose another --run")
         try:
@@ -124,6 +127,7 @@ class RunFolder:
     def append(self, line: dict) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+        self.appended = time.monotonic()
 
     def lines(self) -> list[dict]:
         return read_metrics(self.path)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 
@@ -205,3 +206,15 @@ class Crew:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+    def used(self) -> tuple[float, float]:
+        """Private resident memory in GB, and CPU seconds so far, of all workers and this process."""
+        memory = seconds = 0.0
+        for pid in (os.getpid(), *(process.pid for process in self.processes.values())):
+            try:
+                process = psutil.Process(pid)
+                info, times = process.memory_info(), process.cpu_times()
+            except psutil.NoSuchProcess:
+                continue
+            memory, seconds = memory + info.rss - info.shared, seconds + times.user + times.system
+        return memory / 1e9, seconds

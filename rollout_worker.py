@@ -142,10 +142,10 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     served = len(range(rank, config.env.envs // width, workers))  # lanes that ask this worker
     lane_of, trajectory_of, asked = (pool[name].numpy() for name in ("lane", "trajectory", "asked"))  # as read one by one
     batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
-    auto_wait = config.rollout.batch_wait_ms == "auto"
+    auto_max, auto_wait = config.rollout.batch_max == "auto", config.rollout.batch_wait_ms == "auto"
     batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
     if compiles:  # riders (evaluation, last values) come on top of the lanes served
-        most = (min(batch_max, served) + served) * width + config.env.eval_envs
+        most = ((served if auto_max else min(batch_max, served)) + served) * width + config.env.eval_envs
         compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
     meter.ready()
 
@@ -222,9 +222,14 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             sizes = compiled.bucket if compiles else int
             acting = max(begun, fetcher.version - config.actor.extra_staleness)  # what the actor has published under that version
             serve(model, batch, channels, config.train.seed, acting, device, *widths, sizes)
-        if auto_wait:  # half an inference: requests that come during one join the next anyway, and env workers wait less
-            batcher.wait_s = 0.8 * batcher.wait_s + 0.2 * 0.5 * (time.monotonic() - start)
+        seconds = time.monotonic() - start
+        if auto_max and (tuned := int(meter.counters.get(meter.row, "tuned_batch_max"))):
+            batch_max = min(tuned, served)
+        if auto_wait:  # half an inference until the launcher knows better: what comes during one joins the next anyway
+            tuned = meter.counters.get(meter.row, "tuned_wait_s")
+            batcher.wait_s = tuned or 0.8 * batcher.wait_s + 0.2 * 0.5 * seconds
         meter.count("requests", size), meter.count("batches", 1), meter.count("batch_wait_s", waited)
+        meter.count("infer_s", seconds), meter.count("batch_square", size**2), meter.count("batch_infer_s", size * seconds)
         bucket = next(b for b in metrics.HISTOGRAM if size <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
         meter.count(bucket, 1)
         meter.set("weight_sync_s", fetcher.seconds), meter.set("fetches", fetcher.fetches)

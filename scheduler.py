@@ -131,6 +131,22 @@ class Placement:
     line: str  # what was decided, for people
 
 
+def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
+    """Places the workers of `config` on the parts in use, and writes into it how many there are. Raises UserError.
+
+    simulator: the module; an emulated one says itself how many workers its devices are.
+    """
+    ratio, placement = config.train.parts, config.train.placement
+    if hasattr(simulator, "workers") and not config.env.env_workers:
+        config.env.env_workers = min(simulator.workers(ratio, placement), config.env.envs)
+    counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
+    placed = place(ratio, placement, gpus, cores, *counts)
+    config.env.env_workers = len(placed.env_devices)
+    config.rollout.rollout_workers = len(placed.rollout_devices)
+    config.actor.actor_workers = len(placed.actor_devices)
+    return placed
+
+
 def place(
     ratio: str, placement: str, gpus: int, cores: int, env_workers: int, rollout_workers: int, actor_workers: int
 ) -> Placement:

@@ -234,7 +234,7 @@ def advice(summary: Summary, config: Config) -> str:
         )
     rests = "never rest" if bubble[critical] < 0.05 else f"wait only {bubble[critical]:.0%} of their time"
     found = f"{NAMES[critical].capitalize()} {rests} while {waiting}"
-    r, a = (int(part) for part in config.train.ratio.split(":"))
+    r, a = (int(part) for part in config.train.parts.split(":"))
     if config.train.placement == "colocated" and summary.gpu:
         return f"{found}: give each stage devices of its own with --placement disaggregated."
     if critical == "actor":
@@ -284,7 +284,7 @@ def show(name: str, summary: Summary, config: Config) -> None:
     train, totals, rate = config.train, summary.totals, lambda ends: " to ".join(f"{x:.0%}" for x in ends)
     console.print(
         f"[b]{name}[/]: {summary.iterations} iterations in {summary.minutes:.1f} min; {train.model} on {train.env}, "
-        f"preset {train.preset}, ratio {train.ratio}"
+        f"preset {train.preset}, ratio {train.parts}" + " (auto)" * (train.ratio == "auto")
     )
     facts = Table.grid(padding=(0, 2))
     facts.add_row("throughput", f"{summary.env_steps_per_s:,.0f} env steps/s, {summary.samples_per_s:,.1f} chunk steps trained/s")

@@ -5,10 +5,12 @@
     python train.py --preset sync-colocated                   a baseline of the paper: same code, other settings
     python train.py --resume NAME                             continue runs/NAME from its newest checkpoint
 
-It holds no tensor work of its own: placement → shared memory → spawn → supervise → run folder.
+It holds no tensor work of its own: placement → shared memory → spawn → supervise → run folder. With `--ratio auto` all but the run
+folder may come again, at another ratio (tuning.py).
 Left out: several machines.
 """
 
+import copy
 import json
 import os
 import sys
@@ -17,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 import torch.multiprocessing as mp
 import tyro
@@ -29,11 +30,12 @@ import metrics
 import models
 import rollout_worker
 import summary
+import tuning
 from channel import VERSION, Channels, Counters, IndexQueue, Record, SlotPool, Spec, WeightPlane, layout
 from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
 from models import checkpoint, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
-from scheduler import Admission, Placement, place
+from scheduler import Admission, Placement, divide
 
 
 @dataclass
@@ -53,7 +55,9 @@ def parse(args: list[str]) -> Config:
             have = sorted(path.name for path in (ROOT / "runs").glob("*/")) or ["none"]
             raise UserError(f"there is no run {run_path(look.resume)} to resume: runs/ holds {', '.join(have[-8:])}")
         default = from_json(run_path(look.resume) / "config.json")
-        if any(a.partition("=")[0] in ("--ratio", "--placement") for a in args):  # worker counts follow anew
+        anew = default.train.ratio == "auto" or any(a.partition("=")[0] in ("--ratio", "--placement") for a in args)
+        default.train.ratio_from = default.train.parts
+        if anew:  # worker counts follow from the ratio
             default.env.env_workers = default.rollout.rollout_workers = default.actor.actor_workers = 0
     return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -78,6 +82,7 @@ class Setup:
     header: checkpoint.Header
     resume: dict | None  # state.json of the checkpoint that continues
     saved: str  # config.json, complete and as the user meant it
+    choices: dict[str, tuple[Config, Placement]]  # ratios that can run here, the first one in use; more than that one with auto
 
     @property
     def version(self) -> int:
@@ -110,17 +115,17 @@ def prepare(config: Config) -> Setup:
         found = checkpoint.vocabulary(config.train.tokenizer, config.train.checkpoint, name, tokenizer)
         config.train.tokenizer = Path(found) if found else None
     config.env.image_size = config.env.image_size or (64 if name == "emulated" else checkpoint.frame_size(config.train.checkpoint))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cores = len(os.sched_getaffinity(0))
-    counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
-    placement = place(config.train.ratio, config.train.placement, gpus, cores, *counts)
-    config.env.env_workers = len(placement.env_devices)
-    config.rollout.rollout_workers = len(placement.rollout_devices)
-    config.actor.actor_workers = len(placement.actor_devices)
     if vectorised := hasattr(simulator, "Envs"):
         config.env.lanes = config.env.lanes or 2
     elif config.env.lanes:
         raise UserError(f"--lanes {config.env.lanes} is for vectorised simulators: {config.train.env} steps every env by itself")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cores, auto = len(os.sched_getaffinity(0)), config.train.ratio == "auto"
+    counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
+    if auto:  # 3:1 if it fits, else the first that does
+        fitting = tuning.options(config, counts, simulator, gpus, cores)
+        config.train.ratio_from = config.train.ratio_from or next(iter(fitting), "")
+    placement = divide(config, simulator, gpus, cores)
     validate(config)
 
     spec = simulator.spec(config.train.tasks, config.env.image_size)
@@ -171,7 +176,10 @@ def prepare(config: Config) -> Setup:
     slots |= {name: ((segment + 1, *shape), dtype) for name, (shape, dtype) in model.observation_fields().items()}
     slots |= {name: ((segment, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
-    return Setup(config, spec, placement, note, slots, on_gpu, weights, model.header, resume, saved)
+    choices = {config.train.parts: (config, placement)}
+    if auto:
+        choices |= tuning.options(config, counts, simulator, gpus, cores)
+    return Setup(config, spec, placement, note, slots, on_gpu, weights, model.header, resume, saved, choices)
 
 
 def resume_from(config: Config) -> tuple[Path, dict]:
@@ -226,20 +234,29 @@ def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) ->
     return out
 
 
-def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Channels, reports, interrupts: list[float]) -> str:
-    """Follows the run to its end: writes metrics, watches workers, handles Ctrl-C. Returns what to tell the user."""
-    config, counters, began = setup.config, channels.counters, time.monotonic()
-    rows = {stage: [job.meter.row for job in crew.jobs.values() if job.name.startswith(stage)] for stage in metrics.STAGES}
+def mirror(config: Config, folder: metrics.RunFolder):
+    """The run of Weights & Biases that metrics are logged to, if any."""
+    if config.train.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
+                      config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
+
+
+def supervise(
+    setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Channels, reports, interrupts: list[float], tracker,
+    tuner: tuning.Tuner,
+) -> str:  # fmt: skip
+    """Follows the run to its end: writes metrics, watches workers, handles Ctrl-C. Returns what to tell the user; "" if it is to go
+    on at `tuner.ratio`, from a checkpoint just saved.
+    """
+    config, counters, began = setup.config, channels.counters, folder.appended or time.monotonic()
+    rows = tuner.rows
     earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
     ledger = metrics.Ledger(earlier)
     warnings = metrics.Warnings()
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
-    tracker = None
-    if config.train.wandb != "off":
-        import wandb
-
-        tracker = wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
-                             config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
     interval, pool_gb = None, slot_pool_gb(setup)
     evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters)
 
@@ -255,14 +272,21 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
             news = watch()
             if interval is None and counters.table[:, counters.index["ready"]].all():
                 interval = metrics.Interval(counters, rows)
+            if interval and (said := tuner.watch()):
+                print(said, flush=True)
+            if tuner.ratio != config.train.parts:  # the actor saves, and everybody starts again
+                counters.set(0, "stop", 1.0)
             if news:
                 line = reports.recv()
                 if "done" in line:
                     return f"{line['done']} iterations done; checkpoint in {folder.path / 'checkpoints'}"
+                if "saved" in line and not interrupts:
+                    return ""
                 if "saved" in line:
                     return f"interrupted; saved {line['saved']}; continue with: python train.py --resume {folder.name}"
                 interval = interval or metrics.Interval(counters, rows)
-                line |= interval.measure() | {"time": time.monotonic() - began, "rss_gb": rss_gb(crew.processes) + pool_gb}
+                memory_gb, cpu_s = crew.used()
+                line |= interval.measure() | {"time": time.monotonic() - began, "rss_gb": memory_gb + pool_gb}
                 if line["iteration"] == config.train.iterations and config.env.evaluates:
                     # Every run ends with an evaluation of the final weights: nothing is left that waiting for it could hold up.
                     while evaluations.news.get("eval_version") != config.train.iterations and not interrupts:
@@ -271,6 +295,8 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
                 line |= evaluations.report() | interval.totals()
                 line |= {name: line[name] + earlier.get(name, 0) for name in ("time", *metrics.TOTALS)}
                 line |= ledger.of(line, int(channels.pool["collected"].sum()))
+                tuner.iteration(line["version"], cpu_s)
+                line["tuning"] = tuner.report()
                 folder.append(line)
                 show(line)
                 for text in warnings.of(line):
@@ -287,40 +313,14 @@ def supervise(setup: Setup, folder: metrics.RunFolder, crew: Crew, channels: Cha
                 counters.set(0, "stop", 1.0)
 
 
-def rss_gb(workers: dict[str, mp.Process]) -> float:
-    """Private resident memory of all workers and this process."""
-    total = 0
-    for pid in (os.getpid(), *(w.pid for w in workers.values())):
-        try:
-            info = psutil.Process(pid).memory_info()
-            total += info.rss - info.shared
-        except psutil.NoSuchProcess:
-            pass
-    return total / 1e9
-
-
 def slot_pool_gb(setup: Setup) -> float:
     on_host = {name: kind for name, kind in setup.slots.items() if name not in setup.on_gpu}
     return layout(on_host, Admission.of(setup.config).slots)[1] / 1e9
 
 
-def main(config: Config) -> int:
-    setup = prepare(config)
-    if config.train.memory_report:
-        memory_report(setup)
-        return 0
-    path = run_path(config.train.resume or config.train.run or time.strftime("%Y%m%d-%H%M%S"))
-    folder = metrics.RunFolder(path, resume=bool(config.train.resume))
-    interrupts = note_interrupts()
-    if setup.resume:
-        folder.truncate(setup.version)
-    (path / "config.json").write_text(setup.saved)
-    print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
-    if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
-        print(
-            f"no checkpoint is given and none shipped for {config.train.env}: a small {config.train.model} of random weights starts"
-        )
-
+def run_crew(setup: Setup, folder: metrics.RunFolder, interrupts: list[float], tracker, past: tuning.Past) -> tuple[str, int, str]:
+    """Starts all workers and follows them. Returns what to tell the user, the exit status, and at which ratio to go on, or ""."""
+    config = setup.config
     gpu = next((d for d in setup.placement.actor_devices if d != "cpu"), None)
     workers_total = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
     channels = Channels(
@@ -332,15 +332,46 @@ def main(config: Config) -> int:
         finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
     )
     reports, report = mp.Pipe(duplex=False)
-    crew = Crew(jobs(setup, channels, folder, report), channels.counters, path, config.env.restarts, config.train.timeout_s)
+    crew = Crew(jobs(setup, channels, folder, report), channels.counters, folder.path, config.env.restarts, config.train.timeout_s)
+    rows = {stage: [job.meter.row for job in crew.jobs.values() if job.name.startswith(stage)] for stage in metrics.STAGES}
+    cores = len(os.sched_getaffinity(0))
+    tuner = tuning.Tuner(setup.choices, channels.counters, rows, past, cores, config.train.iterations)
     try:
         crew.start_all()
-        message = supervise(setup, folder, crew, channels, reports, interrupts)
-        status = 130 if message.startswith("interrupted") else 0
+        message = supervise(setup, folder, crew, channels, reports, interrupts, tracker, tuner)
     except WorkerFailed as failure:
-        message, status = f"error: {failure}", 1
+        return f"error: {failure}", 1, ""
     finally:
         crew.stop()
+    return message, 130 if message.startswith("interrupted") else 0, "" if message else tuner.ratio
+
+
+def main(config: Config) -> int:
+    given = copy.deepcopy(config)  # what `prepare` derives, it derives anew for another ratio
+    setup = prepare(config)
+    if config.train.memory_report:
+        memory_report(setup)
+        return 0
+    path = run_path(config.train.resume or config.train.run or time.strftime("%Y%m%d-%H%M%S"))
+    folder = metrics.RunFolder(path, resume=bool(config.train.resume))
+    interrupts = note_interrupts()
+    if setup.resume:
+        folder.truncate(setup.version)
+    print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
+    if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
+        print(
+            f"no checkpoint is given and none shipped for {config.train.env}: a small {config.train.model} of random weights starts"
+        )
+
+    tracker, past = mirror(config, folder), tuning.Past()
+    while True:
+        (path / "config.json").write_text(setup.saved)
+        message, status, ratio = run_crew(setup, folder, interrupts, tracker, past)
+        if not ratio:
+            break
+        given.train.ratio_from, given.train.resume = ratio, folder.name
+        setup = prepare(copy.deepcopy(given))
+        print(setup.placement.line, flush=True)
     folder.finish()
     summary.draw(path)
     print(message, file=sys.stderr if status == 1 else sys.stdout)

@@ -69,6 +69,11 @@ def devices(ratio: str, placement: str) -> tuple[float, float]:
     return (2.0, 2.0) if placement == "colocated" else (2.0 * r / (r + a), 2.0 * a / (r + a))
 
 
+def workers(ratio: str, placement: str) -> int:
+    """Env workers on so many devices."""
+    return round(WORKERS * devices(ratio, placement)[0])
+
+
 def sizes(costs, ratio: str, placement: str) -> tuple[int, int]:
     """Env workers and envs. costs: this module or another with the same constants.
 

@@ -2,9 +2,9 @@
 inference and training sleep.
 
 A fifth of the time of inference for all envs is independent of the number of samples. More devices for a phase, by placement or
-ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Weights mean nothing and never change,
-but have as many bytes as their way through the weight plane is to take time for. Where simulation takes no time (`--tasks 0`),
-neither do inference and training.
+ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Several actor workers share theirs.
+Weights mean nothing and never change, but have as many bytes as their way through the weight plane is to take time for. Where
+simulation takes no time (`--tasks 0`), neither do inference and training.
 """
 
 import time
@@ -21,8 +21,8 @@ COSTS = {"emulated_gr00t": emulated_gr00t, "vectorised": vectorised}  # of a sim
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     costs = COSTS.get(config.train.env, emulated)
-    for_rollout, for_actor = emulated.devices(config.train.ratio, config.train.placement)
-    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor
+    for_rollout, for_actor = emulated.devices(config.train.parts, config.train.placement)
+    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
     if config.train.tasks == ("0",):
         infer = train = 0.0
     times = costs.INFER_FIXED * infer, (1 - costs.INFER_FIXED) * infer / costs.ENVS, train / costs.ENVS

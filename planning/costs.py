@@ -130,7 +130,7 @@ def node_of_run(config: PlanConfig, settings: Config, env_steps: float) -> tuple
 
     env_steps: of a chunk step, on average (episodes may end within a chunk).
     """
-    env, rollout, actor, ratio = settings.env, settings.rollout, settings.actor, settings.train.ratio
+    env, rollout, actor, ratio = settings.env, settings.rollout, settings.actor, settings.train.parts
     placement, staleness, batch_max, wait, stream = preset_of(config)
 
     def chosen(flag, planned, own):

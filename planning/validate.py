@@ -229,6 +229,7 @@ def emulated_node(preset: str, ratio: str, setting: str = "emulated") -> tuple[N
     placement, staleness, batch_max, wait, stream = PRESETS[preset]
     for_rollout, for_actor = emulated.devices(ratio, placement)
     workers, envs = emulated.sizes(costs, ratio, placement)
+    actors = parse_ratio(ratio)[1]  # which share their devices
     lanes, step_s, tail = envs, 0.0, 0.0
     if hasattr(costs, "Envs"):
         lanes = workers * (1 if batch_max == "all" else 2)
@@ -239,11 +240,11 @@ def emulated_node(preset: str, ratio: str, setting: str = "emulated") -> tuple[N
     minibatch = batch // costs.MINIBATCHES
     node = Node(
         lanes=lanes, lane_envs=envs // lanes, env_devices=("cpu",) * workers, rollout_devices=("cpu",),
-        actor_devices=("cpu",) * parse_ratio(ratio)[1], segment=costs.EPISODE, chunk=costs.CHUNK, batch=batch, minibatch=minibatch,
+        actor_devices=("cpu",) * actors, segment=costs.EPISODE, chunk=costs.CHUNK, batch=batch, minibatch=minibatch,
         micro_batch=divisor(minibatch, costs.MICRO_BATCH), update_epochs=1, max_staleness=staleness, batch_max=batch_max,
         batch_wait_s=wait, stream=stream,
     )  # fmt: skip
-    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor  # of so many envs as there are at 1:1
+    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor * actors  # of so many envs as there are at 1:1
     return node, Costs(
         step_s=step_s, step_tail=tail, infer_fixed_s=costs.INFER_FIXED * infer,
         infer_each_s=(1 - costs.INFER_FIXED) * infer / costs.ENVS, train_each_s=train / costs.ENVS,

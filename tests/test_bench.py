@@ -14,7 +14,7 @@ import config
 import metrics
 import models
 import train
-from benchmarks import inference, ladder, machinery, prefix, tracing
+from benchmarks import inference, ladder, machinery, prefix, tracing, tuning
 from channel import layout
 from config import UserError
 from envs import emulated, vectorised
@@ -215,6 +215,20 @@ def test_a_simulator_is_chosen_on_the_command_line():
         assert tyro.cli(bench.BenchConfig, args=["ladder", "--setting", setting]).setting == setting
     with pytest.raises(UserError, match="only takes time"):
         bench.main(bench.BenchConfig(what="envs", env="vectorised"))
+
+
+def test_the_search_for_the_best_tuning(monkeypatch):
+    """What is to run: the best of the best ratios, and other batches at the very best one."""
+    monkeypatch.setattr(tuning, "SIZES", (2, 8, 16, 32))
+    monkeypatch.setattr(tuning, "WAITS", (0.5,))
+    rows = tuning.search("quick")
+    assert len(rows) == len(tuning.RATIOS) * 4 and rows[0]["ratio"] == "1:2"
+    chosen = tuning.worth_running(rows)
+    assert chosen[0] == rows[0] and len({row["ratio"] for row in chosen}) == 3
+    assert {row["batch_max"] for row in chosen if row["ratio"] == "1:2"} >= {8, 16, 32}
+    assert tuning.search("emulated")[0]["ratio"] in ("1:1", "2:2")
+    lines = [{"env_steps": 100 * i, "time": 2.0 * i} for i in range(5)] + [{"env_steps": 400, "time": 99.0}]
+    assert tuning.rate(lines, 1) == 50.0  # the end of a run does not count
 
 
 def test_envs(tmp_path):
