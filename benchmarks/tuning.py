@@ -37,7 +37,9 @@ AUTO = 40  # iterations of the run that tunes itself
 
 
 def priced(setting: str, ratio: str) -> tuple[Node, Costs]:
-    node, costs = emulated_node("full", ratio)
+    """What is simulated: the envs and batches of 1:1 on other parts, as a user's do not change with the ratio either."""
+    (node, costs), (same, _) = emulated_node("full", ratio), emulated_node("full", "1:1")
+    node = replace(same, env_devices=node.env_devices, actor_devices=node.actor_devices)
     return node, replace(costs, step_s=costs.step_s * (QUICK if setting == "quick" else 1.0))
 
 
