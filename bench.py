@@ -10,8 +10,8 @@
     python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing, beside TorchRL
     python bench.py tuning                             --ratio auto and automatic batches against an exhaustive search
 
-Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning benchmarks/transport.py and its
-neighbours say.
+Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning the files in benchmarks/
+say.
 """
 
 import json
