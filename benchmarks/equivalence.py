@@ -5,10 +5,10 @@
     python -m benchmarks.equivalence run --study algorithms   PPO against PPO that bootstraps at the time limit, and GRPO
 
 Arms: the synchronous algorithm (sync-colocated); `full` at a staleness of at most 1, 2, 4 and 8, each with decoupled PPO's
-correction and without (`--proximal behaviour`: plain PPO on stale samples). A bound alone is no treatment: rollouts are the
-slower stage here, so that samples are seldom more than one version old however large it is. Beyond 1, `--extra-staleness` holds
-the acting weights back; the table has the staleness that came of it. Every arm trains the same number of batches of the same
-size.
+correction and without (`--proximal behaviour`: plain PPO on stale samples); at 4 and 8 also with the exact proximal policy in
+place of the interpolated one. A bound alone is no treatment: rollouts are the slower stage here, so that samples are seldom
+more than one version old however large it is. Beyond 1, `--extra-staleness` holds the acting weights back; the table has the
+staleness that came of it. Every arm trains the same number of batches of the same size.
 
 Stated beforehand: the measures are the success rate of the final weights on EPISODES held-out episodes (the same ones in every
 arm), and the area under the learning curve: success of the episodes that a version played, over the versions from 0 to LAST
@@ -41,8 +41,11 @@ LAST = 8  # versions: the largest staleness of any arm
 STUDIES = {  # arms and the flags of train.py that make them; the others are compared with the first
     "equivalence": {"synchronous": "--preset sync-colocated"} | {
         f"staleness {k}{name}": f"--preset full --max-staleness 1 --extra-staleness {k - 1} {flags}"
-        for name, flags in (("", "--proximal interpolated"), (", uncorrected", "--proximal behaviour"))
-        for k in (1, 2, 4, 8)
+        for name, flags, lags in (
+            ("", "--proximal interpolated", (1, 2, 4, 8)), (", uncorrected", "--proximal behaviour", (1, 2, 4, 8)),
+            (", exact", "--proximal exact", (4, 8)),
+        )
+        for k in lags
     },
     "algorithms": {"PPO": "", "PPO, bootstrapped": "--bootstrap-truncated True", "GRPO": "--algorithm grpo"},
 }  # fmt: skip
@@ -226,7 +229,10 @@ def plot(study: str, found: list[dict]) -> None:
         smooth = np.array([curves[:, max(0, v - 4) : v + 1].mean(axis=1) for v in versions])  # [versions, seeds]
         steps = versions / length * np.mean([row["env_steps"][-1] for row in mine]) / 1e3
         minutes = np.mean([[0.0, *row["time"]] for row in mine], axis=0)[versions] / 60
-        style = {"color": "black" if i == 0 else f"C{(i - 1) % 4}", "linestyle": ":" if "uncorrected" in arm else "-"}
+        style = {
+            "color": "black" if i == 0 else f"C{(i - 1) % 4 + 2 * (i > 8)}",
+            "linestyle": ":" if "uncorrected" in arm else "--" if "exact" in arm else "-",
+        }
         for axis, x in zip(axes, (steps, minutes), strict=True):
             axis.plot(x, 100 * smooth.mean(axis=1), **style, label=f"{arm}, {len(mine)} seeds")
             if len(STUDIES[study]) < 5:
