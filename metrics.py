@@ -112,7 +112,7 @@ class RunFolder:
 
     def __init__(self, path: Path, resume: bool):
         self.path, self.spans = path, path / ".spans"
-        self.name = path.name if path.parent == ROOT / "runs" else str(path)  # what --resume takes
+        self.name = path.name if path.parent == ROOT / "runs" else str(path.absolute())  # what --resume takes
         self.appended: float | None = None  # monotonic seconds: when the newest line was, if it is this launcher's
         if path.exists() and not resume:
             raise UserError(f"the run folder {path} exists: continue it with --resume {self.name} or choose another --run")

@@ -238,9 +238,11 @@ def advice(summary: Summary, config: Config) -> str:
     if config.train.placement == "colocated" and summary.gpu:
         return f"{found}: give each stage devices of its own with --placement disaggregated."
     if critical == "actor":
+        if summary.gpu:  # as many GPUs as before
+            return f"{found}: " + (f"give training more with --ratio {r - 1}:{a + 1}." if r > 1 else "only more GPUs would help.")
         return f"{found}: give training more with --ratio {f'{r - 1}:{a}' if r > 1 else f'{r}:{a + 1}'}."
     if summary.gpu:
-        return f"{found}: give them more with --ratio {f'{r}:{a - 1}' if a > 1 else f'{r + 1}:{a}'}."
+        return f"{found}: " + (f"give them more with --ratio {r + 1}:{a - 1}." if a > 1 else "only more GPUs would help.")
     if critical == "rollout":
         return f"{found}: give --rollout-workers {config.rollout.rollout_workers + 1}, or larger batches with --batch-max."
     more = next((n for n in range(workers + 1, envs + 1) if envs % (n * (config.env.lanes or 1)) == 0), None)

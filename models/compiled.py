@@ -67,9 +67,10 @@ def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable
     torch._dynamo.config.recompile_limit = 2 * len(sizes) + 8  # past it, torch would go on eagerly
     compile_parts(model)
     try:
-        for n in sizes:
-            model.act(random_observations(model, n, device), random_noise(model, n, device))
-            sign_of_life()
+        with torch.inference_mode():  # as `rollout_worker.serve` makes them: a graph is for tensors made in it, or for others
+            for n in sizes:
+                model.act(random_observations(model, n, device), random_noise(model, n, device))
+                sign_of_life()
     except (TorchDynamoException, InductorError) as error:  # no compiler on this machine, for instance
         why = str(error).strip().splitlines()[0]
         raise UserError(f"torch.compile does not work here ({why}): give --compile False") from None

@@ -73,8 +73,9 @@ def test_one_graph_for_each_piece_and_batch_size(monkeypatch):
     compiled.compile_for(model, 16, "cpu", lambda: None)
     assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
     for n in (5, 8, 16):  # a padded batch, and full ones as `draw` makes their noise
-        noise = model.draw([(1, i, 0, 0) for i in range(n)], [True] * n)
-        model.act(*(compiled.pad(x, compiled.bucket(n)) if n == 5 else x for x in (observations(model, n), noise)))
+        with torch.inference_mode():  # as `rollout_worker.serve` does
+            noise, obs = model.draw([(1, i, 0, 0) for i in range(n)], [True] * n), observations(model, n)
+            model.act(*(compiled.pad(x, compiled.bucket(n)) if n == 5 else x for x in (obs, noise)))
     assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
 
 

@@ -120,8 +120,10 @@ ACTOR_BOUND = {"admission": 0.4}, {"request": 0.3}, {"trajectory": 0.02}
         (ACTOR_BOUND, {"ratio": "1:1"}, {}, "--ratio 1:2"),
         (ACTOR_BOUND, {"placement": "colocated"}, {"gpu": True}, "--placement disaggregated"),
         (ROLLOUT_BOUND, {}, {}, "Rollout workers never rest while env workers wait 40% .* for actions: give --rollout-workers 2"),
-        (ROLLOUT_BOUND, {}, {"gpu": True, "cpu": 0.97}, "give them more with --ratio 4:1"),
-        (ROLLOUT_BOUND, {"ratio": "3:2"}, {"gpu": True}, "--ratio 3:1"),
+        (ROLLOUT_BOUND, {}, {"gpu": True, "cpu": 0.97}, "only more GPUs would help"),
+        (ROLLOUT_BOUND, {"ratio": "3:2"}, {"gpu": True}, "--ratio 4:1"),
+        (ACTOR_BOUND, {"ratio": "3:1"}, {"gpu": True}, "--ratio 2:2"),
+        (ACTOR_BOUND, {"ratio": "1:3"}, {"gpu": True}, "only more GPUs would help"),
         (ENV_BOUND, {}, {}, "Env workers never rest while actors wait 50% .* for trajectories: give --env-workers 4"),
         (ENV_BOUND, {"envs": 3}, {}, "give more --envs, and more"),
         (ENV_BOUND, {"lanes": 2, "env_workers": 4}, {}, "--env-workers 6"),  # 24 envs do not divide into 5 × 2 lanes
