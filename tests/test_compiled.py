@@ -52,7 +52,8 @@ def compare(model, obs) -> None:
     for weights, want in zip((before, swapped), wanted, strict=True):
         for name, parameter in model.named_parameters():
             parameter.data = weights[name]
-        with torch.compiler.set_stance("fail_on_recompile"):  # what comes later than the start-up
+        # What comes later than the start-up, of tensors made as `rollout_worker.serve` makes them.
+        with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
             out = model.act(compiled.pad(obs, compiled.bucket(n)), compiled.pad(noise, compiled.bucket(n)))
         for name, tensor in want.items():
             torch.testing.assert_close(out[name][:n], tensor, atol=1e-4, rtol=1e-4)
