@@ -212,7 +212,7 @@ class Past:
     """What is remembered when workers start again at another ratio."""
 
     left: str = ""  # the ratio before, until the present one is judged
-    seconds: float = 0.0  # that one of its iterations took
+    measured: dict[str, float] = field(default_factory=dict)  # seconds of an iteration at each ratio that ran, when last judged
     rejected: set[str] = field(default_factory=set)  # tried, and slower than the one before
     news: dict = field(default_factory=dict)  # decided since it was last read, for metrics.jsonl
 
@@ -387,26 +387,32 @@ class Tuner:
         found: predicted seconds of an iteration at each; seconds: measured ones at the present; left: iterations of the run.
         """
         now, past = self.ratio, self.past
-        back, before, past.left = past.left, past.seconds, ""
-        if back and seconds > (1 + WORTH) * before and (seconds - before) * left > PAYS_BACK * self.first_s:
+        past.measured[now] = seconds
+        back, past.left = past.left, ""
+        before = past.measured.get(back, seconds)
+        if seconds > (1 + WORTH) * before and (seconds - before) * left > PAYS_BACK * self.first_s:
             past.rejected.add(now)
             self.ratio = past.news["ratio"] = back
             return f"ratio {back} again: an iteration takes {seconds:.3g} s at {now}, and took {before:.3g} s at {back}"
-        others = {ratio: s for ratio, s in found.items() if ratio != now and ratio not in past.rejected}
+        # What ran is known, and no prediction is to contradict it: two ratios would take turns.
+        known = {ratio: past.measured.get(ratio, seconds * s / found[now]) for ratio, s in found.items()}
+        others = {ratio: s for ratio, s in known.items() if ratio != now and ratio not in past.rejected}
         equal = [ratio for ratio, s in others.items() if s <= (1 + EQUAL) * min(others.values())]
         best = min(equal, key=lambda ratio: sum(parse_ratio(ratio)), default=now)  # with the fewest workers
-        gain = 1 - found[best] / found[now]
+        gain = 1 - known[best] / seconds
         saves = seconds * gain * left  # in the rest of the run
         if gain > RATIO_WORTH and saves > PAYS_BACK * self.first_s:
-            past.left, past.seconds = now, seconds
+            past.left = now
             self.ratio = past.news["ratio"] = best
             return (
-                f"ratio {best} instead of {now}: an iteration is to take {seconds * (1 - gain):.3g} s instead of {seconds:.3g} s, "
+                f"ratio {best} instead of {now}: an iteration is to take {known[best]:.3g} s instead of {seconds:.3g} s, "
                 f"since {words(costs, True)}; the workers start again, in some {self.first_s:.0f} s"
             )
         if self.lines > SETTLED:
             return ""
         why = "no other is possible"
-        if best != now:
+        if best in past.measured and best != now:
+            why = f"it took {known[best]:.3g} s at the best other, {best}"
+        elif best != now:
             why = f"the best other, {best}, would save {saves:.0f} s in the rest of the run and cost {self.first_s:.0f} s"
         return f"ratio {now} stays, an iteration takes {seconds:.3g} s: {why}; {words(costs, True)}"

@@ -324,7 +324,7 @@ def test_a_ratio_is_looked_at_again_at_checkpoints_only(monkeypatch):
 
 
 def test_a_ratio_that_turns_out_slower_is_left_for_good():
-    past = Past(left="1:1", seconds=10.0)
+    past = Past(left="1:1", measured={"1:1": 10.0})
     run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)][3]
     assert said == "ratio 1:1 again: an iteration takes 12.8 s at 3:1, and took 10 s at 1:1"
@@ -333,6 +333,25 @@ def test_a_ratio_that_turns_out_slower_is_left_for_good():
     run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)][3]
     assert run.tuner.ratio == "3:1" and "no other is possible" in said
+
+
+@pytest.mark.parametrize("before", [12.7, 12.8, 12.6])  # seconds of an iteration at 1:1, which prediction takes to be far fewer
+def test_two_ratios_do_not_take_turns(before):
+    past = Past(left="1:1", measured={"1:1": before}, rejected={"1:2", "2:2", "2:1"})
+    run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0, checkpoint_every=5)
+    said = [run.iteration(12.8) for _ in range(16)]
+    assert run.tuner.ratio == "3:1" and past.measured == {"1:1": before, "3:1": pytest.approx(12.8)} and past.rejected == {
+        "1:2", "2:2", "2:1",
+    }  # fmt: skip
+    assert said[3].startswith(f"ratio 3:1 stays, an iteration takes 12.8 s: it took {before:.3g} s at the best other, 1:1; ")
+    assert not any(said[4:])
+
+
+def test_a_ratio_that_ran_comes_again_when_that_pays_as_measured():
+    past = Past(measured={"1:1": 10.0}, rejected={"1:2", "2:2", "2:1"})  # costs have changed since 1:1 was left
+    run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
+    said = [run.iteration(12.8) for _ in range(4)][3]
+    assert said.startswith("ratio 1:1 instead of 3:1: an iteration is to take 10 s instead of 12.8 s") and past.left == "3:1"
 
 
 def test_ratios_on_gpus_differ_in_workers_alone():
