@@ -36,6 +36,7 @@ SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)  # B_max that are tried
 WAITS = (0.25, 0.5, 1.0, 2.0)  # T_max that are tried, in inferences of that size
 PROBES = (1 / 4, 1.0, 1 / 2)  # B_max while the run warms up, so that sizes differ
 PROBED = 12  # batches at each of them
+CHUNKS = 8  # of an env worker, on average, before costs are believed: a wait is counted where it ends, so a moment tells nothing
 FIXED = 0.2  # of an inference, believed independent of its size as long as sizes hardly differ (planning/settings.py)
 MEMORY = 0.6  # what the past weighs against the newest iteration
 EQUAL = 0.005  # differences in throughput that random times make
@@ -250,6 +251,7 @@ class Tuner:
         self.last: np.ndarray | None = None  # counters when they were last taken in
         self.gained, self.fit = np.zeros_like(counters.table), np.zeros(5)
         self.seconds = self.trained = self.cpu_s = self.cpu_last = self.probed = self.looked = 0.0
+        self.since = 0.0, 0.0  # batches and chunks when measuring began
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()  # predictions under way, and what decides on them
         self.chosen: tuple | None = None  # B_max and T_max
         self.chosen_at: Costs | None = None  # the costs that they were last looked at for
@@ -262,6 +264,15 @@ class Tuner:
     def batches(self) -> float:
         """Inferences so far, of the rollout worker that had the fewest."""
         return float(self.counters.table[self.rows["rollout"], self.counters.index["batches"]].min())
+
+    def chunks(self) -> float:
+        """Chunks so far of an env worker, on average."""
+        return float(self.counters.table[self.rows["env"], self.counters.index["chunks"]].mean())
+
+    def begin(self) -> None:
+        """What stages cost is measured from here on; inferences, whose times are their own, may have been before."""
+        self.last, self.taken, self.since = self.counters.table.copy(), self.clock(), (self.batches(), self.chunks())
+        self.gained, self.seconds = np.zeros_like(self.gained), 0.0
 
     def take(self, memory: float, trained: float = 0.0, cpu_s: float = 0.0) -> None:
         """Takes in what the counters gained since the last time; what they had gained before counts `memory` as much."""
@@ -295,8 +306,8 @@ class Tuner:
         if self.batches() < self.probed + PROBED:
             return
         if self.last is None:  # the first batches are slow
-            self.last, self.taken = self.counters.table.copy(), self.clock()
-        else:
+            self.begin()
+        elif len(self.probes) > 1 or self.batches() >= self.since[0] + PROBED and self.chunks() >= self.since[1] + CHUNKS:
             self.probes.pop(0)
             if not self.probes:
                 self.take(1.0)
@@ -314,10 +325,9 @@ class Tuner:
             return
         if self.lines == 1:  # it began before the workers were warm
             self.first_s = self.clock() - self.began
-            if self.last is None:
-                self.last, self.taken = self.counters.table.copy(), self.clock()
-            self.take(0.0)
-            self.gained, self.seconds = np.zeros_like(self.gained), 0.0
+            if self.last is not None:
+                self.take(0.0)
+            self.begin()
             return
         self.take(MEMORY, self.config.actor.batch, used)
         every = self.config.train.checkpoint_every

@@ -249,6 +249,25 @@ def test_warm_up_serves_several_sizes_then_chooses():
     assert run.tuner.watch() == ""
 
 
+def test_nothing_is_chosen_from_the_moment_after_the_first_iteration():
+    run = Run(COSTS)
+    for _ in range(3):  # one to begin with, then the first two sizes
+        run.serve([2, 3] * 6, 5.0)
+        run.tuner.watch()
+    run.serve([4, 5] * 5, 5.0)  # two batches are missing
+    run.tuner.iteration(1, 0.0)
+    for row in range(2, 2 + run.workers):
+        run.counters.add(row, "wait_action_s", 0.25)  # it began before, and ends now
+    run.serve([4, 5], 0.25)
+    assert [run.tuner.watch() for _ in range(3)] == [""] * 3 and run.told() == (4.0, 0.0) and run.tuner.chosen_at is None
+    said = []
+    for _ in range(6):
+        run.serve([4, 5] * 6, 5.0)
+        said.append(run.tuner.watch())
+    assert len(list(filter(None, said))) == 1 and run.told() != (4.0, 0.0)
+    assert 0.04 < run.tuner.chosen_at.step_s <= COSTS.step_s  # that wait weighs little now
+
+
 def test_batches_are_looked_at_again_when_costs_change(monkeypatch):
     run, looked = Run(COSTS), []
     assert len(run.warm_up()) == 1
