@@ -367,10 +367,15 @@ def main(config: Config) -> int:
     while True:
         (path / "config.json").write_text(setup.saved)
         message, status, ratio = run_crew(setup, folder, interrupts, tracker, past)
+        if status == 1 and past.left and folder.lines()[-1]["version"] <= setup.version:  # it never got going at this ratio
+            why = message.removeprefix("error: ")
+            print(f"ratio {past.left} again: at {config.train.parts} the workers did not come to an iteration: {why}", flush=True)
+            ratio = past.go_back(config.train.parts)
         if not ratio:
             break
         given.train.ratio_from, given.train.resume = ratio, folder.name
-        setup = prepare(copy.deepcopy(given))
+        config = copy.deepcopy(given)
+        setup = prepare(config)
         print(setup.placement.line, flush=True)
     folder.finish()
     summary.draw(path)

@@ -9,8 +9,8 @@ another ratio means that all workers start again from a checkpoint written for t
 
 What cannot be foreseen: how stages that share cores slow each other down (only that an iteration takes at least its CPU seconds
 over all cores), and what more torch threads gain (taken to divide times). So a ratio is judged by what it gives: one that turns
-out slower than the one before is left again, for good. Nothing here changes what is learnt: noise and episodes are named by
-trajectory and step, and membership of batches depends on no setting that is chosen here.
+out slower than the one before, or at which workers cannot start, is left again, for good. Nothing here changes what is learnt:
+noise and episodes are named by trajectory and step, and membership of batches depends on no setting that is chosen here.
 Left out: `--placement`, numbers of envs, several machines.
 """
 
@@ -214,8 +214,14 @@ class Past:
 
     left: str = ""  # the ratio before, until the present one is judged
     measured: dict[str, float] = field(default_factory=dict)  # seconds of an iteration at each ratio that ran, when last judged
-    rejected: set[str] = field(default_factory=set)  # tried, and slower than the one before
+    rejected: set[str] = field(default_factory=set)  # tried, and slower than the one before or not to be started
     news: dict = field(default_factory=dict)  # decided since it was last read, for metrics.jsonl
+
+    def go_back(self, rejected: str) -> str:
+        """Leaves a ratio for good. Returns the one before."""
+        self.rejected.add(rejected)
+        self.news["ratio"], self.left = self.left, ""
+        return self.news["ratio"]
 
 
 def beside(function: Callable) -> Future:
@@ -398,12 +404,11 @@ class Tuner:
         """
         now, past = self.ratio, self.past
         past.measured[now] = seconds
-        back, past.left = past.left, ""
-        before = past.measured.get(back, seconds)
+        before = past.measured.get(past.left, seconds)
         if seconds > (1 + WORTH) * before and (seconds - before) * left > PAYS_BACK * self.first_s:
-            past.rejected.add(now)
-            self.ratio = past.news["ratio"] = back
-            return f"ratio {back} again: an iteration takes {seconds:.3g} s at {now}, and took {before:.3g} s at {back}"
+            self.ratio = past.go_back(now)
+            return f"ratio {self.ratio} again: an iteration takes {seconds:.3g} s at {now}, and took {before:.3g} s at {self.ratio}"
+        past.left = ""
         # What ran is known, and no prediction is to contradict it: two ratios would take turns.
         known = {ratio: past.measured.get(ratio, seconds * s / found[now]) for ratio, s in found.items()}
         others = {ratio: s for ratio, s in known.items() if ratio != now and ratio not in past.rejected}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import metrics
 import tuning
 from channel import Counters
-from config import Config, UserError, from_json
+from config import ROOT, Config, UserError, from_json
 from envs import emulated, metaworld
 from planning import Costs, Node
 from planning.events import simulate
@@ -398,12 +399,16 @@ def test_auto_begins_where_it_is_told_to_or_at_three_to_one(tmp_path):
     assert from_json(tmp_path / "config.json").train.parts == "1:2"
 
 
+AUTO = (  # training takes nearly all of an iteration, so three parts of four for simulators are a waste
+    "--model emulated --env emulated --tasks 0.02 --envs 8 --batch 16 --minibatch 8 --micro-batch 4 --update-epochs 1 "
+    "--image-size 8 --eval-envs 0 --ratio auto --iterations 100000 --checkpoint-every 100000 --env-workers 2"
+)
+
+
 def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
-    """Training takes nearly all of an iteration, so three parts of four for simulators are a waste; nothing trained is lost."""
+    """Nothing trained is lost."""
     run = tmp_path / "x"
-    flags = "--model emulated --env emulated --tasks 0.02 --envs 8 --batch 16 --minibatch 8 --micro-batch 4 --update-epochs 1"
-    flags += " --image-size 8 --eval-envs 0 --ratio auto --iterations 100000 --checkpoint-every 100000 --env-workers 2"
-    process = cli("train.py", f"{flags} --run {run}")
+    process = cli("train.py", f"{AUTO} --run {run}")
     process.wait_for(run / "metrics.jsonl", 4, timeout=180)
     deadline = time.monotonic() + 180
     while not list(run.glob("checkpoints/0*")):  # saved for the purpose
@@ -427,3 +432,42 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     last = len(lines) + 2
     status, output = cli("train.py", f"--resume {run} --iterations {last}").finish()
     assert status == 0 and f"{last} iterations done" in output and f" {ratio} on " in output, output
+
+
+ONE_RATIO = """
+import sys
+import actor_worker
+from config import exit_on_user_error
+
+run = actor_worker.run
+
+def fails(rank, config, *others):
+    if config.train.parts != "3:1":
+        raise MemoryError("a GPU is full")
+    run(rank, config, *others)
+
+actor_worker.run = fails
+if __name__ == "__main__":
+    import train
+
+    with exit_on_user_error():
+        sys.exit(train.main(train.parse(sys.argv[1:])))
+"""
+
+
+def test_a_run_goes_on_at_the_ratio_before_where_the_new_one_cannot_start(cli, tmp_path):
+    run, script = tmp_path / "x", tmp_path / "one_ratio.py"
+    script.write_text(ONE_RATIO)
+    process = cli(script, f"{AUTO} --run {run}", PYTHONPATH=str(ROOT))
+    process.wait_for(run / "error.txt", timeout=180)
+    process.wait_for(run / "metrics.jsonl", len((run / "metrics.jsonl").read_text().splitlines()) + 1, timeout=180)
+    process.interrupt_group()
+    status, output = process.finish()
+    assert status == 130 and "interrupted; saved" in output and "Traceback" not in output, output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    words = (
+        r"ratio 3:1 again: at \d:\d the workers did not come to an iteration: worker actor-\d failed: MemoryError: a GPU is full"
+    )
+    assert re.search(words, output), output
+    assert [line["tuning"]["ratio"] for line in lines if "ratio" in line["tuning"]][-1] == "3:1"
