@@ -258,7 +258,9 @@ def supervise(
     warnings = metrics.Warnings()
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     interval, pool_gb = None, slot_pool_gb(setup)
-    evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters)
+    # Workers that come at another ratio keep the schedule, or each would be judged while it evaluates as the one before did not.
+    before = folder.lines() if folder.appended else []
+    evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters, before)
 
     def watch() -> bool:
         """Waits for the actor's news at most 0.25 s and returns whether there is some; begins evaluations."""
