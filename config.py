@@ -315,11 +315,12 @@ def from_json(path: Path) -> Config:
     return config
 
 
-def parse_ratio(ratio: str) -> tuple[int, int]:
-    """ "3:1" → (3, 1). Raises UserError."""
+def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
+    """ "3:1" → (3, 1). Raises UserError, which names the flag."""
     left, colon, right = ratio.partition(":")
     if not (colon and left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 0):
-        raise UserError(f"--ratio {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1, nor auto")
+        nor = ", nor auto" if flag == "--ratio" else ""
+        raise UserError(f"{flag} {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1{nor}")
     return int(left), int(right)
 
 

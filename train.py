@@ -32,7 +32,19 @@ import rollout_worker
 import summary
 import tuning
 from channel import VERSION, Channels, Counters, IndexQueue, Record, SlotPool, Spec, WeightPlane, layout
-from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
+from config import (
+    PRESETS,
+    ROOT,
+    Config,
+    UserError,
+    embedded_files,
+    exit_on_user_error,
+    from_json,
+    from_preset,
+    parse_ratio,
+    to_json,
+    validate,
+)
 from models import checkpoint, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
 from scheduler import Admission, Placement, divide
@@ -59,7 +71,12 @@ def parse(args: list[str]) -> Config:
         default.train.ratio_from = default.train.parts
         if anew:  # worker counts follow from the ratio
             default.env.env_workers = default.rollout.rollout_workers = default.actor.actor_workers = 0
-    return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    config = tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    if config.train.ratio_from not in ("", default.train.ratio_from):
+        parse_ratio(config.train.ratio_from, "--ratio-from")
+        if config.train.ratio != "auto":
+            raise UserError(f"--ratio-from {config.train.ratio_from} is for --ratio auto: leave out one of them")
+    return config
 
 
 def run_path(name: str) -> Path:
@@ -122,9 +139,13 @@ def prepare(config: Config) -> Setup:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores, auto = len(os.sched_getaffinity(0)), config.train.ratio == "auto"
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
-    if auto:  # 3:1 if it fits, else the first that does
-        fitting = tuning.options(config, counts, simulator, gpus, cores)
-        config.train.ratio_from = config.train.ratio_from or next(iter(fitting), "")
+    note = ""
+    if auto:  # 3:1 if it fits, else the first that does; so too where a run is resumed on another machine
+        before, fitting = config.train.ratio_from, tuning.options(config, counts, simulator, gpus, cores)
+        if not before or config.train.resume and before not in fitting:
+            config.train.ratio_from = next(iter(fitting), before)
+        if before not in ("", config.train.ratio_from):
+            note = f"ratio {before} does not fit here, so the run goes on at {config.train.ratio_from}\n"
     placement = divide(config, simulator, gpus, cores)
     validate(config)
 
@@ -137,10 +158,10 @@ def prepare(config: Config) -> Setup:
         )
     if config.train.algorithm == "grpo" and config.env.segment != horizon:
         raise UserError(f"--segment {config.env.segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole")
-    note = ""
     if config.env.envs % len(spec.tasks) and config.env.segment < horizon:
-        note = f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment {config.env.segment}"
-        note += f" of {horizon} chunk steps: to see their ends, leave it out, or give a multiple of {len(spec.tasks)} as --envs\n"
+        note += f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment "
+        note += f"{config.env.segment} of {horizon} chunk steps: to see their ends, leave it out, or give a multiple of "
+        note += f"{len(spec.tasks)} as --envs\n"
 
     now, config.train.checkpoint = config.train.checkpoint, saved_checkpoint
     saved, config.train.checkpoint = to_json(config), now
@@ -308,6 +329,8 @@ def supervise(
                 continue
             if interrupts:
                 if interval is None or len(interrupts) > 1:
+                    if interval is None and setup.resume:
+                        return f"interrupted; continue with: python train.py --resume {folder.name}"
                     why = "before anything was trained" if interval is None else "twice: stopped without saving"
                     return f"interrupted {why}"
                 if not counters.get(0, "stop"):
