@@ -52,6 +52,8 @@ class RunConfig:
     stages cost, chooses, and chooses again as costs change"""
     ratio_from: str = ""
     """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json has what a run came to"""
+    workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
+    """no flag: env, rollout and actor workers that flags gave beside --ratio auto, for a resumed run; 0 where it derives them"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates env from rollout"""
     iterations: int = 60
@@ -302,7 +304,7 @@ def from_json(path: Path) -> Config:
         for stage_name, values in saved.items():
             stage = getattr(config, stage_name)
             for name, value in values.items():
-                if name == "tasks":
+                if name in ("tasks", "workers_given"):
                     value = tuple(value)
                 elif name in ("checkpoint", "tokenizer") and value is not None:
                     value = Path(value)

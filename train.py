@@ -69,8 +69,9 @@ def parse(args: list[str]) -> Config:
         default = from_json(run_path(look.resume) / "config.json")
         anew = default.train.ratio == "auto" or any(a.partition("=")[0] in ("--ratio", "--placement") for a in args)
         default.train.ratio_from = default.train.parts
-        if anew:  # worker counts follow from the ratio
-            default.env.env_workers = default.rollout.rollout_workers = default.actor.actor_workers = 0
+        if anew:  # worker counts follow from the ratio, as far as no flag gave them
+            counts = default.train.workers_given
+            default.env.env_workers, default.rollout.rollout_workers, default.actor.actor_workers = counts
     config = tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
     if config.train.ratio_from not in ("", default.train.ratio_from):
         parse_ratio(config.train.ratio_from, "--ratio-from")
@@ -140,7 +141,9 @@ def prepare(config: Config) -> Setup:
     cores, auto = len(os.sched_getaffinity(0)), config.train.ratio == "auto"
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
     note = ""
-    if auto:  # 3:1 if it fits, else the first that does; so too where a run is resumed on another machine
+    if auto:
+        config.train.workers_given = counts
+        # It begins with 3:1 if that fits, else the first ratio that does; so too where a run is resumed on another machine
         before, fitting = config.train.ratio_from, tuning.options(config, counts, simulator, gpus, cores)
         if not before or config.train.resume and before not in fitting:
             config.train.ratio_from = next(iter(fitting), before)

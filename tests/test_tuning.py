@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import metrics
+import train
 import tuning
 from channel import Counters
 from config import ROOT, Config, UserError, from_json
@@ -405,6 +407,53 @@ AUTO = (  # training takes nearly all of an iteration, so three parts of four fo
 )
 
 
+def parsed(*args: str) -> Config:
+    """The settings of a small run."""
+    flags = "--model emulated --env emulated --tasks 0 --image-size 8 --envs 8 --batch 16 --minibatch 8"
+    return train.parse([*flags.split(), *args])
+
+
+def test_what_ratio_from_must_be():
+    with pytest.raises(UserError, match="--ratio-from 'x' is not R:A with two whole numbers of at least 1, such as 3:1$"):
+        parsed("--ratio", "auto", "--ratio-from", "x")
+    with pytest.raises(UserError, match="--ratio-from 1:2 is for --ratio auto: leave out one of them"):
+        parsed("--ratio", "3:1", "--ratio-from", "1:2")
+    assert parsed("--ratio", "auto", "--ratio-from", "1:2").train.parts == "1:2"
+
+
+@pytest.fixture
+def resumed(tmp_path, monkeypatch):
+    """The settings that a run of these flags is resumed with, by flags of now."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "resume_from", lambda config: (None, {"version": 1}))
+
+    def resume(before: list[str], *now: str) -> Config:
+        (tmp_path / "config.json").write_text(train.prepare(parsed(*before)).saved)
+        return train.parse(["--resume", str(tmp_path), *now])
+
+    return resume
+
+
+def test_a_resumed_run_begins_with_a_ratio_that_fits(resumed):
+    config = resumed(["--ratio", "auto", "--ratio-from", "1:2"])
+    config.actor.micro_batch = 4  # 24 ranks cannot share 8 trajectories
+    config.train.ratio_from = "1:24"
+    setup = train.prepare(config)
+    assert config.train.parts == "1:1" and "ratio 1:24 does not fit here, so the run goes on at 1:1" in setup.note
+    assert train.prepare(resumed(["--ratio", "auto", "--ratio-from", "1:2"])).note == ""
+    assert resumed(["--ratio", "auto", "--ratio-from", "1:2"], "--ratio", "2:1").train.parts == "2:1"
+
+
+def test_a_resumed_run_keeps_the_worker_counts_that_flags_gave(resumed, tmp_path):
+    counts = lambda config: (config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers)  # noqa: E731
+    before = ["--ratio", "auto", "--ratio-from", "1:2", "--env-workers", "4"]
+    config = resumed(before)
+    assert counts(from_json(tmp_path / "config.json")) == (4, 1, 2) and counts(config) == (4, 0, 0)
+    train.prepare(config)
+    assert counts(config) == (4, 1, 2) and config.train.workers_given == (4, 0, 0)
+    assert counts(resumed(before, "--env-workers", "2", "--rollout-workers", "2")) == (2, 2, 0)
+
+
 def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     """Nothing trained is lost."""
     run = tmp_path / "x"
@@ -418,6 +467,7 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     process.interrupt_group()
     status, output = process.finish()
     assert status == 130 and "interrupted; saved" in output and "Traceback" not in output, output
+    deadline = time.monotonic() + 180
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
     times, steps = [line["time"] for line in lines], [line["env_steps"] for line in lines]
@@ -430,6 +480,14 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     assert (saved["train"]["ratio"], saved["train"]["ratio_from"]) == ("auto", ratio)
     assert saved["actor"]["actor_workers"] == int(ratio.split(":")[1])
     last = len(lines) + 2
+    process = cli("train.py", f"--resume {run} --iterations {last}")
+    while not process.has_fork_server():
+        assert process.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # the fork server is importing
+    process.interrupt_group()
+    status, output = process.finish()
+    assert status == 130 and f"interrupted; continue with: python train.py --resume {run}" in output, output
     status, output = cli("train.py", f"--resume {run} --iterations {last}").finish()
     assert status == 0 and f"{last} iterations done" in output and f" {ratio} on " in output, output
 
