@@ -52,6 +52,8 @@ class RunConfig:
     stages cost, chooses, and chooses again as costs change"""
     ratio_from: str = ""
     """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json has what a run came to"""
+    workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
+    """no flag: env, rollout and actor workers that flags gave beside --ratio auto, for a resumed run; 0 where it derives them"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates env from rollout"""
     iterations: int = 60
@@ -302,7 +304,7 @@ def from_json(path: Path) -> Config:
         for stage_name, values in saved.items():
             stage = getattr(config, stage_name)
             for name, value in values.items():
-                if name == "tasks":
+                if name in ("tasks", "workers_given"):
                     value = tuple(value)
                 elif name in ("checkpoint", "tokenizer") and value is not None:
                     value = Path(value)
@@ -315,11 +317,12 @@ def from_json(path: Path) -> Config:
     return config
 
 
-def parse_ratio(ratio: str) -> tuple[int, int]:
-    """ "3:1" → (3, 1). Raises UserError."""
+def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
+    """ "3:1" → (3, 1). Raises UserError, which names the flag."""
     left, colon, right = ratio.partition(":")
     if not (colon and left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 0):
-        raise UserError(f"--ratio {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1, nor auto")
+        nor = ", nor auto" if flag == "--ratio" else ""
+        raise UserError(f"{flag} {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1{nor}")
     return int(left), int(right)
 
 

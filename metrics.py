@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -283,9 +283,12 @@ class Evaluations:
     their `outcome_e` as 2 · round + success, in one store: a replaced worker sees what is left to play, and nothing counts twice.
     """
 
-    def __init__(self, config: Config, tasks: tuple[str, ...], version: int, counters: Counters):
+    def __init__(self, config: Config, tasks: tuple[str, ...], version: int, counters: Counters, lines: Iterable[dict] = ()):
+        """lines: of other workers, whose schedule goes on; a round that they only began is played again."""
         self.config, self.tasks, self.counters = config, tasks, counters
-        self.round, self.due, self.running = 0, version if config.env.evaluates else math.inf, None  # running: version evaluated
+        self.round, self.running = 0, None  # running: version evaluated
+        due = max((line["eval_version"] + config.env.eval_every for line in lines if "eval_version" in line), default=version)
+        self.due = min(due, config.train.iterations) if config.env.evaluates else math.inf
         self.news: dict = {}  # the newest finished round
 
     def begins(self, version: int) -> bool:

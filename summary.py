@@ -165,6 +165,10 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
     measured = lines[1:] or lines
     seconds = [after["time"] - before["time"] for before, after in pairwise(lines)] or [1.0]
 
+    def rate(total: str, of_line: str) -> float:
+        """Of a count so far, per second: of time that passed, of which workers that start again are a part too."""
+        return (lines[-1][total] - lines[0][total]) / sum(seconds) if len(lines) > 1 else lines[0][of_line]
+
     def mean(value) -> float:
         return sum(value(line) * s for line, s in zip(measured, seconds, strict=True)) / sum(seconds)
 
@@ -180,7 +184,7 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         batch_sizes.update(line["batch_size_hist"]), staleness.update(line["staleness_hist"])
     out = Summary(
         iterations=lines[-1]["iteration"], minutes=lines[-1]["time"] / 60,
-        env_steps_per_s=mean(lambda line: line["env_steps_per_s"]), samples_per_s=mean(lambda line: line["samples_per_s"]),
+        env_steps_per_s=rate("env_steps", "env_steps_per_s"), samples_per_s=rate("trained_once", "samples_per_s"),
         waits=waits, busy_with={}, batch_sizes=batch_sizes, staleness=staleness,
         success=[fmean(rates[:ends]), fmean(rates[-ends:])] if rates else [],
         held_out=[held_out[0], held_out[-1]] if held_out else [],

@@ -32,7 +32,19 @@ import rollout_worker
 import summary
 import tuning
 from channel import VERSION, Channels, Counters, IndexQueue, Record, SlotPool, Spec, WeightPlane, layout
-from config import PRESETS, ROOT, Config, UserError, embedded_files, exit_on_user_error, from_json, from_preset, to_json, validate
+from config import (
+    PRESETS,
+    ROOT,
+    Config,
+    UserError,
+    embedded_files,
+    exit_on_user_error,
+    from_json,
+    from_preset,
+    parse_ratio,
+    to_json,
+    validate,
+)
 from models import checkpoint, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
 from scheduler import Admission, Placement, divide
@@ -57,9 +69,15 @@ def parse(args: list[str]) -> Config:
         default = from_json(run_path(look.resume) / "config.json")
         anew = default.train.ratio == "auto" or any(a.partition("=")[0] in ("--ratio", "--placement") for a in args)
         default.train.ratio_from = default.train.parts
-        if anew:  # worker counts follow from the ratio
-            default.env.env_workers = default.rollout.rollout_workers = default.actor.actor_workers = 0
-    return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+        if anew:  # worker counts follow from the ratio, as far as no flag gave them
+            counts = default.train.workers_given
+            default.env.env_workers, default.rollout.rollout_workers, default.actor.actor_workers = counts
+    config = tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    if config.train.ratio_from not in ("", default.train.ratio_from):
+        parse_ratio(config.train.ratio_from, "--ratio-from")
+        if config.train.ratio != "auto":
+            raise UserError(f"--ratio-from {config.train.ratio_from} is for --ratio auto: leave out one of them")
+    return config
 
 
 def run_path(name: str) -> Path:
@@ -122,9 +140,15 @@ def prepare(config: Config) -> Setup:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores, auto = len(os.sched_getaffinity(0)), config.train.ratio == "auto"
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
-    if auto:  # 3:1 if it fits, else the first that does
-        fitting = tuning.options(config, counts, simulator, gpus, cores)
-        config.train.ratio_from = config.train.ratio_from or next(iter(fitting), "")
+    note = ""
+    if auto:
+        config.train.workers_given = counts
+        # It begins with 3:1 if that fits, else the first ratio that does; so too where a run is resumed on another machine
+        before, fitting = config.train.ratio_from, tuning.options(config, counts, simulator, gpus, cores)
+        if not before or config.train.resume and before not in fitting:
+            config.train.ratio_from = next(iter(fitting), before)
+        if before not in ("", config.train.ratio_from):
+            note = f"ratio {before} does not fit here, so the run goes on at {config.train.ratio_from}\n"
     placement = divide(config, simulator, gpus, cores)
     validate(config)
 
@@ -137,10 +161,10 @@ def prepare(config: Config) -> Setup:
         )
     if config.train.algorithm == "grpo" and config.env.segment != horizon:
         raise UserError(f"--segment {config.env.segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole")
-    note = ""
     if config.env.envs % len(spec.tasks) and config.env.segment < horizon:
-        note = f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment {config.env.segment}"
-        note += f" of {horizon} chunk steps: to see their ends, leave it out, or give a multiple of {len(spec.tasks)} as --envs\n"
+        note += f"{config.env.envs} envs take turns at {len(spec.tasks)} tasks, so episodes end after --segment "
+        note += f"{config.env.segment} of {horizon} chunk steps: to see their ends, leave it out, or give a multiple of "
+        note += f"{len(spec.tasks)} as --envs\n"
 
     now, config.train.checkpoint = config.train.checkpoint, saved_checkpoint
     saved, config.train.checkpoint = to_json(config), now
@@ -258,7 +282,9 @@ def supervise(
     warnings = metrics.Warnings()
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     interval, pool_gb = None, slot_pool_gb(setup)
-    evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters)
+    # Workers that come at another ratio keep the schedule, or each would be judged while it evaluates as the one before did not.
+    before = folder.lines() if folder.appended else []
+    evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters, before)
 
     def watch() -> bool:
         """Waits for the actor's news at most 0.25 s and returns whether there is some; begins evaluations."""
@@ -306,6 +332,8 @@ def supervise(
                 continue
             if interrupts:
                 if interval is None or len(interrupts) > 1:
+                    if interval is None and setup.resume:
+                        return f"interrupted; continue with: python train.py --resume {folder.name}"
                     why = "before anything was trained" if interval is None else "twice: stopped without saving"
                     return f"interrupted {why}"
                 if not counters.get(0, "stop"):
@@ -367,10 +395,15 @@ def main(config: Config) -> int:
     while True:
         (path / "config.json").write_text(setup.saved)
         message, status, ratio = run_crew(setup, folder, interrupts, tracker, past)
+        if status == 1 and past.left and folder.lines()[-1]["version"] <= setup.version:  # it never got going at this ratio
+            why = message.removeprefix("error: ")
+            print(f"ratio {past.left} again: at {config.train.parts} the workers did not come to an iteration: {why}", flush=True)
+            ratio = past.go_back(config.train.parts)
         if not ratio:
             break
         given.train.ratio_from, given.train.resume = ratio, folder.name
-        setup = prepare(copy.deepcopy(given))
+        config = copy.deepcopy(given)
+        setup = prepare(config)
         print(setup.placement.line, flush=True)
     folder.finish()
     summary.draw(path)

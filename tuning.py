@@ -9,8 +9,8 @@ another ratio means that all workers start again from a checkpoint written for t
 
 What cannot be foreseen: how stages that share cores slow each other down (only that an iteration takes at least its CPU seconds
 over all cores), and what more torch threads gain (taken to divide times). So a ratio is judged by what it gives: one that turns
-out slower than the one before is left again, for good. Nothing here changes what is learnt: noise and episodes are named by
-trajectory and step, and membership of batches depends on no setting that is chosen here.
+out slower than the one before, or at which workers cannot start, is left again, for good. Nothing here changes what is learnt:
+noise and episodes are named by trajectory and step, and membership of batches depends on no setting that is chosen here.
 Left out: `--placement`, numbers of envs, several machines.
 """
 
@@ -36,6 +36,7 @@ SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)  # B_max that are tried
 WAITS = (0.25, 0.5, 1.0, 2.0)  # T_max that are tried, in inferences of that size
 PROBES = (1 / 4, 1.0, 1 / 2)  # B_max while the run warms up, so that sizes differ
 PROBED = 12  # batches at each of them
+CHUNKS = 8  # of an env worker, on average, before costs are believed: a wait is counted where it ends, so a moment tells nothing
 FIXED = 0.2  # of an inference, believed independent of its size as long as sizes hardly differ (planning/settings.py)
 MEMORY = 0.6  # what the past weighs against the newest iteration
 EQUAL = 0.005  # differences in throughput that random times make
@@ -212,9 +213,15 @@ class Past:
     """What is remembered when workers start again at another ratio."""
 
     left: str = ""  # the ratio before, until the present one is judged
-    seconds: float = 0.0  # that one of its iterations took
-    rejected: set[str] = field(default_factory=set)  # tried, and slower than the one before
+    measured: dict[str, float] = field(default_factory=dict)  # seconds of an iteration at each ratio that ran, when last judged
+    rejected: set[str] = field(default_factory=set)  # tried, and slower than the one before or not to be started
     news: dict = field(default_factory=dict)  # decided since it was last read, for metrics.jsonl
+
+    def go_back(self, rejected: str) -> str:
+        """Leaves a ratio for good. Returns the one before."""
+        self.rejected.add(rejected)
+        self.news["ratio"], self.left = self.left, ""
+        return self.news["ratio"]
 
 
 def beside(function: Callable) -> Future:
@@ -250,6 +257,7 @@ class Tuner:
         self.last: np.ndarray | None = None  # counters when they were last taken in
         self.gained, self.fit = np.zeros_like(counters.table), np.zeros(5)
         self.seconds = self.trained = self.cpu_s = self.cpu_last = self.probed = self.looked = 0.0
+        self.since = 0.0, 0.0  # batches and chunks when measuring began
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()  # predictions under way, and what decides on them
         self.chosen: tuple | None = None  # B_max and T_max
         self.chosen_at: Costs | None = None  # the costs that they were last looked at for
@@ -262,6 +270,15 @@ class Tuner:
     def batches(self) -> float:
         """Inferences so far, of the rollout worker that had the fewest."""
         return float(self.counters.table[self.rows["rollout"], self.counters.index["batches"]].min())
+
+    def chunks(self) -> float:
+        """Chunks so far of an env worker, on average."""
+        return float(self.counters.table[self.rows["env"], self.counters.index["chunks"]].mean())
+
+    def begin(self) -> None:
+        """What stages cost is measured from here on; inferences, whose times are their own, may have been before."""
+        self.last, self.taken, self.since = self.counters.table.copy(), self.clock(), (self.batches(), self.chunks())
+        self.gained, self.seconds = np.zeros_like(self.gained), 0.0
 
     def take(self, memory: float, trained: float = 0.0, cpu_s: float = 0.0) -> None:
         """Takes in what the counters gained since the last time; what they had gained before counts `memory` as much."""
@@ -295,8 +312,8 @@ class Tuner:
         if self.batches() < self.probed + PROBED:
             return
         if self.last is None:  # the first batches are slow
-            self.last, self.taken = self.counters.table.copy(), self.clock()
-        else:
+            self.begin()
+        elif len(self.probes) > 1 or self.batches() >= self.since[0] + PROBED and self.chunks() >= self.since[1] + CHUNKS:
             self.probes.pop(0)
             if not self.probes:
                 self.take(1.0)
@@ -314,10 +331,9 @@ class Tuner:
             return
         if self.lines == 1:  # it began before the workers were warm
             self.first_s = self.clock() - self.began
-            if self.last is None:
-                self.last, self.taken = self.counters.table.copy(), self.clock()
-            self.take(0.0)
-            self.gained, self.seconds = np.zeros_like(self.gained), 0.0
+            if self.last is not None:
+                self.take(0.0)
+            self.begin()
             return
         self.take(MEMORY, self.config.actor.batch, used)
         every = self.config.train.checkpoint_every
@@ -387,26 +403,31 @@ class Tuner:
         found: predicted seconds of an iteration at each; seconds: measured ones at the present; left: iterations of the run.
         """
         now, past = self.ratio, self.past
-        back, before, past.left = past.left, past.seconds, ""
-        if back and seconds > (1 + WORTH) * before and (seconds - before) * left > PAYS_BACK * self.first_s:
-            past.rejected.add(now)
-            self.ratio = past.news["ratio"] = back
-            return f"ratio {back} again: an iteration takes {seconds:.3g} s at {now}, and took {before:.3g} s at {back}"
-        others = {ratio: s for ratio, s in found.items() if ratio != now and ratio not in past.rejected}
+        past.measured[now] = seconds
+        before = past.measured.get(past.left, seconds)
+        if seconds > (1 + WORTH) * before and (seconds - before) * left > PAYS_BACK * self.first_s:
+            self.ratio = past.go_back(now)
+            return f"ratio {self.ratio} again: an iteration takes {seconds:.3g} s at {now}, and took {before:.3g} s at {self.ratio}"
+        past.left = ""
+        # What ran is known, and no prediction is to contradict it: two ratios would take turns.
+        known = {ratio: past.measured.get(ratio, seconds * s / found[now]) for ratio, s in found.items()}
+        others = {ratio: s for ratio, s in known.items() if ratio != now and ratio not in past.rejected}
         equal = [ratio for ratio, s in others.items() if s <= (1 + EQUAL) * min(others.values())]
         best = min(equal, key=lambda ratio: sum(parse_ratio(ratio)), default=now)  # with the fewest workers
-        gain = 1 - found[best] / found[now]
+        gain = 1 - known[best] / seconds
         saves = seconds * gain * left  # in the rest of the run
         if gain > RATIO_WORTH and saves > PAYS_BACK * self.first_s:
-            past.left, past.seconds = now, seconds
+            past.left = now
             self.ratio = past.news["ratio"] = best
             return (
-                f"ratio {best} instead of {now}: an iteration is to take {seconds * (1 - gain):.3g} s instead of {seconds:.3g} s, "
+                f"ratio {best} instead of {now}: an iteration is to take {known[best]:.3g} s instead of {seconds:.3g} s, "
                 f"since {words(costs, True)}; the workers start again, in some {self.first_s:.0f} s"
             )
         if self.lines > SETTLED:
             return ""
         why = "no other is possible"
-        if best != now:
+        if best in past.measured and best != now:
+            why = f"it took {known[best]:.3g} s at the best other, {best}"
+        elif best != now:
             why = f"the best other, {best}, would save {saves:.0f} s in the rest of the run and cost {self.first_s:.0f} s"
         return f"ratio {now} stays, an iteration takes {seconds:.3g} s: {why}; {words(costs, True)}"

@@ -202,6 +202,9 @@ def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
         lines, spans = read_metrics(run), read_trace(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read what run {run} left behind: {error!r}") from None
+    if settings.train.ratio == "auto" and any("ratio" in line.get("tuning", {}) for line in lines):
+        parts = settings.train.parts
+        raise UserError(f"{run} came to ratio {parts} on its way, and its trace has both: resume it with --ratio {parts} first")
     lines = lines[2:-1] if len(lines) > 4 else lines  # the first iterations warm up, the last one stops
     worked = {(name.split("-")[0], what) for name, rows in spans.items() for what, *_ in rows}
     if len(lines) < 2 or not {("env", "step"), ("rollout", "infer"), ("actor", "train")} <= worked:

@@ -122,6 +122,21 @@ def test_rounds_of_evaluation_never_mix_and_are_reported_once():
     assert not Evaluations(config, TASKS, 0, table).begins(0)
 
 
+def test_workers_at_another_ratio_keep_the_schedule_of_evaluations():
+    config, lines = Config(), [{"eval_version": 0}, {"eval_version": 10}, {}]
+    config.env.eval_every, config.train.iterations = 10, 25
+
+    def first(version: int, lines: list[dict]) -> int:
+        """The version that is evaluated first by workers who start at `version`."""
+        evaluations = Evaluations(config, TASKS, version, counters(), lines)
+        return next(v for v in range(version, 26) if evaluations.begins(v))
+
+    assert first(14, lines) == first(20, lines) == 20
+    assert first(21, lines) == 21  # a round that was begun at 20 is lost
+    assert first(24, [*lines, {"eval_version": 20}]) == 25  # the last version always gets one
+    assert first(14, []) == 14 and first(3, [{}, {}]) == 3
+
+
 SPANS = {
     "env-10": [["step", 10.5, 11.0], ["wait: action", 11.0, 11.25]],
     "env-2": [["step", 10.5, 10.75]],

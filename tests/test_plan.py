@@ -274,6 +274,23 @@ def test_a_run_under_another_preset(tmp_path):
     assert (node.max_staleness, node.batch_max, node.stream) == (3, "all", False)
 
 
+def test_a_run_that_changed_its_ratio_mixes_two(tmp_path):
+    iteration, run = traced_run(tmp_path / "run"), tmp_path / "run"
+    lines, config = metrics.read_metrics(run), json.loads((run / "config.json").read_text())
+    lines[2]["tuning"], lines[3]["tuning"] = {"batch_max": 1}, {}
+
+    def reached(ratio: str) -> str:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "config.json").write_text(json.dumps(config | {"train": config["train"] | {"ratio": ratio, "ratio_from": "1:1"}}))
+        return from_run(PlanConfig(from_=str(run)))[3]
+
+    assert f"reached {20 / iteration:.0f} env steps/s" in reached("auto")
+    lines[3]["tuning"] = {"ratio": "1:1"}
+    with pytest.raises(UserError, match="came to ratio 1:1 on its way, and its trace has both: resume it with --ratio 1:1"):
+        reached("auto")
+    assert "reached" in reached("1:1")  # resumed since, and the trace is of these workers alone
+
+
 def test_inference_cost_is_a_line_where_sizes_are_known():
     spans = [("infer", 0.0, 0.01 + 0.005 * n, {"batch": n}) for n in (1, 4, 2, 8)]
     assert inference_cost(spans, 4.0, 8, 0.2) == pytest.approx((0.01, 0.005))

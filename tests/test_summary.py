@@ -21,7 +21,7 @@ def line(iteration: int, **more) -> dict:
         "iteration": iteration, "version": iteration, "time": 60.0 * iteration, "success_rate": 0.25, "env_steps_per_s": 100.0,
         "samples_per_s": 10.0, "waits": {"env:action": 0.1, "env:admission": 0.3, "rollout:request": 0.2}, "gpu_memory_gb": 0.0,
         "batch_size_hist": {"4": 3, "1": 1}, "staleness_hist": {"0": 30, "1": 10}, "cpu_fraction": 0.5,
-        "collected": 40 * iteration, "discarded": 2, "restarts": 1,
+        "collected": 40 * iteration, "discarded": 2, "restarts": 1, "env_steps": 6000 * iteration, "trained_once": 600 * iteration,
     } | more  # fmt: skip
 
 
@@ -66,8 +66,11 @@ def command(*args) -> subprocess.CompletedProcess:
 def test_iterations_count_by_their_time_and_the_first_not_at_all():
     lines = [
         line(1, env_steps_per_s=1.0, batch_size_hist={"256": 99}, staleness_hist={"3_or_more": 99}, waits={"actor:gradient": 1.0}),
-        line(2, time=70.0, env_steps_per_s=400.0, samples_per_s=40.0, cpu_fraction=1.0, success_rate=None),  # 10 s
-        line(3, time=100.0, waits={"env:action": 0.5}, eval_success_rate=0.5, success_rate=0.75),  # 30 s
+        line(2, time=70.0, env_steps=10_000, trained_once=1000, cpu_fraction=1.0, success_rate=None),  # 10 s
+        # 30 s, of which workers that started again measured only those since they were ready
+        line(
+            3, time=100.0, env_steps=13_000, trained_once=1300, waits={"env:action": 0.5}, eval_success_rate=0.5, success_rate=0.75
+        ),
     ]
     found = summarise(lines, {})
     assert (found.env_steps_per_s, found.samples_per_s, found.cpu) == (175.0, 17.5, 0.625)

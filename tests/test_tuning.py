@@ -2,17 +2,20 @@
 
 import json
 import math
+import re
 import time
 from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import metrics
+import train
 import tuning
 from channel import Counters
-from config import Config, UserError, from_json
+from config import ROOT, Config, UserError, from_json
 from envs import emulated, metaworld
 from planning import Costs, Node
 from planning.events import simulate
@@ -249,6 +252,25 @@ def test_warm_up_serves_several_sizes_then_chooses():
     assert run.tuner.watch() == ""
 
 
+def test_nothing_is_chosen_from_the_moment_after_the_first_iteration():
+    run = Run(COSTS)
+    for _ in range(3):  # one to begin with, then the first two sizes
+        run.serve([2, 3] * 6, 5.0)
+        run.tuner.watch()
+    run.serve([4, 5] * 5, 5.0)  # two batches are missing
+    run.tuner.iteration(1, 0.0)
+    for row in range(2, 2 + run.workers):
+        run.counters.add(row, "wait_action_s", 0.25)  # it began before, and ends now
+    run.serve([4, 5], 0.25)
+    assert [run.tuner.watch() for _ in range(3)] == [""] * 3 and run.told() == (4.0, 0.0) and run.tuner.chosen_at is None
+    said = []
+    for _ in range(6):
+        run.serve([4, 5] * 6, 5.0)
+        said.append(run.tuner.watch())
+    assert len(list(filter(None, said))) == 1 and run.told() != (4.0, 0.0)
+    assert 0.04 < run.tuner.chosen_at.step_s <= COSTS.step_s  # that wait weighs little now
+
+
 def test_batches_are_looked_at_again_when_costs_change(monkeypatch):
     run, looked = Run(COSTS), []
     assert len(run.warm_up()) == 1
@@ -324,7 +346,7 @@ def test_a_ratio_is_looked_at_again_at_checkpoints_only(monkeypatch):
 
 
 def test_a_ratio_that_turns_out_slower_is_left_for_good():
-    past = Past(left="1:1", seconds=10.0)
+    past = Past(left="1:1", measured={"1:1": 10.0})
     run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)][3]
     assert said == "ratio 1:1 again: an iteration takes 12.8 s at 3:1, and took 10 s at 1:1"
@@ -333,6 +355,25 @@ def test_a_ratio_that_turns_out_slower_is_left_for_good():
     run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)][3]
     assert run.tuner.ratio == "3:1" and "no other is possible" in said
+
+
+@pytest.mark.parametrize("before", [12.7, 12.8, 12.6])  # seconds of an iteration at 1:1, which prediction takes to be far fewer
+def test_two_ratios_do_not_take_turns(before):
+    past = Past(left="1:1", measured={"1:1": before}, rejected={"1:2", "2:2", "2:1"})
+    run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0, checkpoint_every=5)
+    said = [run.iteration(12.8) for _ in range(16)]
+    assert run.tuner.ratio == "3:1" and past.measured == {"1:1": before, "3:1": pytest.approx(12.8)} and past.rejected == {
+        "1:2", "2:2", "2:1",
+    }  # fmt: skip
+    assert said[3].startswith(f"ratio 3:1 stays, an iteration takes 12.8 s: it took {before:.3g} s at the best other, 1:1; ")
+    assert not any(said[4:])
+
+
+def test_a_ratio_that_ran_comes_again_when_that_pays_as_measured():
+    past = Past(measured={"1:1": 10.0}, rejected={"1:2", "2:2", "2:1"})  # costs have changed since 1:1 was left
+    run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
+    said = [run.iteration(12.8) for _ in range(4)][3]
+    assert said.startswith("ratio 1:1 instead of 3:1: an iteration is to take 10 s instead of 12.8 s") and past.left == "3:1"
 
 
 def test_ratios_on_gpus_differ_in_workers_alone():
@@ -360,12 +401,63 @@ def test_auto_begins_where_it_is_told_to_or_at_three_to_one(tmp_path):
     assert from_json(tmp_path / "config.json").train.parts == "1:2"
 
 
+AUTO = (  # training takes nearly all of an iteration, so three parts of four for simulators are a waste
+    "--model emulated --env emulated --tasks 0.02 --envs 8 --batch 16 --minibatch 8 --micro-batch 4 --update-epochs 1 "
+    "--image-size 8 --eval-envs 0 --ratio auto --iterations 100000 --checkpoint-every 100000 --env-workers 2"
+)
+
+
+def parsed(*args: str) -> Config:
+    """The settings of a small run."""
+    flags = "--model emulated --env emulated --tasks 0 --image-size 8 --envs 8 --batch 16 --minibatch 8"
+    return train.parse([*flags.split(), *args])
+
+
+def test_what_ratio_from_must_be():
+    with pytest.raises(UserError, match="--ratio-from 'x' is not R:A with two whole numbers of at least 1, such as 3:1$"):
+        parsed("--ratio", "auto", "--ratio-from", "x")
+    with pytest.raises(UserError, match="--ratio-from 1:2 is for --ratio auto: leave out one of them"):
+        parsed("--ratio", "3:1", "--ratio-from", "1:2")
+    assert parsed("--ratio", "auto", "--ratio-from", "1:2").train.parts == "1:2"
+
+
+@pytest.fixture
+def resumed(tmp_path, monkeypatch):
+    """The settings that a run of these flags is resumed with, by flags of now."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "resume_from", lambda config: (None, {"version": 1}))
+
+    def resume(before: list[str], *now: str) -> Config:
+        (tmp_path / "config.json").write_text(train.prepare(parsed(*before)).saved)
+        return train.parse(["--resume", str(tmp_path), *now])
+
+    return resume
+
+
+def test_a_resumed_run_begins_with_a_ratio_that_fits(resumed):
+    config = resumed(["--ratio", "auto", "--ratio-from", "1:2"])
+    config.actor.micro_batch = 4  # 24 ranks cannot share 8 trajectories
+    config.train.ratio_from = "1:24"
+    setup = train.prepare(config)
+    assert config.train.parts == "1:1" and "ratio 1:24 does not fit here, so the run goes on at 1:1" in setup.note
+    assert train.prepare(resumed(["--ratio", "auto", "--ratio-from", "1:2"])).note == ""
+    assert resumed(["--ratio", "auto", "--ratio-from", "1:2"], "--ratio", "2:1").train.parts == "2:1"
+
+
+def test_a_resumed_run_keeps_the_worker_counts_that_flags_gave(resumed, tmp_path):
+    counts = lambda config: (config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers)  # noqa: E731
+    before = ["--ratio", "auto", "--ratio-from", "1:2", "--env-workers", "4"]
+    config = resumed(before)
+    assert counts(from_json(tmp_path / "config.json")) == (4, 1, 2) and counts(config) == (4, 0, 0)
+    train.prepare(config)
+    assert counts(config) == (4, 1, 2) and config.train.workers_given == (4, 0, 0)
+    assert counts(resumed(before, "--env-workers", "2", "--rollout-workers", "2")) == (2, 2, 0)
+
+
 def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
-    """Training takes nearly all of an iteration, so three parts of four for simulators are a waste; nothing trained is lost."""
+    """Nothing trained is lost."""
     run = tmp_path / "x"
-    flags = "--model emulated --env emulated --tasks 0.02 --envs 8 --batch 16 --minibatch 8 --micro-batch 4 --update-epochs 1"
-    flags += " --image-size 8 --eval-envs 0 --ratio auto --iterations 100000 --checkpoint-every 100000 --env-workers 2"
-    process = cli("train.py", f"{flags} --run {run}")
+    process = cli("train.py", f"{AUTO} --run {run}")
     process.wait_for(run / "metrics.jsonl", 4, timeout=180)
     deadline = time.monotonic() + 180
     while not list(run.glob("checkpoints/0*")):  # saved for the purpose
@@ -375,6 +467,7 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     process.interrupt_group()
     status, output = process.finish()
     assert status == 130 and "interrupted; saved" in output and "Traceback" not in output, output
+    deadline = time.monotonic() + 180
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
     times, steps = [line["time"] for line in lines], [line["env_steps"] for line in lines]
@@ -387,5 +480,52 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     assert (saved["train"]["ratio"], saved["train"]["ratio_from"]) == ("auto", ratio)
     assert saved["actor"]["actor_workers"] == int(ratio.split(":")[1])
     last = len(lines) + 2
+    process = cli("train.py", f"--resume {run} --iterations {last}")
+    while not process.has_fork_server():
+        assert process.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # the fork server is importing
+    process.interrupt_group()
+    status, output = process.finish()
+    assert status == 130 and f"interrupted; continue with: python train.py --resume {run}" in output, output
     status, output = cli("train.py", f"--resume {run} --iterations {last}").finish()
     assert status == 0 and f"{last} iterations done" in output and f" {ratio} on " in output, output
+
+
+ONE_RATIO = """
+import sys
+import actor_worker
+from config import exit_on_user_error
+
+run = actor_worker.run
+
+def fails(rank, config, *others):
+    if config.train.parts != "3:1":
+        raise MemoryError("a GPU is full")
+    run(rank, config, *others)
+
+actor_worker.run = fails
+if __name__ == "__main__":
+    import train
+
+    with exit_on_user_error():
+        sys.exit(train.main(train.parse(sys.argv[1:])))
+"""
+
+
+def test_a_run_goes_on_at_the_ratio_before_where_the_new_one_cannot_start(cli, tmp_path):
+    run, script = tmp_path / "x", tmp_path / "one_ratio.py"
+    script.write_text(ONE_RATIO)
+    process = cli(script, f"{AUTO} --run {run}", PYTHONPATH=str(ROOT))
+    process.wait_for(run / "error.txt", timeout=180)
+    process.wait_for(run / "metrics.jsonl", len((run / "metrics.jsonl").read_text().splitlines()) + 1, timeout=180)
+    process.interrupt_group()
+    status, output = process.finish()
+    assert status == 130 and "interrupted; saved" in output and "Traceback" not in output, output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    words = (
+        r"ratio 3:1 again: at \d:\d the workers did not come to an iteration: worker actor-\d failed: MemoryError: a GPU is full"
+    )
+    assert re.search(words, output), output
+    assert [line["tuning"]["ratio"] for line in lines if "ratio" in line["tuning"]][-1] == "3:1"
