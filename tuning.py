@@ -9,8 +9,9 @@ another ratio means that all workers start again from a checkpoint written for t
 
 What cannot be foreseen: how stages that share cores slow each other down (only that an iteration takes at least its CPU seconds
 over all cores), and what more torch threads gain (taken to divide times). So a ratio is judged by what it gives: one that turns
-out slower than the one before, or at which workers cannot start, is left again, for good. Nothing here changes what is learnt:
-noise and episodes are named by trajectory and step, and membership of batches depends on no setting that is chosen here.
+out slower than the one before, or at which workers cannot start, is left again, for good. B_max and T_max change nothing of
+what is learnt: noise and episodes are named by trajectory and step. Nor does a ratio as long as the number of actor workers, which
+shuffle their shares of a batch for later epochs, and the lanes of a vectorised simulator stay as they are.
 Left out: `--placement`, numbers of envs, several machines.
 """
 
