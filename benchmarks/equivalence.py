@@ -49,6 +49,7 @@ STUDIES = {  # arms and the flags of train.py that make them; the others are com
     },
     "algorithms": {"PPO": "", "PPO, bootstrapped": "--bootstrap-truncated True", "GRPO": "--algorithm grpo"},
 }  # fmt: skip
+VARIANTS = {"": "-", "uncorrected": ":", "exact": "--", "bootstrapped": "--"}  # what follows an arm's comma, and its line
 
 
 @dataclass(kw_only=True)
@@ -193,7 +194,7 @@ def table(study: str, found: list[dict]) -> str:
         cells = [row["arm"], str(row["seeds"]), f"{row['staleness_mean']:.1f}, {row['staleness_max']}"]
         for m in ("final", "area"):
             low, high = row[f"{m}_interval"]
-            cells.append(f"{row[m]:.1%} [{low:.1%}, {high:.1%}]")
+            cells.append(f"{row[m]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if row["seeds"] > 2 else ""))
             cells.append("")
             if f"{m}_difference" in row:
                 verdict = "equivalent" if row[f"{m}_equivalent"] else "not shown"
@@ -219,7 +220,8 @@ def plot(study: str, found: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for i, arm in enumerate(STUDIES[study]):
+    names = list(dict.fromkeys(arm.partition(", ")[0] for arm in STUDIES[study]))  # each has a colour
+    for arm in STUDIES[study]:
         mine = [row for row in found if row["arm"] == arm]
         if not mine:
             continue
@@ -229,10 +231,9 @@ def plot(study: str, found: list[dict]) -> None:
         smooth = np.array([curves[:, max(0, v - 4) : v + 1].mean(axis=1) for v in versions])  # [versions, seeds]
         steps = versions / length * np.mean([row["env_steps"][-1] for row in mine]) / 1e3
         minutes = np.mean([[0.0, *row["time"]] for row in mine], axis=0)[versions] / 60
-        style = {
-            "color": "black" if i == 0 else f"C{(i - 1) % 4 + 2 * (i > 8)}",
-            "linestyle": ":" if "uncorrected" in arm else "--" if "exact" in arm else "-",
-        }
+        name, _, variant = arm.partition(", ")
+        colour = names.index(name)
+        style = {"color": f"C{colour - 1}" if colour else "black", "linestyle": VARIANTS[variant]}
         for axis, x in zip(axes, (steps, minutes), strict=True):
             axis.plot(x, 100 * smooth.mean(axis=1), **style, label=f"{arm}, {len(mine)} seeds")
             if len(STUDIES[study]) < 5:
