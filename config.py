@@ -348,7 +348,7 @@ def validate(config: Config) -> None:
         if value is not None and value < 1:
             raise UserError(f"{flag} {value} must be at least 1")
     if config.actor.train_vlm and config.rollout.prefix_dtype != "float32":
-        raise UserError("--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm True, or give --prefix-dtype float32")
+        raise UserError("--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm, or give --prefix-dtype float32")
     if config.rollout.temperature is not None and not config.rollout.temperature > 0:
         raise UserError(f"--temperature {config.rollout.temperature} must be more than 0")
     if config.train.seed < 0:
@@ -367,7 +367,7 @@ def validate(config: Config) -> None:
     if grouped and size < 2:
         raise UserError(f"--group-size {size} must be at least 2: GRPO compares trajectories with each other")
     for flag, given in (
-        ("--bootstrap-truncated True", config.algorithm.bootstrap_truncated),
+        ("--bootstrap-truncated", config.algorithm.bootstrap_truncated),
         (f"--critic-warmup {config.algorithm.critic_warmup}", config.algorithm.critic_warmup),
     ):
         if grouped and given:

@@ -115,7 +115,10 @@ class RunFolder:
         self.name = path.name if path.parent == ROOT / "runs" else str(path.absolute())  # what --resume takes
         self.appended: float | None = None  # monotonic seconds: when the newest line was, if it is this launcher's
         if path.exists() and not resume:
-            raise UserError(f"the run folder {path} exists: continue it with --resume {self.name} or choose another --run")
+            how = (
+                f"continue it with --resume {self.name} or" if any(path.glob("checkpoints/[0-9]*")) else "it has no checkpoint yet:"
+            )
+            raise UserError(f"the run folder {path} exists: {how} choose another --run")
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.spans.mkdir(exist_ok=True)
@@ -336,6 +339,7 @@ SIGNS = (
     ),
     ("filtered_fraction", lambda x: x > 0.8, "{:.0%} of steps are in groups that all succeed or all fail: choose other --tasks"),
 )
+ENOUGH = 80  # trajectories of a task before its success counts as its best: by then one of 16 a batch is smoothed over five
 PATIENCE = 3  # iterations in a row before anything is said, and ten times as many before it is said again
 
 
@@ -346,7 +350,8 @@ class Warnings:
         self.ill: dict[str, int] = {}
         self.noise: float | None = None  # of the first iteration
         self.success: dict[str, float] = {}  # of each task, smoothed over some ten iterations
-        self.best: dict[str, float] = {}  # the highest that was
+        self.seen: dict[str, int] = {}  # trajectories of each task so far
+        self.best: dict[str, float] = {}  # the highest that was, once there were ENOUGH
 
     def of(self, line: dict) -> list[str]:
         found = []
@@ -371,10 +376,15 @@ class Warnings:
         for task in line.get("trajectories_per_task", ()):
             rate = line.get(f"success_{task}")
             if rate is not None:
+                self.seen[task] = self.seen.get(task, 0) + line["trajectories_per_task"][task]
                 now = self.success[task] = 0.8 * self.success.get(task, rate) + 0.2 * rate
-                best = self.best[task] = max(now, self.best.get(task, 0.0))
+                best = self.best[task] = max(now if self.seen[task] >= ENOUGH else 0.0, self.best.get(task, 0.0))
                 words = f"success at {task} has fallen from {best:.0%} to {now:.0%}"
-                yield f"success_{task}", now < best - 0.25, f"{words}: go back to an earlier checkpoint with a lower --lr"
+                yield (
+                    f"success_{task}",
+                    now < best - 0.25,
+                    f"{words}: go back with --checkpoint runs/NAME/checkpoints/NNNNNN and a lower --lr",
+                )
 
 
 # ---------------------------------------------------------------- progress display

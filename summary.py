@@ -5,7 +5,6 @@
 Left out: comparing runs (`bench.py ladder`), and what another placement would give (`plan.py --from NAME`).
 """
 
-import math
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -146,7 +145,7 @@ class Summary:
     staleness: Counter  # samples by bucket: 0, 1, 2, 3_or_more
     success: list[float]  # training episodes: at the beginning and at the end, means of up to 10 iterations; empty: none ended
     held_out: list[float]  # the first and the last evaluation
-    totals: dict[str, int]  # collected, discarded, restarts
+    totals: dict  # collected, discarded, discarded_by, restarts
     cpu: float  # share of the cores that was busy
     gpu: bool
 
@@ -177,7 +176,7 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         stage, _, cause = key.partition(":")
         waits[stage][cause] = mean(lambda line, key=key: line["waits"].get(key, 0.0))
     rates = [line["success_rate"] for line in lines if line["success_rate"] is not None]
-    ends = min(10, math.ceil(len(rates) / 2))
+    ends = min(10, max(1, len(rates) // 2))
     held_out = [line["eval_success_rate"] for line in lines if line.get("eval_success_rate") is not None]
     batch_sizes, staleness = Counter(), Counter()
     for line in measured:
@@ -188,7 +187,7 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         waits=waits, busy_with={}, batch_sizes=batch_sizes, staleness=staleness,
         success=[fmean(rates[:ends]), fmean(rates[-ends:])] if rates else [],
         held_out=[held_out[0], held_out[-1]] if held_out else [],
-        totals={name: lines[-1][name] for name in ("collected", "discarded", "restarts")},
+        totals={name: lines[-1][name] for name in ("collected", "discarded", "discarded_by", "restarts")},
         cpu=mean(lambda line: line["cpu_fraction"]), gpu=lines[-1]["gpu_memory_gb"] > 0,
     )  # fmt: skip
     worked = Counter()
@@ -201,6 +200,10 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
     return out
 
 
+WHY = {
+    "restart": "lost with a worker", "filtered": "in filtered groups", "after_end": "after an episode's end",
+    "resume": "under way when the run stopped",
+}  # fmt: skip
 NAMES = {"env": "env workers", "rollout": "rollout workers", "actor": "actors"}
 
 
@@ -296,8 +299,9 @@ def show(name: str, summary: Summary, config: Config) -> None:
     facts.add_row("throughput", f"{summary.env_steps_per_s:,.0f} env steps/s, {summary.samples_per_s:,.1f} chunk steps trained/s")
     trained, held_out = rate(summary.success) or "no episode ended", rate(summary.held_out) or "not evaluated"
     facts.add_row("success", f"in training {trained}; on held-out seeds {held_out}")
-    discarded = f"{totals['discarded']:,} of {totals['collected']:,} chunk steps discarded"
-    facts.add_row("faults", f"{totals['restarts']} restarts, {discarded}")
+    why = ", ".join(f"{steps:,} {WHY[reason]}" for reason, steps in totals["discarded_by"].items() if steps)
+    discarded = f"{totals['discarded']:,} of {totals['collected']:,} chunk steps discarded" + f" ({why})" * bool(why)
+    facts.add_row("accounts", f"{totals['restarts']} restarts, {discarded}")
     console.print(facts, "")
     stages = Table("stage", "busy", "bubble", "by cause", "", box=None, header_style="bold")
     for stage in STAGES:

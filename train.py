@@ -66,6 +66,8 @@ def parse(args: list[str]) -> Config:
         if not run_path(look.resume).is_dir():
             have = sorted(path.name for path in (ROOT / "runs").glob("*/")) or ["none"]
             raise UserError(f"there is no run {run_path(look.resume)} to resume: runs/ holds {', '.join(have[-8:])}")
+        if any(a.partition("=")[0] == "--run" for a in args):
+            raise UserError(f"--run and --resume {look.resume} exclude each other: a resumed run goes on in its own folder")
         default = from_json(run_path(look.resume) / "config.json")
         anew = default.train.ratio == "auto" or any(a.partition("=")[0] in ("--ratio", "--placement") for a in args)
         default.train.ratio_from = default.train.parts

@@ -47,7 +47,7 @@ STUDIES = {  # arms and the flags of train.py that make them; the others are com
         )
         for k in lags
     },
-    "algorithms": {"PPO": "", "PPO, bootstrapped": "--bootstrap-truncated True", "GRPO": "--algorithm grpo"},
+    "algorithms": {"PPO": "", "PPO, bootstrapped": "--bootstrap-truncated", "GRPO": "--algorithm grpo"},
 }  # fmt: skip
 VARIANTS = {"": "-", "uncorrected": ":", "exact": "--", "bootstrapped": "--"}  # what follows an arm's comma, and its line
 
@@ -102,7 +102,7 @@ def run(config: EquivalenceConfig) -> None:
     known = STUDIES[config.study]
     for arm in config.arms:
         if arm not in known:
-            raise UserError(f"unknown arm {arm!r}: choose among {', '.join(known)}")
+            raise UserError(f"unknown arm {arm!r}: choose among {', '.join(map(repr, known))}")
     RESULTS.mkdir(exist_ok=True)
     for seed in range(1, config.seeds + 1):
         for arm in config.arms or known:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-from config import UserError
+from config import ROOT, UserError
 
 
 class Header(NamedTuple):
@@ -38,12 +38,15 @@ class Header(NamedTuple):
 
 
 def find(path: str | Path) -> Path:
-    """The weights file behind a file, a checkpoint folder or a run folder (its newest checkpoint)."""
+    """The weights file behind a file, a checkpoint folder or a run's folder or name (its newest checkpoint)."""
     path = Path(path)
-    for candidate in (path, path / "model.safetensors", *sorted(path.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"no checkpoint at {path}: expected a .safetensors file or a folder that holds model.safetensors")
+    for base in (path, ROOT / "runs" / path):
+        for candidate in (base, base / "model.safetensors", *sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]):
+            if candidate.is_file():
+                return candidate
+    raise UserError(
+        f"no checkpoint at {path}: expected a .safetensors file, a folder that holds model.safetensors, or a run with one"
+    )
 
 
 def read_header(path: str | Path) -> Header:

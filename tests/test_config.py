@@ -79,7 +79,7 @@ def test_what_is_valid():
         ({"env__lanes": -1}, "into -1 lanes"),
         ({"env__lanes": 5}, "--envs 24 cannot be split evenly into 5 lanes of each of 3 env workers"),
         ({"env__lanes": 1, "actor__actor_workers": 2}, "8 envs of a lane × 2 actor workers"),  # a lane goes to one rank
-        ({"train__algorithm": "grpo", "algorithm__bootstrap_truncated": True}, "--bootstrap-truncated True needs a critic"),
+        ({"train__algorithm": "grpo", "algorithm__bootstrap_truncated": True}, "--bootstrap-truncated needs a critic"),
         ({"env__segment": -1}, "--segment"),
         ({"env__eval_every": -1}, "--eval-every"),
     ],

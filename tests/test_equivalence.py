@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import train
 from benchmarks import equivalence
 from benchmarks.equivalence import MARGIN, STUDIES, area, bootstrap, holm, summary, table, tost
 from config import UserError
@@ -76,6 +77,12 @@ def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch
     monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
     equivalence.plot("equivalence", found)
     assert (tmp_path / "equivalence.png").stat().st_size > 5000
+
+
+def test_every_arm_is_a_command():
+    for study in STUDIES.values():
+        for flags in study.values():
+            train.parse([*flags.split(), "--eval-every", "0"])
 
 
 def test_results_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):

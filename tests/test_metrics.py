@@ -187,7 +187,10 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
     assert {p.name for p in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl", "trace.json"}
     assert [span[:3] for span in read_trace(folder.path)["env-0"]] == [("step", 0.0, 1.0), ("step", 1.0, 1.5), ("step", 3.0, 3.5)]
 
-    with pytest.raises(UserError, match=f"exists: continue it with --resume {folder.path} "):
+    with pytest.raises(UserError, match="exists: it has no checkpoint yet: choose another --run"):
+        RunFolder(folder.path, resume=False)
+    (folder.path / "checkpoints" / "000002").mkdir()
+    with pytest.raises(UserError, match=f"exists: continue it with --resume {folder.path} or choose another --run"):
         RunFolder(folder.path, resume=False)
     again = RunFolder(folder.path, resume=True)
     again.truncate(2)

@@ -326,7 +326,8 @@ def refused(flags: str) -> None:
         ("--checkpoint {tmp}/truncated.safetensors", "truncated"),
         ("--checkpoint {tmp}/other.safetensors", "no tensor"),
         ("--run {tmp}/file/x", "cannot write the run folder"),
-        ("--run {tmp}/old", "continue it with --resume {tmp}/old"),
+        ("--run {tmp}/old", "exists: it has no checkpoint yet: choose another --run"),
+        ("--resume {tmp}/old --run {tmp}/new", "exclude each other"),
         ("--resume {tmp}/none", "there is no run {tmp}/none to resume"),
         ("--resume no-such-run", "no-such-run to resume: runs/ holds"),
         ("--resume {tmp}", "cannot read the settings of the run"),
@@ -345,7 +346,7 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
         (tmp_path / run / "config.json").write_text(to_json(Config()))
     given = flags.format(tmp=tmp_path)
     for flag, value in (("--checkpoint", tiny_checkpoint), ("--run", tmp_path / "new"), ("--iterations", 1), ("--timeout-s", 5)):
-        given += "" if flag in given else f" {flag} {value}"
+        given += "" if flag in given or flag == "--run" and "--resume" in given else f" {flag} {value}"
     refused(given)
     printed = capsys.readouterr()
     assert printed.out == "" and words.format(tmp=tmp_path) in printed.err and "Traceback" not in printed.err
