@@ -46,6 +46,7 @@ RATIO_WORTH = 0.05  # gain for which all workers start again
 PAYS_BACK = 1.5  # seconds that a new ratio must save in the rest of the run, per second until workers that start have an iteration
 SETTLED = 4  # iterations at a ratio before it is judged: the first one warms up
 CHANGED = 0.1  # relative change of a cost after which B_max and T_max are looked at again
+PAUSE = 30.0  # seconds between two looks, each of which takes the launcher some 0.5 s of processor time (2 s at 256 lanes)
 RECHECK = 200  # and the least inferences of a rollout worker between two looks: costs from fewer would make them wander
 SIMULATED = 16_000  # chunk steps of lanes behind one prediction: some 0.1 s
 SIMULATE = {"iterations": 8, "warmup": 3}
@@ -257,7 +258,7 @@ class Tuner:
         self.probes = list(PROBES) if self.config.rollout.batch_max == "auto" else [0.0] if self.tunes else []
         self.last: np.ndarray | None = None  # counters when they were last taken in
         self.gained, self.fit = np.zeros_like(counters.table), np.zeros(5)
-        self.seconds = self.trained = self.cpu_s = self.cpu_last = self.probed = self.looked = 0.0
+        self.seconds = self.trained = self.cpu_s = self.cpu_last = self.probed = self.looked = self.looked_at = 0.0
         self.since = 0.0, 0.0  # batches and chunks when measuring began
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()  # predictions under way, and what decides on them
         self.chosen: tuple | None = None  # B_max and T_max
@@ -358,7 +359,7 @@ class Tuner:
         """Whether costs are others than those that B_max and T_max were chosen for, and enough was measured to tell."""
         if self.chosen_at is None:
             return True
-        if self.batches() < self.looked + RECHECK:
+        if self.batches() < self.looked + RECHECK or self.clock() < self.looked_at + PAUSE:
             return False
         names = ("step_s", "train_each_s", "infer_fixed_s", "infer_each_s")
         pairs = [(getattr(self.chosen_at, name), getattr(self.costs(), name)) for name in names]
@@ -367,7 +368,8 @@ class Tuner:
 
     def think_of_batches(self) -> None:
         costs, chosen, node = self.costs(), self.chosen, node_of(self.config, self.placement)
-        prices, self.chosen_at, self.looked = short(costs, node, self.config.env.segment), costs, self.batches()
+        prices, self.chosen_at = short(costs, node, self.config.env.segment), costs
+        self.looked, self.looked_at = self.batches(), self.clock()
 
         def predict() -> tuple:
             """The best B_max and T_max, their throughput, and that of the present ones."""

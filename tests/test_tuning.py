@@ -285,6 +285,9 @@ def test_batches_are_looked_at_again_when_costs_change(monkeypatch):
     run.costs = replace(COSTS, step_s=0.005, infer_fixed_s=0.2, infer_each_s=0.001)  # episodes that succeed at once, say
     said = [run.iteration(20.0) for _ in range(8)]
     assert len(looked) > 1 and any("batches of at most" in text for text in said)
+    monkeypatch.setattr(tuning, "PAUSE", 1e9)  # however much they change, not all the time
+    count, run.costs = len(looked), COSTS
+    assert [run.iteration(20.0) for _ in range(8)] == [""] * 8 and len(looked) == count
 
 
 def test_nothing_is_told_where_nothing_is_auto():
