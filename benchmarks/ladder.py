@@ -33,10 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import psutil
 import torch
 
 import metrics
+from benchmarks.machinery import cpu_seconds
 from config import PRESETS, ROOT, Config, UserError, from_json, parse_ratio
 from envs import emulated, emulated_gr00t, vectorised
 from planning.settings import divisor
@@ -120,18 +120,6 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
     return [*args, "--model", "emulated", "--env", column.env, *(str(x) for item in numbers.items() for x in item)]
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time that a process and its descendants have used so far."""
-    parent, total = psutil.Process(pid), 0.0
-    for process in (parent, *parent.children(recursive=True)):
-        try:
-            used = process.cpu_times()
-            total += used.user + used.system
-        except psutil.NoSuchProcess:
-            pass
-    return total
-
-
 def run_preset(
     setting: str, preset: str, ratio: str, iterations: int, trace: Path | None
 ) -> tuple[list[dict], dict[int, float], Config]:
@@ -154,7 +142,7 @@ def run_preset(
                 file = run / "metrics.jsonl"
                 count = file.read_bytes().count(b"\n") if file.is_file() else 0
                 if count not in used:
-                    used[count] = cpu_seconds(process.pid)
+                    used[count] = sum(cpu_seconds(process.pid).values())
         finally:
             stop(process, wanted=trace is not None)
         lines = metrics.read_metrics(run)[:iterations]

@@ -6,6 +6,7 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
+from stacked import Stacked
 
 import envs
 import metrics
@@ -61,23 +62,8 @@ class Env:
         return float(action[0] == 1.0), bool(action[0] == 1.0)
 
 
-class Envs:
-    """Several of them, as a vectorised simulator."""
-
-    def __init__(self, tasks, image_size, count, device):
-        self.envs = [Env(tasks, image_size) for _ in range(count)]
-
-    def reset(self, rows, task, seeds):
-        for row, seed in zip(rows, seeds, strict=True):
-            self.envs[row].reset(task, seed)
-
-    def observe(self):
-        pictures, states = zip(*(env.observe() for env in self.envs), strict=True)
-        return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(states))
-
-    def step(self, actions):
-        rewards, successes = zip(*(env.step(action) for env, action in zip(self.envs, actions, strict=True)), strict=True)
-        return torch.tensor(rewards), torch.tensor(successes)
+class Envs(Stacked):
+    kind = Env
 
 
 def seen(pool: SlotPool, slot: int, row: int) -> tuple[int, int, int]:
