@@ -195,11 +195,11 @@ class RMSNorm(nn.Module):
             with torch.no_grad():
                 self.dense.bias[2 * width :] = 1.0  # gates start open: at small width this trains in minutes, not hours
 
-    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         dtype, x = x.dtype, wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         if condition is None:
-            return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), 1.0
+            return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), None
         modulation = self.dense(condition.to(self.dense.weight.dtype))
         scale, shift, gate = modulation[:, None].to(x.dtype).chunk(3, dim=-1)  # each [n, 1, D]
         return (x * (1.0 + scale) + shift).to(dtype), gate.to(dtype)
@@ -216,14 +216,22 @@ class GeGLU(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
 
-def rotary(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding, θ = 10⁴, halves rotated as in Gemma. x [n, heads, S, d], positions [n, S]."""
-    half = x.shape[-1] // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[:, None, :, None] * frequency  # [n, 1, S, d/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+def rotary(positions: Tensor, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [n, 1, S, d/2] of rotary embedding, θ = 10⁴, computed in fp32. positions [n, S]."""
+    half = d // 2
+    frequency = 10_000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angle = positions[:, None, :, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [n, heads, S, d], halves rotated as in Gemma."""
+    a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def gated(x: Tensor, more: Tensor, gate: Tensor | None) -> Tensor:
+    return x + more if gate is None else x + gate * more
 
 
 class GemmaLayer(nn.Module):
@@ -240,14 +248,15 @@ class GemmaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, condition)
         self.mlp = GeGLU(width, mlp)
 
-    def forward(self, x, positions, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
-        """x [n, S, D], mask additive [n, 1, 1 or heads/kv·S, P + S] → x and this layer's own keys and values [n, 2·kv, S, d]."""
+    def forward(self, x, cos, sin, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
+        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x and this layer's own keys and
+        values [n, 2·kv, S, d]."""
         n, length, _ = x.shape
         h, gate = self.input_layernorm(x, condition)
         q = self.q_proj(h).view(n, length, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotary(q, positions), rotary(k, positions)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
         # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv, heads/kv·S, d].
@@ -255,9 +264,9 @@ class GemmaLayer(nn.Module):
         keys, values = both[:, : self.kv_heads], both[:, self.kv_heads :]
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         out = out.view(n, self.heads, length, self.head_dim).transpose(1, 2).reshape(n, length, -1)
-        x = x + gate * self.o_proj(out)
+        x = gated(x, self.o_proj(out), gate)
         h, gate = self.post_attention_layernorm(x, condition)
-        return x + gate * self.mlp(h), own
+        return gated(x, self.mlp(h), gate), own
 
 
 class VisionTower(Siglip):
@@ -337,11 +346,11 @@ class Pi(nn.Module):
         pictures = self.vision(image)
         words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
         x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
-        positions = real.cumsum(1) - 1
+        cos, sin = rotary(real.cumsum(1) - 1, c.head_dim, x.dtype)
         mask = additive(real, x.dtype)
         cache = []
         for layer in self.language:
-            x, own = layer(x, positions, mask)
+            x, own = layer(x, cos, sin, mask)
             cache.append(own)
         x, _ = self.language_norm(x)
         return x, torch.stack(cache, dim=1)
@@ -365,14 +374,14 @@ class Pi(nn.Module):
             x = torch.cat([self.state_proj(state.to(dtype))[:, None], x], dim=1)
         x = x.to(self.expert[0].q_proj.weight.dtype)
         length = x.shape[1]  # S: C, and one for π0's state
-        positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
+        cos, sin = rotary(real.sum(1, keepdim=True) + torch.arange(length, device=x.device), c.head_dim, x.dtype)
         mask = additive(F.pad(real, (0, length), value=True), x.dtype)
         if not c.pi05:  # the state token sees the prefix and itself; every folded query head needs its own copy of the rows
             mask = mask.repeat(1, 1, length, 1)
             mask[:, :, 0, self.prefix_length + 1 :] = -math.inf
             mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)
         for i, layer in enumerate(self.expert):
-            x, _ = layer(x, positions, mask, cache[:, i].to(x.dtype), condition)
+            x, _ = layer(x, cos, sin, mask, cache[:, i].to(x.dtype), condition)
         x, _ = self.expert_norm(x, condition)
         return x[:, -c.chunk :].to(self.action_out_proj.weight.dtype)
 

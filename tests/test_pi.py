@@ -23,6 +23,7 @@ from models.pi import (
     normal_logprob,
     ode_step,
     rotary,
+    rotate,
     time_embedding,
 )  # fmt: skip
 
@@ -332,17 +333,17 @@ def test_one_key_value_head_serves_every_query_head():
     n, length, past_length, heads, d = 2, 3, 4, 4, 8
     layer = GemmaLayer(16, 32, heads, d).double()
     x, past = torch.randn(n, length, 16, dtype=torch.float64), torch.randn(n, 2, past_length, d, dtype=torch.float64)
-    positions = past_length + torch.arange(length).expand(n, length)
+    waves = rotary(past_length + torch.arange(length).expand(n, length), d, torch.float64)
     mask = torch.zeros(n, 1, 1, past_length + length, dtype=torch.float64)
     mask[0, 0, 0, 1] = -math.inf
-    found, own = layer(x, positions, mask, past)
+    found, own = layer(x, *waves, mask, past)
 
     h = layer.input_layernorm(x)[0]
-    key = rotary(layer.k_proj(h)[:, None], positions)[:, 0]
+    key = rotate(layer.k_proj(h)[:, None], *waves)[:, 0]
     keys, values = torch.cat([past[:, 0], key], 1), torch.cat([past[:, 1], layer.v_proj(h)], 1)
     outs = []
     for head in range(heads):
-        query = rotary(layer.q_proj(h)[:, None, :, head * d : head * d + d], positions)[:, 0]
+        query = rotate(layer.q_proj(h)[:, None, :, head * d : head * d + d], *waves)[:, 0]
         weights = (query @ keys.transpose(1, 2) / math.sqrt(d) + mask[:, 0]).softmax(-1)
         outs.append(weights @ values)
     y = x + layer.o_proj(torch.cat(outs, -1))
@@ -354,7 +355,8 @@ def test_one_key_value_head_serves_every_query_head():
 
 def test_rotary_depends_on_relative_positions_only():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).unbind()
-    dot = lambda i, j: (rotary(q, torch.tensor([[i]])) * rotary(k, torch.tensor([[j]]))).sum().item()  # noqa: E731
+    at = lambda x, i: rotate(x, *rotary(torch.tensor([[i]]), 8, x.dtype))  # noqa: E731
+    dot = lambda i, j: (at(q, i) * at(k, j)).sum().item()  # noqa: E731
     assert dot(5, 3) == pytest.approx(dot(12, 10), abs=1e-5) and abs(dot(5, 3) - dot(5, 4)) > 1e-3
 
 
