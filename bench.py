@@ -16,6 +16,7 @@ say.
 
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ def main(config: BenchConfig) -> None:
     if config.what == "envs" and config.env == "vectorised":
         raise UserError("--env vectorised only takes time, so there is nothing to compare: give libero or metaworld")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what it has started ends with it
     if config.what == "transport":
         rows = transport.measure(config.repeats, config.seconds)
     elif config.what == "weights":

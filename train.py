@@ -304,6 +304,15 @@ def supervise(
                 print(said, flush=True)
             if tuner.ratio != config.train.parts:  # the actor saves, and everybody starts again
                 counters.set(0, "stop", 1.0)
+            if interrupts:
+                if interval is None or len(interrupts) > 1:
+                    if interval is None and setup.resume:
+                        return f"interrupted; continue with: python train.py --resume {folder.name}"
+                    why = "before anything was trained" if interval is None else "twice: stopped without saving"
+                    return f"interrupted {why}"
+                if not counters.get(0, "stop"):
+                    print("finishing the batch that is being trained, then saving; Ctrl-C again stops without saving", flush=True)
+                counters.set(0, "stop", 1.0)
             if news:
                 line = reports.recv()
                 if "done" in line:
@@ -331,16 +340,6 @@ def supervise(
                     print(text, file=sys.stderr, flush=True)
                 if tracker:
                     tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["iteration"])
-                continue
-            if interrupts:
-                if interval is None or len(interrupts) > 1:
-                    if interval is None and setup.resume:
-                        return f"interrupted; continue with: python train.py --resume {folder.name}"
-                    why = "before anything was trained" if interval is None else "twice: stopped without saving"
-                    return f"interrupted {why}"
-                if not counters.get(0, "stop"):
-                    print("finishing the batch that is being trained, then saving; Ctrl-C again stops without saving", flush=True)
-                counters.set(0, "stop", 1.0)
 
 
 def slot_pool_gb(setup: Setup) -> float:

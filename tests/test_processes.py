@@ -56,6 +56,16 @@ def test_ctrl_c_saves_and_says_where(endless, tmp_path):
     assert_clean_end(tmp_path / "x", output)
 
 
+def test_ctrl_c_is_heard_where_iterations_are_quicker_than_their_reports(cli, tmp_path):
+    flags = "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 --micro-batch 4 --segment 1"
+    flags += " --update-epochs 1 --eval-envs 0 --eval-every 0 --checkpoint-every 1000000 --iterations 1000000 --no-trace"
+    process = cli("train.py", f"{flags} --run {tmp_path / 'x'}")
+    process.wait_for(tmp_path / "x" / "metrics.jsonl", 100)
+    process.process.send_signal(signal.SIGINT)
+    status, output = process.finish(timeout=30)
+    assert status == 130 and "interrupted; saved" in output, output
+
+
 def test_sigterm_to_all_processes_saves_too(endless, tmp_path):
     """As `timeout` and cluster schedulers send it."""
     process = endless()
