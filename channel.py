@@ -110,9 +110,10 @@ class SlotPool:
         tensor = self[name]
         if rows is not None:
             tensor, slots = tensor.flatten(0, 1), slots * tensor.shape[1] + rows
-        pinned = self.pinned and not tensor.is_cuda
-        out = torch.empty((len(slots), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, pin_memory=pinned)
-        return torch.index_select(tensor, 0, slots.to(tensor.device), out=out)
+        if not self.pinned or tensor.is_cuda:
+            return tensor.index_select(0, slots.to(tensor.device))
+        out = torch.empty((len(slots), *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True)
+        return torch.index_select(tensor, 0, slots, out=out)
 
     def pin(self) -> None:
         if self.arena is not None:
@@ -331,15 +332,16 @@ class Counters:
     def _view(self) -> None:
         self.table = self.arena.tensor(0, (self.rows, len(self.columns)), torch.float64).numpy()
         self.index = {name: i for i, name in enumerate(self.columns)}
+        self.cells = memoryview(self.arena.memory).cast("d")  # the same; one number takes a fourth of the time it takes numpy
 
     def add(self, row: int, column: str, amount: float) -> None:
-        self.table[row, self.index[column]] += amount
+        self.cells[row * len(self.columns) + self.index[column]] += amount
 
     def set(self, row: int, column: str, value: float) -> None:
-        self.table[row, self.index[column]] = value
+        self.cells[row * len(self.columns) + self.index[column]] = value
 
     def get(self, row: int, column: str) -> float:
-        return float(self.table[row, self.index[column]])
+        return self.cells[row * len(self.columns) + self.index[column]]
 
     def __getstate__(self):
         return {"columns": self.columns, "rows": self.rows, "arena": self.arena}

@@ -14,6 +14,7 @@ Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
 """
 
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,7 @@ from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
 
+GATHER_S = 1e-3  # requests of lanes that are stepped so quickly one after the other are sent together
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
 
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray]  # reward, terminated, truncated, of every env of a lane [N]
@@ -54,13 +56,14 @@ class Single:
 
     def play(self, plans: np.ndarray, steps: np.ndarray, horizon: int) -> Outcome:
         """Steps through plans [1, C, A] until the episode ends. steps [1]: control steps into the episode, counted on."""
-        reward, success = 0.0, False
+        reward, taken = 0.0, int(steps[0])
         for action in plans[0]:
             r, success = self.env.step(action)
-            reward, steps[0] = reward + r, steps[0] + 1
-            if success or steps[0] >= horizon:
-                return np.array([reward]), np.array([success]), np.array([not success])
-        return np.array([reward]), np.array([False]), np.array([False])
+            reward, taken = reward + r, taken + 1
+            if success or taken >= horizon:
+                break
+        steps[0] = taken
+        return np.array([reward]), np.array([success], bool), np.array([taken >= horizon and not success])
 
 
 class Vectorised:
@@ -161,7 +164,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     labels = {name: pool[name].numpy() for name in ("lane", "trajectory", "task", "asked")}
     on_gpu = pool["image"].is_cuda  # then they are of the size and kind that the model wants: `train.prepare` has seen to that
     blank = np.broadcast_to(np.uint8(0), (spec.views, spec.image_size, spec.image_size, 3))  # for a picture that is not here
-    outbox: dict[int, list[Record]] = {}  # per rollout worker; sent together once per turn
+    outbox: dict[int, list[Record]] = {}  # per rollout worker
 
     def observe(lane: Lane, row: int) -> None:
         with meter.work("render"):
@@ -171,7 +174,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
                 synchronize(pool.device)  # before anybody is told that they are there
         for i, slot in enumerate(range(lane.slots.start, lane.slots.stop)):
             task, state = lane.tasks[i], lane.states[i]
-            if not np.isfinite(state).all():
+            if not all(np.isfinite(state).tolist()):  # a third of the time that its `all()` takes
                 raise FloatingPointError(f"the state of task {spec.tasks[task]!r} is not a number: {state}")
             prompt = lane.sim.prompt or spec.prompts[task]
             for name, value in preparation.observe(blank if on_gpu else pictures[i], state, prompt).items():
@@ -264,11 +267,11 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         """Actions for row t have come: step, write what happened."""
         t, slots = lane.t, lane.slots
         with meter.work("step"):
-            before = lane.steps.sum()
+            before = sum(lane.steps.tolist())
             rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
-        meter.count("env_steps", lane.steps.sum() - before)
+        meter.count("env_steps", sum(lane.steps.tolist()) - before)
         collected[slots] += 1
-        if not np.isfinite(rewards).all():
+        if not all(np.isfinite(rewards).tolist()):
             row = np.isfinite(rewards).argmin()
             raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {rewards[row]}")
         reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
@@ -282,7 +285,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
                 park(lane)
             return
         lane.ended = [] if grouped else ended
-        if late.any() and config.algorithm.bootstrap_truncated:
+        if config.algorithm.bootstrap_truncated and late.any():
             observe(lane, t + 1)  # for its value alone: `go_on` overwrites the row
             request(lane, slots.start, FINAL, t + 1)
         else:
@@ -348,7 +351,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         evaluators[index] = Lane(index, make(eval_width), range(first, first + eval_width))
         evaluators[index].moved_to(admission.slots + index * eval_width)
     eval_round, asked_round = 0, meter.counters.table[:1, meter.counters.index["eval_round"]]
-    ready: list[Record] = []
+    ready, sent = deque(), 0.0  # records to be looked at; when the outbox was last sent
     lost = list(lanes.values()) if generation else []  # lanes of which it is not known yet where they go on
     parked = [] if generation else list(lanes.values())
     meter.ready()
@@ -363,16 +366,18 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             for lane in evaluators.values():
                 lane.episodes = [env - config.env.envs for env in lane.envs]
                 go_on_evaluating(lane, list(range(eval_width)))
-        for worker, records in outbox.items():
-            channels.requests[worker].put(records)
-        outbox.clear()
+        if not ready or time.monotonic() - sent > GATHER_S:
+            for worker, records in outbox.items():
+                channels.requests[worker].put(records)
+            outbox.clear()
+            sent = time.monotonic()
 
-        cause = "admission" if len(parked) + len(lost) == len(lanes) else "action"
-        with meter.wait(cause) if not ready else meter.nothing:
-            ready += replies.get(0.0 if ready else 1.0)
+        if not ready:
+            with meter.wait("admission" if len(parked) + len(lost) == len(lanes) else "action"):
+                ready.extend(replies.get(1.0))
         if not ready:
             continue
-        record = ready.pop(0)
+        record = ready.popleft()
         if record.kind == VERSION:
             continue
         if record.kind == RESTART:
@@ -381,7 +386,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         if record.kind == EVAL:
             advance_evaluation(evaluators[(record.slot - admission.slots) // eval_width])
             continue
-        lane = lanes[labels["lane"][record.slot] // width]
+        lane = lanes[int(labels["lane"][record.slot]) // width]
         if record.kind == ACT:
             start = time.monotonic()
             advance(lane)

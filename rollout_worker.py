@@ -96,28 +96,28 @@ def serve(
     width, eval_width: envs of a lane and of an evaluation lane; size: how many samples the model is given for so many.
     """
     pool, samples = channels.pool, expand(records, width, eval_width)
-    slots = torch.tensor([r.slot for r in samples])
-    rows = torch.tensor([0 if r.kind == EVAL else r.t for r in samples])
-    lanes, trajectories = pool["lane"][slots].tolist(), pool["trajectory"][slots].tolist()
+    at = np.array([r.slot for r in samples])  # numpy takes a list in a tenth of the time
+    slots, rows = torch.from_numpy(at), torch.from_numpy(np.array([0 if r.kind == EVAL else r.t for r in samples]))
+    lanes, trajectories = (pool[name].numpy()[at].tolist() for name in ("lane", "trajectory"))
     keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)]
     noise = model.draw(keys, [r.kind != EVAL for r in samples])
     obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(samples)
     if size(n) > n:
         obs, noise = compiled.pad(obs, size(n)), compiled.pad(noise, size(n))
     to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
-    out = {name: x[:n].to(pool[name].device) for name, x in model.act(to(obs), to(noise)).items() if name in pool.spec}
+    out = {name: x.to(pool[name].device) for name, x in model.act(to(obs), to(noise)).items() if name in pool.spec}
 
     out["version"] = torch.full((n,), version)
     for names, kinds in (
         (("value",), (ACT, VALUE, LAST)), (("actions",), (ACT, EVAL)), (("logprob", "version", *model.slot_fields()), (ACT,)),
     ):  # fmt: skip
-        chosen = [i for i, r in enumerate(samples) if r.kind in kinds]
-        some = torch.tensor(chosen) if 0 < len(chosen) < n else slice(len(chosen))  # a list as index costs ten times a tensor
-        where = slots[some], rows[some]
-        for name in names:
-            pool[name][where] = out[name][some].to(pool[name].dtype)
-    finals = torch.tensor([i for i, r in enumerate(samples) if r.kind == FINAL], dtype=torch.int64)
-    if len(finals):  # of the observation that follows step t = row − 1
+        chosen = np.array([i for i, r in enumerate(samples) if r.kind in kinds], np.int64)
+        every = len(chosen) == size(n)  # then nothing need be copied out of the results
+        some = torch.from_numpy(chosen)
+        where = (slots, rows) if every else (slots[some], rows[some])
+        for name in names if len(chosen) else ():
+            pool[name][where] = (out[name] if every else out[name][some]).to(pool[name].dtype)
+    if finals := [i for i, r in enumerate(samples) if r.kind == FINAL]:  # of the observation that follows step t = row − 1
         pool["final"][slots[finals], rows[finals] - 1] = out["value"][finals].float()
     synchronize(pool.device)  # what is written into GPU memory is there before anybody is told
 
@@ -160,15 +160,22 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             meter.set("time", time.monotonic())
     begun = fetcher.version
     trajectories = np.full(served, begun * admission.per_lane)  # of each lane: the one it is in, or starts next
+    going_on = -1, 0  # a version, and how many lanes may go on with it; -1 where that is to be counted anew
 
     def note(record: Record, over: bool) -> None:
         """The lane that asks is in the trajectory of its slot, or that one is over and it is in, or waits for, the next."""
-        trajectories[lane_of[record.slot] // width // workers] = trajectory_of[record.slot] + over
+        nonlocal going_on
+        lane, trajectory = lane_of.item(record.slot) // width // workers, trajectory_of.item(record.slot) + over
+        if trajectories.item(lane) != trajectory:
+            trajectories[lane], going_on = trajectory, (-1, 0)
 
     def due() -> float | None:
         """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for more would be in vain, with
         T_max = ∞ for ever."""
-        batcher.batch_max = max(1, min(batch_max, int(admission.admits(trajectories, plane.version).sum())))
+        nonlocal going_on
+        if going_on[0] != (version := plane.version):
+            going_on = version, int(admission.admits(trajectories, version).sum())
+        batcher.batch_max = max(1, min(batch_max, going_on[1]))
         return batcher.remaining()
 
     while True:
@@ -202,12 +209,14 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         for record in batch:
             if record.kind == VALUE:  # the lane's next one may have to wait for its version
                 note(record, True)
-        needed = max((admission.batch_of(int(trajectory_of[r.slot])) for r in batch if r.kind == ACT), default=0)
-        if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
-            needed = plane.version + admission.max_staleness
         swap_start = time.monotonic()
         swap()
         meter.count("weight_stall_s", time.monotonic() - swap_start)
+        needed = 0  # the newest batch that is played
+        if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
+            needed = plane.version + admission.max_staleness
+        elif fetcher.version < plane.version:
+            needed = max((admission.batch_of(trajectory_of.item(r.slot)) for r in batch if r.kind == ACT), default=0)
         while fetcher.version < needed - admission.max_staleness:  # admitted on a version that is still being copied
             fetcher.wake.set()
             start = time.monotonic()
@@ -230,8 +239,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             batcher.wait_s = tuned or 0.8 * batcher.wait_s + 0.2 * 0.5 * seconds
         meter.count("requests", size), meter.count("batches", 1), meter.count("batch_wait_s", waited)
         meter.count("infer_s", seconds), meter.count("batch_square", size**2), meter.count("batch_infer_s", size * seconds)
-        bucket = next(b for b in metrics.HISTOGRAM if size <= int(b.split("_")[-1]) or b == metrics.HISTOGRAM[-1])
-        meter.count(bucket, 1)
+        meter.count(metrics.HISTOGRAM[min((size - 1).bit_length(), len(metrics.HISTOGRAM) - 1)], 1)
         meter.set("weight_sync_s", fetcher.seconds), meter.set("fetches", fetcher.fetches)
         if device != "cpu":
             meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)

@@ -38,7 +38,7 @@ from config import ROOT, UserError
 from scheduler import Admission
 
 BATCH, SEGMENT, MICRO_BATCH = 512, 8, 16  # trajectories, chunk steps of each, trajectories of a micro-batch
-WARMUP = 2  # iterations that are not measured
+WARMUP = 2  # iterations that are not measured; and none is before B_max and T_max are chosen, which takes seconds of virtual time
 PARTS = ("env", "rollout", "actor", "launcher")
 FLAGS = [
     "--model", "emulated", "--env", "emulated", "--tasks", "0", "--env-workers", "2", "--batch", str(BATCH),
@@ -109,7 +109,10 @@ def run_pipeline(envs: int, pixels: int, seconds: float) -> dict:
         count = file.read_bytes().count(b"\n") if file.is_file() else 0
         if count < WARMUP or first and count < first[0] + 3:
             return None
-        line, used = metrics.read_metrics(folder / "run")[count - 1], cpu_seconds(pid)
+        lines = metrics.read_metrics(folder / "run")[:count]
+        if not first and not any(line["tuning"] for line in lines):
+            return None
+        line, used = lines[-1], cpu_seconds(pid)
         if not first:
             first.extend((count, line, used))
         if line["time"] - first[1]["time"] < max(seconds, 1e-9):

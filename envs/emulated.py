@@ -102,10 +102,12 @@ class Env:
         self.means = [self.mean_s * (1.0 if task == "emulated" else float(task)) for task in tasks]
 
     def reset(self, task: int, seed: int) -> None:
-        self.rng, self.mean, self.steps = np.random.default_rng(seed), self.means[task], 0
+        self.seed, self.mean, self.steps = seed, self.means[task], 0
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
         if self.mean and self.steps % CHUNK == 0:
+            if self.steps == 0:
+                self.rng = np.random.default_rng(self.seed)
             time.sleep(self.mean * float(self.rng.lognormal(-0.5 * self.tail**2, self.tail)))  # whose mean is 1
         self.steps += 1
         return 0.0, False

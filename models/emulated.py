@@ -72,7 +72,6 @@ class Emulated(nn.Module):
     def draw(self, keys, explore) -> dict[str, Tensor]:
         return {}
 
-    @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
         wait(self.infer_base + n * self.infer_each)
