@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from channel import Counters
@@ -25,7 +26,7 @@ from config import ROOT, Config, UserError
 STAGES = ("env", "rollout", "actor")
 CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")  # what a worker can wait for
 COLUMNS = (
-    "ready", "time", "waiting", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
+    "ready", "time", "waiting", "since", "work_s", *(f"wait_{c}_s" for c in CAUSES), "env_steps", "episodes", "successes",
     "restarts", "requests", "batches", "batch_wait_s", "weight_sync_s", "weight_stall_s",
     "fetches", "stop", "gpu_memory_gb", "eval_round",
     "chunks", "chunk_s", "chunk_s_square", "infer_s", "batch_square", "batch_infer_s",  # sums for the moments in `tuning.costs_of`
@@ -102,7 +103,7 @@ class Stretch:
     def __enter__(self) -> None:
         self.start = time.monotonic()
         if self.waiting:
-            self.meter.set("waiting", self.waiting), self.meter.set("time", self.start)
+            self.meter.set("since", self.start), self.meter.set("time", self.start), self.meter.set("waiting", self.waiting)
 
     def __exit__(self, error, *_) -> None:
         if error is not None:  # the worker ends in it
@@ -215,19 +216,28 @@ def read_trace(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
 # ---------------------------------------------------------------- from counters to a line of metrics.jsonl
 
 
+def snapshot(counters: Counters) -> np.ndarray:
+    """The table [workers, columns] as it is now, with the part of every running wait that has passed."""
+    table, now, column = counters.table.copy(), time.monotonic(), counters.index
+    for row in table:
+        if waiting := int(row[column["waiting"]]):
+            row[column[f"wait_{CAUSES[waiting - 1]}_s"]] += max(0.0, now - row[column["since"]])
+    return table
+
+
 class Interval:
     """What the counters gained since the last call: rates, bubbles and waits of each stage, of one iteration."""
 
     def __init__(self, counters: Counters, rows: dict[str, list[int]]):
         self.counters, self.rows = counters, rows
-        self.last, self.last_time = counters.table.copy(), time.monotonic()
+        self.last, self.last_time = snapshot(counters), time.monotonic()
         cpu_fraction()
 
     def totals(self) -> dict:
         return {name: int(self.counters.table[:, self.counters.index[name]].sum()) for name in TOTALS}
 
     def measure(self) -> dict:
-        now, table = time.monotonic(), self.counters.table.copy()
+        now, table = time.monotonic(), snapshot(self.counters)
         gained, elapsed = table - self.last, max(now - self.last_time, 1e-9)
         self.last, self.last_time = table, now
         column = self.counters.index

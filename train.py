@@ -13,6 +13,7 @@ Left out: several machines.
 import copy
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -260,14 +261,28 @@ def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) ->
     return out
 
 
+def differences(before: dict, now: dict) -> list[str]:
+    """The flags that differ between two config.json, as they are now."""
+    own = ("checkpoint", "resume", "run", "ratio_from", "workers_given")  # of every start
+    return [
+        f"--{name.replace('_', '-')} {value} (was {before[stage].get(name)})"
+        for stage, values in now.items() for name, value in values.items() if value != before[stage].get(name) and name not in own
+    ]  # fmt: skip
+
+
 def mirror(config: Config, folder: metrics.RunFolder):
     """The run of Weights & Biases that metrics are logged to, if any."""
     if config.train.wandb == "off":
         return None
     import wandb
 
-    return wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
-                      config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
+    try:
+        return wandb.init(project="vla3", name=folder.path.name, dir=folder.path, mode=config.train.wandb,
+                          config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
+    except wandb.errors.Error as error:
+        if not config.train.resume:  # made for this start, and the next one may have its name
+            shutil.rmtree(folder.path)
+        raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
 
 
 def supervise(
@@ -384,15 +399,17 @@ def main(config: Config) -> int:
     path = run_path(config.train.resume or config.train.run or time.strftime("%Y%m%d-%H%M%S"))
     folder = metrics.RunFolder(path, resume=bool(config.train.resume))
     interrupts = note_interrupts()
+    tracker, past = mirror(config, folder), tuning.Past()
     if setup.resume:
         folder.truncate(setup.version)
+        if changed := differences(json.loads((path / "config.json").read_text()), json.loads(setup.saved)):
+            print(f"other settings than this run had so far: {', '.join(changed)}")
     print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
     if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
         print(
             f"no checkpoint is given and none shipped for {config.train.env}: a small {config.train.model} of random weights starts"
         )
 
-    tracker, past = mirror(config, folder), tuning.Past()
     while True:
         (path / "config.json").write_text(setup.saved)
         message, status, ratio = run_crew(setup, folder, interrupts, tracker, past)

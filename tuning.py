@@ -28,7 +28,7 @@ import numpy as np
 
 from channel import Counters
 from config import Config, UserError, parse_ratio, validate
-from metrics import CAUSES
+from metrics import CAUSES, snapshot
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import Placement, divide
@@ -279,12 +279,12 @@ class Tuner:
 
     def begin(self) -> None:
         """What stages cost is measured from here on; inferences, whose times are their own, may have been before."""
-        self.last, self.taken, self.since = self.counters.table.copy(), self.clock(), (self.batches(), self.chunks())
+        self.last, self.taken, self.since = snapshot(self.counters), self.clock(), (self.batches(), self.chunks())
         self.gained, self.seconds = np.zeros_like(self.gained), 0.0
 
     def take(self, memory: float, trained: float = 0.0, cpu_s: float = 0.0) -> None:
         """Takes in what the counters gained since the last time; what they had gained before counts `memory` as much."""
-        now, table, column = self.clock(), self.counters.table.copy(), self.counters.index
+        now, table, column = self.clock(), snapshot(self.counters), self.counters.index
         new = table - self.last
         names = ("batches", "requests", "batch_square", "infer_s", "batch_infer_s")
         self.fit = MEMORY * self.fit + np.array([new[self.rows["rollout"], column[name]].sum() for name in names])
@@ -428,9 +428,9 @@ class Tuner:
             )
         if self.lines > SETTLED:
             return ""
-        why = "no other is possible"
+        why = "no other is faster" if others else "no other is possible"
         if best in past.measured and best != now:
             why = f"it took {known[best]:.3g} s at the best other, {best}"
-        elif best != now:
+        elif best != now and saves > 0:
             why = f"the best other, {best}, would save {saves:.0f} s in the rest of the run and cost {self.first_s:.0f} s"
         return f"ratio {now} stays, an iteration takes {seconds:.3g} s: {why}; {words(costs, True)}"

@@ -68,16 +68,32 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     table.add(1, HISTOGRAM[1], 3.0), table.add(1, HISTOGRAM[3], 1.0)
     table.set(1, "weight_sync_s", 0.5), table.set(1, "fetches", 2.0), table.add(1, "weight_stall_s", 0.25)
     table.add(2, "wait_action_s", 1.0), table.add(3, "wait_action_s", 3.0), table.add(3, "wait_admission_s", 2.0)
-    table.add(0, "wait_trajectory_s", 12.0)  # a wait that began before the interval
+    table.add(0, "wait_trajectory_s", 10.0)
     out = interval.measure()
     assert interval.totals()["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
     assert out["batch_size_mean"] == 3.0 and out["batch_size_hist"] == {"2": 3, "8": 1} and out["batch_wait_ms"] == 5.0
     assert out["weight_sync_s"] == 0.25 and out["weight_stall_s"] == 0.25 and 0.0 <= out["cpu_fraction"] <= 1.0
     assert out["bubble_env"] == pytest.approx(0.3) and out["bubble_rollout"] == 0.0 and out["bubble_actor"] == 1.0
-    assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.2}
+    assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.0}
     now[0] = 111.0
     again = interval.measure()
     assert again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
+
+
+def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
+    now, table = [90.0], counters()
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    with Meter("actor-0", 0, table, None).wait("trajectory"):
+        now[0] = 100.0
+        interval = Interval(table, ROWS)
+        now[0] = 104.0
+    now[0] = 108.0
+    with Meter("actor-0", 0, table, None).wait("trajectory"):
+        now[0] = 110.0
+        assert interval.measure()["waits"] == {"actor:trajectory": 0.6}
+        now[0] = 111.0
+    now[0] = 114.0
+    assert interval.measure()["waits"] == {"actor:trajectory": 0.25}
 
 
 def test_the_ledger_goes_on_where_a_resumed_run_stopped():

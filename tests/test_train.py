@@ -196,6 +196,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
         file.write(json.dumps(before[1] | {"iteration": 3, "version": 3}) + "\n")
     status, output = cli("train.py", f"--resume {run} --iterations 3").finish()
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
+    assert "other settings than this run had so far: --iterations 3 (was 2)\n" in output
     lines = lines_of(run)
     assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2]["collected"] == 3 * 4 * 3 == assert_balanced(run)["trained_once"]
@@ -216,6 +217,15 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     assert line["episodes"] >= 2 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
     assert line["reward"] == pytest.approx(line["success_rate"] * line["episodes"] / 2)
     assert list((tmp_path / "x").glob("wandb/offline-run-*"))
+
+
+def test_without_a_login_weights_and_biases_is_refused_in_a_sentence(cli, tmp_path):
+    flags = f"--wandb online --run {tmp_path / 'x'}"
+    status, output = cli("train.py", flags, WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(tmp_path)).finish()
+    assert status == 2 and "error: Weights & Biases: " in output and "--wandb offline" in output and "Traceback" not in output, (
+        output
+    )
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("preset", ["full", "sync-disaggregated"])
