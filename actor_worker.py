@@ -444,7 +444,7 @@ def iteration_metrics(
         "filtered_fraction": sums["filtered"] / (sums["filtered"] + once),
         "trained": int(sums["samples"]), "filtered": int(sums["filtered"]), "skipped": int(sums["skipped"]),
         "trained_once": int(sums["trained_once"]),
-        "discarded_by": {reason: int(sums[reason]) for reason in ("restart", "filtered", "after_end")},
+        "discarded_by": {reason: int(sums[reason]) for reason in metrics.REASONS if reason in sums},
     } | rates  # fmt: skip
     if config.train.algorithm == "ppo":
         line["explained_variance"] = explained_variance(*(sums[name] for name in ERRORS), once)

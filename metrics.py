@@ -35,7 +35,10 @@ COLUMNS = (
 TOTALS = ("env_steps", "restarts")  # of a whole run, also when it is resumed
 # Why a chunk step is not trained on: its worker died before its trajectory was complete; its group was filtered (GRPO); its
 # env's episode had ended, the others of the lane went on (GRPO, vectorised); the run ended, and was resumed from before it.
-REASONS = ("restart", "filtered", "after_end", "resume")
+REASONS = {
+    "restart": "lost with a worker", "filtered": "in filtered groups", "after_end": "after an episode's end",
+    "resume": "under way when the run stopped",
+}  # fmt: skip
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))  # batches of at most 1, 2, 4 … 256 requests
 FLUSH, FLUSH_S = 500, 10.0  # spans, and seconds, between writes to file: 30 spans take 0.4 ms, nearly all of it for the opening
 LIMIT = 200_000  # spans that one worker records at most

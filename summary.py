@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from config import ROOT, Config, UserError, exit_on_user_error, from_json
-from metrics import GROUPS, STAGES, read_metrics, read_trace
+from metrics import GROUPS, REASONS, STAGES, read_metrics, read_trace
 
 # ---------------------------------------------------------------- pictures
 
@@ -200,10 +200,6 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
     return out
 
 
-WHY = {
-    "restart": "lost with a worker", "filtered": "in filtered groups", "after_end": "after an episode's end",
-    "resume": "under way when the run stopped",
-}  # fmt: skip
 NAMES = {"env": "env workers", "rollout": "rollout workers", "actor": "actors"}
 
 
@@ -299,7 +295,7 @@ def show(name: str, summary: Summary, config: Config) -> None:
     facts.add_row("throughput", f"{summary.env_steps_per_s:,.0f} env steps/s, {summary.samples_per_s:,.1f} chunk steps trained/s")
     trained, held_out = rate(summary.success) or "no episode ended", rate(summary.held_out) or "not evaluated"
     facts.add_row("success", f"in training {trained}; on held-out seeds {held_out}")
-    why = ", ".join(f"{steps:,} {WHY[reason]}" for reason, steps in totals["discarded_by"].items() if steps)
+    why = ", ".join(f"{steps:,} {REASONS[reason]}" for reason, steps in totals["discarded_by"].items() if steps)
     discarded = f"{totals['discarded']:,} of {totals['collected']:,} chunk steps discarded" + f" ({why})" * bool(why)
     facts.add_row("accounts", f"{totals['restarts']} restarts, {discarded}")
     console.print(facts, "")
