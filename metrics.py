@@ -417,10 +417,11 @@ def progress(iterations: int, interactive: bool) -> tuple[Callable[[dict], None]
     """A function that shows one metrics line, and the context it works in: a live panel, or plain lines off a terminal."""
     history: list[dict] = []
 
-    def recent() -> tuple[float | None, float | None]:
+    def recent() -> tuple[float | None, str]:
+        """Success of the last iterations, and of the last evaluation with its version."""
         rates = [line["success_rate"] for line in history[-10:] if line["success_rate"] is not None]
-        evaluated = [line["eval_success_rate"] for line in history if line.get("eval_success_rate") is not None]
-        return (sum(rates) / len(rates) if rates else None), (evaluated[-1] if evaluated else None)
+        held_out = [f"{line['eval_success_rate']:.1%} at {line['eval_version']}" for line in history if "eval_success_rate" in line]
+        return (sum(rates) / len(rates) if rates else None), (held_out[-1] if held_out else "–")
 
     if not interactive:
 
@@ -430,7 +431,7 @@ def progress(iterations: int, interactive: bool) -> tuple[Callable[[dict], None]
             bubbles = " ".join(f"{s} {1 - line[f'bubble_{s}']:4.0%}" for s in STAGES)
             print(
                 f"iteration {line['iteration']:4d}/{iterations}  {line['env_steps_per_s']:6.0f} env steps/s  "
-                f"success {percent(line['success_rate'])} (held-out {percent(recent()[1])})  "
+                f"success {percent(line['success_rate'])} (held-out {recent()[1]})  "
                 f"staleness {line['staleness_mean']:.2f}  busy: {bubbles}",
                 flush=True,
             )
@@ -452,7 +453,7 @@ def progress(iterations: int, interactive: bool) -> tuple[Callable[[dict], None]
         head = Table.grid(padding=(0, 3))
         head.add_row(
             f"iteration [b]{line['iteration']}[/]/{iterations}", f"[b]{line['env_steps_per_s']:,.0f}[/] env steps/s",
-            f"success [b]{percent(success)}[/]", f"held-out [b]{percent(held_out)}[/]",
+            f"success [b]{percent(success)}[/]", f"held-out [b]{held_out}[/]",
             f"staleness [b]{line['staleness_mean']:.2f}[/] (max {line['staleness_max']})", f"{line['time'] / 60:.1f} min",
         )  # fmt: skip
         bars = Table.grid(padding=(0, 2))

@@ -20,7 +20,7 @@ import psutil
 import tyro
 
 import envs
-from config import UserError, exit_on_user_error
+from config import ROOT, UserError, exit_on_user_error
 
 
 @dataclass(kw_only=True)
@@ -39,12 +39,12 @@ class CheckConfig:
     """pixels, square"""
     render_quality: Literal["fast", "full"] = "fast"
     """full draws the simulator's own picture, where it knows the difference"""
-    steps: int = 60
-    """control steps per task and player"""
+    steps: int = 0
+    """control steps per task and player, at most; 0 means whole episodes"""
     seed: int = 0
     """of the episodes and the random actions"""
     out: Path | None = None
-    """file of the picture; by default check_NAME.png"""
+    """file of the picture; by default runs/check_NAME.png"""
 
 
 def players(name: str, task: str, config: CheckConfig, action_dim: int) -> dict:
@@ -71,9 +71,9 @@ def row(title: str, *values: str) -> None:
 
 
 def play(env, task: int, horizon: int, config: CheckConfig, action) -> tuple[list[np.ndarray], float, str]:
-    """One episode of at most `config.steps`. Returns three frames, seconds per step, and how it ended."""
+    """One episode, or the first `config.steps` of it. Returns three frames, seconds per step, and how it ended."""
     env.reset(task, config.seed)
-    frames, took, steps, success = [env.observe()[0]], 0.0, min(config.steps, horizon), False
+    frames, took, steps, success = [env.observe()[0]], 0.0, min(config.steps or horizon, horizon), False
     for step in range(1, steps + 1):
         chosen = action(env)
         start = time.perf_counter()
@@ -88,9 +88,10 @@ def play(env, task: int, horizon: int, config: CheckConfig, action) -> tuple[lis
 
 
 def main(config: CheckConfig) -> Path:
-    if config.steps < 1 or config.image_size < 1:
-        raise UserError("--steps and --image-size must be at least 1")
-    out = config.out or Path(f"check_{config.env}.png")
+    if config.steps < 0 or config.image_size < 1:
+        raise UserError("--steps must not be negative, and --image-size at least 1")
+    (ROOT / "runs").mkdir(exist_ok=True)
+    out = config.out or ROOT / "runs" / f"check_{config.env}.png"
     if not out.absolute().parent.is_dir():
         raise UserError(f"the folder {out.absolute().parent} does not exist: create it or give another --out")
     process, import_s = psutil.Process(), time.perf_counter()

@@ -62,7 +62,7 @@ def test_mistakes(tmp_path):
     for change, words in (
         ({"env": "atari"}, "unknown --env"),
         ({"out": tmp_path / "no" / "x.png"}, "does not exist"),
-        ({"steps": 0}, "--steps"),
+        ({"steps": -1}, "--steps"),
     ):
         with pytest.raises(UserError, match=words):
             main(CheckConfig(**change))

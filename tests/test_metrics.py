@@ -226,9 +226,9 @@ def test_progress_shows_each_iteration(capsys, interactive):
     show, display = progress(7, interactive)
     with display:
         show(line(1, success_rate=None))
-        show(line(2, eval_success_rate=0.75))
+        show(line(2, eval_success_rate=0.75, eval_version=1))
     text = capsys.readouterr().out
-    assert "2/7" in text and "75.0%" in text and "25.0%" in text
+    assert "2/7" in text and "75.0% at 1" in text and "25.0%" in text
 
 
 def test_warnings_come_once_a_sign_lasts_and_say_what_to_change():
