@@ -29,6 +29,7 @@ from rich.table import Table
 
 from benchmarks import envs, inference, ladder, machinery, prefix, tracing, transport, tuning, weights
 from config import UserError, exit_on_user_error, parse_ratio
+from processes import keep_freed_memory
 
 
 @dataclass(kw_only=True)
@@ -96,6 +97,7 @@ def main(config: BenchConfig) -> None:
     if config.what == "envs" and config.env == "vectorised":
         raise UserError("--env vectorised only takes time, so there is nothing to compare: give libero or metaworld")
     torch.set_num_threads(1)
+    keep_freed_memory()  # as workers do
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what it has started ends with it
     if config.what == "transport":
         rows = transport.measure(config.repeats, config.seconds)

@@ -22,6 +22,7 @@ import models
 from config import ASSETS, Config, RolloutConfig, UserError, embedded_files, exit_on_user_error, from_json
 from env_worker import EVAL_SEEDS
 from models import checkpoint
+from processes import keep_freed_memory
 
 
 @dataclass(kw_only=True)
@@ -143,6 +144,7 @@ def main(config: EvaluateConfig) -> dict:
             raise UserError(f"{flag} {value} must be at least 1")
     if config.json and not config.json.absolute().parent.is_dir():
         raise UserError(f"the folder {config.json.absolute().parent} does not exist: create it or give another --json")
+    keep_freed_memory()
     settings, device = settings_of(config), "cuda" if torch.cuda.is_available() else "cpu"
     path, family = Path(settings.train.checkpoint), settings.train.model
     run = checkpoint.run_of(path)

@@ -30,6 +30,7 @@ import models
 from actor_worker import all_reduce_gradients
 from config import RolloutConfig, UserError, embedded_files, exit_on_user_error
 from models import checkpoint, tokenize
+from processes import keep_freed_memory
 
 CHUNK, IMAGE_SIZE = RolloutConfig().chunk, 64  # pixels, as the small models take them
 PROCESSES = 2  # a constant, because the order of sums, and so every bit of the checkpoint, depends on it
@@ -104,6 +105,7 @@ def fit(rank: int, model, data: dict[str, torch.Tensor], config: PretrainConfig,
     """AdamW on the family's imitation loss, in PROCESSES ranks that average gradients: on a CPU one thread in each of two processes
     is nearly twice as fast as two threads in one. data: observation fields [frames, …] and "actions" [frames, C, A]."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     model = model if rank == 0 else copy.deepcopy(model)  # the caller's, in shared memory, is rank 0's
     torch.manual_seed(config.seed)  # every rank draws the same batches and takes its own part of them
     dist.init_process_group("gloo", store=dist.FileStore(rendezvous, PROCESSES), rank=rank, world_size=PROCESSES)

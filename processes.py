@@ -50,6 +50,13 @@ class Job:
     replaceable: bool = False
 
 
+def keep_freed_memory() -> None:
+    """For this process: what a tensor leaves is there for the next one. An inference on a CPU, which would get its memory anew from
+    the kernel, takes 17 % less (small π0.5, 12 samples)."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+
+
 def child(job: Job, errors: connection.Connection) -> None:
     """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went wrong by name."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
@@ -62,6 +69,7 @@ def child(job: Job, errors: connection.Connection) -> None:
     os.close(forkserver._forkserver._forkserver_alive_fd)  # a copy: the fork server ends when the last of them is closed
     os.environ.update(job.environment)
     torch.set_num_threads(job.threads)
+    keep_freed_memory()
     status = 0
     try:
         job.target(*job.args)
@@ -88,8 +96,6 @@ def note_interrupts() -> list[float]:
     a terminal, a scheduler's SIGTERM): it inherits that they are ignored while it starts."""
     # Threads that wait must sleep: where cores are shared, spinning at every barrier is several times slower than waking up.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Freed memory is kept for the next tensor: an inference on a CPU, which would get it anew from the kernel, takes 18 % less.
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30)), os.environ.setdefault("MALLOC_TOP_PAD_", str(2**26))
     # The fork server looks for what it preloads here alone, and says nothing when it fails: then each worker imports torch itself.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     for number in INTERRUPTS:
