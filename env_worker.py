@@ -29,7 +29,7 @@ from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
 
-GATHER_S = 1e-3  # requests of lanes that are stepped so quickly one after the other are sent together
+GATHER_S = 1e-3  # where lanes are stepped more quickly than this, requests of one after the other are sent together
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
 
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray]  # reward, terminated, truncated, of every env of a lane [N]
@@ -351,7 +351,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         evaluators[index] = Lane(index, make(eval_width), range(first, first + eval_width))
         evaluators[index].moved_to(admission.slots + index * eval_width)
     eval_round, asked_round = 0, meter.counters.table[:1, meter.counters.index["eval_round"]]
-    ready, sent = deque(), 0.0  # records to be looked at; when the outbox was last sent
+    ready, sent, usual = deque(), 0.0, 1.0  # records to be looked at; when the outbox was last emptied; seconds of a chunk of late
     lost = list(lanes.values()) if generation else []  # lanes of which it is not known yet where they go on
     parked = [] if generation else list(lanes.values())
     meter.ready()
@@ -366,7 +366,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             for lane in evaluators.values():
                 lane.episodes = [env - config.env.envs for env in lane.envs]
                 go_on_evaluating(lane, list(range(eval_width)))
-        if not ready or time.monotonic() - sent > GATHER_S:
+        if not ready or usual > GATHER_S or time.monotonic() - sent > GATHER_S:
             for worker, records in outbox.items():
                 channels.requests[worker].put(records)
             outbox.clear()
@@ -391,6 +391,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             start = time.monotonic()
             advance(lane)
             seconds = time.monotonic() - start
+            usual = 0.9 * usual + 0.1 * seconds
             meter.count("chunks", 1), meter.count("chunk_s", seconds), meter.count("chunk_s_square", seconds**2)
         elif record.kind == FINAL:
             go_on(lane)

@@ -221,11 +221,16 @@ def read_trace(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
 
 def snapshot(counters: Counters) -> np.ndarray:
     """The table [workers, columns] as it is now, with the part of every running wait that has passed."""
-    table, now, column = counters.table.copy(), time.monotonic(), counters.index
+    table, now = counters.table.copy(), time.monotonic()
     for row in table:
-        if waiting := int(row[column["waiting"]]):
-            row[column[f"wait_{CAUSES[waiting - 1]}_s"]] += max(0.0, now - row[column["since"]])
+        count_wait(row, counters.index, now)
     return table
+
+
+def count_wait(row: np.ndarray, column: dict[str, int], now: float) -> None:
+    """Adds the wait that a worker is in to its row [columns]; also of one that died in it, which will not."""
+    if waiting := int(row[column["waiting"]]):
+        row[column[f"wait_{CAUSES[waiting - 1]}_s"]] += max(0.0, now - row[column["since"]])
 
 
 class Interval:
@@ -241,7 +246,7 @@ class Interval:
 
     def measure(self) -> dict:
         now, table = time.monotonic(), snapshot(self.counters)
-        gained, elapsed = table - self.last, max(now - self.last_time, 1e-9)
+        gained, elapsed = np.maximum(table - self.last, 0.0), max(now - self.last_time, 1e-9)  # less: read while a wait ended
         self.last, self.last_time = table, now
         column = self.counters.index
 

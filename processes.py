@@ -53,8 +53,9 @@ class Job:
 def keep_freed_memory() -> None:
     """For this process: what a tensor leaves is there for the next one. An inference on a CPU, which would get its memory anew from
     the kernel, takes 17 % less (small π0.5, 12 samples)."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD, bytes
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc; bytes
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, else 2¹⁷ for ever once the other is set: larger ones would be mapped each time
 
 
 def child(job: Job, errors: connection.Connection) -> None:
@@ -185,7 +186,8 @@ class Crew:
         if self.processes[name].is_alive():
             raise WorkerFailed(f"worker {name} {cause}, and cannot be killed")
         backoff = min(2.0**before, LONGEST_BACKOFF)
-        self.counters.set(row, "ready", 0.0)  # nobody else writes this row now
+        metrics.count_wait(self.counters.table[row], self.counters.index, time.monotonic())  # nobody else writes this row now
+        self.counters.set(row, "waiting", 0.0), self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)
         self.due[name] = time.monotonic() + backoff
         print(f"worker {name} {cause}; starting it again in {backoff:.0f} s ({before + 1} of {self.restarts})", flush=True)

@@ -262,12 +262,11 @@ def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) ->
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """The flags that differ between two config.json, as they are now."""
+    """The settings that differ between two config.json, as they are now."""
     own = ("checkpoint", "resume", "run", "ratio_from", "workers_given")  # of every start
-    return [
-        f"--{name.replace('_', '-')} {value} (was {before[stage].get(name)})"
-        for stage, values in now.items() for name, value in values.items() if value != before[stage].get(name) and name not in own
-    ]  # fmt: skip
+    pairs = [(name, value, before.get(stage, {}).get(name)) for stage, values in now.items() for name, value in values.items()]
+    text = lambda value: " ".join(map(str, value)) if isinstance(value, list) else value  # noqa: E731
+    return [f"{name.replace('_', '-')} {text(a)} (was {text(b)})" for name, a, b in pairs if a != b and name not in own]
 
 
 def mirror(config: Config, folder: metrics.RunFolder):
@@ -281,7 +280,7 @@ def mirror(config: Config, folder: metrics.RunFolder):
                           config=json.loads(to_json(config)), settings=wandb.Settings(silent=True))  # fmt: skip
     except wandb.errors.Error as error:
         if not config.train.resume:  # made for this start, and the next one may have its name
-            shutil.rmtree(folder.path)
+            shutil.rmtree(folder.path, ignore_errors=True)  # it may still be writing
         raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
 
 
@@ -319,15 +318,6 @@ def supervise(
                 print(said, flush=True)
             if tuner.ratio != config.train.parts:  # the actor saves, and everybody starts again
                 counters.set(0, "stop", 1.0)
-            if interrupts:
-                if interval is None or len(interrupts) > 1:
-                    if interval is None and setup.resume:
-                        return f"interrupted; continue with: python train.py --resume {folder.name}"
-                    why = "before anything was trained" if interval is None else "twice: stopped without saving"
-                    return f"interrupted {why}"
-                if not counters.get(0, "stop"):
-                    print("finishing the batch that is being trained, then saving; Ctrl-C again stops without saving", flush=True)
-                counters.set(0, "stop", 1.0)
             if news:
                 line = reports.recv()
                 if "done" in line:
@@ -355,6 +345,15 @@ def supervise(
                     print(text, file=sys.stderr, flush=True)
                 if tracker:
                     tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["iteration"])
+            if interrupts and channels.plane.version < config.train.iterations:  # else all is trained and saved
+                if interval is None or len(interrupts) > 1:
+                    if interval is None and setup.resume:
+                        return f"interrupted; continue with: python train.py --resume {folder.name}"
+                    why = "before anything was trained" if interval is None else "twice: stopped without saving"
+                    return f"interrupted {why}"
+                if not counters.get(0, "stop"):
+                    print("finishing the batch that is being trained, then saving; Ctrl-C again stops without saving", flush=True)
+                counters.set(0, "stop", 1.0)
 
 
 def slot_pool_gb(setup: Setup) -> float:

@@ -285,7 +285,7 @@ class Tuner:
     def take(self, memory: float, trained: float = 0.0, cpu_s: float = 0.0) -> None:
         """Takes in what the counters gained since the last time; what they had gained before counts `memory` as much."""
         now, table, column = self.clock(), snapshot(self.counters), self.counters.index
-        new = table - self.last
+        new = np.maximum(table - self.last, 0.0)  # less: read while a wait ended
         names = ("batches", "requests", "batch_square", "infer_s", "batch_infer_s")
         self.fit = MEMORY * self.fit + np.array([new[self.rows["rollout"], column[name]].sum() for name in names])
         self.gained, self.seconds = memory * self.gained + new, memory * self.seconds + now - self.taken

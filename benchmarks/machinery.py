@@ -39,7 +39,7 @@ from config import ROOT, UserError
 from scheduler import Admission
 
 BATCH, SEGMENT, MICRO_BATCH = 512, 8, 16  # trajectories, chunk steps of each, trajectories of a micro-batch
-WARMUP = 2  # iterations that are not measured; and none is before B_max and T_max are chosen, which takes seconds of virtual time
+WARMUP = 2  # iterations at least that are not measured; nor is any before B_max and T_max are chosen
 PARTS = ("env", "rollout", "actor", "launcher")
 FLAGS = [
     "--model", "emulated", "--env", "emulated", "--tasks", "0", "--env-workers", "2", "--batch", str(BATCH),

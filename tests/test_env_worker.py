@@ -1,6 +1,7 @@
 """A worker's lanes step by step against a scripted simulator, and the property that success never selects what is trained."""
 
 import math
+import time
 from multiprocessing import get_context
 
 import numpy as np
@@ -44,7 +45,8 @@ def spec(tasks, image_size) -> EnvSpec:
 
 
 class Env:
-    """Succeeds when action[0] is 1. Its picture says which episode this is, how far along, and of which task."""
+    """Succeeds when action[0] is 1, and takes action[1] seconds. Its picture says which episode this is, how far along, and of
+    which task."""
 
     def __init__(self, tasks, image_size):
         pass
@@ -59,6 +61,7 @@ class Env:
 
     def step(self, action):
         self.steps += 1
+        time.sleep(float(action[1]))
         return float(action[0] == 1.0), bool(action[0] == 1.0)
 
 
@@ -203,6 +206,19 @@ def test_the_time_limit_can_ask_for_the_value_of_the_last_observation(worker, wi
     assert record == Record(0, SEGMENT, VALUE, 0)
     assert pool["truncated"][0].tolist() == [False, True, False, False]
     assert pool["terminated"][0].tolist() == [False, False, True, False]
+
+
+def test_no_request_waits_for_another_lane_s_step(worker):
+    channels = worker(envs=4)
+    lanes = requests(channels, 4)
+    for record in lanes:
+        channels.pool["actions"][record.slot, 0] = plan()
+    channels.pool["actions"][lanes[2].slot, 0, :, 1] = 1.0  # seconds of a control step
+    channels.replies[0].put(lanes)
+    quick = []
+    while len(quick) < 2:
+        quick += channels.requests[0].get(2.0)
+    assert [record.slot for record in quick] == [lanes[0].slot, lanes[1].slot]
 
 
 def test_a_slot_says_whose_it_is(worker):

@@ -94,6 +94,11 @@ def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
         now[0] = 111.0
     now[0] = 114.0
     assert interval.measure()["waits"] == {"actor:trajectory": 0.25}
+    table.set(2, "waiting", 1 + metrics.CAUSES.index("action")), table.set(2, "since", 114.0)
+    now[0] = 118.0  # killed in this wait, which its row keeps
+    metrics.count_wait(table.table[2], table.index, now[0]), table.set(2, "waiting", 0.0)
+    now[0] = 124.0
+    assert interval.measure()["waits"] == {"env:action": 0.2}
 
 
 def test_the_ledger_goes_on_where_a_resumed_run_stopped():

@@ -196,7 +196,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
         file.write(json.dumps(before[1] | {"iteration": 3, "version": 3}) + "\n")
     status, output = cli("train.py", f"--resume {run} --iterations 3").finish()
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
-    assert "other settings than this run had so far: --iterations 3 (was 2)\n" in output
+    assert "other settings than this run had so far: iterations 3 (was 2)\n" in output
     lines = lines_of(run)
     assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2]["collected"] == 3 * 4 * 3 == assert_balanced(run)["trained_once"]
