@@ -280,7 +280,7 @@ def run(
         config.train.seed, version, admission.whole, group,
     )  # fmt: skip
     parameters = list(trainable.values())
-    proximal = ExactProximal(model, parameters) if config.algorithm.proximal == "exact" else None
+    proximal = ExactProximal(model, parameters) if config.exact_proximal else None
     past = deque(maxlen=actor.extra_staleness + 1)  # weights of the newest versions, of which the oldest acts
     settled = torch.zeros_like(pool["collected"])  # chunk steps of each slot, as far as trajectories from it were received
     rows: dict[int, int] = {}  # chunk steps trained, of each slot of the batch

@@ -212,9 +212,9 @@ class AlgorithmConfig:
     """ε for rising ones (RLinf's GRPO of OFT: 0.28)"""
     dual_clip: float = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
-    proximal: Literal["interpolated", "exact", "behaviour"] = "interpolated"
-    """decoupled PPO's proximal log-prob: between old and new by staleness; under the weights before a batch's first update; or that
-    of the policy that acted, which is plain PPO"""
+    proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
+    """decoupled PPO's proximal log-prob: interpolated between old and new by staleness; exact, under the weights before a batch's
+    first update; or that of the policy that acted, which is plain PPO. auto: exact where samples may be over 2 versions old"""
     behaviour_weight_max: float = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
@@ -251,6 +251,13 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+
+    @property
+    def exact_proximal(self) -> bool:
+        """Whether another forward gives the proximal log-prob. Interpolated, runs held back by 4 versions collapsed, two of three;
+        by up to 2 they learnt as well without it (benchmarks/results/equivalence.md)."""
+        stale = self.actor.max_staleness + self.actor.extra_staleness > 2
+        return self.algorithm.proximal == "exact" or self.algorithm.proximal == "auto" and stale
 
 
 # placement, max_staleness, batch_max, batch_wait_ms, stream: each row changes one thing of the row above.

@@ -117,3 +117,13 @@ def test_a_user_s_mistake_is_one_line_and_status_2(capsys):
     with pytest.raises(SystemExit) as stop, exit_on_user_error():
         raise UserError("that cannot be: do this")
     assert stop.value.code == 2 and capsys.readouterr() == ("", "error: that cannot be: do this\n")
+
+
+@pytest.mark.parametrize("staleness, extra, exact", [(0, 0, False), (2, 0, False), (1, 1, False), (3, 0, True), (1, 2, True)])
+def test_old_samples_get_the_exact_proximal_policy_unless_another_is_asked_for(staleness, extra, exact):
+    config = Config()
+    config.actor.max_staleness, config.actor.extra_staleness = staleness, extra
+    assert config.exact_proximal == exact
+    for proximal in ("interpolated", "exact", "behaviour"):
+        config.algorithm.proximal = proximal
+        assert config.exact_proximal == (proximal == "exact")
