@@ -204,9 +204,10 @@ def table(study: str, found: list[dict]) -> str:
         groups = [[one["final"] if m == "final" else area(one) for one in found if one["arm"] == row["arm"]] for row in arms]
         spreads = [np.var(group, ddof=1) for group in groups if len(group) > 1]
         if spreads and len(arms) > 1:
-            deviation, seeds = float(np.mean(spreads)) ** 0.5, min(map(len, groups))
+            deviation, seeds = float(np.median(spreads)) ** 0.5, min(map(len, groups))
             seen = power(deviation, seeds, len(arms) - 1)
-            text += f"\nSeeds of an arm differ by {100 * deviation:.1f} points in {words} (standard deviation): an arm truly equal"
+            text += f"\nSeeds of an arm differ by {100 * deviation:.1f} points in {words} (standard deviation, the median arm's): an arm"
+            text += " truly equal"
             text += f" to the first is found so in {seen:.0%} of studies with {seeds} seeds.\n"
     return text
 
