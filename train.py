@@ -346,7 +346,7 @@ def supervise(
                 if tracker:
                     tracker.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["iteration"])
             if interrupts and channels.plane.version < config.train.iterations:  # else all is trained and saved
-                if interval is None or len(interrupts) > 1:
+                if interval is None or len(interrupts) > 1 and not reports.poll():  # what is reported, perhaps "saved", comes first
                     if interval is None and setup.resume:
                         return f"interrupted; continue with: python train.py --resume {folder.name}"
                     why = "before anything was trained" if interval is None else "twice: stopped without saving"
