@@ -207,8 +207,7 @@ def table(study: str, found: list[dict]) -> str:
             deviation, seeds = float(np.median(spreads)) ** 0.5, min(map(len, groups))
             seen = power(deviation, seeds, len(arms) - 1)
             text += f"\nSeeds of an arm differ by {100 * deviation:.1f} points in {words} (standard deviation, the median arm's)."
-            text += " An arm truly equal"
-            text += f" to the first is found so in {seen:.0%} of studies with {seeds} seeds.\n"
+            text += f" An arm truly equal to the first is found so in {seen:.0%} of studies with {seeds} seeds.\n"
     return text
 
 
