@@ -64,15 +64,17 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
         assert all(0.0 <= line[name] <= 1.0 for name in FRACTIONS)
         assert all(math.isfinite(x) for x in line.values() if isinstance(x, float))
         assert line["grad_norm"] > 0 and line["restarts"] == 0 and line["rss_gb"] > 0 and line["discarded"] == 0
-        assert sum(line["batch_size_hist"].values()) > 0 and line["samples_per_s"] > 0 and line["env_steps_per_s"] > 0
+        assert line["samples_per_s"] > 0
     assert second["eval_episodes"] % 2 == 0 and 0.0 <= second["eval_success_rate"] <= 1.0  # of the last weights, in every run
     assert second["collected"] == 2 * 4 * 3  # chunk steps: what is not going to be trained is never begun
     assert assert_balanced(run)["trained_once"] == 2 * 4 * 3
-    assert first["env_steps"] >= 4 * 3 * 10 and second["env_steps"] > first["env_steps"] and second["time"] > first["time"]
+    assert second["env_steps"] >= first["env_steps"] >= 4 * 3 * 10 and second["time"] > first["time"]
 
     synchronous = case in ("sync-colocated", "sync-disaggregated", "staleness-0")
     assert first["staleness_max"] == 0 and second["staleness_max"] <= (0 if synchronous else 1)
-    for line in lines if synchronous else lines[:1]:  # one minibatch is the whole batch, so its weights are the ones that acted
+    for line in lines if synchronous else lines[:1]:  # with staleness all of the second batch may have been played before line 1
+        assert line["env_steps_per_s"] > 0 and sum(line["batch_size_hist"].values()) > 0
+        # One minibatch is the whole batch, so its weights are the ones that acted.
         assert line["ratio_max"] == pytest.approx(1.0, abs=1e-4) and line["clip_fraction"] == 0.0
         assert line["approx_kl"] == pytest.approx(0.0, abs=1e-6)
 
