@@ -16,6 +16,7 @@ from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,7 +52,7 @@ MAXIMA = ("ratio_max", "staleness_max")
 
 def gather(pool: SlotPool, slots: tuple[int, ...], names: tuple[str, ...], device: str) -> dict[str, Tensor]:
     """Trajectories `slots` as tensors [n, rows, …] on `device`."""
-    index = torch.tensor(slots)
+    index = np.array(slots)
     return {name: pool.gather(name, index).to(device, non_blocking=True) for name in names}
 
 
@@ -63,10 +64,10 @@ def played(data: dict[str, Tensor], algorithm: str) -> Tensor:
 
 def outcomes_of_groups(pool: SlotPool, slots: tuple[int, ...], size: int, device: str) -> Tensor:
     """Success (1 or 0) of every member of the groups of `slots` [n, G]; the G lanes of a group have slots in a row."""
-    members = torch.tensor([range(slot - slot % size, slot - slot % size + size) for slot in slots])  # [n, G]
+    members = np.array([range(slot - slot % size, slot - slot % size + size) for slot in slots])  # [n, G]
     data = {name: pool.gather(name, members.flatten()) for name in ("terminated", "truncated")}
     success = (data["terminated"] & played(data, "grpo")).any(1)
-    return success.view_as(members).float().to(device)
+    return success.view(members.shape).float().to(device)
 
 
 def advantages_of(data: dict[str, Tensor], rows: Tensor, config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -282,7 +283,8 @@ def run(
     parameters = list(trainable.values())
     proximal = ExactProximal(model, parameters) if config.exact_proximal else None
     past = deque(maxlen=actor.extra_staleness + 1)  # weights of the newest versions, of which the oldest acts
-    settled = torch.zeros_like(pool["collected"])  # chunk steps of each slot, as far as trajectories from it were received
+    collected, received, trajectory = (pool[name].numpy() for name in ("collected", "received", "trajectory"))
+    settled = np.zeros_like(collected)  # chunk steps of each slot, as far as trajectories from it were received
     rows: dict[int, int] = {}  # chunk steps trained, of each slot of the batch
     spared: list[int] = []  # slots whose epochs --kl-stop left out, once for each
 
@@ -302,15 +304,16 @@ def run(
             if record.kind == RESTART:
                 channels.replies[record.sender].put([record])
                 continue
-            slots = tuple(range(record.slot, record.slot + config.env.width))  # of all envs of the lane
-            mine = played(gather(pool, slots, ("terminated", "truncated"), "cpu"), algorithm).sum(1)
-            for slot, steps in zip(slots, mine.tolist(), strict=True):
-                # It was stepped `record.t` times, of which `steps` are its trajectory; what lies before, dead workers had stepped.
-                sums["restart"] += float(pool["collected"][slot] - settled[slot]) - record.t
-                sums["after_end"] += record.t - steps
-            lane = slice(record.slot, record.slot + config.env.width)
-            settled[lane] = pool["collected"][lane]
-            pool["received"][lane] = pool["trajectory"][lane] + 1
+            slots = range(record.slot, record.slot + config.env.width)  # of all envs of the lane
+            steps = record.t * len(slots)  # that their trajectories have
+            if algorithm == "grpo":
+                steps = int(played(gather(pool, slots, ("terminated", "truncated"), "cpu"), algorithm).sum())
+            lane = slice(slots.start, slots.stop)
+            # They were stepped `record.t` times for their trajectories; what lies before, dead workers had stepped.
+            sums["restart"] += float((collected[lane] - settled[lane]).sum()) - record.t * len(slots)
+            sums["after_end"] += record.t * len(slots) - steps
+            settled[lane] = collected[lane]
+            received[lane] = trajectory[lane] + 1
             for slot in slots:
                 streamer.add(slot)
 

@@ -169,8 +169,10 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict]:
+    """Its whole lines: a reader may come while the newest is being written, or its writer may have been killed."""
     file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:

@@ -96,29 +96,24 @@ def serve(
     width, eval_width: envs of a lane and of an evaluation lane; size: how many samples the model is given for so many.
     """
     pool, samples = channels.pool, expand(records, width, eval_width)
-    at = np.array([r.slot for r in samples])  # numpy takes a list in a tenth of the time
-    slots, rows = torch.from_numpy(at), torch.from_numpy(np.array([0 if r.kind == EVAL else r.t for r in samples]))
-    lanes, trajectories = (pool[name].numpy()[at].tolist() for name in ("lane", "trajectory"))
+    slots, rows = np.array([r.slot for r in samples]), np.array([0 if r.kind == EVAL else r.t for r in samples])
+    lanes, trajectories = (pool[name].numpy()[slots].tolist() for name in ("lane", "trajectory"))
     keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)]
     noise = model.draw(keys, [r.kind != EVAL for r in samples])
     obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(samples)
     if size(n) > n:
         obs, noise = compiled.pad(obs, size(n)), compiled.pad(noise, size(n))
     to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
-    out = {name: x.to(pool[name].device) for name, x in model.act(to(obs), to(noise)).items() if name in pool.spec}
-
-    out["version"] = torch.full((n,), version)
+    out = model.act(to(obs), to(noise)) | {"version": torch.full((n,), version)}
     for names, kinds in (
         (("value",), (ACT, VALUE, LAST)), (("actions",), (ACT, EVAL)), (("logprob", "version", *model.slot_fields()), (ACT,)),
     ):  # fmt: skip
-        chosen = np.array([i for i, r in enumerate(samples) if r.kind in kinds], np.int64)
+        chosen = [i for i, r in enumerate(samples) if r.kind in kinds]
         every = len(chosen) == size(n)  # then nothing need be copied out of the results
-        some = torch.from_numpy(chosen)
-        where = (slots, rows) if every else (slots[some], rows[some])
-        for name in names if len(chosen) else ():
-            pool[name][where] = (out[name] if every else out[name][some]).to(pool[name].dtype)
+        for name in names if chosen else ():
+            pool.put(name, slots[chosen], rows[chosen], out[name] if every else out[name][chosen])
     if finals := [i for i, r in enumerate(samples) if r.kind == FINAL]:  # of the observation that follows step t = row − 1
-        pool["final"][slots[finals], rows[finals] - 1] = out["value"][finals].float()
+        pool.put("final", slots[finals], rows[finals] - 1, out["value"][finals])
     synchronize(pool.device)  # what is written into GPU memory is there before anybody is told
 
     answers: dict[int, list[Record]] = {}

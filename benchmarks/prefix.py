@@ -25,6 +25,7 @@ Left out: slots on the GPU, gradients summed over ranks, the optimizer, writing 
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ def actor_row(model: nn.Module, device: str, seconds: float) -> dict:
     def read() -> dict[str, Tensor]:
         nonlocal turn
         turn = (turn + 1) % (pool.slots // SAMPLES)
-        slots = torch.arange(turn * SAMPLES, (turn + 1) * SAMPLES)
+        slots = np.arange(turn * SAMPLES, (turn + 1) * SAMPLES)
         return {name: pool.gather(name, slots).to(device, non_blocking=True) for name in names}
 
     data = read()

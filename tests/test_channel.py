@@ -59,6 +59,23 @@ def test_slots_are_aligned_apart_and_without_a_name():
     assert len(maps) == 1 and "/memfd:" in maps[0] and "/dev/shm" not in maps[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int32, torch.float32, torch.bfloat16])
+def test_rows_are_read_and_written_as_torch_would(dtype):
+    pool, generator = SlotPool({"x": ((6, 2, 3), dtype), "scalar": ((6,), dtype)}, 4), torch.Generator().manual_seed(0)
+    slots, rows = np.array([3, 0, 3]), np.array([5, 0, 1])
+    expected = {name: torch.zeros_like(pool[name]) for name in pool.spec}
+    for name, shape in (("x", (3, 2, 3)), ("scalar", (3,))):
+        values = torch.randn(shape, generator=generator)  # cast to the field's type
+        pool.put(name, slots, rows, values)
+        expected[name][slots, rows] = values.to(dtype)
+        assert torch.equal(pool[name], expected[name]) and pool[name].any()
+        found = pool.gather(name, slots, rows)
+        assert found.dtype == dtype and torch.equal(found, expected[name][slots, rows])
+        assert torch.equal(pool.gather(name, slots), expected[name][slots])
+        found.zero_()
+        assert torch.equal(pool[name], expected[name])  # it is a copy
+
+
 def test_some_fields_on_a_device_and_the_others_in_shared_memory():
     pool = SlotPool(SPEC, 3, "meta", ("image",))  # a device without memory, in place of a GPU
     assert pool["image"].device.type == "meta" and pool["image"].shape == (3, 3, 5)
@@ -76,7 +93,7 @@ def test_another_process_sees_slots_in_gpu_memory():
     process.start()
     process.join(60)
     assert process.exitcode == 0 and queue.get(0) == [Record(1, 2, VERSION, 3)]
-    assert (pool["image"][2] == 7).all() and pool["image"].is_cuda and pool.gather("image", torch.tensor([2])).is_cuda
+    assert (pool["image"][2] == 7).all() and pool["image"].is_cuda and pool.gather("image", np.array([2])).is_cuda
 
 
 def test_memory_is_resident_before_it_is_used():

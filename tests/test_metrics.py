@@ -216,6 +216,9 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
     again = RunFolder(folder.path, resume=True)
     again.truncate(2)
     assert [one["version"] for one in again.lines()] == [1, 2] == [one["version"] for one in read_metrics(folder.path)]
+    with open(folder.path / "metrics.jsonl", "a") as file:
+        file.write('{"version": 3, "loss')  # not all of it is there yet
+    assert [one["version"] for one in read_metrics(folder.path)] == [1, 2]
     again.finish()
 
 
