@@ -16,7 +16,6 @@ say.
 
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import envs, inference, ladder, machinery, prefix, tracing, transport, tuning, weights
+from benchmarks import end_on_sigterm, envs, inference, ladder, machinery, prefix, tracing, transport, tuning, weights
 from config import UserError, exit_on_user_error, parse_ratio
 from processes import keep_freed_memory
 
@@ -98,7 +97,7 @@ def main(config: BenchConfig) -> None:
         raise UserError("--env vectorised only takes time, so there is nothing to compare: give libero or metaworld")
     torch.set_num_threads(1)
     keep_freed_memory()  # as workers do
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C does: what it has started ends with it
+    end_on_sigterm()
     if config.what == "transport":
         rows = transport.measure(config.repeats, config.seconds)
     elif config.what == "weights":

@@ -1,7 +1,9 @@
 """What `bench.py` measures, one file each, and what several of them need."""
 
 import os
+import signal
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -28,6 +30,11 @@ def context(module: str):
     server = mp.get_context("forkserver")
     server.set_forkserver_preload([module])
     return server
+
+
+def end_on_sigterm() -> None:
+    """As on Ctrl-C: what was started ends too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def where(size: str) -> tuple[str, str]:

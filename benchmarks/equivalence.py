@@ -32,6 +32,7 @@ import numpy as np
 import tyro
 from scipy import stats
 
+from benchmarks import end_on_sigterm
 from config import ROOT, UserError, exit_on_user_error
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -247,6 +248,7 @@ def plot(study: str, found: list[dict]) -> None:
 
 
 def main(config: EquivalenceConfig) -> None:
+    end_on_sigterm()
     if config.what == "run":
         run(config)
     found = rows(config.study, config.flags)

@@ -207,13 +207,16 @@ class RMSNorm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-def rotary(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding, θ = 10⁶, halves rotated. x [n, heads, S, d], positions [S]."""
-    half = x.shape[-1] // 2
-    frequency = 1e6 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = positions[:, None] * frequency  # [S, d/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+def rotary(length: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [S, d/2] of rotary embedding at positions 0 … S − 1, θ = 10⁶, computed in fp32."""
+    frequency = 1e6 ** (-torch.arange(d // 2, device=device, dtype=torch.float32) / (d // 2))
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [n, heads, S, d], its halves rotated."""
+    a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
@@ -248,10 +251,10 @@ class QwenLayer(nn.Module):
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
         self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         q, k, v = self.qkv(self.input_layernorm(x)).split(self.sizes, dim=-1)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
-        q, k = rotary(self.q_norm(q), positions), rotary(self.k_norm(k), positions)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
         x = x + self.o_proj(out.masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
@@ -394,12 +397,12 @@ class Gr00t(nn.Module):
         pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
         x = self.embed_tokens(ids)
         x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
-        positions = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
+        cos, sin = rotary(ids.shape[1], self.config.head_dim, x.dtype, x.device)
         mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
         # The fused kernels' gradients lose the cancelling numbers of "eager".
         with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():
             for layer in self.language:
-                x = layer(x, positions, mask, keep)
+                x = layer(x, cos, sin, mask, keep)
         x = self.language_norm(x)
         return self.eagle_linear(x) if self.config.project else x
 
