@@ -25,6 +25,7 @@ import torch.multiprocessing as mp
 import tyro
 
 import actor_worker
+import diagnostics
 import env_worker
 import envs
 import metrics
@@ -295,7 +296,7 @@ def supervise(
     rows = tuner.rows
     earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
     ledger = metrics.Ledger(earlier)
-    warnings = metrics.Warnings()
+    warnings = diagnostics.Warnings()
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     interval, pool_gb = None, slot_pool_gb(setup)
     # Workers that come at another ratio keep the schedule, or each would be judged while it evaluates as the one before did not.
