@@ -437,7 +437,7 @@ def iteration_metrics(
         "episodes": int(sum(sums[f"episodes_{i}"] for i in range(len(tasks)))),
         "success_rate": sum(rates.values()) / len(rates) if rates else None,
         "reward": sums["reward"] / actor.batch, "loss_policy": sums["loss_policy"] / n, "loss_value": sums["loss_value"] / n,
-        "entropy_or_noise": sums["entropy_or_noise"] / n, "approx_kl": sums["approx_kl"] / n,
+        "entropy_or_noise": sums["entropy_or_noise"] / n if sums["samples"] else None, "approx_kl": sums["approx_kl"] / n,
         "clip_fraction": sums["clip_fraction"] / n, "ratio_max": maxima["ratio_max"], "grad_norm": norms[0],
         "grad_norm_policy": norms[1], "grad_norm_value": norms[2], "lr": actor.lr * schedule(version - 1, config),
         "staleness_mean": sums["staleness"] / n, "staleness_max": int(maxima["staleness_max"]),

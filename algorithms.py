@@ -1,8 +1,9 @@
 """PPO and GRPO: pure tensor functions, each with its equation. What the actor does with them is `actor_worker.train_micro_batch`.
 
-A sample is a chunk step: one inference and the C control steps that executed it, with one advantage. Its log-prob has U units that
-the policy ratio is taken over (`units`): the whole chunk (U = 1, π0.5's published recipe), each action (C) or each number or token
-of an action (C·A, OpenVLA-OFT's). Losses are sums over samples and means over units, so that micro-batches add up.
+A sample is a chunk step: one inference and the C control steps that executed it. Its log-prob has U units that the policy ratio is
+taken over (`units`): the whole chunk (U = 1, π0.5's published recipe), each action (C) or each number or token of an action (C·A,
+OpenVLA-OFT's). An advantage is a sample's or a unit's. Losses are sums over samples and means over units, so that micro-batches
+add up. The actor has one value per chunk step, and so one advantage (all four published recipes).
 Left out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
 """
 
@@ -26,8 +27,9 @@ def gae(
     Without `final` the time limit, too, ends an episode at value 0: right where the objective is success *within* it, and
     bootstrapping then makes every state worth "success some day" (measured: value loss 0.001 at 30 % success, no advantages left).
 
-    reward, terminated, truncated [n, T]; value [n, T+1]; a step is a chunk step, or a control step (RLinf's action level) with a
-    value for each. Returns advantages and returns A + V, both [n, T].
+    reward, terminated, truncated [n, T]; value [n, T+1]; a step is a chunk step or, at the action level, a control step with a
+    value of its own: [n, T·C], of which `unflatten(1, (T, C))` are the advantages of every chunk's actions. Returns advantages and
+    returns A + V, both [n, T].
     """
     done = terminated.bool() | truncated.bool()
     following = torch.where(done, 0.0, value[:, 1:])
@@ -115,13 +117,14 @@ class PolicyLoss:
     weight_mode: str = "mask"
 
     def __call__(self, new: Tensor, old: Tensor, prox: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """new, old, prox [n, U]; advantages [n]. Returns the loss [] and, for the metrics, sums over samples and a maximum."""
+        """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and, for the metrics, sums over
+        samples and a maximum."""
         per_unit = 1.0 / new.shape[1]
         weight = (prox - old).exp()
         kept = (weight <= self.weight_max) | (self.weight_mode == "truncate")
         weight = torch.where(kept, weight.clamp(max=self.weight_max), 0.0)
         ratio = torch.where(kept, new - prox, 0.0).exp()  # masked before exp: 0 · ∞ would be NaN
-        a = advantages[:, None]
+        a = advantages.view(len(new), -1)
         objective = torch.minimum(ratio * a, ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * a)
         if self.dual_clip:
             objective = torch.where(a < 0, torch.maximum(objective, self.dual_clip * a), objective)

@@ -29,7 +29,7 @@ from config import Config
 from models.checkpoint import Header
 from scheduler import Admission
 
-GATHER_S = 1e-3  # where lanes are stepped more quickly than this, requests of one after the other are sent together
+GATHER_S = 1e-3  # where lanes are usually stepped more quickly than this, requests of one after the other are sent together
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
 
 Outcome = tuple[np.ndarray, np.ndarray, np.ndarray]  # reward, terminated, truncated, of every env of a lane [N]

@@ -297,6 +297,8 @@ def supervise(
     earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
     ledger = metrics.Ledger(earlier)
     warnings = diagnostics.Warnings()
+    for line in folder.lines():
+        warnings.of(line)  # said before
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     interval, pool_gb = None, slot_pool_gb(setup)
     # Workers that come at another ratio keep the schedule, or each would be judged while it evaluates as the one before did not.

@@ -100,6 +100,30 @@ def test_gae_of_control_steps_sums_up_to_that_of_chunk_steps(chunks, actions, se
 
 
 @fast
+@given(st.integers(1, 4), st.integers(1, 4), st.floats(0.0, 1.0), st.floats(0.0, 1.0), seeds)
+def test_advantages_of_actions_and_tokens(chunks, actions, gamma, lam, seed):
+    """From rewards and values of control steps, which episodes may end at within a chunk, to the loss of every action or token."""
+    reward, value, terminated, truncated, _ = episodes(2, chunks * actions, seed)
+    found, _ = gae(*map(torch.from_numpy, (reward, value, terminated, truncated)), gamma, lam)
+    found = found.unflatten(1, (chunks, actions)).flatten(0, 1)  # [samples, C]
+    random = torch.Generator().manual_seed(seed)
+    old, new = torch.randn(2, 2 * chunks, actions, 3, generator=random, dtype=torch.float64)
+    for granularity, advantages in (("action", found), ("token", found.repeat_interleave(3, dim=1))):
+        ratio = (units(new, granularity), units(old, granularity))
+        loss, _ = PolicyLoss(weight_mode="truncate", weight_max=100.0)(*ratio, ratio[1], advantages)
+        total = 0.0
+        for i in range(2):
+            wanted = per_episode(reward[i], value[i], terminated[i], truncated[i], None, gamma, lam)
+            for step, a in enumerate(wanted):
+                sample, action = i * chunks + step // actions, step % actions
+                difference = (new - old)[sample, action].tolist()
+                for log in [sum(difference)] if granularity == "action" else difference:
+                    ratio_of = math.exp(log)
+                    total -= min(ratio_of * a, min(max(ratio_of, 0.8), 1.2) * a) / (actions * (1 if granularity == "action" else 3))
+        assert loss.item() == pytest.approx(total, rel=1e-9, abs=1e-9)
+
+
+@fast
 @given(st.integers(1, 8), seeds)
 def test_nothing_passes_the_end_of_an_episode(t, seed):
     reward, value, _, _, _ = episodes(1, 9, seed)
@@ -179,7 +203,7 @@ def by_loop(new, old, prox, advantages, low, high, dual, most, mode) -> float:
                 if mode == "mask":
                     continue
                 weight = most
-            a = float(advantages[i])
+            a = float(advantages[i] if advantages.dim() == 1 else advantages[i, u])
             value = min(ratio * a, min(max(ratio, 1.0 - low), 1.0 + high) * a)
             if dual and a < 0:
                 value = max(value, dual * a)
@@ -190,10 +214,12 @@ def by_loop(new, old, prox, advantages, low, high, dual, most, mode) -> float:
 @fast
 @given(
     st.floats(0.05, 0.4), st.floats(0.05, 0.4), st.sampled_from([0.0, 1.2, 3.0]), st.floats(1.0, 1.5),
-    st.sampled_from(["mask", "truncate"]), st.integers(1, 4), seeds,
+    st.sampled_from(["mask", "truncate"]), st.integers(1, 4), st.booleans(), seeds,
 )  # fmt: skip
-def test_the_objective_matches_its_definition(low, high, dual, most, mode, u, seed):
+def test_the_objective_matches_its_definition(low, high, dual, most, mode, u, of_units, seed):
     new, old, advantages, staleness = samples(20, u, seed=seed)
+    if of_units:
+        advantages = torch.randn(20, u, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     prox = interpolated_proximal(new, old, staleness.double())
     loss = PolicyLoss(clip_low=low, clip_high=high, dual_clip=dual, weight_max=most, weight_mode=mode)
     found, stats = loss(new, old, prox, advantages)
