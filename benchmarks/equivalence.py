@@ -14,9 +14,12 @@ Stated beforehand: the measures are the success rate of the final weights on EPI
 arm), and the area under the learning curve: success of the episodes that a version played, over the versions from 0 to LAST
 before the end, so that lag by itself, which shifts the curve but not the learning, does not count. MARGIN points either way
 count as no difference. An arm is equivalent when two one-sided Welch t-tests (TOST) both reject, at 5 % after Holm's correction
-for the number of arms, that it differs by MARGIN or more. Intervals shown are 95 % bootstrap-t intervals of the mean over
-seeds.
-Left out: other tasks and models. What five seeds can see is printed below the table.
+for the number of arms, that it differs by MARGIN or more. Intervals shown, from FEWEST seeds on, are 95 % bootstrap-t intervals of
+the mean over seeds.
+
+Minutes, in the table and the plot, are those of an arm's quickest run, evaluation and start-up apart: runs of one seed follow each
+other, but other programs used the machine beside many.
+Left out: other tasks and models. What so many seeds can see is printed below the table.
 """
 
 import json
@@ -39,6 +42,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARGIN = 0.05  # success rate
 EPISODES = 100  # held-out episodes of one evaluation of final weights
 LAST = 8  # versions: the largest staleness of any arm
+FEWEST = 5  # seeds of an interval: with four it covers 88 %, with three 61 %
 STUDIES = {  # arms and the flags of train.py that make them; the others are compared with the first
     "equivalence": {"synchronous": "--preset sync-colocated"} | {
         f"staleness {k}{name}": f"--preset full --max-staleness 1 --extra-staleness {k - 1} {flags}"
@@ -129,14 +133,18 @@ def area(row: dict) -> float:
 
 
 def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """95 % bootstrap-t interval of the mean, by resampling seeds (percentiles alone cover 85 % at five seeds). NaN below three."""
-    n, spread = len(values), values.std(ddof=1) / len(values) ** 0.5 if len(values) > 2 else np.nan
+    """95 % bootstrap-t interval of the mean of shares in [0, 1], by resampling seeds (percentiles alone cover 85 % at five seeds).
+    NaN below FEWEST."""
+    n = len(values)
+    if n < FEWEST:
+        return np.nan, np.nan
+    spread = values.std(ddof=1) / n**0.5
     drawn = np.random.default_rng(0).choice(values, (draws, n))
-    spreads = drawn.std(axis=1, ddof=1) / n**0.5 if n > 2 else np.zeros(draws)
+    spreads = drawn.std(axis=1, ddof=1) / n**0.5
     varied = spreads > 1e-9  # not the same seed n times, up to rounding
     t = (drawn.mean(axis=1) - values.mean())[varied] / spreads[varied]
     low, high = np.quantile(t, (0.975, 0.025)) if len(t) else (0.0, 0.0)
-    return float(values.mean() - low * spread), float(values.mean() - high * spread)
+    return tuple(float(np.clip(values.mean() - end * spread, 0.0, 1.0)) for end in (low, high))
 
 
 def tost(values: np.ndarray, base: np.ndarray, margin: float) -> float:
@@ -157,7 +165,7 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-def power(deviation: float, seeds: int, arms: int, studies: int = 1000) -> float:
+def power(deviation: float, seeds: int, arms: int, studies: int = 400) -> float:
     """How often an arm that is truly equal is found equivalent at the strictest step of Holm's correction, p · arms < 0.05."""
     drawn = np.random.default_rng(0).normal(0.0, deviation, (studies, 2, seeds))
     return float(np.mean([tost(a, b, MARGIN) * arms < 0.05 for a, b in drawn]))
@@ -179,7 +187,7 @@ def summary(study: str, found: list[dict]) -> list[dict]:
             difference = out[arm][m] - out[base][m]
             out[arm] |= {f"{m}_difference": difference, f"{m}_tost_p": p, f"{m}_equivalent": p < 0.05}
     for arm, row in out.items():
-        row["minutes"] = float(np.mean([one["time"][-1] / 60 for one in arms[arm]]))
+        row["minutes"] = min(one["time"][-1] for one in arms[arm]) / 60
         row["staleness_mean"] = float(np.mean([one["staleness_mean"] for one in arms[arm]]))
         row["staleness_max"] = max(max(one["staleness_max"]) for one in arms[arm])
     return list(out.values())
@@ -195,26 +203,27 @@ def table(study: str, found: list[dict]) -> str:
         cells = [row["arm"], str(row["seeds"]), f"{row['staleness_mean']:.1f}, {row['staleness_max']}"]
         for m in ("final", "area"):
             low, high = row[f"{m}_interval"]
-            cells.append(f"{row[m]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if row["seeds"] > 2 else ""))
+            cells.append(f"{row[m]:.1%}" + (f" [{low:.1%}, {high:.1%}]" if row["seeds"] >= FEWEST else ""))
             cells.append("")
             if f"{m}_difference" in row:
                 verdict = "equivalent" if row[f"{m}_equivalent"] else "not shown"
                 cells[-1] = f"{100 * row[f'{m}_difference']:+.1f} points, {row[f'{m}_tost_p']:.3f}: {verdict}"
         text += "| " + " | ".join([*cells, f"{row['minutes']:.1f}"]) + " |\n"
+    first = [one for one in found if one["arm"] == next(iter(STUDIES[study]))]
     for m, words in (("final", "final success"), ("area", "the area")):
-        groups = [[one["final"] if m == "final" else area(one) for one in found if one["arm"] == row["arm"]] for row in arms]
-        spreads = [np.var(group, ddof=1) for group in groups if len(group) > 1]
-        if spreads and len(arms) > 1:
-            deviation, seeds = float(np.median(spreads)) ** 0.5, min(map(len, groups))
-            seen = power(deviation, seeds, len(arms) - 1)
-            text += f"\nSeeds of an arm differ by {100 * deviation:.1f} points in {words} (standard deviation, the median arm's)."
-            text += f" An arm truly equal to the first is found so in {seen:.0%} of studies with {seeds} seeds.\n"
+        if len(first) > 1 and len(arms) > 1:
+            deviation = float(np.std([one["final"] if m == "final" else area(one) for one in first], ddof=1))
+            seen, seeds = power(deviation, len(first), len(arms) - 1), len(first)
+            while seeds < 40 and power(deviation, seeds, len(arms) - 1) < 0.8:
+                seeds += 1
+            text += f"\nSeeds of the first arm differ by {100 * deviation:.1f} points in {words} (standard deviation). An arm truly"
+            text += f" equal to it is found so in {seen:.0%} of studies with {len(first)} seeds, and in 80% with {seeds}.\n"
     return text
 
 
 def plot(study: str, found: list[dict]) -> None:
-    """Success of a version's episodes, five batches smoothed: against the env steps trained until it and the minutes until it was
-    published. The mean over seeds and, thin, where there are few arms, each."""
+    """Success of a version's episodes, five batches smoothed: against the env steps trained until it (in proportion to versions)
+    and the minutes until it was published. The mean over seeds and, thin, where there are few arms, each."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,7 +240,7 @@ def plot(study: str, found: list[dict]) -> None:
         curves = np.array([np.interp(versions, *curve(row)) for row in mine])  # [seeds, versions]
         smooth = np.array([curves[:, max(0, v - 4) : v + 1].mean(axis=1) for v in versions])  # [versions, seeds]
         steps = versions / length * np.mean([row["env_steps"][-1] for row in mine]) / 1e3
-        minutes = np.mean([[0.0, *row["time"]] for row in mine], axis=0)[versions] / 60
+        minutes = np.array([0.0, *min((row["time"] for row in mine), key=lambda time: time[-1])])[versions] / 60
         name, _, variant = arm.partition(", ")
         colour = names.index(name)
         style = {"color": f"C{colour - 1}" if colour else "black", "linestyle": VARIANTS[variant]}
