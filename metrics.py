@@ -152,7 +152,12 @@ class RunFolder:
     def truncate(self, version: int) -> None:
         """Drops lines after a checkpoint's version, so that a resumed run's lines follow on."""
         kept = [line for line in self.lines() if line["version"] <= version]
-        (self.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, name: str, text: str) -> None:
+        """Makes `text` a file's whole contents; whoever is killed in between leaves the old ones."""
+        (self.path / f".{name}.partial").write_text(text)
+        os.replace(self.path / f".{name}.partial", self.path / name)
 
     def finish(self) -> None:
         """trace.json, from what the workers have written."""

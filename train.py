@@ -413,7 +413,7 @@ def main(config: Config) -> int:
         )
 
     while True:
-        (path / "config.json").write_text(setup.saved)
+        folder.write("config.json", setup.saved)
         message, status, ratio = run_crew(setup, folder, interrupts, tracker, past)
         if status == 1 and past.left and folder.lines()[-1]["version"] <= setup.version:  # it never got going at this ratio
             why = message.removeprefix("error: ")
