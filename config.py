@@ -102,7 +102,7 @@ class EnvConfig:
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     restarts: int = 5
-    """how often each env worker is replaced, 1, 2, 4 … seconds after it failed, before the run ends; 0 means never"""
+    """how often in an hour each env worker is replaced, 1, 2, 4 … seconds after it failed, before the run ends; 0 means never"""
     eval_envs: int = 4
     """lanes that only evaluate, on seeds never trained on; they never hold up the others before the run ends"""
     eval_episodes: int = 24

@@ -31,6 +31,7 @@ START_UP = 10  # times the time limit: reading billions of weights and compiling
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a closed terminal
 LEAVE = signal.SIGUSR1  # the launcher's word to a worker; SIGTERM is the launcher's, though a scheduler sends it to everybody
 LONGEST_BACKOFF = 60.0  # seconds
+RECENT_S = 3600.0  # restarts longer ago do not count: a rare fault may come again and again in a run of days
 
 
 class WorkerFailed(Exception):
@@ -124,6 +125,7 @@ class Crew:
         self.processes: dict[str, mp.Process] = {}
         self.started: dict[str, float] = {}  # when its present process was started
         self.due: dict[str, float] = {}  # when those who have none are started again
+        self.lost: dict[str, list[float]] = {}  # when each failed, of late
         self.work, self.last_work = 0.0, time.monotonic()  # sum of everybody's work, and when it last changed
 
     def start(self, name: str) -> None:
@@ -176,16 +178,20 @@ class Crew:
     def replace(self, name: str, cause: str, mistake: bool) -> None:
         """Ends what is left of a worker and says when its successor starts. Raises WorkerFailed where there is to be none."""
         job, row = self.jobs[name], self.jobs[name].meter.row
-        before = int(self.counters.get(row, "restarts"))
-        if mistake or not job.replaceable or not (before or self.counters.get(row, "ready")):
+        if mistake or not job.replaceable or not (self.counters.get(row, "restarts") or self.counters.get(row, "ready")):
             raise WorkerFailed(f"worker {name} {cause}")
-        if before >= self.restarts:
-            raise WorkerFailed(f"worker {name} {cause}, after {before} restarts: --restarts allows no more")
+        window, now = max(RECENT_S, 2 * self.restarts * self.timeout), time.monotonic()  # longer where hanging takes long to tell
+        lost = self.lost[name] = [when for when in self.lost.get(name, []) if when > now - window]
+        if (before := len(lost)) >= self.restarts:
+            raise WorkerFailed(
+                f"worker {name} {cause}, after {before} restarts in {window / 60:.0f} min: --restarts allows no more"
+            )
         self.processes[name].kill()
         self.processes[name].join(10.0)
         if self.processes[name].is_alive():
             raise WorkerFailed(f"worker {name} {cause}, and cannot be killed")
         backoff = min(2.0**before, LONGEST_BACKOFF)
+        lost.append(now)
         metrics.count_wait(self.counters.table[row], self.counters.index, time.monotonic())  # nobody else writes this row now
         self.counters.set(row, "waiting", 0.0), self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)

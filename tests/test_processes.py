@@ -17,7 +17,8 @@ from test_channel import SPEC, open_files
 
 from channel import Counters, IndexQueue, SlotPool
 from config import ROOT
-from metrics import read_metrics
+from metrics import Meter, columns, read_metrics
+from processes import Crew, Job, WorkerFailed
 from train import run_path
 
 ENDLESS = f"{SMALL} --ratio 2:1 --iterations 100000 --checkpoint-every 100000"
@@ -217,13 +218,38 @@ def test_the_ledger_goes_on_when_a_run_is_resumed(faulty, cli, tmp_path):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("raise", "error: worker env-0 failed: RuntimeError: the simulator broke (details in {run}/error.txt), after 1 restarts: "),
+        (
+            "raise",
+            "error: worker env-0 failed: RuntimeError: the simulator broke (details in {run}/error.txt), after 1 restarts in 60 min: ",
+        ),
         ("start", "error: worker env-0 failed: RuntimeError: there is no simulator (details in {run}/error.txt)\n"),
     ],
 )
 def test_a_simulator_that_always_fails_ends_the_run(faulty, tmp_path, fault, words):
     status, output = faulty(fault, 20, "--env-workers 1 --restarts 1").finish()
     assert status == 1 and words.format(run=tmp_path / "x") in output, output
+
+
+def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
+    class Gone:
+        """In place of a process that has died."""
+
+        kill = join = is_alive = lambda *_: False
+
+    counters, clock = Counters(1, columns(0)), [1e6]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    job = Job("env-0", print, (), 1, Meter("env-0", 0, counters, None), {}, replaceable=True)
+    crew = Crew([job], counters, tmp_path, restarts=2, timeout=60.0)
+    crew.processes["env-0"] = Gone()
+    counters.set(0, "ready", 1)
+    for later in (0.0, 100.0, 3550.0, 3500.0):  # never more than two within an hour
+        clock[0] += later
+        crew.replace("env-0", "died", False)
+    said = [line.split("again ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["in 1 s (1 of 2)", "in 2 s (2 of 2)", "in 2 s (2 of 2)", "in 2 s (2 of 2)"]
+    assert counters.get(0, "restarts") == 4  # the number of its generation, and what the run reports
+    with pytest.raises(WorkerFailed, match="env-0 died, after 2 restarts in 60 min: --restarts allows no more"):
+        crew.replace("env-0", "died", False)
 
 
 def test_killed_simulators_are_replaced_and_ctrl_c_ends_a_run_without_them(endless, tmp_path):
