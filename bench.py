@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import end_on_sigterm, envs, inference, ladder, machinery, prefix, tracing, transport, tuning, weights
-from config import UserError, exit_on_user_error, parse_ratio
+from config import Family, UserError, exit_on_user_error, parse_ratio
 from processes import keep_freed_memory
 
 
@@ -54,7 +54,7 @@ class BenchConfig:
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2 vectorised, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and 3:1 of the real settings"""
-    model: Literal["pi05", "pi0", "gr00t", "oft"] = "pi05"
+    model: Family = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
     """prefix, inference: the embedded default or the published model; full needs a GPU, auto is full where there is one"""

@@ -17,6 +17,8 @@ from typing import Literal
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
+Family = Literal["pi0", "pi05", "gr00t", "oft"]  # what --model takes; files in models/
+Simulator = Literal["metaworld", "libero", "maniskill", "robocasa"]  # what --env takes; files of these names in envs/
 
 
 class UserError(Exception):
@@ -35,9 +37,9 @@ def exit_on_user_error() -> Iterator[None]:
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
-    model: Literal["pi0", "pi05", "gr00t", "oft", "emulated"] = "pi05"
+    model: Literal[Family, "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal["metaworld", "libero", "maniskill", "robocasa", "emulated", "emulated_gr00t", "vectorised"] = "metaworld"
+    env: Literal[Simulator, "emulated", "emulated_gr00t", "vectorised"] = "metaworld"
     """simulator; `emulated`, `emulated_gr00t` and `vectorised` sleep for calibrated times, to measure the pipeline alone"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
@@ -61,7 +63,7 @@ class RunConfig:
     seed: int = 1
     """seed of episodes, noise and minibatches"""
     run: str = ""
-    """name of the run folder under runs/; empty means date and time"""
+    """name of the run folder under runs/, or a path with a slash; empty means date and time"""
     resume: str = ""
     """run folder (name or path) to continue from its newest checkpoint; its saved settings apply"""
     checkpoint: Path | None = None
@@ -254,8 +256,8 @@ class Config:
 
     @property
     def exact_proximal(self) -> bool:
-        """Whether another forward gives the proximal log-prob. Interpolated, runs held back by 4 versions collapsed, two of three;
-        by up to 2 they learnt as well without it (benchmarks/results/equivalence.md)."""
+        """Whether another forward gives the proximal log-prob. Interpolated, three of five runs held back by 4 versions came to
+        less than 80 %, and none with it (benchmarks/results/equivalence.md)."""
         stale = self.actor.max_staleness + self.actor.extra_staleness > 2
         return self.algorithm.proximal == "exact" or self.algorithm.proximal == "auto" and stale
 

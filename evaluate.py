@@ -19,7 +19,7 @@ import tyro
 
 import envs
 import models
-from config import ASSETS, Config, RolloutConfig, UserError, embedded_files, exit_on_user_error, from_json
+from config import ASSETS, Config, Family, RolloutConfig, Simulator, UserError, embedded_files, exit_on_user_error, from_json
 from env_worker import EVAL_SEEDS
 from models import checkpoint
 from processes import keep_freed_memory
@@ -31,7 +31,7 @@ class EvaluateConfig:
 
     checkpoint: Path | None = None
     """a .safetensors file, a checkpoint or run folder, or another project's checkpoint; none means Meta-World's shipped one"""
-    model: Literal["pi0", "pi05", "gr00t", "oft"] | None = None
+    model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
     chunk: int = RolloutConfig().chunk
     """actions executed per inference, of another project's checkpoint; ours say it themselves"""
@@ -41,7 +41,7 @@ class EvaluateConfig:
     """pixels of the cameras; 0 means as the checkpoint's model takes them (another project's: 256, which it resizes)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    env: Literal["metaworld", "libero", "maniskill", "robocasa"] = "metaworld"
+    env: Simulator = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks; none means those of the run, else the simulator's default task set"""
@@ -153,6 +153,7 @@ def main(config: EvaluateConfig) -> dict:
     model = models.load(family).build(settings, spec, device).eval()
     tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])
     preparation = models.files(family).preparation(model.header, tokenizer)
+    print(f"{path}: {config.episodes} episodes of {config.env}", flush=True)
     outcomes, films = run_episodes(model, spec, preparation, config, settings.rollout.chunk, device)
 
     videos = config.videos or (run or Path(".")) / "videos"

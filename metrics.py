@@ -9,6 +9,7 @@ Left out: profiling inside a stage (Perfetto shows spans; for kernels use torch.
 """
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -138,6 +139,12 @@ class RunFolder:
             self.spans.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write the run folder {path}: {error.strerror}; choose another --run") from None
+        self.lock = os.open(path, os.O_RDONLY)  # as long as this process lives
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"run {self.name} is being trained by another process: end that one first, or wait") from None
         for old in self.spans.iterdir():
             old.unlink()
 

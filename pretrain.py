@@ -18,7 +18,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ import tyro
 
 import models
 from actor_worker import all_reduce_gradients
-from config import RolloutConfig, UserError, embedded_files, exit_on_user_error
+from config import Family, RolloutConfig, UserError, embedded_files, exit_on_user_error
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
 
@@ -40,7 +39,7 @@ PROCESSES = 2  # a constant, because the order of sums, and so every bit of the 
 class PretrainConfig:
     """Imitation from Meta-World's scripted experts."""
 
-    model: Literal["pi0", "pi05", "gr00t", "oft"] = "pi05"
+    model: Family = "pi05"
     """policy family, at its embedded small size"""
     out: Path | None = None
     """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside it"""

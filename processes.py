@@ -196,7 +196,8 @@ class Crew:
         self.counters.set(row, "waiting", 0.0), self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)
         self.due[name] = time.monotonic() + backoff
-        print(f"worker {name} {cause}; starting it again in {backoff:.0f} s ({before + 1} of {self.restarts})", flush=True)
+        count = f"{before + 1} of {self.restarts} in {window / 60:.0f} min"
+        print(f"worker {name} {cause}; starting it again in {backoff:.0f} s ({count})", flush=True)
 
     def check_progress(self) -> None:
         """Raises WorkerFailed when everybody waits for somebody else, and nobody is just being replaced."""

@@ -34,15 +34,18 @@ if ! have_gl || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     fi
 fi
 
+echo "making .venv: some minutes and 3.5 GB the first time" >&2
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"; }
 torch=$(grep '^torch==' requirements.txt)
+echo "installing $torch" >&2
 cpu=https://download.pytorch.org/whl/cpu
 if ! command -v nvidia-smi >/dev/null && .venv/bin/python -c "import urllib.request as u; u.urlopen('$cpu/torch/', timeout=5)" 2>/dev/null; then
     pip "$torch" --index-url "$cpu"  # a fifth of the size of the CUDA build
 else
     pip "$torch"
 fi
+echo "installing what ${requirements}${maniskill:+ and $maniskill} asks for; simulators with their scenes take longest" >&2
 pip -r "$requirements" ${maniskill:+-r "$maniskill"}
 
 # SAPIEN draws with Vulkan. Without a GPU that is Mesa's lavapipe, from version 24.3 on; Debian 12 has a new one in its backports.
@@ -73,3 +76,4 @@ if [ -n "$maniskill" ] && ! draws; then
         echo "note: ManiSkill cannot draw here: it needs a GPU's Vulkan driver, or libvulkan1 and mesa-vulkan-drivers of version 24.3 or newer" >&2
 fi
 touch "$stamp"
+echo "ready" >&2

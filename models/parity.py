@@ -66,7 +66,7 @@ def check(folder: Path) -> list[Line]:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
+    if len(arguments) != 1 or arguments[0].startswith("-"):
         raise UserError("python -m models.parity takes one folder")
     torch.set_num_threads(1)
     lines = check(Path(arguments[0]))

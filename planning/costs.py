@@ -218,6 +218,7 @@ def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
         f"{run}: a chunk takes {costs.step_s * 1e3:.3g} ms, an inference {costs.infer_fixed_s * 1e3:.3g} + "
         f"{costs.infer_each_s * 1e3:.3g} ms per sample, a chunk step's training {costs.train_each_s * 1e3:.3g} ms; "
         f"the run reached {env_steps / seconds:.0f} env steps/s"
+        + ("; of so few iterations predictions may be far off: ten and more are within 3 %" if len(lines) < 7 else "")
     )
     nodes = max(1, config.gpus // config.gpus_per_node)
     costs = replace(

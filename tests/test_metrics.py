@@ -1,6 +1,7 @@
 """Counters to metrics lines, spans to a Chrome trace and back, and the run folder."""
 
 import json
+import os
 import time
 
 import pytest
@@ -213,6 +214,9 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
     (folder.path / "checkpoints" / "000002").mkdir()
     with pytest.raises(UserError, match=f"exists: continue it with --resume {folder.path} or choose another --run"):
         RunFolder(folder.path, resume=False)
+    with pytest.raises(UserError, match="is being trained by another process: end that one first"):
+        RunFolder(folder.path, resume=True)
+    os.close(folder.lock)
     again = RunFolder(folder.path, resume=True)
     again.truncate(2)
     assert [one["version"] for one in again.lines()] == [1, 2] == [one["version"] for one in read_metrics(folder.path)]
