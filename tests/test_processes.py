@@ -21,6 +21,10 @@ from metrics import Meter, columns, read_metrics
 from processes import Crew, Job, WorkerFailed
 from train import run_path
 
+QUICK = (
+    "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 --micro-batch 4 --segment 1 "
+    "--update-epochs 1 --eval-envs 0 --eval-every 0 --iterations 1000000 --no-trace"
+)
 ENDLESS = f"{SMALL} --ratio 2:1 --iterations 100000 --checkpoint-every 100000"
 
 
@@ -58,10 +62,20 @@ def test_ctrl_c_saves_and_says_where(endless, tmp_path):
 
 
 def test_ctrl_c_is_heard_where_iterations_are_quicker_than_their_reports(cli, tmp_path):
-    flags = "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 --micro-batch 4 --segment 1"
-    flags += " --update-epochs 1 --eval-envs 0 --eval-every 0 --checkpoint-every 1000000 --iterations 1000000 --no-trace"
-    process = cli("train.py", f"{flags} --run {tmp_path / 'x'}")
+    process = cli("train.py", f"{QUICK} --checkpoint-every 1000000 --run {tmp_path / 'x'}")
     process.wait_for(tmp_path / "x" / "metrics.jsonl", 100)
+    process.process.send_signal(signal.SIGINT)
+    status, output = process.finish(timeout=30)
+    assert status == 130 and "interrupted; saved" in output, output
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(cli, tmp_path):
+    run = tmp_path / "x"
+    process = cli("train.py", f"{QUICK} --checkpoint-every 5 --run {run}")
+    process.wait_for(run / "metrics.jsonl", 20)
+    status, output = cli("train.py", f"--resume {run}").finish()
+    assert status == 2 and f"error: run {run} is being trained by another process: end that one first" in output, output
+    process.wait_for(run / "metrics.jsonl", len(read_metrics(run)) + 5)  # unharmed
     process.process.send_signal(signal.SIGINT)
     status, output = process.finish(timeout=30)
     assert status == 130 and "interrupted; saved" in output, output
