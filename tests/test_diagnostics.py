@@ -31,7 +31,7 @@ def test_a_stale_sample_may_be_further_from_the_policy_that_acted():
         assert len(said) == told and all(f"{lag:.1f} versions before" in text and "--proximal exact" in text for text in said)
 
 
-@pytest.mark.parametrize("study", ["equivalence", "algorithms"])
+@pytest.mark.parametrize("study", ["equivalence", "default", "algorithms"])
 def test_the_runs_that_stale_samples_spoilt_were_told_early_and_no_others(study):
     """The committed study: who was warned of the KL, and when, of runs of 60 iterations."""
     for run in map(json.loads, file(study, "jsonl").read_text().splitlines()):
