@@ -283,7 +283,7 @@ def run(
     parameters = list(trainable.values())
     proximal = ExactProximal(model, parameters) if config.exact_proximal else None
     past = deque(maxlen=actor.extra_staleness + 1)  # weights of the newest versions, of which the oldest acts
-    collected, received, trajectory = (pool[name].numpy() for name in ("collected", "received", "trajectory"))
+    collected, received, trajectory = (pool.arrays[name] for name in ("collected", "received", "trajectory"))
     settled = np.zeros_like(collected)  # chunk steps of each slot, as far as trajectories from it were received
     rows: dict[int, int] = {}  # chunk steps trained, of each slot of the batch
     spared: list[int] = []  # slots whose epochs --kl-stop left out, once for each

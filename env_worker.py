@@ -158,10 +158,10 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     segment = pool["actions"].shape[1]  # T
     preparation = models.files(config.train.model).preparation(header, str(config.train.tokenizer or ""))
     actions, reward, terminated, truncated, collected = (
-        pool[n].numpy() for n in ("actions", "reward", "terminated", "truncated", "collected")
+        pool.arrays[n] for n in ("actions", "reward", "terminated", "truncated", "collected")
     )
-    seen = {name: pool[name] if pool[name].is_cuda else pool[name].numpy() for name in pool.spec if name in OBSERVED}
-    labels = {name: pool[name].numpy() for name in ("lane", "trajectory", "task", "asked")}
+    seen = {name: pool.arrays.get(name, pool[name]) for name in pool.spec if name in OBSERVED}
+    labels = {name: pool.arrays[name] for name in ("lane", "trajectory", "task", "asked")}
     on_gpu = pool["image"].is_cuda  # then they are of the size and kind that the model wants: `train.prepare` has seen to that
     blank = np.broadcast_to(np.uint8(0), (spec.views, spec.image_size, spec.image_size, 3))  # for a picture that is not here
     outbox: dict[int, list[Record]] = {}  # per rollout worker

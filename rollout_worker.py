@@ -97,7 +97,7 @@ def serve(
     """
     pool, samples = channels.pool, expand(records, width, eval_width)
     slots, rows = np.array([r.slot for r in samples]), np.array([0 if r.kind == EVAL else r.t for r in samples])
-    lanes, trajectories = (pool[name].numpy()[slots].tolist() for name in ("lane", "trajectory"))
+    lanes, trajectories = (pool.arrays[name][slots].tolist() for name in ("lane", "trajectory"))
     keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)]
     noise = model.draw(keys, [r.kind != EVAL for r in samples])
     obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(samples)
@@ -135,7 +135,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     compiles = model.COMPILED and (device != "cpu" if config.rollout.compile is None else config.rollout.compile)
     admission, workers, width = Admission.of(config), config.rollout.rollout_workers, config.env.width
     served = len(range(rank, config.env.envs // width, workers))  # lanes that ask this worker
-    lane_of, trajectory_of, asked = (pool[name].numpy() for name in ("lane", "trajectory", "asked"))  # as read one by one
+    lane_of, trajectory_of, asked = (pool.arrays[name] for name in ("lane", "trajectory", "asked"))  # as read one by one
     batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
     auto_max, auto_wait = config.rollout.batch_max == "auto", config.rollout.batch_wait_ms == "auto"
     batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)

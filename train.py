@@ -294,15 +294,16 @@ def supervise(
     """
     config, counters, began = setup.config, channels.counters, folder.appended or time.monotonic()
     rows = tuner.rows
-    earlier = (folder.lines() or [{}])[-1]  # of a run that is resumed
+    past = folder.lines()  # of a run that is resumed
+    earlier = (past or [{}])[-1]
     ledger = metrics.Ledger(earlier)
     warnings = diagnostics.Warnings()
-    for line in folder.lines():
+    for line in past:
         warnings.of(line)  # said before
     show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
     interval, pool_gb = None, slot_pool_gb(setup)
     # Workers that come at another ratio keep the schedule, or each would be judged while it evaluates as the one before did not.
-    before = folder.lines() if folder.appended else []
+    before = past if folder.appended else []
     evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters, before)
 
     def watch() -> bool:

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from config import UserError
 from models import checkpoint
 from models.flow import check_steps, flow_noise, normal_logprob
+from models.rotary import rotary, rotate
 from models.siglip import Siglip
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -205,19 +206,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def rotary(length: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [S, d/2] of rotary embedding at positions 0 … S − 1, θ = 10⁶, computed in fp32."""
-    frequency = 1e6 ** (-torch.arange(d // 2, device=device, dtype=torch.float32) / (d // 2))
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [n, heads, S, d], its halves rotated."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -397,7 +385,7 @@ class Gr00t(nn.Module):
         pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
         x = self.embed_tokens(ids)
         x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
-        cos, sin = rotary(ids.shape[1], self.config.head_dim, x.dtype, x.device)
+        cos, sin = rotary(torch.arange(ids.shape[1], device=x.device)[None], self.config.head_dim, x.dtype, theta=1e6)
         mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
         # The fused kernels' gradients lose the cancelling numbers of "eager".
         with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from config import UserError
 from models import checkpoint
 from models.flow import check_steps, flow_noise, normal_logprob
+from models.rotary import rotary, rotate
 from models.siglip import Siglip
 from models.tokenize import PAD
 
@@ -214,20 +215,6 @@ class GeGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-
-
-def rotary(positions: Tensor, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [n, 1, S, d/2] of rotary embedding, θ = 10⁴, computed in fp32. positions [n, S]."""
-    half = d // 2
-    frequency = 10_000.0 ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angle = positions[:, None, :, None] * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [n, heads, S, d], halves rotated as in Gemma."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 def gated(x: Tensor, more: Tensor, gate: Tensor | None) -> Tensor:
