@@ -39,6 +39,7 @@ from config import ROOT, UserError
 from scheduler import Admission
 
 BATCH, SEGMENT, MICRO_BATCH = 512, 8, 16  # trajectories, chunk steps of each, trajectories of a micro-batch
+WATCH_S = 0.05  # between two looks at a run that is being measured, on the same cores
 WARMUP = 2  # iterations at least that are not measured; nor is any before B_max and T_max are chosen
 PARTS = ("env", "rollout", "actor", "launcher")
 FLAGS = [
@@ -88,7 +89,7 @@ def follow(command: list[str], watch: Callable[[Path, int], dict | None], limit_
             while process.poll() is None and time.monotonic() < deadline:
                 if result := watch(folder, process.pid):
                     return result
-                time.sleep(0.01)
+                time.sleep(WATCH_S)
             output = (folder / "log").read_text().strip()[-300:]
             raise UserError(f"`{' '.join(command)}` failed or took longer than {limit_s:.0f} s: {output}")
         finally:
@@ -104,13 +105,14 @@ def follow(command: list[str], watch: Callable[[Path, int], dict | None], limit_
 
 def run_pipeline(envs: int, pixels: int, seconds: float, flags: tuple[str, ...] = ()) -> dict:
     """One run of the real command: its row, over `seconds` or three iterations, whichever is longer."""
-    first = []  # count of lines, the newest line, processor seconds
+    first, seen = [], [0]  # count of lines, the newest line, processor seconds; count at the last look
 
     def watch(folder: Path, pid: int) -> dict | None:
         file = folder / "run" / "metrics.jsonl"
         count = file.read_bytes().count(b"\n") if file.is_file() else 0
-        if count < WARMUP or first and count < first[0] + 3:
+        if count < WARMUP or count == seen[0] or first and count < first[0] + 3:
             return None
+        seen[0] = count  # to read them all again at every look would slow down what is measured
         lines = metrics.read_metrics(folder / "run")[:count]
         if not first and not any(line["tuning"] for line in lines):
             return None
