@@ -306,6 +306,20 @@ def to_json(config: Config) -> str:
     return json.dumps(stages, indent=1, default=str, allow_nan=False)
 
 
+def run_path(name: str) -> Path:
+    """runs/NAME, or the path itself when it is one."""
+    return Path(name) if "/" in name else ROOT / "runs" / name
+
+
+def existing_run(name: str) -> Path:
+    """The same of a run that there is. Raises UserError."""
+    path = run_path(name)
+    if not path.is_dir():
+        have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
+        raise UserError(f"there is no run {path}: runs/ holds {', '.join(have[-8:])}")
+    return path
+
+
 def from_json(path: Path) -> Config:
     """A run's config.json. Raises UserError when it is not one."""
     try:

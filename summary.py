@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-from config import ROOT, Config, UserError, exit_on_user_error, from_json
+from config import Config, UserError, existing_run, exit_on_user_error, from_json
 from metrics import GROUPS, REASONS, STAGES, read_metrics, read_trace
 
 # ---------------------------------------------------------------- pictures
@@ -318,8 +318,7 @@ def main() -> None:
     with exit_on_user_error():
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
             raise UserError("give one run to look at: python -m metrics NAME, of runs/NAME, or a folder")
-        name = sys.argv[1]
-        run = Path(name) if "/" in name or Path(name).is_dir() else ROOT / "runs" / name
+        run = existing_run(sys.argv[1])
         if not (run / "metrics.jsonl").is_file():
             raise UserError(f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl")
         try:

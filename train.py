@@ -40,10 +40,12 @@ from config import (
     Config,
     UserError,
     embedded_files,
+    existing_run,
     exit_on_user_error,
     from_json,
     from_preset,
     parse_ratio,
+    run_path,
     to_json,
     validate,
 )
@@ -65,12 +67,10 @@ def parse(args: list[str]) -> Config:
     look, _ = tyro.cli(FirstLook, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True)
     default = from_preset(look.preset if look.preset in PRESETS else "full")  # tyro names a wrong one below
     if look.resume:
-        if not run_path(look.resume).is_dir():
-            have = sorted(path.name for path in (ROOT / "runs").glob("*/")) or ["none"]
-            raise UserError(f"there is no run {run_path(look.resume)} to resume: runs/ holds {', '.join(have[-8:])}")
+        saved = existing_run(look.resume) / "config.json"
         if any(a.partition("=")[0] == "--run" for a in args):
             raise UserError(f"--run and --resume {look.resume} exclude each other: a resumed run goes on in its own folder")
-        default = from_json(run_path(look.resume) / "config.json")
+        default = from_json(saved)
         anew = default.train.ratio == "auto" or any(a.partition("=")[0] in ("--ratio", "--placement") for a in args)
         default.train.ratio_from = default.train.parts
         if anew:  # worker counts follow from the ratio, as far as no flag gave them
@@ -82,11 +82,6 @@ def parse(args: list[str]) -> Config:
         if config.train.ratio != "auto":
             raise UserError(f"--ratio-from {config.train.ratio_from} is for --ratio auto: leave out one of them")
     return config
-
-
-def run_path(name: str) -> Path:
-    """runs/NAME, or the path itself when it is one."""
-    return Path(name) if "/" in name else ROOT / "runs" / name
 
 
 # ---------------------------------------------------------------- what the flags mean on this machine

@@ -115,7 +115,9 @@ def expand(name: str) -> tuple[str, ...]:
     task = name.removeprefix("MT1-").removesuffix("-v3")
     if task in PROMPTS:
         return (task,)
-    raise UserError(f"unknown Meta-World task {name!r}: choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}")
+    raise UserError(
+        f"unknown Meta-World task {name!r}: choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}; or another --env"
+    )
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:

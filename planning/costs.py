@@ -8,11 +8,10 @@ Left out: cores and links that stages fight over. What a trace shows contains th
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from config import ROOT, Config, UserError, from_json, parse_ratio
+from config import Config, UserError, existing_run, from_json, parse_ratio
 from planning import STAGES, Costs, Node
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, preset_of
@@ -192,7 +191,7 @@ def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
     """Node, number of nodes and costs of a run, changed as flags say; and what the run itself reached. Raises UserError."""
     from metrics import read_metrics, read_trace  # which import torch: seconds that nothing else here needs
 
-    run = Path(config.from_) if "/" in config.from_ else ROOT / "runs" / config.from_
+    run = existing_run(config.from_)
     if not (run / "trace.json").is_file() or not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no trace.json and metrics.jsonl: --from takes a finished run that was traced")
     if not 0 <= config.infer_fixed < 1:

@@ -16,10 +16,9 @@ from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
 
 from channel import Counters, IndexQueue, SlotPool
-from config import ROOT
+from config import ROOT, run_path
 from metrics import Meter, columns, read_metrics
 from processes import Crew, Job, WorkerFailed
-from train import run_path
 
 QUICK = (
     "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 --micro-batch 4 --segment 1 "

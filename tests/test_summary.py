@@ -173,7 +173,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     torn = a_run(tmp_path / "torn", [line(1), line(2)])
     (torn / "trace.json").write_text('{"traceEvents": [')
     for args, words in (
-        ((), "give one run"), ((tmp_path,), "holds no metrics.jsonl"), (("no-such-run",), "runs/no-such-run is not the folder"),
+        ((), "give one run"), ((tmp_path,), "holds no metrics.jsonl"), (("no-such-run",), "runs/no-such-run: runs/ holds"),
         ((empty,), "metrics.jsonl is empty"), ((other,), "another version"), ((torn,), "damaged"),
     ):  # fmt: skip
         failed = command(*args)

@@ -340,7 +340,7 @@ def refused(flags: str) -> None:
         ("--run {tmp}/file/x", "cannot write the run folder"),
         ("--run {tmp}/old", "exists: it has no checkpoint yet: choose another --run"),
         ("--resume {tmp}/old --run {tmp}/new", "exclude each other"),
-        ("--resume {tmp}/none", "there is no run {tmp}/none to resume"),
+        ("--resume {tmp}/none", "there is no run {tmp}/none: runs/ holds"),
         ("--resume no-such-run", "no-such-run to resume: runs/ holds"),
         ("--resume {tmp}", "cannot read the settings of the run"),
         ("--resume {tmp}/old", "no checkpoint at"),
