@@ -13,6 +13,7 @@ Evaluation lanes do the same on seeds never trained on, in slots of their own; n
 Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
 """
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from scheduler import Admission
 GATHER_S = 1e-3  # where lanes are usually stepped more quickly than this, requests of one after the other are sent together
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
 
-Outcome = tuple[np.ndarray, np.ndarray, np.ndarray]  # reward, terminated, truncated, of every env of a lane [N]
+Outcome = tuple[list[float], list[bool], list[bool]]  # reward, terminated, truncated, of every env of a lane
 
 
 class Single:
@@ -54,16 +55,16 @@ class Single:
         picture, state = self.env.observe()
         return picture[None], state[None]
 
-    def play(self, plans: np.ndarray, steps: np.ndarray, horizon: int) -> Outcome:
-        """Steps through plans [1, C, A] until the episode ends. steps [1]: control steps into the episode, counted on."""
-        reward, taken = 0.0, int(steps[0])
+    def play(self, plans: list[np.ndarray], steps: list[int], horizon: int) -> Outcome:
+        """Steps through the one plan [C, A] until the episode ends. steps: control steps into the episode, counted on."""
+        reward, taken = 0.0, steps[0]
         for action in plans[0]:
             r, success = self.env.step(action)
             reward, taken = reward + r, taken + 1
             if success or taken >= horizon:
                 break
         steps[0] = taken
-        return np.array([reward]), np.array([success], bool), np.array([taken >= horizon and not success])
+        return [float(reward)], [bool(success)], [taken >= horizon and not success]
 
 
 class Vectorised:
@@ -80,17 +81,22 @@ class Vectorised:
         pictures, states = self.sims.observe()
         return pictures if self.keep else pictures.cpu().numpy(), states.cpu().numpy()
 
-    def play(self, plans: np.ndarray, steps: np.ndarray, horizon: int) -> Outcome:
-        """Steps through plans [N, C, A] with all envs; those whose episode has ended go on with the others, to no effect."""
-        actions, taken = torch.from_numpy(plans).to(self.device), torch.from_numpy(steps).to(self.device)
+    def play(self, plans: list[np.ndarray], steps: list[int], horizon: int) -> Outcome:
+        """Steps through N plans [C, A] with all envs; those whose episode has ended go on with the others, to no effect."""
+        actions, taken = torch.from_numpy(np.array(plans)).to(self.device), torch.tensor(steps, device=self.device)
         reward = torch.zeros(len(plans), device=self.device)
         alive, won = torch.ones_like(taken, dtype=torch.bool), torch.zeros_like(taken, dtype=torch.bool)
         for c in range(actions.shape[1]):
             r, success = self.sims.step(actions[:, c])
             reward, taken = torch.where(alive, reward + r, reward), taken + alive
             won, alive = won | alive & success, alive & ~success & (taken < horizon)
-        steps[:] = taken.cpu().numpy()
-        return reward.cpu().numpy(), won.cpu().numpy(), (~alive & ~won).cpu().numpy()
+        steps[:] = taken.tolist()
+        return reward.tolist(), won.tolist(), (~alive & ~won).tolist()
+
+
+def over(won: list[bool], late: list[bool]) -> list[int]:
+    """Which envs of a lane have ended their episodes."""
+    return [row for row, ends in enumerate(zip(won, late, strict=True)) if any(ends)]
 
 
 @dataclass
@@ -103,12 +109,12 @@ class Lane:
     t: int = 0  # chunk steps into the trajectory
     states: np.ndarray | None = None  # [N, S] as last observed
     ended: list[int] = field(default_factory=list)  # rows whose episodes have just ended, while their last observations are valued
-    steps: np.ndarray = field(init=False)  # [N] control steps into the episodes
+    steps: list[int] = field(init=False)  # [N] control steps into the episodes
     tasks: list[int] = field(init=False)  # [N]
     episodes: list[int] = field(init=False)  # [N] of the running round of evaluation
 
     def __post_init__(self):
-        self.steps, self.tasks, self.episodes = np.zeros(len(self.envs), np.int64), [-1] * len(self.envs), [0] * len(self.envs)
+        self.steps, self.tasks, self.episodes = [0] * len(self.envs), [-1] * len(self.envs), [0] * len(self.envs)
 
     def moved_to(self, slot: int) -> slice | None:
         """Puts the lane into the slots from this one on. Returns those it was in."""
@@ -258,26 +264,26 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         request(lane, lane.slots.start, ACT, 0)
         return True
 
-    def plans(lane: Lane, row: int) -> np.ndarray:
-        """What the simulator is to execute [N, C, A]."""
-        asked = actions[lane.slots, row]
-        return np.array([preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)])
+    def plans(lane: Lane, row: int) -> list[np.ndarray]:
+        """What each simulator is to execute [C, A]."""
+        asked = actions[lane.slots, row].copy()  # a simulator that writes into what it is given must not change what is trained on
+        return [preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)]
 
     def advance(lane: Lane) -> None:
         """Actions for row t have come: step, write what happened."""
         t, slots = lane.t, lane.slots
         with meter.work("step"):
-            before = sum(lane.steps.tolist())
+            before = sum(lane.steps)
             rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
-        meter.count("env_steps", sum(lane.steps.tolist()) - before)
+        meter.count("env_steps", sum(lane.steps) - before)
         collected[slots] += 1
-        if not all(np.isfinite(rewards).tolist()):
-            row = np.isfinite(rewards).argmin()
-            raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {rewards[row]}")
+        for row, value in enumerate(rewards):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {value}")
         reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
-        ended = (won | late).nonzero()[0].tolist()
+        ended = over(won, late)
         if ended:
-            meter.count("episodes", len(ended)), meter.count("successes", won.sum())
+            meter.count("episodes", len(ended)), meter.count("successes", sum(won))
         if grouped and (terminated[slots, : t + 1] | truncated[slots, : t + 1]).any(1).all():
             finish(slots.start, t + 1)
             lane.trajectory += 1
@@ -285,7 +291,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
                 park(lane)
             return
         lane.ended = [] if grouped else ended
-        if config.algorithm.bootstrap_truncated and late.any():
+        if config.algorithm.bootstrap_truncated and any(late):
             observe(lane, t + 1)  # for its value alone: `go_on` overwrites the row
             request(lane, slots.start, FINAL, t + 1)
         else:
@@ -329,7 +335,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     def advance_evaluation(lane: Lane) -> None:
         with meter.work("step"):
             _, won, late = lane.sim.play(plans(lane, 0), lane.steps, spec.horizon)
-        ended = [row for row in np.flatnonzero(won | late).tolist() if lane.episodes[row] < config.env.eval_episodes]
+        ended = [row for row in over(won, late) if lane.episodes[row] < config.env.eval_episodes]
         for row in ended:
             meter.set(f"outcome_{lane.episodes[row]}", 2 * eval_round + int(won[row]))
         go_on_evaluating(lane, ended)

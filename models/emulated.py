@@ -75,7 +75,8 @@ class Emulated(nn.Module):
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
         wait(self.infer_base + n * self.infer_each)
-        return {"actions": self.action.expand(n, -1, -1), "logprob": torch.zeros(n, *self.action.shape), "value": torch.zeros(n)}
+        zeros = self.action.expand(n, -1, -1)
+        return {"actions": zeros, "logprob": zeros, "value": zeros[:, 0, 0]}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])

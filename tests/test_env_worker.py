@@ -62,7 +62,9 @@ class Env:
     def step(self, action):
         self.steps += 1
         time.sleep(float(action[1]))
-        return float(action[0] == 1.0), bool(action[0] == 1.0)
+        success = bool(action[0] == 1.0)
+        action[:] = -1.0  # as a simulator may do with what it is given
+        return float(success), success
 
 
 class Envs(Stacked):
@@ -173,6 +175,7 @@ def test_a_trajectory_from_request_to_request(worker):
     answer(channels, zero, plan(success_at=1))  # in the middle of a chunk: the rest of it is not executed
     (zero,) = requests(channels, 1)
     assert zero == Record(0, 2, ACT, 0) and seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)
+    assert torch.equal(pool["actions"][0, 1], plan(success_at=1))  # what is trained on is what was sampled
     for _ in (3, 4):
         answer(channels, zero, plan())
         (zero,) = requests(channels, 1)
@@ -508,14 +511,14 @@ def test_a_round_of_evaluation_outlives_its_worker(worker):
     ],
 )
 def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
-    lane, taken = Single(Env((), 2)), np.array([begun])
+    lane, taken = Single(Env((), 2)), [begun]
     lane.reset([0], 0, [0])
-    assert [x.item() for x in lane.play(plan(success_at)[None].numpy(), taken, HORIZON)] == list(expected) and taken == [steps]
-    many, taken = Vectorised(Envs((), 2, 3, "cpu"), "cpu", keep=False), np.array([0, begun, 3])
+    assert [x for (x,) in lane.play([plan(success_at).numpy()], taken, HORIZON)] == list(expected) and taken == [steps]
+    many, taken = Vectorised(Envs((), 2, 3, "cpu"), "cpu", keep=False), [0, begun, 3]
     many.reset([0, 1, 2], 0, [0, 0, 0])
     plans = torch.stack([plan(1), plan(success_at), plan()]).numpy()
-    rows = [tuple(x.item() for x in row) for row in zip(*many.play(plans, taken, HORIZON), strict=True)]
-    assert rows == [(1.0, True, False), expected, (0.0, False, True)] and taken.tolist() == [2, steps, 6]
+    rows = list(zip(*many.play(plans, taken, HORIZON), strict=True))
+    assert rows == [(1.0, True, False), expected, (0.0, False, True)] and taken == [2, steps, 6]
 
 
 def test_episodes_have_names_of_their_own():
@@ -545,7 +548,7 @@ def test_success_does_not_select_what_is_trained_on():
     rate, horizon, chunk, segment, lanes = 0.3, 40, np.zeros((5, 4)), 8, 8
     rng, admission = np.random.default_rng(0), Admission(lanes, lanes, 1)
     speed = np.linspace(1.0, 6.0, lanes)  # fast and slow simulators, which succeed early or late
-    coins, taken = [Single(Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)], np.zeros((lanes, 1), int)
+    coins, taken = [Single(Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)], [[0] for _ in range(lanes)]
     at, slots, version, trained = np.zeros((lanes, 2), int), {}, 0, []  # at: trajectory and row of each lane
     for coin in coins:
         coin.reset([0], 0, [0])
@@ -562,7 +565,7 @@ def test_success_does_not_select_what_is_trained_on():
         if terminated or truncated:
             slots[slot].append(terminated)
             coins[lane].reset([0], 0, [0])
-            taken[lane] = 0
+            taken[lane] = [0]
         at[lane, 1] += 1
         if (at @ [segment, 1] >= (version + 1) * segment).all():
             ring = version % 2 * lanes

@@ -344,7 +344,7 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
         ({"infer_share": 2.0}, "--infer-share"),
         ({"optimizer_s": 1000.0}, "--optimizer-s"),
         ({"iterations": 0}, "--iterations"),
-        ({"from_": "no-such-run"}, "no trace.json"),
+        ({"from_": "no-such-run"}, "there is no run"),
         ({"validate": True, "ladder": ROOT / "no-such-file"}, "cannot read the ladder"),
         ({"json": ROOT / "no-such-folder" / "x.json"}, "does not exist"),
     ],
