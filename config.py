@@ -312,7 +312,7 @@ def run_path(name: str) -> Path:
 
 
 def existing_run(name: str) -> Path:
-    """The same of a run that there is. Raises UserError."""
+    """The same of a run that exists. Raises UserError, which names those that do."""
     path = run_path(name)
     if not path.is_dir():
         have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]

@@ -82,21 +82,23 @@ class Vectorised:
         return pictures if self.keep else pictures.cpu().numpy(), states.cpu().numpy()
 
     def play(self, plans: list[np.ndarray], steps: list[int], horizon: int) -> Outcome:
-        """Steps through N plans [C, A] with all envs; those whose episode has ended go on with the others, to no effect."""
+        """Steps through N plans [C, A] with all envs; those whose episode has ended, now or before (`Lane.steps`), go on with the
+        others, to no effect."""
         actions, taken = torch.from_numpy(np.array(plans)).to(self.device), torch.tensor(steps, device=self.device)
         reward = torch.zeros(len(plans), device=self.device)
-        alive, won = torch.ones_like(taken, dtype=torch.bool), torch.zeros_like(taken, dtype=torch.bool)
+        begun = alive = taken < horizon
+        won = torch.zeros_like(alive)
         for c in range(actions.shape[1]):
             r, success = self.sims.step(actions[:, c])
             reward, taken = torch.where(alive, reward + r, reward), taken + alive
             won, alive = won | alive & success, alive & ~success & (taken < horizon)
         steps[:] = taken.tolist()
-        return reward.tolist(), won.tolist(), (~alive & ~won).tolist()
+        return reward.tolist(), won.tolist(), (begun & ~alive & ~won).tolist()
 
 
-def over(won: list[bool], late: list[bool]) -> list[int]:
-    """Which envs of a lane have ended their episodes."""
-    return [row for row, ends in enumerate(zip(won, late, strict=True)) if any(ends)]
+def ended_rows(won: list[bool], late: list[bool]) -> list[int]:
+    """The envs of a lane whose episodes have just ended."""
+    return [row for row in range(len(won)) if won[row] or late[row]]
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Lane:
     t: int = 0  # chunk steps into the trajectory
     states: np.ndarray | None = None  # [N, S] as last observed
     ended: list[int] = field(default_factory=list)  # rows whose episodes have just ended, while their last observations are valued
-    steps: list[int] = field(init=False)  # [N] control steps into the episodes
+    steps: list[int] = field(init=False)  # [N] control steps into the episodes; the time limit where one is over and none follows
     tasks: list[int] = field(init=False)  # [N]
     episodes: list[int] = field(init=False)  # [N] of the running round of evaluation
 
@@ -281,9 +283,12 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
             if not math.isfinite(value):
                 raise FloatingPointError(f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {value}")
         reward[slots, t], terminated[slots, t], truncated[slots, t] = rewards, won, late
-        ended = over(won, late)
+        ended = ended_rows(won, late)
         if ended:
             meter.count("episodes", len(ended)), meter.count("successes", sum(won))
+        if grouped:  # what the lane plays on with is no episode
+            for row in ended:
+                lane.steps[row] = spec.horizon
         if grouped and (terminated[slots, : t + 1] | truncated[slots, : t + 1]).any(1).all():
             finish(slots.start, t + 1)
             lane.trajectory += 1
@@ -335,7 +340,7 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
     def advance_evaluation(lane: Lane) -> None:
         with meter.work("step"):
             _, won, late = lane.sim.play(plans(lane, 0), lane.steps, spec.horizon)
-        ended = [row for row in over(won, late) if lane.episodes[row] < config.env.eval_episodes]
+        ended = [row for row in ended_rows(won, late) if lane.episodes[row] < config.env.eval_episodes]
         for row in ended:
             meter.set(f"outcome_{lane.episodes[row]}", 2 * eval_round + int(won[row]))
         go_on_evaluating(lane, ended)

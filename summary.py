@@ -317,7 +317,7 @@ def main() -> None:
     """The command: draws, and prints the summary."""
     with exit_on_user_error():
         if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise UserError("give one run to look at: python -m metrics NAME, of runs/NAME, or a folder")
+            raise UserError("give one run to look at: python -m metrics NAME, of runs/NAME, or a path with a slash")
         run = existing_run(sys.argv[1])
         if not (run / "metrics.jsonl").is_file():
             raise UserError(f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl")

@@ -276,7 +276,7 @@ def measure(setting: str, ratio: str, iterations: int, traces: Path | None = Non
 
 
 def report(rows: list[dict]) -> str:
-    """A table and the verdict of every setting, as the README has them."""
+    """A table and the verdict of every setting, as docs/performance.md has them."""
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]

@@ -13,9 +13,9 @@ envs, so that rows differ in nothing else. Runs take turns, `--repeats` of each;
 `cpu_to_8_envs`: their sum over that at 8 envs. Above 1, cost would grow faster than work.
 `slot_kb`, `pool_mb`: a slot of 8 chunk steps, and all slots. `private_mb`: what the processes share with nobody.
 
-With --peer: `round_trips_per_s` and `cpu_us` of both, and the faster one of ours in relation to each way that TorchRL has
-(`benchmarks/peers.py`), by the rates of the same round. Ours include streamer and actor and TorchRL's no learner, so the
-comparison leans its way.
+With --peer: `round_trips_per_s` and `cpu_us` of both, and ours in relation to each way that TorchRL has (`benchmarks/peers.py`), by
+the rates of the same round: the median over rounds and the least. Ours is the one of OURS with the better median. It includes
+streamer and actor and TorchRL's no learner, so the comparison leans its way; so does watching, which reads more of ours.
 
 Left out: what a simulator, a network and a GPU cost; start-up.
 """
@@ -105,7 +105,7 @@ def follow(command: list[str], watch: Callable[[Path, int], dict | None], limit_
 
 def run_pipeline(envs: int, pixels: int, seconds: float, flags: tuple[str, ...] = ()) -> dict:
     """One run of the real command: its row, over `seconds` or three iterations, whichever is longer."""
-    first, seen = [], [0]  # count of lines, the newest line, processor seconds; count at the last look
+    first, seen = [], [0]  # count of lines, the newest line, processor seconds and when; count at the last look
 
     def watch(folder: Path, pid: int) -> dict | None:
         file = folder / "run" / "metrics.jsonl"
@@ -116,12 +116,12 @@ def run_pipeline(envs: int, pixels: int, seconds: float, flags: tuple[str, ...] 
         lines = metrics.read_metrics(folder / "run")[:count]
         if not first and not any(line["tuning"] for line in lines):
             return None
-        line, used = lines[-1], cpu_seconds(pid)
+        line, used = lines[-1], (cpu_seconds(pid), time.monotonic())
         if not first:
-            first.extend((count, line, used))
+            first.extend((count, line, *used))
         if line["time"] - first[1]["time"] < max(seconds, 1e-9):
             return None
-        row = {"envs": envs, "pixels": pixels} | rates(first[1:], (line, used))
+        row = {"envs": envs, "pixels": pixels} | rates(first[1:], (line, *used))
         return row | {"private_mb": sum(process.memory_full_info().uss for process in family(pid)) / 1e6}
 
     flags = [*FLAGS, *flags, "--envs", str(envs), "--image-size", str(pixels)]
@@ -129,11 +129,11 @@ def run_pipeline(envs: int, pixels: int, seconds: float, flags: tuple[str, ...] 
     return follow(command, watch)
 
 
-def rates(first: tuple[dict, dict], last: tuple[dict, dict]) -> dict:
-    """Rate and processor time per chunk step between two pairs of a metrics line and the processor seconds of PARTS."""
-    steps = last[0]["collected"] - first[0]["collected"]
-    row = {"chunk_steps_per_s": steps / (last[0]["time"] - first[0]["time"])}
-    row |= {f"{part}_us": 1e6 * (last[1][part] - first[1][part]) / steps for part in PARTS}
+def rates(first: tuple[dict, dict, float], last: tuple[dict, dict, float]) -> dict:
+    """Rate and processor time per chunk step between two looks: a metrics line, then the processor seconds of PARTS and when."""
+    rate = (last[0]["collected"] - first[0]["collected"]) / (last[0]["time"] - first[0]["time"])
+    row = {"chunk_steps_per_s": rate}
+    row |= {f"{part}_us": 1e6 * (last[1][part] - first[1][part]) / (last[2] - first[2]) / rate for part in PARTS}
     return row | {"cpu_us": sum(row[f"{part}_us"] for part in PARTS)}
 
 
@@ -144,11 +144,11 @@ def run_peer(python: str, way: str, envs: int, pixels: int, seconds: float) -> d
     def watch(folder: Path, pid: int) -> dict | None:
         events = [json.loads(line) for line in (folder / "log").read_text().splitlines(True) if line.startswith('{"event"')]
         if len(events) > len(used):
-            used.append(sum(cpu_seconds(pid).values()))
+            used.append((sum(cpu_seconds(pid).values()), time.monotonic()))
         if len(used) < 2:
             return None
-        trips = events[1]["round_trips"]
-        return {"round_trips_per_s": trips / events[1]["seconds"], "cpu_us": 1e6 * (used[1] - used[0]) / trips}
+        rate = events[1]["round_trips"] / events[1]["seconds"]
+        return {"round_trips_per_s": rate, "cpu_us": 1e6 * (used[1][0] - used[0][0]) / (used[1][1] - used[0][1]) / rate}
 
     flags = ["--way", way, "--envs", str(envs), "--pixels", str(pixels), "--seconds", str(seconds)]
     return follow([python, str(ROOT / "benchmarks" / "peers.py"), *flags], watch)
@@ -194,20 +194,22 @@ def compare(python: str, repeats: int, seconds: float, envs: tuple[int, ...] = t
     for n in envs:
         runs: dict[str, list[dict]] = {}
         for _ in range(repeats):
-            turn = {}
             for name in (*OURS, *WAYS[n]):
                 if name in OURS:
                     row = run_pipeline(n, pixels, seconds, OURS[name])
-                    turn[name] = {"round_trips_per_s": row["chunk_steps_per_s"], "cpu_us": row["cpu_us"]}
+                    run = {"round_trips_per_s": row["chunk_steps_per_s"], "cpu_us": row["cpu_us"]}
                 else:
-                    turn[name] = run_peer(python, name, n, pixels, seconds)
-                print(
-                    f"{n} envs, {name}: {turn[name]['round_trips_per_s']:.0f} round trips/s, {turn[name]['cpu_us']:.0f} µs",
-                    flush=True,
-                )
-            ours = max((turn[name] for name in OURS), key=lambda run: run["round_trips_per_s"])
-            for name, run in turn.items():
-                relation = {"ours_times_rate": ours["round_trips_per_s"] / run["round_trips_per_s"]}
-                runs.setdefault(name, []).append(run | relation | {"its_cpu_to_ours": run["cpu_us"] / ours["cpu_us"]})
-        rows += [{"name": name, "envs": n, "pixels": pixels} | medians(found) for name, found in runs.items()]
+                    run = run_peer(python, name, n, pixels, seconds)
+                runs.setdefault(name, []).append(run)
+                print(f"{n} envs, {name}: {run['round_trips_per_s']:.0f} round trips/s, {run['cpu_us']:.0f} µs", flush=True)
+        ours = max((runs[name] for name in OURS), key=lambda found: medians(found)["round_trips_per_s"])
+        rows += [{"name": name, "envs": n, "pixels": pixels} | relate(ours, found) for name, found in runs.items()]
     return rows
+
+
+def relate(ours: list[dict], other: list[dict]) -> dict:
+    """Medians of the rounds of `other`, and its relation to the same rounds of ours."""
+    times = [mine["round_trips_per_s"] / run["round_trips_per_s"] for mine, run in zip(ours, other, strict=True)]
+    cpu = [run["cpu_us"] / mine["cpu_us"] for mine, run in zip(ours, other, strict=True)]
+    relation = {"ours_times_rate": statistics.median(times), "ours_times_rate_least": min(times)}
+    return medians(other) | relation | {"its_cpu_to_ours": statistics.median(cpu)}

@@ -31,7 +31,7 @@ from torchrl.modules.inference_server import InferenceServerConfig
 
 VIEWS, STATE, ACTION, EPISODE = 2, 4, (10, 4), 8
 WORKERS = 2  # processes of `driver` and `workers`: as many env workers as ours
-WARMUP = 2  # batches that are not measured
+WARMUP_S = 2.0  # not measured
 
 
 class Env(EnvBase):
@@ -60,8 +60,12 @@ class Env(EnvBase):
 
 
 class Constant(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.action = torch.zeros(ACTION)
+
     def forward(self, image: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(*state.shape[:-1], *ACTION)
+        return self.action.expand(*state.shape[:-1], *ACTION)
 
 
 def policy() -> TensorDictModule:
@@ -90,16 +94,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = collector(args.way, args.envs, args.pixels)
-    steps, start = 0, None
-    for i, batch in enumerate(source):
-        if i + 1 == WARMUP:
-            print(json.dumps({"event": "begin"}), flush=True)
-            start = time.monotonic()
-        elif start is not None:
-            steps, seconds = steps + batch.numel(), time.monotonic() - start
-            if seconds >= args.seconds:
-                print(json.dumps({"event": "end", "round_trips": steps, "seconds": seconds}), flush=True)
+    first, steps, start = None, 0, None  # when the first batch came; since the start
+    for batch in source:
+        now = time.monotonic()
+        if start is not None:
+            steps += batch.numel()
+            if now - start >= args.seconds:
+                print(json.dumps({"event": "end", "round_trips": steps, "seconds": now - start}), flush=True)
                 break
+        elif first is None:
+            first = now
+        elif now - first >= WARMUP_S:
+            print(json.dumps({"event": "begin"}), flush=True)
+            start = now
     source.shutdown()
 
 

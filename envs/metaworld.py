@@ -116,7 +116,7 @@ def expand(name: str) -> tuple[str, ...]:
     if task in PROMPTS:
         return (task,)
     raise UserError(
-        f"unknown Meta-World task {name!r}: choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}; or another --env"
+        f"unknown Meta-World task {name!r} (another --env's?): choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}"
     )
 
 

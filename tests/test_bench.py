@@ -274,9 +274,19 @@ def test_processor_time_goes_to_whose_it_is():
         "env", "rollout", "actor", "launcher", "launcher",
     ]  # fmt: skip
     before, after = dict(env=1.0, rollout=2.0, actor=3.0, launcher=4.0), dict(env=1.2, rollout=2.1, actor=3.0, launcher=4.1)
-    row = machinery.rates(({"collected": 1000, "time": 5.0}, before), ({"collected": 3000, "time": 9.0}, after))
+    lines = {"collected": 1000, "time": 5.0}, {"collected": 3000, "time": 9.0}
+    row = machinery.rates((lines[0], before, 100.0), (lines[1], after, 108.0))  # looked at later, and for longer, than written
     assert row["chunk_steps_per_s"] == 500 and row["actor_us"] == 0
-    assert [row["env_us"], row["rollout_us"], row["cpu_us"]] == pytest.approx([100, 50, 200])
+    assert [row["env_us"], row["rollout_us"], row["cpu_us"]] == pytest.approx([50, 25, 100])
+
+
+def test_two_pipelines_are_compared_round_by_round():
+    ours, other = ([{"round_trips_per_s": rate, "cpu_us": cpu} for rate, cpu in runs] for runs in (
+        ((100, 5), (200, 5), (90, 4)), ((10, 10), (10, 20), (30, 20)),
+    ))  # fmt: skip
+    assert machinery.relate(ours, other) == {
+        "round_trips_per_s": 10, "cpu_us": 20, "ours_times_rate": 10, "ours_times_rate_least": 3, "its_cpu_to_ours": 4,
+    }  # fmt: skip
 
 
 def test_slots_of_the_machinery_benchmark_grow_with_the_pictures_alone():

@@ -374,6 +374,20 @@ def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
     assert zero == Record(6, 0, ACT, 0) and all(seen(pool, 6 + i, 0) == seen(pool, i, SEGMENT) for i in range(3))
 
 
+def test_an_episode_of_a_group_that_plays_on_with_its_lane_counts_once(worker):
+    channels = worker(envs=2, lanes=1, group=2)
+    (record,) = requests(channels, 1)
+    answer_lane(channels, record, plans(1, None))
+    (record,) = requests(channels, 1)
+    answer_lane(channels, record, plans(0, None))  # the first one has ended, whatever it does now; the other one runs out of time
+    assert channels.finished[0].get(5.0) == [Record(0, 2, DONE, 0)]
+    pool = channels.pool
+    assert pool["terminated"][:2, :2].int().tolist() == [[1, 0], [0, 0]] and pool["reward"][:2, :2].tolist() == [[1, 0], [0, 0]]
+    assert pool["truncated"][:2, :2].int().tolist() == [[0, 0], [0, 1]]
+    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
+    assert counted == [2 + 6, 2, 1]
+
+
 def test_a_replaced_lane_of_several_envs_plays_again_with_all_of_them(worker):
     channels = worker(envs=4, lanes=2, ranks=2)
     zero, one = requests(channels, 2)

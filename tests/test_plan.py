@@ -187,7 +187,7 @@ def test_large_clusters_cost_no_more_events():
 # ---------------------------------------------------------------- against what was measured
 
 
-# `python bench.py ladder --setting emulated`, README and a second session on busier cores: env steps/s, in the order of PRESETS
+# `python bench.py ladder --setting emulated`, and again on busier cores: env steps/s, in the order of PRESETS
 MEASURED = (1400, 800, 1137, 2013, 2049)
 BUSY = (1370.5, 760.1, 1098.4, 1964.9, 1996.1)
 BUSY_PHASES = {"rollout_s": 4.643, "actor_s": 2.094}  # of its sync-disaggregated row

@@ -341,7 +341,7 @@ def refused(flags: str) -> None:
         ("--run {tmp}/old", "exists: it has no checkpoint yet: choose another --run"),
         ("--resume {tmp}/old --run {tmp}/new", "exclude each other"),
         ("--resume {tmp}/none", "there is no run {tmp}/none: runs/ holds"),
-        ("--resume no-such-run", "no-such-run to resume: runs/ holds"),
+        ("--resume no-such-run", "runs/no-such-run: runs/ holds"),
         ("--resume {tmp}", "cannot read the settings of the run"),
         ("--resume {tmp}/old", "no checkpoint at"),
         ("--resume {tmp}/half", "cannot read {tmp}/half/checkpoints/000003/state.json"),
