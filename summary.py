@@ -222,8 +222,8 @@ def advice(summary: Summary, config: Config) -> str:
         return f"Actors wait {share:.0%} for whole batches: --stream trains each micro-batch as soon as it is complete."
     if not summary.gpu and summary.cpu >= 0.9:
         return (
-            f"The cores are the limit ({summary.cpu:.0%} busy, whoever waits), so another split would gain little: "
-            "give the run more cores, or a GPU."
+            f"The cores are the limit ({summary.cpu:.0%} busy, with all that this machine runs), so another split would gain "
+            "little: give the run more cores, or a GPU."
         )
     if bubble[critical] >= 0.25:
         if waits["env"].get("admission", 0.0) >= 0.1:

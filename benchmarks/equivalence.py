@@ -203,7 +203,8 @@ def summary(study: str, found: list[dict]) -> list[dict]:
 
 def table(study: str, found: list[dict]) -> str:
     text = (
-        "| arm | seeds | staleness: mean, most | final success | difference, p | area under the curve | difference, p | minutes |\n"
+        "| arm | seeds | staleness: mean, most | final success | difference, p | area under the curve | difference, p "
+        "| minutes of the quickest run |\n"
     )
     text += 8 * "|---" + "|\n"
     arms = summary(study, found)

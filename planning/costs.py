@@ -191,6 +191,8 @@ def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
     """Node, number of nodes and costs of a run, changed as flags say; and what the run itself reached. Raises UserError."""
     from metrics import read_metrics, read_trace  # which import torch: seconds that nothing else here needs
 
+    if config.rollout_s is not None or config.actor_s is not None:
+        raise UserError("--from takes the costs from the run: leave out --rollout-s and --actor-s")
     run = existing_run(config.from_)
     if not (run / "trace.json").is_file() or not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no trace.json and metrics.jsonl: --from takes a finished run that was traced")
