@@ -111,7 +111,7 @@ class Lane:
     t: int = 0  # chunk steps into the trajectory
     states: np.ndarray | None = None  # [N, S] as last observed
     ended: list[int] = field(default_factory=list)  # rows whose episodes have just ended, while their last observations are valued
-    steps: list[int] = field(init=False)  # [N] control steps into the episodes; the time limit where one is over and none follows
+    steps: list[int] = field(init=False)  # [N] control steps into the episodes; the time limit where one is over
     tasks: list[int] = field(init=False)  # [N]
     episodes: list[int] = field(init=False)  # [N] of the running round of evaluation
 
@@ -286,9 +286,8 @@ def run(rank: int, config: Config, header: Header, device: str, channels: Channe
         ended = ended_rows(won, late)
         if ended:
             meter.count("episodes", len(ended)), meter.count("successes", sum(won))
-        if grouped:  # what the lane plays on with is no episode
-            for row in ended:
-                lane.steps[row] = spec.horizon
+        for row in ended:  # until another begins: those of a group play on, to no effect, with their lane
+            lane.steps[row] = spec.horizon
         if grouped and (terminated[slots, : t + 1] | truncated[slots, : t + 1]).any(1).all():
             finish(slots.start, t + 1)
             lane.trajectory += 1

@@ -105,17 +105,17 @@ def serve(
         obs, noise = compiled.pad(obs, size(n)), compiled.pad(noise, size(n))
     to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
     out = model.act(to(obs), to(noise))
-    acting = [i for i, r in enumerate(samples) if r.kind == ACT]
+    of = lambda *kinds: [i for i, r in enumerate(samples) if r.kind in kinds]  # noqa: E731
+    acting, finals = of(ACT), of(FINAL)
     pool.arrays["version"][slots[acting], rows[acting]] = version
-    for names, kinds in (
-        (("value",), (ACT, VALUE, LAST)), (("actions",), (ACT, EVAL)), (("logprob", *model.slot_fields()), (ACT,)),
+    for names, chosen in (
+        (("value",), of(ACT, VALUE, LAST)), (("actions",), of(ACT, EVAL)), (("logprob", *model.slot_fields()), acting),
     ):  # fmt: skip
-        chosen = acting if len(acting) == n else [i for i, r in enumerate(samples) if r.kind in kinds]
         every = len(chosen) == size(n)  # then nothing need be copied out of the results
         where = (slots, rows) if every else (slots[chosen], rows[chosen])
         for name in names if chosen else ():
             pool.put(name, *where, out[name] if every else out[name][chosen])
-    if finals := [i for i, r in enumerate(samples) if r.kind == FINAL]:  # of the observation that follows step t = row − 1
+    if finals:  # of the observation that follows step t = row − 1
         pool.put("final", slots[finals], rows[finals] - 1, out["value"][finals])
     synchronize(pool.device)  # what is written into GPU memory is there before anybody is told
 

@@ -105,23 +105,24 @@ def follow(command: list[str], watch: Callable[[Path, int], dict | None], limit_
 
 def run_pipeline(envs: int, pixels: int, seconds: float, flags: tuple[str, ...] = ()) -> dict:
     """One run of the real command: its row, over `seconds` or three iterations, whichever is longer."""
-    first, seen = [], [0]  # count of lines, the newest line, processor seconds and when; count at the last look
+    seen, least, first = 0, WARMUP, None  # lines at the last look; how many it takes for the next; the look that it counts from
 
     def watch(folder: Path, pid: int) -> dict | None:
+        nonlocal seen, least, first
         file = folder / "run" / "metrics.jsonl"
         count = file.read_bytes().count(b"\n") if file.is_file() else 0
-        if count < WARMUP or count == seen[0] or first and count < first[0] + 3:
+        if count < least or count == seen:
             return None
-        seen[0] = count  # to read them all again at every look would slow down what is measured
+        seen = count  # to read them all again at every look would slow down what is measured
         lines = metrics.read_metrics(folder / "run")[:count]
-        if not first and not any(line["tuning"] for line in lines):
+        look = lines[-1], cpu_seconds(pid), time.monotonic()
+        if first is None:
+            if any(line["tuning"] for line in lines):
+                first, least = look, count + 3
             return None
-        line, used = lines[-1], (cpu_seconds(pid), time.monotonic())
-        if not first:
-            first.extend((count, line, *used))
-        if line["time"] - first[1]["time"] < max(seconds, 1e-9):
+        if look[0]["time"] - first[0]["time"] < seconds:
             return None
-        row = {"envs": envs, "pixels": pixels} | rates(first[1:], (line, *used))
+        row = {"envs": envs, "pixels": pixels} | rates(first, look)
         return row | {"private_mb": sum(process.memory_full_info().uss for process in family(pid)) / 1e6}
 
     flags = [*FLAGS, *flags, "--envs", str(envs), "--image-size", str(pixels)]
