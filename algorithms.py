@@ -1,10 +1,12 @@
-"""PPO and GRPO: pure tensor functions, each with its equation. What the actor does with them is `actor_worker.train_micro_batch`.
+"""PPO and GRPO: pure tensor functions, each with its equation. What the actor does with them is
+`actor_worker.train_micro_batch`.
 
-A sample is a chunk step: one inference and the C control steps that executed it. Its log-prob has U units that the policy ratio is
-taken over (`units`): the whole chunk (U = 1, π0.5's published recipe), each action (C) or each number or token of an action (C·A,
-OpenVLA-OFT's). An advantage is a sample's or a unit's. Losses are sums over samples and means over units, so that micro-batches
-add up. The actor has one value per chunk step, and so one advantage (all four published recipes).
-Left out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
+A sample is a chunk step: one inference and the C control steps that executed it. Its log-prob has U
+units that the policy ratio is taken over (`units`): the whole chunk (U = 1, π0.5's published
+recipe), each action (C) or each number or token of an action (C·A, OpenVLA-OFT's). An advantage is
+a sample's or a unit's. Losses are sums over samples and means over units, so that micro-batches add
+up. The actor has one value per chunk step, and so one advantage (all four published recipes). Left
+out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
 """
 
 from dataclasses import dataclass
@@ -17,19 +19,28 @@ from torch import Tensor
 
 
 def gae(
-    reward: Tensor, value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float, lam: float, final: Tensor | None = None
+    reward: Tensor,
+    value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: float,
+    lam: float,
+    final: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438) over segments with auto-reset.
 
-    δ_t = r_t + γ·V'_t − V_t,   A_t = δ_t + γλ·(1 − done_t)·A_{t+1},   V'_t = V_{t+1} where the episode goes on, 0 where it
-    terminated, and where it was truncated V of its last observation, `final` [n, T], which auto-reset replaced by a new episode's.
+    δ_t = r_t + γ·V'_t − V_t,   A_t = δ_t + γλ·(1 − done_t)·A_{t+1},   V'_t = V_{t+1} where the
+                                episode goes on, 0 where it
+    terminated, and where it was truncated V of its last observation, `final` [n, T], which
+    auto-reset replaced by a new episode's.
 
-    Without `final` the time limit, too, ends an episode at value 0: right where the objective is success *within* it, and
-    bootstrapping then makes every state worth "success some day" (measured: value loss 0.001 at 30 % success, no advantages left).
+    Without `final` the time limit, too, ends an episode at value 0: right where the objective is
+    success *within* it, and bootstrapping then makes every state worth "success some day"
+    (measured: value loss 0.001 at 30 % success, no advantages left).
 
-    reward, terminated, truncated [n, T]; value [n, T+1]; a step is a chunk step or, at the action level, a control step with a
-    value of its own: [n, T·C], of which `unflatten(1, (T, C))` are the advantages of every chunk's actions. Returns advantages and
-    returns A + V, both [n, T].
+    reward, terminated, truncated [n, T]; value [n, T+1]; a step is a chunk step or, at the action
+    level, a control step with a value of its own: [n, T·C], of which `unflatten(1, (T, C))` are the
+    advantages of every chunk's actions. Returns advantages and returns A + V, both [n, T].
     """
     done = terminated.bool() | truncated.bool()
     following = torch.where(done, 0.0, value[:, 1:])
@@ -46,10 +57,12 @@ def gae(
 
 
 def group_advantages(outcome: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """GRPO (arXiv 2402.03300): A_i = (R_i − mean) / (std + 1e-6) among the G trajectories that began in the same state.
+    """GRPO (arXiv 2402.03300): A_i = (R_i − mean) / (std + 1e-6) among the G trajectories that
+    began in the same state.
 
-    outcome [g, G] in [0, 1], one per trajectory. Groups whose mean lies outside [low, high] teach nothing (all alike: A = 0) or
-    little, and are filtered (RLinf: [0.1, 0.9]). Returns advantages [g, G], 0 in filtered groups, and which groups are kept [g].
+    outcome [g, G] in [0, 1], one per trajectory. Groups whose mean lies outside [low, high] teach
+    nothing (all alike: A = 0) or little, and are filtered (RLinf: [0.1, 0.9]). Returns advantages
+    [g, G], 0 in filtered groups, and which groups are kept [g].
     """
     mean = outcome.mean(dim=1, keepdim=True)
     kept = (mean[:, 0] >= low) & (mean[:, 0] <= high)
@@ -59,12 +72,14 @@ def group_advantages(outcome: Tensor, low: float, high: float) -> tuple[Tensor, 
 
 @dataclass
 class AdvantageScale:
-    """Advantages are divided by their root mean square over earlier batches, frozen while a batch is trained.
+    """Advantages are divided by their root mean square over earlier batches, frozen while a batch
+    is trained.
 
-    A streamed batch is trained before all of it exists, so its own statistics cannot be used; those of earlier batches
-    (exponential moving average; the first batch uses 1) are the same with and without streaming. Their mean is not
-    subtracted: centring is the value head's work, and the mean of earlier batches, whose value head knew less, is biased
-    (measured: it turned the average advantage negative for twenty iterations).
+    A streamed batch is trained before all of it exists, so its own statistics cannot be used; those
+    of earlier batches (exponential moving average; the first batch uses 1) are the same with and
+    without streaming. Their mean is not subtracted: centring is the value head's work, and the mean
+    of earlier batches, whose value head knew less, is biased (measured: it turned the average
+    advantage negative for twenty iterations).
     """
 
     decay: float
@@ -83,16 +98,20 @@ class AdvantageScale:
 
 
 def units(logprob: Tensor, granularity: str) -> Tensor:
-    """Log-probs of every number or token of a chunk [n, C, A] → of every unit [n, U]: "chunk" sums all, "action" each action's."""
+    """Log-probs of every number or token of a chunk [n, C, A] → of every unit [n, U]: "chunk" sums
+    all, "action" each action's.
+    """
     if granularity == "chunk":
         return logprob.sum(dim=(1, 2))[:, None]
     return logprob.sum(dim=2) if granularity == "action" else logprob.flatten(1)
 
 
 def interpolated_proximal(new: Tensor, old: Tensor, staleness: Tensor) -> Tensor:
-    """Proximal policy of decoupled PPO without another forward: old + α(new − old), α = d/(d + 1), no gradient.
+    """Proximal policy of decoupled PPO without another forward: old + α(new − old), α = d/(d + 1),
+    no gradient.
 
-    new, old [n, U]; staleness d [n]. The exact one is the log-prob under the weights that the batch's first update begins from.
+    new, old [n, U]; staleness d [n]. The exact one is the log-prob under the weights that the
+    batch's first update begins from.
     """
     alpha = (staleness / (staleness + 1.0))[:, None]
     return (old + alpha * (new - old)).detach()
@@ -100,12 +119,16 @@ def interpolated_proximal(new: Tensor, old: Tensor, staleness: Tensor) -> Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLoss:
-    """Decoupled PPO (AReaL, arXiv 2505.24298); PPO (arXiv 1707.06347) where the proximal policy is the one that acted.
+    """Decoupled PPO (AReaL, arXiv 2505.24298); PPO (arXiv 1707.06347) where the proximal policy is
+    the one that acted.
 
-        w = exp(prox − old)                  how far the policy had moved before this update; no gradient
+        w = exp(prox − old)                  how far the policy had moved before this update; no
+                                             gradient
         ratio = exp(new − prox)
-        objective = w · min(ratio·A, clamp(ratio, 1 − ε_low, 1 + ε_high)·A)     ε_low ≠ ε_high: clip-higher (DAPO, arXiv 2503.14476)
-        where A < 0 and c > 0:  objective = max(objective, w·c·A)                dual clip (arXiv 1912.09729)
+        objective = w · min(ratio·A, clamp(ratio, 1 − ε_low, 1 + ε_high)·A)
+            with ε_low ≠ ε_high: clip-higher (DAPO, arXiv 2503.14476)
+        where A < 0 and c > 0:  objective = max(objective, w·c·A)                dual clip (arXiv
+                                1912.09729)
 
     Units with w above `weight_max` are masked, or w is truncated there (`weight_mode`).
     """
@@ -116,23 +139,29 @@ class PolicyLoss:
     weight_max: float = 5.0
     weight_mode: str = "mask"
 
-    def __call__(self, new: Tensor, old: Tensor, prox: Tensor, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and, for the metrics, sums over
-        samples and a maximum."""
+    def __call__(
+        self, new: Tensor, old: Tensor, prox: Tensor, advantages: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and,
+        for the metrics, sums over samples and a maximum.
+        """
         per_unit = 1.0 / new.shape[1]
         weight = (prox - old).exp()
         kept = (weight <= self.weight_max) | (self.weight_mode == "truncate")
         weight = torch.where(kept, weight.clamp(max=self.weight_max), 0.0)
         ratio = torch.where(kept, new - prox, 0.0).exp()  # masked before exp: 0 · ∞ would be NaN
         a = advantages.view(len(new), -1)
-        objective = torch.minimum(ratio * a, ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * a)
+        objective = torch.minimum(
+            ratio * a, ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * a
+        )
         if self.dual_clip:
             objective = torch.where(a < 0, torch.maximum(objective, self.dual_clip * a), objective)
         with torch.no_grad():
             log_ratio = new - old
             clipped = kept & ((ratio < 1.0 - self.clip_low) | (ratio > 1.0 + self.clip_high))
             stats = {
-                "approx_kl": (log_ratio.exp() - 1.0 - log_ratio).sum() * per_unit,  # http://joschu.net/blog/kl-approx.html
+                "approx_kl": (log_ratio.exp() - 1.0 - log_ratio).sum()
+                * per_unit,  # http://joschu.net/blog/kl-approx.html
                 "clip_fraction": clipped.sum() * per_unit,
                 "masked": (~kept).sum() * per_unit,
                 "ratio_max": log_ratio.exp().max(),
@@ -144,14 +173,21 @@ STALENESS = ("0", "1", "2", "3_or_more")  # buckets of the diagnostics
 
 
 def by_staleness(new: Tensor, old: Tensor, staleness: Tensor) -> dict[str, Tensor]:
-    """Sums per staleness bucket: how many samples, their KL and their ratio new / old. new, old [n, U]; staleness [n]."""
+    """Sums per staleness bucket: how many samples, their KL and their ratio new / old. new, old [n,
+    U]; staleness [n].
+    """
     log_ratio = new.detach() - old
-    kl, ratio = (log_ratio.exp() - 1.0 - log_ratio).mean(1), log_ratio.exp().mean(1)
+    kl = (log_ratio.exp() - 1.0 - log_ratio).mean(1)
+    ratio = log_ratio.exp().mean(1)
     bucket = staleness.long().clamp(0, len(STALENESS) - 1)
     found = {}
     for i, name in enumerate(STALENESS):
         here = bucket == i
-        found |= {f"samples_at_{name}": here.sum(), f"kl_at_{name}": kl[here].sum(), f"ratio_at_{name}": ratio[here].sum()}
+        found |= {
+            f"samples_at_{name}": here.sum(),
+            f"kl_at_{name}": kl[here].sum(),
+            f"ratio_at_{name}": ratio[here].sum(),
+        }
     return found
 
 
@@ -165,8 +201,12 @@ def value_loss(new: Tensor, old: Tensor, returns: Tensor, clip: float, huber: fl
     return torch.maximum(plain, F.huber_loss(clipped, returns, reduction="none", delta=huber)).sum()
 
 
-def explained_variance(returns: float, returns_square: float, error: float, error_square: float, count: float) -> float:
-    """1 − Var(R − V) / Var(R) from sums over a batch: 1 is a perfect critic, 0 one that knows the mean, below 0 a harmful one."""
+def explained_variance(
+    returns: float, returns_square: float, error: float, error_square: float, count: float
+) -> float:
+    """1 − Var(R − V) / Var(R) from sums over a batch: 1 is a perfect critic, 0 one that knows the
+    mean, below 0 a harmful one.
+    """
     variance = returns_square / count - (returns / count) ** 2
     left = error_square / count - (error / count) ** 2
     return 1.0 - left / variance if variance > 1e-12 else 0.0

@@ -1,17 +1,25 @@
 """Measured comparisons on this machine. What a number is compared with is measured in the same run.
 
-    python bench.py transport --json transport.json    slots against queues that carry the data (and Ray, where it is installed)
-    python bench.py weights                            a weight sync against a memcpy, and what it costs a serving rollout worker
-    python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against each other and their bound
-    python bench.py prefix --model pi05                the actor with and without the frozen prefix's cache in the slots
-    python bench.py inference --model oft --size full  inference over batch sizes against a matrix product, eager and compiled
-    python bench.py envs                               simulators against the way their own documentation has it
+    python bench.py transport --json transport.json    slots against queues that carry the data (and
+                                                       Ray, where it is installed)
+    python bench.py weights                            a weight sync against a memcpy, and what it
+                                                       costs a serving rollout worker
+    python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against
+                                                       each other and their bound
+    python bench.py prefix --model pi05                the actor with and without the frozen
+                                                       prefix's cache in the slots
+    python bench.py inference --model oft --size full  inference over batch sizes against a matrix
+                                                       product, eager and compiled
+    python bench.py envs                               simulators against the way their own
+                                                       documentation has it
     python bench.py tracing                            what --trace costs a run
-    python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing, beside TorchRL
-    python bench.py tuning                             --ratio auto and automatic batches against an exhaustive search
+    python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing,
+                                                       beside TorchRL
+    python bench.py tuning                             --ratio auto and automatic batches against an
+                                                       exhaustive search
 
-Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose meaning the files in benchmarks/
-say.
+Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose
+meaning the files in benchmarks/ say.
 """
 
 import json
@@ -26,49 +34,97 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import end_on_sigterm, envs, inference, ladder, machinery, prefix, tracing, transport, tuning, weights
+from benchmarks import (
+    end_on_sigterm,
+    envs,
+    inference,
+    ladder,
+    machinery,
+    prefix,
+    tracing,
+    transport,
+    tuning,
+    weights,
+)
 from config import Family, UserError, exit_on_user_error, parse_ratio
 from processes import keep_freed_memory
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """Measured comparisons: transport, weights, presets, prefix cache, inference, simulators, tracing, machinery, tuning."""
+    """Measured comparisons: transport, weights, presets, prefix cache, inference, simulators,
+    tracing, machinery, tuning.
+    """
 
     what: tyro.conf.Positional[
-        Literal["transport", "weights", "ladder", "prefix", "inference", "envs", "tracing", "machinery", "tuning"]
+        Literal[
+            "transport",
+            "weights",
+            "ladder",
+            "prefix",
+            "inference",
+            "envs",
+            "tracing",
+            "machinery",
+            "tuning",
+        ]
     ]
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
     repeats: int = 5
-    """transport, machinery: repetitions behind each median; weights: tens of versions; tracing: runs with and without"""
+    """transport, machinery: repetitions behind each median; weights: tens of versions; tracing:
+    runs with and without
+    """
     seconds: float = 1.0
-    """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each median"""
-    setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = "all"
-    """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill + π0), which sleep; embedded (the
-    default model and simulator) and libero, all real; columns is the first three. tracing: all is emulated and embedded"""
+    """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each
+    median
+    """
+    setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = (
+        "all"
+    )
+    """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill +
+    π0), which sleep; embedded (the default model and simulator) and libero, all real; columns is
+    the first three. tracing: all is emulated and embedded
+    """
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
-    """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that --setting"""
+    """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that
+    --setting
+    """
     iterations: int = 0
-    """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2 vectorised, 4 real, 10 tuning"""
+    """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
+    vectorised, 4 real, 10 tuning
+    """
     ratio: str = ""
-    """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and 3:1 of the real settings"""
+    """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and
+    3:1 of the real settings
+    """
     model: Family = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
-    """prefix, inference: the embedded default or the published model; full needs a GPU, auto is full where there is one"""
+    """prefix, inference: the embedded default or the published model; full needs a GPU, auto is
+    full where there is one
+    """
     peer: str = ""
-    """machinery: a Python that has TorchRL, to be measured beside ours; empty measures ours alone, at more numbers of envs"""
+    """machinery: a Python that has TorchRL, to be measured beside ours; empty measures ours alone,
+    at more numbers of envs
+    """
 
 
 def machine() -> str:
     """What was measured on, without naming anybody's machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else []
+    )
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores, {names[0] if names else os.uname().machine}, torch {torch.__version__}, {', '.join(gpus) or 'no GPU'}"
+    return (
+        f"{cores} cores, {names[0] if names else os.uname().machine}, torch {torch.__version__}, "
+        f"{', '.join(gpus) or 'no GPU'}"
+    )
 
 
 def text(value) -> str:
@@ -80,7 +136,9 @@ def text(value) -> str:
 def show(result: dict) -> None:
     table = Table(title=f"{result['what']}: {result['machine']}", show_lines=False)
     for key, value in result["rows"][0].items():
-        table.add_column(key.replace("_", " "), justify="left" if isinstance(value, str) else "right")
+        table.add_column(
+            key.replace("_", " "), justify="left" if isinstance(value, str) else "right"
+        )
     for row in result["rows"]:
         table.add_row(*map(text, row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -88,13 +146,21 @@ def show(result: dict) -> None:
 
 def main(config: BenchConfig) -> None:
     if config.json and not config.json.absolute().parent.is_dir():
-        raise UserError(f"the folder {config.json.absolute().parent} does not exist: create it or give another --json")
+        raise UserError(
+            f"the folder {config.json.absolute().parent} does not exist: create it or give another "
+            "--json"
+        )
     if config.repeats < 1 or config.seconds <= 0 or config.iterations < 0:
-        raise UserError("--repeats must be at least 1, --seconds more than 0 and --iterations not negative")
+        raise UserError(
+            "--repeats must be at least 1, --seconds more than 0 and --iterations not negative"
+        )
     if config.ratio:
         parse_ratio(config.ratio)
     if config.what == "envs" and config.env == "vectorised":
-        raise UserError("--env vectorised only takes time, so there is nothing to compare: give libero or metaworld")
+        raise UserError(
+            "--env vectorised only takes time, so there is nothing to compare: give libero or "
+            "metaworld"
+        )
     torch.set_num_threads(1)
     keep_freed_memory()  # as workers do
     end_on_sigterm()
@@ -105,7 +171,9 @@ def main(config: BenchConfig) -> None:
     elif config.what == "prefix":
         rows = prefix.measure(config.model, config.size, config.seconds)
     elif config.what == "envs":
-        rows = envs.measure(("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds)
+        rows = envs.measure(
+            ("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds
+        )
     elif config.what == "tracing":
         rows = tracing.measure(config.setting, config.ratio, config.iterations, config.repeats)
     elif config.what == "machinery":

@@ -1,12 +1,13 @@
-"""The data plane and the weight plane: `SlotPool`, `IndexQueue`, `WeightPlane`, and the small `Counters` table.
+"""The data plane and the weight plane: `SlotPool`, `IndexQueue`, `WeightPlane`, and the small
+`Counters` table.
 
-Tensors are written once, in place, into preallocated shared memory; only 8-byte records travel between processes. All of it
-is made by the launcher and handed to workers as arguments of `Process`: file descriptors and CUDA IPC handles are opened
-once, at start-up.
+Tensors are written once, in place, into preallocated shared memory; only 8-byte records travel
+between processes. All of it is made by the launcher and handed to workers as arguments of
+`Process`: file descriptors and CUDA IPC handles are opened once, at start-up.
 
-Shared memory is anonymous (`memfd_create`): it has no name to unlink, so nothing is left behind even after SIGKILL, and it
-is not limited by the size of /dev/shm (CUDA IPC keeps small files of its own there). Left out: crossing machines (only
-gradients do, through torch.distributed).
+Shared memory is anonymous (`memfd_create`): it has no name to unlink, so nothing is left behind
+even after SIGKILL, and it is not limited by the size of /dev/shm (CUDA IPC keeps small files of its
+own there). Left out: crossing machines (only gradients do, through torch.distributed).
 
     python bench.py transport weights
 """
@@ -27,7 +28,11 @@ import torch
 from torch import Tensor
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
-OBSERVED = ("image", "tokens", "state")  # fields that may be part of an observation; a model uses some of them
+OBSERVED = (
+    "image",
+    "tokens",
+    "state",
+)  # fields that may be part of an observation; a model uses some of them
 ALIGN = 64  # bytes; a cache line, so that no two tensors share one
 
 
@@ -39,7 +44,8 @@ class Arena:
         self.fd = os.memfd_create("vla3")
         os.ftruncate(self.fd, self.size)
         self._map()
-        # First touch: fresh shared memory fills at 0.5 GB/s, afterwards it is written at memory speed.
+        # First touch: fresh shared memory fills at 0.5 GB/s, afterwards it is written at memory
+        # speed.
         np.frombuffer(self.memory, np.uint8)[:: mmap.PAGESIZE] = 0
 
     def _map(self) -> None:
@@ -52,17 +58,23 @@ class Arena:
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset).view(shape)
 
     def pin(self) -> None:
-        """Page-locks the mapping for fast copies to and from the GPU. Called by processes that own a CUDA context."""
+        """Page-locks the mapping for fast copies to and from the GPU. Called by processes that own
+        a CUDA context.
+        """
         address = np.frombuffer(self.memory, np.uint8).ctypes.data
         error = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
         if int(error) != 0:
-            raise RuntimeError(f"cudaHostRegister of {self.size} bytes failed with error {error}: raise `ulimit -l`")
+            raise RuntimeError(
+                f"cudaHostRegister of {self.size} bytes failed with error {error}: raise `ulimit "
+                "-l`"
+            )
 
     def __getstate__(self):
         return {"size": self.size, "dup": DupFd(self.fd)}
 
     def __setstate__(self, state):
-        self.size, self.fd = state["size"], state["dup"].detach()
+        self.size = state["size"]
+        self.fd = state["dup"].detach()
         self._map()
 
     def __del__(self):
@@ -78,7 +90,8 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 def layout(spec: Spec, slots: int) -> tuple[dict[str, int], int]:
     """Byte offset of every field's [slots, *shape] block, and the size of them all."""
-    offsets, size = {}, 0
+    offsets = {}
+    size = 0
     for name, (shape, dtype) in spec.items():
         offsets[name] = size
         count = slots * int(np.prod(shape, dtype=np.int64))
@@ -89,36 +102,58 @@ def layout(spec: Spec, slots: int) -> tuple[dict[str, int], int]:
 class SlotPool:
     """`pool["image"]` is one tensor [slots, *shape] that every process sees at the same place.
 
-    spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is used (`pin`). "cuda:k": the
-    fields `on_device` (none given: all) are one allocation each, shared by CUDA IPC when the pool is passed to a process; the
-    others, which processes read and write element by element, stay in shared memory.
+    spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is
+    used (`pin`). "cuda:k": the fields `on_device` (none given: all) are one allocation each, shared
+    by CUDA IPC when the pool is passed to a process; the others, which processes read and write
+    element by element, stay in shared memory.
     """
 
-    def __init__(self, spec: Spec, slots: int, device: str = "cpu", on_device: tuple[str, ...] = ()):
-        self.spec, self.slots, self.device = spec, slots, device
+    def __init__(
+        self, spec: Spec, slots: int, device: str = "cpu", on_device: tuple[str, ...] = ()
+    ):
+        self.spec = spec
+        self.slots = slots
+        self.device = device
         there = () if device == "cpu" else on_device or tuple(spec)
-        self.gpu = {n: torch.zeros((slots, *spec[n][0]), dtype=spec[n][1], device=device) for n in there}
-        self.offsets, self.bytes = layout({name: kind for name, kind in spec.items() if name not in there}, slots)
-        self.arena, self.pinned = Arena(self.bytes) if self.offsets else None, False
+        self.gpu = {
+            n: torch.zeros((slots, *spec[n][0]), dtype=spec[n][1], device=device) for n in there
+        }
+        self.offsets, self.bytes = layout(
+            {name: kind for name, kind in spec.items() if name not in there}, slots
+        )
+        self.arena = Arena(self.bytes) if self.offsets else None
+        self.pinned = False
         self._view()
 
     def _view(self) -> None:
-        at = {name: (self.offsets[name], (self.slots, *self.spec[name][0]), self.spec[name][1]) for name in self.offsets}
+        at = {
+            name: (self.offsets[name], (self.slots, *self.spec[name][0]), self.spec[name][1])
+            for name in self.offsets
+        }
         self.tensors = self.gpu | {name: self.arena.tensor(*where) for name, where in at.items()}
-        self.arrays = {name: bits(self.tensors[name]) for name in at}  # copies a few small rows in half of torch's time
+        self.arrays = {
+            name: bits(self.tensors[name]) for name in at
+        }  # copies a few small rows in half of torch's time
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def gather(self, name: str, slots: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
-        """A copy of whole slots [n, rows, …], or of one row of each [n, …]: page-locked where the pool is."""
+        """A copy of whole slots [n, rows, …], or of one row of each [n, …]: page-locked where the
+        pool is.
+        """
         if name in self.arrays and not self.pinned:
             found = torch.from_numpy(self.arrays[name][slots if rows is None else (slots, rows)])
             return found if found.dtype is self.spec[name][1] else found.view(self.spec[name][1])
         tensor = self[name]
         if rows is not None:
             tensor, slots = tensor.flatten(0, 1), slots * tensor.shape[1] + rows
-        out = torch.empty((len(slots), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device, pin_memory=not tensor.is_cuda)
+        out = torch.empty(
+            (len(slots), *tensor.shape[1:]),
+            dtype=tensor.dtype,
+            device=tensor.device,
+            pin_memory=not tensor.is_cuda,
+        )
         return torch.index_select(tensor, 0, torch.from_numpy(slots).to(tensor.device), out=out)
 
     def put(self, name: str, slots: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
@@ -136,7 +171,11 @@ class SlotPool:
             self.pinned = True
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name not in ("tensors", "arrays")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("tensors", "arrays")
+        }
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -144,7 +183,9 @@ class SlotPool:
 
 
 class Record(NamedTuple):
-    """What travels: which slot, which row of it, what for, and who asks. It speaks for a whole lane, whose first slot it names."""
+    """What travels: which slot, which row of it, what for, and who asks. It speaks for a whole
+    lane, whose first slot it names.
+    """
 
     slot: int
     t: int
@@ -153,8 +194,9 @@ class Record(NamedTuple):
 
 
 RECORD = struct.Struct("<IHBB")  # 8 bytes
-# Kinds. LAST is a VALUE that the lane does not wait for, FINAL asks for the value of an episode's last observation; DONE says that
-# a trajectory is over; RESTART says that `sender` replaces a dead worker, and is echoed.
+# Kinds. LAST is a VALUE that the lane does not wait for, FINAL asks for the value of an episode's
+# last observation; DONE says that a trajectory is over; RESTART says that `sender` replaces a dead
+# worker, and is echoed.
 ACT, VALUE, EVAL, DONE, VERSION, LAST, RESTART, FINAL = range(8)
 ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps together (PIPE_BUF)
 
@@ -162,8 +204,9 @@ ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps toget
 class IndexQueue:
     """Many writers, one reader, 8-byte records through a pipe.
 
-    Writes of at most 4096 bytes are atomic, so a writer killed at any moment can neither hold a lock nor tear a record. The
-    reader sees the end of the file once the last writer is gone (`Closed`).
+    Writes of at most 4096 bytes are atomic, so a writer killed at any moment can neither hold a
+    lock nor tear a record. The reader sees the end of the file once the last writer is gone
+    (`Closed`).
     """
 
     class Closed(Exception):
@@ -171,31 +214,47 @@ class IndexQueue:
 
     def __init__(self):
         self.reader, self.writer = os.pipe()
-        os.set_blocking(self.reader, False), os.set_blocking(self.writer, False)
+        os.set_blocking(self.reader, False)
+        os.set_blocking(self.writer, False)
 
     def fileno(self) -> int:
         return self.reader
 
     def put(self, records: list[Record], timeout: float = 60.0) -> None:
-        """Writes records; those of one call of at most 512 stay together. Raises TimeoutError when the reader is stuck."""
+        """Writes records; those of one call of at most 512 stay together. Raises TimeoutError when
+        the reader is stuck.
+        """
         deadline = time.monotonic() + timeout
         for start in range(0, len(records), ATOMIC):
             data = b"".join(RECORD.pack(*record) for record in records[start : start + ATOMIC])
             while True:
                 try:
-                    os.write(self.writer, data)  # whole or, when the pipe is too full for it, not at all
+                    os.write(
+                        self.writer, data
+                    )  # whole or, when the pipe is too full for it, not at all
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"a queue of requests stayed full for {timeout:.0f} s: its reader is stuck") from None
-                    select.select([], [self.writer], [], 0.1)  # says that there is room, which another writer may take first
+                        raise TimeoutError(
+                            f"a queue of requests stayed full for {timeout:.0f} s: its reader is "
+                            "stuck"
+                        ) from None
+                    select.select(
+                        [], [self.writer], [], 0.1
+                    )  # says that there is room, which another writer may take first
 
     def get(self, timeout: float | None) -> list[Record]:
-        """Every queued record; waits up to `timeout` seconds for the first and returns [] when none came."""
+        """Every queued record; waits up to `timeout` seconds for the first and returns [] when none
+        came.
+        """
         try:
             data = os.read(self.reader, 65536)
         except BlockingIOError:
-            if timeout is not None and timeout <= 0 or not select.select([self.reader], [], [], timeout)[0]:
+            if (
+                timeout is not None
+                and timeout <= 0
+                or not select.select([self.reader], [], [], timeout)[0]
+            ):
                 return []
             return self.get(0.0)
         if not data:
@@ -217,7 +276,8 @@ class IndexQueue:
         return {"reader": DupFd(self.reader), "writer": DupFd(self.writer)}
 
     def __setstate__(self, state):
-        self.reader, self.writer = state["reader"].detach(), state["writer"].detach()
+        self.reader = state["reader"].detach()
+        self.writer = state["writer"].detach()
 
     def __del__(self):
         for fd in (getattr(self, "reader", -1), getattr(self, "writer", -1)):
@@ -226,13 +286,15 @@ class IndexQueue:
 
 
 class WeightPlane:
-    """Two buffers and a version. One writer publishes into the older buffer; any number of readers copy the newer one.
+    """Two buffers and a version. One writer publishes into the older buffer; any number of readers
+    copy the newer one.
 
-    A reader that is overtaken twice while it copies would see mixed weights; the stamps of a buffer, checked before and
-    after the copy, tell it so and it tries again. Neither side ever waits for the other.
+    A reader that is overtaken twice while it copies would see mixed weights; the stamps of a
+    buffer, checked before and after the copy, tell it so and it tries again. Neither side ever
+    waits for the other.
 
-    A set of weights is one block of bytes with the tensors as views on it, so that fetching is a single copy at memcpy's speed:
-    tensor by tensor it takes 1.7 times as long.
+    A set of weights is one block of bytes with the tensors as views on it, so that fetching is a
+    single copy at memcpy's speed: tensor by tensor it takes 1.7 times as long.
 
     spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds.
     """
@@ -248,7 +310,8 @@ class WeightPlane:
 
     def _view(self) -> None:
         header = self.header.tensor(0, (4,), torch.int64).numpy()
-        self.published, self.stamps = header[:1], header[1:3]
+        self.published = header[:1]
+        self.stamps = header[1:3]
         if self.buffers is None:
             return
         self.blocks = list(self.buffers["set"])
@@ -258,16 +321,22 @@ class WeightPlane:
 
     def tensors(self, block: Tensor) -> dict[str, Tensor]:
         """The weights that lie in a block [bytes] of uint8, by name."""
-        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.spec.items()}
+        sizes = {
+            name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.spec.items()
+        }
         return {
-            name: block[self.offsets[name] : self.offsets[name] + sizes[name]].view(dtype).view(shape)
+            name: block[self.offsets[name] : self.offsets[name] + sizes[name]]
+            .view(dtype)
+            .view(shape)
             for name, (shape, dtype) in self.spec.items()
         }
 
     def watch(self) -> "WeightPlane":
         """The version without the weights, for processes that only wait for it: opens no GPU."""
         other = copy.copy(self)
-        other.buffers, other.blocks, other.sides = None, [], []
+        other.buffers = None
+        other.blocks = []
+        other.sides = []
         return other
 
     @property
@@ -281,9 +350,13 @@ class WeightPlane:
         return bool((self.stamps < 0).all())
 
     def publish(self, weights: dict[str, Tensor], version: int) -> None:
-        """Copies `weights` into the older buffer and makes it the newest. Only one process may call this."""
+        """Copies `weights` into the older buffer and makes it the newest. Only one process may call
+        this.
+        """
         side = version % 2
-        self.stamps[side] = -1  # invalidate → copy → stamp → publish; x86 and ARM's aligned 8-byte stores are whole
+        self.stamps[
+            side
+        ] = -1  # invalidate → copy → stamp → publish; x86 and ARM's aligned 8-byte stores are whole
         fence()
         for name, tensor in weights.items():
             self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
@@ -293,9 +366,11 @@ class WeightPlane:
         self.published[0] = version
 
     def fetch(self, into: np.ndarray | Tensor, timeout: float = 60.0) -> int:
-        """Copies the newest weights into the block `into` [bytes] and returns their version, never a mixture of two.
+        """Copies the newest weights into the block `into` [bytes] and returns their version, never
+        a mixture of two.
 
-        into: a numpy array where it and the plane are on the CPU, which is a plain memcpy; else a tensor.
+        into: a numpy array where it and the plane are on the CPU, which is a plain memcpy; else a
+        tensor.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -315,7 +390,13 @@ class WeightPlane:
             time.sleep(0)
 
     def __getstate__(self):
-        return {"spec": self.spec, "offsets": self.offsets, "bytes": self.bytes, "buffers": self.buffers, "header": self.header}
+        return {
+            "spec": self.spec,
+            "offsets": self.offsets,
+            "bytes": self.bytes,
+            "buffers": self.buffers,
+            "header": self.header,
+        }
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -326,7 +407,9 @@ _LOCK = threading.Lock()
 
 
 def fence() -> None:
-    """A full memory barrier: taking and releasing any lock is one, on every architecture CPython runs on."""
+    """A full memory barrier: taking and releasing any lock is one, on every architecture CPython
+    runs on.
+    """
     with _LOCK:
         pass
 
@@ -337,17 +420,22 @@ def synchronize(device: str) -> None:
 
 
 class Counters:
-    """A table of float64 in shared memory, one row per worker, each row written by its worker alone and read by anyone."""
+    """A table of float64 in shared memory, one row per worker, each row written by its worker alone
+    and read by anyone.
+    """
 
     def __init__(self, rows: int, columns: tuple[str, ...]):
-        self.columns, self.rows = columns, rows
+        self.columns = columns
+        self.rows = rows
         self.arena = Arena(rows * len(columns) * 8)
         self._view()
 
     def _view(self) -> None:
         self.table = self.arena.tensor(0, (self.rows, len(self.columns)), torch.float64).numpy()
         self.index = {name: i for i, name in enumerate(self.columns)}
-        self.cells = memoryview(self.arena.memory).cast("d")  # the same; one number takes a fourth of the time it takes numpy
+        self.cells = memoryview(self.arena.memory).cast(
+            "d"
+        )  # the same; one number takes a fourth of the time it takes numpy
 
     def add(self, row: int, column: str, amount: float) -> None:
         self.cells[row * len(self.columns) + self.index[column]] += amount

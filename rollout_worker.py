@@ -1,8 +1,10 @@
-"""Gathers a batch of requests, samples actions, writes action, log-prob, value and version into the slots; fetches weights.
+"""Gathers a batch of requests, samples actions, writes action, log-prob, value and version into the
+slots; fetches weights.
 
-Requests arrive as 8-byte records; observations and results never move: the worker reads rows of the shared slots and writes
-rows of the shared slots. New weights are copied by a side thread into spare memory while the old ones go on serving, and take
-effect between two batches by re-pointing the parameters (RL-VLA³ Rollout Async; D-VLA weight plane).
+Requests arrive as 8-byte records; observations and results never move: the worker reads rows of the
+shared slots and writes rows of the shared slots. New weights are copied by a side thread into spare
+memory while the old ones go on serving, and take effect between two batches by re-pointing the
+parameters (RL-VLA³ Rollout Async; D-VLA weight plane).
 
 Left out: sharing lanes between rollout workers, tensor parallelism.
 """
@@ -18,19 +20,38 @@ from torch import Tensor
 
 import metrics
 import models
-from channel import ACT, DONE, EVAL, FINAL, LAST, RESTART, VALUE, VERSION, Channels, Record, WeightPlane, synchronize
+from channel import (
+    ACT,
+    DONE,
+    EVAL,
+    FINAL,
+    LAST,
+    RESTART,
+    VALUE,
+    VERSION,
+    Channels,
+    Record,
+    WeightPlane,
+    synchronize,
+)
 from config import Config
 from models import compiled
 from scheduler import Admission, DynamicBatcher
 
 
 class WeightFetcher:
-    """Keeps the newest version in spare memory; `swap` makes it the model's. Two blocks of memory alternate."""
+    """Keeps the newest version in spare memory; `swap` makes it the model's. Two blocks of memory
+    alternate.
+    """
 
     def __init__(self, plane: WeightPlane, parameters: dict[str, Tensor], timeout: float):
-        self.plane, self.parameters, self.timeout = plane, parameters, timeout
+        self.plane = plane
+        self.parameters = parameters
+        self.timeout = timeout
         device = next(iter(parameters.values())).device
-        self.blocks = [torch.zeros(plane.bytes, dtype=torch.uint8, device=device) for _ in range(2)]  # touched, unlike empty
+        self.blocks = [
+            torch.zeros(plane.bytes, dtype=torch.uint8, device=device) for _ in range(2)
+        ]  # touched, unlike empty
         self.views = [plane.tensors(block) for block in self.blocks]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if plane.buffers.device == "cpu" and device.type == "cpu":
@@ -38,9 +59,16 @@ class WeightFetcher:
         self.spare = 0  # which block is filled next; the other one serves
         self.version = -1  # of the weights in use
         self.staged = -1  # of the weights in spare memory, valid while `full` is set
-        self.copied = self.took = (0.0, 0.0)  # when the staged weights, and those in use, were fetched: start and end
-        self.seconds, self.fetches, self.error = 0.0, 0, None
-        self.wake, self.full, self.empty = threading.Event(), threading.Event(), threading.Event()
+        self.copied = self.took = (
+            0.0,
+            0.0,
+        )  # when the staged weights, and those in use, were fetched: start and end
+        self.seconds = 0.0
+        self.fetches = 0
+        self.error = None
+        self.wake = threading.Event()
+        self.full = threading.Event()
+        self.empty = threading.Event()
         self.empty.set()
         threading.Thread(target=self._run, daemon=True, name="weight fetcher").start()
 
@@ -56,7 +84,8 @@ class WeightFetcher:
                 with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                     self.staged = self.plane.fetch(self.blocks[self.spare], self.timeout)
                 self.copied = start, time.monotonic()
-                self.seconds, self.fetches = self.seconds + self.copied[1] - start, self.fetches + 1
+                self.seconds = self.seconds + self.copied[1] - start
+                self.fetches = self.fetches + 1
                 self.empty.clear()
                 self.full.set()
         except Exception as error:  # re-raised by `swap` in the worker's own thread
@@ -64,7 +93,9 @@ class WeightFetcher:
             self.full.set()
 
     def swap(self, wait_s: float = 0.0) -> bool:
-        """Between two batches: use the staged weights if there are any (waiting up to `wait_s` for them)."""
+        """Between two batches: use the staged weights if there are any (waiting up to `wait_s` for
+        them).
+        """
         if not (self.full.wait(wait_s) if wait_s else self.full.is_set()):
             return False
         if self.error is not None:
@@ -72,7 +103,8 @@ class WeightFetcher:
         for name, parameter in self.parameters.items():
             parameter.data = self.views[self.spare][name]
         self.spare = 1 - self.spare
-        self.version, self.took = self.staged, self.copied
+        self.version = self.staged
+        self.took = self.copied
         self.full.clear()
         self.empty.set()
         return True
@@ -88,29 +120,54 @@ def expand(records: list[Record], width: int, eval_width: int) -> list[Record]:
 
 @torch.inference_mode()
 def serve(
-    model, records: list[Record], channels: Channels, seed: int, version: int, device: str, width: int = 1, eval_width: int = 1,
+    model,
+    records: list[Record],
+    channels: Channels,
+    seed: int,
+    version: int,
+    device: str,
+    width: int = 1,
+    eval_width: int = 1,
     size: Callable[[int], int] = int,
-) -> None:  # fmt: skip
-    """One inference: reads observations of `records`, writes what each kind of request asked for, answers the env workers.
+) -> None:
+    """One inference: reads observations of `records`, writes what each kind of request asked for,
+    answers the env workers.
 
-    width, eval_width: envs of a lane and of an evaluation lane; size: how many samples the model is given for so many.
+    width, eval_width: envs of a lane and of an evaluation lane; size: how many samples the model is
+    given for so many.
     """
-    pool, samples = channels.pool, expand(records, width, eval_width)
-    slots, rows = np.array([r.slot for r in samples]), np.array([0 if r.kind == EVAL else r.t for r in samples])
+    pool = channels.pool
+    samples = expand(records, width, eval_width)
+    slots = np.array([r.slot for r in samples])
+    rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
     lanes, trajectories = (pool.arrays[name][slots].tolist() for name in ("lane", "trajectory"))
-    keys = [(seed, lane, trajectory, r.t) for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)]
+    keys = [
+        (seed, lane, trajectory, r.t)
+        for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)
+    ]
     noise = model.draw(keys, [r.kind != EVAL for r in samples])
-    obs, n = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}, len(samples)
+    obs = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}
+    n = len(samples)
     if size(n) > n:
-        obs, noise = compiled.pad(obs, size(n)), compiled.pad(noise, size(n))
-    to = lambda tensors: {name: x.to(device, non_blocking=True) for name, x in tensors.items()}  # noqa: E731
+        obs = compiled.pad(obs, size(n))
+        noise = compiled.pad(noise, size(n))
+
+    def to(tensors):
+        return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+
     out = model.act(to(obs), to(noise))
-    of = lambda *kinds: [i for i, r in enumerate(samples) if r.kind in kinds]  # noqa: E731
-    acting, finals = of(ACT), of(FINAL)
+
+    def of(*kinds):
+        return [i for i, r in enumerate(samples) if r.kind in kinds]
+
+    acting = of(ACT)
+    finals = of(FINAL)
     pool.arrays["version"][slots[acting], rows[acting]] = version
     for names, chosen in (
-        (("value",), of(ACT, VALUE, LAST)), (("actions",), of(ACT, EVAL)), (("logprob", *model.slot_fields()), acting),
-    ):  # fmt: skip
+        (("value",), of(ACT, VALUE, LAST)),
+        (("actions",), of(ACT, EVAL)),
+        (("logprob", *model.slot_fields()), acting),
+    ):
         every = len(chosen) == size(n)  # then nothing need be copied out of the results
         where = (slots, rows) if every else (slots[chosen], rows[chosen])
         for name in names if chosen else ():
@@ -126,24 +183,39 @@ def serve(
         channels.replies[worker].put(answer)
 
 
-def run(rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter) -> None:
+def run(
+    rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter
+) -> None:
     """The worker. spec: the simulator's EnvSpec."""
-    queue, plane, pool = channels.requests[rank], channels.plane, channels.pool
+    queue = channels.requests[rank]
+    plane = channels.plane
+    pool = channels.pool
     queue.close_writer()
     if device != "cpu":
         torch.cuda.set_device(device)
         pool.pin()
     model = models.load(config.train.model).build(config, spec, device).eval()
     fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
-    compiles = model.COMPILED and (device != "cpu" if config.rollout.compile is None else config.rollout.compile)
-    admission, workers, width = Admission.of(config), config.rollout.rollout_workers, config.env.width
+    compiles = model.COMPILED and (
+        device != "cpu" if config.rollout.compile is None else config.rollout.compile
+    )
+    admission = Admission.of(config)
+    workers = config.rollout.rollout_workers
+    width = config.env.width
     served = len(range(rank, config.env.envs // width, workers))  # lanes that ask this worker
-    lane_of, trajectory_of, asked = (pool.arrays[name] for name in ("lane", "trajectory", "asked"))  # as read one by one
-    batch_max = {"all": served, "auto": max(1, served // 2)}.get(config.rollout.batch_max, config.rollout.batch_max)
-    auto_max, auto_wait = config.rollout.batch_max == "auto", config.rollout.batch_wait_ms == "auto"
+    lane_of, trajectory_of, asked = (
+        pool.arrays[name] for name in ("lane", "trajectory", "asked")
+    )  # as read one by one
+    batch_max = {"all": served, "auto": max(1, served // 2)}.get(
+        config.rollout.batch_max, config.rollout.batch_max
+    )
+    auto_max = config.rollout.batch_max == "auto"
+    auto_wait = config.rollout.batch_wait_ms == "auto"
     batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
     if compiles:  # riders (evaluation, last values) come on top of the lanes served
-        most = ((served if auto_max else min(batch_max, served)) + served) * width + config.env.eval_envs
+        most = (
+            (served if auto_max else min(batch_max, served)) + served
+        ) * width + config.env.eval_envs
         compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
     meter.ready()
 
@@ -157,19 +229,29 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         while not swap(1.0):  # however long the actor takes to start: the launcher watches it
             meter.set("time", time.monotonic())
     begun = fetcher.version
-    trajectories = np.full(served, begun * admission.per_lane)  # of each lane: the one it is in, or starts next
-    going_on = -1, 0  # a version, and how many lanes may go on with it; -1 where that is to be counted anew
+    trajectories = np.full(
+        served, begun * admission.per_lane
+    )  # of each lane: the one it is in, or starts next
+    going_on = (
+        -1,
+        0,
+    )  # a version, and how many lanes may go on with it; -1 where that is to be counted anew
 
     def note(record: Record, over: bool) -> None:
-        """The lane that asks is in the trajectory of its slot, or that one is over and it is in, or waits for, the next."""
+        """The lane that asks is in the trajectory of its slot, or that one is over and it is in, or
+        waits for, the next.
+        """
         nonlocal going_on
-        lane, trajectory = lane_of.item(record.slot) // width // workers, trajectory_of.item(record.slot) + over
+        lane = lane_of.item(record.slot) // width // workers
+        trajectory = trajectory_of.item(record.slot) + over
         if trajectories.item(lane) != trajectory:
-            trajectories[lane], going_on = trajectory, (-1, 0)
+            trajectories[lane] = trajectory
+            going_on = (-1, 0)
 
     def due() -> float | None:
-        """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for more would be in vain, with
-        T_max = ∞ for ever."""
+        """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for
+        more would be in vain, with T_max = ∞ for ever.
+        """
         nonlocal going_on
         if going_on[0] != (version := plane.version):
             going_on = version, int(admission.admits(trajectories, version).sum())
@@ -183,12 +265,17 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             with meter.wait("request"):
                 records = queue.get(timeout)
         else:
-            records = queue.get(0)  # what came during the last inference joins its queue before the batch is taken
+            records = queue.get(
+                0
+            )  # what came during the last inference joins its queue before the batch is taken
         for record in records:
             if record.kind == VERSION:
                 fetcher.wake.set()
                 continue
-            if record.kind == RESTART:  # nobody waits for what the dead worker had asked; what was answered lies before this echo
+            if record.kind == RESTART:
+                # nobody waits for what the dead worker had asked; what was answered lies before
+                # this
+                # echo
                 batcher.drop(lambda request, sender=record.sender: request.sender == sender)
                 channels.replies[record.sender].put([record])
                 continue
@@ -197,7 +284,9 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             if record.kind == DONE:
                 continue
             batcher.add(record, record.kind not in (EVAL, LAST), float(asked[record.slot]))
-        if plane.version >= config.train.iterations:  # training is over: the last evaluation has nothing to be in step with
+        if (
+            plane.version >= config.train.iterations
+        ):  # training is over: the last evaluation has nothing to be in step with
             batcher.wait_s = min(batcher.wait_s, 0.01)
         remaining = due()
         if remaining is None or remaining > 0:
@@ -214,30 +303,49 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
             needed = plane.version + admission.max_staleness
         elif fetcher.version < plane.version:
-            needed = max((admission.batch_of(trajectory_of.item(r.slot)) for r in batch if r.kind == ACT), default=0)
-        while fetcher.version < needed - admission.max_staleness:  # admitted on a version that is still being copied
+            needed = max(
+                (admission.batch_of(trajectory_of.item(r.slot)) for r in batch if r.kind == ACT),
+                default=0,
+            )
+        while (
+            fetcher.version < needed - admission.max_staleness
+        ):  # admitted on a version that is still being copied
             fetcher.wake.set()
             start = time.monotonic()
             with meter.wait("weights"):
                 if not swap(config.train.timeout_s):
-                    raise TimeoutError(f"version {needed} never came from the actor within {config.train.timeout_s:.0f} s")
+                    raise TimeoutError(
+                        f"version {needed} never came from the actor within "
+                        f"{config.train.timeout_s:.0f} s"
+                    )
             meter.count("weight_stall_s", time.monotonic() - start)
         start = time.monotonic()
-        size = sum(config.env.eval_width if record.kind == EVAL else width for record in batch)  # envs
+        size = sum(
+            config.env.eval_width if record.kind == EVAL else width for record in batch
+        )  # envs
         with meter.work("infer", batch=size, version=fetcher.version):
             widths = width, config.env.eval_width
             sizes = compiled.bucket if compiles else int
-            acting = max(begun, fetcher.version - config.actor.extra_staleness)  # what the actor has published under that version
+            acting = max(
+                begun, fetcher.version - config.actor.extra_staleness
+            )  # what the actor has published under that version
             serve(model, batch, channels, config.train.seed, acting, device, *widths, sizes)
         seconds = time.monotonic() - start
         if auto_max and (tuned := int(meter.counters.get(meter.row, "tuned_batch_max"))):
             batch_max = min(tuned, served)
-        if auto_wait:  # half an inference until the launcher knows better: what comes during one joins the next anyway
+        # half an inference until the launcher knows better: what comes during one joins the next
+        # anyway
+        if auto_wait:
             tuned = meter.counters.get(meter.row, "tuned_wait_s")
             batcher.wait_s = tuned or 0.8 * batcher.wait_s + 0.2 * 0.5 * seconds
-        meter.count("requests", size), meter.count("batches", 1), meter.count("batch_wait_s", waited)
-        meter.count("infer_s", seconds), meter.count("batch_square", size**2), meter.count("batch_infer_s", size * seconds)
+        meter.count("requests", size)
+        meter.count("batches", 1)
+        meter.count("batch_wait_s", waited)
+        meter.count("infer_s", seconds)
+        meter.count("batch_square", size**2)
+        meter.count("batch_infer_s", size * seconds)
         meter.count(metrics.HISTOGRAM[min((size - 1).bit_length(), len(metrics.HISTOGRAM) - 1)], 1)
-        meter.set("weight_sync_s", fetcher.seconds), meter.set("fetches", fetcher.fetches)
+        meter.set("weight_sync_s", fetcher.seconds)
+        meter.set("fetches", fetcher.fetches)
         if device != "cpu":
             meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)

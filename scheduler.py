@@ -1,7 +1,8 @@
-"""When to infer, when to start, and where to run: `DynamicBatcher` (eq. 1), `Admission`, `Placement`.
+"""When to infer, when to start, and where to run: `DynamicBatcher` (eq. 1), `Admission`,
+`Placement`.
 
-Pure decisions: no process, tensor or device is touched here, so all of it is tested with a fake clock.
-Left out: moving work between rollout workers (each lane always asks the same one).
+Pure decisions: no process, tensor or device is touched here, so all of it is tested with a fake
+clock. Left out: moving work between rollout workers (each lane always asks the same one).
 """
 
 import math
@@ -16,23 +17,30 @@ from config import Config, UserError, parse_ratio
 class DynamicBatcher:
     """Requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
 
-    n counts the queued requests of lanes, w is how long the oldest one has waited; the clock starts when the first request
-    is queued, never before. A request added with `counted=False` (evaluation, a last value) rides along: it
-    is served with the next batch and its wait counts, but it does not help to fill one, so that B_max = every lane is lockstep.
+    n counts the queued requests of lanes, w is how long the oldest one has waited; the clock starts
+    when the first request is queued, never before. A request added with `counted=False`
+    (evaluation, a last value) rides along: it is served with the next batch and its wait counts,
+    but it does not help to fill one, so that B_max = every lane is lockstep.
     """
 
     def __init__(self, batch_max: int, wait_s: float, clock: Callable[[], float] = time.monotonic):
-        self.batch_max, self.wait_s, self.clock = batch_max, wait_s, clock
+        self.batch_max = batch_max
+        self.wait_s = wait_s
+        self.clock = clock
         self.queue: deque = deque()  # (request, counted, time queued)
         self.counted = 0
 
     def add(self, request, counted: bool = True, queued: float | None = None) -> None:
-        """queued: when it was sent, where that is known; a request may have waited unread during an inference."""
+        """queued: when it was sent, where that is known; a request may have waited unread during an
+        inference.
+        """
         self.queue.append((request, counted, self.clock() if queued is None else queued))
         self.counted += counted
 
     def remaining(self) -> float | None:
-        """Seconds until the queue must be served: ≤ 0 now, None when empty (there is nothing to wait for)."""
+        """Seconds until the queue must be served: ≤ 0 now, None when empty (there is nothing to
+        wait for).
+        """
         if not self.queue:
             return None
         if self.counted >= self.batch_max:
@@ -40,8 +48,12 @@ class DynamicBatcher:
         return self.wait_s - (self.clock() - self.queue[0][2])
 
     def take(self) -> tuple[list, float]:
-        """The oldest requests, at most B_max of them counted, and the seconds the oldest has waited."""
-        waited, batch, room = self.clock() - self.queue[0][2], [], self.batch_max
+        """The oldest requests, at most B_max of them counted, and the seconds the oldest has
+        waited.
+        """
+        waited = self.clock() - self.queue[0][2]
+        batch = []
+        room = self.batch_max
         while self.queue and (room or not self.queue[0][1]):
             request, counted, _ = self.queue.popleft()
             batch.append(request)
@@ -57,13 +69,15 @@ class DynamicBatcher:
 
 @dataclass(frozen=True)
 class Admission:
-    """Which trajectory is which, and when it may start: staleness as back-pressure, decided without talking to anyone.
+    """Which trajectory is which, and when it may start: staleness as back-pressure, decided without
+    talking to anyone.
 
-    An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of every env make a batch. So
-    membership never depends on outcome or speed. It may start once version b − K is published (K = max staleness), hence
-    started ≤ (published + K + 1) · batch always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1
-    share slots, and the later one may start only when the earlier one has been trained on. What would come after the last batch
-    never starts. The envs of a lane, `width` of them, have slots side by side.
+    An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of
+    every env make a batch. So membership never depends on outcome or speed. It may start once
+    version b − K is published (K = max staleness), hence started ≤ (published + K + 1) · batch
+    always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1 share slots,
+    and the later one may start only when the earlier one has been trained on. What would come after
+    the last batch never starts. The envs of a lane, `width` of them, have slots side by side.
     """
 
     batch: int
@@ -76,12 +90,20 @@ class Admission:
     @classmethod
     def of(cls, config: Config) -> "Admission":
         group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
-        sizes = config.actor.batch, config.env.envs, config.actor.max_staleness, config.train.iterations, config.env.width
+        sizes = (
+            config.actor.batch,
+            config.env.envs,
+            config.actor.max_staleness,
+            config.train.iterations,
+            config.env.width,
+        )
         return cls(*sizes, group)
 
     @property
     def whole(self) -> int:
-        """Envs whose trajectories go to one actor rank: those of a lane, which one record hands over, and of a group."""
+        """Envs whose trajectories go to one actor rank: those of a lane, which one record hands
+        over, and of a group.
+        """
         return max(self.width, self.group)
 
     @property
@@ -106,14 +128,18 @@ class Admission:
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
 
     def owner(self, slot: int, ranks: int) -> int:
-        """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one rank."""
+        """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one
+        rank.
+        """
         return slot % self.batch // self.whole % ranks
 
     def task(self, env: int, trajectory: int, tasks: int) -> int:
-        """Which task it plays: dealt in turn to the positions of a batch, and on from batch to batch.
+        """Which task it plays: dealt in turn to the positions of a batch, and on from batch to
+        batch.
 
-        So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its simulators are. Where `tasks`
-        divides the lanes, a whole lane plays one task and keeps it, which saves it from building another scene. So does a group.
+        So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its
+        simulators are. Where `tasks` divides the lanes, a whole lane plays one task and keeps it,
+        which saves it from building another scene. So does a group.
         """
         unit = self.whole if self.group > 1 or self.envs // self.width % tasks == 0 else 1
         return (trajectory * self.envs + env) // unit % tasks
@@ -132,11 +158,13 @@ class Placement:
 
 
 def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
-    """Places the workers of `config` on the parts in use, and writes into it how many there are. Raises UserError.
+    """Places the workers of `config` on the parts in use, and writes into it how many there are.
+    Raises UserError.
 
     simulator: the module; an emulated one says itself how many workers its devices are.
     """
-    ratio, placement = config.train.parts, config.train.placement
+    ratio = config.train.parts
+    placement = config.train.placement
     if hasattr(simulator, "workers") and not config.env.env_workers:
         config.env.env_workers = min(simulator.workers(ratio, placement), config.env.envs)
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
@@ -148,26 +176,42 @@ def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
 
 
 def place(
-    ratio: str, placement: str, gpus: int, cores: int, env_workers: int, rollout_workers: int, actor_workers: int
+    ratio: str,
+    placement: str,
+    gpus: int,
+    cores: int,
+    env_workers: int,
+    rollout_workers: int,
+    actor_workers: int,
 ) -> Placement:
-    """Turns R:A into devices, processes and threads. Worker counts of 0 are derived; a contradiction is a UserError.
+    """Turns R:A into devices, processes and threads. Worker counts of 0 are derived; a
+    contradiction is a UserError.
 
-    With GPUs the machine is cut into R + A parts of equal size: R for env + rollout, A for actors (hybrid: half of the R
-    parts, rounded down, for envs alone); colocated puts everything everywhere. Without GPUs there are R env workers, one
-    rollout worker and A actor workers, and torch threads are divided as R:A.
+    With GPUs the machine is cut into R + A parts of equal size: R for env + rollout, A for actors
+    (hybrid: half of the R parts, rounded down, for envs alone); colocated puts everything
+    everywhere. Without GPUs there are R env workers, one rollout worker and A actor workers, and
+    torch threads are divided as R:A.
     """
     r, a = parse_ratio(ratio)
-    for flag, count in (("--env-workers", env_workers), ("--rollout-workers", rollout_workers), ("--actor-workers", actor_workers)):
+    for flag, count in (
+        ("--env-workers", env_workers),
+        ("--rollout-workers", rollout_workers),
+        ("--actor-workers", actor_workers),
+    ):
         if count < 0:
             raise UserError(f"{flag} {count} must be at least 1, or 0 to derive it from --ratio")
     if gpus == 0:
-        env, rollout, actor = env_workers or r, rollout_workers or 1, actor_workers or a
-        for_rollout, for_actor = cores * r / (r + a), cores * a / (r + a)
+        env = env_workers or r
+        rollout = rollout_workers or 1
+        actor = actor_workers or a
+        for_rollout = cores * r / (r + a)
+        for_actor = cores * a / (r + a)
         if placement == "colocated":
             for_rollout = for_actor = cores
         threads = max(1, int(for_rollout / rollout)), max(1, int(for_actor / actor))
         line = (
-            f"no GPU: {placement} {ratio} on {cores} cores means {env} env, {rollout} rollout and {actor} actor workers, "
+            f"no GPU: {placement} {ratio} on {cores} cores means {env} env, {rollout} rollout and "
+            f"{actor} actor workers, "
             f"torch threads {threads[0]} and {threads[1]} each"
         )
         return Placement(("cpu",) * env, ("cpu",) * rollout, ("cpu",) * actor, *threads, line)
@@ -178,25 +222,35 @@ def place(
     else:
         if r + a > gpus:
             raise UserError(
-                f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer parts, or --placement colocated"
+                f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer "
+                "parts, or --placement colocated"
             )
         unit = gpus // (r + a)
         rollout_gpus = env_gpus = tuple(f"cuda:{i}" for i in range(r * unit))
         actor_gpus = tuple(f"cuda:{i}" for i in range(r * unit, (r + a) * unit))
         if placement == "hybrid":
             if r < 2:
-                raise UserError(f"--placement hybrid needs at least 2 parts for env and rollout, --ratio {ratio} gives {r}")
+                raise UserError(
+                    "--placement hybrid needs at least 2 parts for env and rollout, --ratio "
+                    f"{ratio} gives {r}"
+                )
             env_gpus, rollout_gpus = env_gpus[: r // 2 * unit], env_gpus[r // 2 * unit :]
     if actor_workers not in (0, len(actor_gpus)):
         raise UserError(
-            f"--actor-workers {actor_workers} contradicts --ratio {ratio}, which gives {len(actor_gpus)} GPUs to actors"
+            f"--actor-workers {actor_workers} contradicts --ratio {ratio}, which gives "
+            f"{len(actor_gpus)} GPUs to actors"
         )
-    spread = lambda devices, workers: tuple(devices[i % len(devices)] for i in range(workers or len(devices)))  # noqa: E731
-    env, rollout = spread(env_gpus, env_workers), spread(rollout_gpus, rollout_workers)
+
+    def spread(devices, workers):
+        return tuple(devices[i % len(devices)] for i in range(workers or len(devices)))
+
+    env = spread(env_gpus, env_workers)
+    rollout = spread(rollout_gpus, rollout_workers)
     threads = max(1, math.floor(cores / (len(rollout) + len(actor_gpus))))
     idle = gpus - len({*env, *rollout, *actor_gpus})
     line = (
-        f"{gpus} GPUs: {placement} {ratio} means env on {', '.join(dict.fromkeys(env))}; rollout on {', '.join(rollout)}; "
+        f"{gpus} GPUs: {placement} {ratio} means env on {', '.join(dict.fromkeys(env))}; rollout "
+        f"on {', '.join(rollout)}; "
         f"actor on {', '.join(actor_gpus)}" + (f"; {idle} idle" if idle else "")
     )
     return Placement(env, rollout, actor_gpus, threads, threads, line)

@@ -2,14 +2,16 @@
 
     python bench.py envs
 
-The same work for all: episodes of chunks of 10 control steps, of which the policy sees one observation. Naive is what LIBERO and
-Meta-World offer their users: LIBERO's `OffScreenRenderEnv`, which draws both cameras in every step and rebuilds the scene at
-every reset; Meta-World's gymnasium env with `render_mode="rgb_array"`, drawn after every step at the same size.
+The same work for all: episodes of chunks of 10 control steps, of which the policy sees one
+observation. Naive is what LIBERO and Meta-World offer their users: LIBERO's `OffScreenRenderEnv`,
+which draws both cameras in every step and rebuilds the scene at every reset; Meta-World's gymnasium
+env with `render_mode="rgb_array"`, drawn after every step at the same size.
 
-Every row is a process of its own (or several). On one process they take turns, so that what disturbs one disturbs all; rows hold
-medians. With several processes all work at once. `env_steps_per_s` is of whole episodes, resets included; `times_naive_cpu`
-compares the processor time of such episodes, which other programs on the machine hardly change.
-Left out: vectorised simulators; inference between chunks.
+Every row is a process of its own (or several). On one process they take turns, so that what
+disturbs one disturbs all; rows hold medians. With several processes all work at once.
+`env_steps_per_s` is of whole episodes, resets included; `times_naive_cpu` compares the processor
+time of such episodes, which other programs on the machine hardly change. Left out: vectorised
+simulators; inference between chunks.
 """
 
 import contextlib
@@ -22,7 +24,10 @@ import torch.multiprocessing as mp
 
 CHUNK = 10  # control steps
 TASKS = {"libero": "turn_on_the_stove", "metaworld": "handle-press"}
-SIZES = {"libero": 256, "metaworld": 64}  # pixels: the published protocol's, and our default model's
+SIZES = {
+    "libero": 256,
+    "metaworld": 64,
+}  # pixels: the published protocol's, and our default model's
 
 
 class Ours:
@@ -31,7 +36,8 @@ class Ours:
 
         self.spec = envs.load(name).spec((TASKS[name],), size)
         self.make = lambda: envs.maker(name, quality)(self.spec.tasks, size)
-        self.envs, self.seed = [self.make() for _ in range(count)], 0
+        self.envs = [self.make() for _ in range(count)]
+        self.seed = 0
         self.reset()
 
     def reset(self) -> None:
@@ -70,10 +76,15 @@ class NaiveLibero:
 
         suite = libero.suite_of(TASKS[name])
         self.spec = libero.spec((TASKS[name],), size)
-        with np.load(libero.FOLDER / "init_files" / suite / f"{TASKS[name]}.pruned_init.npz") as states:
+        with np.load(
+            libero.FOLDER / "init_files" / suite / f"{TASKS[name]}.pruned_init.npz"
+        ) as states:
             self.states = states["states"]
         path = libero.FOLDER / "bddl_files" / suite / f"{TASKS[name]}.bddl"
-        self.env, self.episode = OffScreenRenderEnv(bddl_file_name=str(path), camera_heights=size, camera_widths=size), 0
+        self.env = OffScreenRenderEnv(
+            bddl_file_name=str(path), camera_heights=size, camera_widths=size
+        )
+        self.episode = 0
         self.env.seed(0)
         self.reset()
 
@@ -98,8 +109,15 @@ class NaiveMetaworld:
         from envs.metaworld import spec
 
         self.spec = spec((TASKS[name],), size)
-        settings = {"render_mode": "rgb_array", "camera_name": "corner2", "width": size, "height": size}
-        self.env = gymnasium.make("Meta-World/MT1", env_name=TASKS[name] + "-v3", seed=0, **settings)
+        settings = {
+            "render_mode": "rgb_array",
+            "camera_name": "corner2",
+            "width": size,
+            "height": size,
+        }
+        self.env = gymnasium.make(
+            "Meta-World/MT1", env_name=TASKS[name] + "-v3", seed=0, **settings
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -115,7 +133,8 @@ NAIVE = {"libero": NaiveLibero, "metaworld": NaiveMetaworld}
 
 
 def serve(pipe, naive: bool, name: str, size: int, quality: str, count: int) -> None:
-    """A process with one player: does what it is told and answers with the seconds, and those of the processor, that it took.
+    """A process with one player: does what it is told and answers with the seconds, and those of
+    the processor, that it took.
 
     "memory" is answered with its private MB in use, twice.
     """
@@ -123,9 +142,14 @@ def serve(pipe, naive: bool, name: str, size: int, quality: str, count: int) -> 
 
     os.environ["LP_NUM_THREADS"] = "0"
     random = np.random.default_rng(0)
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # LIBERO talks while it is imported
+    with (
+        open(os.devnull, "w") as nothing,
+        contextlib.redirect_stdout(nothing),
+    ):  # LIBERO talks while it is imported
         player = (NAIVE[name] if naive else Ours)(name, size, quality, count)
-    played, horizon, dimension = 0, player.spec.horizon, player.spec.action_dim
+    played = 0
+    horizon = player.spec.horizon
+    dimension = player.spec.action_dim
     pipe.send(horizon)
     while (what := pipe.recv()) != "end":
         if what == "memory":
@@ -135,9 +159,12 @@ def serve(pipe, naive: bool, name: str, size: int, quality: str, count: int) -> 
         if played + CHUNK > horizon and what in ("chunk", "steps"):
             player.reset()
             played = 0
-        actions = (random.uniform(-1.0, 1.0, (CHUNK, dimension)),) if what in ("chunk", "steps") else ()
+        actions = (
+            (random.uniform(-1.0, 1.0, (CHUNK, dimension)),) if what in ("chunk", "steps") else ()
+        )
         played = played + CHUNK if actions else 0 if what.endswith("reset") else played
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu = time.process_time()
         getattr(player, what)(*actions)
         pipe.send((time.perf_counter() - start, time.process_time() - cpu))
     os._exit(0)  # LIBERO's own contexts complain at the interpreter's exit
@@ -148,7 +175,9 @@ class Player:
 
     def __init__(self, *args):
         self.pipe, theirs = mp.Pipe()
-        self.process = mp.get_context("spawn").Process(target=serve, args=(theirs, *args), daemon=True)
+        self.process = mp.get_context("spawn").Process(
+            target=serve, args=(theirs, *args), daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -168,10 +197,13 @@ class Player:
 
 
 def in_turns(players: list[Player], what: str, seconds: float) -> np.ndarray:
-    """[players, 2]: median milliseconds of each, and of the processor; at least 3 turns, after one to warm up, and `seconds`."""
+    """[players, 2]: median milliseconds of each, and of the processor; at least 3 turns, after one
+    to warm up, and `seconds`.
+    """
     for player in players:
         player.ask(what)
-    taken, end = [], time.monotonic() + seconds * len(players)
+    taken = []
+    end = time.monotonic() + seconds * len(players)
     while len(taken) < 3 or time.monotonic() < end:
         taken.append([player.ask(what) for player in players])
     return 1e3 * np.median(np.array(taken), axis=0)
@@ -179,7 +211,8 @@ def in_turns(players: list[Player], what: str, seconds: float) -> np.ndarray:
 
 def at_once(players: list[Player], seconds: float) -> np.ndarray:
     """[2]: mean milliseconds of a chunk, and of the processor, while all of them work."""
-    end, taken = time.monotonic() + seconds, []
+    end = time.monotonic() + seconds
+    taken = []
     for player in players:
         player.pipe.send("chunk")
     while time.monotonic() < end or len(taken) < 3 * len(players):
@@ -202,18 +235,31 @@ def measure(names: tuple[str, ...], seconds: float) -> list[dict]:
 
 
 def measure_one(name: str, seconds: float) -> list[dict]:
-    size, cores, rows = SIZES[name], len(os.sched_getaffinity(0)), []
+    size = SIZES[name]
+    cores = len(os.sched_getaffinity(0))
+    rows = []
     counts = sorted({1, 2, cores})
 
-    def row(how: str, player: Player, chunk, reset, processes: int = 1, count: int = 1, **more: float) -> dict:
+    def row(
+        how: str, player: Player, chunk, reset, processes: int = 1, count: int = 1, **more: float
+    ) -> dict:
         wall, cpu = reset + player.horizon / CHUNK * chunk  # milliseconds of an episode
         found = {
-            "env": name, "how": how, "image_size": size, "processes": processes, "envs_per_process": count, "step_ms": None,
-            "frame_ms": None, "chunk_ms": float(chunk[0]), "reset_ms": float(reset[0]),
-            "env_steps_per_s": 1e3 * processes * count * player.horizon / wall, "times_naive": None,
-            "cpu_ms_per_step": cpu / count / player.horizon, "times_naive_cpu": None,
+            "env": name,
+            "how": how,
+            "image_size": size,
+            "processes": processes,
+            "envs_per_process": count,
+            "step_ms": None,
+            "frame_ms": None,
+            "chunk_ms": float(chunk[0]),
+            "reset_ms": float(reset[0]),
+            "env_steps_per_s": 1e3 * processes * count * player.horizon / wall,
+            "times_naive": None,
+            "cpu_ms_per_step": cpu / count / player.horizon,
+            "times_naive_cpu": None,
             "private_mb_per_process": player.ask("memory")[0],
-        } | more  # fmt: skip
+        } | more
         rows.append(found)
         return found
 
@@ -222,15 +268,24 @@ def measure_one(name: str, seconds: float) -> list[dict]:
     try:
         for player in players:
             player.ready()
-        chunks, resets = in_turns(players, "chunk", seconds), in_turns(players, "reset", seconds)
+        chunks = in_turns(players, "chunk", seconds)
+        resets = in_turns(players, "reset", seconds)
         naive = row("naive", players[0], chunks[0], resets[0])
-        steps, frames = in_turns(players[1:], "steps", seconds), in_turns(players[1:], "frame", seconds)
+        steps = in_turns(players[1:], "steps", seconds)
+        frames = in_turns(players[1:], "frame", seconds)
         for i, quality in enumerate(["fast", "full"][: len(players) - 1]):
             how = {"step_ms": steps[i, 0] / CHUNK, "frame_ms": float(frames[i, 0])}
             row(f"ours, {quality}", players[1 + i], chunks[1 + i], resets[1 + i], **how)
         row("ours, no frames", players[1], steps[0], resets[1], step_ms=steps[0, 0] / CHUNK)
         hard = in_turns(players[1:2], "hard_reset", 0.0)[0]
-        row("ours, hard reset", players[1], chunks[1], hard, step_ms=steps[0, 0] / CHUNK, frame_ms=float(frames[0, 0]))
+        row(
+            "ours, hard reset",
+            players[1],
+            chunks[1],
+            hard,
+            step_ms=steps[0, 0] / CHUNK,
+            frame_ms=float(frames[0, 0]),
+        )
     finally:
         for player in players:
             player.close()
@@ -241,7 +296,14 @@ def measure_one(name: str, seconds: float) -> list[dict]:
             for player in players:
                 player.ready().ask("chunk")
             chunk = at_once(players, seconds * processes)
-            row("ours, fast", players[0], chunk, in_turns(players[:1], "reset", 0.0)[0], processes, count)
+            row(
+                "ours, fast",
+                players[0],
+                chunk,
+                in_turns(players[:1], "reset", 0.0)[0],
+                processes,
+                count,
+            )
         finally:
             for player in players:
                 player.close()

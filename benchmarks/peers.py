@@ -1,19 +1,25 @@
 """The round trips of `machinery.py` in another library: TorchRL 0.14, under whatever Python has it.
 
-    python bench.py machinery --peer PYTHON                     runs this file with PYTHON, in turn with ours
+    python bench.py machinery --peer PYTHON      runs this file with PYTHON, in turn with ours
     PYTHON benchmarks/peers.py --way server --envs 8            by itself
 
-It imports nothing of this repository, so that PYTHON's environment need not hold it. The simulator returns constant observations
-of the same shapes, the policy constant actions [10, 4]; episodes have 8 steps. Ways, each as TorchRL's documentation recommends it:
+It imports nothing of this repository, so that PYTHON's environment need not hold it. The simulator
+returns constant observations of the same shapes, the policy constant actions [10, 4]; episodes have
+8 steps. Ways, each as TorchRL's documentation recommends it:
 
-    server     AsyncBatchedCollector, a process per env and one that infers in batches, shared-memory slots (`transport="auto"`),
-               transitions in messages of 64: its "fast configuration for many process-backed environments", and our shape
-    driver     AsyncBatchedCollector, two processes with half the envs each, exchange in shared memory, inference in the driver
-    workers    MultiAsyncCollector, two processes that each step half the envs one by one and infer for them in one batch: no
+    server     AsyncBatchedCollector, a process per env and one that infers in batches,
+               shared-memory slots (`transport="auto"`),
+               transitions in messages of 64: its "fast configuration for many process-backed
+               environments", and our shape
+    driver     AsyncBatchedCollector, two processes with half the envs each, exchange in shared
+               memory, inference in the driver
+    workers    MultiAsyncCollector, two processes that each step half the envs one by one and infer
+               for them in one batch: no
                round trip leaves its process, and nothing overlaps within one
 
-Left out on this side, and counted on ours: the learner. What a collector yields is dropped, without advantages, losses, gradients,
-weight transfer. Counted here alone: every observation is stored twice, the second time as "next", as TorchRL does.
+Left out on this side, and counted on ours: the learner. What a collector yields is dropped, without
+advantages, losses, gradients, weight transfer. Counted here alone: every observation is stored
+twice, the second time as "next", as TorchRL does.
 """
 
 import argparse
@@ -29,7 +35,10 @@ from torchrl.data import Composite, Unbounded
 from torchrl.envs import EnvBase, SerialEnv
 from torchrl.modules.inference_server import InferenceServerConfig
 
-VIEWS, STATE, ACTION, EPISODE = 2, 4, (10, 4), 8
+VIEWS = 2
+STATE = 4
+ACTION = (10, 4)
+EPISODE = 8
 WORKERS = 2  # processes of `driver` and `workers`: as many env workers as ours
 WARMUP_S = 2.0  # not measured
 
@@ -40,11 +49,19 @@ class Env(EnvBase):
     def __init__(self, pixels: int):
         super().__init__(device="cpu", batch_size=[])
         self.observation_spec = Composite(
-            image=Unbounded((VIEWS, pixels, pixels, 3), dtype=torch.uint8), state=Unbounded((STATE,), dtype=torch.float32)
+            image=Unbounded((VIEWS, pixels, pixels, 3), dtype=torch.uint8),
+            state=Unbounded((STATE,), dtype=torch.float32),
         )
-        self.action_spec, self.reward_spec = Unbounded(ACTION), Unbounded((1,))
-        self.seen = {"image": torch.zeros(VIEWS, pixels, pixels, 3, dtype=torch.uint8), "state": torch.zeros(STATE)}
-        self.reward, self.no, self.yes, self.steps = torch.zeros(1), torch.tensor([False]), torch.tensor([True]), 0
+        self.action_spec = Unbounded(ACTION)
+        self.reward_spec = Unbounded((1,))
+        self.seen = {
+            "image": torch.zeros(VIEWS, pixels, pixels, 3, dtype=torch.uint8),
+            "state": torch.zeros(STATE),
+        }
+        self.reward = torch.zeros(1)
+        self.no = torch.tensor([False])
+        self.yes = torch.tensor([True])
+        self.steps = 0
 
     def _reset(self, tensordict: TensorDict | None, **kwargs) -> TensorDict:
         self.steps = 0
@@ -76,13 +93,23 @@ def collector(way: str, envs: int, pixels: int):
     make = functools.partial(Env, pixels)
     if way == "workers":
         several = [functools.partial(SerialEnv, envs // WORKERS, make)] * WORKERS
-        return MultiAsyncCollector(several, policy(), frames_per_batch=64 * envs // WORKERS, total_frames=-1, num_threads=1)
-    settings = {"create_env_fn": [make] * envs, "frames_per_batch": 64 * envs, "env_backend": "multiprocessing"}
+        return MultiAsyncCollector(
+            several, policy(), frames_per_batch=64 * envs // WORKERS, total_frames=-1, num_threads=1
+        )
+    settings = {
+        "create_env_fn": [make] * envs,
+        "frames_per_batch": 64 * envs,
+        "env_backend": "multiprocessing",
+    }
     settings |= {"policy_factory": policy, "policy_version_key": None}
-    settings["server_config"] = InferenceServerConfig(max_batch_size=envs, min_batch_size=1, timeout=0.001, collect_stats=False)
+    settings["server_config"] = InferenceServerConfig(
+        max_batch_size=envs, min_batch_size=1, timeout=0.001, collect_stats=False
+    )
     if way == "server":
         return AsyncBatchedCollector(**settings, transport="auto")
-    return AsyncBatchedCollector(**settings, transport="driver", env_exchange="shm", envs_per_worker=max(1, envs // WORKERS))
+    return AsyncBatchedCollector(
+        **settings, transport="driver", env_exchange="shm", envs_per_worker=max(1, envs // WORKERS)
+    )
 
 
 def main() -> None:
@@ -94,13 +121,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = collector(args.way, args.envs, args.pixels)
-    first, steps, start = None, 0, None  # when the first batch came; since the start
+    # when the first batch came; since the start
+    first = None
+    steps = 0
+    start = None
     for batch in source:
         now = time.monotonic()
         if start is not None:
             steps += batch.numel()
             if now - start >= args.seconds:
-                print(json.dumps({"event": "end", "round_trips": steps, "seconds": now - start}), flush=True)
+                print(
+                    json.dumps({"event": "end", "round_trips": steps, "seconds": now - start}),
+                    flush=True,
+                )
                 break
         elif first is None:
             first = now

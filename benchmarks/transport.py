@@ -1,17 +1,22 @@
-"""Round trips of observations and actions between N env processes and one server, by several means of transport.
+"""Round trips of observations and actions between N env processes and one server, by several means
+of transport.
 
     python bench.py transport
 
-A round trip: an env hands over an observation of 301 KB; the server, the rollout worker's part, stacks what has come to one
-batch, reads a byte of every image row and answers each env with 10 × 7 actions. The means:
+A round trip: an env hands over an observation of 301 KB; the server, the rollout worker's part,
+stacks what has come to one batch, reads a byte of every image row and answers each env with 10 × 7
+actions. The means:
 
-    slots        `SlotPool` + `IndexQueue`: written once in place, 8-byte records travel, the server copies rows into its batch
-    torch_queue  torch.multiprocessing.Queue: every image and action is a fresh tensor in shared memory of its own
+    slots        `SlotPool` + `IndexQueue`: written once in place, 8-byte records travel, the server
+                 copies rows into its batch
+    torch_queue  torch.multiprocessing.Queue: every image and action is a fresh tensor in shared
+                 memory of its own
     mp_queue     multiprocessing.Queue: numpy arrays, pickled through a pipe
-    ray          an actor call per request, where Ray is installed; so each batch holds one observation
+    ray          an actor call per request, where Ray is installed; so each batch holds one
+                 observation
 
-Repetitions of all of them alternate; rows hold medians. `memcpy_mb_per_s`: numpy copies the same bytes within one process.
-Left out: Ray's ways to batch calls, transports between GPUs.
+Repetitions of all of them alternate; rows hold medians. `memcpy_mb_per_s`: numpy copies the same
+bytes within one process. Left out: Ray's ways to batch calls, transports between GPUs.
 """
 
 import importlib.util
@@ -28,33 +33,46 @@ import torch.multiprocessing as mp
 from benchmarks import context
 from channel import ACT, Counters, IndexQueue, Record, SlotPool
 
-IMAGE, STATE, ACTION = (2, 224, 224, 3), (8,), (10, 7)  # uint8, float32, float32
+# uint8, float32, float32
+IMAGE = (2, 224, 224, 3)
+STATE = (8,)
+ACTION = (10, 7)
 BYTES = math.prod(IMAGE) + 4 * math.prod(STATE)
 
 
 def reply_to(images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Every server's work on a batch [n, …]: reads a byte of each image row, returns actions [n, 10, 7]."""
+    """Every server's work on a batch [n, …]: reads a byte of each image row, returns actions [n,
+    10, 7].
+    """
     seen = images[:, :, :, 0, 0].sum(dim=(1, 2), dtype=torch.float32) + states.sum(dim=1)
     return seen[:, None, None].expand(-1, *ACTION)
 
 
-def slots_server(pool: SlotPool, requests: IndexQueue, replies: list[IndexQueue], table: Counters) -> None:
+def slots_server(
+    pool: SlotPool, requests: IndexQueue, replies: list[IndexQueue], table: Counters
+) -> None:
     torch.set_num_threads(1)
     while not table.get(0, "stop"):
         records = requests.get(0.2)
         if not records:
             continue
         slots = torch.tensor([record.slot for record in records])
-        pool["action"][slots] = reply_to(pool["image"].index_select(0, slots), pool["state"].index_select(0, slots))
+        pool["action"][slots] = reply_to(
+            pool["image"].index_select(0, slots), pool["state"].index_select(0, slots)
+        )
         for record in records:
             replies[record.sender].put([record])
 
 
-def slots_env(rank: int, pool: SlotPool, requests: IndexQueue, replies: list[IndexQueue], table: Counters) -> None:
-    frame, vector = np.full(IMAGE, rank, np.uint8), np.ones(STATE, np.float32)
+def slots_env(
+    rank: int, pool: SlotPool, requests: IndexQueue, replies: list[IndexQueue], table: Counters
+) -> None:
+    frame = np.full(IMAGE, rank, np.uint8)
+    vector = np.ones(STATE, np.float32)
     image, state, action = (pool[name].numpy() for name in ("image", "state", "action"))
     while not table.get(0, "stop"):
-        image[rank], state[rank] = frame, vector
+        image[rank] = frame
+        state[rank] = vector
         requests.put([Record(rank, 0, ACT, rank)])
         while not replies[rank].get(0.2) and not table.get(0, "stop"):
             pass
@@ -63,7 +81,9 @@ def slots_env(rank: int, pool: SlotPool, requests: IndexQueue, replies: list[Ind
 
 
 def queue_server(tensors: bool, requests, replies: list, table: Counters) -> None:
-    """`tensors`: images and actions are torch tensors, each in fresh shared memory; else numpy arrays, which travel pickled."""
+    """`tensors`: images and actions are torch tensors, each in fresh shared memory; else numpy
+    arrays, which travel pickled.
+    """
     torch.set_num_threads(1)
     while not table.get(0, "stop"):
         try:
@@ -74,14 +94,17 @@ def queue_server(tensors: bool, requests, replies: list, table: Counters) -> Non
             continue
         ranks, images, states = zip(*batch, strict=True)
         images = torch.stack(images) if tensors else torch.from_numpy(np.stack(images))
-        for rank, action in zip(ranks, reply_to(images, torch.from_numpy(np.stack(states))), strict=True):
+        for rank, action in zip(
+            ranks, reply_to(images, torch.from_numpy(np.stack(states))), strict=True
+        ):
             replies[rank].put(action.clone() if tensors else action.numpy().copy())
     for reply in replies:
         reply.cancel_join_thread()
 
 
 def queue_env(rank: int, tensors: bool, requests, replies: list, table: Counters) -> None:
-    frame, vector = np.full(IMAGE, rank, np.uint8), np.ones(STATE, np.float32)
+    frame = np.full(IMAGE, rank, np.uint8)
+    vector = np.ones(STATE, np.float32)
     while not table.get(0, "stop"):
         requests.put((rank, torch.from_numpy(frame) if tensors else frame, vector))
         try:
@@ -93,12 +116,22 @@ def queue_env(rank: int, tensors: bool, requests, replies: list, table: Counters
 
 
 def round_trips(name: str, n: int, seconds: float) -> float:
-    """Round trips/s of one repetition: starts server and envs, counts for `seconds` once every env is going, stops them."""
+    """Round trips/s of one repetition: starts server and envs, counts for `seconds` once every env
+    is going, stops them.
+    """
     if name == "ray":
         return ray_round_trips(n, seconds)
-    server, table = context("benchmarks.transport"), Counters(n, ("round_trips", "stop"))
+    server = context("benchmarks.transport")
+    table = Counters(n, ("round_trips", "stop"))
     if name == "slots":
-        pool = SlotPool({"image": (IMAGE, torch.uint8), "state": (STATE, torch.float32), "action": (ACTION, torch.float32)}, n)
+        pool = SlotPool(
+            {
+                "image": (IMAGE, torch.uint8),
+                "state": (STATE, torch.float32),
+                "action": (ACTION, torch.float32),
+            },
+            n,
+        )
         links = pool, IndexQueue(), [IndexQueue() for _ in range(n)], table
         jobs = [(slots_server, links), *((slots_env, (rank, *links)) for rank in range(n))]
     else:
@@ -114,7 +147,8 @@ def round_trips(name: str, n: int, seconds: float) -> float:
             if time.monotonic() > deadline or not all(process.is_alive() for process in processes):
                 raise RuntimeError(f"{name} with {n} envs did not start")
             time.sleep(0.05)
-        before, start = table.table[:, 0].sum(), time.monotonic()
+        before = table.table[:, 0].sum()
+        start = time.monotonic()
         time.sleep(seconds)
         return (table.table[:, 0].sum() - before) / (time.monotonic() - start)
     finally:
@@ -125,19 +159,35 @@ def round_trips(name: str, n: int, seconds: float) -> float:
 
 
 def ray_round_trips(n: int, seconds: float) -> float:
-    """The same through Ray: the server is an actor and a request is a call, so that each batch holds one observation."""
+    """The same through Ray: the server is an actor and a request is a call, so that each batch
+    holds one observation.
+    """
     import ray
 
-    ray.init(num_cpus=n + 1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    ray.init(
+        num_cpus=n + 1,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        ignore_reinit_error=True,
+    )
 
     @ray.remote(num_cpus=1)
     class Server:
         def act(self, image, state):
-            return reply_to(torch.from_numpy(np.stack([image])), torch.from_numpy(np.stack([state])))[0].numpy().copy()
+            return (
+                reply_to(torch.from_numpy(np.stack([image])), torch.from_numpy(np.stack([state])))[
+                    0
+                ]
+                .numpy()
+                .copy()
+            )
 
     @ray.remote(num_cpus=1)
     def env(server, rank: int) -> float:
-        frame, vector, count = np.full(IMAGE, rank, np.uint8), np.ones(STATE, np.float32), 0
+        frame = np.full(IMAGE, rank, np.uint8)
+        vector = np.ones(STATE, np.float32)
+        count = 0
         ray.get(server.act.remote(frame, vector)).sum()
         start = time.monotonic()
         while time.monotonic() < start + seconds:
@@ -154,7 +204,8 @@ def ray_round_trips(n: int, seconds: float) -> float:
 def memcpy_rate(n: int) -> float:
     """Bytes/s of numpy copying n observations in turn."""
     source, target = (np.ones((n, BYTES), np.uint8) for _ in range(2))
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
+    count = 0
     while time.perf_counter() < start + 0.2:
         np.copyto(target[count % n], source[count % n])
         count += 1
@@ -162,16 +213,24 @@ def memcpy_rate(n: int) -> float:
 
 
 def measure(repeats: int, seconds: float) -> list[dict]:
-    names = ["slots", "torch_queue", "mp_queue"] + (["ray"] if importlib.util.find_spec("ray") else [])
+    names = ["slots", "torch_queue", "mp_queue"] + (
+        ["ray"] if importlib.util.find_spec("ray") else []
+    )
     rows = []
     for n in (2, 8):
-        measured, copies = {name: [] for name in names}, []
+        measured = {name: [] for name in names}
+        copies = []
         for _ in range(repeats):
             copies.append(memcpy_rate(n) / 1e6)
             for name in names:
                 measured[name].append(round_trips(name, n, seconds))
         for name, rates in measured.items():
             rate = statistics.median(rates)
-            row = {"name": name, "envs": n, "round_trips_per_s": rate, "mb_per_s": rate * BYTES / 1e6}
+            row = {
+                "name": name,
+                "envs": n,
+                "round_trips_per_s": rate,
+                "mb_per_s": rate * BYTES / 1e6,
+            }
             rows.append(row | {"memcpy_mb_per_s": statistics.median(copies)})
     return rows

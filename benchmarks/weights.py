@@ -4,12 +4,17 @@
 
 Medians over many versions, except where it says otherwise:
 
-    memcpy_s             numpy copies the same bytes, in the same process as sync_s and right after it
-    sync_s               `WeightPlane.fetch` on the side thread of a rollout worker that is idle: the copy that serving hides
-    sync_serving_s       the same while that worker serves, so it shares cores with inference (`weight_sync_s` of a run)
+    memcpy_s             numpy copies the same bytes, in the same process as sync_s and right after
+                         it
+    sync_s               `WeightPlane.fetch` on the side thread of a rollout worker that is idle:
+                         the copy that serving hides
+    sync_serving_s       the same while that worker serves, so it shares cores with inference
+                         (`weight_sync_s` of a run)
     publish_s            the actor's `WeightPlane.publish`
-    latency_s            from the start of publish until that worker uses the weights: two copies and two wake-ups
-    serving_stall_s      the longest that the serving worker spent switching to new weights between two batches
+    latency_s            from the start of publish until that worker uses the weights: two copies
+                         and two wake-ups
+    serving_stall_s      the longest that the serving worker spent switching to new weights between
+                         two batches
     batch_s              its batch: one inference of BATCH requests with the default π0.5
     batch_during_sync_s  the same with a fetch going on beside it
 
@@ -39,23 +44,37 @@ def embedded() -> tuple[Config, envs.EnvSpec]:
     """The embedded default: settings to build its model from, and its simulator."""
     config = Config()
     config.train.checkpoint = embedded_files(config.train.model)[0]
-    return config, envs.load(config.train.env).spec((), checkpoint.frame_size(config.train.checkpoint))
+    return config, envs.load(config.train.env).spec(
+        (), checkpoint.frame_size(config.train.checkpoint)
+    )
 
 
 def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: bool) -> None:
-    """A rollout worker's part: a side thread fetches, this one swaps. With `serve` inference follows inference meanwhile.
+    """A rollout worker's part: a side thread fetches, this one swaps. With `serve` inference
+    follows inference meanwhile.
 
-    Sends (seconds of the fetch, of the swap, moment after it, seconds of a memcpy) per version; at the end the seconds of batches
-    without and with a fetch beside them.
+    Sends (seconds of the fetch, of the swap, moment after it, seconds of a memcpy) per version; at
+    the end the seconds of batches without and with a fetch beside them.
     """
     torch.set_num_threads(1)
     config, env_spec = embedded()
     model = models.load("pi05").build(config, env_spec).eval()
-    obs = {"image": torch.zeros((BATCH, env_spec.views, env_spec.image_size, env_spec.image_size, 3), dtype=torch.uint8)}
+    obs = {
+        "image": torch.zeros(
+            (BATCH, env_spec.views, env_spec.image_size, env_spec.image_size, 3), dtype=torch.uint8
+        )
+    }
     obs["tokens"] = torch.ones((BATCH, model.config.tokens), dtype=torch.int32)
-    fetcher = WeightFetcher(plane, {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.items()}, 60.0)
+    fetcher = WeightFetcher(
+        plane,
+        {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in spec.items()},
+        60.0,
+    )
     source, copy = (np.ones(0 if serve else plane.bytes, np.uint8) for _ in range(2))
-    alone, beside, reported, pending = [], [], 0.0, True
+    alone = []
+    beside = []
+    reported = 0.0
+    pending = True
     for step in range(1_000_000):
         records = updates.get(0.0 if serve or pending else None)
         if any(record.kind != VERSION for record in records):
@@ -66,24 +85,33 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
         if serve:
             start = time.monotonic()
             with torch.inference_mode():
-                model.act(obs, model.draw([(1, lane, 0, step) for lane in range(BATCH)], [True] * BATCH))
+                model.act(
+                    obs, model.draw([(1, lane, 0, step) for lane in range(BATCH)], [True] * BATCH)
+                )
             (beside if pending else alone).append(time.monotonic() - start)
         start = time.monotonic()
         if fetcher.swap(0.0 if serve else 60.0):
             end = time.monotonic()
             np.copyto(copy, source)
             results.send((fetcher.seconds - reported, end - start, end, time.monotonic() - end))
-            reported, pending = fetcher.seconds, False
+            reported = fetcher.seconds
+            pending = False
     results.send((alone, beside))
 
 
 def weights_row(name: str, spec: Spec, versions: int) -> dict:
-    plane, source = WeightPlane(spec), {n: torch.ones(shape, dtype=dtype) for n, (shape, dtype) in spec.items()}
-    version, server, measured = 0, context("benchmarks.weights"), {}
+    plane = WeightPlane(spec)
+    source = {n: torch.ones(shape, dtype=dtype) for n, (shape, dtype) in spec.items()}
+    version = 0
+    server = context("benchmarks.weights")
+    measured = {}
     plane.publish(source, version)
     for serve in (False, True):
-        updates, (receive, send) = IndexQueue(), mp.Pipe(duplex=False)
-        process = server.Process(target=reader, args=(spec, plane, updates, send, serve), daemon=True)
+        updates = IndexQueue()
+        (receive, send) = mp.Pipe(duplex=False)
+        process = server.Process(
+            target=reader, args=(spec, plane, updates, send, serve), daemon=True
+        )
         process.start()
         send.close()
         try:
@@ -98,17 +126,26 @@ def weights_row(name: str, spec: Spec, versions: int) -> dict:
                 fetch_s, swap_s, held, memcpy_s = receive.recv()
                 rows.append((published - start, fetch_s, swap_s, held - start, memcpy_s))
             updates.put([Record(0, 0, ACT, 0)])  # anything but VERSION: the end
-            measured[serve], (alone, beside) = list(zip(*rows, strict=True)), receive.recv()
+            measured[serve] = list(zip(*rows, strict=True))
+            (alone, beside) = receive.recv()
         finally:
             process.kill()
             process.join()
     median = statistics.median
-    (publish, fetch, _, latency, memcpy), (_, beside_fetch, swap, _, _) = measured[False], measured[True]
+    (publish, fetch, _, latency, memcpy) = measured[False]
+    (_, beside_fetch, swap, _, _) = measured[True]
     return {
-        "name": name, "bytes": plane.bytes, "memcpy_s": median(memcpy), "sync_s": median(fetch),
-        "sync_serving_s": median(beside_fetch), "publish_s": median(publish), "latency_s": median(latency),
-        "serving_stall_s": max(swap), "batch_s": median(alone), "batch_during_sync_s": median(beside),
-    }  # fmt: skip
+        "name": name,
+        "bytes": plane.bytes,
+        "memcpy_s": median(memcpy),
+        "sync_s": median(fetch),
+        "sync_serving_s": median(beside_fetch),
+        "publish_s": median(publish),
+        "latency_s": median(latency),
+        "serving_stall_s": max(swap),
+        "batch_s": median(alone),
+        "batch_during_sync_s": median(beside),
+    }
 
 
 def measure(repeats: int) -> list[dict]:

@@ -1,4 +1,6 @@
-"""One env of a vectorised simulator, as if it were not vectorised: for evaluation, and for looking at it."""
+"""One env of a vectorised simulator, as if it were not vectorised: for evaluation, and for looking
+at it.
+"""
 
 import numpy as np
 import torch

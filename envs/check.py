@@ -3,9 +3,10 @@
     python -m envs.check --env metaworld
     python -m envs.check --env libero --suite libero_10 --image-size 256
 
-Plays random actions, and in Meta-World its scripted expert, and prints how long each part takes, how much memory an env needs,
-and how episodes end. Writes one picture with a row per task: every camera at the start, in the middle and at the end.
-Left out: several processes (`python bench.py envs`).
+Plays random actions, and in Meta-World its scripted expert, and prints how long each part takes,
+how much memory an env needs, and how episodes end. Writes one picture with a row per task: every
+camera at the start, in the middle and at the end. Left out: several processes (`python bench.py
+envs`).
 """
 
 import sys
@@ -70,10 +71,17 @@ def row(title: str, *values: str) -> None:
     print(f"{title[:56]:56s}" + "".join(f"{value:>11s}" for value in values), flush=True)
 
 
-def play(env, task: int, horizon: int, config: CheckConfig, action) -> tuple[list[np.ndarray], float, str]:
-    """One episode, or the first `config.steps` of it. Returns three frames, seconds per step, and how it ended."""
+def play(
+    env, task: int, horizon: int, config: CheckConfig, action
+) -> tuple[list[np.ndarray], float, str]:
+    """One episode, or the first `config.steps` of it. Returns three frames, seconds per step, and
+    how it ended.
+    """
     env.reset(task, config.seed)
-    frames, took, steps, success = [env.observe()[0]], 0.0, min(config.steps or horizon, horizon), False
+    frames = [env.observe()[0]]
+    took = 0.0
+    steps = min(config.steps or horizon, horizon)
+    success = False
     for step in range(1, steps + 1):
         chosen = action(env)
         start = time.perf_counter()
@@ -84,7 +92,11 @@ def play(env, task: int, horizon: int, config: CheckConfig, action) -> tuple[lis
         if success:
             break
     frames = [*frames, env.observe()[0]]
-    return (frames + frames[-1:])[:3], took / step, f"success after {step}" if success else f"{step} steps"
+    return (
+        (frames + frames[-1:])[:3],
+        took / step,
+        f"success after {step}" if success else f"{step} steps",
+    )
 
 
 def main(config: CheckConfig) -> Path:
@@ -93,17 +105,25 @@ def main(config: CheckConfig) -> Path:
     (ROOT / "runs").mkdir(exist_ok=True)
     out = config.out or ROOT / "runs" / f"check_{config.env}.png"
     if not out.absolute().parent.is_dir():
-        raise UserError(f"the folder {out.absolute().parent} does not exist: create it or give another --out")
-    process, import_s = psutil.Process(), time.perf_counter()
+        raise UserError(
+            f"the folder {out.absolute().parent} does not exist: create it or give another --out"
+        )
+    process = psutil.Process()
+    import_s = time.perf_counter()
     module = envs.load(config.env)
     spec = module.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
-    import_s, imported = time.perf_counter() - import_s, process.memory_info().rss
+    import_s = time.perf_counter() - import_s
+    imported = process.memory_info().rss
     make = envs.maker(config.env, config.render_quality)
     print(
-        f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} pixels, state [{spec.state_dim}], ",
+        f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} "
+        f"pixels, state [{spec.state_dim}], ",
         end="",
     )
-    print(f"action [{spec.action_dim}], at most {spec.horizon} control steps; imported in {import_s:.1f} s")
+    print(
+        f"action [{spec.action_dim}], at most {spec.horizon} control steps; imported in "
+        f"{import_s:.1f} s"
+    )
     env = make(spec.tasks, config.image_size)
     sheet = []
     try:
@@ -114,19 +134,28 @@ def main(config: CheckConfig) -> Path:
             frame_s = seconds(env.observe, 5)
             for player, action in players(config.env, name, config, spec.action_dim).items():
                 frames, step_s, end = play(env, task, spec.horizon, config, action)
-                figures = f"{make_s:.2f}", f"{1e3 * reset_s:.2f}", f"{1e3 * step_s:.2f}", f"{1e3 * frame_s:.1f}"
+                figures = (
+                    f"{make_s:.2f}",
+                    f"{1e3 * reset_s:.2f}",
+                    f"{1e3 * step_s:.2f}",
+                    f"{1e3 * frame_s:.1f}",
+                )
                 row(f"{name}, {player}", *figures, f"  {end}")
                 sheet.append(np.concatenate([view for frame in frames for view in frame], axis=1))
         before = process.memory_info().rss
         second = make(spec.tasks, config.image_size)
-        second.reset(0, config.seed + len(spec.tasks)), second.observe()
+        second.reset(0, config.seed + len(spec.tasks))
+        second.observe()
         megabytes = [imported, before - imported, process.memory_info().rss - before]
         second.close()
     finally:
         env.close()
     tasks = len(spec.tasks[: config.at_most or None])
     first, others, another = (x / 1e6 for x in megabytes)
-    print(f"memory in MB: {first:.0f} imported, {others:.0f} for {tasks} tasks, {another:.0f} for another env of the first")
+    print(
+        f"memory in MB: {first:.0f} imported, {others:.0f} for {tasks} tasks, {another:.0f} for "
+        "another env of the first"
+    )
     imageio.imwrite(out, np.concatenate(sheet))
     print(f"one row per line above, each camera at the start, in the middle and at the end: {out}")
     return out

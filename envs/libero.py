@@ -1,17 +1,24 @@
-"""LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): 130 tasks of a Panda arm in MuJoCo, in five suites.
+"""LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): 130 tasks of a Panda arm in MuJoCo,
+in five suites.
 
-Scenes, initial states and success are LIBERO's own code; stepping and drawing are ours, to the same numbers (tests compare both):
+Scenes, initial states and success are LIBERO's own code; stepping and drawing are ours, to the same
+numbers (tests compare both):
 
-- one control step is 25 physics steps of 2 ms under robosuite's operational space controller; robosuite evaluates the dynamics
-  three times for each and computes every observable, one evaluation and the policy's eight numbers are enough;
-- a scene is built once (a second or two) and kept, with every initial state that was met, so a reset costs microseconds;
-- a frame is drawn only in `observe`; `quality="fast"` leaves out shadows, multisampling and detail finer than its pixels.
+- one control step is 25 physics steps of 2 ms under robosuite's operational space controller;
+robosuite evaluates the dynamics
+  three times for each and computes every observable, one evaluation and the policy's eight numbers
+  are enough;
+- a scene is built once (a second or two) and kept, with every initial state that was met, so a
+reset costs microseconds;
+- a frame is drawn only in `observe`; `quality="fast"` leaves out shadows, multisampling and detail
+finer than its pixels.
 
-robosuite samples its observables once per control step, up to two physics steps before its end, and so do state and pictures here.
+robosuite samples its observables once per control step, up to two physics steps before its end, and
+so do state and pictures here.
 
-An episode begins at one of 50 fixed initial states and lets it settle for 15 steps of no-op. What an initial state does not hold,
-the place of cabinets and stoves, LIBERO draws from NumPy's global random numbers at every reset; here it is what seed 0 gives,
-always (as RLinf does).
+An episode begins at one of 50 fixed initial states and lets it settle for 15 steps of no-op. What
+an initial state does not hold, the place of cabinets and stoves, LIBERO draws from NumPy's global
+random numbers at every reset; here it is what seed 0 gives, always (as RLinf does).
 
 Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
 """
@@ -34,23 +41,40 @@ import numpy as np
 from config import UserError
 from envs import EnvSpec, stability
 
-# Control steps after which an episode is cut: RLinf's for its π0 and π0.5 recipes (its OFT recipe takes 512 for libero_10), for
-# libero_90 openpi's and openvla-oft's (the longest demonstration has 373).
-SUITES = {"libero_spatial": 240, "libero_object": 240, "libero_goal": 320, "libero_10": 480, "libero_90": 400}
+# Control steps after which an episode is cut: RLinf's for its π0 and π0.5 recipes (its OFT recipe
+# takes 512 for libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has
+# 373).
+SUITES = {
+    "libero_spatial": 240,
+    "libero_object": 240,
+    "libero_goal": 320,
+    "libero_10": 480,
+    "libero_90": 400,
+}
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 STATES = 50  # initial states of every task
 SETTLE = 15  # steps of no-op before the first observation (RLinf; openpi and openvla-oft take 10)
 NO_OP = np.array([0.0, 0, 0, 0, 0, 0, -1])  # −1 opens the gripper
-SUBSTEPS, TIMESTEP, PERIOD = 25, 0.002, 0.05  # physics steps per control step; seconds of each
-REST_DAMPING = 2.0 * math.sqrt(10.0)  # critical, at the stiffness of 10 that pulls the arm towards its first posture
+# physics steps per control step; seconds of each
+SUBSTEPS = 25
+TIMESTEP = 0.002
+PERIOD = 0.05
+REST_DAMPING = 2.0 * math.sqrt(
+    10.0
+)  # critical, at the stiffness of 10 that pulls the arm towards its first posture
 
-# States that an untrained model takes for −1 and 1: where the hand gets to on tables and floors, metres; around pointing down,
-# radians; closed and open fingers, metres.
-STATE_RANGE = ((-0.6, -0.5, 0.0, 1.5, -1.5, -1.5, 0.0, -0.04), (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0))
+# States that an untrained model takes for −1 and 1: where the hand gets to on tables and floors,
+# metres; around pointing down, radians; closed and open fingers, metres.
+STATE_RANGE = (
+    (-0.6, -0.5, 0.0, 1.5, -1.5, -1.5, 0.0, -0.04),
+    (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0),
+)
 FILM = 256  # pixels, square: of frames for people
-# Of what is drawn with quality "fast", at frames of s pixels: a pixel covers 1/s metres of the table in the front camera, and a
-# tenth of that near the hand's.
-COARSE, FINE = 1.0, 0.3  # metres · pixels: scenery's and the arm's vertices closer than this / s are one
+# Of what is drawn with quality "fast", at frames of s pixels: a pixel covers 1/s metres of the
+# table in the front camera, and a tenth of that near the hand's. metres · pixels: scenery's and the
+# arm's vertices closer than this / s are one
+COARSE = 1.0
+FINE = 0.3
 TEXELS = 4  # largest side of a texture, in sides of a frame
 
 PACKAGE = importlib.util.find_spec("libero")
@@ -62,7 +86,9 @@ FOLDER = Path(PACKAGE.submodule_search_locations[0]) / "libero"
 @cache
 def task_names() -> dict[str, list[str]]:
     """Suite → its tasks in LIBERO's order, without importing LIBERO."""
-    file = importlib.util.spec_from_file_location("libero_tasks", FOLDER / "benchmark" / "libero_suite_task_map.py")
+    file = importlib.util.spec_from_file_location(
+        "libero_tasks", FOLDER / "benchmark" / "libero_suite_task_map.py"
+    )
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
     return {suite: module.libero_task_map[suite] for suite in SUITES}
@@ -74,12 +100,17 @@ def suite_of(task: str) -> str:
     found = [suite for suite, tasks in task_names().items() if task in tasks]
     if not found:
         example = task_names()["libero_goal"][0]
-        raise UserError(f"unknown LIBERO task {task!r}: choose suites ({', '.join(SUITES)}) or their tasks, such as {example}")
+        raise UserError(
+            f"unknown LIBERO task {task!r}: choose suites ({', '.join(SUITES)}) or their tasks, "
+            f"such as {example}"
+        )
     return found[0]
 
 
 def language(task: str) -> str:
-    """The instruction, which LIBERO takes from the task's name: after SCENE and its number, where there is one."""
+    """The instruction, which LIBERO takes from the task's name: after SCENE and its number, where
+    there is one.
+    """
     words = task.split("_")
     scene = next((i for i, word in enumerate(words) if word.startswith("SCENE")), -1)
     return " ".join(words[scene + 1 :])
@@ -87,7 +118,9 @@ def language(task: str) -> str:
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    names = [name for task in tuple(tasks) or ("libero_10",) for name in task_names().get(task, [task])]
+    names = [
+        name for task in tuple(tasks) or ("libero_10",) for name in task_names().get(task, [task])
+    ]
     names = tuple(dict.fromkeys(names))
     horizon = max(SUITES[suite_of(name)] for name in names)
     return EnvSpec(names, tuple(map(language, names)), len(CAMERAS), image_size, 8, 7, horizon)
@@ -97,9 +130,10 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 def original():
     """LIBERO's classes of scenes by name, and its parser of task files.
 
-    Stand-ins for what it would import and never needs here: matplotlib makes a folder in the user's home, OpenCV wants system
-    libraries, numba compiles for half a minute, and without robosuite's private macros it warns and logs to /tmp. robosuite also
-    takes exception to an EGL device that is not a CUDA one's number; we make our own contexts.
+    Stand-ins for what it would import and never needs here: matplotlib makes a folder in the user's
+    home, OpenCV wants system libraries, numba compiles for half a minute, and without robosuite's
+    private macros it warns and logs to /tmp. robosuite also takes exception to an EGL device that
+    is not a CUDA one's number; we make our own contexts.
     """
     names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
     added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
@@ -136,8 +170,12 @@ class Memory(NamedTuple):
     """Everything of an env that the next steps depend on."""
 
     physics: np.ndarray  # MuJoCo's integration state: time, qpos, qvel, ctrl, warm start …
-    goal: tuple[np.ndarray, np.ndarray]  # position [3] and rotation [3, 3] that the controller pulls to
-    stale: Pose | None  # the pose that robosuite's controller still believes in, right after a reset
+    goal: tuple[
+        np.ndarray, np.ndarray
+    ]  # position [3] and rotation [3, 3] that the controller pulls to
+    stale: (
+        Pose | None
+    )  # the pose that robosuite's controller still believes in, right after a reset
     grip: tuple[float, float]  # each finger's in [-1, 1], what the gripper's rate limit has come to
     clock: float  # seconds since robosuite last sampled its observables
     sampled: bool
@@ -147,24 +185,41 @@ class Memory(NamedTuple):
 
 
 class Scene:
-    """A task's model, success predicates and initial states; envs of one process that play the task share it."""
+    """A task's model, success predicates and initial states; envs of one process that play the task
+    share it.
+    """
 
     def __init__(self, task: str, image_size: int, quality: str):
-        suite, (problems, parser, load_controller_config, MjSim, RandomizationError) = suite_of(task), original()
-        self.quality, self.buffer = quality, max(image_size, FILM)
+        suite = suite_of(task)
+        (problems, parser, load_controller_config, MjSim, RandomizationError) = original()
+        self.quality = quality
+        self.buffer = max(image_size, FILM)
         file = FOLDER / "bddl_files" / suite / f"{task}.bddl"
         with np.load(FOLDER / "init_files" / suite / f"{task}.pruned_init.npz") as states:
             self.states = states["states"]  # [50, 1 + nq + nv]: time, qpos, qvel
         settings = {
-            "robots": ["Panda"], "controller_configs": load_controller_config(default_controller="OSC_POSE"),
-            "initialization_noise": None, "use_camera_obs": False, "has_offscreen_renderer": False, "hard_reset": False,
-        }  # fmt: skip
+            "robots": ["Panda"],
+            "controller_configs": load_controller_config(default_controller="OSC_POSE"),
+            "initialization_noise": None,
+            "use_camera_obs": False,
+            "has_offscreen_renderer": False,
+            "hard_reset": False,
+        }
 
         def initialize(problem, xml_string=None):
             """robosuite's `_initialize_sim`, but for what is drawn."""
-            near = ("gripper0_", *problem.objects_dict, *problem.fixtures_dict)  # what the hand's camera sees close by
-            cell = lambda mesh: (FINE if mesh.startswith(near) else COARSE) / image_size  # noqa: E731
-            xml, files = drawing.thin_assets(problem.model.get_xml(), max(TEXELS * image_size, FILM), cell)
+            near = (
+                "gripper0_",
+                *problem.objects_dict,
+                *problem.fixtures_dict,
+            )  # what the hand's camera sees close by
+
+            def cell(mesh):
+                return (FINE if mesh.startswith(near) else COARSE) / image_size
+
+            xml, files = drawing.thin_assets(
+                problem.model.get_xml(), max(TEXELS * image_size, FILM), cell
+            )
             problem.sim = MjSim(mujoco.MjModel.from_xml_string(xml, files))
             problem.sim.forward()
             problem.initialize_time(problem.control_freq)
@@ -176,7 +231,9 @@ class Scene:
         np.random.seed(0)
         try:
             while True:
-                with contextlib.suppress(RandomizationError):  # objects did not fit: LIBERO draws again
+                with contextlib.suppress(
+                    RandomizationError
+                ):  # objects did not fit: LIBERO draws again
                     self.problem = kind(str(file), **settings)
                     break
         finally:
@@ -187,39 +244,60 @@ class Scene:
         self.model: mujoco.MjModel = self.problem.sim.model._model
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
-        self.painter, self.players = None, 0
+        self.painter = None
+        self.players = 0
 
         robot = self.problem.robots[0]
-        controller, gripper = robot.controller, robot.gripper
-        self.site, self.hand = robot.eef_site_id, self.model.body(robot.robot_model.eef_name).id
-        self.arm, self.arm_qpos = in_a_row(robot._ref_joint_vel_indexes), in_a_row(robot._ref_joint_pos_indexes)
-        self.arm_actuators, self.finger_actuators = (
-            in_a_row(robot._ref_joint_actuator_indexes), in_a_row(robot._ref_joint_gripper_actuator_indexes),
-        )  # fmt: skip
+        controller = robot.controller
+        gripper = robot.gripper
+        self.site = robot.eef_site_id
+        self.hand = self.model.body(robot.robot_model.eef_name).id
+        self.arm = in_a_row(robot._ref_joint_vel_indexes)
+        self.arm_qpos = in_a_row(robot._ref_joint_pos_indexes)
+        self.arm_actuators = in_a_row(robot._ref_joint_actuator_indexes)
+        self.finger_actuators = in_a_row(robot._ref_joint_gripper_actuator_indexes)
         self.finger_qpos = np.array(robot._ref_gripper_joint_pos_indexes)
         self.torque_limits = self.model.actuator_ctrlrange[self.arm_actuators].T.copy()  # [2, 7]
         low, high = self.model.actuator_ctrlrange[self.finger_actuators].T
-        self.grip_bias, self.grip_weight = 0.5 * (high + low), 0.5 * (high - low)
+        self.grip_bias = 0.5 * (high + low)
+        self.grip_weight = 0.5 * (high - low)
         self.grip_speed = gripper.speed
-        self.scale, self.kp, self.kd = controller.output_max, controller.kp, controller.kd
+        self.scale = controller.output_max
+        self.kp = controller.kp
+        self.kd = controller.kd
         self.rest = controller.initial_joint  # [7], what redundancy is resolved towards
         self.lamps = [
             self.model.site(site).id
             for name in dict.fromkeys(getattr(self.problem, "visualization_sites_list", ()))
-            for site, _ in self.problem.get_object(name).object_properties["vis_site_names"].values()
+            for site, _ in self.problem.get_object(name)
+            .object_properties["vis_site_names"]
+            .values()
         ]
 
         pose = Pose(
-            controller.ee_pos, controller.ee_ori_mat, np.concatenate([controller.ee_pos_vel, controller.ee_ori_vel]),
-            controller.J_full, controller.mass_matrix, controller.joint_pos, controller.joint_vel,
-        )  # fmt: skip
-        data, lamps = self.problem.sim.data._data, self.model.site_rgba[self.lamps, 3]
+            controller.ee_pos,
+            controller.ee_ori_mat,
+            np.concatenate([controller.ee_pos_vel, controller.ee_ori_vel]),
+            controller.J_full,
+            controller.mass_matrix,
+            controller.joint_pos,
+            controller.joint_vel,
+        )
+        data = self.problem.sim.data._data
+        lamps = self.model.site_rgba[self.lamps, 3]
         physics = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         self.start = Memory(
-            physics, (controller.goal_pos, controller.goal_ori), pose, (0.0, 0.0), TIMESTEP, True,
-            (data.qpos.copy(), lamps), data.qpos[self.finger_qpos], lamps,
-        )  # fmt: skip
+            physics,
+            (controller.goal_pos, controller.goal_ori),
+            pose,
+            (0.0, 0.0),
+            TIMESTEP,
+            True,
+            (data.qpos.copy(), lamps),
+            data.qpos[self.finger_qpos],
+            lamps,
+        )
 
     def success(self, data: mujoco.MjData) -> tuple[bool, np.ndarray]:
         """LIBERO's verdict on a simulator's state, and which lamps it lets glow."""
@@ -233,7 +311,9 @@ class Scene:
             self.painter.close()
 
 
-SCENES: OrderedDict[tuple, Scene] = OrderedDict()  # of this process by task, image size and quality; least recently used first
+SCENES: OrderedDict[tuple, Scene] = (
+    OrderedDict()
+)  # of this process by task, image size and quality; least recently used first
 MOST_SCENES = 10  # kept beyond those that an env is playing
 
 
@@ -250,23 +330,32 @@ class Painter:
             visual.quality.shadowsize = visual.quality.offsamples = 0
         self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        self.scene, self.option = mujoco.MjvScene(model, maxgeom=1000), mujoco.MjvOption()
+        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        self.option = mujoco.MjvOption()
         self.option.geomgroup[0] = 0  # collision geometry
-        self.perturbation, self.camera = mujoco.MjvPerturb(), mujoco.MjvCamera()
+        self.perturbation = mujoco.MjvPerturb()
+        self.camera = mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         if quality == "fast":
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
 
-    def draw(self, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int) -> np.ndarray:
+    def draw(
+        self, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int
+    ) -> np.ndarray:
         self.gl.make_current()
         self.camera.fixedcamid = model.camera(camera).id
-        everything, frame = mujoco.mjtCatBit.mjCAT_ALL, mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjv_updateScene(model, data, self.option, self.perturbation, self.camera, everything, self.scene)
+        everything = mujoco.mjtCatBit.mjCAT_ALL
+        frame = mujoco.MjrRect(0, 0, size, size)
+        mujoco.mjv_updateScene(
+            model, data, self.option, self.perturbation, self.camera, everything, self.scene
+        )
         mujoco.mjr_render(frame, self.scene, self.context)
         pixels = np.empty((size, size, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, frame, self.context)
-        return pixels[::-1, ::-1]  # GL's rows go up; LIBERO does not mind and turns the picture by 180°, which mirrors it
+        return pixels[
+            ::-1, ::-1
+        ]  # GL's rows go up; LIBERO does not mind and turns the picture by 180°, which mirrors it
 
     def close(self) -> None:
         self.gl.make_current()
@@ -275,14 +364,18 @@ class Painter:
 
 
 def in_a_row(indexes: list[int]) -> slice:
-    """Consecutive indexes as a slice: reading it makes no copy, which is most of the cost of reading seven numbers."""
+    """Consecutive indexes as a slice: reading it makes no copy, which is most of the cost of
+    reading seven numbers.
+    """
     if [*indexes] != [*range(indexes[0], indexes[0] + len(indexes))]:
         raise ValueError(f"expected consecutive indexes, not {indexes}")
     return slice(indexes[0], indexes[0] + len(indexes))
 
 
 def rotation_of(turn: np.ndarray) -> np.ndarray:
-    """Axis-angle [3] → rotation matrix, through a quaternion in fp32 and in robosuite's order, so that its bits are the same."""
+    """Axis-angle [3] → rotation matrix, through a quaternion in fp32 and in robosuite's order, so
+    that its bits are the same.
+    """
     angle = np.linalg.norm(turn)
     if angle == 0.0:
         return np.identity(3)
@@ -291,16 +384,23 @@ def rotation_of(turn: np.ndarray) -> np.ndarray:
     q = (q * math.sqrt(2.0 / np.dot(q, q))).astype(np.float32)
     a = np.outer(q, q).astype(np.float64)
     f = np.float32
-    off = lambda i, j, k, m, sign: float(f(a[i, j]) + f(sign * a[k, m]))  # noqa: E731
-    return np.array([
-        [1.0 - a[2, 2] - a[3, 3], off(1, 2, 3, 0, -1), off(1, 3, 2, 0, 1)],
-        [off(1, 2, 3, 0, 1), 1.0 - a[1, 1] - a[3, 3], off(2, 3, 1, 0, -1)],
-        [off(1, 3, 2, 0, -1), off(2, 3, 1, 0, 1), 1.0 - a[1, 1] - a[2, 2]],
-    ])  # fmt: skip
+
+    def off(i, j, k, m, sign):
+        return float(f(a[i, j]) + f(sign * a[k, m]))
+
+    return np.array(
+        [
+            [1.0 - a[2, 2] - a[3, 3], off(1, 2, 3, 0, -1), off(1, 3, 2, 0, 1)],
+            [off(1, 2, 3, 0, 1), 1.0 - a[1, 1] - a[3, 3], off(2, 3, 1, 0, -1)],
+            [off(1, 3, 2, 0, -1), off(2, 3, 1, 0, 1), 1.0 - a[1, 1] - a[2, 2]],
+        ]
+    )
 
 
 def axis_angle(q: np.ndarray) -> np.ndarray:
-    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) and so without a jump when the gripper points down (openpi)."""
+    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) and so without a jump when the
+    gripper points down (openpi).
+    """
     w = min(1.0, max(-1.0, q[0]))
     length = math.sqrt(1.0 - w * w)
     return np.zeros(3) if math.isclose(length, 0.0) else q[1:] * 2.0 * math.acos(w) / length
@@ -311,7 +411,9 @@ class Env:
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         drawing.forget_missing_device()
-        self.tasks, self.size, self.quality = tasks, image_size, quality
+        self.tasks = tasks
+        self.size = image_size
+        self.quality = quality
         self.scene: Scene | None = None
 
     # ---- episodes
@@ -322,9 +424,12 @@ class Env:
         if index in self.scene.settled:
             self._recall(self.scene.settled[index])
             return
-        scene, data = self.scene, self.data
+        scene = self.scene
+        data = self.data
         self._recall(scene.start)
-        (data.time,), data.qpos[:], data.qvel[:] = np.split(scene.states[index], [1, 1 + scene.model.nq])
+        (data.time,), data.qpos[:], data.qvel[:] = np.split(
+            scene.states[index], [1, 1 + scene.model.nq]
+        )
         mujoco.mj_forward(scene.model, data)
         _, self.lamps = scene.success(data)
         self.clock += TIMESTEP  # robosuite samples its observables once more
@@ -346,12 +451,18 @@ class Env:
         idle = [key for key, scene in SCENES.items() if not scene.players]
         for key in idle[: max(0, len(idle) - MOST_SCENES)]:
             SCENES.pop(key).close()
-        model, data = scene.model, mujoco.MjData(scene.model)
+        model = scene.model
+        data = mujoco.MjData(scene.model)
         self.data = data
         # Views of the simulator's memory: making them anew costs more than what is done with them.
-        self.position, self.rotation = data.site_xpos[scene.site], data.site_xmat[scene.site].reshape(3, 3)
-        self.qpos, self.qvel, self.bias, self.ctrl = data.qpos, data.qvel, data.qfrc_bias, data.ctrl
-        self.jacobian, self.mass = np.zeros((6, model.nv)), np.zeros((model.nv, model.nv))
+        self.position = data.site_xpos[scene.site]
+        self.rotation = data.site_xmat[scene.site].reshape(3, 3)
+        self.qpos = data.qpos
+        self.qvel = data.qvel
+        self.bias = data.qfrc_bias
+        self.ctrl = data.ctrl
+        self.jacobian = np.zeros((6, model.nv))
+        self.mass = np.zeros((model.nv, model.nv))
         self.jacobians = self.jacobian[:3], self.jacobian[3:]
 
     def _leave(self) -> None:
@@ -360,74 +471,127 @@ class Env:
             self.scene = None
 
     def _remember(self) -> Memory:
-        physics = np.empty(mujoco.mj_stateSize(self.scene.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(self.scene.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        physics = np.empty(
+            mujoco.mj_stateSize(self.scene.model, mujoco.mjtState.mjSTATE_INTEGRATION)
+        )
+        mujoco.mj_getState(
+            self.scene.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION
+        )
         return Memory(
-            physics, self.goal, self.stale, self.grip, self.clock, self.sampled, self.seen, self.fingers, self.lamps
-        )  # fmt: skip
+            physics,
+            self.goal,
+            self.stale,
+            self.grip,
+            self.clock,
+            self.sampled,
+            self.seen,
+            self.fingers,
+            self.lamps,
+        )
 
     def _recall(self, memory: Memory) -> None:
-        mujoco.mj_setState(self.scene.model, self.data, memory.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        _, self.goal, self.stale, self.grip, self.clock, self.sampled, self.seen, self.fingers, self.lamps = memory
+        mujoco.mj_setState(
+            self.scene.model, self.data, memory.physics, mujoco.mjtState.mjSTATE_INTEGRATION
+        )
+        (
+            _,
+            self.goal,
+            self.stale,
+            self.grip,
+            self.clock,
+            self.sampled,
+            self.seen,
+            self.fingers,
+            self.lamps,
+        ) = memory
 
     # ---- control
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        """action [7]: hand displacement (1 is 5 cm), rotation (1 is 0.5 rad), gripper (-1 opens, 1 closes); clipped to [-1, 1]."""
-        scene, data, action = self.scene, self.data, np.asarray(action, np.float64)
-        model, delta = scene.model, np.clip(action[:6], -1.0, 1.0) * scene.scale
+        """action [7]: hand displacement (1 is 5 cm), rotation (1 is 0.5 rad), gripper (-1 opens, 1
+        closes); clipped to [-1, 1].
+        """
+        scene = self.scene
+        data = self.data
+        action = np.asarray(action, np.float64)
+        model = scene.model
+        delta = np.clip(action[:6], -1.0, 1.0) * scene.scale
         close = float(np.sign(action[6])) * scene.grip_speed
         for substep in range(SUBSTEPS):
             mujoco.mj_step1(model, data)
-            pose, self.stale = self.stale or self._pose(), None
+            pose = self.stale or self._pose()
+            self.stale = None
             if substep == 0:
-                rotation = rotation_of(delta[3:]) @ pose.rotation if delta[3:].any() else self.goal[1]
+                rotation = (
+                    rotation_of(delta[3:]) @ pose.rotation if delta[3:].any() else self.goal[1]
+                )
                 self.goal = pose.position + delta[:3], rotation
-            torques = np.minimum(np.maximum(self._torques(pose), scene.torque_limits[0]), scene.torque_limits[1])
+            torques = np.minimum(
+                np.maximum(self._torques(pose), scene.torque_limits[0]), scene.torque_limits[1]
+            )
             left, right = self.grip
             self.grip = max(-1.0, min(1.0, left - close)), max(-1.0, min(1.0, right + close))
             self.ctrl[scene.arm_actuators] = torques
             self.ctrl[scene.finger_actuators] = scene.grip_bias + scene.grip_weight * self.grip
-            # robosuite samples its observables once per period, on a clock that is not that of the control steps.
+            # robosuite samples its observables once per period, on a clock that is not that of the
+            # control steps.
             self.clock += TIMESTEP
             now = not self.sampled and self.clock <= PERIOD
             if now:
-                self.seen, self.sampled = (self.qpos.copy(), self.lamps), True
+                self.seen = (self.qpos.copy(), self.lamps)
+                self.sampled = True
             mujoco.mj_step2(model, data)
             if now:
                 self.fingers = self.qpos[scene.finger_qpos]
             if self.clock >= PERIOD:
-                self.clock, self.sampled = self.clock % PERIOD, False
+                self.clock = self.clock % PERIOD
+                self.sampled = False
         stability.check(data)
         success, self.lamps = scene.success(data)
         return float(success), success
 
     def _pose(self) -> Pose:
-        scene, data, arm = self.scene, self.data, self.scene.arm
+        scene = self.scene
+        data = self.data
+        arm = self.scene.arm
         mujoco.mj_jacSite(scene.model, data, *self.jacobians, scene.site)
         mujoco.mj_fullM(scene.model, self.mass, data.qM)
-        jacobian, speeds = self.jacobian[:, arm].copy(), self.qvel[arm].copy()
+        jacobian = self.jacobian[:, arm].copy()
+        speeds = self.qvel[arm].copy()
         return Pose(
-            self.position.copy(), self.rotation.copy(), jacobian @ speeds, jacobian, self.mass[arm, arm].copy(),
-            self.qpos[scene.arm_qpos].copy(), speeds,
-        )  # fmt: skip
+            self.position.copy(),
+            self.rotation.copy(),
+            jacobian @ speeds,
+            jacobian,
+            self.mass[arm, arm].copy(),
+            self.qpos[scene.arm_qpos].copy(),
+            speeds,
+        )
 
     def _torques(self, pose: Pose) -> np.ndarray:
-        """Operational space control (Khatib 1987) as robosuite's OSC_POSE has it. Returns [7] newton metres.
+        """Operational space control (Khatib 1987) as robosuite's OSC_POSE has it. Returns [7]
+        newton metres.
 
-        τ = Jᵀ(Λ_position F, Λ_rotation F) + gravity + Nᵀ M a with Λ = (J M⁻¹ Jᵀ)⁻¹ and N = 1 − M⁻¹ Jᵀ Λ J, so that Nᵀ M a =
-        M a − Jᵀ Λ J a: two systems of equations instead of the original's inverses.
+        τ = Jᵀ(Λ_position F, Λ_rotation F) + gravity + Nᵀ M a with Λ = (J M⁻¹ Jᵀ)⁻¹ and N = 1 − M⁻¹
+        Jᵀ Λ J, so that Nᵀ M a = M a − Jᵀ Λ J a: two systems of equations instead of the original's
+        inverses.
         """
-        scene, (position, rotation), (here, turned, velocity, j, mass, joints, speeds) = self.scene, self.goal, pose
+        scene = self.scene
+        (position, rotation) = self.goal
+        (here, turned, velocity, j, mass, joints, speeds) = pose
         force = np.empty(6)
         np.subtract(position, here, out=force[:3])
         (ax, bx, cx), (ay, by, cy), (az, bz, cz) = turned.tolist()  # columns a, b, c
         (dx, ex, fx), (dy, ey, fy), (dz, ez, fz) = rotation.tolist()
-        force[3] = 0.5 * (ay * dz - az * dy + by * ez - bz * ey + cy * fz - cz * fy)  # ½ (a × d + b × e + c × f)
+        force[3] = 0.5 * (
+            ay * dz - az * dy + by * ez - bz * ey + cy * fz - cz * fy
+        )  # ½ (a × d + b × e + c × f)
         force[4] = 0.5 * (az * dx - ax * dz + bz * ex - bx * ez + cz * fx - cx * fz)
         force[5] = 0.5 * (ax * dy - ay * dx + bx * ey - by * ex + cx * fy - cy * fx)
         force = scene.kp * force - scene.kd * velocity
-        to_rest = 10.0 * (scene.rest - joints) - REST_DAMPING * speeds  # acceleration that redundancy is left to
+        to_rest = (
+            10.0 * (scene.rest - joints) - REST_DAMPING * speeds
+        )  # acceleration that redundancy is left to
         spread = j @ np.linalg.solve(mass, j.T)  # [6, 6], Λ⁻¹
         systems = np.array((spread, spread))
         systems[0, :3, 3:] = systems[0, 3:, :3] = 0.0  # position and rotation are decoupled
@@ -437,11 +601,16 @@ class Env:
     # ---- what is seen
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """image [2, H, W, 3]: from the front and from the hand; state [8]: hand position, its axis-angle, finger positions."""
+        """image [2, H, W, 3]: from the front and from the hand; state [8]: hand position, its
+        axis-angle, finger positions.
+        """
         self._pose_view()
         image = np.stack([self._draw(camera, self.size) for camera in CAMERAS])
-        view, scene = self.scene.view, self.scene
-        state = np.concatenate([view.site_xpos[scene.site], axis_angle(view.xquat[scene.hand]), self.fingers])
+        view = self.scene.view
+        scene = self.scene
+        state = np.concatenate(
+            [view.site_xpos[scene.site], axis_angle(view.xquat[scene.hand]), self.fingers]
+        )
         return image, state.astype(np.float32)
 
     def film(self, size: int = FILM) -> np.ndarray:
@@ -450,20 +619,28 @@ class Env:
         return self._draw(CAMERAS[0], size)
 
     def _pose_view(self) -> None:
-        model, view = self.scene.model, self.scene.view
+        model = self.scene.model
+        view = self.scene.view
         view.qpos[:], model.site_rgba[self.scene.lamps, 3] = self.seen
-        mujoco.mj_kinematics(model, view), mujoco.mj_comPos(model, view), mujoco.mj_camlight(model, view)
+        mujoco.mj_kinematics(model, view)
+        mujoco.mj_comPos(model, view)
+        mujoco.mj_camlight(model, view)
 
     def _draw(self, camera: str, size: int) -> np.ndarray:
         scene = self.scene
         if size > scene.buffer:
-            raise UserError(f"a LIBERO frame of {size} pixels is more than {scene.buffer}, which this env was made for")
+            raise UserError(
+                f"a LIBERO frame of {size} pixels is more than {scene.buffer}, which this env was "
+                "made for"
+            )
         if scene.painter is None:
             scene.painter = Painter(scene.model, scene.buffer, scene.quality)
         return scene.painter.draw(scene.model, scene.view, camera, size)
 
     def close(self) -> None:
-        """Frees scenes that nobody plays any more, with their GL contexts: left to the interpreter's exit, EGL complains."""
+        """Frees scenes that nobody plays any more, with their GL contexts: left to the
+        interpreter's exit, EGL complains.
+        """
         self._leave()
         for key in [key for key, scene in SCENES.items() if not scene.players]:
             SCENES.pop(key).close()

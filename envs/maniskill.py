@@ -1,21 +1,24 @@
-"""ManiSkill 3 (https://github.com/haosulab/ManiSkill): pick-and-place tasks of a robot arm in SAPIEN; a vectorised lane of N envs.
+"""ManiSkill 3 (https://github.com/haosulab/ManiSkill): pick-and-place tasks of a robot arm in
+SAPIEN; a vectorised lane of N envs.
 
-On a GPU one PhysX system simulates the N envs of a task and Vulkan draws them into CUDA memory: pictures, states and rewards are
-tensors there and never come to the host. On a CPU the N envs are N scenes stepped in turn, drawn by software Vulkan, which needs
-no GPU but Mesa's lavapipe (it works with 25.0, and does not with Debian 12's 22.3; `setup.sh --maniskill` looks after it).
+On a GPU one PhysX system simulates the N envs of a task and Vulkan draws them into CUDA memory:
+pictures, states and rewards are tensors there and never come to the host. On a CPU the N envs are N
+scenes stepped in turn, drawn by software Vulkan, which needs no GPU but Mesa's lavapipe (it works
+with 25.0, and does not with Debian 12's 22.3; `setup.sh --maniskill` looks after it).
 
-A lane plays any mixture of its tasks, with one kind of observation: the positions of the arm's joints (padded with zeros) and the
-task's own camera; actions [7] move the hand by x, y, z and a rotation about them, and set the gripper (1 open, -1 closed). With the
-Panda ±1 is ±10 cm and ±0.1 rad a control step; RLinf's WidowX takes metres and radians. On a GPU each simulator of a lane holds N
-scenes, so a lane of one task, or of PutOnPlate's, which share one, is the cheapest.
+A lane plays any mixture of its tasks, with one kind of observation: the positions of the arm's
+joints (padded with zeros) and the task's own camera; actions [7] move the hand by x, y, z and a
+rotation about them, and set the gripper (1 open, -1 closed). With the Panda ±1 is ±10 cm and ±0.1
+rad a control step; RLinf's WidowX takes metres and radians. On a GPU each simulator of a lane holds
+N scenes, so a lane of one task, or of PutOnPlate's, which share one, is the cheapest.
 
-The same (task, seed) starts from the same state in any row, whatever its neighbours do; ManiSkill's own partial reset has one seed
-for all rows and forgets the targets of the others. What follows is the same too on a CPU. PhysX on a GPU adds contact forces in
-whatever order they come, so there two episodes of one seed drift apart in the last bits; and its random numbers are others than
-the CPU's.
+The same (task, seed) starts from the same state in any row, whatever its neighbours do; ManiSkill's
+own partial reset has one seed for all rows and forgets the targets of the others. What follows is
+the same too on a CPU. PhysX on a GPU adds contact forces in whatever order they come, so there two
+episodes of one seed drift apart in the last bits; and its random numbers are others than the CPU's.
 
-Left out: dense rewards (reward is 1 on success, as each task defines it, else 0), ManiSkill's time limits and auto-reset (they are
-wrappers, not used here). Not run so far: a GPU.
+Left out: dense rewards (reward is 1 on success, as each task defines it, else 0), ManiSkill's time
+limits and auto-reset (they are wrappers, not used here). Not run so far: a GPU.
 """
 
 import importlib.util
@@ -34,8 +37,12 @@ from envs import EnvSpec
 if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
     raise ModuleNotFoundError("No module named 'mani_skill'", name="mani_skill")
 
-os.environ.setdefault("LP_NUM_THREADS", "0")  # software rasteriser: processes scale, its threads only fight
-SOFTWARE_VULKAN = Path(sys.prefix) / "lavapipe" / "icd.json"  # where setup.sh puts a newer one than the system's
+os.environ.setdefault(
+    "LP_NUM_THREADS", "0"
+)  # software rasteriser: processes scale, its threads only fight
+SOFTWARE_VULKAN = (
+    Path(sys.prefix) / "lavapipe" / "icd.json"
+)  # where setup.sh puts a newer one than the system's
 
 
 class Task(NamedTuple):
@@ -54,7 +61,8 @@ PANDA = {
     "PlaceSphere-v1": "put the blue ball into the bin",
 }
 TASKS = {name: Task(prompt, name) for name, prompt in PANDA.items()}
-# RLinf's: name → which of its 25 things and of its 21 tables; each thing is a task of its own, such as NAME/carrot.
+# RLinf's: name → which of its 25 things and of its 21 tables; each thing is a task of its own, such
+# as NAME/carrot.
 PUT_ON_PLATE = {
     "PutOnPlateInScene25Main-v3": (slice(0, 16), slice(0, 16)),
     "PutOnPlateInScene25Main-v3-test": (slice(16, 25), slice(16, 21)),
@@ -62,15 +70,26 @@ PUT_ON_PLATE = {
 DEFAULT_TASKS = ("PickCube-v1",)
 HORIZON = 80  # control steps (RLinf, RL-VLA³); ManiSkill's own limits are 50
 ACTIONS = 7
-# States that an untrained model takes for -1 and 1: the Panda's angles around where it starts, radians; its fingers, metres.
-STATE_RANGE = ((-1.0, -1.0, -1.0, -2.8, -1.0, 1.2, -0.5, 0.0, 0.0), (1.0, 1.4, 1.0, -1.0, 1.0, 3.4, 2.0, 0.04, 0.04))
+# States that an untrained model takes for -1 and 1: the Panda's angles around where it starts,
+# radians; its fingers, metres.
+STATE_RANGE = (
+    (-1.0, -1.0, -1.0, -2.8, -1.0, 1.2, -0.5, 0.0, 0.0),
+    (1.0, 1.4, 1.0, -1.0, 1.0, 3.4, 2.0, 0.04, 0.04),
+)
 
 
 def plate_assets() -> tuple[Path, Path, Path]:
-    """RLinf's things, plates and tables; ManiSkill's stage and robot. Raises UserError when one is missing."""
-    own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"  # as ManiSkill itself has it
-    things = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill")) / "carrot"  # as RLinf has it
-    stage, robot = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb", own / "robots/widowx/wx250s.urdf"
+    """RLinf's things, plates and tables; ManiSkill's stage and robot. Raises UserError when one is
+    missing.
+    """
+    own = (
+        Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
+    )  # as ManiSkill itself has it
+    things = (
+        Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill")) / "carrot"
+    )  # as RLinf has it
+    stage = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
+    robot = own / "robots/widowx/wx250s.urdf"
     for path, how in (
         (
             things / "more_carrot" / "model_db.json",
@@ -80,7 +99,9 @@ def plate_assets() -> tuple[Path, Path, Path]:
         (robot, "run `python -m mani_skill.utils.download_asset widowx250s`"),
     ):
         if not path.is_file():
-            raise UserError(f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}")
+            raise UserError(
+                f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}"
+            )
     return things, stage, robot
 
 
@@ -90,22 +111,32 @@ def expand(name: str) -> dict[str, Task]:
         return {name: TASKS[name]}
     suite, _, thing = name.partition("/")
     if suite not in PUT_ON_PLATE:
-        raise UserError(f"unknown ManiSkill task {name!r}: choose among {', '.join((*TASKS, *PUT_ON_PLATE))}")
+        raise UserError(
+            f"unknown ManiSkill task {name!r}: choose among {', '.join((*TASKS, *PUT_ON_PLATE))}"
+        )
     folder, _, _ = plate_assets()
-    known, plates = (json.loads((folder / kind / "model_db.json").read_text()) for kind in ("more_carrot", "more_plate"))
+    known, plates = (
+        json.loads((folder / kind / "model_db.json").read_text())
+        for kind in ("more_carrot", "more_plate")
+    )
     plate = next(iter(plates.values()))["name"]
     tasks = {
-        f"{suite}/{key}": Task(f"put {known[key]['name']} on {plate}", suite, {"thing": i}, 8, "3rd_view_camera")
+        f"{suite}/{key}": Task(
+            f"put {known[key]['name']} on {plate}", suite, {"thing": i}, 8, "3rd_view_camera"
+        )
         for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]])
     }
     if thing and name not in tasks:
-        raise UserError(f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}")
+        raise UserError(
+            f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}"
+        )
     return {name: tasks[name]} if thing else tasks
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     known = {name: task for given in tasks or DEFAULT_TASKS for name, task in expand(given).items()}
-    prompts, joints = tuple(task.prompt for task in known.values()), max(task.joints for task in known.values())
+    prompts = tuple(task.prompt for task in known.values())
+    joints = max(task.joints for task in known.values())
     return EnvSpec(tuple(known), prompts, 1, image_size, joints, ACTIONS, HORIZON)
 
 
@@ -121,9 +152,12 @@ def check_drawing(device: torch.device) -> None:
         need = (
             "software Vulkan of Mesa 25 or newer: run `bash setup.sh --maniskill`"
             if device.type == "cpu"
-            else "a CUDA device and its driver's Vulkan (libGLX_nvidia.so.0, named by a JSON file in /usr/share/vulkan/icd.d)"
+            else "a CUDA device and its driver's Vulkan (libGLX_nvidia.so.0, "
+            "named by a JSON file in /usr/share/vulkan/icd.d)"
         )
-        raise UserError(f"ManiSkill finds nothing to draw with on {device} ({error}); it needs {need}") from None
+        raise UserError(
+            f"ManiSkill finds nothing to draw with on {device} ({error}); it needs {need}"
+        ) from None
 
 
 def place(device: torch.device) -> str:
@@ -137,9 +171,13 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
     from mani_skill.utils.registration import REGISTERED_ENVS
 
     options = {
-        "num_envs": count, "obs_mode": "none", "reward_mode": "none", "sim_backend": f"physx_{place(device)}",
-        "render_backend": f"sapien_{place(device)}", "sensor_configs": {"shader_pack": "default"},
-    }  # fmt: skip
+        "num_envs": count,
+        "obs_mode": "none",
+        "reward_mode": "none",
+        "sim_backend": f"physx_{place(device)}",
+        "render_backend": f"sapien_{place(device)}",
+        "sensor_configs": {"shader_pack": "default"},
+    }
     if simulator in PUT_ON_PLATE:
         from envs.put_on_plate import PutOnPlate
 
@@ -147,15 +185,21 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
         sim = PutOnPlate(things, stage, robot, *PUT_ON_PLATE[simulator], **options)
     else:
         options["sensor_configs"] |= {"width": image_size, "height": image_size}
-        sim = REGISTERED_ENVS[simulator].cls(robot_uids="panda", control_mode="pd_ee_delta_pose", **options)
+        sim = REGISTERED_ENVS[simulator].cls(
+            robot_uids="panda", control_mode="pd_ee_delta_pose", **options
+        )
     # What `Envs.observe` asks for; a step still draws nothing.
-    sim.obs_mode_struct = parse_obs_mode_to_struct("rgb+segmentation" if simulator in PUT_ON_PLATE else "rgb")
+    sim.obs_mode_struct = parse_obs_mode_to_struct(
+        "rgb+segmentation" if simulator in PUT_ON_PLATE else "rgb"
+    )
     sim._hidden_objects.clear()  # PickCube's goal, which nothing but this ball shows
     return sim
 
 
 def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
-    """Starts episodes in some rows of a simulator, each from a seed of its own; BaseEnv.reset has one seed for all of them."""
+    """Starts episodes in some rows of a simulator, each from a seed of its own; BaseEnv.reset has
+    one seed for all of them.
+    """
 
     def only(rows: list[int]) -> torch.Tensor:
         mask = torch.zeros(sim.num_envs, dtype=torch.bool, device=sim.device)
@@ -171,7 +215,9 @@ def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
             sim.scene._reset_mask = only([row])
             torch.manual_seed(seed)
             sim._batched_episode_rng[row] = sim._episode_rng = np.random.RandomState(seed)
-            sim._initialize_episode(torch.tensor([row], device=sim.device), {"seeds": [seed], **episode})
+            sim._initialize_episode(
+                torch.tensor([row], device=sim.device), {"seeds": [seed], **episode}
+            )
     if sim.gpu_sim_enabled:
         sim.scene._gpu_apply_all()
         sim.scene.px.gpu_update_articulation_kinematics()
@@ -182,19 +228,28 @@ def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
 
 
 def squeeze(pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, H, W, 3] uint8 → [N, size, size, 3]: a wide picture becomes narrow, as OpenVLA's preparation has it."""
-    small = torch.nn.functional.interpolate(pictures.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True)
+    """[N, H, W, 3] uint8 → [N, size, size, 3]: a wide picture becomes narrow, as OpenVLA's
+    preparation has it.
+    """
+    small = torch.nn.functional.interpolate(
+        pictures.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True
+    )
     return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class Envs:
-    """`count` envs of one lane. Simulators are made when a task is first played: on a GPU one per task, else one per task and row.
+    """`count` envs of one lane. Simulators are made when a task is first played: on a GPU one per
+    task, else one per task and row.
 
     Raises UserError where nothing can draw.
     """
 
-    def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device):
-        self.size, self.count, self.device = image_size, count, torch.device(device)
+    def __init__(
+        self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device
+    ):
+        self.size = image_size
+        self.count = count
+        self.device = torch.device(device)
         self.tasks = [expand(name)[name] for name in tasks]
         check_drawing(self.device)
         self.states = max(task.joints for task in self.tasks)
@@ -206,21 +261,33 @@ class Envs:
         """Starts episodes of a task in some rows. seeds: below 2³², one per row."""
         for played in self.playing.values():
             played[:] = [row for row in played if row not in rows]
-        single, name = self.device.type == "cpu", self.tasks[task].simulator
-        for key, own in [((name, row), [row]) for row in rows] if single else [((name,), list(rows))]:
+        single = self.device.type == "cpu"
+        name = self.tasks[task].simulator
+        for key, own in (
+            [((name, row), [row]) for row in rows] if single else [((name,), list(rows))]
+        ):
             if key not in self.sims:
                 self.sims[key] = make(name, self.size, 1 if single else self.count, self.device)
-            begin(self.sims[key], [0] if single else own, [seeds[rows.index(row)] for row in own], self.tasks[task].episode)
+            begin(
+                self.sims[key],
+                [0] if single else own,
+                [seeds[rows.index(row)] for row in own],
+                self.tasks[task].episode,
+            )
             self.playing[key] = sorted(self.playing.get(key, []) + own)
         self.playing = {key: own for key, own in self.playing.items() if own}
-        self.index = {key: torch.tensor(own, device=self.device) for key, own in self.playing.items()}
+        self.index = {
+            key: torch.tensor(own, device=self.device) for key, own in self.playing.items()
+        }
 
     def _at(self, key: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
         """What a simulator says about the rows that it plays: of [its scenes, …], [rows, …]."""
         return values if len(values) == len(self.index[key]) else values[self.index[key]]
 
     def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """actions [N, 7] float32. Returns reward [N] float32 and success [N] bool. Rows never reset stay as they are."""
+        """actions [N, 7] float32. Returns reward [N] float32 and success [N] bool. Rows never reset
+        stay as they are.
+        """
         success = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         actions = actions.to(self.device, torch.float32)
         for key, index in self.index.items():
@@ -230,13 +297,22 @@ class Envs:
         return success.float(), success
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """images [N, 1, H, W, 3] uint8 and states [N, S] float32, on the device: the only thing that draws."""
-        images = torch.zeros(self.count, 1, self.size, self.size, 3, dtype=torch.uint8, device=self.device)
+        """images [N, 1, H, W, 3] uint8 and states [N, S] float32, on the device: the only thing
+        that draws.
+        """
+        images = torch.zeros(
+            self.count, 1, self.size, self.size, 3, dtype=torch.uint8, device=self.device
+        )
         states = torch.zeros(self.count, self.states, device=self.device)
         for key, index in self.index.items():
-            sim, camera = self.sims[key], next(task.camera for task in self.tasks if task.simulator == key[0])
+            sim = self.sims[key]
+            camera = next(task.camera for task in self.tasks if task.simulator == key[0])
             pictures = self._at(key, sim._get_obs_sensor_data()[camera]["rgb"])
-            images[index, 0] = pictures if pictures.shape[1:3] == images.shape[2:4] else squeeze(pictures, self.size)
+            images[index, 0] = (
+                pictures
+                if pictures.shape[1:3] == images.shape[2:4]
+                else squeeze(pictures, self.size)
+            )
             joints = self._at(key, sim.agent.robot.get_qpos()).float()
             states[index, : joints.shape[1]] = joints
         return images, states
@@ -248,4 +324,6 @@ class Envs:
     def close(self) -> None:
         for sim in self.sims.values():
             sim.close()
-        self.sims, self.playing, self.index = {}, {}, {}
+        self.sims = {}
+        self.playing = {}
+        self.index = {}

@@ -1,15 +1,19 @@
-"""Meta-World v3 (https://github.com/Farama-Foundation/Metaworld): 50 manipulation tasks of a Sawyer arm in MuJoCo.
+"""Meta-World v3 (https://github.com/Farama-Foundation/Metaworld): 50 manipulation tasks of a Sawyer
+arm in MuJoCo.
 
-The policy sees one camera and the hand's own position, never an object's: `state` is obs[:4] (hand x, y, z in metres,
-gripper opening in [0, 1]). Rendering is the cost of this simulator: a step takes 0.3 ms and a 64-pixel frame 7 to 13 ms, spent on
-the scene's 68 thousand triangles rather than on pixels. So frames are drawn only in `observe`, without shadows, reflections
-or multisampling, and meshes are thinned to what such a frame can show, which makes it 3 times as fast.
+The policy sees one camera and the hand's own position, never an object's: `state` is obs[:4] (hand
+x, y, z in metres, gripper opening in [0, 1]). Rendering is the cost of this simulator: a step takes
+0.3 ms and a 64-pixel frame 7 to 13 ms, spent on the scene's 68 thousand triangles rather than on
+pixels. So frames are drawn only in `observe`, without shadows, reflections or multisampling, and
+meshes are thinned to what such a frame can show, which makes it 3 times as fast.
 
-Suites are Meta-World's own: `--suite MT10`, `--suite MT50`, and `MT1-reach` or just `reach` for one task. As in them the scripted
-experts are told the goal (`Env.state[-3:]`, which the policy never sees); where only a mark shows it, the policy sees the mark.
+Suites are Meta-World's own: `--suite MT10`, `--suite MT50`, and `MT1-reach` or just `reach` for one
+task. As in them the scripted experts are told the goal (`Env.state[-3:]`, which the policy never
+sees); where only a mark shows it, the policy sees the mark.
 
-Left out: the dense reward (reward is 1 on success, as each task defines it, else 0), the meta-learning benchmarks (ML1 to ML45),
-which hide the goal, and the 50 fixed goals that the suites draw per task: here a seed names one of endlessly many.
+Left out: the dense reward (reward is 1 on success, as each task defines it, else 0), the
+meta-learning benchmarks (ML1 to ML45), which hide the goal, and the 50 fixed goals that the suites
+draw per task: here a seed names one of endlessly many.
 """
 
 from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
@@ -75,9 +79,17 @@ PROMPTS = {
 }
 DEFAULT_TASKS = ("button-press", "faucet-open", "handle-press")
 MT10 = (  # the order of metaworld.MT10
-    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown", "peg-insert-side",
-    "window-open", "window-close",
-)  # fmt: skip
+    "reach",
+    "push",
+    "pick-place",
+    "door-open",
+    "drawer-open",
+    "drawer-close",
+    "button-press-topdown",
+    "peg-insert-side",
+    "window-open",
+    "window-close",
+)
 SUITES = {"MT10": MT10, "MT50": tuple(PROMPTS)}
 # Tasks whose goal nothing but a coloured sphere shows, and the sphere's name in the model.
 GOAL_MARKS = {"coffee-pull": "mug_goal"} | dict.fromkeys(
@@ -96,27 +108,57 @@ GOAL_MARKS = {"coffee-pull": "mug_goal"} | dict.fromkeys(
     "goal",
 )
 CAMERA = "corner2"
-CAMERA_POSITION = (0.75, 0.075, 0.7)  # metres; closer to the table, where LeRobot's Meta-World data was recorded from
+CAMERA_POSITION = (
+    0.75,
+    0.075,
+    0.7,
+)  # metres; closer to the table, where LeRobot's Meta-World data was recorded from
 HORIZON = 90  # control steps; the scripted experts need 20–65 on the default tasks
-LONG_HORIZON = 150  # RLinf: 100, Meta-World: 500; for the tasks on which the experts mostly need more than 75
+LONG_HORIZON = (
+    150  # RLinf: 100, Meta-World: 500; for the tasks on which the experts mostly need more than 75
+)
 LONG_TASKS = (
-    "assembly", "basketball", "bin-picking", "box-close", "coffee-pull", "disassemble", "door-open", "drawer-close", "drawer-open",
-    "handle-pull", "handle-pull-side", "lever-pull", "peg-insert-side", "peg-unplug-side", "pick-out-of-hole", "pick-place-wall",
-    "push-back", "push-wall", "shelf-place", "soccer", "stick-pull", "sweep", "window-close", "window-open",
-)  # fmt: skip
+    "assembly",
+    "basketball",
+    "bin-picking",
+    "box-close",
+    "coffee-pull",
+    "disassemble",
+    "door-open",
+    "drawer-close",
+    "drawer-open",
+    "handle-pull",
+    "handle-pull-side",
+    "lever-pull",
+    "peg-insert-side",
+    "peg-unplug-side",
+    "pick-out-of-hole",
+    "pick-place-wall",
+    "push-back",
+    "push-wall",
+    "shelf-place",
+    "soccer",
+    "stick-pull",
+    "sweep",
+    "window-close",
+    "window-open",
+)
 KEEP = 8  # an evaluation lane of MT50 meets 25 tasks
 CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 
 
 def expand(name: str) -> tuple[str, ...]:
-    """The tasks that a name stands for: a suite's, or one (`reach`, Meta-World's `reach-v3`, `MT1-reach`). Raises UserError."""
+    """The tasks that a name stands for: a suite's, or one (`reach`, Meta-World's `reach-v3`,
+    `MT1-reach`). Raises UserError.
+    """
     if name in SUITES:
         return SUITES[name]
     task = name.removeprefix("MT1-").removesuffix("-v3")
     if task in PROMPTS:
         return (task,)
     raise UserError(
-        f"unknown Meta-World task {name!r} (another --env's?): choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}"
+        f"unknown Meta-World task {name!r} (another --env's?): choose MT10, MT50, MT1-TASK or "
+        f"TASK, one of {', '.join(PROMPTS)}"
     )
 
 
@@ -126,7 +168,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, horizon)
 
 
-# GL contexts of this process by (task, pixels): envs of one task draw the same geometry, only their poses differ.
+# GL contexts of this process by (task, pixels): envs of one task draw the same geometry, only their
+# poses differ.
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 
 
@@ -135,24 +178,37 @@ def thin_meshes(model: mujoco.MjModel) -> None:
 
 
 class Env:
-    """One env instance. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks, so that a reset costs milliseconds."""
+    """One env instance. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks, so
+    that a reset costs milliseconds.
+    """
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
         drawing.forget_missing_device()
-        self.tasks, self.size = tasks, image_size
+        self.tasks = tasks
+        self.size = image_size
         self.sims = {}
         self.option = mujoco.MjvOption()
-        self.option.sitegroup[:] = 0  # sites mark goals and grasp points: privileged, so hidden from the policy,
+        self.option.sitegroup[:] = (
+            0  # sites mark goals and grasp points: privileged, so hidden from the policy,
+        )
         self.option.sitegroup[1] = 1  # but for a goal that nothing else shows
 
     def _build(self, task: int):
         sim = ALL_V3_ENVIRONMENTS[self.tasks[task] + "-v3"]()
-        # Without this, Meta-World insists on its own task sampling; `seeded_rand_vec` draws object poses from the seed.
-        sim._set_task_called, sim._freeze_rand_vec, sim.seeded_rand_vec = True, False, True
+        # Without this, Meta-World insists on its own task sampling; `seeded_rand_vec` draws object
+        # poses from the seed.
+        sim._set_task_called = True
+        sim._freeze_rand_vec = False
+        sim.seeded_rand_vec = True
         sim.max_path_length = 10**9  # the time limit is the env worker's
-        sim._partially_observable = False  # as in MT1 to MT50: the goal is in `state`, without which some experts cannot succeed,
-        sim.__dict__.pop("sawyer_observation_space", None)  # and in the cached bounds that `state` is clipped to
-        quality = sim.model.vis.quality  # must be set before the first render: 95 ms a frame without these two
+        # as in MT1 to MT50: the goal is in `state`, without which some experts cannot succeed,
+        sim._partially_observable = False
+        sim.__dict__.pop(
+            "sawyer_observation_space", None
+        )  # and in the cached bounds that `state` is clipped to
+        quality = (
+            sim.model.vis.quality
+        )  # must be set before the first render: 95 ms a frame without these two
         quality.shadowsize = quality.offsamples = 0
         sim.model.cam(CAMERA).pos[:] = CAMERA_POSITION
         sim.model.site_group[:] = 0
@@ -167,12 +223,15 @@ class Env:
         self.sims[task] = self.sims.pop(task)  # the one used last stands last
         if len(self.sims) > KEEP:
             del self.sims[next(iter(self.sims))]
-        self.task, self.sim = task, self.sims[task]
+        self.task = task
+        self.sim = self.sims[task]
         self.sim.seed(seed)
         self.state = self.sim.reset(seed=seed)[0]
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
-        """action [4] float32: hand displacement x, y, z in units of 1 cm per step and gripper, each clipped to [-1, 1]."""
+        """action [4] float32: hand displacement x, y, z in units of 1 cm per step and gripper, each
+        clipped to [-1, 1].
+        """
         self.state, _, _, _, info = self.sim.step(np.clip(action, -1.0, 1.0))
         stability.check(self.sim.data)
         success = bool(info["success"])
@@ -199,13 +258,19 @@ class Env:
             if len(RENDERERS) > KEEP:
                 RENDERERS.pop(next(iter(RENDERERS))).close()
         renderer = RENDERERS[key]
-        if mark := GOAL_MARKS.get(self.tasks[self.task]):  # Meta-World moves it late or, in one task, elsewhere
+        if mark := GOAL_MARKS.get(
+            self.tasks[self.task]
+        ):  # Meta-World moves it late or, in one task, elsewhere
             self.sim.data.site(mark).xpos[:] = self.sim._target_pos
         renderer.update_scene(self.sim.data, CAMERA, self.option)
-        return np.ascontiguousarray(renderer.render()[::-1, ::-1])  # Meta-World's cameras are mounted upside down
+        return np.ascontiguousarray(
+            renderer.render()[::-1, ::-1]
+        )  # Meta-World's cameras are mounted upside down
 
     def close(self) -> None:
-        """Frees this process's GL contexts (another env makes new ones); left to the interpreter's exit, EGL complains."""
+        """Frees this process's GL contexts (another env makes new ones); left to the interpreter's
+        exit, EGL complains.
+        """
         while RENDERERS:
             RENDERERS.popitem()[1].close()
         self.sims = {}

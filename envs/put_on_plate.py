@@ -1,12 +1,15 @@
-"""PutOnPlateInScene25Main-v3, RLinf's task in ManiSkill: a WidowX arm puts a thing on a plate, before a pictured table.
+"""PutOnPlateInScene25Main-v3, RLinf's task in ManiSkill: a WidowX arm puts a thing on a plate,
+before a pictured table.
 
-A digital twin of BridgeData V2 (SimplerEnv): the picture of a real table lies behind whatever is robot, thing or plate. Numbers,
-names and files are RLinf's (https://github.com/RLinf/RLinf, rlinf/envs/maniskill/tasks/put_on_in_scene_multi.py, Apache 2.0):
-25 things and 21 tables, of which 16 and 16 are for training and the others for testing, 36 places and 4 directions.
+A digital twin of BridgeData V2 (SimplerEnv): the picture of a real table lies behind whatever is
+robot, thing or plate. Numbers, names and files are RLinf's (https://github.com/RLinf/RLinf,
+rlinf/envs/maniskill/tasks/put_on_in_scene_multi.py, Apache 2.0): 25 things and 21 tables, of which
+16 and 16 are for training and the others for testing, 36 places and 4 directions.
 
-Different here: a task has one thing and so one instruction, and the seed draws table, places and direction; a row that begins
-anew leaves the others alone (RLinf's reads poses of other rows then, and ManiSkill's reset the other rows' targets); no dense
-reward. Left out: RLinf's variants for evaluation (other lights, textures, positions).
+Different here: a task has one thing and so one instruction, and the seed draws table, places and
+direction; a row that begins anew leaves the others alone (RLinf's reads poses of other rows then,
+and ManiSkill's reset the other rows' targets); no dense reward. Left out: RLinf's variants for
+evaluation (other lights, textures, positions).
 """
 
 import json
@@ -17,7 +20,9 @@ import numpy as np
 import sapien
 import torch
 from mani_skill.envs.sapien_env import BaseEnv
-from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
+from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import (
+    WidowX250SBridgeDatasetFlatTable,
+)
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import quaternion_to_matrix
 from mani_skill.utils.structs.types import SimConfig
@@ -25,12 +30,27 @@ from mani_skill.utils.structs.types import SimConfig
 CAMERA = "3rd_view_camera"
 PICTURE = (480, 640)  # rows, columns: the camera's and the tables'
 ROBOT = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
-JOINTS = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037)  # radians; fingers in metres
+JOINTS = (
+    -0.01840777,
+    0.0398835,
+    0.22242722,
+    -0.00460194,
+    1.36524296,
+    0.00153398,
+    0.037,
+    0.037,
+)  # radians; fingers in metres
 HEIGHT = 0.90  # metres, from which thing and plate drop onto the table (0.87)
-CENTRE, REACH, GRID = np.array([-0.16, 0.0]), 0.075, np.linspace(-1.0, 1.0, 6)  # places: 6 × 6 within 7.5 cm of the centre,
+# places: 6 × 6 within 7.5 cm of the centre,
+CENTRE = np.array([-0.16, 0.0])
+REACH = 0.075
+GRID = np.linspace(-1.0, 1.0, 6)
 APART = 0.070  # and of these the pairs farther apart, metres
 TURNS = np.pi / 4 * np.arange(4)  # radians, of the thing about the vertical
-BESIDE, ABOVE, FORCE = 0.01, 0.05, 0.03  # success: metres beyond the plate's rim, metres above it, newtons between the two
+# success: metres beyond the plate's rim, metres above it, newtons between the two
+BESIDE = 0.01
+ABOVE = 0.05
+FORCE = 0.03
 
 
 def places() -> np.ndarray:
@@ -46,20 +66,31 @@ def models(folder: Path) -> dict[str, dict]:
 
 
 class PutOnPlate(BaseEnv):
-    """folder: RLinf's assets; stage, robot: ManiSkill's; things, tables: which of RLinf's to play with."""
+    """folder: RLinf's assets; stage, robot: ManiSkill's; things, tables: which of RLinf's to play
+    with.
+    """
 
     SUPPORTED_OBS_MODES = ("none",)
     SUPPORTED_REWARD_MODES = ("none",)
 
-    def __init__(self, folder: Path, stage: Path, robot: Path, things: slice, tables: slice, **kwargs):
-        self.folder, self.stage = folder, stage
+    def __init__(
+        self, folder: Path, stage: Path, robot: Path, things: slice, tables: slice, **kwargs
+    ):
+        self.folder = folder
+        self.stage = stage
         self.known = dict(list(models(folder / "more_carrot").items())[things])
         self.known_plates = dict(list(models(folder / "more_plate").items())[:1])
         names = list(models(folder / "more_table"))[tables]
-        self.tables = torch.from_numpy(np.stack([imageio.imread(folder / "more_table" / "imgs" / name)[..., :3] for name in names]))
+        self.tables = torch.from_numpy(
+            np.stack(
+                [imageio.imread(folder / "more_table" / "imgs" / name)[..., :3] for name in names]
+            )
+        )
         if tuple(self.tables.shape[1:3]) != PICTURE:
             pixels = self.tables.permute(0, 3, 1, 2).float()
-            self.tables = torch.nn.functional.interpolate(pixels, PICTURE, mode="bilinear", antialias=True)
+            self.tables = torch.nn.functional.interpolate(
+                pixels, PICTURE, mode="bilinear", antialias=True
+            )
             self.tables = self.tables.round().to(torch.uint8).permute(0, 2, 3, 1)
         self.places = places()
         WidowX250SBridgeDatasetFlatTable.urdf_path = str(robot)
@@ -76,35 +107,57 @@ class PutOnPlate(BaseEnv):
         """A thing or plate. Keeps half of its size, metres."""
         scale = facts.get("scale", [1.0])[0]
         builder = self.scene.create_actor_builder()
-        rough = sapien.physx.PhysxMaterial(static_friction=1.0, dynamic_friction=1.0, restitution=0.0)
-        builder.add_multiple_convex_collisions_from_file(
-            str(folder / name / "collision.obj"), scale=[scale] * 3, material=rough, density=facts.get("density", 1000)
+        rough = sapien.physx.PhysxMaterial(
+            static_friction=1.0, dynamic_friction=1.0, restitution=0.0
         )
-        looks = next(path for path in (folder / name / f"textured.{kind}" for kind in ("obj", "dae", "glb")) if path.exists())
+        builder.add_multiple_convex_collisions_from_file(
+            str(folder / name / "collision.obj"),
+            scale=[scale] * 3,
+            material=rough,
+            density=facts.get("density", 1000),
+        )
+        looks = next(
+            path
+            for path in (folder / name / f"textured.{kind}" for kind in ("obj", "dae", "glb"))
+            if path.exists()
+        )
         builder.add_visual_from_file(str(looks), scale=[scale] * 3)
         builder.initial_pose = sapien.Pose(aside)
-        half = torch.tensor(np.subtract(facts["bbox"]["max"], facts["bbox"]["min"]) * scale / 2, dtype=torch.float32)
+        half = torch.tensor(
+            np.subtract(facts["bbox"]["max"], facts["bbox"]["min"]) * scale / 2, dtype=torch.float32
+        )
         return builder.build(name=name), half.to(self.device)
 
     def _load_scene(self, options: dict):
         for robot in self.agent.robot._objs:
             sapien_utils.set_articulation_render_material(robot, specular=0.9, roughness=0.3)
-        builder, pose = self.scene.create_actor_builder(), sapien.Pose(q=[0.707, 0.707, 0, 0])
+        builder = self.scene.create_actor_builder()
+        pose = sapien.Pose(q=[0.707, 0.707, 0, 0])
         builder.add_nonconvex_collision_from_file(str(self.stage), pose=pose)
         builder.add_visual_from_file(str(self.stage), pose=pose)
         builder.initial_pose = sapien.Pose([2.0634, 2.8313, 0.0])
         builder.build_static(name="arena")
-        self.aside = [[1.0, 0.3 * i, 1.0] for i in range(len(self.known))]  # where the things wait that are not the row's
+        self.aside = [
+            [1.0, 0.3 * i, 1.0] for i in range(len(self.known))
+        ]  # where the things wait that are not the row's
         built = [
             self._build(name, facts, self.folder / "more_carrot", aside)
             for (name, facts), aside in zip(self.known.items(), self.aside, strict=True)
         ]
-        self.things, self.halves = [thing for thing, _ in built], torch.stack([half for _, half in built])  # [things, 3]
+        # [things, 3]
+        self.things = [thing for thing, _ in built]
+        self.halves = torch.stack([half for _, half in built])
         (name, facts) = next(iter(self.known_plates.items()))
-        self.plate, self.plate_half = self._build(name, facts, self.folder / "more_plate", [2.0, 0.0, 1.0])
+        self.plate, self.plate_half = self._build(
+            name, facts, self.folder / "more_plate", [2.0, 0.0, 1.0]
+        )
         rows = {"device": self.device, "dtype": torch.long}
-        self.thing, self.table = torch.zeros(self.num_envs, **rows), torch.zeros(self.num_envs, **rows)  # [N] which
-        self.thing_half = torch.zeros(self.num_envs, 3, device=self.device)  # [N, 3] of the box around it, along the world's axes
+        # [N] which
+        self.thing = torch.zeros(self.num_envs, **rows)
+        self.table = torch.zeros(self.num_envs, **rows)
+        self.thing_half = torch.zeros(
+            self.num_envs, 3, device=self.device
+        )  # [N, 3] of the box around it, along the world's axes
         self.tables = self.tables.to(self.device)
 
     def _load_lighting(self, options: dict):
@@ -121,16 +174,23 @@ class PutOnPlate(BaseEnv):
         """One row, or when ManiSkill makes its scenes all of them. options: seeds [rows], thing."""
         for row, seed in zip(env_idx.tolist(), options.get("seeds", env_idx.tolist()), strict=True):
             draw = np.random.default_rng(seed)
-            self.thing[row], self.table[row] = options.get("thing", 0), int(draw.integers(len(self.tables)))
+            self.thing[row] = options.get("thing", 0)
+            self.table[row] = int(draw.integers(len(self.tables)))
             (x, y), (plate_x, plate_y) = self.places[draw.integers(len(self.places))]
             turn = TURNS[draw.integers(len(TURNS))]
-        # Poses are the same in all rows whose turn it is, which is all that ManiSkill's own first reset needs.
+        # Poses are the same in all rows whose turn it is, which is all that ManiSkill's own first
+        # reset needs.
         self.agent.reset(init_qpos=np.array([JOINTS]))
         self.agent.robot.set_pose(ROBOT)
-        chosen, upright = options.get("thing", 0), [1.0, 0.0, 0.0, 0.0]
+        chosen = options.get("thing", 0)
+        upright = [1.0, 0.0, 0.0, 0.0]
         turned = [float(np.cos(turn / 2)), 0.0, 0.0, float(np.sin(turn / 2))]
         for i, thing in enumerate(self.things):
-            thing.set_pose(sapien.Pose([x, y, HEIGHT], turned) if i == chosen else sapien.Pose(self.aside[i], upright))
+            thing.set_pose(
+                sapien.Pose([x, y, HEIGHT], turned)
+                if i == chosen
+                else sapien.Pose(self.aside[i], upright)
+            )
         self.plate.set_pose(sapien.Pose([plate_x, plate_y, HEIGHT], upright))
         axes = quaternion_to_matrix(torch.tensor(turned, device=self.device)).abs()
         self.thing_half[env_idx] = axes @ self.halves[chosen]
@@ -139,15 +199,21 @@ class PutOnPlate(BaseEnv):
         """The thing is over the plate, near it, and they touch."""
         rows = torch.arange(self.num_envs, device=self.device)
         where = torch.stack([thing.pose.p for thing in self.things])[self.thing, rows]  # [N, 3]
-        force = torch.stack([self.scene.get_pairwise_contact_forces(thing, self.plate) for thing in self.things])[self.thing, rows]
+        force = torch.stack(
+            [self.scene.get_pairwise_contact_forces(thing, self.plate) for thing in self.things]
+        )[self.thing, rows]
         offset = where - self.plate.pose.p
         beside = torch.linalg.norm(offset[:, :2], dim=1) <= self.plate_half.max() + BESIDE
-        above = (offset[:, 2] > 0) & (offset[:, 2] - self.plate_half[2] - self.thing_half[:, 2] <= ABOVE)
+        above = (offset[:, 2] > 0) & (
+            offset[:, 2] - self.plate_half[2] - self.thing_half[:, 2] <= ABOVE
+        )
         return {"success": beside & above & (torch.linalg.norm(force, dim=1) > FORCE)}
 
     def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict:
         seen = super()._get_obs_sensor_data(apply_texture_transforms)
         picture = seen[CAMERA]
-        front = torch.isin(picture["segmentation"], self.in_front.to(picture["segmentation"].dtype))  # [N, H, W, 1]
+        front = torch.isin(
+            picture["segmentation"], self.in_front.to(picture["segmentation"].dtype)
+        )  # [N, H, W, 1]
         picture["rgb"] = torch.where(front, picture["rgb"], self.tables[self.table])
         return seen

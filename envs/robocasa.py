@@ -1,18 +1,24 @@
-"""RoboCasa (https://robocasa.ai): kitchen tasks of a Panda arm on wheels, in robosuite; one env per lane.
+"""RoboCasa (https://robocasa.ai): kitchen tasks of a Panda arm on wheels, in robosuite; one env per
+lane.
 
-RoboCasa needs robosuite 1.5 and so an environment of its own, since LIBERO needs 1.4; there, `--env robocasa` is all:
+RoboCasa needs robosuite 1.5 and so an environment of its own, since LIBERO needs 1.4; there, `--env
+robocasa` is all:
 
-    python3 -m venv .venv-robocasa && source .venv-robocasa/bin/activate && pip install -r requirements-robocasa.txt
-    pip install -e ROBOSUITE -e ROBOCASA    # clones of github.com/ARISE-Initiative/robosuite (its master) and robocasa/robocasa
+    python3 -m venv .venv-robocasa && source .venv-robocasa/bin/activate && pip install -r
+    requirements-robocasa.txt
+    pip install -e ROBOSUITE -e ROBOCASA    # clones of github.com/ARISE-Initiative/robosuite (its
+                                            master) and robocasa/robocasa
     python -m robocasa.scripts.download_kitchen_assets       # about 10 GB
     python train.py --env robocasa --tasks CloseDrawer --image-size 224
 
-The policy sees what RLinf's does: the left and the hand camera (224 pixels there), `STATE` [25], and actions [12] in [-1, 1]: hand
-displacement 3 and rotation 3, gripper (1 closes), base velocity 3, torso, and which of the two moves, arm (-1) or base (1).
-A seed draws the kitchen, objects, places and instruction. `Env.prompt` is the episode's own ("Close the left drawer."), once there
-is one; the prompts of the spec only name the task.
+The policy sees what RLinf's does: the left and the hand camera (224 pixels there), `STATE` [25],
+and actions [12] in [-1, 1]: hand displacement 3 and rotation 3, gripper (1 closes), base velocity
+3, torso, and which of the two moves, arm (-1) or base (1). A seed draws the kitchen, objects,
+places and instruction. `Env.prompt` is the episode's own ("Close the left drawer."), once there is
+one; the prompts of the spec only name the task.
 
-Left out: soft resets (every episode builds its kitchen anew, as RoboCasa does), faster drawing, a dense reward (RoboCasa has none).
+Left out: soft resets (every episode builds its kitchen anew, as RoboCasa does), faster drawing, a
+dense reward (RoboCasa has none).
 """
 
 import importlib.util
@@ -31,31 +37,82 @@ for package in ("robosuite", "robocasa"):  # imported where they are used: that 
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault("LP_NUM_THREADS", "0")  # software rasteriser: processes scale, its threads only fight
+os.environ.setdefault(
+    "LP_NUM_THREADS", "0"
+)  # software rasteriser: processes scale, its threads only fight
 
 ROBOT = "PandaOmron"
 VIEWS = ("robot0_agentview_left", "robot0_eye_in_hand")
-STATE = {  # robosuite's observations, in RLinf's order; metres, quaternions (x, y, z, w), metres per second
-    "robot0_eef_pos": 3, "robot0_eef_quat": 4, "robot0_gripper_qpos": 2, "robot0_gripper_qvel": 2, "robot0_base_to_eef_pos": 3,
-    "robot0_base_to_eef_quat": 4, "robot0_base_pos": 3, "robot0_base_quat": 4,
-}  # fmt: skip
+# robosuite's observations, in RLinf's order; metres, quaternions (x, y, z, w), metres per second
+STATE = {
+    "robot0_eef_pos": 3,
+    "robot0_eef_quat": 4,
+    "robot0_gripper_qpos": 2,
+    "robot0_gripper_qvel": 2,
+    "robot0_base_to_eef_pos": 3,
+    "robot0_base_to_eef_quat": 4,
+    "robot0_base_pos": 3,
+    "robot0_base_quat": 4,
+}
 ACTIONS = 12
 HORIZON = 300  # control steps (RLinf), at 20 per second
 DEFAULT_TASKS = ("CloseDrawer",)
-# States that an untrained model takes for -1 and 1: of any kitchen (metres), of fingers and quaternions.
+# States that an untrained model takes for -1 and 1: of any kitchen (metres), of fingers and
+# quaternions.
 STATE_RANGE = (
-    (0.0, -6.0, 0.5, *(-1.0,) * 4, -0.05, -0.05, -0.2, -0.2, -1.0, -1.0, -0.5, *(-1.0,) * 4, 0.0, -6.0, 0.0, *(-1.0,) * 4),
-    (6.0, 0.0, 2.0, *(1.0,) * 4, 0.05, 0.05, 0.2, 0.2, 1.0, 1.0, 1.5, *(1.0,) * 4, 6.0, 0.0, 1.0, *(1.0,) * 4),
+    (
+        0.0,
+        -6.0,
+        0.5,
+        *(-1.0,) * 4,
+        -0.05,
+        -0.05,
+        -0.2,
+        -0.2,
+        -1.0,
+        -1.0,
+        -0.5,
+        *(-1.0,) * 4,
+        0.0,
+        -6.0,
+        0.0,
+        *(-1.0,) * 4,
+    ),
+    (
+        6.0,
+        0.0,
+        2.0,
+        *(1.0,) * 4,
+        0.05,
+        0.05,
+        0.2,
+        0.2,
+        1.0,
+        1.0,
+        1.5,
+        *(1.0,) * 4,
+        6.0,
+        0.0,
+        1.0,
+        *(1.0,) * 4,
+    ),
 )
-KITCHENS: dict = {}  # which ones to draw from: arguments of RoboCasa's environments such as layout_ids, obj_instance_split
+# which ones to draw from: arguments of RoboCasa's environments such as layout_ids,
+# obj_instance_split
+KITCHENS: dict = {}
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    """Any of RoboCasa's tasks, by the names of their classes: what there is depends on its version, and `Env` says."""
+    """Any of RoboCasa's tasks, by the names of their classes: what there is depends on its version,
+    and `Env` says.
+    """
     tasks = tuple(dict.fromkeys(tasks)) or DEFAULT_TASKS
     for name in tasks:
         if not re.fullmatch(r"([A-Z][a-z0-9]*)+", name):
-            raise UserError(f"unknown RoboCasa task {name!r}: the names look like {DEFAULT_TASKS[0]} or PickPlaceCounterToSink")
+            raise UserError(
+                f"unknown RoboCasa task {name!r}: the names look like {DEFAULT_TASKS[0]} or "
+                "PickPlaceCounterToSink"
+            )
     prompts = tuple(" ".join(re.findall(r"[A-Z][a-z0-9]*", name)).lower() for name in tasks)
     return EnvSpec(tasks, prompts, len(VIEWS), image_size, sum(STATE.values()), ACTIONS, HORIZON)
 
@@ -64,8 +121,11 @@ class Env:
     """One env instance. Another task or episode is another kitchen: some seconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int):
-        self.tasks, self.size = tasks, image_size
-        self.task, self.sim, self.prompt = -1, None, None
+        self.tasks = tasks
+        self.size = image_size
+        self.task = -1
+        self.sim = None
+        self.prompt = None
 
     def _make(self, name: str):
         import robocasa  # noqa: F401  registers the tasks
@@ -76,28 +136,46 @@ class Env:
         if name not in robosuite.environments.REGISTERED_ENVS:
             from robocasa.environments.kitchen.kitchen import REGISTERED_KITCHEN_ENVS
 
-            raise UserError(f"this RoboCasa has no task {name!r}: choose among {', '.join(sorted(REGISTERED_KITCHEN_ENVS))}")
-        controllers = load_composite_controller_config(controller=None, robot=ROBOT)  # the robot's default, as in RoboCasa's data
+            raise UserError(
+                f"this RoboCasa has no task {name!r}: choose among "
+                f"{', '.join(sorted(REGISTERED_KITCHEN_ENVS))}"
+            )
+        controllers = load_composite_controller_config(
+            controller=None, robot=ROBOT
+        )  # the robot's default, as in RoboCasa's data
         return robosuite.make(
-            env_name=name, robots=ROBOT, controller_configs=controllers, has_renderer=False, has_offscreen_renderer=True,
-            use_camera_obs=False, ignore_done=True, translucent_robot=False, **KITCHENS,
-        )  # fmt: skip
+            env_name=name,
+            robots=ROBOT,
+            controller_configs=controllers,
+            has_renderer=False,
+            has_offscreen_renderer=True,
+            use_camera_obs=False,
+            ignore_done=True,
+            translucent_robot=False,
+            **KITCHENS,
+        )
 
     def reset(self, task: int, seed: int) -> None:
         """Raises UserError when the task or its kitchen's assets are missing."""
         if task != self.task:
             self.close()
-            self.sim, self.task = self._make(self.tasks[task]), task
+            self.sim = self._make(self.tasks[task])
+            self.task = task
         random.seed(seed)
         np.random.seed(seed)
         self.sim.rng = np.random.default_rng(seed)
         try:
             self.seen = self.sim.reset()
-        except (FileNotFoundError, ValueError) as error:  # Python's and MuJoCo's way to say that there is no such file
+        except (
+            FileNotFoundError,
+            ValueError,
+        ) as error:  # Python's and MuJoCo's way to say that there is no such file
             if "No such file" not in str(error):
                 raise
             what = "run `python -m robocasa.scripts.download_kitchen_assets`"
-            raise UserError(f"assets of RoboCasa's kitchens are missing ({error}): {what}") from None
+            raise UserError(
+                f"assets of RoboCasa's kitchens are missing ({error}): {what}"
+            ) from None
         self.prompt = self.sim.get_ep_meta()["lang"]
 
     def step(self, action: np.ndarray) -> tuple[float, bool]:
@@ -107,7 +185,12 @@ class Env:
         return float(success), success
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        state = np.concatenate([np.asarray(self.seen[name], np.float32).reshape(length) for name, length in STATE.items()])
+        state = np.concatenate(
+            [
+                np.asarray(self.seen[name], np.float32).reshape(length)
+                for name, length in STATE.items()
+            ]
+        )
         return np.stack([self._render(view, self.size) for view in VIEWS]), state
 
     def film(self, size: int = 256) -> np.ndarray:
@@ -115,9 +198,13 @@ class Env:
         return self._render(VIEWS[0], size)
 
     def _render(self, camera: str, size: int) -> np.ndarray:
-        return self.sim.sim.render(width=size, height=size, camera_name=camera)[::-1]  # GL's rows run from the bottom up
+        return self.sim.sim.render(width=size, height=size, camera_name=camera)[
+            ::-1
+        ]  # GL's rows run from the bottom up
 
     def close(self) -> None:
         if self.sim is not None:
             self.sim.close()
-        self.task, self.sim, self.prompt = -1, None, None
+        self.task = -1
+        self.sim = None
+        self.prompt = None

@@ -1,29 +1,45 @@
-"""Model families, one file each and one beside it. A new family is those two, a line in `MODELS` and a name in `config.Family`.
+"""Model families, one file each and one beside it. A new family is those two, a line in `MODELS`
+and a name in `config.Family`.
 
-A model file offers `build(config, env_spec, device="cpu", weights="all") -> module` (weights: `checkpoint.Part`), which offers
+A model file offers `build(config, env_spec, device="cpu", weights="all") -> module` (weights:
+`checkpoint.Part`), which offers
 
-    .header                                     models.checkpoint.Header, for the checkpoints of a run
-    .observation_fields() -> {name: (shape, dtype)}  what the policy sees: "image" and what else its `preparation` makes
-    .slot_fields() -> {name: (shape, dtype)}    what one chunk step stores beyond the common fields, per chunk step
-    .draw(keys, explore) -> {name: tensor}      all randomness of one inference, counter-based: see `generator`
-    .act(obs, noise) -> {name: tensor}          "actions" and "logprob" [n, C, A], "value" [n], slot fields
+    .header                                     models.checkpoint.Header, for the checkpoints of a
+                                                run
+    .observation_fields() -> {name: (shape, dtype)}  what the policy sees: "image" and what else its
+                                                     `preparation` makes
+    .slot_fields() -> {name: (shape, dtype)}    what one chunk step stores beyond the common fields,
+                                                per chunk step
+    .draw(keys, explore) -> {name: tensor}      all randomness of one inference, counter-based: see
+                                                `generator`
+    .act(obs, noise) -> {name: tensor}          "actions" and "logprob" [n, C, A], "value" [n], slot
+                                                fields
     .training_fields() -> (name, …)             the slot fields that `evaluate` reads
-    .evaluate(batch) -> {"logprob" [n, C, A], "value" [n], "entropy" []}   differentiable, from slot fields
-    .COMPILED                                   names of the methods that `models/compiled.py` compiles
-    .trainable() -> {name: parameter}           what reinforcement learning updates and the weight plane carries
-    .idle() -> (prefix, …)                      beginnings of the names of parameters that `evaluate` has no use for
+    .evaluate(batch) -> {"logprob" [n, C, A], "value" [n], "entropy" []}
+                                              differentiable, from slot fields
+    .COMPILED                                   names of the methods that `models/compiled.py`
+                                                compiles
+    .trainable() -> {name: parameter}           what reinforcement learning updates and the weight
+                                                plane carries
+    .idle() -> (prefix, …)                      beginnings of the names of parameters that
+                                                `evaluate` has no use for
 
     .imitation_draw(n), .imitate(obs, actions, draw) -> loss []      for `pretrain.py`
 
-Beside it, `<family>_files.py` knows files and the world: the layouts of other projects' checkpoints (`SOURCES`), their statistics
-and prompts, and
+Beside it, `<family>_files.py` knows files and the world: the layouts of other projects' checkpoints
+(`SOURCES`), their statistics and prompts, and
 
     preparation(header, tokenizer)                   what env workers use, an object with
-        .observe(images, state, task) -> {name: array}   what the simulator shows → the observation fields of one slot row
-        .actions(actions, state) -> actions              what the model returned [C, A] → what the simulator executes [C, A]
-    embedded(name, tokenizer) -> module              the small model with random weights, for `pretrain.py`
-    wording(task) -> text                            the words that the embedded vocabulary must hold
-    save(model, folder, like)                        another project's layout again, see `models/export.py`
+        .observe(images, state, task) -> {name: array}   what the simulator shows → the observation
+                                                         fields of one slot row
+        .actions(actions, state) -> actions              what the model returned [C, A] → what the
+                                                         simulator executes [C, A]
+    embedded(name, tokenizer) -> module              the small model with random weights, for
+                                                     `pretrain.py`
+    wording(task) -> text                            the words that the embedded vocabulary must
+                                                     hold
+    save(model, folder, like)                        another project's layout again, see
+                                                     `models/export.py`
     parity(folder) -> {name: tensor}                 see `models/parity.py`
 
 so that no stage knows which family it serves.
@@ -38,9 +54,16 @@ from config import UserError
 from models import checkpoint
 
 MODELS = {
-    "pi0": "models.pi", "pi05": "models.pi", "gr00t": "models.gr00t", "oft": "models.oft", "emulated": "models.emulated",
-}  # fmt: skip
-FILES = {name: "models.emulated" if name == "emulated" else f"{module}_files" for name, module in MODELS.items()}
+    "pi0": "models.pi",
+    "pi05": "models.pi",
+    "gr00t": "models.gr00t",
+    "oft": "models.oft",
+    "emulated": "models.emulated",
+}
+FILES = {
+    name: "models.emulated" if name == "emulated" else f"{module}_files"
+    for name, module in MODELS.items()
+}
 
 
 def load(name: str):
@@ -56,22 +79,30 @@ def files(name: str):
 
 
 MARKS = {  # what the names of other projects' tensors contain, and whose they are
-    "paligemma_with_expert.": ("pi0", "pi05"), "eagle_model.": ("gr00t",), "vision_backbone.": ("oft",),
+    "paligemma_with_expert.": ("pi0", "pi05"),
+    "eagle_model.": ("gr00t",),
+    "vision_backbone.": ("oft",),
     "base_model.model.": ("oft",),
-}  # fmt: skip
+}
 
 
 def check_family(name: str, path: Path) -> None:
-    """Raises UserError when a checkpoint of another project is of another family than `name`, by the names of its tensors."""
+    """Raises UserError when a checkpoint of another project is of another family than `name`, by
+    the names of its tensors.
+    """
     if checkpoint.is_ours(path):
         return
     keys = checkpoint.layout(path)
     found = {families for mark, families in MARKS.items() if any(mark in key for key in keys)}
     if not found:
-        raise UserError(f"checkpoint {path} is of no family known here: none of its tensors is named {', '.join(MARKS)}")
+        raise UserError(
+            f"checkpoint {path} is of no family known here: none of its tensors is named "
+            f"{', '.join(MARKS)}"
+        )
     if not any(name in families for families in found):
         raise UserError(
-            f"checkpoint {path} is of the family {' or '.join(found.pop())}, not {name}: give another checkpoint, or the --model"
+            f"checkpoint {path} is of the family {' or '.join(found.pop())}, not {name}: give "
+            "another checkpoint, or the --model"
         )
 
 
@@ -81,4 +112,6 @@ def generator(key: tuple[int, int, int, int]) -> np.random.Generator:
     Which requests share a batch is a matter of timing; the noise each one gets must not be.
     """
     seed, lane, trajectory, t = key
-    return np.random.Generator(np.random.Philox(key=[seed, lane << 32 | trajectory], counter=[0, 0, 0, t]))
+    return np.random.Generator(
+        np.random.Philox(key=[seed, lane << 32 | trajectory], counter=[0, 0, 0, t])
+    )

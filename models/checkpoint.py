@@ -1,12 +1,13 @@
 """Weights on disk. Nothing is ever unpickled.
 
-Our own: one safetensors file whose header (metadata, JSON strings) says what is in it: `family` (a key of `models.MODELS`),
-`shape` (the family's configuration) and `stats` (for the embedded models `state_low`, `state_high`: the quantiles that map the
-robot's state to [-1, 1]; for published ones what their family's file reader made of their statistics).
+Our own: one safetensors file whose header (metadata, JSON strings) says what is in it: `family` (a
+key of `models.MODELS`), `shape` (the family's configuration) and `stats` (for the embedded models
+`state_low`, `state_high`: the quantiles that map the robot's state to [-1, 1]; for published ones
+what their family's file reader made of their statistics).
 
-Other projects': a file or folder in their layout, described by a `Source`: `load_source` reads it, `save_source` writes it back.
-Both stream: tensors travel in pieces of `BLOCK` bytes, so the host never holds more than the model itself, in the type it is wanted
-in, and one piece.
+Other projects': a file or folder in their layout, described by a `Source`: `load_source` reads it,
+`save_source` writes it back. Both stream: tensors travel in pieces of `BLOCK` bytes, so the host
+never holds more than the model itself, in the type it is wanted in, and one piece.
 """
 
 import contextlib
@@ -33,19 +34,28 @@ class Header(NamedTuple):
 
     @property
     def published(self) -> bool:
-        """Whether the model began as another project's: its `preparation` resizes pictures, our small ones' does not."""
+        """Whether the model began as another project's: its `preparation` resizes pictures, our
+        small ones' does not.
+        """
         return self.stats.get("layout", "own") != "own"
 
 
 def find(path: str | Path) -> Path:
-    """The weights file behind a file, a checkpoint folder or a run's folder or name (its newest checkpoint)."""
+    """The weights file behind a file, a checkpoint folder or a run's folder or name (its newest
+    checkpoint).
+    """
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
-        for candidate in (base, base / "model.safetensors", *sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]):
+        for candidate in (
+            base,
+            base / "model.safetensors",
+            *sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:],
+        ):
             if candidate.is_file():
                 return candidate
     raise UserError(
-        f"no checkpoint at {path}: expected a .safetensors file, a folder that holds model.safetensors, or a run with one"
+        f"no checkpoint at {path}: expected a .safetensors file, a folder that holds "
+        "model.safetensors, or a run with one"
     )
 
 
@@ -54,12 +64,22 @@ def read_header(path: str | Path) -> Header:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})") from None
+        raise UserError(
+            f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
+        ) from None
     if not {"family", "shape", "stats"} <= meta.keys():
-        raise UserError(f"checkpoint {path} was not written by this project: its header lacks family, shape and stats")
+        raise UserError(
+            f"checkpoint {path} was not written by this project: its header lacks family, shape "
+            "and stats"
+        )
     try:
-        shape = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(meta["shape"]).items()}
-        return Header(meta["family"], shape, json.loads(meta["stats"]))  # JSON has no tuples, configurations no lists
+        shape = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in json.loads(meta["shape"]).items()
+        }
+        return Header(
+            meta["family"], shape, json.loads(meta["stats"])
+        )  # JSON has no tuples, configurations no lists
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the header of checkpoint {path}: {error}") from None
 
@@ -68,31 +88,45 @@ def of_family(path: str | Path, family: str) -> Header:
     """The header of a checkpoint of ours, which must be of `family`. Raises UserError."""
     header = read_header(path)
     if header.family != family:
-        raise UserError(f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or another checkpoint")
+        raise UserError(
+            f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or "
+            "another checkpoint"
+        )
     return header
 
 
 def agree(path: str | Path, both: dict[str, tuple]) -> None:
-    """both: name → (what the checkpoint has, what the run asks for). Raises UserError naming the first pair that differs."""
+    """both: name → (what the checkpoint has, what the run asks for). Raises UserError naming the
+    first pair that differs.
+    """
     for name, (has, wanted) in both.items():
         if has != wanted:
-            raise UserError(f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them agree")
+            raise UserError(
+                f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them "
+                "agree"
+            )
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a checkpoint is in our own layout, rather than another project's. Raises UserError where there is none."""
+    """Whether a checkpoint is in our own layout, rather than another project's. Raises UserError
+    where there is none.
+    """
     try:
         file = find(path)
     except UserError as nothing:
         try:
             return not weight_files(path)  # shards are never ours
         except UserError as missing:
-            raise missing if (Path(path) / "model.safetensors.index.json").is_file() else nothing from None
+            raise (
+                missing if (Path(path) / "model.safetensors.index.json").is_file() else nothing
+            ) from None
     try:
         with safe_open(file, framework="pt") as opened:
             return "family" in (opened.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})") from None
+        raise UserError(
+            f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
+        ) from None
 
 
 def published(path: Path) -> bool:
@@ -107,23 +141,31 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
-    """The tokeniser file for checkpoint `path`: what the user gives, else the one in another project's folder or of the run, the
-    embedded default's for a small model of ours, or for GR00T "", an installed package's. Raises UserError when there is none."""
+    """The tokeniser file for checkpoint `path`: what the user gives, else the one in another
+    project's folder or of the run, the embedded default's for a small model of ours, or for GR00T
+    "", an installed package's. Raises UserError when there is none.
+    """
     if given is not None:
         return str(given)
-    places, run = [Path(path) / "tokenizer.model"], run_of(path) or Path(path)
+    places = [Path(path) / "tokenizer.model"]
+    run = run_of(path) or Path(path)
     with contextlib.suppress(UserError, KeyError, TypeError):
         places.append(Path(read_json(run / "config.json")["train"]["tokenizer"]))
     if not published(path):
         places.append(embedded)
     found = next((place for place in places if place.is_file()), None)
     if found is None and family != "gr00t":
-        raise UserError(f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH")
+        raise UserError(
+            f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer "
+            "PATH"
+        )
     return str(found or "")
 
 
 def frame_size(path: Path) -> int:
-    """Pixels of the pictures to show a checkpoint's model; another project's `preparation` resizes them (LIBERO: 256)."""
+    """Pixels of the pictures to show a checkpoint's model; another project's `preparation` resizes
+    them (LIBERO: 256).
+    """
     return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
 
 
@@ -132,7 +174,9 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
     except OSError:
-        raise UserError(f"{path.parent} has no {path.name}, which such a checkpoint needs") from None
+        raise UserError(
+            f"{path.parent} has no {path.name}, which such a checkpoint needs"
+        ) from None
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict):
@@ -142,7 +186,9 @@ def read_json(path: Path) -> dict:
 
 @contextlib.contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside with the contents of another project's file becomes one sentence."""
+    """Whatever goes wrong inside with the contents of another project's file becomes one
+    sentence.
+    """
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -153,14 +199,20 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
     """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    meta = {"family": header.family, "shape": json.dumps(header.shape), "stats": json.dumps(header.stats)}
+    meta = {
+        "family": header.family,
+        "shape": json.dumps(header.shape),
+        "stats": json.dumps(header.stats),
+    }
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, meta)
     os.replace(partial, path)
 
 
 class Uninitialised(TorchFunctionMode):
-    """Modules built in this context keep whatever memory holds, for `load_source` to fill: drawing random weights for nothing
-    takes a minute for billions of them, and on the meta device its first use imports half a compiler (2 s)."""
+    """Modules built in this context keep whatever memory holds, for `load_source` to fill: drawing
+    random weights for nothing takes a minute for billions of them, and on the meta device its first
+    use imports half a compiler (2 s).
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -171,23 +223,38 @@ class Uninitialised(TorchFunctionMode):
 # ---------------------------------------------------------------- other projects' layouts
 
 BLOCK = 64 * 2**20  # bytes moved at once
-SMALL = 64 * 2**20  # bytes; files of a checkpoint folder up to this size (statistics, configuration, tokeniser) are copied along
+SMALL = 64 * 2**20
+# bytes; files of a checkpoint folder up to this size (statistics, configuration, tokeniser) are
+# copied along
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # fmt: skip
+}
 
 
 class Source(NamedTuple):
     """One layout of another project's checkpoints."""
 
     names: Callable[[Any], dict[str, str | tuple[str, ...]]]
-    """the model's configuration → {our parameter: their key}; a tuple: their tensors, concatenated on dim 0, are ours"""
+    """the model's configuration → {our parameter: their key}; a tuple: their tensors, concatenated
+    on dim 0, are ours
+    """
     unused: tuple[str, ...]
     """regular expressions that match (in full) the keys knowingly left unread"""
     tied: tuple[tuple[str, str], ...] = ()
-    """pairs (key in `names`, alias): one tensor under two names; a file may hold either or both, and what we save agrees in both"""
+    """pairs (key in `names`, alias): one tensor under two names; a file may hold either or both,
+    and what we save agrees in both
+    """
 
 
 def ours(names: Iterable[str]) -> Source:
@@ -197,7 +264,9 @@ def ours(names: Iterable[str]) -> Source:
 
 
 Part = Literal["all", "none", "training", "idle"]
-"""which weights a process reads: `idle` are those that training, with a frozen prefix in the slots, has no use for"""
+"""which weights a process reads: `idle` are those that training, with a frozen prefix in the slots,
+has no use for
+"""
 
 
 def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
@@ -215,7 +284,9 @@ class Stored(NamedTuple):
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, a folder's shards, or its model.safetensors."""
+    """The safetensors files of a checkpoint: the file itself, a folder's shards, or its
+    model.safetensors.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
@@ -227,17 +298,26 @@ def weight_files(path: str | Path) -> list[Path]:
             raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
         for name in names:
             if not (path / name).is_file():
-                raise UserError(f"checkpoint {path} lacks its file {name}, which {index.name} lists")
+                raise UserError(
+                    f"checkpoint {path} lacks its file {name}, which {index.name} lists"
+                )
         return [path / name for name in names]
     if (path / "model.safetensors").is_file():
         return [path / "model.safetensors"]
-    if shards := sorted(path.glob("model-*-of-*.safetensors")):  # without an index, as some were uploaded
+    if shards := sorted(
+        path.glob("model-*-of-*.safetensors")
+    ):  # without an index, as some were uploaded
         return shards
-    raise UserError(f"no checkpoint at {path}: expected model.safetensors, or its shards with model.safetensors.index.json")
+    raise UserError(
+        f"no checkpoint at {path}: expected model.safetensors, or its shards with "
+        "model.safetensors.index.json"
+    )
 
 
 def raw_header(file: Path) -> bytes:
-    """The first bytes of a safetensors file, up to its tensors: a length (8 bytes, little-endian) and as much JSON."""
+    """The first bytes of a safetensors file, up to its tensors: a length (8 bytes, little-endian)
+    and as much JSON.
+    """
     try:
         with file.open("rb") as stream:
             length = stream.read(8)
@@ -248,7 +328,9 @@ def raw_header(file: Path) -> bytes:
 
 
 def layout(path: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, read from the headers alone. Raises UserError when a file is damaged."""
+    """Every tensor of a checkpoint by its key, read from the headers alone. Raises UserError when a
+    file is damaged.
+    """
     found = {}
     for file in weight_files(path):
         head = raw_header(file)
@@ -257,16 +339,31 @@ def layout(path: str | Path) -> dict[str, Stored]:
             entries.pop("__metadata__", None)
             for key, entry in entries.items():
                 begin, end = entry["data_offsets"]
-                found[key] = Stored(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), len(head) + begin, len(head) + end)
-            complete = file.stat().st_size == max((found[key].end for key in entries), default=len(head))
+                found[key] = Stored(
+                    file,
+                    DTYPES[entry["dtype"]],
+                    tuple(entry["shape"]),
+                    len(head) + begin,
+                    len(head) + end,
+                )
+            complete = file.stat().st_size == max(
+                (found[key].end for key in entries), default=len(head)
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"cannot read checkpoint {file}: it is truncated or not a safetensors file") from None
+            raise UserError(
+                f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
+            ) from None
         if not complete:
-            raise UserError(f"cannot read checkpoint {file}: it is truncated, or its size is not what its header says")
+            raise UserError(
+                f"cannot read checkpoint {file}: it is truncated, or its size is not what its "
+                "header says"
+            )
     index = Path(path) / "model.safetensors.index.json"
     for key, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
         if key not in found or found[key].file.name != name:
-            raise UserError(f"checkpoint {path} has no tensor {key!r} in {name}, where {index.name} says it is")
+            raise UserError(
+                f"checkpoint {path} has no tensor {key!r} in {name}, where {index.name} says it is"
+            )
     return found
 
 
@@ -278,29 +375,46 @@ class Place(NamedTuple):
     end: int
 
 
-def match(model: torch.nn.Module, path: str | Path, source: Source, stored: dict[str, Stored]) -> dict[str, Place]:
-    """Their key → where it belongs in ours. Raises UserError naming a key that is missing, extra or of another shape."""
+def match(
+    model: torch.nn.Module, path: str | Path, source: Source, stored: dict[str, Stored]
+) -> dict[str, Place]:
+    """Their key → where it belongs in ours. Raises UserError naming a key that is missing, extra or
+    of another shape.
+    """
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other_name = dict(source.tied)
     parts: dict[str, Place] = {}
     for name, keys in source.names(model.config).items():
-        rows, shapes = 0, []
+        rows = 0
+        shapes = []
         for key in (keys,) if isinstance(keys, str) else keys:
             if key not in stored and other_name.get(key) in stored:
                 key = other_name[key]
             if key not in stored:
-                raise UserError(f"checkpoint {path} has no tensor {key!r}: it is of another model or layout")
+                raise UserError(
+                    f"checkpoint {path} has no tensor {key!r}: it is of another model or layout"
+                )
             shapes.append(stored[key].shape)
             parts[key] = Place(name, rows, rows + (shapes[-1] or (1,))[0])
             rows = parts[key].end
         whole = shapes[0] if len(shapes) == 1 else (rows, *shapes[0][1:])
         if whole != ours[name] or any(shape[1:] != whole[1:] for shape in shapes):
             found = " + ".join(str(list(shape)) for shape in shapes)
-            raise UserError(f"checkpoint {path}: {keys!r} is {found}, the model needs {list(ours[name])} for {name!r}")
+            raise UserError(
+                f"checkpoint {path}: {keys!r} is {found}, the model needs {list(ours[name])} for "
+                f"{name!r}"
+            )
     known = set(parts).union(*source.tied)
-    extra = [key for key in stored if key not in known and not any(re.fullmatch(pattern, key) for pattern in source.unused)]
+    extra = [
+        key
+        for key in stored
+        if key not in known and not any(re.fullmatch(pattern, key) for pattern in source.unused)
+    ]
     if extra:
-        raise UserError(f"checkpoint {path} has a tensor {extra[0]!r} that the model does not know ({len(extra)} such in all)")
+        raise UserError(
+            f"checkpoint {path} has a tensor {extra[0]!r} that the model does not know "
+            f"({len(extra)} such in all)"
+        )
     return parts
 
 
@@ -313,14 +427,19 @@ def pieces(stored: Stored) -> Iterator[tuple[int, int]]:
 
 
 def load_source(
-    model: torch.nn.Module, path: str | Path, source: Source, device: str | torch.device,
-    dtype: torch.dtype | Callable[[str], torch.dtype] | None, part: Part = "all",
-) -> None:  # fmt: skip
-    """Puts a checkpoint's weights, or a part, into `model`, which may be on `meta`, straight to `device`. Every key is checked.
+    model: torch.nn.Module,
+    path: str | Path,
+    source: Source,
+    device: str | torch.device,
+    dtype: torch.dtype | Callable[[str], torch.dtype] | None,
+    part: Part = "all",
+) -> None:
+    """Puts a checkpoint's weights, or a part, into `model`, which may be on `meta`, straight to
+    `device`. Every key is checked.
 
-    path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function of our parameter's name, or None
-    to keep the file's. Our parameters that `source` does not name (heads of our own) stay
-    as they are and where they are, as do those that are not of `part`.
+    path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function
+    of our parameter's name, or None to keep the file's. Our parameters that `source` does not name
+    (heads of our own) stay as they are and where they are, as do those that are not of `part`.
     Raises UserError naming the key that is missing, extra or of another shape.
     """
     stored = layout(path)
@@ -337,12 +456,18 @@ def load_source(
         for key in keys:
             rows = new[places[key].begin : places[key].end] if stored[key].shape else new.reshape(1)
             for begin, end in pieces(stored[key]):
-                # Opened anew for each piece: closing the file lets its mapped pages go, which otherwise count as memory in use.
+                # Opened anew for each piece: closing the file lets its mapped pages go, which
+                # otherwise count as memory in use.
                 with safe_open(stored[key].file, framework="pt") as file:
-                    piece = file.get_slice(key)[begin:end] if stored[key].shape else file.get_tensor(key)
+                    piece = (
+                        file.get_slice(key)[begin:end]
+                        if stored[key].shape
+                        else file.get_tensor(key)
+                    )
                     rows[begin:end].copy_(piece)
                     del piece
-        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        owner = model.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
         if isinstance(old, torch.nn.Parameter):
             setattr(owner, leaf, torch.nn.Parameter(new, requires_grad=old.requires_grad))
         else:
@@ -351,7 +476,8 @@ def load_source(
 
 def gradients(model: torch.nn.Module, path: str | Path, source: Source) -> dict[str, torch.Tensor]:
     """{"grad." + their key: our gradient of what is theirs}, to compare with the original's."""
-    found, ours = {}, dict(model.named_parameters())
+    found = {}
+    ours = dict(model.named_parameters())
     for key, part in match(model, path, source, layout(path)).items():
         gradient = ours[part.name].grad if part.name in ours else None
         if gradient is not None:
@@ -359,13 +485,18 @@ def gradients(model: torch.nn.Module, path: str | Path, source: Source) -> dict[
     return found
 
 
-def save_source(model: torch.nn.Module, folder: str | Path, source: Source, like: str | Path) -> None:
-    """Writes `model` as the checkpoint `like` it was loaded from: same files, keys, shapes, dtypes and order.
+def save_source(
+    model: torch.nn.Module, folder: str | Path, source: Source, like: str | Path
+) -> None:
+    """Writes `model` as the checkpoint `like` it was loaded from: same files, keys, shapes, dtypes
+    and order.
 
-    Tensors that we do not read are copied, and so is whatever else the folder `like` holds that is small. `folder` appears at once:
-    a crash leaves the old one. With a file as `like`, `folder` is a file too.
+    Tensors that we do not read are copied, and so is whatever else the folder `like` holds that is
+    small. `folder` appears at once: a crash leaves the old one. With a file as `like`, `folder` is
+    a file too.
     """
-    folder, like = Path(folder), Path(like)
+    folder = Path(folder)
+    like = Path(like)
     stored = layout(like)
     parts = match(model, like, source, stored)
     for pair in source.tied:
@@ -396,10 +527,20 @@ def save_source(model: torch.nn.Module, folder: str | Path, source: Source, like
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_like(model: torch.nn.Module, out: Path, like: Path, stored: dict[str, Stored], parts: dict[str, Place]) -> None:
-    """One file: the header of `like` as it stands, then its tensors in their order, ours where we have them."""
+def write_like(
+    model: torch.nn.Module,
+    out: Path,
+    like: Path,
+    stored: dict[str, Stored],
+    parts: dict[str, Place],
+) -> None:
+    """One file: the header of `like` as it stands, then its tensors in their order, ours where we
+    have them.
+    """
     tensors = model.state_dict()
-    here = sorted((key for key in stored if stored[key].file == like), key=lambda key: stored[key].begin)
+    here = sorted(
+        (key for key in stored if stored[key].file == like), key=lambda key: stored[key].begin
+    )
     with out.open("wb") as stream, like.open("rb") as original:
         stream.write(raw_header(like))
         for key in here:

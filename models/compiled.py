@@ -1,10 +1,12 @@
-"""Compiled inference: the large pieces of a family's `act` go through torch.compile, for a few fixed batch sizes.
+"""Compiled inference: the large pieces of a family's `act` go through torch.compile, for a few
+fixed batch sizes.
 
     python train.py --compile True          (what a GPU does anyway)
 
-Kernels fitted to a batch size are worth their compilation if the size comes back: batches are padded to powers of two. All sizes
-that a rollout worker can meet are compiled before it says that it is ready, and kept on disk by torch for the next run.
-Left out: CUDA graphs (they fix the addresses of weights, which two blocks of memory take turns to hold).
+Kernels fitted to a batch size are worth their compilation if the size comes back: batches are
+padded to powers of two. All sizes that a rollout worker can meet are compiled before it says that
+it is ready, and kept on disk by torch for the next run. Left out: CUDA graphs (they fix the
+addresses of weights, which two blocks of memory take turns to hold).
 """
 
 from collections.abc import Callable
@@ -29,7 +31,9 @@ def buckets(most: int) -> list[int]:
 
 def pad(tensors: dict[str, Tensor], n: int) -> dict[str, Tensor]:
     """Every tensor [m, …] → [n, …], the last row repeated."""
-    return {name: torch.cat([x, x[-1:].expand(n - len(x), *x.shape[1:])]) for name, x in tensors.items()}
+    return {
+        name: torch.cat([x, x[-1:].expand(n - len(x), *x.shape[1:])]) for name, x in tensors.items()
+    }
 
 
 def random_observations(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
@@ -53,24 +57,35 @@ def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
 
 
 def compile_parts(model: nn.Module) -> None:
-    """`model.COMPILED`, in place; what lies between them is small. A piece that is no single graph is an error."""
+    """`model.COMPILED`, in place; what lies between them is small. A piece that is no single graph
+    is an error.
+    """
     for part in model.COMPILED:
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False, fullgraph=True))
 
 
 def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable[[], None]) -> None:
-    """Compiles `act` for every batch of at most `most` samples. Raises UserError where torch.compile does not work."""
-    from torch._dynamo.exc import TorchDynamoException  # half a compiler, which takes seconds to import
+    """Compiles `act` for every batch of at most `most` samples. Raises UserError where
+    torch.compile does not work.
+    """
+    from torch._dynamo.exc import (
+        TorchDynamoException,
+    )  # half a compiler, which takes seconds to import
     from torch._inductor.exc import InductorError
 
     sizes = buckets(most)
     torch._dynamo.config.recompile_limit = 2 * len(sizes) + 8  # past it, torch would go on eagerly
     compile_parts(model)
     try:
-        with torch.inference_mode():  # as `rollout_worker.serve` makes them: a graph is for tensors made in it, or for others
+        with (
+            torch.inference_mode()
+        ):  # as `rollout_worker.serve` makes them: a graph is for tensors made in it, or for others
             for n in sizes:
                 model.act(random_observations(model, n, device), random_noise(model, n, device))
                 sign_of_life()
-    except (TorchDynamoException, InductorError) as error:  # no compiler on this machine, for instance
+    except (
+        TorchDynamoException,
+        InductorError,
+    ) as error:  # no compiler on this machine, for instance
         why = str(error).strip().splitlines()[0]
         raise UserError(f"torch.compile does not work here ({why}): give --compile False") from None

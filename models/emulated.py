@@ -1,10 +1,11 @@
-"""A policy that only takes time, for `envs/emulated.py`, `envs/emulated_gr00t.py` and `envs/vectorised.py`, which derive it:
-inference and training sleep.
+"""A policy that only takes time, for `envs/emulated.py`, `envs/emulated_gr00t.py` and
+`envs/vectorised.py`, which derive it: inference and training sleep.
 
-A fifth of the time of inference for all envs is independent of the number of samples. More devices for a phase, by placement or
-ratio, divide its times; of `--ratio 1:1`, colocated has twice the devices in either phase. Several actor workers share theirs.
-Weights mean nothing and never change, but have as many bytes as their way through the weight plane is to take time for. Where
-simulation takes no time (`--tasks 0`), neither do inference and training.
+A fifth of the time of inference for all envs is independent of the number of samples. More devices
+for a phase, by placement or ratio, divide its times; of `--ratio 1:1`, colocated has twice the
+devices in either phase. Several actor workers share theirs. Weights mean nothing and never change,
+but have as many bytes as their way through the weight plane is to take time for. Where simulation
+takes no time (`--tasks 0`), neither do inference and training.
 """
 
 import time
@@ -15,17 +16,25 @@ from torch import Tensor, nn
 from envs import emulated, emulated_gr00t, vectorised
 from models.checkpoint import Header
 
-COSTS = {"emulated_gr00t": emulated_gr00t, "vectorised": vectorised}  # of a simulator; emulated.py's for all others
+COSTS = {
+    "emulated_gr00t": emulated_gr00t,
+    "vectorised": vectorised,
+}  # of a simulator; emulated.py's for all others
 
 
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     costs = COSTS.get(config.train.env, emulated)
     for_rollout, for_actor = emulated.devices(config.train.parts, config.train.placement)
-    infer, train = costs.INFER_ALL / for_rollout, costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
+    infer = costs.INFER_ALL / for_rollout
+    train = costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
     if config.train.tasks == ("0",):
         infer = train = 0.0
-    times = costs.INFER_FIXED * infer, (1 - costs.INFER_FIXED) * infer / costs.ENVS, train / costs.ENVS
+    times = (
+        costs.INFER_FIXED * infer,
+        (1 - costs.INFER_FIXED) * infer / costs.ENVS,
+        train / costs.ENVS,
+    )
     return Emulated(picture, config.rollout.chunk, env_spec.action_dim, times, costs.WEIGHTS)
 
 
@@ -52,11 +61,22 @@ class Emulated(nn.Module):
     COMPILED = ()
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
-    def __init__(self, picture: tuple[int, ...], chunk: int, action_dim: int, times: tuple[float, float, float], weights: int):
-        """times: seconds of one inference, of each sample besides, and of training one sample (a chunk step); weights: bytes."""
+    def __init__(
+        self,
+        picture: tuple[int, ...],
+        chunk: int,
+        action_dim: int,
+        times: tuple[float, float, float],
+        weights: int,
+    ):
+        """times: seconds of one inference, of each sample besides, and of training one sample (a
+        chunk step); weights: bytes.
+        """
         super().__init__()
         self.picture = picture
-        self.weights = nn.Parameter(torch.zeros(weights // 4))  # without a gradient, so no optimizer touches it
+        self.weights = nn.Parameter(
+            torch.zeros(weights // 4)
+        )  # without a gradient, so no optimizer touches it
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
         self.infer_base, self.infer_each, self.train_each = times
 
@@ -82,7 +102,11 @@ class Emulated(nn.Module):
         n = len(batch["actions"])
         wait(n * self.train_each)
         zero = self.action.sum() * 0.0
-        return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n), "entropy": zero}
+        return {
+            "logprob": zero.expand(n, *self.action.shape),
+            "value": zero.expand(n),
+            "entropy": zero,
+        }
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())

@@ -2,9 +2,9 @@
 
     python -m models.export --checkpoint runs/NAME --like ORIGINAL --out FOLDER
 
-Every tensor of ORIGINAL (openpi, RLinf, LeRobot, NVIDIA, OpenVLA-OFT) keeps its key, shape and dtype; those that training changed
-get their new values, and small files (statistics, configuration, tokeniser) come along.
-Left out: value and noise heads that ORIGINAL has no room for.
+Every tensor of ORIGINAL (openpi, RLinf, LeRobot, NVIDIA, OpenVLA-OFT) keeps its key, shape and
+dtype; those that training changed get their new values, and small files (statistics, configuration,
+tokeniser) come along. Left out: value and noise heads that ORIGINAL has no room for.
 """
 
 from dataclasses import dataclass
@@ -34,19 +34,31 @@ def main(config: ExportConfig) -> None:
     path = checkpoint.find(config.checkpoint)
     header = checkpoint.read_header(path)
     if config.out.exists():
-        raise UserError(f"{config.out} exists already: give another --out, since nothing is overwritten")
+        raise UserError(
+            f"{config.out} exists already: give another --out, since nothing is overwritten"
+        )
     if not config.out.absolute().parent.is_dir():
-        raise UserError(f"the folder {config.out.absolute().parent} does not exist: create it or give another --out")
+        raise UserError(
+            f"the folder {config.out.absolute().parent} does not exist: create it or give another "
+            "--out"
+        )
     if checkpoint.is_ours(config.like):
-        raise UserError(f"--like {config.like} is one of our own checkpoints: give the original that training began from")
+        raise UserError(
+            f"--like {config.like} is one of our own checkpoints: give the original that training "
+            "began from"
+        )
     family = models.load(header.family)
     if not hasattr(family, "NETWORK"):
-        raise UserError(f"checkpoint {path} is of the family {header.family!r}, which no other project knows")
+        raise UserError(
+            f"checkpoint {path} is of the family {header.family!r}, which no other project knows"
+        )
     models.check_family(header.family, config.like)
     with torch.device("meta"), checkpoint.Uninitialised():
         model = family.NETWORK(family.CONFIG(**header.shape))
     stored = checkpoint.layout(path)
-    checkpoint.load_source(model, path, checkpoint.ours(n for n in model.state_dict() if n in stored), "cpu", None)
+    checkpoint.load_source(
+        model, path, checkpoint.ours(n for n in model.state_dict() if n in stored), "cpu", None
+    )
     models.files(header.family).save(model, config.out, config.like)
     print(f"wrote {config.out}")
 

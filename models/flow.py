@@ -1,4 +1,6 @@
-"""What flow policies (π0, π0.5, GR00T) share beside their networks: their noise, and the density of a stochastic denoise step."""
+"""What flow policies (π0, π0.5, GR00T) share beside their networks: their noise, and the density of
+a stochastic denoise step.
+"""
 
 import math
 
@@ -13,15 +15,24 @@ from models import generator
 def check_steps(config) -> None:
     """config: denoise_steps and sde_steps. Raises UserError."""
     if not 1 <= config.sde_steps <= config.denoise_steps:
-        raise UserError(f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps {config.denoise_steps}")
+        raise UserError(
+            f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps "
+            f"{config.denoise_steps}"
+        )
 
 
 def flow_noise(
-    keys: list[tuple[int, int, int, int]], explore: list[bool], shape: tuple[int, ...], denoise_steps: int, sde_steps: int
+    keys: list[tuple[int, int, int, int]],
+    explore: list[bool],
+    shape: tuple[int, ...],
+    denoise_steps: int,
+    sde_steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of a flow policy's inference: noise [n, *shape], and which denoise step is stochastic [n], drawn from the last `sde_steps`;
-    −1 where `explore` is False."""
-    noise, index = np.empty((len(keys), *shape), np.float32), np.full(len(keys), -1, np.int64)
+    """Of a flow policy's inference: noise [n, *shape], and which denoise step is stochastic [n],
+    drawn from the last `sde_steps`; −1 where `explore` is False.
+    """
+    noise = np.empty((len(keys), *shape), np.float32)
+    index = np.full(len(keys), -1, np.int64)
     for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
         rng = generator(key)
         noise[i] = rng.standard_normal(shape, np.float32)

@@ -1,19 +1,25 @@
-"""GR00T N1.5: SigLIP and the first layers of Qwen3 → vision-language features → DiT action head (flow matching) → value.
+"""GR00T N1.5: SigLIP and the first layers of Qwen3 → vision-language features → DiT action head
+(flow matching) → value.
 
-    image [V, H, W, 3], tokens [L] ──► backbone(): features [P, D] ──► context(): LN, self-attention, keys and values per layer
-    noise x₀ [H, A], state [S] ──► velocity(context, x_t, t) × N denoise steps ──► actions [C, A]
+    image [V, H, W, 3], tokens [L] ──► backbone(): features [P, D] ──► context(): LN,
+    self-attention, keys and values per layer noise x₀ [H, A], state [S] ──► velocity(context, x_t,
+    t) × N denoise steps ──► actions [C, A]
 
-Of Eagle 2.5 only what N1.5 uses is here: SigLIP without its pooling head, one Linear (`mlp1`; no pixel shuffle), 12 of Qwen3's
-28 layers, causal, with its last norm. Flow time runs from noise at t = 0 to data at t = 1, openpi's direction reversed.
+Of Eagle 2.5 only what N1.5 uses is here: SigLIP without its pooling head, one Linear (`mlp1`; no
+pixel shuffle), 12 of Qwen3's 28 layers, causal, with its last norm. Flow time runs from noise at t
+= 0 to data at t = 1, openpi's direction reversed.
 
-As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step is a Gaussian transition, the others follow the ODE.
-The value head reads the mean feature and the encoded state (RLinf rlinf/models/embodiment/gr00t/gr00t_n1d5), without gradient.
+As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step is a Gaussian transition,
+the others follow the ODE. The value head reads the mean feature and the encoded state (RLinf
+rlinf/models/embodiment/gr00t/gr00t_n1d5), without gradient.
 
-Padding is part of the original's function: only the language model masks it, the blocks after it attend to it. Which is why
-`mask_padding` and `padded_rows` are settings: on, the output is that of the prompt alone, as the original computes it unpadded.
+Padding is part of the original's function: only the language model masks it, the blocks after it
+attend to it. Which is why `mask_padding` and `padded_rows` are settings: on, the output is that of
+the prompt alone, as the original computes it unpadded.
 
-Left out: dropout (RLinf trains without it), tiling of large images, the original's unused loss terms. Sources: NVIDIA/Isaac-GR00T
-gr00t/model/action_head and backbone; `models/gr00t_files.py` reads its checkpoints.
+Left out: dropout (RLinf trains without it), tiling of large images, the original's unused loss
+terms. Sources: NVIDIA/Isaac-GR00T gr00t/model/action_head and backbone; `models/gr00t_files.py`
+reads its checkpoints.
 """
 
 import math
@@ -34,12 +40,16 @@ from models.rotary import rotary, rotate
 from models.siglip import Siglip
 
 Shape = tuple[tuple[int, ...], torch.dtype]
-PAD = -1  # in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the network embeds there
+# in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the
+# network embeds there
+PAD = -1
 
 
 @dataclass(kw_only=True, frozen=True)
 class Gr00tConfig:
-    """Widths and depths. The defaults are the embedded default; in the comments GR00T-N1.5-3B, LIBERO settings as in RLinf."""
+    """Widths and depths. The defaults are the embedded default; in the comments GR00T-N1.5-3B,
+    LIBERO settings as in RLinf.
+    """
 
     views: int = 1  # cameras; 2
     image_size: int = 64  # pixels; 224
@@ -79,12 +89,21 @@ class Gr00tConfig:
     time_buckets: int = 1000  # the network sees ⌊t·1000⌋
     noise_level: float = 1.0  # a of Flow-SDE; 0.5
     sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; RLinf: all
-    mask_padding: bool = True  # False: the blocks after the language model see padding, as the original's do in a padded batch
-    task_as_list: bool = False  # whether the prompt says `str([task])` or the task: see `gr00t_files.prompt`
+    # False: the blocks after the language model see padding, as the original's do in a padded batch
+    mask_padding: bool = True
+    task_as_list: bool = (
+        False  # whether the prompt says `str([task])` or the task: see `gr00t_files.prompt`
+    )
     padded_rows: str = "flash"  # what attention gives a padded position: see `causal_mask`
-    train_vlm: bool = False  # False: reinforcement learning updates the action head and the value head only
-    cache_prefix: bool = True  # with a frozen VLM: slots hold its features, and no update epoch computes them again
-    prefix_dtype: Literal["float32", "bfloat16"] = "float32"  # of a frozen VLM's weights and of those features; bfloat16
+    train_vlm: bool = (
+        False  # False: reinforcement learning updates the action head and the value head only
+    )
+    cache_prefix: bool = (
+        True  # with a frozen VLM: slots hold its features, and no update epoch computes them again
+    )
+    prefix_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of a frozen VLM's weights and of those features; bfloat16
+    )
 
     @property
     def image_tokens(self) -> int:
@@ -107,55 +126,108 @@ class Gr00tConfig:
 
 
 FULL = Gr00tConfig(
-    views=2, image_size=224, patch=14, vision_width=1152, vision_depth=27, vision_heads=16, vision_mlp=4304,
-    vocabulary=151680, image_token=151669, pad_token=0, tokens=60, width=2048, mlp=6144, depth=12, heads=16, kv_heads=8,
-    head_dim=128, vl_depth=4, vl_heads=32, dit_depth=16, dit_heads=32, dit_head_dim=48, hidden=1024, future_tokens=32,
-    positions=1024, embodiments=32, embodiment=31, max_state_dim=64, max_action_dim=32, horizon=16, chunk=10, action_dim=7,
-    value_widths=(1024, 512, 256), noise_level=0.5, sde_steps=4, mask_padding=False, prefix_dtype="bfloat16",
-)  # fmt: skip
+    views=2,
+    image_size=224,
+    patch=14,
+    vision_width=1152,
+    vision_depth=27,
+    vision_heads=16,
+    vision_mlp=4304,
+    vocabulary=151680,
+    image_token=151669,
+    pad_token=0,
+    tokens=60,
+    width=2048,
+    mlp=6144,
+    depth=12,
+    heads=16,
+    kv_heads=8,
+    head_dim=128,
+    vl_depth=4,
+    vl_heads=32,
+    dit_depth=16,
+    dit_heads=32,
+    dit_head_dim=48,
+    hidden=1024,
+    future_tokens=32,
+    positions=1024,
+    embodiments=32,
+    embodiment=31,
+    max_state_dim=64,
+    max_action_dim=32,
+    horizon=16,
+    chunk=10,
+    action_dim=7,
+    value_widths=(1024, 512, 256),
+    noise_level=0.5,
+    sde_steps=4,
+    mask_padding=False,
+    prefix_dtype="bfloat16",
+)
 
 
-FROZEN = ("vision.", "projector.", "embed_tokens.", "language.", "language_norm.", "eagle_linear.")  # the VLM
+FROZEN = (
+    "vision.",
+    "projector.",
+    "embed_tokens.",
+    "language.",
+    "language_norm.",
+    "eagle_linear.",
+)  # the VLM
 
 
 def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Gr00t":
-    """The model of `config.train.checkpoint`, ours or one of `gr00t_files.SOURCES`, with those `weights` on `device`.
+    """The model of `config.train.checkpoint`, ours or one of `gr00t_files.SOURCES`, with those
+    `weights` on `device`.
 
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
     from models import gr00t_files  # reads other projects' folders, and imports this file
 
-    path, source = config.train.checkpoint, None
+    path = config.train.checkpoint
+    source = None
     wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim}
     if gr00t_files.is_folder(path):
         found = gr00t_files.describe(path, config.train.statistics or None)
-        shape, source = asdict(found.config), found.source
+        shape = asdict(found.config)
+        source = found.source
         stats = found.stats | {"gripper": "libero" if config.train.env == "libero" else ""}
         shape |= {"chunk": config.rollout.chunk}  # for the run to choose
     else:
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, "gr00t")
-        shape, stats = header.shape, header.stats
+        shape = header.shape
+        stats = header.stats
         wanted |= {"chunk": config.rollout.chunk}
         wanted |= {} if header.published else {"image_size": env_spec.image_size}
     from_rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "prefix_dtype")
-    chosen = {name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None}
+    chosen = {
+        name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None
+    }
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     c = Gr00tConfig(**shape | chosen)
     check_steps(c)
     checkpoint.agree(path, {name: (getattr(c, name), value) for name, value in wanted.items()})
     if len(stats["state_low"]) != env_spec.state_dim or env_spec.state_dim > c.max_state_dim:
         found = f"a state of {len(stats['state_low'])} dimensions"
-        raise UserError(f"checkpoint {path} knows {found} and the simulator has {env_spec.state_dim}: they do not fit")
+        raise UserError(
+            f"checkpoint {path} knows {found} and the simulator has {env_spec.state_dim}: they do "
+            "not fit"
+        )
     if c.chunk > c.horizon:
-        raise UserError(f"--chunk {c.chunk} is longer than the {c.horizon} actions that checkpoint {path} produces")
+        raise UserError(
+            f"--chunk {c.chunk} is longer than the {c.horizon} actions that checkpoint {path} "
+            "produces"
+        )
     with torch.device("meta"), checkpoint.Uninitialised():
         model = Gr00t(c)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype_of(c, name))
     source = source or checkpoint.ours(model.state_dict())
     checkpoint.load_source(model, path, source, device, partial(dtype_of, c), weights)
-    if weights in ("all", "training") and model.value_head[0].weight.is_meta:  # of other projects, only RLinf's files have one
+    if (
+        weights in ("all", "training") and model.value_head[0].weight.is_meta
+    ):  # of other projects, only RLinf's files have one
         model.value_head = value_head(c).to(device)
     model.header = checkpoint.Header("gr00t", asdict(c), stats)
     return model
@@ -163,27 +235,37 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
 
 def dtype_of(c: Gr00tConfig, name: str) -> torch.dtype:
     """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
-    return getattr(torch, c.prefix_dtype) if name.startswith(FROZEN) and not c.train_vlm else torch.float32
+    return (
+        getattr(torch, c.prefix_dtype)
+        if name.startswith(FROZEN) and not c.train_vlm
+        else torch.float32
+    )
 
 
 # ---------------------------------------------------------------- the flow as a policy
 
 
 def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: 0, 1/N, …, 1 (GR00T's direction; openpi's time is 1 minus this)."""
+    """N + 1 times from noise to data: 0, 1/N, …, 1 (GR00T's direction; openpi's time is 1 minus
+    this).
+    """
     return [i / steps for i in range(steps + 1)]
 
 
-def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def flow_sde_step(
+    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of one Flow-SDE transition t → t' = t + δ.
 
-    With v pointing from noise to data, the noise end is x̂0 = x − v·t and the data end x̂1 = x + v·(1 − t);
-    σ = a·√((1 − t)/t), at t = 0 with t' in the denominator; mean = x̂0·(1 − t' − σ²δ/(2(1 − t))) + x̂1·t'; std = √δ·σ.
-    x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H, A], std [n, 1, 1].
+    With v pointing from noise to data, the noise end is x̂0 = x − v·t and the data end x̂1 = x +
+    v·(1 − t); σ = a·√((1 − t)/t), at t = 0 with t' in the denominator; mean = x̂0·(1 − t' −
+    σ²δ/(2(1 − t))) + x̂1·t'; std = √δ·σ. x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H,
+    A], std [n, 1, 1].
     """
     delta = t_next - t
     sigma = a * torch.sqrt((1.0 - t) / torch.where(t <= 0.0, t_next, t))
-    noise_end, data_end = x - v * t, x + v * (1.0 - t)
+    noise_end = x - v * t
+    data_end = x + v * (1.0 - t)
     mean = noise_end * (1.0 - t_next - sigma**2 * delta / (2.0 * (1.0 - t))) + data_end * t_next
     return mean, delta.sqrt() * sigma
 
@@ -205,23 +287,34 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(
+            x.dtype
+        )
 
 
 def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """real [n, P] bool → mask of causal attention [n, 1, P, P], and which positions keep what attention gives them [n, P, 1].
+    """real [n, P] bool → mask of causal attention [n, 1, P, P], and which positions keep what
+    attention gives them [n, P, 1].
 
-    Implementations agree on real positions and differ on padded ones, which the blocks after the language model may see:
-    "flash" (the original's on a GPU) gives a padded position zero; "sdpa" what its real predecessors give, zero if there are none
-    (transformers from 4.53; before, on a CPU, as "eager"); "eager" the same, but if there are none the mean over all positions
-    (a large finite number masks, and equal numbers cancel).
+    Implementations agree on real positions and differ on padded ones, which the blocks after the
+    language model may see: "flash" (the original's on a GPU) gives a padded position zero; "sdpa"
+    what its real predecessors give, zero if there are none (transformers from 4.53; before, on a
+    CPU, as "eager"); "eager" the same, but if there are none the mean over all positions (a large
+    finite number masks, and equal numbers cancel).
     """
-    see = torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril() & real[:, None, :]  # [n, P, P]
+    see = (
+        torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
+        & real[:, None, :]
+    )  # [n, P, P]
     some = see.any(-1, keepdim=True)
     if rows == "eager":
-        mask = torch.zeros(see.shape, dtype=dtype, device=real.device).masked_fill(~see, torch.finfo(dtype).min)
+        mask = torch.zeros(see.shape, dtype=dtype, device=real.device).masked_fill(
+            ~see, torch.finfo(dtype).min
+        )
         return mask[:, None], torch.ones_like(some)
-    return (see | ~some)[:, None], real[..., None] if rows == "flash" else some  # no row may mask all: softmax would give NaN
+    return (see | ~some)[:, None], real[
+        ..., None
+    ] if rows == "flash" else some  # no row may mask all: softmax would give NaN
 
 
 class QwenLayer(nn.Module):
@@ -229,11 +322,13 @@ class QwenLayer(nn.Module):
 
     def __init__(self, c: Gr00tConfig):
         super().__init__()
-        self.heads, self.kv_heads = c.heads, c.kv_heads
+        self.heads = c.heads
+        self.kv_heads = c.kv_heads
         self.sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
         self.input_layernorm = RMSNorm(c.width)
         self.qkv = nn.Linear(c.width, sum(self.sizes), bias=False)
-        self.q_norm, self.k_norm = RMSNorm(c.head_dim), RMSNorm(c.head_dim)
+        self.q_norm = RMSNorm(c.head_dim)
+        self.k_norm = RMSNorm(c.head_dim)
         self.o_proj = nn.Linear(self.sizes[0], c.width, bias=False)
         self.post_attention_layernorm = RMSNorm(c.width)
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
@@ -241,9 +336,16 @@ class QwenLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         q, k, v = self.qkv(self.input_layernorm(x)).split(self.sizes, dim=-1)
-        q, k, v = split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
+        q = split_heads(q, self.heads)
+        k = split_heads(k, self.kv_heads)
+        v = split_heads(v, self.kv_heads)
+        q = rotate(self.q_norm(q), cos, sin)
+        k = rotate(self.k_norm(k), cos, sin)
+        out = (
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         x = x + self.o_proj(out.masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -255,27 +357,36 @@ class QwenLayer(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each after a norm. Of two kinds:
 
-    the features' (`adaptive` False): LayerNorms with weights; self-attention.
-    the DiT's: LayerNorms without, the first scaled and shifted by the time (adaLN); `context` is the width attended to.
+    the features' (`adaptive` False): LayerNorms with weights; self-attention. the DiT's: LayerNorms
+    without, the first scaled and shifted by the time (adaLN); `context` is the width attended to.
     """
 
     def __init__(self, width: int, heads: int, context: int, adaptive: bool):
         super().__init__()
-        self.heads, self.adaptive = heads, adaptive
+        self.heads = heads
+        self.adaptive = adaptive
         if adaptive:
             self.ada = nn.Linear(width, 2 * width)
         else:
-            self.norm1, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(context, 2 * width), nn.Linear(width, width)
-        self.ff_in, self.ff_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+            self.norm1 = nn.LayerNorm(width)
+            self.norm3 = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(context, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.ff_in = nn.Linear(width, 4 * width)
+        self.ff_out = nn.Linear(4 * width, width)
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context [n, P, D'] → keys and values, each [n, heads, P, d]."""
         k, v = self.kv(context).chunk(2, dim=-1)
         return split_heads(k, self.heads), split_heads(v, self.heads)
 
-    def forward(self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None) -> Tensor:
-        """x [n, S, D]; condition [n, D]; keys from `keys`, or None to attend to x; mask [n, 1, 1, P] bool, True to attend."""
+    def forward(
+        self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None
+    ) -> Tensor:
+        """x [n, S, D]; condition [n, D]; keys from `keys`, or None to attend to x; mask [n, 1, 1,
+        P] bool, True to attend.
+        """
         if self.adaptive:
             scale, shift = self.ada(F.silu(condition))[:, None].chunk(2, dim=-1)  # each [n, 1, D]
             h = F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift
@@ -293,7 +404,9 @@ class CategoryLinear(nn.Module):
 
     def __init__(self, embodiments: int, inputs: int, outputs: int):
         super().__init__()
-        self.W = nn.init.normal_(nn.Parameter(torch.empty(embodiments, inputs, outputs)), std=inputs**-0.5)
+        self.W = nn.init.normal_(
+            nn.Parameter(torch.empty(embodiments, inputs, outputs)), std=inputs**-0.5
+        )
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
 
     def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
@@ -303,7 +416,8 @@ class CategoryLinear(nn.Module):
 class CategoryMLP(nn.Module):
     def __init__(self, embodiments: int, inputs: int, hidden: int, outputs: int):
         super().__init__()
-        self.layer1, self.layer2 = CategoryLinear(embodiments, inputs, hidden), CategoryLinear(embodiments, hidden, outputs)
+        self.layer1 = CategoryLinear(embodiments, inputs, hidden)
+        self.layer2 = CategoryLinear(embodiments, hidden, outputs)
 
     def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
         return self.layer2(F.relu(self.layer1(x, which)), which)
@@ -325,8 +439,13 @@ class ActionEncoder(nn.Module):
 
 
 def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
-    """Sine, then cosine of bucket [n] at frequencies 10⁴^(−i/periods), i < half: [n, 2·half] fp32."""
-    frequency = torch.exp(torch.arange(half, device=bucket.device, dtype=torch.float32) * (-math.log(10_000.0) / periods))
+    """Sine, then cosine of bucket [n] at frequencies 10⁴^(−i/periods), i < half: [n, 2·half]
+    fp32.
+    """
+    frequency = torch.exp(
+        torch.arange(half, device=bucket.device, dtype=torch.float32)
+        * (-math.log(10_000.0) / periods)
+    )
     angle = bucket[:, None].float() * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
@@ -334,9 +453,12 @@ def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
 def value_head(c: Gr00tConfig) -> nn.Sequential:
     """An MLP that starts at value 0, which is what nothing is known of."""
     widths = (c.features + c.dit_width, *c.value_widths)
-    hidden = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())]
+    hidden = [
+        m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())
+    ]
     head = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
-    nn.init.zeros_(head[-1].weight), nn.init.zeros_(head[-1].bias)
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
     return head
 
 
@@ -355,7 +477,9 @@ class Gr00t(nn.Module):
         if c.project:
             self.eagle_linear = nn.Linear(c.width, c.project)
         self.vlln = nn.LayerNorm(c.features)
-        self.vl_blocks = nn.ModuleList(Block(c.features, c.vl_heads, c.features, False) for _ in range(c.vl_depth))
+        self.vl_blocks = nn.ModuleList(
+            Block(c.features, c.vl_heads, c.features, False) for _ in range(c.vl_depth)
+        )
         self.state_encoder = CategoryMLP(c.embodiments, c.max_state_dim, c.hidden, c.dit_width)
         self.action_encoder = ActionEncoder(c)
         self.action_decoder = CategoryMLP(c.embodiments, c.hidden, c.hidden, c.max_action_dim)
@@ -363,20 +487,30 @@ class Gr00t(nn.Module):
         self.position_embedding = nn.Embedding(c.positions, c.dit_width)
         for table in (self.future_tokens, self.position_embedding):
             nn.init.normal_(table.weight, std=0.02)
-        self.time_in, self.time_out = nn.Linear(256, c.dit_width), nn.Linear(c.dit_width, c.dit_width)
+        self.time_in = nn.Linear(256, c.dit_width)
+        self.time_out = nn.Linear(c.dit_width, c.dit_width)
         contexts = [c.dit_width if i % 2 else c.features for i in range(c.dit_depth)]
-        self.dit = nn.ModuleList(Block(c.dit_width, c.dit_heads, context, True) for context in contexts)
-        self.proj_out_1, self.proj_out_2 = nn.Linear(c.dit_width, 2 * c.dit_width), nn.Linear(c.dit_width, c.hidden)
+        self.dit = nn.ModuleList(
+            Block(c.dit_width, c.dit_heads, context, True) for context in contexts
+        )
+        self.proj_out_1 = nn.Linear(c.dit_width, 2 * c.dit_width)
+        self.proj_out_2 = nn.Linear(c.dit_width, c.hidden)
         self.value_head = value_head(c)
 
     # ------------------------------------------------------------ the network
 
     def spread(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [n, L], one image token per view, `PAD` where there is none → ids [n, P] and which are real [n, P] bool."""
+        """tokens [n, L], one image token per view, `PAD` where there is none → ids [n, P] and which
+        are real [n, P] bool.
+        """
         c = self.config
         tokens = tokens.long()
         counts = torch.where(tokens == c.image_token, c.image_tokens, 1).flatten()
-        ids = tokens.flatten().repeat_interleave(counts, output_size=len(tokens) * c.length).view(-1, c.length)
+        ids = (
+            tokens.flatten()
+            .repeat_interleave(counts, output_size=len(tokens) * c.length)
+            .view(-1, c.length)
+        )
         real = ids != PAD
         return ids.masked_fill(~real, c.pad_token), real
 
@@ -385,7 +519,12 @@ class Gr00t(nn.Module):
         pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
         x = self.embed_tokens(ids)
         x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
-        cos, sin = rotary(torch.arange(ids.shape[1], device=x.device)[None], self.config.head_dim, x.dtype, theta=1e6)
+        cos, sin = rotary(
+            torch.arange(ids.shape[1], device=x.device)[None],
+            self.config.head_dim,
+            x.dtype,
+            theta=1e6,
+        )
         mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
         # The fused kernels' gradients lose the cancelling numbers of "eager".
         with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():
@@ -395,7 +534,9 @@ class Gr00t(nn.Module):
         return self.eagle_linear(x) if self.config.project else x
 
     def context(self, features: Tensor, real: Tensor) -> tuple[Tensor, list, Tensor | None]:
-        """features [n, P, D] → processed features, keys and values of each DiT layer that attends to them, and its mask."""
+        """features [n, P, D] → processed features, keys and values of each DiT layer that attends
+        to them, and its mask.
+        """
         mask = real[:, None, None] if self.config.mask_padding else None
         x = self.vlln(features)
         for block in self.vl_blocks:
@@ -406,34 +547,51 @@ class Gr00t(nn.Module):
         """state [n, S'] → one token [n, 1, D]."""
         return self.state_encoder(state[:, None], which)
 
-    def velocity(self, context, state: Tensor, x_t: Tensor, bucket: Tensor, which: int | Tensor) -> Tensor:
-        """v(x_t, t | context), from noise to data. state of `encode_state`, x_t [n, H, A'], bucket [n] = ⌊t·1000⌋ → [n, H, A']."""
+    def velocity(
+        self, context, state: Tensor, x_t: Tensor, bucket: Tensor, which: int | Tensor
+    ) -> Tensor:
+        """v(x_t, t | context), from noise to data. state of `encode_state`, x_t [n, H, A'], bucket
+        [n] = ⌊t·1000⌋ → [n, H, A'].
+        """
         _, keys, mask = context
         n, horizon, _ = x_t.shape
-        waves = sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)  # cosine first, unlike the action encoder's
+        waves = (
+            sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)
+        )  # cosine first, unlike the action encoder's
         condition = self.time_out(F.silu(self.time_in(waves)))
         actions = self.action_encoder(x_t, bucket, which) + self.position_embedding.weight[:horizon]
         x = torch.cat([state, self.future_tokens.weight.expand(n, -1, -1), actions], dim=1)
         for i, block in enumerate(self.dit):
             x = block(x, condition) if i % 2 else block(x, condition, keys[i // 2], mask)
-        shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(2, dim=-1)  # the other order than in the blocks
+        shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(
+            2, dim=-1
+        )  # the other order than in the blocks
         x = self.proj_out_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift)
         return self.action_decoder(x[:, -horizon:], which)
 
     def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
-        """Processed features [n, P, D] and encoded state [n, 1, D'] → value [n]; the head's gradient stops at both."""
-        seen = real[..., None] if self.config.mask_padding else torch.ones_like(real)[..., None]  # [n, P, 1]
+        """Processed features [n, P, D] and encoded state [n, 1, D'] → value [n]; the head's
+        gradient stops at both.
+        """
+        seen = (
+            real[..., None] if self.config.mask_padding else torch.ones_like(real)[..., None]
+        )  # [n, P, 1]
         mean = (features * seen).sum(1) / seen.sum(1)
         return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
 
     def buckets(self) -> list[int]:
-        return [int(t * self.config.time_buckets) for t in denoise_times(self.config.denoise_steps)[:-1]]
+        return [
+            int(t * self.config.time_buckets) for t in denoise_times(self.config.denoise_steps)[:-1]
+        ]
 
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
         c = self.config
-        fields = {"image": ((c.views, c.image_size, c.image_size, 3), torch.uint8), "tokens": ((c.tokens,), torch.int32)}
+        fields = {
+            "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
+            "tokens": ((c.tokens,), torch.int32),
+        }
         return fields | {"state": ((c.max_state_dim,), torch.float32)}
 
     @property
@@ -441,104 +599,174 @@ class Gr00t(nn.Module):
         return self.config.cache_prefix and not self.config.train_vlm
 
     def slot_fields(self) -> dict[str, Shape]:
-        c, f = self.config, torch.float32
-        fields = {"x_t": ((c.horizon, c.max_action_dim), f), "x_next": ((c.horizon, c.max_action_dim), f)}
+        c = self.config
+        f = torch.float32
+        fields = {
+            "x_t": ((c.horizon, c.max_action_dim), f),
+            "x_next": ((c.horizon, c.max_action_dim), f),
+        }
         fields["denoise_index"] = ((), torch.int32)
         if self.stores_features:  # frozen: the same at rollout and at every epoch
             fields["vl_features"] = ((c.length, c.features), getattr(torch, c.prefix_dtype))
         return fields
 
     def training_fields(self) -> tuple[str, ...]:
-        """What `evaluate` reads from a slot: `state` [max_state_dim], normalised, is written beside `image` and `tokens`."""
-        return ("tokens", "state", *self.slot_fields(), *(() if self.stores_features else ("image",)))
+        """What `evaluate` reads from a slot: `state` [max_state_dim], normalised, is written beside
+        `image` and `tokens`.
+        """
+        return (
+            "tokens",
+            "state",
+            *self.slot_fields(),
+            *(() if self.stores_features else ("image",)),
+        )
 
     def features(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """image [n, V, H, W, 3] uint8 and tokens [n, L] → features [n, P, D] and which positions are real [n, P]."""
+        """image [n, V, H, W, 3] uint8 and tokens [n, L] → features [n, P, D] and which positions
+        are real [n, P].
+        """
         ids, real = self.spread(obs["tokens"])
         if "vl_features" in obs:
             return obs["vl_features"].to(self.vlln.weight.dtype), real
-        pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2).to(self.projector.weight.dtype) / 127.5 - 1.0
+        pixels = (
+            obs["image"].flatten(0, 1).permute(0, 3, 1, 2).to(self.projector.weight.dtype) / 127.5
+            - 1.0
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
             return self.backbone(pixels, ids, real).to(self.vlln.weight.dtype), real
 
     def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
-        """x₀ and ε [n, H, A'], and the stochastic denoise step's index [n], −1 where `explore` is False (all ODE)."""
+        """x₀ and ε [n, H, A'], and the stochastic denoise step's index [n], −1 where `explore` is
+        False (all ODE).
+        """
         c = self.config
-        noise, index = flow_noise(keys, explore, (2, c.horizon, c.max_action_dim), c.denoise_steps, c.sde_steps)
+        noise, index = flow_noise(
+            keys, explore, (2, c.horizon, c.max_action_dim), c.denoise_steps, c.sde_steps
+        )
         return {"x0": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": index}
 
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """obs: image [n, V, H, W, 3] uint8, tokens [n, L], state [n, S']; noise from `draw`.
 
-        Returns actions [n, C, A] in [−1, 1] (see `gr00t_files.denormalise`), logprob, value and the slot fields.
+        Returns actions [n, C, A] in [−1, 1] (see `gr00t_files.denormalise`), logprob, value and the
+        slot fields.
         """
         c = self.config
         features, real = self.features(obs)
         context = self.context(features, real)
         state = self.encode_state(obs["state"].to(features.dtype), c.embodiment)
-        # The flow itself stays in fp32. A copy like what later steps make of it: compiled code tells tensors made in inference mode
-        # and their strides apart.
-        x, index = noise["x0"].clone(memory_format=torch.contiguous_format), noise["denoise_index"][:, None, None]
-        x_t, x_next, logprob = torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(x), c.chunk, c.action_dim)
+        # The flow itself stays in fp32. A copy like what later steps make of it: compiled code
+        # tells tensors made in inference mode and their strides apart.
+        x = noise["x0"].clone(memory_format=torch.contiguous_format)
+        index = noise["denoise_index"][:, None, None]
+        x_t = torch.zeros_like(x)
+        x_next = torch.zeros_like(x)
+        logprob = x.new_zeros(len(x), c.chunk, c.action_dim)
         times = denoise_times(c.denoise_steps)
-        for i, (now, later, bucket) in enumerate(zip(times, times[1:], self.buckets(), strict=False)):
-            t, t_next = x.new_full((len(x), 1, 1), now), x.new_full((len(x), 1, 1), later)
+        for i, (now, later, bucket) in enumerate(
+            zip(times, times[1:], self.buckets(), strict=False)
+        ):
+            t = x.new_full((len(x), 1, 1), now)
+            t_next = x.new_full((len(x), 1, 1), later)
             bucket = torch.full((len(x),), bucket, device=x.device)
-            v = self.velocity(context, state, x.to(features.dtype), bucket, c.embodiment).to(x.dtype)
+            v = self.velocity(context, state, x.to(features.dtype), bucket, c.embodiment).to(
+                x.dtype
+            )
             mean, std = flow_sde_step(x, v, t, t_next, c.noise_level)
             chosen = index == i
             after = torch.where(chosen, mean + std * noise["epsilon"], x + v * (t_next - t))
-            x_t, x_next = torch.where(chosen, x, x_t), torch.where(chosen, after, x_next)
+            x_t = torch.where(chosen, x, x_t)
+            x_next = torch.where(chosen, after, x_next)
             logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
             x = after
-        out = {"actions": x[:, : c.chunk, : c.action_dim], "logprob": logprob, "x_t": x_t, "x_next": x_next}
-        out |= {"value": self.value(context[0], real, state), "denoise_index": noise["denoise_index"].to(torch.int32)}
-        return out | ({"vl_features": features.to(getattr(torch, c.prefix_dtype))} if self.stores_features else {})
+        out = {
+            "actions": x[:, : c.chunk, : c.action_dim],
+            "logprob": logprob,
+            "x_t": x_t,
+            "x_next": x_next,
+        }
+        out |= {
+            "value": self.value(context[0], real, state),
+            "denoise_index": noise["denoise_index"].to(torch.int32),
+        }
+        return out | (
+            {"vl_features": features.to(getattr(torch, c.prefix_dtype))}
+            if self.stores_features
+            else {}
+        )
 
     def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C, A]."""
+        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C,
+        A].
+        """
         executed = slice(None), slice(self.config.chunk), slice(self.config.action_dim)
         return normal_logprob(x[executed], mean[executed], std)
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: slot fields [n, …] with tokens and state; without a cache also image. Returns logprob [n, C, A], value [n] and
-        entropy [], the mean per dimension of the transition's Normal.
+        batch: slot fields [n, …] with tokens and state; without a cache also image. Returns logprob
+        [n, C, A], value [n] and entropy [], the mean per dimension of the transition's Normal.
         """
         c = self.config
         features, real = self.features(batch)
         context = self.context(features, real)
         state = self.encode_state(batch["state"].to(features.dtype), c.embodiment)
-        x_t, index = batch["x_t"], batch["denoise_index"].long()
+        x_t = batch["x_t"]
+        index = batch["denoise_index"].long()
         times = torch.tensor(denoise_times(c.denoise_steps), device=x_t.device, dtype=x_t.dtype)
-        t, t_next = times[index][:, None, None], times[index + 1][:, None, None]
+        t = times[index][:, None, None]
+        t_next = times[index + 1][:, None, None]
         bucket = torch.tensor(self.buckets(), device=x_t.device)[index]
-        v = self.velocity(context, state, x_t.to(features.dtype), bucket, c.embodiment).to(x_t.dtype)
+        v = self.velocity(context, state, x_t.to(features.dtype), bucket, c.embodiment).to(
+            x_t.dtype
+        )
         mean, std = flow_sde_step(x_t, v, t, t_next, c.noise_level)
         entropy = (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
-        logprob, value = self.logprob(batch["x_next"], mean, std), self.value(context[0], real, state)
+        logprob = self.logprob(batch["x_next"], mean, std)
+        value = self.value(context[0], real, state)
         return {"logprob": logprob, "value": value, "entropy": entropy}
 
-    def imitation_loss(self, context, state: Tensor, actions: Tensor, t: Tensor, noise: Tensor, real: Tensor, which=None) -> Tensor:
-        """Flow matching: x_t = (1 − t)·noise + t·actions, target velocity actions − noise; the mean square error where `real`.
+    def imitation_loss(
+        self,
+        context,
+        state: Tensor,
+        actions: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        real: Tensor,
+        which=None,
+    ) -> Tensor:
+        """Flow matching: x_t = (1 − t)·noise + t·actions, target velocity actions − noise; the mean
+        square error where `real`.
 
-        context and state from `context` and `encode_state`; actions, noise, real [n, H, A'] (real is False in the padding), t [n].
+        context and state from `context` and `encode_state`; actions, noise, real [n, H, A'] (real
+        is False in the padding), t [n].
         """
         x_t = (1.0 - t[:, None, None]) * noise + t[:, None, None] * actions
         bucket = (t * self.config.time_buckets).long()
-        v = self.velocity(context, state, x_t, bucket, self.config.embodiment if which is None else which)
+        v = self.velocity(
+            context, state, x_t, bucket, self.config.embodiment if which is None else which
+        )
         return (F.mse_loss(v, actions - noise, reduction="none") * real).sum() / real.sum()
 
     def imitation_draw(self, n: int) -> dict[str, Tensor]:
-        return {"t": training_time(n), "noise": torch.randn(n, self.config.horizon, self.config.max_action_dim)}
+        return {
+            "t": training_time(n),
+            "noise": torch.randn(n, self.config.horizon, self.config.max_action_dim),
+        }
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what `imitation_draw` drew."""
+        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what
+        `imitation_draw` drew.
+        """
         c = self.config
         wide = F.pad(actions, (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk))
-        shown = F.pad(torch.ones_like(actions, dtype=torch.bool), (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk))
+        shown = F.pad(
+            torch.ones_like(actions, dtype=torch.bool),
+            (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk),
+        )
         with torch.enable_grad():
             ids, real = self.spread(obs["tokens"])
             pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1.0
@@ -551,13 +779,19 @@ class Gr00t(nn.Module):
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
     def idle(self) -> tuple[str, ...]:
-        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots hold what they give."""
+        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots
+        hold what they give.
+        """
         return FROZEN if self.stores_features else ()
 
 
 def training_time(n: int) -> Tensor:
-    """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise (Isaac-GR00T)."""
+    """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise
+    (Isaac-GR00T).
+    """
     return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
 
 
-CONFIG, NETWORK = Gr00tConfig, Gr00t  # what a checkpoint's header describes, and makes of it
+# what a checkpoint's header describes, and makes of it
+CONFIG = Gr00tConfig
+NETWORK = Gr00t

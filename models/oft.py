@@ -1,20 +1,24 @@
-"""OpenVLA-OFT with discrete actions: DINOv2 ⊕ SigLIP → projector → Llama that attends both ways → 256 bins → value.
+"""OpenVLA-OFT with discrete actions: DINOv2 ⊕ SigLIP → projector → Llama that attends both ways →
+256 bins → value.
 
-    image [V, H, W, 3] ──► DINOv2 ⊕ SigLIP ──► projector ──┐
-    tokens [L] = BOS, padding, prompt, "▁" ──► embeddings ─┴► [BOS, pictures, prompt, C·A zeros (, stop)] ──► Llama
-    position of token i − 1 ──► softmax over the last 256 words ──► action token i, for all C·A tokens in one pass
+    image [V, H, W, 3] ──► DINOv2 ⊕ SigLIP ──► projector ──┐ tokens [L] = BOS, padding, prompt, "▁"
+    ──► embeddings ─┴► [BOS, pictures, prompt, C·A zeros (, stop)] ──► Llama position of token i − 1
+    ──► softmax over the last 256 words ──► action token i, for all C·A tokens in one pass
 
-This is the variant that reinforcement learning trains (RLinf `openvla_oft/rlinf`, SimpleVLA-RL, checkpoints
-`Haozhan72/Openvla-oft-SFT-libero-*-traj1`): no proprioception, no FiLM, no continuous head. Sources: moojink/openvla-oft
-`prismatic/extern/hf/modeling_prismatic.py`, moojink/transformers-openvla-oft `modeling_llama.py` (attention without a causal
-mask), RLinf `rlinf/models/embodiment/openvla_oft/rlinf/openvla_oft_action_model.py`, timm 0.9.10 `vision_transformer.py`.
+This is the variant that reinforcement learning trains (RLinf `openvla_oft/rlinf`, SimpleVLA-RL,
+checkpoints `Haozhan72/Openvla-oft-SFT-libero-*-traj1`): no proprioception, no FiLM, no continuous
+head. Sources: moojink/openvla-oft `prismatic/extern/hf/modeling_prismatic.py`,
+moojink/transformers-openvla-oft `modeling_llama.py` (attention without a causal mask), RLinf
+`rlinf/models/embodiment/openvla_oft/rlinf/openvla_oft_action_model.py`, timm 0.9.10
+`vision_transformer.py`.
 
-As a stochastic policy: every action token is a categorical over 256 bins at a temperature; the log-prob of a chunk is the sum
-over its C·A tokens, which are independent given the observation.
+As a stochastic policy: every action token is a categorical over 256 bins at a temperature; the
+log-prob of a chunk is the sum over its C·A tokens, which are independent given the observation.
 
-Differs from the textbook: features are the output of the second-to-last block without the last norm, so the last block is
-neither built nor loaded; action tokens are read one position early, as in next-word prediction, so the first comes from "▁".
-Left out: key/value caching (attention goes both ways, so nothing is a prefix), activation checkpointing.
+Differs from the textbook: features are the output of the second-to-last block without the last
+norm, so the last block is neither built nor loaded; action tokens are read one position early, as
+in next-word prediction, so the first comes from "▁". Left out: key/value caching (attention goes
+both ways, so nothing is a prefix), activation checkpointing.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -33,13 +37,20 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(kw_only=True, frozen=True)
 class OftConfig:
-    """Widths and depths. The defaults are the embedded default; the published model's are in the comments."""
+    """Widths and depths. The defaults are the embedded default; the published model's are in the
+    comments.
+    """
 
     views: int = 1  # cameras; 1, or 2 with the wrist's
     image_size: int = 64  # pixels; 224
     patch: int = 8  # pixels; 14
-    center_crop: bool = False  # keep the middle 0.9 of the area and resize it back; True, as at the originals' evaluation
-    dino_mean: tuple[float, ...] = (0.484375, 0.455078125, 0.40625)  # ImageNet's, rounded to bf16 as in preprocessor_config.json
+    # keep the middle 0.9 of the area and resize it back; True, as at the originals' evaluation
+    center_crop: bool = False
+    dino_mean: tuple[float, ...] = (
+        0.484375,
+        0.455078125,
+        0.40625,
+    )  # ImageNet's, rounded to bf16 as in preprocessor_config.json
     dino_std: tuple[float, ...] = (0.228515625, 0.2236328125, 0.224609375)
     dino_width: int = 64  # 1024
     dino_depth: int = 2  # 23: the tower has 24 blocks and the output of the 23rd is read
@@ -55,7 +66,9 @@ class OftConfig:
     heads: int = 4  # 32
     kv_heads: int = 4  # 32
     mlp: int = 320  # 11008
-    norm_eps: float = 1e-6  # the Hugging Face default, which the published config.json leaves in place (Llama-2's own is 1e-5)
+    # the Hugging Face default, which the published config.json leaves in place (Llama-2's own is
+    # 1e-5)
+    norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     words: int = 399  # ids before the action bins; 31744
     bins: int = 256
@@ -65,10 +78,14 @@ class OftConfig:
     tokens: int = 24  # prompt length; RLinf 128 on LIBERO-10
     action_dim: int = 4  # A; 7
     chunk: int = 10  # C; 8
-    stop_token: bool = True  # </s> after the placeholders, as trained (moojink, SimpleVLA-RL); RLinf builds it and drops it again
+    # </s> after the placeholders, as trained (moojink, SimpleVLA-RL); RLinf builds it and drops it
+    # again
+    stop_token: bool = True
     temperature: float = 1.0  # 1.6 in RLinf's LIBERO recipes
     value_widths: tuple[int, ...] = (128, 64)  # (512, 128)
-    train: Literal["lora", "full"] = "lora"  # what reinforcement learning updates, beside the value head
+    train: Literal["lora", "full"] = (
+        "lora"  # what reinforcement learning updates, beside the value head
+    )
     lora_rank: int = 32
 
     @property
@@ -87,19 +104,46 @@ class OftConfig:
 
 
 FULL = OftConfig(
-    image_size=224, patch=14, center_crop=True, dino_width=1024, dino_depth=23, dino_heads=16, dino_mlp=4096, siglip_width=1152,
-    siglip_depth=26, siglip_heads=16, siglip_mlp=4304, width=4096, depth=32, heads=32, kv_heads=32, mlp=11008, words=31744,
-    spare=64, pad=32000, tokens=128, action_dim=7, chunk=8, temperature=1.6, value_widths=(512, 128),
-)  # fmt: skip
+    image_size=224,
+    patch=14,
+    center_crop=True,
+    dino_width=1024,
+    dino_depth=23,
+    dino_heads=16,
+    dino_mlp=4096,
+    siglip_width=1152,
+    siglip_depth=26,
+    siglip_heads=16,
+    siglip_mlp=4304,
+    width=4096,
+    depth=32,
+    heads=32,
+    kv_heads=32,
+    mlp=11008,
+    words=31744,
+    spare=64,
+    pad=32000,
+    tokens=128,
+    action_dim=7,
+    chunk=8,
+    temperature=1.6,
+    value_widths=(512, 128),
+)
 
 
 def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Oft":
-    """The model of `config.train.checkpoint`, ours or an OpenVLA-OFT folder, with those `weights` on `device`.
+    """The model of `config.train.checkpoint`, ours or an OpenVLA-OFT folder, with those `weights`
+    on `device`.
 
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
-    path, foreign = config.train.checkpoint, oft_files.is_folder(config.train.checkpoint)
-    chosen = {"train": config.actor.oft_train, "temperature": config.rollout.temperature, "tokens": config.rollout.tokens}
+    path = config.train.checkpoint
+    foreign = oft_files.is_folder(config.train.checkpoint)
+    chosen = {
+        "train": config.actor.oft_train,
+        "temperature": config.rollout.temperature,
+        "tokens": config.rollout.tokens,
+    }
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if foreign:
         saved = config_of(oft_files.read_config(path) | {"train": "full"})
@@ -113,16 +157,26 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     else:
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, "oft")
-        saved, stats, layout = OftConfig(**header.shape), header.stats, None
+        saved = OftConfig(**header.shape)
+        stats = header.stats
+        layout = None
     shape = replace(saved, **chosen)
     about = checkpoint.Header("oft", asdict(shape), stats)
-    wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim, "chunk": config.rollout.chunk}
+    wanted = {
+        "views": env_spec.views,
+        "action_dim": env_spec.action_dim,
+        "chunk": config.rollout.chunk,
+    }
     wanted |= {} if about.published else {"image_size": env_spec.image_size}
     checkpoint.agree(path, {name: (getattr(shape, name), value) for name, value in wanted.items()})
     with torch.device("meta"), checkpoint.Uninitialised():
         model = Oft(saved)
-    checkpoint.load_source(model, path, layout or checkpoint.ours(model.state_dict()), device, None, weights)
-    torch.manual_seed(config.train.seed)  # value head and adapters may be new: alike in every process
+    checkpoint.load_source(
+        model, path, layout or checkpoint.ours(model.state_dict()), device, None, weights
+    )
+    torch.manual_seed(
+        config.train.seed
+    )  # value head and adapters may be new: alike in every process
     if weights in ("all", "training"):
         model.settle(device, torch.float32 if shape.train == "full" else None)
     model.train_as(shape.train)
@@ -134,7 +188,12 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
 
 def config_of(shape: dict) -> OftConfig:
     """What a JSON file says, whose tuples have become lists."""
-    return OftConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in shape.items()})
+    return OftConfig(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in shape.items()
+        }
+    )
 
 
 # ---------------------------------------------------------------- blocks, bottom up
@@ -146,15 +205,21 @@ def wide(x: Tensor) -> Tensor:
 
 
 class Lora:
-    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf `rlinf/models/__init__.py`)."""
+    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
+    `rlinf/models/__init__.py`).
+    """
 
     def add_lora(self, rank: int) -> None:
-        """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's A is one, its B is 1 × 1.
+        """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's
+        A is one, its B is 1 × 1.
 
         In fp32 whatever the weights are in: steps of the optimizer are too small for bf16.
         """
         out, inner, *kernel = self.weight.shape
-        like = {"device": self.weight.device, "dtype": torch.promote_types(self.weight.dtype, torch.float32)}
+        like = {
+            "device": self.weight.device,
+            "dtype": torch.promote_types(self.weight.dtype, torch.float32),
+        }
         self.lora_a = nn.Parameter(torch.randn(rank, inner, *kernel, **like) / rank)
         self.lora_b = nn.Parameter(torch.zeros(out, rank, *(1 for _ in kernel), **like))
 
@@ -190,42 +255,71 @@ class PatchEmbedding(nn.Conv2d, Lora):
         """[n, 3, H, W] → [n, P, D]."""
         y = super().forward(x)
         if self.lora_a is not None:
-            y = y + F.conv2d(F.conv2d(x, self.lora_a.to(x.dtype), stride=self.stride), self.lora_b.to(x.dtype))
+            y = y + F.conv2d(
+                F.conv2d(x, self.lora_a.to(x.dtype), stride=self.stride), self.lora_b.to(x.dtype)
+            )
         return y.flatten(2).transpose(1, 2)
 
 
 class VisionBlock(nn.Module):
-    """timm's `Block`: pre-norm attention and MLP with exact GELU; `scale` is LayerScale, which only DINOv2 has."""
+    """timm's `Block`: pre-norm attention and MLP with exact GELU; `scale` is LayerScale, which only
+    DINOv2 has.
+    """
 
     def __init__(self, width: int, mlp: int, heads: int, scale: bool):
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
-        self.fc1, self.fc2 = Linear(width, mlp), Linear(mlp, width)
-        # Published training starts scales at 1e-5; at 1 a small tower learns from scratch, and a checkpoint overwrites either.
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+        self.fc1 = Linear(width, mlp)
+        self.fc2 = Linear(mlp, width)
+        # Published training starts scales at 1e-5; at 1 a small tower learns from scratch, and a
+        # checkpoint overwrites either.
         self.scale1 = nn.Parameter(torch.ones(width)) if scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if scale else None
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # [n, heads, S, d] each
-        h = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
+        q, k, v = (
+            self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        )  # [n, heads, S, d] each
+        h = self.proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
+        )
         x = x + (h if self.scale1 is None else h * self.scale1)
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + (h if self.scale2 is None else h * self.scale2)
 
 
 class VisionTower(nn.Module):
-    """A ViT without its last block and norm. DINOv2: class and register tokens in front, without positions; SigLIP: none."""
+    """A ViT without its last block and norm. DINOv2: class and register tokens in front, without
+    positions; SigLIP: none.
+    """
 
-    def __init__(self, patches: int, patch: int, width: int, depth: int, heads: int, mlp: int, registers: int | None):
+    def __init__(
+        self,
+        patches: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp: int,
+        registers: int | None,
+    ):
         super().__init__()
         dino = registers is not None
         self.patch_embed = PatchEmbedding(width, patch)
         self.pos_embed = nn.init.normal_(nn.Parameter(torch.empty(1, patches, width)), std=0.02)
-        self.cls_token = nn.init.normal_(nn.Parameter(torch.empty(1, 1, width)), std=0.02) if dino else None
-        self.reg_token = nn.init.normal_(nn.Parameter(torch.empty(1, registers, width)), std=0.02) if dino else None
+        self.cls_token = (
+            nn.init.normal_(nn.Parameter(torch.empty(1, 1, width)), std=0.02) if dino else None
+        )
+        self.reg_token = (
+            nn.init.normal_(nn.Parameter(torch.empty(1, registers, width)), std=0.02)
+            if dino
+            else None
+        )
         self.extra = 1 + registers if dino else 0
         self.blocks = nn.ModuleList(VisionBlock(width, mlp, heads, dino) for _ in range(depth))
 
@@ -233,7 +327,10 @@ class VisionTower(nn.Module):
         """pixels [n, 3, H, W], normalised → [n, P, D]."""
         x = self.patch_embed(pixels) + self.pos_embed
         if self.extra:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat(
+                [self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x],
+                dim=1,
+            )
         for block in self.blocks:
             x = block(x)
         return x[:, self.extra :]
@@ -242,7 +339,9 @@ class VisionTower(nn.Module):
 class Projector(nn.Module):
     def __init__(self, vision_width: int, width: int):
         super().__init__()
-        self.fc1, self.fc2, self.fc3 = Linear(vision_width, 4 * vision_width), Linear(4 * vision_width, width), Linear(width, width)
+        self.fc1 = Linear(vision_width, 4 * vision_width)
+        self.fc2 = Linear(4 * vision_width, width)
+        self.fc3 = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
@@ -251,11 +350,14 @@ class Projector(nn.Module):
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         y = wide(x)
-        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
 
 
 def rotary(positions: Tensor, d: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -274,20 +376,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LlamaLayer(nn.Module):
     def __init__(self, c: OftConfig):
         super().__init__()
-        self.d, kv_width = c.width // c.heads, c.width // c.heads * c.kv_heads
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
-        self.q_proj, self.o_proj = Linear(c.width, c.width, False), Linear(c.width, c.width, False)
-        self.k_proj, self.v_proj = Linear(c.width, kv_width, False), Linear(c.width, kv_width, False)
-        self.gate_proj, self.up_proj = Linear(c.width, c.mlp, False), Linear(c.width, c.mlp, False)
+        self.d = c.width // c.heads
+        kv_width = c.width // c.heads * c.kv_heads
+        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.q_proj = Linear(c.width, c.width, False)
+        self.o_proj = Linear(c.width, c.width, False)
+        self.k_proj = Linear(c.width, kv_width, False)
+        self.v_proj = Linear(c.width, kv_width, False)
+        self.gate_proj = Linear(c.width, c.mlp, False)
+        self.up_proj = Linear(c.width, c.mlp, False)
         self.down_proj = Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [n, S, D], mask [n, 1, 1, S] bool: everyone may look at everything that is not padding."""
+        """x [n, S, D], mask [n, 1, 1, S] bool: everyone may look at everything that is not
+        padding.
+        """
         n, length, width = x.shape
         h = self.input_layernorm(x)
-        q, k, v = (f(h).view(n, length, -1, self.d).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        q, k, v = (
+            f(h).view(n, length, -1, self.d).transpose(1, 2)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
+        h = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        )
         x = x + self.o_proj(h.transpose(1, 2).reshape(n, length, width))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
@@ -296,7 +411,9 @@ class LlamaLayer(nn.Module):
 def value_network(c: OftConfig) -> nn.Sequential:
     """RLinf's `ValueHead`: GELU between, no bias at the end."""
     widths = (c.width, *c.value_widths)
-    hidden = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.GELU())]
+    hidden = [
+        m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.GELU())
+    ]
     last = nn.Linear(widths[-1], 1, bias=False)
     nn.init.normal_(last.weight, std=0.02)
     return nn.Sequential(*hidden, last)
@@ -309,8 +426,12 @@ class Oft(nn.Module):
         super().__init__()
         c = self.config = config
         patches = (c.image_size // c.patch) ** 2
-        self.dino = VisionTower(patches, c.patch, c.dino_width, c.dino_depth, c.dino_heads, c.dino_mlp, c.dino_registers)
-        self.siglip = VisionTower(patches, c.patch, c.siglip_width, c.siglip_depth, c.siglip_heads, c.siglip_mlp, None)
+        self.dino = VisionTower(
+            patches, c.patch, c.dino_width, c.dino_depth, c.dino_heads, c.dino_mlp, c.dino_registers
+        )
+        self.siglip = VisionTower(
+            patches, c.patch, c.siglip_width, c.siglip_depth, c.siglip_heads, c.siglip_mlp, None
+        )
         self.projector = Projector(c.dino_width + c.siglip_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -324,11 +445,15 @@ class Oft(nn.Module):
             self.train_as("lora")
 
     def set_actions(self, table: np.ndarray) -> None:
-        """table [A, bins] float32: what the simulator executes for each bin of each dimension (`oft_files.action_table`)."""
+        """table [A, bins] float32: what the simulator executes for each bin of each dimension
+        (`oft_files.action_table`).
+        """
         self.action_table = torch.from_numpy(table).to(self.lm_head.weight.device)
 
     def settle(self, device: str, dtype: torch.dtype | None) -> None:
-        """After loading: a value head that the file lacked is made; weights take `dtype` (None: as stored; half only stores)."""
+        """After loading: a value head that the file lacked is made; weights take `dtype` (None: as
+        stored; half only stores).
+        """
         if self.value_head[0].weight.is_meta:
             self.value_head = value_network(self.config).to(device)
         for name, p in self.named_parameters():
@@ -336,23 +461,36 @@ class Oft(nn.Module):
             p.data = p.data.to(torch.float32 if wide else dtype or p.dtype)
 
     def train_as(self, train: str) -> None:
-        """Gives every linear layer adapters, or adds those it has into the weights. The function computed stays the same."""
+        """Gives every linear layer adapters, or adds those it has into the weights. The function
+        computed stays the same.
+        """
         for module in self.modules():
             if isinstance(module, Lora):
                 if train == "full":
-                    module.weight.data, module.lora_a, module.lora_b = module.folded(), None, None
+                    module.weight.data = module.folded()
+                    module.lora_a = None
+                    module.lora_b = None
                 elif module.lora_a is None:
                     module.add_lora(self.config.lora_rank)
 
     # ------------------------------------------------------------ the network
 
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [n, V, H, W, 3] uint8 → normalised for DINOv2 and for SigLIP, [n·V, 3, H, W] each. Raises UserError."""
-        c, f = self.config, self.lm_head.weight.dtype
-        if image.dtype != torch.uint8 or tuple(image.shape[1:]) != (c.views, c.image_size, c.image_size, 3):
+        """image [n, V, H, W, 3] uint8 → normalised for DINOv2 and for SigLIP, [n·V, 3, H, W] each.
+        Raises UserError.
+        """
+        c = self.config
+        f = self.lm_head.weight.dtype
+        if image.dtype != torch.uint8 or tuple(image.shape[1:]) != (
+            c.views,
+            c.image_size,
+            c.image_size,
+            3,
+        ):
             wanted = f"uint8 [n, {c.views}, {c.image_size}, {c.image_size}, 3]"
             raise UserError(
-                f"images are {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and the model takes {wanted}"
+                f"images are {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and the "
+                f"model takes {wanted}"
             )
         image = image.flatten(0, 1)
         if c.center_crop:
@@ -364,21 +502,33 @@ class Oft(nn.Module):
     def features(self, image: Tensor) -> Tensor:
         """image [n, V, H, W, 3] uint8 → both towers' features side by side [n, V·P, D₁ + D₂]."""
         first, second = self.pixels(image)
-        return torch.cat([self.dino(first), self.siglip(second)], dim=-1).unflatten(0, image.shape[:2]).flatten(1, 2)
+        return (
+            torch.cat([self.dino(first), self.siglip(second)], dim=-1)
+            .unflatten(0, image.shape[:2])
+            .flatten(1, 2)
+        )
 
     def hidden(self, image: Tensor, tokens: Tensor, count: int | None = None) -> Tensor:
         """Last hidden states that predict the first `count` (default C·A) tokens after the prompt.
 
         image [n, V, H, W, 3] uint8; tokens [n, L] = BOS, padding, prompt, "▁" → [n, count, D].
         """
-        c, n = self.config, len(tokens)
+        c = self.config
+        n = len(tokens)
         pictures = self.projector(self.features(image))
         words = self.embed_tokens(tokens)
-        blanks = words.new_zeros(n, c.actions, c.width)  # action tokens are blank and differ by position alone
+        blanks = words.new_zeros(
+            n, c.actions, c.width
+        )  # action tokens are blank and differ by position alone
         end = self.embed_tokens(tokens.new_full((n, int(c.stop_token)), c.stop))
         x = torch.cat([words[:, :1], pictures, words[:, 1:], blanks, end], dim=1)
-        always = tokens.new_ones(n, c.pictures, dtype=torch.bool), tokens.new_ones(n, blanks.shape[1] + end.shape[1]).bool()
-        real = torch.cat([tokens[:, :1] != c.pad, always[0], tokens[:, 1:] != c.pad, always[1]], dim=1)
+        always = (
+            tokens.new_ones(n, c.pictures, dtype=torch.bool),
+            tokens.new_ones(n, blanks.shape[1] + end.shape[1]).bool(),
+        )
+        real = torch.cat(
+            [tokens[:, :1] != c.pad, always[0], tokens[:, 1:] != c.pad, always[1]], dim=1
+        )
         cos, sin = rotary(real.cumsum(1) - 1, c.width // c.heads, c.rope_theta, x.dtype)
         for layer in self.language:
             x = layer(x, cos, sin, real[:, None, None])
@@ -386,18 +536,27 @@ class Oft(nn.Module):
         return self.language_norm(x[:, start : start + (c.actions if count is None else count)])
 
     def action_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, C·A, D] → [n, C·A, bins] fp32; all other words have probability 0 by construction."""
-        return wide(self.lm_head(hidden, slice(self.config.words, self.config.words + self.config.bins)))
+        """hidden [n, C·A, D] → [n, C·A, bins] fp32; all other words have probability 0 by
+        construction.
+        """
+        return wide(
+            self.lm_head(hidden, slice(self.config.words, self.config.words + self.config.bins))
+        )
 
     def value(self, hidden: Tensor) -> Tensor:
-        """hidden [n, C·A, D] → value [n], from the position that predicts the first action token."""
+        """hidden [n, C·A, D] → value [n], from the position that predicts the first action
+        token.
+        """
         return self.value_head(hidden[:, 0].to(self.value_head[0].weight.dtype))[:, 0]
 
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
         c = self.config
-        return {"image": ((c.views, c.image_size, c.image_size, 3), torch.uint8), "tokens": ((c.tokens,), torch.int32)}
+        return {
+            "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
+            "tokens": ((c.tokens,), torch.int32),
+        }
 
     def slot_fields(self) -> dict[str, Shape]:
         shape = (self.config.chunk, self.config.action_dim)
@@ -408,20 +567,27 @@ class Oft(nn.Module):
         return ("image", "tokens", "action_tokens")
 
     def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
-        """One uniform number per action token [n, C·A], and whether to sample [n]; where not, the likeliest bin is taken."""
+        """One uniform number per action token [n, C·A], and whether to sample [n]; where not, the
+        likeliest bin is taken.
+        """
         uniform = np.stack([generator(key).random(self.config.actions, np.float32) for key in keys])
         return {"uniform": torch.from_numpy(uniform), "explore": torch.tensor(explore)}
 
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
-        """obs: image [n, V, H, W, 3] uint8, tokens [n, L]; noise from `draw` → actions, logprob, value, slot fields."""
+        """obs: image [n, V, H, W, 3] uint8, tokens [n, L]; noise from `draw` → actions, logprob,
+        value, slot fields.
+        """
         c = self.config
         hidden = self.hidden(obs["image"], obs["tokens"])
         logits = self.action_logits(hidden)
         logprob = (logits / c.temperature).log_softmax(-1)
-        # Sampling by inverting the cumulative distribution: one number per token, and it does not depend on who shares the batch.
+        # Sampling by inverting the cumulative distribution: one number per token, and it does not
+        # depend on who shares the batch.
         below = logprob.double().exp().cumsum(-1)
-        sample = (below <= noise["uniform"][..., None] * below[..., -1:]).sum(-1).clamp(max=c.bins - 1)
+        sample = (
+            (below <= noise["uniform"][..., None] * below[..., -1:]).sum(-1).clamp(max=c.bins - 1)
+        )
         index = torch.where(noise["explore"][:, None], sample, logits.argmax(-1))  # [n, C·A]
         chosen = logprob.gather(-1, index[..., None])[..., 0]
         out = {"logprob": chosen.view(-1, c.chunk, c.action_dim), "value": self.value(hidden)}
@@ -433,19 +599,22 @@ class Oft(nn.Module):
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: image, tokens, action_tokens [n, …]. Returns logprob [n, C, A], one per token, value [n] and entropy [],
-        the mean per token in nats.
+        batch: image, tokens, action_tokens [n, …]. Returns logprob [n, C, A], one per token, value
+        [n] and entropy [], the mean per token in nats.
         """
         c = self.config
         hidden = self.hidden(batch["image"], batch["tokens"])
         logprob = (self.action_logits(hidden) / c.temperature).log_softmax(-1)
-        chosen = logprob.gather(-1, (batch["action_tokens"].long() - c.words).flatten(1)[..., None])[..., 0]  # [n, C·A]
+        chosen = logprob.gather(
+            -1, (batch["action_tokens"].long() - c.words).flatten(1)[..., None]
+        )[..., 0]  # [n, C·A]
         entropy = -(logprob.exp() * logprob).sum(-1).mean()
         tokens = chosen.view(-1, c.chunk, c.action_dim)
         return {"logprob": tokens, "value": self.value(hidden), "entropy": entropy}
 
     def imitation_loss(self, image: Tensor, tokens: Tensor, actions: Tensor) -> Tensor:
-        """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A action tokens and </s>.
+        """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A
+        action tokens and </s>.
 
         actions [n, C, A] in [-1, 1] as `oft_files.normalise_actions` makes them.
         """
@@ -460,17 +629,27 @@ class Oft(nn.Module):
         return {}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A] in [-1, 1], given `obs` as for `act`; nothing is drawn."""
+        """Loss [] of demonstrated actions [n, C, A] in [-1, 1], given `obs` as for `act`; nothing
+        is drawn.
+        """
         return self.imitation_loss(obs["image"], obs["tokens"], actions)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything, or adapters and value head."""
         full = self.config.train == "full"
-        return {n: p for n, p in self.named_parameters() if full or "lora_" in n or n.startswith("value_head.")}
+        return {
+            n: p
+            for n, p in self.named_parameters()
+            if full or "lora_" in n or n.startswith("value_head.")
+        }
 
     def idle(self) -> tuple[str, ...]:
-        """Training needs every parameter: attention goes both ways, so there is no prefix to keep."""
+        """Training needs every parameter: attention goes both ways, so there is no prefix to
+        keep.
+        """
         return ()
 
 
-CONFIG, NETWORK = OftConfig, Oft  # what a checkpoint's header describes, and makes of it
+# what a checkpoint's header describes, and makes of it
+CONFIG = OftConfig
+NETWORK = Oft

@@ -2,9 +2,10 @@
 
     python -m models.parity FOLDER
 
-The folder holds config.json (with "family"), weights.safetensors under the original's names, inputs.safetensors and
-outputs.safetensors. The family's `parity(folder)` returns what it makes of them; here every output is compared. One line each;
-exit status 1 if any misses, 2 if the folder cannot be read. Left out: preprocessing.json, whose cases the tests go through.
+The folder holds config.json (with "family"), weights.safetensors under the original's names,
+inputs.safetensors and outputs.safetensors. The family's `parity(folder)` returns what it makes of
+them; here every output is compared. One line each; exit status 1 if any misses, 2 if the folder
+cannot be read. Left out: preprocessing.json, whose cases the tests go through.
 """
 
 import json
@@ -37,7 +38,9 @@ def family(folder: Path):
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
     if name not in FAMILIES:
-        raise UserError(f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}"
+        )
     return models.files(name)
 
 
@@ -45,9 +48,11 @@ def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line
     """One line per output of the reference, in its order of names."""
     lines = []
     for name, theirs in sorted(reference.items()):
-        ours, error = found.get(name), float("inf")
+        ours = found.get(name)
+        error = float("inf")
         if ours is not None and ours.shape == theirs.shape:
-            ours, theirs = ours.detach().double(), theirs.double()
+            ours = ours.detach().double()
+            theirs = theirs.double()
             error = (ours - theirs).abs().max().item() if theirs.numel() else 0.0
             if name.startswith("grad."):
                 error /= max(theirs.abs().max().item(), 1e-30)

@@ -1,27 +1,33 @@
-"""π0 and π0.5: SigLIP image tower → Gemma prefix over image and language tokens → flow-matching action expert → value.
+"""π0 and π0.5: SigLIP image tower → Gemma prefix over image and language tokens → flow-matching
+action expert → value.
 
-    image [V, H, W, 3], tokens [L] ──► prefix(): keys and values of every layer, and the mean feature
-    noise x₁ [C, A] ──► velocity(prefix, x_t, t) × N denoise steps ──► actions [C, A]
+    image [V, H, W, 3], tokens [L] ──► prefix(): keys and values of every layer, and the mean
+    feature noise x₁ [C, A] ──► velocity(prefix, x_t, t) × N denoise steps ──► actions [C, A]
 
 One configuration field, `pi05`, tells the two apart:
 
-    π0      a state token before the action tokens, which it does not see; an MLP fuses time with each action; the value head reads
+    π0      a state token before the action tokens, which it does not see; an MLP fuses time with
+            each action; the value head reads
             the expert's mean action feature
-    π0.5    the state, if any, stands in the prompt; time modulates every norm of the expert (adaRMS); the value head reads the
+    π0.5    the state, if any, stands in the prompt; time modulates every norm of the expert
+            (adaRMS); the value head reads the
             prefix's mean feature
 
-The prefix never sees the actions, so it runs once per frame; with the VLM frozen (`train_vlm = False`, the published
-recipe) its keys and values are stored in the slot and every update epoch costs only the expert.
+The prefix never sees the actions, so it runs once per frame; with the VLM frozen (`train_vlm =
+False`, the published recipe) its keys and values are stored in the slot and every update epoch
+costs only the expert.
 
-As a stochastic policy (πRL arXiv 2510.25889): one denoise step, drawn from the last `sde_steps`, is a Gaussian transition; the
-others follow the ODE; the log-prob is that transition's, over the steps and dimensions the robot executes. Its mean and standard
-deviation come from `flow_sde_step` (`noise = "sde"`, Flow-SDE) or are the ODE step and a learned, bounded deviation per element
-(`noise = "network"`, Flow-Noise). πRL draws from all N; the flow contracts early noise, so its samples say little about the
-action: the default draws the last.
+As a stochastic policy (πRL arXiv 2510.25889): one denoise step, drawn from the last `sde_steps`, is
+a Gaussian transition; the others follow the ODE; the log-prob is that transition's, over the steps
+and dimensions the robot executes. Its mean and standard deviation come from `flow_sde_step` (`noise
+= "sde"`, Flow-SDE) or are the ODE step and a learned, bounded deviation per element (`noise =
+"network"`, Flow-Noise). πRL draws from all N; the flow contracts early noise, so its samples say
+little about the action: the default draws the last.
 
-`PiConfig()` is the embedded small π0.5, `PI0_SMALL` its π0; `PI0_FULL` and `PI05_FULL` are the released models (openpi), the same
-code, exact with the original (`models/pi_files.py`, `python -m models.parity`).
-Left out: πRL's joint log-prob over the whole denoise chain, training with several stochastic steps per sample.
+`PiConfig()` is the embedded small π0.5, `PI0_SMALL` its π0; `PI0_FULL` and `PI05_FULL` are the
+released models (openpi), the same code, exact with the original (`models/pi_files.py`, `python -m
+models.parity`). Left out: πRL's joint log-prob over the whole denoise chain, training with several
+stochastic steps per sample.
 """
 
 import math
@@ -46,7 +52,9 @@ Shape = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass(kw_only=True, frozen=True)
 class PiConfig:
-    """Widths and depths. The defaults are the embedded default; openpi's π0.5 is in the comments."""
+    """Widths and depths. The defaults are the embedded default; openpi's π0.5 is in the
+    comments.
+    """
 
     pi05: bool = True  # False: π0
     views: int = 1  # cameras; openpi 3, of which LIBERO has 2: a view left out equals a masked one
@@ -76,35 +84,78 @@ class PiConfig:
     denoise_steps: int = 4  # N
     noise: Literal["sde", "network"] = "sde"  # Flow-SDE or Flow-Noise
     noise_level: float = 1.0  # a of Flow-SDE; 0.5
-    noise_range: tuple[float, float] = (0.08, 0.16)  # Flow-Noise: bounds of the standard deviation (RLinf)
+    noise_range: tuple[float, float] = (
+        0.08,
+        0.16,
+    )  # Flow-Noise: bounds of the standard deviation (RLinf)
     noise_widths: tuple[int, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
     sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one
     train_vlm: bool = False  # False: reinforcement learning updates only expert and heads
-    cache_prefix: bool = True  # with the VLM frozen: slots keep keys and values; False recomputes them, for want of memory
-    prefix_dtype: Literal["float32", "bfloat16"] = "float32"  # of a frozen VLM's weights and of the stored keys and values
+    # with the VLM frozen: slots keep keys and values; False recomputes them, for want of memory
+    cache_prefix: bool = True
+    prefix_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of a frozen VLM's weights and of the stored keys and values
+    )
 
 
 PI0_SMALL = PiConfig(pi05=False, value_widths=(64, 32))
 PI05_FULL = PiConfig(
-    views=3, image_size=224, patch=14, vision_width=1152, vision_depth=27, vision_heads=16, vision_mlp=4304, vocabulary=257_152,
-    tokens=200, width=2048, mlp=16_384, depth=18, heads=8, head_dim=256, expert_width=1024, expert_mlp=4096,
-    value_widths=(1024, 512, 256), value_activation="relu", chunk=10, action_dim=32, state_dim=32, denoise_steps=5,
-    noise_level=0.5, sde_steps=5,
-)  # fmt: skip
-PI0_FULL = replace(PI05_FULL, pi05=False, tokens=48, chunk=50, value_widths=(512, 256, 128), denoise_steps=4, sde_steps=4)
+    views=3,
+    image_size=224,
+    patch=14,
+    vision_width=1152,
+    vision_depth=27,
+    vision_heads=16,
+    vision_mlp=4304,
+    vocabulary=257_152,
+    tokens=200,
+    width=2048,
+    mlp=16_384,
+    depth=18,
+    heads=8,
+    head_dim=256,
+    expert_width=1024,
+    expert_mlp=4096,
+    value_widths=(1024, 512, 256),
+    value_activation="relu",
+    chunk=10,
+    action_dim=32,
+    state_dim=32,
+    denoise_steps=5,
+    noise_level=0.5,
+    sde_steps=5,
+)
+PI0_FULL = replace(
+    PI05_FULL,
+    pi05=False,
+    tokens=48,
+    chunk=50,
+    value_widths=(512, 256, 128),
+    denoise_steps=4,
+    sde_steps=4,
+)
 SMALL = {"pi0": PI0_SMALL, "pi05": PiConfig()}
 FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
-FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM: what its freezing leaves alone
+FROZEN = (
+    "vision.",
+    "embed_tokens.",
+    "language.",
+    "language_norm.",
+)  # the VLM: what its freezing leaves alone
 
 
 def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Pi":
-    """The model of `config.train.checkpoint`, ours or one of `pi_files.SOURCES`, with those `weights` on `device`.
+    """The model of `config.train.checkpoint`, ours or one of `pi_files.SOURCES`, with those
+    `weights` on `device`.
 
     Raises UserError when the checkpoint is of another model or does not suit the simulator.
     """
-    path, family = config.train.checkpoint, config.train.model
+    path = config.train.checkpoint
+    family = config.train.model
     from_rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
-    chosen = {name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None}
+    chosen = {
+        name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None
+    }
     chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
     if checkpoint.is_ours(path):
         path = checkpoint.find(path)
@@ -121,13 +172,17 @@ def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all
     checkpoint.load_source(model, path, source, device, partial(dtype_of, shape), weights)
     given = source.names(shape)
     for name, head in heads(shape).items() if weights in ("all", "training") else ():
-        if not any(key.startswith(name) for key in given):  # one that the checkpoint does not have begins as new
+        if not any(
+            key.startswith(name) for key in given
+        ):  # one that the checkpoint does not have begins as new
             model.add_module(name, head.to(device))
     model.header = checkpoint.Header(family, asdict(shape), stats)
     return model
 
 
-def ours(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[PiConfig, checkpoint.Source, dict]:
+def ours(
+    path: Path, family: str, chosen: dict, config, env_spec
+) -> tuple[PiConfig, checkpoint.Source, dict]:
     """Shape, names and statistics of a checkpoint of our own. Raises UserError."""
     header = checkpoint.of_family(path, family)
     shape = PiConfig(**header.shape | chosen)
@@ -148,16 +203,22 @@ def ours(path: Path, family: str, chosen: dict, config, env_spec) -> tuple[PiCon
 
 def dtype_of(c: PiConfig, name: str) -> torch.dtype:
     """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
-    return getattr(torch, c.prefix_dtype) if name.startswith(FROZEN) and not c.train_vlm else torch.float32
+    return (
+        getattr(torch, c.prefix_dtype)
+        if name.startswith(FROZEN) and not c.train_vlm
+        else torch.float32
+    )
 
 
 # ---------------------------------------------------------------- the flow as a policy
 
 
 def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: linspace(1, 1/N, N) in fp32, then 0 (RLinf, openpi's direction).
+    """N + 1 times from noise to data: linspace(1, 1/N, N) in fp32, then 0 (RLinf, openpi's
+    direction).
 
-    In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of 1e-4.
+    In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of
+    1e-4.
     """
     return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
@@ -167,15 +228,19 @@ def ode_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x + v * (t_next - t)
 
 
-def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> tuple[Tensor, Tensor]:
+def flow_sde_step(
+    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of one Flow-SDE transition t → t' = t − δ.
 
-    σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' − σ²δ/(2t)); std = √δ·σ.
-    x, v [n, C, A]; t, t_next [n, 1, 1]; returns mean [n, C, A], std [n, 1, 1].
+    σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' −
+    σ²δ/(2t)); std = √δ·σ. x, v [n, C, A]; t, t_next [n, 1, 1]; returns mean [n, C, A], std [n, 1,
+    1].
     """
     delta = t - t_next
     sigma = a * torch.sqrt(t / (1.0 - torch.where(t >= 1.0, t_next, t)))
-    data_end, noise_end = x - v * t, x + v * (1.0 - t)
+    data_end = x - v * t
+    noise_end = x + v * (1.0 - t)
     mean = data_end * (1.0 - t_next) + noise_end * (t_next - sigma**2 * delta / (2.0 * t))
     return mean, delta.sqrt() * sigma
 
@@ -184,7 +249,9 @@ def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> 
 
 
 class RMSNorm(nn.Module):
-    """Gemma's: x/rms(x)·(1 + w). With `condition` [n, D], adaRMS: scale, shift and gate come from a Linear of it."""
+    """Gemma's: x/rms(x)·(1 + w). With `condition` [n, D], adaRMS: scale, shift and gate come from a
+    Linear of it.
+    """
 
     def __init__(self, width: int, condition: int | None = None):
         super().__init__()
@@ -192,12 +259,16 @@ class RMSNorm(nn.Module):
             self.weight = nn.Parameter(torch.zeros(width))
         else:
             self.dense = nn.Linear(condition, 3 * width)
-            nn.init.zeros_(self.dense.weight), nn.init.zeros_(self.dense.bias)
+            nn.init.zeros_(self.dense.weight)
+            nn.init.zeros_(self.dense.bias)
             with torch.no_grad():
-                self.dense.bias[2 * width :] = 1.0  # gates start open: at small width this trains in minutes, not hours
+                self.dense.bias[2 * width :] = (
+                    1.0  # gates start open: at small width this trains in minutes, not hours
+                )
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        dtype, x = x.dtype, wide(x)
+        dtype = x.dtype
+        x = wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         if condition is None:
             return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), None
@@ -222,11 +293,23 @@ def gated(x: Tensor, more: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class GemmaLayer(nn.Module):
-    """One decoder layer. `past` [n, 2·kv, P, d] are keys and values to attend to before one's own."""
+    """One decoder layer. `past` [n, 2·kv, P, d] are keys and values to attend to before one's
+    own.
+    """
 
-    def __init__(self, width: int, mlp: int, heads: int, head_dim: int, condition: int | None = None, kv_heads: int = 1):
+    def __init__(
+        self,
+        width: int,
+        mlp: int,
+        heads: int,
+        head_dim: int,
+        condition: int | None = None,
+        kv_heads: int = 1,
+    ):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
         self.input_layernorm = RMSNorm(width, condition)
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
@@ -236,19 +319,23 @@ class GemmaLayer(nn.Module):
         self.mlp = GeGLU(width, mlp)
 
     def forward(self, x, cos, sin, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
-        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x and this layer's own keys and
-        values [n, 2·kv, S, d]."""
+        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x
+        and this layer's own keys and values [n, 2·kv, S, d].
+        """
         n, length, _ = x.shape
         h, gate = self.input_layernorm(x, condition)
         q = self.q_proj(h).view(n, length, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        k = rotate(k, cos, sin)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
-        # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv, heads/kv·S, d].
+        # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv,
+        # heads/kv·S, d].
         folded = q.reshape(n, self.kv_heads, -1, self.head_dim)
-        keys, values = both[:, : self.kv_heads], both[:, self.kv_heads :]
+        keys = both[:, : self.kv_heads]
+        values = both[:, self.kv_heads :]
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         out = out.view(n, self.heads, length, self.head_dim).transpose(1, 2).reshape(n, length, -1)
         x = gated(x, self.o_proj(out), gate)
@@ -264,7 +351,9 @@ class VisionTower(Siglip):
         self.projector = nn.Linear(c.vision_width, c.width)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [n, V, H, W, 3] uint8 (or already scaled to [-1, 1]) → tokens [n, V·(H/patch)², D]."""
+        """image [n, V, H, W, 3] uint8 (or already scaled to [-1, 1]) → tokens [n, V·(H/patch)²,
+        D].
+        """
         n, views = image.shape[:2]
         pixels = image.flatten(0, 1).permute(0, 3, 1, 2).to(self.patch_embedding.weight.dtype)
         pixels = pixels if image.is_floating_point() else pixels / 127.5 - 1.0
@@ -272,18 +361,29 @@ class VisionTower(Siglip):
 
 
 def heads(c: PiConfig) -> dict[str, nn.Module]:
-    """What reinforcement learning adds to the released model: the value head, and Flow-Noise's network."""
+    """What reinforcement learning adds to the released model: the value head, and Flow-Noise's
+    network.
+    """
 
     def mlp(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
-        hidden = [m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), activation())]
+        hidden = [
+            m
+            for i, o in zip(widths, widths[1:], strict=False)
+            for m in (nn.Linear(i, o), activation())
+        ]
         return nn.Sequential(*hidden[:-1])
 
     feature = c.width if c.pi05 else c.expert_width
-    found = {"value_head": mlp((feature, *c.value_widths, 1), {"silu": nn.SiLU, "relu": nn.ReLU}[c.value_activation])}
+    found = {
+        "value_head": mlp(
+            (feature, *c.value_widths, 1), {"silu": nn.SiLU, "relu": nn.ReLU}[c.value_activation]
+        )
+    }
     if c.noise == "network":
         found["noise_head"] = mlp((c.expert_width, *c.noise_widths, c.action_dim), nn.Tanh)
     for head in found.values():  # value 0, and the middle of the noise's range
-        nn.init.zeros_(head[-1].weight), nn.init.zeros_(head[-1].bias)
+        nn.init.zeros_(head[-1].weight)
+        nn.init.zeros_(head[-1].bias)
     return found
 
 
@@ -295,18 +395,29 @@ class Pi(nn.Module):
         c = self.config = config
         self.prefix_length = c.views * (c.image_size // c.patch) ** 2 + c.tokens  # P
         self.vision = VisionTower(c)
-        self.embed_tokens = nn.Embedding(c.vocabulary, c.width, padding_idx=PAD)  # padding learns nothing, as in the original
+        self.embed_tokens = nn.Embedding(
+            c.vocabulary, c.width, padding_idx=PAD
+        )  # padding learns nothing, as in the original
         nn.init.normal_(self.embed_tokens.weight, std=c.width**-0.5)
-        self.language = nn.ModuleList(GemmaLayer(c.width, c.mlp, c.heads, c.head_dim, kv_heads=c.kv_heads) for _ in range(c.depth))
+        self.language = nn.ModuleList(
+            GemmaLayer(c.width, c.mlp, c.heads, c.head_dim, kv_heads=c.kv_heads)
+            for _ in range(c.depth)
+        )
         self.language_norm = RMSNorm(c.width)
-        e, condition = c.expert_width, c.expert_width if c.pi05 else None
+        e = c.expert_width
+        condition = c.expert_width if c.pi05 else None
         self.action_in_proj = nn.Linear(c.action_dim, e)
         if c.pi05:
-            self.time_mlp_in, self.time_mlp_out = nn.Linear(e, e), nn.Linear(e, e)
+            self.time_mlp_in = nn.Linear(e, e)
+            self.time_mlp_out = nn.Linear(e, e)
         else:
             self.state_proj = nn.Linear(c.state_dim, e)
-            self.action_time_mlp_in, self.action_time_mlp_out = nn.Linear(2 * e, e), nn.Linear(e, e)
-        self.expert = nn.ModuleList(GemmaLayer(e, c.expert_mlp, c.heads, c.head_dim, condition, c.kv_heads) for _ in range(c.depth))
+            self.action_time_mlp_in = nn.Linear(2 * e, e)
+            self.action_time_mlp_out = nn.Linear(e, e)
+        self.expert = nn.ModuleList(
+            GemmaLayer(e, c.expert_mlp, c.heads, c.head_dim, condition, c.kv_heads)
+            for _ in range(c.depth)
+        )
         self.expert_norm = RMSNorm(e, condition)
         self.action_out_proj = nn.Linear(e, c.action_dim)
         for name, head in heads(c).items():
@@ -314,22 +425,31 @@ class Pi(nn.Module):
 
     # ------------------------------------------------------------ the network
 
-    def prefix(self, image: Tensor, tokens: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def prefix(
+        self, image: Tensor, tokens: Tensor, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The part of the network that never sees the actions.
 
-        image [n, V, H, W, 3] uint8, tokens [n, L], real [n, P] bool where cameras may be missing (default: only padding is not)
-        → cache [n, depth, 2·kv, P, d], mean feature of the real positions [n, D], real [n, P] bool.
+        image [n, V, H, W, 3] uint8, tokens [n, L], real [n, P] bool where cameras may be missing
+        (default: only padding is not) → cache [n, depth, 2·kv, P, d], mean feature of the real
+        positions [n, D], real [n, P] bool.
         """
         real = self.real(tokens) if real is None else real
         x, cache = self.prefix_features(image, tokens, real)
         return cache, (wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
 
     def prefix_features(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """As `prefix` → features of every position [n, P, D] (meaningless where not real), cache [n, depth, 2·kv, P, d]."""
+        """As `prefix` → features of every position [n, P, D] (meaningless where not real), cache
+        [n, depth, 2·kv, P, d].
+        """
         c = self.config
-        shape, numeric = (c.views, c.image_size, c.image_size, 3), image.dtype == torch.uint8 or image.is_floating_point()
+        shape = (c.views, c.image_size, c.image_size, 3)
+        numeric = image.dtype == torch.uint8 or image.is_floating_point()
         if image.shape[1:] != shape or not numeric:
-            raise UserError(f"an image is {list(image.shape[1:])} {image.dtype}: the model needs {list(shape)} torch.uint8")
+            raise UserError(
+                f"an image is {list(image.shape[1:])} {image.dtype}: the model needs {list(shape)} "
+                "torch.uint8"
+            )
         pictures = self.vision(image)
         words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
         x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
@@ -344,12 +464,19 @@ class Pi(nn.Module):
 
     def real(self, tokens: Tensor) -> Tensor:
         """Which prefix positions are not padding: [n, P] bool."""
-        pictures = tokens.new_ones(tokens.shape[0], self.prefix_length - tokens.shape[1], dtype=torch.bool)
+        pictures = tokens.new_ones(
+            tokens.shape[0], self.prefix_length - tokens.shape[1], dtype=torch.bool
+        )
         return torch.cat([pictures, tokens != PAD], dim=1)
 
-    def suffix(self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None) -> Tensor:
-        """The expert's features of the action tokens. x_t [n, C, A], t [n], state [n, S] (π0) → [n, C, E]."""
-        c, dtype = self.config, self.action_in_proj.weight.dtype
+    def suffix(
+        self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
+    ) -> Tensor:
+        """The expert's features of the action tokens. x_t [n, C, A], t [n], state [n, S] (π0) → [n,
+        C, E].
+        """
+        c = self.config
+        dtype = self.action_in_proj.weight.dtype
         x = self.action_in_proj(x_t.to(dtype))
         time = time_embedding(t, c.expert_width).to(dtype)  # [n, E]
         if c.pi05:
@@ -361,9 +488,13 @@ class Pi(nn.Module):
             x = torch.cat([self.state_proj(state.to(dtype))[:, None], x], dim=1)
         x = x.to(self.expert[0].q_proj.weight.dtype)
         length = x.shape[1]  # S: C, and one for π0's state
-        cos, sin = rotary(real.sum(1, keepdim=True) + torch.arange(length, device=x.device), c.head_dim, x.dtype)
+        cos, sin = rotary(
+            real.sum(1, keepdim=True) + torch.arange(length, device=x.device), c.head_dim, x.dtype
+        )
         mask = additive(F.pad(real, (0, length), value=True), x.dtype)
-        if not c.pi05:  # the state token sees the prefix and itself; every folded query head needs its own copy of the rows
+        # the state token sees the prefix and itself; every folded query head needs its own copy of
+        # the rows
+        if not c.pi05:
             mask = mask.repeat(1, 1, length, 1)
             mask[:, :, 0, self.prefix_length + 1 :] = -math.inf
             mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)
@@ -372,8 +503,12 @@ class Pi(nn.Module):
         x, _ = self.expert_norm(x, condition)
         return x[:, -c.chunk :].to(self.action_out_proj.weight.dtype)
 
-    def velocity(self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None) -> Tensor:
-        """v(x_t, t | prefix), which points from data to noise. x_t [n, C, A], t [n], state [n, S] (π0) → [n, C, A]."""
+    def velocity(
+        self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
+    ) -> Tensor:
+        """v(x_t, t | prefix), which points from data to noise. x_t [n, C, A], t [n], state [n, S]
+        (π0) → [n, C, A].
+        """
         return self.action_out_proj(self.suffix(cache, real, x_t, t, state)).to(x_t.dtype)
 
     def value(self, feature: Tensor) -> Tensor:
@@ -383,13 +518,19 @@ class Pi(nn.Module):
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
-        """What `act` needs to know of the world, per chunk step; `models/pi_files.py` prepares it."""
+        """What `act` needs to know of the world, per chunk step; `models/pi_files.py` prepares
+        it.
+        """
         c = self.config
-        fields = {"image": ((c.views, c.image_size, c.image_size, 3), torch.uint8), "tokens": ((c.tokens,), torch.int32)}
+        fields = {
+            "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
+            "tokens": ((c.tokens,), torch.int32),
+        }
         return fields if c.pi05 else fields | {"state": ((c.state_dim,), torch.float32)}
 
     def slot_fields(self) -> dict[str, Shape]:
-        c, f = self.config, torch.float32
+        c = self.config
+        f = torch.float32
         fields = {"x_t": ((c.chunk, c.action_dim), f), "x_next": ((c.chunk, c.action_dim), f)}
         fields["denoise_index"] = ((), torch.int32)
         if self.cached:
@@ -401,24 +542,36 @@ class Pi(nn.Module):
 
     @property
     def cached(self) -> bool:
-        """Whether slots keep the prefix's keys and values: a frozen VLM gives the same ones at rollout and at every epoch."""
+        """Whether slots keep the prefix's keys and values: a frozen VLM gives the same ones at
+        rollout and at every epoch.
+        """
         return self.config.cache_prefix and not self.config.train_vlm
 
     def training_fields(self) -> tuple[str, ...]:
         """What `evaluate` reads from a slot."""
-        observed = [name for name in self.observation_fields() if name != "image" or not self.cached]
+        observed = [
+            name for name in self.observation_fields() if name != "image" or not self.cached
+        ]
         return (*observed, *self.slot_fields())
 
     def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
-        """x₁ and ε [n, C, A], and the stochastic denoise step's index [n], −1 where `explore` is False (all ODE)."""
+        """x₁ and ε [n, C, A], and the stochastic denoise step's index [n], −1 where `explore` is
+        False (all ODE).
+        """
         c = self.config
-        noise, index = flow_noise(keys, explore, (2, c.chunk, c.action_dim), c.denoise_steps, c.sde_steps)
+        noise, index = flow_noise(
+            keys, explore, (2, c.chunk, c.action_dim), c.denoise_steps, c.sde_steps
+        )
         return {"x1": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": index}
 
-    def transition(self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The ODE's step and the stochastic one's mean and standard deviation, from the expert's features h [n, C, E].
+    def transition(
+        self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ODE's step and the stochastic one's mean and standard deviation, from the expert's
+        features h [n, C, E].
 
-        x [n, C, A], t and t_next [n, 1, 1] → [n, C, A], [n, C, A], [n, 1, 1] (Flow-SDE) or [n, C, A] (Flow-Noise).
+        x [n, C, A], t and t_next [n, 1, 1] → [n, C, A], [n, C, A], [n, 1, 1] (Flow-SDE) or [n, C,
+        A] (Flow-Noise).
         """
         v = self.action_out_proj(h).to(x.dtype)
         step = ode_step(x, v, t, t_next)
@@ -427,36 +580,55 @@ class Pi(nn.Module):
         return step, step, bounded(self.noise_head(h).to(x.dtype), self.config.noise_range)
 
     def executed(self, x: Tensor) -> Tensor:
-        """What the robot executes of a chunk [n, C, A]: its first steps, without the padding of the action."""
+        """What the robot executes of a chunk [n, C, A]: its first steps, without the padding of the
+        action.
+        """
         return x[:, : self.config.executed_steps or None, : self.config.executed_dims or None]
 
     def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C, A]."""
+        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C,
+        A].
+        """
         return normal_logprob(self.executed(x), self.executed(mean), self.executed(std))
 
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
-        """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value, slot fields."""
+        """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value,
+        slot fields.
+        """
         cache, feature, real = self.prefix(obs["image"], obs["tokens"])
-        # A copy like what later steps make of it: compiled code tells tensors made in inference mode and their strides apart.
+        # A copy like what later steps make of it: compiled code tells tensors made in inference
+        # mode and their strides apart.
         x = noise["x1"].clone(memory_format=torch.contiguous_format)
-        index, state = noise["denoise_index"][:, None, None], obs.get("state")
-        x_t, x_next, logprob, value = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(self.executed(x)), None
+        index = noise["denoise_index"][:, None, None]
+        state = obs.get("state")
+        x_t = torch.zeros_like(x)
+        x_next = torch.zeros_like(x)
+        logprob = torch.zeros_like(self.executed(x))
+        value = None
         times = denoise_times(self.config.denoise_steps)
         for i, (now, later) in enumerate(zip(times, times[1:], strict=False)):
-            t, t_next = x.new_full((len(x), 1, 1), now), x.new_full((len(x), 1, 1), later)
+            t = x.new_full((len(x), 1, 1), now)
+            t_next = x.new_full((len(x), 1, 1), later)
             h = self.suffix(cache, real, x, t[:, 0, 0], state)
             step, mean, std = self.transition(x, h, t, t_next)
             chosen = index == i
             after = torch.where(chosen, mean + std * noise["epsilon"], step)
-            x_t, x_next = torch.where(chosen, x, x_t), torch.where(chosen, after, x_next)
+            x_t = torch.where(chosen, x, x_t)
+            x_next = torch.where(chosen, after, x_next)
             logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
             if not self.config.pi05:  # the value belongs to the step that `evaluate` will see
                 here = self.value(h.mean(1))
                 value = here if value is None else torch.where(chosen[:, 0, 0], here, value)
             x = after
         value = self.value(feature) if self.config.pi05 else value
-        out = {"actions": self.executed(x), "logprob": logprob, "value": value, "x_t": x_t, "x_next": x_next}
+        out = {
+            "actions": self.executed(x),
+            "logprob": logprob,
+            "value": value,
+            "x_t": x_t,
+            "x_next": x_next,
+        }
         out["denoise_index"] = noise["denoise_index"].to(torch.int32)
         if self.cached:
             out |= {"prefix_cache": cache, "prefix_feature": feature}
@@ -465,27 +637,45 @@ class Pi(nn.Module):
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A], value [n] and entropy [], the mean per
-        dimension of the transition's Normal.
+        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A], value [n]
+        and entropy [], the mean per dimension of the transition's Normal.
         """
         if self.cached:
-            cache, feature, real = batch["prefix_cache"], batch.get("prefix_feature"), self.real(batch["tokens"])
+            cache = batch["prefix_cache"]
+            feature = batch.get("prefix_feature")
+            real = self.real(batch["tokens"])
         else:
             with torch.set_grad_enabled(self.config.train_vlm and torch.is_grad_enabled()):
                 cache, feature, real = self.prefix(batch["image"], batch["tokens"])
-        x_t, index = batch["x_t"], batch["denoise_index"].long()
-        times = torch.tensor(denoise_times(self.config.denoise_steps), device=x_t.device, dtype=x_t.dtype)
-        t, t_next = times[index][:, None, None], times[index + 1][:, None, None]
+        x_t = batch["x_t"]
+        index = batch["denoise_index"].long()
+        times = torch.tensor(
+            denoise_times(self.config.denoise_steps), device=x_t.device, dtype=x_t.dtype
+        )
+        t = times[index][:, None, None]
+        t_next = times[index + 1][:, None, None]
         h = self.suffix(cache, real, x_t, t[:, 0, 0], batch.get("state"))
         _, mean, std = self.transition(x_t, h, t, t_next)
         entropy = (self.executed(std).log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
         value = self.value(feature if self.config.pi05 else h.mean(1))
-        return {"logprob": self.logprob(batch["x_next"], mean, std), "value": value, "entropy": entropy}
+        return {
+            "logprob": self.logprob(batch["x_next"], mean, std),
+            "value": value,
+            "entropy": entropy,
+        }
 
     def imitation_loss(
-        self, cache: Tensor, real: Tensor, actions: Tensor, t: Tensor, noise: Tensor, state: Tensor | None = None
+        self,
+        cache: Tensor,
+        real: Tensor,
+        actions: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        state: Tensor | None = None,
     ) -> Tensor:
-        """Flow matching given a prefix: x_t = t·noise + (1 − t)·actions, target velocity noise − actions. MSE []."""
+        """Flow matching given a prefix: x_t = t·noise + (1 − t)·actions, target velocity noise −
+        actions. MSE [].
+        """
         x_t = t[:, None, None] * noise + (1.0 - t[:, None, None]) * actions
         return F.mse_loss(self.velocity(cache, real, x_t, t, state), noise - actions)
 
@@ -495,7 +685,9 @@ class Pi(nn.Module):
         return {"t": t, "noise": torch.randn(n, self.config.chunk, self.config.action_dim)}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what `imitation_draw` drew."""
+        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what
+        `imitation_draw` drew.
+        """
         cache, _, real = self.prefix(obs["image"], obs["tokens"])
         return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
 
@@ -504,7 +696,9 @@ class Pi(nn.Module):
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
     def idle(self) -> tuple[str, ...]:
-        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots hold what they give."""
+        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots
+        hold what they give.
+        """
         return FROZEN if self.cached else ()
 
 
@@ -514,14 +708,18 @@ def wide(x: Tensor) -> Tensor:
 
 
 def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """Flow-Noise's standard deviation: tanh maps x to a log-variance between those of `bounds` (RLinf explore_noise_net.py)."""
+    """Flow-Noise's standard deviation: tanh maps x to a log-variance between those of `bounds`
+    (RLinf explore_noise_net.py).
+    """
     low, high = (2.0 * math.log(bound) for bound in bounds)
     return torch.exp(0.5 * (low + (high - low) * (torch.tanh(x) + 1.0) / 2.0))
 
 
 def additive(real: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, S] bool → attention mask [n, 1, 1, S]: 0 to attend, −∞ not to."""
-    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, -math.inf)[:, None, None]
+    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, -math.inf)[
+        :, None, None
+    ]
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
@@ -531,4 +729,6 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-CONFIG, NETWORK = PiConfig, Pi  # what a checkpoint's header describes, and makes of it
+# what a checkpoint's header describes, and makes of it
+CONFIG = PiConfig
+NETWORK = Pi

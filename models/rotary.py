@@ -1,10 +1,14 @@
-"""Rotary embedding as the language models of π0, π0.5 (Gemma) and GR00T (Qwen3) have it: θ is all they differ in."""
+"""Rotary embedding as the language models of π0, π0.5 (Gemma) and GR00T (Qwen3) have it: θ is all
+they differ in.
+"""
 
 import torch
 from torch import Tensor
 
 
-def rotary(positions: Tensor, d: int, dtype: torch.dtype, theta: float = 1e4) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions: Tensor, d: int, dtype: torch.dtype, theta: float = 1e4
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine [n, 1, S, d/2], computed in fp32. positions [n, S]."""
     half = d // 2
     frequency = theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)

@@ -1,7 +1,8 @@
 """Prompts to token ids through SentencePiece, and the small vocabulary of the embedded default.
 
-π0.5 writes the robot's state into the prompt, each dimension in one of 256 bins (openpi's format). Real checkpoints need
-their own SentencePiece file (`--tokenizer PATH`); the embedded default's is made by `pretrain.py` with `train_vocabulary`.
+π0.5 writes the robot's state into the prompt, each dimension in one of 256 bins (openpi's format).
+Real checkpoints need their own SentencePiece file (`--tokenizer PATH`); the embedded default's is
+made by `pretrain.py` with `train_vocabulary`.
 """
 
 import io
@@ -21,8 +22,10 @@ PAD = 0
 def load(path: str) -> sentencepiece.SentencePieceProcessor:
     if not Path(path).is_file():
         raise UserError(
-            f"no SentencePiece file at {path}: give --tokenizer PATH (PaliGemma's, for π0 and π0.5, is what openpi downloads from "
-            "gs://big_vision/paligemma_tokenizer.model; Llama's lies in OpenVLA-OFT's checkpoint folder as tokenizer.model)"
+            f"no SentencePiece file at {path}: give --tokenizer PATH (PaliGemma's, for π0 and "
+            "π0.5, is what openpi downloads from "
+            "gs://big_vision/paligemma_tokenizer.model; Llama's lies in OpenVLA-OFT's checkpoint "
+            "folder as tokenizer.model)"
         )
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
@@ -35,7 +38,8 @@ def load_for(path: str, least: int, most: int):
     tokenizer = load(path)
     if not least <= tokenizer.vocab_size() <= most:
         raise UserError(
-            f"{path} has {tokenizer.vocab_size()} pieces and the model knows {most}: give its own file with --tokenizer PATH"
+            f"{path} has {tokenizer.vocab_size()} pieces and the model knows {most}: give its own "
+            "file with --tokenizer PATH"
         )
     return tokenizer
 
@@ -52,21 +56,43 @@ def prompt(task: str, state: np.ndarray) -> str:
 
 
 def encode(tokenizer, text: str, length: int) -> np.ndarray:
-    """Token ids [length] int32: BOS, the text, padding. Raises UserError when the text does not fit."""
+    """Token ids [length] int32: BOS, the text, padding. Raises UserError when the text does not
+    fit.
+    """
     ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
     if len(ids) > length:
-        raise UserError(f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}: give --tokens")
+        raise UserError(
+            f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}: "
+            "give --tokens"
+        )
     return np.array(ids + [PAD] * (length - len(ids)), np.int32)
 
 
 def train_vocabulary(prompts: list[str], path: Path) -> None:
-    """A SentencePiece model with one token per word of `prompts`, per state bin and per letter. Deterministic."""
+    """A SentencePiece model with one token per word of `prompts`, per state bin and per letter.
+    Deterministic.
+    """
     words = sorted({word for text in prompts for word in text.replace(",", "").split()})
-    symbols = [f"▁{w}" for w in ["Task:", "State:", *words]] + [f"▁{i}" for i in range(256)] + [",", ";\nAction:"]
+    symbols = (
+        [f"▁{w}" for w in ["Task:", "State:", *words]]
+        + [f"▁{i}" for i in range(256)]
+        + [",", ";\nAction:"]
+    )
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(string.ascii_letters + string.digits + "_.:;,'"), model_writer=model, model_type="char",
-        pad_id=PAD, bos_id=1, eos_id=2, unk_id=3,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
-        vocab_size=len(symbols) + 100, user_defined_symbols=symbols, num_threads=1, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter(string.ascii_letters + string.digits + "_.:;,'"),
+        model_writer=model,
+        model_type="char",
+        pad_id=PAD,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        vocab_size=len(symbols) + 100,
+        user_defined_symbols=symbols,
+        num_threads=1,
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())

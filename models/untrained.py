@@ -1,11 +1,14 @@
-"""Somewhere to start from where nothing was trained yet: a family's small model with random weights, and a vocabulary of its own.
+"""Somewhere to start from where nothing was trained yet: a family's small model with random
+weights, and a vocabulary of its own.
 
-Meta-World has an embedded checkpoint; another simulator has other cameras, actions and words. Weights and vocabulary are a function
-of these alone and lie in `runs/`, beside the runs that resume from them.
+Meta-World has an embedded checkpoint; another simulator has other cameras, actions and words.
+Weights and vocabulary are a function of these alone and lie in `runs/`, beside the runs that resume
+from them.
 
     python train.py --env libero --suite libero_10
 
-Left out: learning anything by imitation first, which `pretrain.py` does from Meta-World's scripted experts.
+Left out: learning anything by imitation first, which `pretrain.py` does from Meta-World's scripted
+experts.
 """
 
 import hashlib
@@ -19,15 +22,21 @@ import models
 from models import checkpoint, tokenize
 
 
-def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) -> tuple[Path, Path]:
+def start(
+    folder: Path, model: str, spec, state_range, chunk: int, tokens: int
+) -> tuple[Path, Path]:
     """Makes weights and vocabulary unless they exist, and returns both files.
 
-    spec: envs.EnvSpec; state_range: lowest and highest usual state [S] each; chunk: actions per inference; tokens: least length of
-    prompts.
+    spec: envs.EnvSpec; state_range: lowest and highest usual state [S] each; chunk: actions per
+    inference; tokens: least length of prompts.
     """
     family = models.files(model)
-    named = f"untrained_{model}_" + hashlib.sha1(repr((spec, state_range, chunk, tokens)).encode()).hexdigest()[:10]
-    weights, vocabulary = folder / f"{named}.safetensors", folder / f"{named}.model"
+    named = (
+        f"untrained_{model}_"
+        + hashlib.sha1(repr((spec, state_range, chunk, tokens)).encode()).hexdigest()[:10]
+    )
+    weights = folder / f"{named}.safetensors"
+    vocabulary = folder / f"{named}.model"
     texts = [family.wording(prompt) for prompt in spec.prompts]
     if not vocabulary.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,21 +44,40 @@ def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) 
         tokenize.train_vocabulary(texts, partial)
         os.replace(partial, vocabulary)
     tokenizer = tokenize.load(str(vocabulary))
-    # Beside the task: π0.5's state, a token per dimension, GR00T's views, and at most eight of punctuation and the like.
-    tokens = max(tokens, max(len(tokenizer.encode(text)) for text in texts) + spec.state_dim + spec.views + 8)
+    # Beside the task: π0.5's state, a token per dimension, GR00T's views, and at most eight of
+    # punctuation and the like.
+    tokens = max(
+        tokens, max(len(tokenizer.encode(text)) for text in texts) + spec.state_dim + spec.views + 8
+    )
     if not weights.is_file():
         torch.manual_seed(0)
         small = family.embedded(model, str(vocabulary))
-        known, size = {field.name for field in fields(small.config)}, tokenizer.vocab_size()
+        known = {field.name for field in fields(small.config)}
+        size = tokenizer.vocab_size()
         wanted = {
-            "views": spec.views, "image_size": spec.image_size, "action_dim": spec.action_dim, "max_action_dim": spec.action_dim,
-            "state_dim": spec.state_dim, "max_state_dim": spec.state_dim, "chunk": chunk, "horizon": chunk, "tokens": tokens,
-            "positions": max(16, chunk), "vocabulary": size, "words": size,
-        }  # fmt: skip
+            "views": spec.views,
+            "image_size": spec.image_size,
+            "action_dim": spec.action_dim,
+            "max_action_dim": spec.action_dim,
+            "state_dim": spec.state_dim,
+            "max_state_dim": spec.state_dim,
+            "chunk": chunk,
+            "horizon": chunk,
+            "tokens": tokens,
+            "positions": max(16, chunk),
+            "vocabulary": size,
+            "words": size,
+        }
         if "image_token" in known:
             wanted |= {"vocabulary": size + 1, "image_token": size}
-        small = type(small)(replace(small.config, **{name: value for name, value in wanted.items() if name in known}))
+        small = type(small)(
+            replace(
+                small.config, **{name: value for name, value in wanted.items() if name in known}
+            )
+        )
         low, high = state_range
-        header = checkpoint.Header(model, asdict(small.config), {"state_low": list(low), "state_high": list(high)})
+        header = checkpoint.Header(
+            model, asdict(small.config), {"state_low": list(low), "state_high": list(high)}
+        )
         checkpoint.save(weights, header, small.half().state_dict())
     return weights, vocabulary

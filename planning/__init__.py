@@ -1,6 +1,8 @@
-"""What `plan.py` is made of, and the words between its parts: a `Node`, the `Costs` of its work, a `Prediction`.
+"""What `plan.py` is made of, and the words between its parts: a `Node`, the `Costs` of its work, a
+`Prediction`.
 
-settings.py   flags → Node                       costs.py      two measured phases, or a run's trace → Costs
+settings.py   flags → Node                       costs.py      two measured phases, or a run's trace
+              → Costs
 events.py     Node, Costs → Prediction           validate.py   predictions beside what was measured
 """
 
@@ -11,14 +13,18 @@ STAGES = ("env", "rollout", "actor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """What one node runs: workers, and the settings that decide who waits for whom. Names and meaning are config.py's."""
+    """What one node runs: workers, and the settings that decide who waits for whom. Names and
+    meaning are config.py's.
+    """
 
     lanes: int
     """what asks for an action: one env, or one vectorised batch of `lane_envs` of them"""
     lane_envs: int = 1
     """envs of one lane, which step together and whose trajectories begin and end together"""
     env_devices: tuple[str, ...]
-    """of every env worker, as `scheduler.Placement` has them: workers of one device take turns there, except on "cpu" """
+    """of every env worker, as `scheduler.Placement` has them: workers of one device take turns
+    there, except on "cpu" 
+    """
     rollout_devices: tuple[str, ...]
     actor_devices: tuple[str, ...]
     segment: int
@@ -26,7 +32,9 @@ class Node:
     chunk: float
     """C, control steps of a chunk"""
     coarse: float = 1.0
-    """real chunk steps that one here stands for: `Costs` are then of so many, but a trajectory still has one last value"""
+    """real chunk steps that one here stands for: `Costs` are then of so many, but a trajectory
+    still has one last value
+    """
     batch: int
     """trajectories that this node contributes to an iteration; likewise minibatch"""
     minibatch: int
@@ -85,6 +93,15 @@ def scaled(costs: Costs, factor: float) -> Costs:
     """Costs of a node that is slower by `factor` in all that it computes."""
     if factor == 1.0:
         return costs
-    computes = ("step_s", "infer_fixed_s", "infer_each_s", "train_fixed_s", "train_each_s", "optimizer_s")
+    computes = (
+        "step_s",
+        "infer_fixed_s",
+        "infer_each_s",
+        "train_fixed_s",
+        "train_each_s",
+        "optimizer_s",
+    )
     samples = tuple(seconds * factor for seconds in costs.step_samples)
-    return replace(costs, step_samples=samples, **{name: getattr(costs, name) * factor for name in computes})
+    return replace(
+        costs, step_samples=samples, **{name: getattr(costs, name) * factor for name in computes}
+    )

@@ -1,18 +1,23 @@
-"""The pipeline in virtual time: the real `DynamicBatcher`, `Admission` and `Streamer`, with workers that are events on a clock.
+"""The pipeline in virtual time: the real `DynamicBatcher`, `Admission` and `Streamer`, with workers
+that are events on a clock.
 
     world = World()                              nothing sleeps: the clock jumps from event to event
     run = simulate(node, costs, nodes=32, iterations=20, warmup=5)
 
-What decides who waits for whom is imported from `scheduler.py` and `streamer.py` and acts here as it does in a run: requests
-queue in the batcher of the lane's rollout worker, trajectories start when admission lets them, micro-batches come from the
-streamer of the actor rank that owns the slot. What only takes time is a number in `Costs`. The workers below follow the loops
-of `env_worker.run`, `rollout_worker.run` and `actor_worker.run`, down to the order in which an env worker meets its replies.
+What decides who waits for whom is imported from `scheduler.py` and `streamer.py` and acts here as
+it does in a run: requests queue in the batcher of the lane's rollout worker, trajectories start
+when admission lets them, micro-batches come from the streamer of the actor rank that owns the slot.
+What only takes time is a number in `Costs`. The workers below follow the loops of `env_worker.run`,
+`rollout_worker.run` and `actor_worker.run`, down to the order in which an env worker meets its
+replies.
 
-Nodes meet only where gradients are summed. Of many nodes, which are all alike, `simulated` are followed event by event. What
-the others would add, the wait for the slowest of all, is drawn: so many times, how late a followed node has been against their
-mean at the same gradient of earlier iterations (a mean field). So 256 GPUs cost as many events as 32.
+Nodes meet only where gradients are summed. Of many nodes, which are all alike, `simulated` are
+followed event by event. What the others would add, the wait for the slowest of all, is drawn: so
+many times, how late a followed node has been against their mean at the same gradient of earlier
+iterations (a mean field). So 256 GPUs cost as many events as 32.
 
-Left out: evaluation lanes, failures, checkpoints, cores that several workers share, and whatever a stage does inside its time.
+Left out: evaluation lanes, failures, checkpoints, cores that several workers share, and whatever a
+stage does inside its time.
 """
 
 import math
@@ -28,17 +33,24 @@ from planning import STAGES, Costs, Node, Prediction, scaled
 from scheduler import Admission, DynamicBatcher
 from streamer import Streamer
 
-ACT, VALUE, LAST = range(3)  # what a lane asks for, as in channel.py: an action; the last value, alone or beside an action
+ACT, VALUE, LAST = range(
+    3
+)  # what a lane asks for, as in channel.py: an action; the last value, alone or beside an action
 HISTORY = 2048  # arrivals at one gradient that the mean field remembers
 QUANTILES = 4096  # values that stand for a distribution
 BLOCK = 256  # random numbers drawn at a time
 
 
 class World:
-    """Virtual time, called as a clock. Events at the same time happen in the order in which they were planned."""
+    """Virtual time, called as a clock. Events at the same time happen in the order in which they
+    were planned.
+    """
 
     def __init__(self):
-        self.now, self.heap, self.planned, self.running = 0.0, [], 0, True
+        self.now = 0.0
+        self.heap = []
+        self.planned = 0
+        self.running = True
 
     def __call__(self) -> float:
         return self.now
@@ -58,13 +70,16 @@ class World:
 
 
 class Device:
-    """Work of several workers on one device: one after another, first come first served. `after` is used like World's.
+    """Work of several workers on one device: one after another, first come first served. `after` is
+    used like World's.
 
     Who queues for a device counts as busy, as a worker does whose kernel waits for another's.
     """
 
     def __init__(self, world: World):
-        self.world, self.queue, self.busy = world, deque(), False
+        self.world = world
+        self.queue = deque()
+        self.busy = False
 
     def after(self, seconds: float, function: Callable, argument=None) -> None:
         if self.busy:
@@ -83,10 +98,15 @@ class Device:
 
 
 class Worker:
-    """What all have in common: whether it works, how long it has not, and where (`work` is `after` of a device)."""
+    """What all have in common: whether it works, how long it has not, and where (`work` is `after`
+    of a device).
+    """
 
     def __init__(self, world: World, device: Device | None):
-        self.world, self.busy, self.idle_s, self.idle_since = world, False, 0.0, world.now
+        self.world = world
+        self.busy = False
+        self.idle_s = 0.0
+        self.idle_since = world.now
         self.work = device.after if device else world.after
         self.waking = False  # a message is on its way to one that waits
 
@@ -95,7 +115,8 @@ class Worker:
         self.idle_s += self.world.now - self.idle_since
 
     def end(self) -> None:
-        self.busy, self.idle_since = False, self.world.now
+        self.busy = False
+        self.idle_since = self.world.now
 
     def wake(self) -> None:
         """A message has been sent to this worker."""
@@ -121,7 +142,9 @@ class Lane:
     __slots__ = ("envs", "rollout", "t", "trajectory", "worker")
 
     def __init__(self, envs: range, worker: "EnvWorker", rollout: "RolloutWorker"):
-        self.envs, self.worker, self.rollout = envs, worker, rollout
+        self.envs = envs
+        self.worker = worker
+        self.rollout = rollout
         self.trajectory = self.t = 0
 
 
@@ -165,7 +188,8 @@ class EnvWorker(Worker):
         if lane.t < node.node.segment:
             lane.rollout.request((lane, ACT, lane.trajectory))
         else:
-            ended, lane.trajectory = lane.trajectory, lane.trajectory + 1
+            ended = lane.trajectory
+            lane.trajectory = lane.trajectory + 1
             kind = LAST if self.begin_trajectory(lane) else VALUE
             lane.rollout.request((lane, kind, ended))
         self.proceed()
@@ -177,16 +201,25 @@ class RolloutWorker(Worker):
     def __init__(self, world: World, device: Device | None, node: "NodeState", served: int):
         super().__init__(world, device)
         settings = node.node
-        batch_max = {"all": served, "auto": max(1, served // 2)}.get(settings.batch_max, settings.batch_max)
-        self.node, self.auto = node, settings.batch_wait_s == "auto"
-        self.batcher = DynamicBatcher(min(batch_max, served), 0.01 if self.auto else settings.batch_wait_s, world)
+        batch_max = {"all": served, "auto": max(1, served // 2)}.get(
+            settings.batch_max, settings.batch_max
+        )
+        self.node = node
+        self.auto = settings.batch_wait_s == "auto"
+        self.batcher = DynamicBatcher(
+            min(batch_max, served), 0.01 if self.auto else settings.batch_wait_s, world
+        )
         self.version = self.published = 0  # of the weights in use, and the newest there are
-        self.fetching, self.stalled, self.alarm = False, None, math.inf
+        self.fetching = False
+        self.stalled = None
+        self.alarm = math.inf
         self.batches = self.samples = 0
 
     def request(self, record: tuple) -> None:
         self.batcher.add(record, record[1] != LAST)
-        if self.node.costs.message_s:  # each message arrives for itself: the last one of a batch matters
+        if (
+            self.node.costs.message_s
+        ):  # each message arrives for itself: the last one of a batch matters
             self.world.after(self.node.costs.message_s, self.proceed)
         elif not self.busy:
             self.proceed()
@@ -208,18 +241,24 @@ class RolloutWorker(Worker):
         if self.version < self.node.version:
             admission = self.node.admission
             newest = max((admission.batch_of(j) for _, kind, j in batch if kind == ACT), default=0)
-            if newest - admission.max_staleness > self.version:  # admitted on a version that is still being copied
+            if (
+                newest - admission.max_staleness > self.version
+            ):  # admitted on a version that is still being copied
                 self.stalled = batch
                 return
         self.serve(batch)
 
     def serve(self, batch: list) -> None:
         self.begin()
-        costs, node = self.node.costs, self.node.node
-        self.batches, self.samples = self.batches + 1, self.samples + len(batch) * node.lane_envs
+        costs = self.node.costs
+        node = self.node.node
+        self.batches = self.batches + 1
+        self.samples = self.samples + len(batch) * node.lane_envs
         acts = [kind for _, kind, _ in batch].count(ACT)
         samples = (acts + (len(batch) - acts) / node.coarse) * node.lane_envs
-        seconds = costs.infer_fixed_s / (1.0 if acts else node.coarse) + samples * costs.infer_each_s
+        seconds = (
+            costs.infer_fixed_s / (1.0 if acts else node.coarse) + samples * costs.infer_each_s
+        )
         if self.auto:
             self.batcher.wait_s = 0.8 * self.batcher.wait_s + 0.2 * 0.5 * seconds
         self.work(seconds, self.served, batch)
@@ -240,11 +279,13 @@ class RolloutWorker(Worker):
             self.world.after(self.node.costs.fetch_s, self.fetched, version)
 
     def fetched(self, version: int) -> None:
-        self.version, self.fetching = version, False
+        self.version = version
+        self.fetching = False
         if self.published > version:
             self.publish(self.published)
         if self.stalled is not None:
-            batch, self.stalled = self.stalled, None
+            batch = self.stalled
+            self.stalled = None
             self.serve(batch)
 
 
@@ -254,11 +295,21 @@ class ActorRank(Worker):
     def __init__(self, world: World, device: Device | None, node: "NodeState", rank: int):
         super().__init__(world, device)
         n = node.node
-        self.node, self.arrived = node, False  # arrived: waits for the gradients of others
+        # arrived: waits for the gradients of others
+        self.node = node
+        self.arrived = False
         self.streamer = Streamer(
-            batch=n.batch, minibatch=n.minibatch, micro_batch=n.micro_batch, ring=n.max_staleness + 1, epochs=n.update_epochs,
-            stream=n.stream, rank=rank, ranks=len(n.actor_devices), seed=0, version=0,
-        )  # fmt: skip
+            batch=n.batch,
+            minibatch=n.minibatch,
+            micro_batch=n.micro_batch,
+            ring=n.max_staleness + 1,
+            epochs=n.update_epochs,
+            stream=n.stream,
+            rank=rank,
+            ranks=len(n.actor_devices),
+            seed=0,
+            version=0,
+        )
         costs = node.costs
         self.seconds = costs.train_fixed_s + n.micro_batch * n.segment * costs.train_each_s
 
@@ -287,22 +338,39 @@ class ActorRank(Worker):
 class NodeState:
     """One node's workers, and what they share."""
 
-    def __init__(self, world: World, node: Node, costs: Costs, barrier: "Barrier", rng: np.random.Generator):
-        self.node, self.costs, self.barrier = node, costs, barrier
-        chunks = node.batch // node.lane_envs * node.segment // len(node.env_devices)  # of an env worker in an iteration
+    def __init__(
+        self, world: World, node: Node, costs: Costs, barrier: "Barrier", rng: np.random.Generator
+    ):
+        self.node = node
+        self.costs = costs
+        self.barrier = barrier
+        chunks = (
+            node.batch // node.lane_envs * node.segment // len(node.env_devices)
+        )  # of an env worker in an iteration
         times = quantiles_of(costs)
         self.step_time = lambda: draws(times, max(1, chunks) if node.coarse > 1 else 1, rng)
         self.admission = Admission(node.batch, node.lanes * node.lane_envs, node.max_staleness)
         self.version = 0
         users = Counter((*node.env_devices, *node.rollout_devices, *node.actor_devices))
-        devices = {name: Device(world) for name, count in users.items() if count > 1 and name != "cpu"}
+        devices = {
+            name: Device(world) for name, count in users.items() if count > 1 and name != "cpu"
+        }
         on = devices.get
-        shares = [range(rank, node.lanes, len(node.rollout_devices)) for rank in range(len(node.rollout_devices))]
+        shares = [
+            range(rank, node.lanes, len(node.rollout_devices))
+            for rank in range(len(node.rollout_devices))
+        ]
         self.envs = [EnvWorker(world, on(name), self) for name in node.env_devices]
-        self.rollouts = [RolloutWorker(world, on(d), self, len(mine)) for d, mine in zip(node.rollout_devices, shares, strict=True)]
-        self.actors = [ActorRank(world, on(name), self, rank) for rank, name in enumerate(node.actor_devices)]
+        self.rollouts = [
+            RolloutWorker(world, on(d), self, len(mine))
+            for d, mine in zip(node.rollout_devices, shares, strict=True)
+        ]
+        self.actors = [
+            ActorRank(world, on(name), self, rank) for rank, name in enumerate(node.actor_devices)
+        ]
         for i in range(node.lanes):
-            worker, envs = self.envs[i % len(self.envs)], range(i * node.lane_envs, (i + 1) * node.lane_envs)
+            worker = self.envs[i % len(self.envs)]
+            envs = range(i * node.lane_envs, (i + 1) * node.lane_envs)
             worker.parked.append(Lane(envs, worker, self.rollouts[i % len(self.rollouts)]))
 
     def workers(self, stage: str) -> list[Worker]:
@@ -328,13 +396,22 @@ class NodeState:
 
 
 class Barrier:
-    """Where gradients are summed: ranks of all nodes wait for the last one. Ends an iteration after its last minibatch."""
+    """Where gradients are summed: ranks of all nodes wait for the last one. Ends an iteration after
+    its last minibatch.
+    """
 
-    def __init__(self, world: World, nodes: int, rng: np.random.Generator, finished: Callable[[], None]):
-        self.world, self.nodes, self.rng, self.finished = world, nodes, rng, finished
+    def __init__(
+        self, world: World, nodes: int, rng: np.random.Generator, finished: Callable[[], None]
+    ):
+        self.world = world
+        self.nodes = nodes
+        self.rng = rng
+        self.finished = finished
         self.states: list[NodeState] = []  # those that are followed
         self.present: dict[ActorRank, float] = {}
-        self.lateness: dict[int, list[float]] = {}  # by minibatch of the iteration: of one node against their mean, sorted
+        self.lateness: dict[
+            int, list[float]
+        ] = {}  # by minibatch of the iteration: of one node against their mean, sorted
         self.index = self.version = 0
 
     def arrive(self, rank: ActorRank) -> None:
@@ -342,13 +419,19 @@ class Barrier:
         if len(self.present) < sum(len(state.actors) for state in self.states):
             return
         arrivals = [max(self.present[rank] for rank in state.actors) for state in self.states]
-        slowest, others = max(arrivals), self.nodes - len(arrivals)
+        slowest = max(arrivals)
+        others = self.nodes - len(arrivals)
         typical = arrivals[1:]  # the first node is the slowest of all, where they differ
         if others and len(typical) > 1:
-            mean, late = sum(typical) / len(typical), self.lateness.setdefault(self.index, [])
+            mean = sum(typical) / len(typical)
+            late = self.lateness.setdefault(self.index, [])
             if late:  # the largest of so many draws
-                slowest = max(slowest, mean + late[int(self.rng.random() ** (1.0 / others) * len(late))])
-            if self.version > self.states[0].node.max_staleness + 1:  # before that, pipelines are still filling
+                slowest = max(
+                    slowest, mean + late[int(self.rng.random() ** (1.0 / others) * len(late))]
+                )
+            if (
+                self.version > self.states[0].node.max_staleness + 1
+            ):  # before that, pipelines are still filling
                 for arrival in typical:  # made wider, because their own mean is taken off
                     insort(late, (arrival - mean) * math.sqrt(len(typical) / (len(typical) - 1)))
             while len(late) > HISTORY:
@@ -365,7 +448,8 @@ class Barrier:
         self.world.after(costs.optimizer_s + costs.publish_s * done, self.stepped, done)
 
     def stepped(self, done: bool) -> None:
-        ranks, self.present = list(self.present), {}
+        ranks = list(self.present)
+        self.present = {}
         for rank in ranks:
             rank.arrived = False
         if done:
@@ -384,47 +468,77 @@ def quantiles_of(costs: Costs) -> np.ndarray:
     if costs.step_samples:
         return np.sort(costs.step_samples)
     normal = NormalDist()
-    times = np.exp([costs.step_tail * normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)])
+    times = np.exp(
+        [costs.step_tail * normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
+    )
     return times * (costs.step_s / times.mean())
 
 
 def draws(times: np.ndarray, strata: int, rng: np.random.Generator) -> Callable[[], float]:
-    """Draws one of `times` after another; of every `strata` draws each falls into another part of the distribution.
+    """Draws one of `times` after another; of every `strata` draws each falls into another part of
+    the distribution.
 
-    A coarse chunk stands for many, whose mean scatters less than one of them, yet the slowest of a round must be as slow as ever:
-    stratified draws have the distribution of single ones, and sums over an iteration that hardly scatter.
+    A coarse chunk stands for many, whose mean scatters less than one of them, yet the slowest of a
+    round must be as slow as ever: stratified draws have the distribution of single ones, and sums
+    over an iteration that hardly scatter.
     """
     block: list[float] = []
 
     def draw() -> float:
         if not block:
-            parts = rng.permuted(np.tile(np.arange(strata), (max(1, BLOCK // strata), 1)), axis=1).ravel()
-            block.extend(times[((parts + rng.random(len(parts))) * (len(times) / strata)).astype(int)].tolist())
+            parts = rng.permuted(
+                np.tile(np.arange(strata), (max(1, BLOCK // strata), 1)), axis=1
+            ).ravel()
+            block.extend(
+                times[
+                    ((parts + rng.random(len(parts))) * (len(times) / strata)).astype(int)
+                ].tolist()
+            )
         return block.pop()
 
     return draw
 
 
 def simulate(
-    node: Node, costs: Costs, nodes: int = 1, simulated: int = 3, iterations: int = 20, warmup: int = 4, seed: int = 0,
+    node: Node,
+    costs: Costs,
+    nodes: int = 1,
+    simulated: int = 3,
+    iterations: int = 20,
+    warmup: int = 4,
+    seed: int = 0,
     spread: float = 0.0,
-) -> Prediction:  # fmt: skip
-    """Runs `iterations` after `warmup` and takes means over them. spread: σ of the log-normal slowness of whole nodes."""
-    world, rng = World(), np.random.default_rng(seed)
+) -> Prediction:
+    """Runs `iterations` after `warmup` and takes means over them. spread: σ of the log-normal
+    slowness of whole nodes.
+    """
+    world = World()
+    rng = np.random.default_rng(seed)
     followed = min(nodes, simulated)
     # The slowest node is always followed; the others stand for the rest at evenly spaced quantiles.
-    quantiles = [1 - 0.5 / nodes, *((i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1))]
-    slowness = [math.exp(spread * NormalDist().inv_cdf(q)) if spread and nodes > 1 else 1.0 for q in quantiles]
+    quantiles = [
+        1 - 0.5 / nodes,
+        *((i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1)),
+    ]
+    slowness = [
+        math.exp(spread * NormalDist().inv_cdf(q)) if spread and nodes > 1 else 1.0
+        for q in quantiles
+    ]
     snapshots: list[tuple] = []
 
     def snapshot() -> None:
         if barrier.version not in (warmup, warmup + iterations):
             return
         world.running = barrier.version < warmup + iterations
-        waits = {stage: [w.waited() for state in barrier.states for w in state.workers(stage)] for stage in STAGES}
+        waits = {
+            stage: [w.waited() for state in barrier.states for w in state.workers(stage)]
+            for stage in STAGES
+        }
         rollouts = [r for state in barrier.states for r in state.rollouts]
         means = {stage: sum(w) / len(w) for stage, w in waits.items()}
-        snapshots.append((world.now, sum(r.batches for r in rollouts), sum(r.samples for r in rollouts), means))
+        snapshots.append(
+            (world.now, sum(r.batches for r in rollouts), sum(r.samples for r in rollouts), means)
+        )
 
     barrier = Barrier(world, nodes, rng, snapshot)
     for slow in slowness:
@@ -440,7 +554,12 @@ def simulate(
     bubbles = {f"bubble_{stage}": (waits1[stage] - waits0[stage]) / seconds for stage in STAGES}
     return Prediction(
         step_s=seconds / iterations,
-        env_steps_per_s=nodes * node.batch * node.segment * node.chunk * iterations / seconds,  # RL-VLA³ eq. 2
+        env_steps_per_s=nodes
+        * node.batch
+        * node.segment
+        * node.chunk
+        * iterations
+        / seconds,  # RL-VLA³ eq. 2
         batch_size_mean=(samples1 - samples0) / max(1, batches1 - batches0),
         events=world.planned,
         **bubbles,

@@ -16,7 +16,9 @@ from config import PRESETS, UserError, parse_ratio
 from planning import Node
 from scheduler import place
 
-AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, where nothing else is said
+AFFORDED = (
+    400_000  # chunk steps of lanes to simulate for one prediction, where nothing else is said
+)
 
 
 @dataclass(kw_only=True)
@@ -26,10 +28,14 @@ class PlanConfig:
     gpus: int = 8
     """GPUs of the whole cluster"""
     gpus_per_node: int = 8
-    """a node is a closed unit: simulators, rollouts and actors exchange nothing but gradients with other nodes"""
+    """a node is a closed unit: simulators, rollouts and actors exchange nothing but gradients with
+    other nodes
+    """
     ratio: str = ""
     """R:A within a node; empty means 1:1, or with --from the run's own"""
-    preset: Literal["", "sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"] = ""
+    preset: Literal[
+        "", "sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"
+    ] = ""
     """as in train.py; empty means full, or with --from the run's own settings"""
     placement: Literal["", "colocated", "disaggregated", "hybrid"] = ""
     """instead of the preset's; colocated stages take turns on their devices"""
@@ -68,9 +74,13 @@ class PlanConfig:
     micro_batch: int = 0
     """trajectories of one forward and backward pass of a rank; 0 means at most 4"""
     env_workers: int = 0
-    """simulator processes of a node; 0 means one per env where simulators have a part in all GPUs, and fewer in proportion"""
+    """simulator processes of a node; 0 means one per env where simulators have a part in all GPUs,
+    and fewer in proportion
+    """
     lane_envs: int = 1
-    """envs of one vectorised GPU simulator, which step together and share the GPU with inference; 1 means CPU simulators"""
+    """envs of one vectorised GPU simulator, which step together and share the GPU with inference; 1
+    means CPU simulators
+    """
 
     tail: float = 0.27
     """σ of the log-normal time of a chunk (envs/emulated.py, from RL-VLA³'s LIBERO rows)"""
@@ -98,10 +108,13 @@ class PlanConfig:
     iterations: int = 20
     """iterations that the means are over, after 4 to 20 that are not counted"""
     rounds: int = 0
-    """most chunk steps of a lane in an iteration that are simulated, where one stands for several; 0 means what a second or two
-    allow, but at least four for each trajectory"""
+    """most chunk steps of a lane in an iteration that are simulated, where one stands for several;
+    0 means what a second or two allow, but at least four for each trajectory
+    """
     node_spread: float = 0.0
-    """σ of the lasting differences in speed between nodes, log-normal; of many nodes the slowest counts"""
+    """σ of the lasting differences in speed between nodes, log-normal; of many nodes the slowest
+    counts
+    """
     simulated_nodes: int = 3
     """nodes followed event by event; see planning/events.py"""
     seed: int = 0
@@ -119,12 +132,17 @@ class PlanConfig:
 
 
 def preset_of(config: PlanConfig) -> tuple[str, int, int | str, float | str, bool]:
-    """Placement, staleness, B_max, T_max in seconds and streaming: the preset's, as far as flags say nothing else."""
+    """Placement, staleness, B_max, T_max in seconds and streaming: the preset's, as far as flags
+    say nothing else.
+    """
     placement, staleness, batch_max, wait, stream = PRESETS[config.preset or "full"]
     wait = wait if config.batch_wait_ms is None else config.batch_wait_ms
     batch_max = config.batch_max or batch_max
     if wait == math.inf and batch_max not in ("all", 1):
-        raise UserError(f"--batch-wait-ms inf with --batch-max {batch_max} may wait for ever: give --batch-max all")
+        raise UserError(
+            f"--batch-wait-ms inf with --batch-max {batch_max} may wait for ever: give --batch-max "
+            "all"
+        )
     return (
         config.placement or placement,
         staleness if config.max_staleness is None else config.max_staleness,
@@ -145,55 +163,107 @@ def divisor(whole: int, most: int) -> int:
 
 
 def node_of(config: PlanConfig) -> tuple[Node, int, str]:
-    """The settings of one node, how many nodes there are, and what was decided. Raises UserError."""
-    for name in ("gpus", "gpus_per_node", "envs", "rollout_epochs", "episode_steps", "chunk", "update_epochs", "lane_envs"):
+    """The settings of one node, how many nodes there are, and what was decided. Raises
+    UserError.
+    """
+    for name in (
+        "gpus",
+        "gpus_per_node",
+        "envs",
+        "rollout_epochs",
+        "episode_steps",
+        "chunk",
+        "update_epochs",
+        "lane_envs",
+    ):
         if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1"
+            )
     placement, staleness, batch_max, wait, stream = preset_of(config)
     per_node = min(config.gpus, config.gpus_per_node)
     nodes, rest = divmod(config.gpus, per_node)
     if rest:
-        raise UserError(f"--gpus {config.gpus} is no multiple of --gpus-per-node {per_node}: every node must be whole")
+        raise UserError(
+            f"--gpus {config.gpus} is no multiple of --gpus-per-node {per_node}: every node must "
+            "be whole"
+        )
     r, a = parse_ratio(config.ratio or "1:1")
     if r + a > per_node:  # 16:16 of several nodes is 1:1 of each
         r, a = r // math.gcd(r, a), a // math.gcd(r, a)
     if config.envs % config.lane_envs:
         raise UserError(
-            f"--envs {config.envs} is not divisible by --lane-envs {config.lane_envs}: choose --envs as a multiple of it"
+            f"--envs {config.envs} is not divisible by --lane-envs {config.lane_envs}: choose "
+            "--envs as a multiple of it"
         )
     placed = place(f"{r}:{a}", placement, per_node, per_node, 0, 0, 0)
-    lanes, vectorised = config.envs // config.lane_envs, config.lane_envs > 1
-    rollouts, actors = placed.rollout_devices[:lanes], placed.actor_devices
+    lanes = config.envs // config.lane_envs
+    vectorised = config.lane_envs > 1
+    rollouts = placed.rollout_devices[:lanes]
+    actors = placed.actor_devices
     workers = config.env_workers or round(config.envs * len(placed.env_devices) / per_node)
     if vectorised and config.envs % (config.lane_envs * len(placed.env_devices)):
-        raise UserError(f"{lanes} lanes cannot be spread evenly over {len(placed.env_devices)} GPUs: change --lane-envs or --envs")
+        raise UserError(
+            f"{lanes} lanes cannot be spread evenly over {len(placed.env_devices)} GPUs: change "
+            "--lane-envs or --envs"
+        )
     if vectorised:
-        envs = tuple(placed.env_devices[i % len(placed.env_devices)] for i in range(config.env_workers or lanes))
+        envs = tuple(
+            placed.env_devices[i % len(placed.env_devices)]
+            for i in range(config.env_workers or lanes)
+        )
     else:
         envs = ("cpu",) * max(1, min(workers, lanes))
-    batch, ranks = config.envs * config.rollout_epochs, len(actors)
+    batch = config.envs * config.rollout_epochs
+    ranks = len(actors)
     fitting = [m for m in range(ranks, batch + 1, ranks) if batch % m == 0]
     if not fitting:
-        raise UserError(f"{batch} trajectories cannot be shared by {ranks} actor workers: choose --envs as a multiple of {ranks}")
+        raise UserError(
+            f"{batch} trajectories cannot be shared by {ranks} actor workers: choose --envs as a "
+            f"multiple of {ranks}"
+        )
     minibatch = config.minibatch or min(fitting, key=lambda m: abs(m - config.envs))
     if minibatch not in fitting:
-        raise UserError(f"--minibatch {minibatch} must divide {batch} trajectories and be a multiple of {ranks} actor workers")
+        raise UserError(
+            f"--minibatch {minibatch} must divide {batch} trajectories and be a multiple of "
+            f"{ranks} actor workers"
+        )
     micro = config.micro_batch or divisor(minibatch // ranks, 4)
     if micro < 1 or minibatch % (ranks * micro):
-        raise UserError(f"--minibatch {minibatch} is not divisible by --micro-batch {micro} × {ranks} actor workers")
+        raise UserError(
+            f"--minibatch {minibatch} is not divisible by --micro-batch {micro} × {ranks} actor "
+            "workers"
+        )
     segment = -(-config.episode_steps // config.chunk)  # chunk steps of a trajectory
     if config.rounds:
         simulated = config.rounds // config.rollout_epochs
     else:
-        followed = config.simulated_nodes * 3 if config.sweep else min(nodes, config.simulated_nodes)
+        followed = (
+            config.simulated_nodes * 3 if config.sweep else min(nodes, config.simulated_nodes)
+        )
         iterations = config.iterations + warmup(config)
         simulated = max(4, AFFORDED // (lanes * config.rollout_epochs * followed * iterations))
     simulated = max(1, min(segment, simulated))
     node = Node(
-        lanes=lanes, lane_envs=config.lane_envs, env_devices=envs, rollout_devices=rollouts, actor_devices=actors,
-        segment=simulated, chunk=config.episode_steps / simulated, coarse=segment / simulated, batch=batch, minibatch=minibatch,
-        micro_batch=micro, update_epochs=config.update_epochs, max_staleness=staleness, batch_max=batch_max, batch_wait_s=wait,
+        lanes=lanes,
+        lane_envs=config.lane_envs,
+        env_devices=envs,
+        rollout_devices=rollouts,
+        actor_devices=actors,
+        segment=simulated,
+        chunk=config.episode_steps / simulated,
+        coarse=segment / simulated,
+        batch=batch,
+        minibatch=minibatch,
+        micro_batch=micro,
+        update_epochs=config.update_epochs,
+        max_staleness=staleness,
+        batch_max=batch_max,
+        batch_wait_s=wait,
         stream=stream,
-    )  # fmt: skip
-    line = f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {len(envs)} env workers for {config.envs} envs on each"
+    )
+    line = (
+        f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {len(envs)} env workers for "
+        f"{config.envs} envs on each"
+    )
     return node, nodes, line

@@ -1,4 +1,6 @@
-"""What the tests share: a tiny π0.5, the command line in a process of its own, and proof that nothing outlives it."""
+"""What the tests share: a tiny π0.5, the command line in a process of its own, and proof that
+nothing outlives it.
+"""
 
 import contextlib
 import json
@@ -25,20 +27,36 @@ torch.set_num_threads(1)
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 TINY = {
-    "vision_width": 16, "vision_depth": 1, "vision_heads": 2, "vision_mlp": 32, "patch": 16, "width": 32, "mlp": 64, "depth": 2,
-    "heads": 2, "head_dim": 16, "expert_width": 32, "expert_mlp": 64, "value_widths": (16,), "denoise_steps": 4,
-    "noise_level": 0.5, "sde_steps": 4,
-}  # fmt: skip
+    "vision_width": 16,
+    "vision_depth": 1,
+    "vision_heads": 2,
+    "vision_mlp": 32,
+    "patch": 16,
+    "width": 32,
+    "mlp": 64,
+    "depth": 2,
+    "heads": 2,
+    "head_dim": 16,
+    "expert_width": 32,
+    "expert_mlp": 64,
+    "value_widths": (16,),
+    "denoise_steps": 4,
+    "noise_level": 0.5,
+    "sde_steps": 4,
+}
 STATS = {"state_low": [-0.1, 0.4, 0.1, 0.2], "state_high": [0.3, 0.9, 0.5, 1.0]}
 # The smallest run that still has several lanes, workers and micro-batches.
 SMALL = (
-    "--envs 4 --batch 4 --minibatch 4 --micro-batch 2 --update-epochs 1 --eval-envs 1 --eval-episodes 2 --segment 3 "
+    "--envs 4 --batch 4 --minibatch 4 --micro-batch 2 --update-epochs 1 --eval-envs 1 "
+    "--eval-episodes 2 --segment 3 "
     "--env-workers 2 --seed 3"
 )
 
 
 def tiny_pi(dtype: torch.dtype = torch.float32, **changes) -> Pi:
-    """A π0.5 (with `pi05=False` a π0) of 50 thousand weights, none of them zero, so that every one of them matters."""
+    """A π0.5 (with `pi05=False` a π0) of 50 thousand weights, none of them zero, so that every one
+    of them matters.
+    """
     torch.manual_seed(0)
     model = Pi(PiConfig(**TINY | changes)).to(dtype)
     with torch.no_grad():
@@ -49,8 +67,11 @@ def tiny_pi(dtype: torch.dtype = torch.float32, **changes) -> Pi:
 
 def observations(model: Pi, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random frames, and prompts of different lengths."""
-    c, random = model.config, torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (n, c.views, c.image_size, c.image_size, 3), generator=random, dtype=torch.uint8)
+    c = model.config
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randint(
+        0, 256, (n, c.views, c.image_size, c.image_size, 3), generator=random, dtype=torch.uint8
+    )
     tokens = torch.randint(1, c.vocabulary, (n, c.tokens), generator=random, dtype=torch.int32)
     for i in range(n):
         tokens[i, c.tokens - 1 - i % 5 :] = 0  # padding
@@ -58,8 +79,12 @@ def observations(model: Pi, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return obs if c.pi05 else obs | {"state": torch.randn(n, c.state_dim, generator=random)}
 
 
-def slopes(model, batch: dict[str, torch.Tensor], parameter: torch.Tensor, h: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the log-prob in the parameter's element with the largest gradient: autograd's, and by finite differences of step h."""
+def slopes(
+    model, batch: dict[str, torch.Tensor], parameter: torch.Tensor, h: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the log-prob in the parameter's element with the largest gradient: autograd's, and by
+    finite differences of step h.
+    """
     (gradient,) = torch.autograd.grad(model.evaluate(batch)["logprob"].sum(), parameter)
     position = gradient.abs().argmax()
     with torch.no_grad():
@@ -79,7 +104,9 @@ def same_random_numbers():
 def tiny_checkpoint(tmp_path_factory) -> Path:
     model = tiny_pi()
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    checkpoint.save(path, checkpoint.Header("pi05", asdict(model.config), STATS), model.state_dict())
+    checkpoint.save(
+        path, checkpoint.Header("pi05", asdict(model.config), STATS), model.state_dict()
+    )
     return path
 
 
@@ -98,14 +125,25 @@ def channels_of(setup) -> Channels:
 
 
 def assert_balanced(run: Path) -> dict:
-    """Every chunk step of a finished run was trained as often as every other, or discarded for a reason. Returns its last line."""
-    lines, config = metrics.read_metrics(run), json.loads((run / "config.json").read_text())
-    last, epochs = lines[-1], config["actor"]["update_epochs"]
+    """Every chunk step of a finished run was trained as often as every other, or discarded for a
+    reason. Returns its last line.
+    """
+    lines = metrics.read_metrics(run)
+    config = json.loads((run / "config.json").read_text())
+    last = lines[-1]
+    epochs = config["actor"]["update_epochs"]
     for line in lines:
-        assert line["discarded"] == sum(line["discarded_by"].values()) and min(line["discarded_by"].values()) >= 0
-        assert line["collected"] >= line["trained_once"] + line["discarded"]  # the rest is in flight
+        assert (
+            line["discarded"] == sum(line["discarded_by"].values())
+            and min(line["discarded_by"].values()) >= 0
+        )
+        assert (
+            line["collected"] >= line["trained_once"] + line["discarded"]
+        )  # the rest is in flight
     assert last["collected"] == last["trained_once"] + last["discarded"], last
-    assert sum(line["trained"] + line["skipped"] for line in lines) == epochs * last["trained_once"], lines
+    assert (
+        sum(line["trained"] + line["skipped"] for line in lines) == epochs * last["trained_once"]
+    ), lines
     assert sum(line["filtered"] for line in lines) == last["discarded_by"]["filtered"]
     return last
 
@@ -114,15 +152,23 @@ def assert_balanced(run: Path) -> dict:
 
 
 class Cli:
-    """One `python FILE FLAGS`. An environment variable, which every descendant inherits, marks all of its processes."""
+    """One `python FILE FLAGS`. An environment variable, which every descendant inherits, marks all
+    of its processes.
+    """
 
     def __init__(self, file: str | Path, flags: str, **environment: str):
         self.mark = uuid.uuid4().hex
         command = [sys.executable, str(file), *flags.split()]
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment | {"TEST_MARK": self.mark}, start_new_session=True, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=os.environ | environment | {"TEST_MARK": self.mark},
+            start_new_session=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def finish(self, timeout: float = 90.0) -> tuple[int, str]:
         """Exit status and everything printed."""
@@ -130,7 +176,9 @@ class Cli:
             output = self.process.communicate(timeout=timeout)[0]
         except subprocess.TimeoutExpired:
             self.process.kill()
-            pytest.fail(f"still running after {timeout} s; it said: {self.process.communicate()[0]}")
+            pytest.fail(
+                f"still running after {timeout} s; it said: {self.process.communicate()[0]}"
+            )
         return self.process.returncode, output
 
     def living(self) -> list[psutil.Process]:
@@ -138,15 +186,24 @@ class Cli:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("TEST_MARK") == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                if (
+                    process.environ().get("TEST_MARK") == self.mark
+                    and process.status() != psutil.STATUS_ZOMBIE
+                ):
                     found.append(process)
             except psutil.Error:
                 pass
         return found
 
     def workers(self) -> list[psutil.Process]:
-        """In the order they were started: actors, rollout workers, env workers. They are children of the fork server."""
-        children = [worker for child in psutil.Process(self.process.pid).children() for worker in child.children()]
+        """In the order they were started: actors, rollout workers, env workers. They are children
+        of the fork server.
+        """
+        children = [
+            worker
+            for child in psutil.Process(self.process.pid).children()
+            for worker in child.children()
+        ]
         return sorted(children, key=lambda worker: (worker.create_time(), worker.pid))
 
     def has_fork_server(self) -> bool:
@@ -182,8 +239,11 @@ class Cli:
 
 @pytest.fixture
 def cli():
-    """Starts command lines; afterwards none of their processes may be left, nor a file in /dev/shm."""
-    started, before = [], shared_memory_files()
+    """Starts command lines; afterwards none of their processes may be left, nor a file in
+    /dev/shm.
+    """
+    started = []
+    before = shared_memory_files()
 
     def start(file: str | Path, flags: str = "", **environment: str) -> Cli:
         started.append(Cli(file, flags, **environment))
@@ -207,7 +267,9 @@ def cli():
 
 
 def shared_memory_files() -> set[str]:
-    """Names in /dev/shm that no living process has mapped (somebody else's may come and go meanwhile)."""
+    """Names in /dev/shm that no living process has mapped (somebody else's may come and go
+    meanwhile).
+    """
     found = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
     for process in psutil.process_iter() if found else ():
         try:

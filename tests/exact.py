@@ -1,8 +1,10 @@
-"""`train.py` with a simulator and a policy whose every number is computed by itself, so that nothing but timing can differ.
+"""`train.py` with a simulator and a policy whose every number is computed by itself, so that
+nothing but timing can differ.
 
-What a matrix product gives one sample depends, in the last bit, on how many others share its batch. Here all is elementwise, in
-fixed order: two runs that differ in a single bit have differed in what they played, drew or trained, not in rounding. The
-simulator takes randomly long. Workers import this file too, and register it in place of the emulated family and simulator.
+What a matrix product gives one sample depends, in the last bit, on how many others share its batch.
+Here all is elementwise, in fixed order: two runs that differ in a single bit have differed in what
+they played, drew or trained, not in rounding. The simulator takes randomly long. Workers import
+this file too, and register it in place of the emulated family and simulator.
 """
 
 import sys
@@ -18,7 +20,9 @@ from envs import EnvSpec
 from models.checkpoint import Header
 
 envs.ENVS["emulated"] = models.MODELS["emulated"] = models.FILES["emulated"] = "exact"
-DEVIATION, HORIZON = 0.5, 60  # of an action; control steps of an episode
+# of an action; control steps of an episode
+DEVIATION = 0.5
+HORIZON = 60
 slow = np.random.default_rng()  # its own in every process and run
 
 
@@ -36,7 +40,9 @@ class Env:
         self.state = np.random.default_rng(seed).uniform(-0.1, 0.1, 4).astype(np.float32)
 
     def step(self, action):
-        self.state = np.float32(0.95) * self.state + np.float32(0.05) * np.clip(action, -1, 1).astype(np.float32)
+        self.state = np.float32(0.95) * self.state + np.float32(0.05) * np.clip(
+            action, -1, 1
+        ).astype(np.float32)
         return float(self.state[0] > 0.1), bool(self.state[0] > 0.1)
 
     def observe(self):
@@ -66,11 +72,17 @@ class Exact(nn.Module):
 
     def __init__(self, chunk: int, image_size: int):
         super().__init__()
-        self.chunk, self.image_size = chunk, image_size
-        self.gain, self.bias, self.value_head = (nn.Parameter(torch.zeros(size)) for size in ((4,), (chunk, 4), (4,)))
+        self.chunk = chunk
+        self.image_size = image_size
+        self.gain, self.bias, self.value_head = (
+            nn.Parameter(torch.zeros(size)) for size in ((4,), (chunk, 4), (4,))
+        )
 
     def observation_fields(self):
-        return {"image": ((1, self.image_size, self.image_size, 3), torch.uint8), "state": ((4,), torch.float32)}
+        return {
+            "image": ((1, self.image_size, self.image_size, 3), torch.uint8),
+            "state": ((4,), torch.float32),
+        }
 
     def slot_fields(self):
         return {}
@@ -79,7 +91,9 @@ class Exact(nn.Module):
         return ("actions", "state")
 
     def draw(self, keys, explore):
-        noise = np.stack([models.generator(key).standard_normal((self.chunk, 4), np.float32) for key in keys])
+        noise = np.stack(
+            [models.generator(key).standard_normal((self.chunk, 4), np.float32) for key in keys]
+        )
         return {"epsilon": torch.from_numpy(noise) * torch.tensor(explore)[:, None, None]}
 
     def found(self, state, actions):

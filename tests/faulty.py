@@ -1,8 +1,10 @@
-"""`train.py` on a simulator with a fault: the emulated one, without its sleeps, until FAULT strikes in one of its processes.
+"""`train.py` on a simulator with a fault: the emulated one, without its sleeps, until FAULT strikes
+in one of its processes.
 
-FAULT is a key of FAULTS; it strikes once, in the process that makes the file MARK, or without MARK again and again. AFTER: control
-steps of a process before it may. WINS: half of all episodes succeed, at any step. Workers import this file too, and register its
-simulator in place of the emulated one, and `faulty_lanes.py` in place of the vectorised one.
+FAULT is a key of FAULTS; it strikes once, in the process that makes the file MARK, or without MARK
+again and again. AFTER: control steps of a process before it may. WINS: half of all episodes
+succeed, at any step. Workers import this file too, and register its simulator in place of the
+emulated one, and `faulty_lanes.py` in place of the vectorised one.
 """
 
 import multiprocessing
@@ -20,11 +22,19 @@ from envs import emulated
 envs.ENVS |= {"emulated": "faulty", "vectorised": "faulty_lanes"}
 spec = emulated.spec
 FAULTS = {
-    "raise": "step", "segfault": "observe", "exit": "observe", "hang": "reset", "nan": "observe", "reward": "step",
-    "evaluation": "reset", "kill": "observe",
-}  # fmt: skip
+    "raise": "step",
+    "segfault": "observe",
+    "exit": "observe",
+    "hang": "reset",
+    "nan": "observe",
+    "reward": "step",
+    "evaluation": "reset",
+    "kill": "observe",
+}
 SIGNALS = {"segfault": signal.SIGSEGV, "kill": signal.SIGKILL}
-taken, made = 0, 0  # control steps of this process, and its envs
+# control steps of this process, and its envs
+taken = 0
+made = 0
 
 
 def strikes(where: str) -> bool:
@@ -41,7 +51,8 @@ class Env(emulated.Env):
     def __init__(self, tasks, image_size):
         global made
         super().__init__(tasks, image_size)
-        self.number, made = made, made + 1
+        self.number = made
+        made = made + 1
         if os.environ["FAULT"] == "start":
             raise RuntimeError("there is no simulator")
 
@@ -51,7 +62,9 @@ class Env(emulated.Env):
         super().reset(task, seed)
         self.win = None  # the step that ends the episode with success
         if "WINS" in os.environ:  # also within a group, whose members begin with one seed
-            rng = np.random.default_rng([seed, self.number, *multiprocessing.current_process().name.encode()])
+            rng = np.random.default_rng(
+                [seed, self.number, *multiprocessing.current_process().name.encode()]
+            )
             self.win = int(rng.integers(1, 2 * emulated.EPISODE * emulated.CHUNK))
 
     def step(self, action):

@@ -19,5 +19,7 @@ class Stacked:
         return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(states))
 
     def step(self, actions):
-        rewards, successes = zip(*(env.step(action) for env, action in zip(self.envs, actions, strict=True)), strict=True)
+        rewards, successes = zip(
+            *(env.step(action) for env, action in zip(self.envs, actions, strict=True)), strict=True
+        )
         return torch.tensor(rewards), torch.tensor(successes)

@@ -1,4 +1,6 @@
-"""Slots, queues and weights under fire: killed writers, hammering readers, every way to start a process."""
+"""Slots, queues and weights under fire: killed writers, hammering readers, every way to start a
+process.
+"""
 
 import os
 import select
@@ -11,9 +13,26 @@ import numpy as np
 import pytest
 import torch
 
-from channel import ACT, ALIGN, ATOMIC, RECORD, VERSION, Counters, IndexQueue, Record, SlotPool, WeightPlane, layout
+from channel import (
+    ACT,
+    ALIGN,
+    ATOMIC,
+    RECORD,
+    VERSION,
+    Counters,
+    IndexQueue,
+    Record,
+    SlotPool,
+    WeightPlane,
+    layout,
+)
 
-SPEC = {"image": ((3, 5), torch.uint8), "value": ((4,), torch.float32), "lane": ((), torch.int32), "none": ((0, 7), torch.float32)}
+SPEC = {
+    "image": ((3, 5), torch.uint8),
+    "value": ((4,), torch.float32),
+    "lane": ((), torch.int32),
+    "none": ((0, 7), torch.float32),
+}
 fork = get_context("fork")
 
 
@@ -37,7 +56,9 @@ def touch(pool: SlotPool, counters: Counters, queue: IndexQueue) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_every_process_sees_the_same_slots(method):
-    pool, counters, queue = SlotPool(SPEC, 3), Counters(2, ("a", "b")), IndexQueue()
+    pool = SlotPool(SPEC, 3)
+    counters = Counters(2, ("a", "b"))
+    queue = IndexQueue()
     pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     process = get_context(method).Process(target=touch, args=(pool, counters, queue))
     process.start()
@@ -50,19 +71,33 @@ def test_every_process_sees_the_same_slots(method):
 
 def test_slots_are_aligned_apart_and_without_a_name():
     pool = SlotPool(SPEC, 3)
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in pool.tensors.values() if t.numel())
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.nbytes) for t in pool.tensors.values() if t.numel()
+    )
     assert all(start % ALIGN == 0 for start, _ in spans)
     assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
-    assert pool["image"].shape == (3, 3, 5) and pool["none"].shape == (3, 0, 7) and pool["lane"].dtype == torch.int32
+    assert (
+        pool["image"].shape == (3, 3, 5)
+        and pool["none"].shape == (3, 0, 7)
+        and pool["lane"].dtype == torch.int32
+    )
     assert layout(SPEC, 3)[1] == pool.bytes == 64 + 64 + 64
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if int(line.split("-")[0], 16) == spans[0][0]]
+    maps = [
+        line
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if int(line.split("-")[0], 16) == spans[0][0]
+    ]
     assert len(maps) == 1 and "/memfd:" in maps[0] and "/dev/shm" not in maps[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int32, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bool, torch.int32, torch.float32, torch.bfloat16]
+)
 def test_rows_are_read_and_written_as_torch_would(dtype):
-    pool, generator = SlotPool({"x": ((6, 2, 3), dtype), "scalar": ((6,), dtype)}, 4), torch.Generator().manual_seed(0)
-    slots, rows = np.array([3, 0, 3]), np.array([5, 0, 1])
+    pool = SlotPool({"x": ((6, 2, 3), dtype), "scalar": ((6,), dtype)}, 4)
+    generator = torch.Generator().manual_seed(0)
+    slots = np.array([3, 0, 3])
+    rows = np.array([5, 0, 1])
     expected = {name: torch.zeros_like(pool[name]) for name in pool.spec}
     for name, shape in (("x", (3, 2, 3)), ("scalar", (3,))):
         values = torch.randn(shape, generator=generator)  # cast to the field's type
@@ -79,21 +114,31 @@ def test_rows_are_read_and_written_as_torch_would(dtype):
 def test_some_fields_on_a_device_and_the_others_in_shared_memory():
     pool = SlotPool(SPEC, 3, "meta", ("image",))  # a device without memory, in place of a GPU
     assert pool["image"].device.type == "meta" and pool["image"].shape == (3, 3, 5)
-    assert {pool[name].device.type for name in ("value", "lane", "none")} == {"cpu"} and pool.bytes == 64 + 64
+    assert {pool[name].device.type for name in ("value", "lane", "none")} == {
+        "cpu"
+    } and pool.bytes == 64 + 64
     whole = SlotPool(SPEC, 3, "meta")
-    assert {tensor.device.type for tensor in whole.tensors.values()} == {"meta"} and whole.arena is None
+    assert {tensor.device.type for tensor in whole.tensors.values()} == {
+        "meta"
+    } and whole.arena is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_another_process_sees_slots_in_gpu_memory():
-    pool, counters, queue = SlotPool(SPEC, 3, "cuda:0", ("image",)), Counters(2, ("a", "b")), IndexQueue()
+    pool = SlotPool(SPEC, 3, "cuda:0", ("image",))
+    counters = Counters(2, ("a", "b"))
+    queue = IndexQueue()
     pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     process = get_context("forkserver").Process(target=touch, args=(pool, counters, queue))
     process.start()
     process.join(60)
     assert process.exitcode == 0 and queue.get(0) == [Record(1, 2, VERSION, 3)]
-    assert (pool["image"][2] == 7).all() and pool["image"].is_cuda and pool.gather("image", np.array([2])).is_cuda
+    assert (
+        (pool["image"][2] == 7).all()
+        and pool["image"].is_cuda
+        and pool.gather("image", np.array([2])).is_cuda
+    )
 
 
 def test_memory_is_resident_before_it_is_used():
@@ -106,11 +151,18 @@ def test_memory_is_resident_before_it_is_used():
 
 def test_nothing_stays_open():
     def use() -> None:
-        pool, plane, counters, queue = SlotPool(SPEC, 3), WeightPlane(SPEC), Counters(2, ("a",)), IndexQueue()
-        queue.put(records(3)), queue.get(0)
+        pool = SlotPool(SPEC, 3)
+        plane = WeightPlane(SPEC)
+        counters = Counters(2, ("a",))
+        queue = IndexQueue()
+        queue.put(records(3))
+        queue.get(0)
         plane.publish({"value": torch.zeros(4)}, 0)
-        counters.add(0, "a", 1.0), pool["value"].zero_()
-        queue.close_writer(), queue.close_writer(), queue.close_reader()
+        counters.add(0, "a", 1.0)
+        pool["value"].zero_()
+        queue.close_writer()
+        queue.close_writer()
+        queue.close_reader()
 
     use()
     before = open_files()
@@ -123,9 +175,11 @@ def test_nothing_stays_open():
 
 
 def test_records_keep_every_field_and_their_order():
-    queue, sent = IndexQueue(), [Record(2**32 - 1, 65535, VERSION, 255), Record(0, 0, ACT, 0), Record(7, 8, 1, 9)]
+    queue = IndexQueue()
+    sent = [Record(2**32 - 1, 65535, VERSION, 255), Record(0, 0, ACT, 0), Record(7, 8, 1, 9)]
     assert RECORD.size == 8
-    queue.put(sent[:1]), queue.put(sent[1:])
+    queue.put(sent[:1])
+    queue.put(sent[1:])
     assert queue.get(0) == sent and queue.get(0) == []
 
 
@@ -139,7 +193,8 @@ def test_thousands_of_records_in_one_call():
 
 
 def test_an_empty_queue_waits_as_long_as_it_is_told():
-    queue, start = IndexQueue(), time.monotonic()
+    queue = IndexQueue()
+    start = time.monotonic()
     assert queue.get(0.2) == [] and time.monotonic() - start >= 0.19
     assert queue.get(0) == []
 
@@ -174,19 +229,27 @@ def write_for_ever(queue: IndexQueue, sender: int) -> None:
 
 def test_writers_killed_while_writing_neither_tear_nor_block():
     assert ATOMIC * RECORD.size <= select.PIPE_BUF  # what the kernel keeps in one piece
-    queue, count = IndexQueue(), 6
-    writers = [fork.Process(target=write_for_ever, args=(queue, sender), daemon=True) for sender in range(count)]
+    queue = IndexQueue()
+    count = 6
+    writers = [
+        fork.Process(target=write_for_ever, args=(queue, sender), daemon=True)
+        for sender in range(count)
+    ]
     for writer in writers:
         writer.start()
     queue.close_writer()
-    blocks, position, begun, killed = [0] * count, 0, time.monotonic(), 0
+    blocks = [0] * count
+    position = 0
+    begun = time.monotonic()
+    killed = 0
     with pytest.raises(IndexQueue.Closed):
         while True:
             got = queue.get(20.0)
             assert got, "the queue blocked"
             for record in got:
                 if position == 0:  # a new block of 512: whole, in one piece and the writer's next
-                    sender, block = record.sender, record.slot
+                    sender = record.sender
+                    block = record.slot
                     assert block == blocks[sender]
                     blocks[sender] += 1
                 assert record == (block, position, ACT, sender)
@@ -202,7 +265,11 @@ def test_writers_killed_while_writing_neither_tear_nor_block():
 
 # ---------------------------------------------------------------- WeightPlane
 
-WEIGHTS = {"a": ((40_000,), torch.float32), "b": ((3, 50), torch.float32), "c": ((20_000,), torch.float64)}
+WEIGHTS = {
+    "a": ((40_000,), torch.float32),
+    "b": ((3, 50), torch.float32),
+    "c": ((20_000,), torch.float64),
+}
 
 
 def filled(value: float) -> dict[str, torch.Tensor]:
@@ -218,7 +285,9 @@ def room(plane: WeightPlane) -> torch.Tensor:
 
 
 def values(plane: WeightPlane, block: torch.Tensor) -> list[float]:
-    return sorted({value for tensor in plane.tensors(block).values() for value in tensor.unique().tolist()})
+    return sorted(
+        {value for tensor in plane.tensors(block).values() for value in tensor.unique().tolist()}
+    )
 
 
 def test_a_reader_gets_the_newest_version():
@@ -226,8 +295,14 @@ def test_a_reader_gets_the_newest_version():
     mine = room(plane)
     for version in range(5):
         plane.publish(filled(version), version)
-        assert plane.version == version and plane.fetch(mine) == version and values(plane, mine) == [version]
-    assert plane.bytes == (40_000 + 160) * 4 + 20_000 * 8  # the 600 bytes of b padded to a cache line
+        assert (
+            plane.version == version
+            and plane.fetch(mine) == version
+            and values(plane, mine) == [version]
+        )
+    assert (
+        plane.bytes == (40_000 + 160) * 4 + 20_000 * 8
+    )  # the 600 bytes of b padded to a cache line
 
 
 @pytest.mark.parametrize("start", [0, 5])
@@ -279,7 +354,9 @@ def test_weights_of_a_writer_that_died_while_writing_are_never_fetched():
 
 def publish_for(seconds: float, plane: WeightPlane) -> None:
     torch.set_num_threads(1)
-    weights, end, version = filled(0.0), time.monotonic() + seconds, 0
+    weights = filled(0.0)
+    end = time.monotonic() + seconds
+    version = 0
     while time.monotonic() < end:
         for tensor in weights.values():
             tensor.fill_(version)
@@ -289,7 +366,10 @@ def publish_for(seconds: float, plane: WeightPlane) -> None:
 
 def fetch_for(seconds: float, plane: WeightPlane, answer) -> None:
     torch.set_num_threads(1)
-    mine, end, versions, mixed = room(plane), time.monotonic() + seconds, [], 0
+    mine = room(plane)
+    end = time.monotonic() + seconds
+    versions = []
+    mixed = 0
     while time.monotonic() < end:
         version = plane.fetch(mine, timeout=30.0)
         versions.append(version)
@@ -298,7 +378,8 @@ def fetch_for(seconds: float, plane: WeightPlane, answer) -> None:
 
 
 def test_hammered_weights_are_never_mixed():
-    plane, pipes = WeightPlane(WEIGHTS), [fork.Pipe(duplex=False) for _ in range(3)]
+    plane = WeightPlane(WEIGHTS)
+    pipes = [fork.Pipe(duplex=False) for _ in range(3)]
     processes = [fork.Process(target=fetch_for, args=(2.0, plane, send)) for _, send in pipes]
     processes.append(fork.Process(target=publish_for, args=(2.5, plane)))
     for process in processes:
@@ -317,6 +398,8 @@ def test_hammered_weights_are_never_mixed():
 
 def test_counters():
     counters = Counters(2, ("a", "b"))
-    counters.add(0, "a", 1.5), counters.add(0, "a", 1.0), counters.set(1, "b", -3.0)
+    counters.add(0, "a", 1.5)
+    counters.add(0, "a", 1.0)
+    counters.set(1, "b", -3.0)
     assert (counters.get(0, "a"), counters.get(0, "b"), counters.get(1, "b")) == (2.5, 0.0, -3.0)
     np.testing.assert_array_equal(counters.table, [[2.5, 0.0], [0.0, -3.0]])

@@ -11,11 +11,22 @@ from envs.check import CheckConfig, main
 
 
 def test_meta_world(tmp_path, capsys):
-    config = CheckConfig(tasks=("handle-press", "reach"), at_most=1, image_size=32, steps=60, out=tmp_path / "sheet.png")
+    config = CheckConfig(
+        tasks=("handle-press", "reach"),
+        at_most=1,
+        image_size=32,
+        steps=60,
+        out=tmp_path / "sheet.png",
+    )
     main(config)
     text = capsys.readouterr().out
     assert "2 tasks, 1 cameras of 32 pixels, state [4], action [4]" in text
-    assert "handle-press, random" in text and "handle-press, expert" in text and "success after" in text and "reach" not in text
+    assert (
+        "handle-press, random" in text
+        and "handle-press, expert" in text
+        and "success after" in text
+        and "reach" not in text
+    )
     assert "memory in MB" in text and str(config.out) in text
     sheet = imageio.imread(config.out)
     assert sheet.shape == (2 * 32, 3 * 32, 3) and sheet.std() > 10
@@ -26,7 +37,15 @@ def test_libero(tmp_path, capsys):
         envs.load("libero")
     except UserError as missing:
         pytest.skip(str(missing))
-    main(CheckConfig(env="libero", tasks=("turn_on_the_stove",), image_size=32, steps=4, out=tmp_path / "sheet.png"))
+    main(
+        CheckConfig(
+            env="libero",
+            tasks=("turn_on_the_stove",),
+            image_size=32,
+            steps=4,
+            out=tmp_path / "sheet.png",
+        )
+    )
     assert "turn_on_the_stove, random" in capsys.readouterr().out
     assert imageio.imread(tmp_path / "sheet.png").shape == (32, 6 * 32, 3)
 
@@ -36,13 +55,16 @@ def test_a_vectorised_simulator_is_played_one_by_one():
 
     class Envs:
         def __init__(self, tasks, image_size, count, device):
-            self.count, self.size = count, image_size
+            self.count = count
+            self.size = image_size
 
         def reset(self, rows, task, seeds):
             assert (rows, task, seeds) == ([0], 1, [7])
 
         def observe(self):
-            return torch.zeros(self.count, 2, self.size, self.size, 3, dtype=torch.uint8), torch.ones(self.count, 5)
+            return torch.zeros(
+                self.count, 2, self.size, self.size, 3, dtype=torch.uint8
+            ), torch.ones(self.count, 5)
 
         def step(self, actions):
             return actions.sum(1), actions[:, 0] > 0

@@ -1,4 +1,6 @@
-"""Checkpoints come back exactly; anything else is refused in one sentence, and nothing is ever unpickled."""
+"""Checkpoints come back exactly; anything else is refused in one sentence, and nothing is ever
+unpickled.
+"""
 
 import json
 import os
@@ -16,8 +18,11 @@ from models.checkpoint import Header
 
 
 def test_roundtrip(tmp_path):
-    model, path = tiny_pi(), tmp_path / "m.safetensors"
-    header = Header("pi05", asdict(model.config), STATS)  # with its tuples, which JSON does not have
+    model = tiny_pi()
+    path = tmp_path / "m.safetensors"
+    header = Header(
+        "pi05", asdict(model.config), STATS
+    )  # with its tuples, which JSON does not have
     checkpoint.save(path, header, model.state_dict())
     other = tiny_pi()
     with torch.no_grad():
@@ -25,33 +30,56 @@ def test_roundtrip(tmp_path):
             parameter.zero_()
     fill(other, path)
     assert checkpoint.read_header(path) == header and os.listdir(tmp_path) == ["m.safetensors"]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    checkpoint.save(path, header, {n: p.half() for n, p in model.state_dict().items()})  # half precision fills fp32 weights
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    checkpoint.save(
+        path, header, {n: p.half() for n, p in model.state_dict().items()}
+    )  # half precision fills fp32 weights
     fill(other, path)
-    assert all(torch.equal(a.half().float(), b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert all(
+        torch.equal(a.half().float(), b)
+        for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
 
 
 def fill(model, path, part="all"):
-    checkpoint.load_source(model, path, checkpoint.ours(model.state_dict()), "cpu", torch.float32, part)
+    checkpoint.load_source(
+        model, path, checkpoint.ours(model.state_dict()), "cpu", torch.float32, part
+    )
 
 
 def test_a_part_of_the_weights_is_read_and_the_rest_only_checked(tiny_checkpoint):
     stored = load_file(tiny_checkpoint)
-    for part, vision, expert in (("none", False, False), ("training", False, True), ("idle", True, False), ("all", True, True)):
+    for part, vision, expert in (
+        ("none", False, False),
+        ("training", False, True),
+        ("idle", True, False),
+        ("all", True, True),
+    ):
         model = tiny_pi().to("meta")
         fill(model, tiny_checkpoint, part)
-        for name, read in (("vision.patch_embedding.weight", vision), ("action_out_proj.weight", expert)):
+        for name, read in (
+            ("vision.patch_embedding.weight", vision),
+            ("action_out_proj.weight", expert),
+        ):
             tensor = model.state_dict()[name]
-            assert tensor.is_meta != read and (not read or torch.equal(tensor, stored[name].float())), (part, name)
+            assert tensor.is_meta != read and (
+                not read or torch.equal(tensor, stored[name].float())
+            ), (part, name)
 
 
 def test_the_shipped_checkpoint_is_of_a_known_family():
     header = checkpoint.read_header(ASSETS / "pi05_metaworld.safetensors")
-    assert header.family in MODELS and len(header.stats["state_low"]) == len(header.stats["state_high"]) == 4
+    assert (
+        header.family in MODELS
+        and len(header.stats["state_low"]) == len(header.stats["state_high"]) == 4
+    )
 
 
 def damaged(tmp_path, tiny_checkpoint, how: str):
-    path, weights = tmp_path / "damaged.safetensors", load_file(tiny_checkpoint)
+    path = tmp_path / "damaged.safetensors"
+    weights = load_file(tiny_checkpoint)
     meta = {"family": "pi05", "shape": "{}", "stats": "{}"}
     if how == "truncated":
         path.write_bytes(tiny_checkpoint.read_bytes()[:-1000])
@@ -109,7 +137,8 @@ class Trap:
 
 
 def test_nothing_is_unpickled(tmp_path):
-    trap, sprung = tmp_path / "trap.safetensors", tmp_path / "sprung"
+    trap = tmp_path / "trap.safetensors"
+    sprung = tmp_path / "sprung"
     trap.write_bytes(pickle.dumps(Trap(sprung)))
     with pytest.raises(UserError):
         checkpoint.read_header(trap)
@@ -126,7 +155,12 @@ def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text(version)
     newest = tmp_path / "run/checkpoints/000010/model.safetensors"
-    assert checkpoint.find(tmp_path / "run") == checkpoint.find(newest.parent) == checkpoint.find(newest) == newest
+    assert (
+        checkpoint.find(tmp_path / "run")
+        == checkpoint.find(newest.parent)
+        == checkpoint.find(newest)
+        == newest
+    )
 
 
 def test_half_a_checkpoint_is_never_found(tmp_path):
@@ -141,4 +175,8 @@ def test_half_a_checkpoint_is_never_found(tmp_path):
 def test_header_is_json(tiny_checkpoint):
     raw = tiny_checkpoint.read_bytes()
     meta = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])["__metadata__"]
-    assert meta["family"] == "pi05" and json.loads(meta["shape"])["width"] == 32 and json.loads(meta["stats"]) == STATS
+    assert (
+        meta["family"] == "pi05"
+        and json.loads(meta["shape"])["width"] == 32
+        and json.loads(meta["stats"]) == STATS
+    )

@@ -1,4 +1,6 @@
-"""Other projects' layouts: parts of tensors, shards, ties; bytes that go back as they came; little memory; errors by name."""
+"""Other projects' layouts: parts of tensors, shards, ties; bytes that go back as they came; little
+memory; errors by name.
+"""
 
 import json
 import os
@@ -15,7 +17,12 @@ from models import checkpoint
 from models.checkpoint import Source
 
 SOURCE = Source(
-    lambda config: {"linear.weight": ("q", "k", "v"), "linear.bias": "b", "words.weight": "head", "scale": "s"},
+    lambda config: {
+        "linear.weight": ("q", "k", "v"),
+        "linear.bias": "b",
+        "words.weight": "head",
+        "scale": "s",
+    },
     (r"junk\..*",),
     (("head", "emb"),),
 )
@@ -25,16 +32,27 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = None
-        self.linear, self.words = nn.Linear(3, 6), nn.Embedding(5, 3)
+        self.linear = nn.Linear(3, 6)
+        self.words = nn.Embedding(5, 3)
         self.register_buffer("scale", torch.zeros(()))
         self.own = nn.Linear(2, 2)  # a head that the layout does not know
 
 
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    found = {"q": torch.randn(2, 3), "k": torch.randn(1, 3), "v": torch.randn(3, 3), "b": torch.randn(6), "head": torch.randn(5, 3)}
+    found = {
+        "q": torch.randn(2, 3),
+        "k": torch.randn(1, 3),
+        "v": torch.randn(3, 3),
+        "b": torch.randn(6),
+        "head": torch.randn(5, 3),
+    }
     found = {key: x.bfloat16() if key in "qkv" else x for key, x in found.items()}
-    return found | {"s": torch.tensor(3.0), "junk.count": torch.tensor(7), "junk.x": torch.randn(4, 2).half()}
+    return found | {
+        "s": torch.tensor(3.0),
+        "junk.count": torch.tensor(7),
+        "junk.x": torch.randn(4, 2).half(),
+    }
 
 
 def on_disk(folder, shards: int, tensors: dict) -> None:
@@ -47,10 +65,19 @@ def on_disk(folder, shards: int, tensors: dict) -> None:
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return
-    weight_map = {key: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, key in enumerate(tensors)}
+    weight_map = {
+        key: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors"
+        for i, key in enumerate(tensors)
+    }
     for file in set(weight_map.values()):
-        save_file({k: x for k, x in tensors.items() if weight_map[k] == file}, folder / file, {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        save_file(
+            {k: x for k, x in tensors.items() if weight_map[k] == file},
+            folder / file,
+            {"format": "pt"},
+        )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -66,22 +93,37 @@ def test_roundtrip(tmp_path, shards):
     model.own = nn.Linear(2, 2)
     checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
     w = weights()
-    assert torch.equal(model.linear.weight, torch.cat([w["q"], w["k"], w["v"]])) and model.linear.weight.dtype == torch.bfloat16
-    assert torch.equal(model.words.weight, w["head"]) and model.scale == 3.0 and isinstance(model.words.weight, nn.Parameter)
+    assert (
+        torch.equal(model.linear.weight, torch.cat([w["q"], w["k"], w["v"]]))
+        and model.linear.weight.dtype == torch.bfloat16
+    )
+    assert (
+        torch.equal(model.words.weight, w["head"])
+        and model.scale == 3.0
+        and isinstance(model.words.weight, nn.Parameter)
+    )
 
     saved = tmp_path / "ours"
     for _ in range(2):  # the second time in place of the first
         checkpoint.save_source(model, saved, SOURCE, tmp_path / "theirs")
-    theirs = {f.relative_to(tmp_path / "theirs"): f.read_bytes() for f in (tmp_path / "theirs").rglob("*") if f.is_file()}
+    theirs = {
+        f.relative_to(tmp_path / "theirs"): f.read_bytes()
+        for f in (tmp_path / "theirs").rglob("*")
+        if f.is_file()
+    }
     ours = {f.relative_to(saved): f.read_bytes() for f in saved.rglob("*") if f.is_file()}
-    assert ours == {name: data for name, data in theirs.items() if name.parts[0] != ".cache"}  # byte for byte
+    assert ours == {
+        name: data for name, data in theirs.items() if name.parts[0] != ".cache"
+    }  # byte for byte
     assert sorted(os.listdir(tmp_path)) == ["ours", "theirs"]
 
     with torch.no_grad():
         model.linear.weight[2] = 9.0
     checkpoint.save_source(model, saved, SOURCE, tmp_path / "theirs")
     again = {k: x for file in saved.glob("*.safetensors") for k, x in load_file(file).items()}
-    assert (again["k"] == 9.0).all() and all(torch.equal(again[key], w[key]) for key in w if key != "k")
+    assert (again["k"] == 9.0).all() and all(
+        torch.equal(again[key], w[key]) for key in w if key != "k"
+    )
 
 
 def test_shards_without_an_index(tmp_path):
@@ -102,7 +144,11 @@ def test_dtype_is_chosen_by_the_caller(tmp_path):
     checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
     assert model.linear.weight.dtype == model.words.weight.dtype == torch.float32
     checkpoint.load_source(
-        model, tmp_path / "theirs", SOURCE, "cpu", lambda name: torch.float16 if name.startswith("words") else torch.float32
+        model,
+        tmp_path / "theirs",
+        SOURCE,
+        "cpu",
+        lambda name: torch.float16 if name.startswith("words") else torch.float32,
     )
     assert model.words.weight.dtype == torch.float16 and model.linear.bias.dtype == torch.float32
     file = tmp_path / "theirs" / "model.safetensors"
@@ -129,7 +175,9 @@ def test_a_tied_tensor_may_stand_under_either_name_or_both(tmp_path):
             model.words.weight.mul_(2.0)
         checkpoint.save_source(model, tmp_path / f"saved{i}", SOURCE, tmp_path / str(i))
         saved = load_file(tmp_path / f"saved{i}" / "model.safetensors")
-        assert saved.keys() == (w | held).keys() and all(torch.equal(saved[key], 2.0 * head) for key in held)
+        assert saved.keys() == (w | held).keys() and all(
+            torch.equal(saved[key], 2.0 * head) for key in held
+        )
 
 
 def test_gradients_go_by_their_names(tmp_path):
@@ -138,7 +186,11 @@ def test_gradients_go_by_their_names(tmp_path):
     checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
     (model.linear.weight * torch.arange(6.0)[:, None]).sum().backward()
     found = checkpoint.gradients(model, tmp_path / "theirs", SOURCE)
-    assert {key: x[:, 0].tolist() for key, x in found.items()} == {"grad.q": [0, 1], "grad.k": [2], "grad.v": [3, 4, 5]}
+    assert {key: x[:, 0].tolist() for key, x in found.items()} == {
+        "grad.q": [0, 1],
+        "grad.k": [2],
+        "grad.v": [3, 4, 5],
+    }
 
 
 def change(tensors: dict, how: str) -> dict:
@@ -172,7 +224,9 @@ def test_a_key_that_does_not_fit_is_named(tmp_path, how, words, shards):
     before = model.linear.bias.clone()
     with pytest.raises(UserError, match=words) as error:
         checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
-    assert "\n" not in str(error.value) and torch.equal(model.linear.bias, before)  # nothing is half loaded
+    assert "\n" not in str(error.value) and torch.equal(
+        model.linear.bias, before
+    )  # nothing is half loaded
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -181,9 +235,12 @@ def test_damaged_files_are_refused(tmp_path):
     first = sorted(folder.glob("*.safetensors"))[0]
     whole = first.read_bytes()
     for damaged, words in (
-        (whole[:-3], "truncated"), (whole[:20], "truncated"), (b"", "truncated"), (b"x" * 100, "not a safetensors file"),
+        (whole[:-3], "truncated"),
+        (whole[:20], "truncated"),
+        (b"", "truncated"),
+        (b"x" * 100, "not a safetensors file"),
         (whole + b"more", "not what its header says"),
-    ):  # fmt: skip
+    ):
         first.write_bytes(damaged)
         with pytest.raises(UserError, match=words):
             checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
@@ -214,7 +271,8 @@ import torch
 from torch import nn
 from models import checkpoint
 def high_water():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 checkpoint.BLOCK = 4 * 2**20
 with torch.device("meta"):
     model = nn.Linear(5000, 8000)
@@ -230,9 +288,22 @@ print(loaded - start, high_water() - start, float(model.weight.sum()))
 
 
 def test_loading_and_saving_hold_one_copy(tmp_path):
-    file, size = tmp_path / "big.safetensors", 4 * (8000 * 5000 + 8000)  # 160 MB
-    save_file({"a": torch.ones(2000, 5000), "b": torch.ones(6000, 5000), "c": torch.ones(8000)}, file)
-    out = subprocess.run([sys.executable, "-c", MEMORY, str(file)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    # 160 MB
+    file = tmp_path / "big.safetensors"
+    size = 4 * (8000 * 5000 + 8000)
+    save_file(
+        {"a": torch.ones(2000, 5000), "b": torch.ones(6000, 5000), "c": torch.ones(8000)}, file
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert out.returncode == 0, out.stderr
     loaded, saved, total = map(float, out.stdout.split())
-    assert total == 8000 * 5000 and loaded < 1.2 * size and saved < 1.2 * size, (loaded / size, saved / size)
+    assert total == 8000 * 5000 and loaded < 1.2 * size and saved < 1.2 * size, (
+        loaded / size,
+        saved / size,
+    )

@@ -29,23 +29,31 @@ def test_few_batch_sizes_occur():
 
 
 def test_padding_repeats_the_last_row():
-    padded = compiled.pad({"a": torch.arange(6).view(3, 2), "b": torch.tensor([True, False, True])}, 5)
+    padded = compiled.pad(
+        {"a": torch.arange(6).view(3, 2), "b": torch.tensor([True, False, True])}, 5
+    )
     assert padded["a"].tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]]
     assert padded["b"].tolist() == [True, False, True, True, True]
 
 
 def compare(model, obs) -> None:
-    """Eager against compiled, of a batch that is no power of two, before and after the weights are swapped for others."""
+    """Eager against compiled, of a batch that is no power of two, before and after the weights are
+    swapped for others.
+    """
     n = len(obs["tokens"])
     noise = compiled.random_noise(model, n, "cpu")
-    swapped = {name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()}
+    swapped = {
+        name: p.detach() + 0.05 * torch.randn_like(p) for name, p in model.named_parameters()
+    }
     before = {name: p.detach() for name, p in model.named_parameters()}
     wanted = []
     for weights in (before, swapped):
         for name, parameter in model.named_parameters():
             parameter.data = weights[name]
         wanted.append(model.act(obs, noise))
-    assert any((wanted[0][name] - wanted[1][name]).abs().max() > 1e-3 for name in ("actions", "value"))
+    assert any(
+        (wanted[0][name] - wanted[1][name]).abs().max() > 1e-3 for name in ("actions", "value")
+    )
     signs = []
     compiled.compile_for(model, n, "cpu", lambda: signs.append(1))
     assert len(signs) == len(compiled.buckets(n))
@@ -54,7 +62,9 @@ def compare(model, obs) -> None:
             parameter.data = weights[name]
         # What comes later than the start-up, of tensors made as `rollout_worker.serve` makes them.
         with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
-            out = model.act(compiled.pad(obs, compiled.bucket(n)), compiled.pad(noise, compiled.bucket(n)))
+            out = model.act(
+                compiled.pad(obs, compiled.bucket(n)), compiled.pad(noise, compiled.bucket(n))
+            )
         for name, tensor in want.items():
             torch.testing.assert_close(out[name][:n], tensor, atol=1e-4, rtol=1e-4)
 
@@ -68,14 +78,18 @@ def test_compiled_inference_is_the_same(monkeypatch):
 
 def test_one_graph_for_each_piece_and_batch_size(monkeypatch):
     graphs = []
-    count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+
+    def count(graph, inputs):
+        return graphs.append(graph) or graph.forward
+
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
     model = tiny_pi(depth=1, vision_depth=1)
     compiled.compile_for(model, 16, "cpu", lambda: None)
     assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
     for n in (5, 8, 16):  # a padded batch, and full ones as `draw` makes their noise
         with torch.inference_mode():  # as `rollout_worker.serve` does
-            noise, obs = model.draw([(1, i, 0, 0) for i in range(n)], [True] * n), observations(model, n)
+            noise = model.draw([(1, i, 0, 0) for i in range(n)], [True] * n)
+            obs = observations(model, n)
             model.act(*(compiled.pad(x, compiled.bucket(n)) if n == 5 else x for x in (obs, noise)))
     assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
 
@@ -97,8 +111,14 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_compiles_its_inference(cli, tiny_checkpoint, tmp_path):
-    flags = f"{SMALL} --tasks handle-press --max-staleness 0 --iterations 3 --checkpoint {tiny_checkpoint} --compile True"
+    flags = (
+        f"{SMALL} --tasks handle-press --max-staleness 0 --iterations 3 --checkpoint "
+        f"{tiny_checkpoint} --compile True"
+    )
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'run'}").finish(timeout=400)
     assert status == 0 and "3 iterations done" in output, output
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert all(line["ratio_max"] == pytest.approx(1.0, abs=1e-4) for line in lines) and lines[-1]["weight_sync_s"] > 0
+    assert (
+        all(line["ratio_max"] == pytest.approx(1.0, abs=1e-4) for line in lines)
+        and lines[-1]["weight_sync_s"] > 0
+    )

@@ -6,14 +6,29 @@ from dataclasses import fields
 
 import pytest
 
-from config import ActorConfig, Config, RunConfig, UserError, exit_on_user_error, from_json, from_preset, to_json, validate
+from config import (
+    ActorConfig,
+    Config,
+    RunConfig,
+    UserError,
+    exit_on_user_error,
+    from_json,
+    from_preset,
+    to_json,
+    validate,
+)
 
 
 def valid(**changes) -> Config:
     """Worker counts and sizes as in the tests below, and changes given as stage__name=value."""
     config = Config()
-    config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers = 3, 1, 1
-    config.env.envs, config.actor.batch, config.actor.minibatch, config.actor.micro_batch = 24, 48, 12, 2
+    config.env.env_workers = 3
+    config.rollout.rollout_workers = 1
+    config.actor.actor_workers = 1
+    config.env.envs = 24
+    config.actor.batch = 48
+    config.actor.minibatch = 12
+    config.actor.micro_batch = 2
     for name, value in changes.items():
         stage, name = name.split("__")
         setattr(getattr(config, stage), name, value)
@@ -21,7 +36,8 @@ def valid(**changes) -> Config:
 
 
 def test_presets_are_the_rows_of_table_1():
-    lockstep, dynamic = ("all", math.inf), ("auto", "auto")
+    lockstep = ("all", math.inf)
+    dynamic = ("auto", "auto")
     rows = {
         "sync-colocated": ("colocated", 0, *lockstep, False),
         "sync-disaggregated": ("disaggregated", 0, *lockstep, False),
@@ -31,10 +47,19 @@ def test_presets_are_the_rows_of_table_1():
     }
     for name, row in rows.items():
         config = from_preset(name)
-        rollout, actor = config.rollout, config.actor
-        found = config.train.placement, actor.max_staleness, rollout.batch_max, rollout.batch_wait_ms, actor.stream
+        rollout = config.rollout
+        actor = config.actor
+        found = (
+            config.train.placement,
+            actor.max_staleness,
+            rollout.batch_max,
+            rollout.batch_wait_ms,
+            actor.stream,
+        )
         assert found == row and config.train.preset == name
-    assert to_json(from_preset("full")) == to_json(Config())  # the defaults written in the dataclasses
+    assert to_json(from_preset("full")) == to_json(
+        Config()
+    )  # the defaults written in the dataclasses
 
 
 def test_what_is_valid():
@@ -60,10 +85,19 @@ def test_what_is_valid():
         ({"actor__lr": -1.0}, "--lr -1.0 is out of range"),
         ({"algorithm__gamma": 2.0}, "--gamma 2.0 is out of range"),
         ({"rollout__noise_level": 0.0}, "--noise-level 0.0 is out of range"),
-        ({"actor__train_vlm": True, "rollout__prefix_dtype": "bfloat16"}, "--prefix-dtype bfloat16 is for a frozen VLM"),
+        (
+            {"actor__train_vlm": True, "rollout__prefix_dtype": "bfloat16"},
+            "--prefix-dtype bfloat16 is for a frozen VLM",
+        ),
         ({"rollout__temperature": 1.6}, "--temperature means something to oft, not to pi05"),
-        ({"train__model": "oft", "actor__cache_prefix": False}, "--cache-prefix means something to pi0, pi05, gr00t, not to oft"),
-        ({"train__model": "gr00t", "rollout__noise": "network"}, "--noise means something to pi0, pi05, not to gr00t"),
+        (
+            {"train__model": "oft", "actor__cache_prefix": False},
+            "--cache-prefix means something to pi0, pi05, gr00t, not to oft",
+        ),
+        (
+            {"train__model": "gr00t", "rollout__noise": "network"},
+            "--noise means something to pi0, pi05, not to gr00t",
+        ),
         ({"rollout__denoise_steps": 0}, "--denoise-steps 0"),
         ({"train__checkpoint_every": 0}, "--checkpoint-every 0"),
         ({"train__timeout_s": 0.0}, "--timeout-s 0"),
@@ -77,9 +111,18 @@ def test_what_is_valid():
         ({"env__env_workers": 25}, "25 env workers have only 24 envs"),
         ({"rollout__rollout_workers": 25}, "25 rollout workers have only 24 lanes"),
         ({"env__lanes": -1}, "into -1 lanes"),
-        ({"env__lanes": 5}, "--envs 24 cannot be split evenly into 5 lanes of each of 3 env workers"),
-        ({"env__lanes": 1, "actor__actor_workers": 2}, "8 envs of a lane × 2 actor workers"),  # a lane goes to one rank
-        ({"train__algorithm": "grpo", "algorithm__bootstrap_truncated": True}, "--bootstrap-truncated needs a critic"),
+        (
+            {"env__lanes": 5},
+            "--envs 24 cannot be split evenly into 5 lanes of each of 3 env workers",
+        ),
+        (
+            {"env__lanes": 1, "actor__actor_workers": 2},
+            "8 envs of a lane × 2 actor workers",
+        ),  # a lane goes to one rank
+        (
+            {"train__algorithm": "grpo", "algorithm__bootstrap_truncated": True},
+            "--bootstrap-truncated needs a critic",
+        ),
         ({"env__segment": -1}, "--segment"),
         ({"env__eval_every": -1}, "--eval-every"),
     ],
@@ -95,10 +138,16 @@ def test_saved_settings_come_back(tmp_path):
     config.train.tasks = ("push", "reach")
     (tmp_path / "config.json").write_text(to_json(config))
     again = from_json(tmp_path / "config.json")
-    assert again == config and isinstance(again.train.tasks, tuple) and again.rollout.batch_wait_ms == math.inf
+    assert (
+        again == config
+        and isinstance(again.train.tasks, tuple)
+        and again.rollout.batch_wait_ms == math.inf
+    )
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"train": {"no_such_setting": 1}}', '{"no_such_stage": {}}'])
+@pytest.mark.parametrize(
+    "text", [None, "{", "[]", '{"train": {"no_such_setting": 1}}', '{"no_such_stage": {}}']
+)
 def test_unreadable_settings(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
@@ -119,10 +168,16 @@ def test_a_user_s_mistake_is_one_line_and_status_2(capsys):
     assert stop.value.code == 2 and capsys.readouterr() == ("", "error: that cannot be: do this\n")
 
 
-@pytest.mark.parametrize("staleness, extra, exact", [(0, 0, False), (2, 0, False), (1, 1, False), (3, 0, True), (1, 2, True)])
-def test_old_samples_get_the_exact_proximal_policy_unless_another_is_asked_for(staleness, extra, exact):
+@pytest.mark.parametrize(
+    "staleness, extra, exact",
+    [(0, 0, False), (2, 0, False), (1, 1, False), (3, 0, True), (1, 2, True)],
+)
+def test_old_samples_get_the_exact_proximal_policy_unless_another_is_asked_for(
+    staleness, extra, exact
+):
     config = Config()
-    config.actor.max_staleness, config.actor.extra_staleness = staleness, extra
+    config.actor.max_staleness = staleness
+    config.actor.extra_staleness = extra
     assert config.exact_proximal == exact
     for proximal in ("interpolated", "exact", "behaviour"):
         config.algorithm.proximal = proximal

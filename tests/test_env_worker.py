@@ -1,4 +1,6 @@
-"""A worker's lanes step by step against a scripted simulator, and the property that success never selects what is trained."""
+"""A worker's lanes step by step against a scripted simulator, and the property that success never
+selects what is trained.
+"""
 
 import math
 import time
@@ -33,9 +35,13 @@ from envs import EnvSpec
 from models.checkpoint import Header
 from scheduler import Admission
 
-CHUNK, HORIZON, SEGMENT, LANES = 3, 6, 4, 2
+CHUNK = 3
+HORIZON = 6
+SEGMENT = 4
+LANES = 2
 
-# ---------------------------------------------------------------- this file is a simulator: the test decides who succeeds
+# ---------------------------------------------------------------- this file is a simulator: the
+# test decides who succeeds
 
 
 def spec(tasks, image_size) -> EnvSpec:
@@ -45,14 +51,17 @@ def spec(tasks, image_size) -> EnvSpec:
 
 
 class Env:
-    """Succeeds when action[0] is 1, and takes action[1] seconds. Its picture says which episode this is, how far along, and of
-    which task."""
+    """Succeeds when action[0] is 1, and takes action[1] seconds. Its picture says which episode
+    this is, how far along, and of which task.
+    """
 
     def __init__(self, tasks, image_size):
         pass
 
     def reset(self, task, seed):
-        self.task, self.seed, self.steps = task, seed, 0
+        self.task = task
+        self.seed = seed
+        self.steps = 0
 
     def observe(self):
         image = np.zeros((1, 2, 2, 3), np.uint8)
@@ -92,36 +101,61 @@ def worker(monkeypatch):
     monkeypatch.setitem(envs.ENVS, "metaworld", __name__)
     processes = []
 
-    def start(version: int = 0, replaces: Channels | None = None, ranks: int = 1, tasks=(), group: int = 0, **settings) -> Channels:
+    def start(
+        version: int = 0,
+        replaces: Channels | None = None,
+        ranks: int = 1,
+        tasks=(),
+        group: int = 0,
+        **settings,
+    ) -> Channels:
         """With `replaces`, in place of the last one started, which is killed."""
         config = Config()
         config.env.envs = config.actor.batch = settings.get("envs", LANES)
-        config.env.env_workers, config.env.eval_every = 1, 0
-        config.train.tasks, config.train.tokenizer = tasks, ASSETS / "tokenizer.model"
+        config.env.env_workers = 1
+        config.env.eval_every = 0
+        config.train.tasks = tasks
+        config.train.tokenizer = ASSETS / "tokenizer.model"
         if group:
-            config.train.algorithm, config.algorithm.group_size = "grpo", group
+            config.train.algorithm = "grpo"
+            config.algorithm.group_size = group
         for name, value in settings.items():
             setattr(config.algorithm if name == "bootstrap_truncated" else config.env, name, value)
         f = torch.float32
         fields = {
-            "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8), "tokens": ((SEGMENT + 1, 24), torch.int32),
-            "actions": ((SEGMENT, CHUNK, 4), f), "reward": ((SEGMENT,), f), "terminated": ((SEGMENT,), torch.bool),
-            "truncated": ((SEGMENT,), torch.bool), "lane": ((), torch.int32), "asked": ((), torch.float64),
-            "trajectory": ((), torch.int32), "received": ((), torch.int32), "task": ((), torch.int32),
+            "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8),
+            "tokens": ((SEGMENT + 1, 24), torch.int32),
+            "actions": ((SEGMENT, CHUNK, 4), f),
+            "reward": ((SEGMENT,), f),
+            "terminated": ((SEGMENT,), torch.bool),
+            "truncated": ((SEGMENT,), torch.bool),
+            "lane": ((), torch.int32),
+            "asked": ((), torch.float64),
+            "trajectory": ((), torch.int32),
+            "received": ((), torch.int32),
+            "task": ((), torch.int32),
             "collected": ((), torch.int64),
-        }  # fmt: skip
+        }
         slots = Admission.of(config).slots + config.env.eval_envs
         channels = replaces or Channels(
-            SlotPool(fields, slots), WeightPlane({"w": ((1,), f)}, version=version),
-            Counters(1, metrics.columns(config.env.eval_episodes)), (IndexQueue(),), (IndexQueue(),),
+            SlotPool(fields, slots),
+            WeightPlane({"w": ((1,), f)}, version=version),
+            Counters(1, metrics.columns(config.env.eval_episodes)),
+            (IndexQueue(),),
+            (IndexQueue(),),
             tuple(IndexQueue() for _ in range(ranks)),
-        )  # fmt: skip
+        )
         if replaces:
-            processes[-1].kill(), processes[-1].join()
+            processes[-1].kill()
+            processes[-1].join()
             channels.counters.add(0, "restarts", 1)
-        header = Header("pi05", {"image_size": 2}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
+        header = Header(
+            "pi05", {"image_size": 2}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4}
+        )
         meter = metrics.Meter("env-0", 0, channels.counters, None)
-        process = get_context("fork").Process(target=run, args=(0, config, header, "cpu", channels, version, meter), daemon=True)
+        process = get_context("fork").Process(
+            target=run, args=(0, config, header, "cpu", channels, version, meter), daemon=True
+        )
         process.start()
         processes.append(process)
         return channels
@@ -172,40 +206,62 @@ def test_a_trajectory_from_request_to_request(worker):
     (zero,) = requests(channels, 1)
     assert zero == Record(0, 1, ACT, 0) and seen(pool, 0, 1) == (name(0, 0, 0), 3, 0)
     assert not torch.equal(pool["tokens"][0, 0], pool["tokens"][0, 1])  # the state is in the prompt
-    answer(channels, zero, plan(success_at=1))  # in the middle of a chunk: the rest of it is not executed
+    answer(
+        channels, zero, plan(success_at=1)
+    )  # in the middle of a chunk: the rest of it is not executed
     (zero,) = requests(channels, 1)
     assert zero == Record(0, 2, ACT, 0) and seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)
-    assert torch.equal(pool["actions"][0, 1], plan(success_at=1))  # what is trained on is what was sampled
+    assert torch.equal(
+        pool["actions"][0, 1], plan(success_at=1)
+    )  # what is trained on is what was sampled
     for _ in (3, 4):
         answer(channels, zero, plan())
         (zero,) = requests(channels, 1)
-    assert zero == Record(0, 4, VALUE, 0) and seen(pool, 0, 4)[1] == 0  # a new episode after the time limit
+    assert (
+        zero == Record(0, 4, VALUE, 0) and seen(pool, 0, 4)[1] == 0
+    )  # a new episode after the time limit
     assert pool["reward"][0].tolist() == [0, 1, 0, 0]
     assert pool["terminated"][0].tolist() == [False, True, False, False]
     assert pool["truncated"][0].tolist() == [False, False, False, True]
     assert channels.finished[0].get(0) == []
     answer(channels, zero)  # the value of the last observation has come
-    assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)] and pool["collected"][:2].tolist() == [SEGMENT, 0]
-    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
+    assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)] and pool["collected"][
+        :2
+    ].tolist() == [SEGMENT, 0]
+    counted = [
+        channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")
+    ]
     assert counted == [3 + 2 + 3 + 3, 2, 1]
 
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_time_limit_can_ask_for_the_value_of_the_last_observation(worker, width):
-    """Before the episodes that it cut are replaced by new ones; success, which ends them too, asks for nothing."""
+    """Before the episodes that it cut are replaced by new ones; success, which ends them too, asks
+    for nothing.
+    """
     channels = worker(bootstrap_truncated=True, lanes=width - 1)
     pool = channels.pool
     record = requests(channels, LANES // width)[0]
     for t in range(SEGMENT):
         assert record == Record(0, t, ACT, 0)
-        pool["actions"][:LANES, t] = plan(success_at=1 if t == 2 else None)  # too late after t = 1; success; not over
+        pool["actions"][:LANES, t] = plan(
+            success_at=1 if t == 2 else None
+        )  # too late after t = 1; success; not over
         answer(channels, record)
         (record,) = requests(channels, 1)
         if t == 1:
-            assert record == Record(0, 2, FINAL, 0) and seen(pool, 0, 2) == (name(0, 0, 0), HORIZON, 0)
+            assert record == Record(0, 2, FINAL, 0) and seen(pool, 0, 2) == (
+                name(0, 0, 0),
+                HORIZON,
+                0,
+            )
             answer(channels, record)
             (record,) = requests(channels, 1)
-            assert seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)  # of which the next action is asked for
+            assert seen(pool, 0, 2) == (
+                name(0, 0, 2),
+                0,
+                0,
+            )  # of which the next action is asked for
     assert record == Record(0, SEGMENT, VALUE, 0)
     assert pool["truncated"][0].tolist() == [False, True, False, False]
     assert pool["terminated"][0].tolist() == [False, False, True, False]
@@ -227,18 +283,26 @@ def test_no_request_waits_for_another_lane_s_step(worker):
 def test_a_slot_says_whose_it_is(worker):
     channels = worker()
     requests(channels, 2)
-    assert [[channels.pool[n][slot].item() for n in ("lane", "trajectory", "task")] for slot in (0, 1)] == [[0, 0, 0], [1, 0, 1]]
+    assert [
+        [channels.pool[n][slot].item() for n in ("lane", "trajectory", "task")] for slot in (0, 1)
+    ] == [[0, 0, 0], [1, 0, 1]]
 
 
 def drive(channels: Channels, record: Record) -> Record | None:
-    """Answers one lane's requests to the end of its trajectory, without success. Returns the next one's first request, if any."""
-    slot, begun = record.slot, None
+    """Answers one lane's requests to the end of its trajectory, without success. Returns the next
+    one's first request, if any.
+    """
+    slot = record.slot
+    begun = None
     for t in range(SEGMENT):
         assert record == Record(slot, t, ACT, 0)
         answer(channels, record, plan())
-        record, *more = sorted(requests(channels, 1 if t + 1 < SEGMENT else None), key=lambda r: r.slot != slot)
+        record, *more = sorted(
+            requests(channels, 1 if t + 1 < SEGMENT else None), key=lambda r: r.slot != slot
+        )
         begun = more[0] if more else None
-    # The value of the last observation: waited for, unless the next trajectory has begun and its first request takes it along.
+    # The value of the last observation: waited for, unless the next trajectory has begun and its
+    # first request takes it along.
     assert record == Record(slot, SEGMENT, VALUE if begun is None else LAST, 0)
     answer(channels, record)
     assert channels.finished[0].get(10.0)[0].slot == slot
@@ -254,7 +318,9 @@ def test_a_trajectory_starts_when_its_version_allows_and_goes_on_where_the_last_
     publish(channels, 0)
     (zero,) = requests(channels, 1)
     assert zero == Record(2, 0, ACT, 0) and pool["trajectory"][2] == 1  # the other half of the ring
-    assert seen(pool, 2, 0) == seen(pool, 0, SEGMENT) and torch.equal(pool["tokens"][2, 0], pool["tokens"][0, SEGMENT])
+    assert seen(pool, 2, 0) == seen(pool, 0, SEGMENT) and torch.equal(
+        pool["tokens"][2, 0], pool["tokens"][0, SEGMENT]
+    )
     assert drive(channels, zero) is None
     assert requests(channels, 0) == []  # lane 1's first trajectory still waits: version 1 cannot be
     assert drive(channels, one) == Record(3, 0, ACT, 0)  # admitted at once
@@ -282,7 +348,9 @@ def test_the_lanes_of_a_group_meet_one_state_and_their_trajectories_end_with_the
     assert seen(pool, zero.slot, 0) == seen(pool, one.slot, 0) == (name(0, 0, 0), 0, 0)
     publish(channels, 0)
     answer(channels, zero, plan(success_at=1))
-    (third,) = requests(channels, 1)  # the next trajectory, at once: nobody asks for the value of an end
+    (third,) = requests(
+        channels, 1
+    )  # the next trajectory, at once: nobody asks for the value of an end
     assert channels.finished[0].get(5.0) == [Record(zero.slot, 1, DONE, 0)]  # of one chunk step
     assert third.kind == ACT and third.t == 0 and seen(pool, third.slot, 0) == (name(0, 1, 0), 0, 1)
     answer(channels, one, plan())  # the other one goes on until its time limit, two chunks
@@ -290,14 +358,21 @@ def test_the_lanes_of_a_group_meet_one_state_and_their_trajectories_end_with_the
     assert one.t == 1 and channels.finished[0].get(0.0) == []
     answer(channels, one, plan())
     (one,) = requests(channels, 1)
-    assert channels.finished[0].get(5.0) == [Record(1, 2, DONE, 0)] and pool["collected"][:4].tolist() == [1, 2, 0, 0]
-    assert one.t == 0 and seen(pool, one.slot, 0) == seen(pool, third.slot, 0)  # the same state again
+    assert channels.finished[0].get(5.0) == [Record(1, 2, DONE, 0)] and pool["collected"][
+        :4
+    ].tolist() == [1, 2, 0, 0]
+    assert one.t == 0 and seen(pool, one.slot, 0) == seen(
+        pool, third.slot, 0
+    )  # the same state again
 
 
 def test_a_resumed_run_meets_the_same_episodes(worker):
-    whole, resumed = worker(), worker(version=1)
+    whole = worker()
+    resumed = worker(version=1)
     zero, _ = requests(whole, 2)
-    drive(whole, zero)  # 4 chunks of 3 steps: two episodes end by the time limit, the next begins with the next trajectory
+    drive(whole, zero)
+    # 4 chunks of 3 steps: two episodes end by the time limit, the next begins with the next
+    # trajectory
     publish(whole, 0)
     (again,) = requests(whole, 1)
     first, _ = requests(resumed, 2)
@@ -320,14 +395,18 @@ def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
         begin_round(channels, number)
         for episode, success in enumerate(successes):
             (record,) = requests(channels, 1)
-            assert record == Record(slot, 0, EVAL, 0) and channels.pool["trajectory"][slot] == episode
+            assert (
+                record == Record(slot, 0, EVAL, 0) and channels.pool["trajectory"][slot] == episode
+            )
             assert seen(channels.pool, slot, 0) == ((EVAL_SEEDS + episode) % 251, 0, episode % 2)
             answer(channels, record, plan())
             (record,) = requests(channels, 1)
             assert record == Record(slot, 1, EVAL, 0) and seen(channels.pool, slot, 0)[1] == 3
             answer(channels, record, plan(success_at=2 if success else None))
         assert requests(channels, 0) == []
-        assert [channels.counters.get(0, f"outcome_{e}") - 2 * number for e in range(3)] == successes
+        assert [
+            channels.counters.get(0, f"outcome_{e}") - 2 * number for e in range(3)
+        ] == successes
     assert channels.counters.get(0, "env_steps") == 0
 
 
@@ -349,14 +428,25 @@ def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
     pool = channels.pool
     zero, one = requests(channels, 2)
     assert (zero, one) == (Record(0, 0, ACT, 0), Record(3, 0, ACT, 0))
-    assert [seen(pool, slot, 0) for slot in range(6)] == [(name(slot, 0, 0), 0, slot // 3) for slot in range(6)]  # a task per lane
-    assert [pool[n][:6].tolist() for n in ("lane", "trajectory", "task")] == [[0, 1, 2, 3, 4, 5], [0] * 6, [0, 0, 0, 1, 1, 1]]
+    assert [seen(pool, slot, 0) for slot in range(6)] == [
+        (name(slot, 0, 0), 0, slot // 3) for slot in range(6)
+    ]  # a task per lane
+    assert [pool[n][:6].tolist() for n in ("lane", "trajectory", "task")] == [
+        [0, 1, 2, 3, 4, 5],
+        [0] * 6,
+        [0, 0, 0, 1, 1, 1],
+    ]
 
-    # Lane 1 is left waiting. In lane 0 the second env succeeds in the first chunk: it alone begins another episode.
+    # Lane 1 is left waiting. In lane 0 the second env succeeds in the first chunk: it alone begins
+    # another episode.
     answer_lane(channels, zero, plans(None, 1, None))
     (zero,) = requests(channels, 1)
     assert zero == Record(0, 1, ACT, 0)
-    assert [seen(pool, slot, 1) for slot in range(3)] == [(name(0, 0, 0), 3, 0), (name(1, 0, 1), 0, 0), (name(2, 0, 0), 3, 0)]
+    assert [seen(pool, slot, 1) for slot in range(3)] == [
+        (name(0, 0, 0), 3, 0),
+        (name(1, 0, 1), 0, 0),
+        (name(2, 0, 0), 3, 0),
+    ]
     for t in (1, 2, 3):
         answer_lane(channels, zero, plans(None, None, None))
         (zero,) = requests(channels, 1)
@@ -364,14 +454,22 @@ def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
     assert pool["terminated"][:3].int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert pool["truncated"][:3].int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
     assert pool["reward"][:3].sum().item() == 1.0
-    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
-    assert counted == [3 * 12 - 1, 6, 1]  # the step that the second env took after its success counts for nothing
+    counted = [
+        channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")
+    ]
+    assert counted == [
+        3 * 12 - 1,
+        6,
+        1,
+    ]  # the step that the second env took after its success counts for nothing
     answer(channels, zero)
     assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)]
     assert pool["collected"][:6].tolist() == [SEGMENT] * 3 + [0] * 3
     publish(channels, 0)
     (zero,) = requests(channels, 1)
-    assert zero == Record(6, 0, ACT, 0) and all(seen(pool, 6 + i, 0) == seen(pool, i, SEGMENT) for i in range(3))
+    assert zero == Record(6, 0, ACT, 0) and all(
+        seen(pool, 6 + i, 0) == seen(pool, i, SEGMENT) for i in range(3)
+    )
 
 
 def test_an_episode_of_a_group_that_plays_on_with_its_lane_counts_once(worker):
@@ -379,12 +477,18 @@ def test_an_episode_of_a_group_that_plays_on_with_its_lane_counts_once(worker):
     (record,) = requests(channels, 1)
     answer_lane(channels, record, plans(1, None))
     (record,) = requests(channels, 1)
-    answer_lane(channels, record, plans(0, None))  # the first one has ended, whatever it does now; the other one runs out of time
+    answer_lane(
+        channels, record, plans(0, None)
+    )  # the first one has ended, whatever it does now; the other one runs out of time
     assert channels.finished[0].get(5.0) == [Record(0, 2, DONE, 0)]
     pool = channels.pool
-    assert pool["terminated"][:2, :2].int().tolist() == [[1, 0], [0, 0]] and pool["reward"][:2, :2].tolist() == [[1, 0], [0, 0]]
+    assert pool["terminated"][:2, :2].int().tolist() == [[1, 0], [0, 0]] and pool["reward"][
+        :2, :2
+    ].tolist() == [[1, 0], [0, 0]]
     assert pool["truncated"][:2, :2].int().tolist() == [[0, 0], [0, 1]]
-    counted = [channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")]
+    counted = [
+        channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")
+    ]
     assert counted == [2 + 6, 2, 1]
 
 
@@ -393,7 +497,9 @@ def test_a_replaced_lane_of_several_envs_plays_again_with_all_of_them(worker):
     zero, one = requests(channels, 2)
     answer_lane(channels, zero, plans(None, 0))
     requests(channels, 1)
-    channels.pool["received"][2:4] = 1  # as if lane 1, whose trajectories both go to rank 1, had finished
+    channels.pool["received"][2:4] = (
+        1  # as if lane 1, whose trajectories both go to rank 1, had finished
+    )
     worker(replaces=channels, envs=4, lanes=2, ranks=2)
     restarted(channels, 1, 2, echo=[0, 1, 2])
     publish(channels, 0)
@@ -403,13 +509,22 @@ def test_a_replaced_lane_of_several_envs_plays_again_with_all_of_them(worker):
 
 def test_evaluation_of_several_envs_in_one_lane(worker):
     channels = worker(envs=2, lanes=1, eval_envs=2, eval_episodes=5, eval_every=1)
-    pool, slot = channels.pool, 4
+    pool = channels.pool
+    slot = 4
     requests(channels, 1)
     begin_round(channels, 1)
     (record,) = requests(channels, 1)
-    assert record == Record(slot, 0, EVAL, 0) and pool["trajectory"][slot : slot + 2].tolist() == [0, 1]
+    assert record == Record(slot, 0, EVAL, 0) and pool["trajectory"][slot : slot + 2].tolist() == [
+        0,
+        1,
+    ]
     # Episode 0 succeeds at once and 1 never does; then 2 and so on: each env plays at its own pace.
-    for outcome, playing in (((0, None), [2, 1]), ((None, None), [2, 3]), ((0, None), [4, 3]), ((0, None), [6, 5])):
+    for outcome, playing in (
+        ((0, None), [2, 1]),
+        ((None, None), [2, 3]),
+        ((0, None), [4, 3]),
+        ((0, None), [6, 5]),
+    ):
         answer_lane(channels, record, plans(*outcome))
         more = requests(channels, 0 if min(playing) >= 5 else 1)
         if more:
@@ -422,7 +537,9 @@ def test_evaluation_of_several_envs_in_one_lane(worker):
 
 
 def restarted(channels: Channels, generation: int, ranks: int, echo: list[int]) -> list[Record]:
-    """What a replacement writes first: RESTART to everyone. `echo`: who answers, 0 for the rollout worker, 1 … for actors."""
+    """What a replacement writes first: RESTART to everyone. `echo`: who answers, 0 for the rollout
+    worker, 1 … for actors.
+    """
     words = []
     for queue in (*channels.requests, *channels.finished):
         records = queue.get(10.0)
@@ -437,44 +554,68 @@ def restarted(channels: Channels, generation: int, ranks: int, echo: list[int]) 
 
 def test_a_replacement_plays_again_what_nobody_has_received(worker):
     channels = worker()
-    pool, received = channels.pool, channels.pool["received"]
+    pool = channels.pool
+    received = channels.pool["received"]
     zero, one = requests(channels, 2)
     publish(channels, 0)
-    zero = drive(channels, zero)  # lane 0 has finished its first trajectory, and is in the second of which one row is there
+    zero = drive(
+        channels, zero
+    )  # lane 0 has finished its first trajectory, and is in the second of which one row is there
     answer(channels, zero, plan())
     (stale,) = requests(channels, 1)
     assert stale == Record(2, 1, ACT, 0) and pool["trajectory"][2] == 1
     assert pool["collected"][:4].tolist() == [SEGMENT, 0, 1, 0]
-    answer(channels, stale, plan(success_at=0))  # an answer that the dead one does not live to read, or does not live to use
+    answer(
+        channels, stale, plan(success_at=0)
+    )  # an answer that the dead one does not live to read, or does not live to use
 
     worker(replaces=channels)
     words = restarted(channels, 1, 1, echo=[])
     assert requests(channels, 0) == []  # it waits: answers to the dead one may still come
     answer(channels, one, plan(success_at=0))  # such as this one
-    channels.replies[0].put([Record(0, 0, RESTART, 0), Record(1, 0, RESTART, 0)])  # an echo that an earlier generation asked for
+    channels.replies[0].put(
+        [Record(0, 0, RESTART, 0), Record(1, 0, RESTART, 0)]
+    )  # an echo that an earlier generation asked for
     assert requests(channels, 0) == []
     received[0] = 1  # the actor takes in slot 0 before it echoes
     channels.replies[0].put([words[0]])
     assert requests(channels, 0) == []  # what the actor has received is not known yet
     channels.replies[0].put([words[1]])
     zero, one = sorted(requests(channels, 2), key=lambda record: -record.slot)
-    assert (zero, one) == (Record(2, 0, ACT, 0), Record(1, 0, ACT, 0))  # lane 0 goes on at its second, lane 1 at its first
+    assert (zero, one) == (
+        Record(2, 0, ACT, 0),
+        Record(1, 0, ACT, 0),
+    )  # lane 0 goes on at its second, lane 1 at its first
     assert [pool["trajectory"][slot].item() for slot in (2, 1)] == [1, 0]
     # Other episodes than the first time, from their beginning.
     names = [episode_seed(1, *where, 1) % 251 for where in ((0, 1, 0), (1, 0, 0))]
-    assert seen(pool, 2, 0) == (names[0], 0, 0) and seen(pool, 1, 0) == (names[1], 0, 1) and names[1] != name(1, 0, 0)
-    # One whole trajectory was received: one chunk step is lost, or two, had the dead one used its last answer.
+    assert (
+        seen(pool, 2, 0) == (names[0], 0, 0)
+        and seen(pool, 1, 0) == (names[1], 0, 1)
+        and names[1] != name(1, 0, 0)
+    )
+    # One whole trajectory was received: one chunk step is lost, or two, had the dead one used its
+    # last answer.
     lost = int(pool["collected"][2])
     assert pool["collected"][:4].tolist() == [SEGMENT, 0, lost, 0] and lost in (1, 2)
 
     # It goes on as any other: received at the end, and then the next.
     assert drive(channels, one) == Record(3, 0, ACT, 0)
-    assert drive(channels, zero) is None and requests(channels, 0) == []  # trajectory 2 waits for version 1
-    assert pool["collected"][:4].tolist() == [SEGMENT, SEGMENT, lost + SEGMENT, 0]  # the slot remembers what was lost in it
+    assert (
+        drive(channels, zero) is None and requests(channels, 0) == []
+    )  # trajectory 2 waits for version 1
+    assert pool["collected"][:4].tolist() == [
+        SEGMENT,
+        SEGMENT,
+        lost + SEGMENT,
+        0,
+    ]  # the slot remembers what was lost in it
 
 
 def test_a_replacement_does_not_wait_for_an_actor_that_may_be_waiting_for_it(worker):
-    """Rank 0 has had its share, marked as received, and waits for rank 1, which waits for lane 1."""
+    """Rank 0 has had its share, marked as received, and waits for rank 1, which waits for lane
+    1.
+    """
     channels = worker(ranks=2)
     zero, one = requests(channels, 2)
     assert drive(channels, zero) is None
@@ -495,11 +636,15 @@ def test_a_round_of_evaluation_outlives_its_worker(worker):
     begin_round(channels, 1)
     records = requests(channels, 2)
     answer(channels, records[0], plan(success_at=0))  # episode 0 is won, episode 2 begins
-    assert requests(channels, 1) == [Record(slot, 0, EVAL, 0)] and channels.pool["trajectory"][slot] == 2
+    assert (
+        requests(channels, 1) == [Record(slot, 0, EVAL, 0)]
+        and channels.pool["trajectory"][slot] == 2
+    )
     worker(replaces=channels, eval_envs=2, eval_episodes=6, eval_every=2)
     restarted(channels, 1, 1, echo=[0, 1])
     *_, record, other = requests(channels, 4)  # two lanes and two evaluators
-    waiting, played = [record, other], []
+    waiting = [record, other]
+    played = []
     while waiting:
         record = waiting.pop()
         played.append(int(channels.pool["trajectory"][record.slot]))
@@ -525,10 +670,14 @@ def test_a_round_of_evaluation_outlives_its_worker(worker):
     ],
 )
 def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
-    lane, taken = Single(Env((), 2)), [begun]
+    lane = Single(Env((), 2))
+    taken = [begun]
     lane.reset([0], 0, [0])
-    assert [x for (x,) in lane.play([plan(success_at).numpy()], taken, HORIZON)] == list(expected) and taken == [steps]
-    many, taken = Vectorised(Envs((), 2, 3, "cpu"), "cpu", keep=False), [0, begun, 3]
+    assert [x for (x,) in lane.play([plan(success_at).numpy()], taken, HORIZON)] == list(
+        expected
+    ) and taken == [steps]
+    many = Vectorised(Envs((), 2, 3, "cpu"), "cpu", keep=False)
+    taken = [0, begun, 3]
     many.reset([0, 1, 2], 0, [0, 0, 0])
     plans = torch.stack([plan(1), plan(success_at), plan()]).numpy()
     rows = list(zip(*many.play(plans, taken, HORIZON), strict=True))
@@ -536,10 +685,24 @@ def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
 
 
 def test_episodes_have_names_of_their_own():
-    seeds = [episode_seed(s, lane, j, t) for s in (0, 1) for lane in range(6) for j in range(20) for t in range(5)]
+    seeds = [
+        episode_seed(s, lane, j, t)
+        for s in (0, 1)
+        for lane in range(6)
+        for j in range(20)
+        for t in range(5)
+    ]
     assert len(set(seeds)) == len(seeds)
-    assert seeds == [episode_seed(s, lane, j, t) for s in (0, 1) for lane in range(6) for j in range(20) for t in range(5)]
-    assert all(2**30 <= seed < 2**31 for seed in seeds)  # never an evaluation's (5·10⁵) nor a demonstration's (10⁷)
+    assert seeds == [
+        episode_seed(s, lane, j, t)
+        for s in (0, 1)
+        for lane in range(6)
+        for j in range(20)
+        for t in range(5)
+    ]
+    assert all(
+        2**30 <= seed < 2**31 for seed in seeds
+    )  # never an evaluation's (5·10⁵) nor a demonstration's (10⁷)
     assert EVAL_SEEDS + 100_000 < 10_000_000 < 2**30
 
 
@@ -547,10 +710,13 @@ class Coin:
     """Succeeds with probability `rate`, after `length` control steps."""
 
     def __init__(self, rng, rate: float, length: int):
-        self.rng, self.rate, self.length = rng, rate, length
+        self.rng = rng
+        self.rate = rate
+        self.length = length
 
     def reset(self, task=0, seed=0):
-        self.steps, self.wins = 0, self.rng.random() < self.rate
+        self.steps = 0
+        self.wins = self.rng.random() < self.rate
 
     def step(self, action):
         self.steps += 1
@@ -559,11 +725,21 @@ class Coin:
 
 
 def test_success_does_not_select_what_is_trained_on():
-    rate, horizon, chunk, segment, lanes = 0.3, 40, np.zeros((5, 4)), 8, 8
-    rng, admission = np.random.default_rng(0), Admission(lanes, lanes, 1)
+    rate = 0.3
+    horizon = 40
+    chunk = np.zeros((5, 4))
+    segment = 8
+    lanes = 8
+    rng = np.random.default_rng(0)
+    admission = Admission(lanes, lanes, 1)
     speed = np.linspace(1.0, 6.0, lanes)  # fast and slow simulators, which succeed early or late
-    coins, taken = [Single(Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)], [[0] for _ in range(lanes)]
-    at, slots, version, trained = np.zeros((lanes, 2), int), {}, 0, []  # at: trajectory and row of each lane
+    coins = [Single(Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)]
+    taken = [[0] for _ in range(lanes)]
+    # at: trajectory and row of each lane
+    at = np.zeros((lanes, 2), int)
+    slots = {}
+    version = 0
+    trained = []
     for coin in coins:
         coin.reset([0], 0, [0])
     while version < 120:
@@ -588,7 +764,8 @@ def test_success_does_not_select_what_is_trained_on():
     deviation = math.sqrt(rate * (1 - rate) / len(trained))
     assert len(trained) > 800 and abs(np.mean(trained) - rate) < 3 * deviation
 
-    # These lanes could have shown it: had every batch taken the first half to finish, success would look likelier than it is.
+    # These lanes could have shown it: had every batch taken the first half to finish, success would
+    # look likelier than it is.
     wins = rng.random((1000, lanes)) < rate
     finished = np.where(wins, np.tile((5, 35), lanes // 2), horizon) / speed
     first_half = np.take_along_axis(wins, finished.argsort(axis=1)[:, : lanes // 2], axis=1)

@@ -15,28 +15,38 @@ from config import UserError
 
 
 def test_tost_by_its_interval():
-    """It rejects at 5 % exactly where the 90 % Welch interval of the difference lies within the margin."""
+    """It rejects at 5 % exactly where the 90 % Welch interval of the difference lies within the
+    margin.
+    """
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(200):
-        a, b = rng.normal(0.9, 0.02, 5), rng.normal(0.9 + rng.uniform(-0.06, 0.06), 0.02, 5)
+        a = rng.normal(0.9, 0.02, 5)
+        b = rng.normal(0.9 + rng.uniform(-0.06, 0.06), 0.02, 5)
         interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.9)
         within = interval.low > -MARGIN and interval.high < MARGIN
         assert (tost(a, b, MARGIN) < 0.05) == within
         seen.add(within)
     assert seen == {True, False}
     same = np.array([0.9, 0.9])
-    assert tost(same, same, MARGIN) == tost(np.array([0.9]), a, MARGIN) == 1.0  # nothing is known of how much seeds vary
+    assert (
+        tost(same, same, MARGIN) == tost(np.array([0.9]), a, MARGIN) == 1.0
+    )  # nothing is known of how much seeds vary
 
 
-@pytest.mark.parametrize("deviation, digits", [(0.1, 9), (0.02, 2)])  # and in whole points, as of 100 episodes
+@pytest.mark.parametrize(
+    "deviation, digits", [(0.1, 9), (0.02, 2)]
+)  # and in whole points, as of 100 episodes
 def test_intervals_cover_the_mean_at_five_seeds(deviation, digits):
-    rng, hits = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    hits = 0
     for _ in range(300):
         low, high = bootstrap(rng.normal(0.5, deviation, 5).round(digits), 1000)
         hits += low <= 0.5 <= high
     assert 0.9 <= hits / 300 <= 0.99
-    assert np.isnan(bootstrap(np.array([0.5, 0.6, 0.7, 0.8]))).all() and bootstrap(np.full(5, 0.5)) == (0.5, 0.5)
+    assert np.isnan(bootstrap(np.array([0.5, 0.6, 0.7, 0.8]))).all() and bootstrap(
+        np.full(5, 0.5)
+    ) == (0.5, 0.5)
     assert bootstrap(np.array([0.0, 0.1, 0.9, 1.0, 1.0]))[1] == 1.0
 
 
@@ -50,11 +60,17 @@ def test_holm(p):
 
 
 def test_lag_does_not_count_as_slow_learning():
-    """Versions that play equally well, met later: the same area, though training's own success is lower throughout."""
+    """Versions that play equally well, met later: the same area, though training's own success is
+    lower throughout.
+    """
     play = np.linspace(0.4, 0.9, 40)
     late = [max(0, i - 5) for i in range(40)]
     rows = [
-        {"time": list(range(40)), "staleness_mean": [float(i - v) for i, v in enumerate(acted)], "success_rate": list(play[acted])}
+        {
+            "time": list(range(40)),
+            "staleness_mean": [float(i - v) for i, v in enumerate(acted)],
+            "success_rate": list(play[acted]),
+        }
         for acted in (list(range(40)), late)
     ]
     assert area(rows[0]) == pytest.approx(area(rows[1])) == pytest.approx(play[:32].mean())
@@ -63,18 +79,37 @@ def test_lag_does_not_count_as_slow_learning():
 
 
 def result(arm: str, seed: int, final: float) -> dict:
-    return {"arm": arm, "seed": seed, "flags": "", "final": final, "success_rate": [None, final], "time": [1.0, 120.0],
-            "env_steps": [10, 20], "staleness_mean": [0.0, 0.5], "staleness_max": [0, 1]}  # fmt: skip
+    return {
+        "arm": arm,
+        "seed": seed,
+        "flags": "",
+        "final": final,
+        "success_rate": [None, final],
+        "time": [1.0, 120.0],
+        "env_steps": [10, 20],
+        "staleness_mean": [0.0, 0.5],
+        "staleness_max": [0, 1],
+    }
 
 
 def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch):
     base, same, worse = list(STUDIES["equivalence"])[:3]
     noise = (-0.01, 0.0, 0.01, 0.005, -0.005)
-    found = [result(arm, i, level + noise[i]) for arm, level in ((base, 0.9), (same, 0.905), (worse, 0.8)) for i in range(5)]
+    found = [
+        result(arm, i, level + noise[i])
+        for arm, level in ((base, 0.9), (same, 0.905), (worse, 0.8))
+        for i in range(5)
+    ]
     base, alike, different = summary("equivalence", found)
-    assert alike["final_equivalent"] and alike["area_equivalent"] and not different["final_equivalent"]
+    assert (
+        alike["final_equivalent"] and alike["area_equivalent"] and not different["final_equivalent"]
+    )
     assert different["final_difference"] == pytest.approx(-0.1) and base["minutes"] == 2.0
-    assert "-10.0 points" in (text := table("equivalence", found)) and text.count(": equivalent") == 2 and "| 0.2, 1 |" in text
+    assert (
+        "-10.0 points" in (text := table("equivalence", found))
+        and text.count(": equivalent") == 2
+        and "| 0.2, 1 |" in text
+    )
     assert "100% of studies with 5 seeds, and in 80% with 5" in text
     monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
     equivalence.plot("equivalence", found)
@@ -89,10 +124,13 @@ def test_every_arm_is_a_command():
 
 def test_results_that_cannot_be_compared_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
-    one, other = result("PPO", 1, 0.9), result("PPO", 2, 0.9) | {"flags": "--iterations 3"}
+    one = result("PPO", 1, 0.9)
+    other = result("PPO", 2, 0.9) | {"flags": "--iterations 3"}
     raw = tmp_path / "algorithms.jsonl"
     raw.write_text(f"{json.dumps(one)}\n{json.dumps(other)}\n")
-    assert equivalence.rows("algorithms", "") == [one] and equivalence.rows("algorithms", "--iterations 3") == [other]
+    assert equivalence.rows("algorithms", "") == [one] and equivalence.rows(
+        "algorithms", "--iterations 3"
+    ) == [other]
     for wrong in (one, result("PPO", 2, 0.9) | {"time": [1.0]}):
         raw.write_text(f"{json.dumps(one)}\n{json.dumps(wrong)}\n")
         with pytest.raises(UserError, match="twice, or runs of different length"):

@@ -21,39 +21,71 @@ def test_wilson_s_interval():
 
 def test_a_checkpoint_is_evaluated_the_same_every_time(tiny_checkpoint, tmp_path, capsys):
     tasks = ("faucet-open", "handle-press")
-    config = EvaluateConfig(checkpoint=tiny_checkpoint, tasks=tasks, episodes=3, videos=tmp_path / "a", json=tmp_path / "a.json")
+    config = EvaluateConfig(
+        checkpoint=tiny_checkpoint,
+        tasks=tasks,
+        episodes=3,
+        videos=tmp_path / "a",
+        json=tmp_path / "a.json",
+    )
     result = evaluate.main(config)
-    assert result == json.loads((tmp_path / "a.json").read_text()) and result["checkpoint"] == str(tiny_checkpoint)
-    assert [(row["task"], row["episodes"]) for row in result["rows"]] == [("faucet-open", 2), ("handle-press", 1), ("all", 3)]
+    assert result == json.loads((tmp_path / "a.json").read_text()) and result["checkpoint"] == str(
+        tiny_checkpoint
+    )
+    assert [(row["task"], row["episodes"]) for row in result["rows"]] == [
+        ("faucet-open", 2),
+        ("handle-press", 1),
+        ("all", 3),
+    ]
     for row in result["rows"]:
-        assert (row["low"], row["high"]) == wilson(round(row["success_rate"] * row["episodes"]), row["episodes"])
+        assert (row["low"], row["high"]) == wilson(
+            round(row["success_rate"] * row["episodes"]), row["episodes"]
+        )
     films = [(tmp_path / "a" / f"{task}.mp4").read_bytes() for task in tasks]
     assert all(b"ftyp" in film[:32] and len(film) > 2000 for film in films) and films[0] != films[1]
     assert "95 % [" in capsys.readouterr().out
-    again = evaluate.main(EvaluateConfig(checkpoint=tiny_checkpoint, tasks=tasks, episodes=3, videos=tmp_path / "b"))
+    again = evaluate.main(
+        EvaluateConfig(checkpoint=tiny_checkpoint, tasks=tasks, episodes=3, videos=tmp_path / "b")
+    )
     assert again["rows"] == result["rows"]
-    assert [(tmp_path / "b" / f"{task}.mp4").read_bytes() for task in tasks] == films  # to the last pixel
+    assert [
+        (tmp_path / "b" / f"{task}.mp4").read_bytes() for task in tasks
+    ] == films  # to the last pixel
 
 
 def test_the_command_line_reads_a_run_s_newest_checkpoint(cli, tiny_checkpoint, tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "000003"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").symlink_to(tiny_checkpoint)
-    status, output = cli("evaluate.py", f"--checkpoint {tmp_path / 'run'} --tasks handle-press --episodes 1").finish()
-    assert status == 0 and "handle-press" in output and (tmp_path / "run/videos/handle-press.mp4").is_file(), output
+    status, output = cli(
+        "evaluate.py", f"--checkpoint {tmp_path / 'run'} --tasks handle-press --episodes 1"
+    ).finish()
+    assert (
+        status == 0
+        and "handle-press" in output
+        and (tmp_path / "run/videos/handle-press.mp4").is_file()
+    ), output
     status, output = cli("evaluate.py", f"--checkpoint {tmp_path / 'none'}").finish(timeout=10)
     assert status == 2 and output.startswith("error: no checkpoint at") and output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "change, words",
-    [({"episodes": 0}, "at least 1"), ({"tasks": ("juggle",)}, "juggle"), ({"family": "emulated"}, "emulated")],
+    [
+        ({"episodes": 0}, "at least 1"),
+        ({"tasks": ("juggle",)}, "juggle"),
+        ({"family": "emulated"}, "emulated"),
+    ],
 )
 def test_mistakes(tiny_checkpoint, tmp_path, change, words):
     config = EvaluateConfig(checkpoint=tiny_checkpoint, episodes=1, videos=tmp_path)
     if "family" in change:  # what a run with --model emulated saves
         config.checkpoint = tmp_path / "emulated.safetensors"
-        checkpoint.save(config.checkpoint, checkpoint.Header("emulated", {}, STATS), {"action": torch.zeros(10, 4)})
+        checkpoint.save(
+            config.checkpoint,
+            checkpoint.Header("emulated", {}, STATS),
+            {"action": torch.zeros(10, 4)},
+        )
     else:
         for name, value in change.items():
             setattr(config, name, value)

@@ -1,4 +1,6 @@
-"""GR00T N1.5's files: prepared as the originals do it, read in three layouts, written back, refused where they do not fit."""
+"""GR00T N1.5's files: prepared as the originals do it, read in three layouts, written back, refused
+where they do not fit.
+"""
 
 import base64
 import json
@@ -28,7 +30,8 @@ def cases() -> dict:
 class Words:
     """A tokeniser of whole words, for tests that are not about words."""
 
-    bos_id, encode = staticmethod(lambda: 1), staticmethod(lambda text: [5] * len(text.split()))
+    bos_id = staticmethod(lambda: 1)
+    encode = staticmethod(lambda text: [5] * len(text.split()))
 
 
 def test_state_and_action_are_scaled_as_in_the_originals(cases):
@@ -39,7 +42,9 @@ def test_state_and_action_are_scaled_as_in_the_originals(cases):
         found = ready.observe(image, np.array(case["state"], np.float32), "go")["state"]
         np.testing.assert_allclose(found, case["lerobot"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(found[:6], case["isaac"], rtol=0, atol=1e-6)
-        assert found.dtype == np.float32 and found[2] == 0.0 and not found[6:].any()  # never varied; padding
+        assert (
+            found.dtype == np.float32 and found[2] == 0.0 and not found[6:].any()
+        )  # never varied; padding
     for case in cases["actions"]:
         found = ready.actions(np.array(case["model"][:5], np.float32))
         np.testing.assert_allclose(found, case["lerobot"], rtol=0, atol=1e-6)
@@ -52,16 +57,24 @@ def test_images_are_resized_as_in_the_originals(cases):
     for case in cases["images"]:
         image = np.frombuffer(base64.b64decode(case["image"]), np.uint8).reshape(case["shape"])
         shape = (2, case["size"], case["size"], 3)
-        wanted = {k: np.frombuffer(base64.b64decode(case[k]), np.uint8).reshape(shape) for k in ("isaac", "lerobot")}
+        wanted = {
+            k: np.frombuffer(base64.b64decode(case[k]), np.uint8).reshape(shape)
+            for k in ("isaac", "lerobot")
+        }
         for layout in wanted:
-            c, stats = replace(TINY, image_size=case["size"]), cases["statistics"] | {"layout": layout}
-            found = gr00t_files.Preparation(c, stats, Words).observe(image, np.zeros(6, np.float32), "go")["image"]
+            c = replace(TINY, image_size=case["size"])
+            stats = cases["statistics"] | {"layout": layout}
+            found = gr00t_files.Preparation(c, stats, Words).observe(
+                image, np.zeros(6, np.float32), "go"
+            )["image"]
             np.testing.assert_array_equal(found, wanted[layout], err_msg=layout)
 
 
 def test_prompts_are_the_original_s(cases):
     for case in cases["prompts"]:
-        assert gr00t_files.prompt(case["task"], case["views"], as_list=case["as_list"]) == case["text"]
+        assert (
+            gr00t_files.prompt(case["task"], case["views"], as_list=case["as_list"]) == case["text"]
+        )
     assert gr00t_files.prompt("x", 1, 256).count(gr00t_files.IMAGE) == 256
 
 
@@ -73,7 +86,10 @@ def test_token_ids_are_the_original_s(cases):
         c = replace(FULL, views=case["views"], task_as_list=case["as_list"])
         found = gr00t_files.encode(c, tokenizer, case["task"])
         assert found.dtype == np.int32 and found.shape == (c.tokens,)
-        assert found[: len(case["ids"])].tolist() == case["ids"] and (found[len(case["ids"]) :] == PAD).all()
+        assert (
+            found[: len(case["ids"])].tolist() == case["ids"]
+            and (found[len(case["ids"]) :] == PAD).all()
+        )
     with pytest.raises(UserError, match="room for 20"):
         gr00t_files.encode(replace(FULL, tokens=20), tokenizer, "stack")
     with pytest.raises(UserError, match="image placeholder"):
@@ -88,7 +104,9 @@ def test_a_vocabulary_by_path(tmp_path):
     (tmp_path / "small.tiktoken").write_bytes(b"\n".join(lines))
     folder = tmp_path / "assets"
     folder.mkdir()
-    vocabulary = {"".join(letters[byte] for byte in piece): rank for rank, piece in enumerate(pieces)}
+    vocabulary = {
+        "".join(letters[byte] for byte in piece): rank for rank, piece in enumerate(pieces)
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     for path in (tmp_path / "small.tiktoken", folder):
         ids = gr00t_files.tokeniser(str(path)).encode("push é<img><|im_end|>")
@@ -100,13 +118,18 @@ def test_a_vocabulary_by_path(tmp_path):
 
 
 def test_the_embedded_default_takes_our_own_vocabulary():
-    tokenizer, c = tokenize.load(str(ASSETS / "tokenizer.model")), Gr00tConfig()
+    tokenizer = tokenize.load(str(ASSETS / "tokenizer.model"))
+    c = Gr00tConfig()
     assert tokenizer.get_piece_size() <= c.image_token < c.vocabulary
     tokens = gr00t_files.encode(c, tokenizer, "press the button on the wall")
     assert (tokens == c.image_token).sum() == 1 and tokens[-1] == PAD and tokens.shape == (24,)
     model = Gr00t(c).eval()
     ids, real = model.spread(torch.from_numpy(tokens)[None])
-    assert ids.shape == (1, c.length) and (ids == c.image_token).sum() == 64 and real.sum() == 63 + (tokens != PAD).sum()
+    assert (
+        ids.shape == (1, c.length)
+        and (ids == c.image_token).sum() == 64
+        and real.sum() == 63 + (tokens != PAD).sum()
+    )
 
 
 def test_embodiments(cases):
@@ -120,24 +143,41 @@ def test_embodiments(cases):
 
 
 def isaac_folder(path: Path, head: bool = False) -> Path:
-    """A checkpoint in NVIDIA's layout: two shards, an index, configuration and statistics; with `head` RLinf's."""
-    shutil.copytree(GOLDEN, path, ignore=lambda *_: ["right", *(f"{x}puts.safetensors" for x in ("in", "out"))])
+    """A checkpoint in NVIDIA's layout: two shards, an index, configuration and statistics; with
+    `head` RLinf's.
+    """
+    shutil.copytree(
+        GOLDEN, path, ignore=lambda *_: ["right", *(f"{x}puts.safetensors" for x in ("in", "out"))]
+    )
     weights = load_file(path / "weights.safetensors")
     (path / "weights.safetensors").unlink()
-    weights = {k: v.bfloat16() if "vision" in k else v for k, v in weights.items() if head or "value_head" not in k}
+    weights = {
+        k: v.bfloat16() if "vision" in k else v
+        for k, v in weights.items()
+        if head or "value_head" not in k
+    }
     shards = [sorted(weights)[::2], sorted(weights)[1::2]]
     for i, shard in enumerate(shards):
         save_file({k: weights[k] for k in shard}, path / f"model-{i + 1}-of-2.safetensors")
-    index = {"weight_map": {k: f"model-{i + 1}-of-2.safetensors" for i, shard in enumerate(shards) for k in shard}}
+    index = {
+        "weight_map": {
+            k: f"model-{i + 1}-of-2.safetensors" for i, shard in enumerate(shards) for k in shard
+        }
+    }
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
 
 
 def lerobot_folder(path: Path) -> Path:
-    """A checkpoint in LeRobot's layout: one file, the tied embedding once, statistics beside the preprocessor."""
+    """A checkpoint in LeRobot's layout: one file, the tied embedding once, statistics beside the
+    preprocessor.
+    """
     shutil.copytree(GOLDEN / "right", path)
     (path / "weights.safetensors").rename(path / "model.safetensors")
-    features = {"observation.images.front": {"type": "VISUAL"}, "observation.state": {"type": "STATE"}}
+    features = {
+        "observation.images.front": {"type": "VISUAL"},
+        "observation.state": {"type": "STATE"},
+    }
     (path / "config.json").write_text(json.dumps({"type": "groot", "input_features": features}))
     return path
 
@@ -152,21 +192,29 @@ def folder_of(kind: str, path: Path) -> tuple[Path, Gr00tConfig]:
 def test_a_checkpoint_goes_back_into_its_own_layout(kind, tmp_path):
     folder, base = folder_of(kind, tmp_path / "in")
     assert gr00t_files.is_folder(folder) and gr00t_files.source_of(folder) == kind
-    source, model = gr00t_files.SOURCES[kind], Gr00t(base)
+    source = gr00t_files.SOURCES[kind]
+    model = Gr00t(base)
     checkpoint.load_source(model, folder, source, "cpu", None)
-    assert model.vision.patch_embedding.weight.dtype == (torch.float32 if kind == "lerobot" else torch.bfloat16)
+    assert model.vision.patch_embedding.weight.dtype == (
+        torch.float32 if kind == "lerobot" else torch.bfloat16
+    )
     checkpoint.save_source(model, tmp_path / "out", source, folder)
     files = sorted(f.relative_to(folder) for f in folder.rglob("*") if f.is_file())
-    assert files == sorted(f.relative_to(tmp_path / "out") for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert files == sorted(
+        f.relative_to(tmp_path / "out") for f in (tmp_path / "out").rglob("*") if f.is_file()
+    )
     assert all((folder / f).read_bytes() == (tmp_path / "out" / f).read_bytes() for f in files)
 
     with torch.no_grad():  # a trained weight arrives under every name it has
-        model.embed_tokens.weight[5], model.dit[0].kv.weight[-1] = 1.5, 2.5
+        model.embed_tokens.weight[5] = 1.5
+        model.dit[0].kv.weight[-1] = 2.5
     checkpoint.save_source(model, tmp_path / "out", source, folder)
     shards = [load_file(f) for f in (tmp_path / "out").glob("model*.safetensors")]
     tensors = {k.removeprefix("_groot_model."): v for shard in shards for k, v in shard.items()}
     embeddings = [k for k in tensors if k.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    assert len(embeddings) == (1 if kind == "lerobot" else 2) and all((tensors[k][5] == 1.5).all() for k in embeddings)
+    assert len(embeddings) == (1 if kind == "lerobot" else 2) and all(
+        (tensors[k][5] == 1.5).all() for k in embeddings
+    )
     assert (tensors["action_head.model.transformer_blocks.0.attn1.to_v.weight"][-1] == 2.5).all()
 
 
@@ -179,19 +227,37 @@ def test_folders_describe_themselves(tmp_path, cases):
     cfg["action_head_cfg"]["max_num_embodiments"] = 32
     (folder / "config.json").write_text(json.dumps(cfg))
     said = gr00t_files.describe(folder, base=base)
-    assert (said.embodiment, said.config.embodiment, said.config.action_dim, said.config.views) == ("gr1", 24, 5, 1)
+    assert (said.embodiment, said.config.embodiment, said.config.action_dim, said.config.views) == (
+        "gr1",
+        24,
+        5,
+        1,
+    )
     assert said.stats == wanted | {"layout": said.stats["layout"]}
     assert said.config.mask_padding and said.config.task_as_list
-    assert said.config.horizon == 6 and said.config.value_widths == (16, 12, 8) and said.config.depth == 3
+    assert (
+        said.config.horizon == 6
+        and said.config.value_widths == (16, 12, 8)
+        and said.config.depth == 3
+    )
 
     rlinf = isaac_folder(tmp_path / "rlinf", head=True)
     (rlinf / "config.json").write_text(json.dumps(cfg))
     said = gr00t_files.describe(rlinf, base=base)
-    assert not said.config.mask_padding and not said.config.task_as_list and said.source is gr00t_files.SOURCES["rlinf"]
+    assert (
+        not said.config.mask_padding
+        and not said.config.task_as_list
+        and said.source is gr00t_files.SOURCES["rlinf"]
+    )
 
     folder, base = folder_of("lerobot", tmp_path / "lerobot")
     said = gr00t_files.describe(folder, base=replace(base, embodiments=32))
-    assert (said.embodiment, said.config.embodiment, said.config.action_dim, said.config.views) == ("gr1", 24, 5, 1)
+    assert (said.embodiment, said.config.embodiment, said.config.action_dim, said.config.views) == (
+        "gr1",
+        24,
+        5,
+        1,
+    )
     assert said.stats == wanted | {"layout": said.stats["layout"]}
     with pytest.raises(UserError, match="unknown embodiment 'octopus'"):
         gr00t_files.describe(folder, "octopus", base=replace(base, embodiments=32))
@@ -211,7 +277,10 @@ def test_statistics_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot read statistics of 'gr1'"):
         gr00t_files.metadata_statistics(path)
     path.write_text("[1]")
-    for read, where in ((gr00t_files.metadata_statistics, path), (gr00t_files.lerobot_statistics, tmp_path)):
+    for read, where in (
+        (gr00t_files.metadata_statistics, path),
+        (gr00t_files.lerobot_statistics, tmp_path),
+    ):
         with pytest.raises(UserError, match="cannot read|has no policy_preprocessor.json"):
             read(where)
 
@@ -219,7 +288,8 @@ def test_statistics_that_cannot_be_read(tmp_path):
 @pytest.mark.parametrize("how", ["missing", "extra", "mis-shaped", "wrong family", "other model"])
 def test_a_checkpoint_that_does_not_fit_is_refused(how, tmp_path):
     folder, base = folder_of("lerobot", tmp_path / "in")
-    weights, key = load_file(folder / "model.safetensors"), "_groot_model.action_head.vlln.weight"
+    weights = load_file(folder / "model.safetensors")
+    key = "_groot_model.action_head.vlln.weight"
     expected = {
         "missing": f"no tensor '{key}'",
         "extra": "a tensor 'surprise'",
@@ -238,17 +308,27 @@ def test_a_checkpoint_that_does_not_fit_is_refused(how, tmp_path):
     save_file(weights, folder / "model.safetensors")
     if how in expected:
         with pytest.raises(UserError, match=expected[how].replace("(", r"\(")):
-            checkpoint.load_source(Gr00t(base), folder, gr00t_files.SOURCES["lerobot"], "cpu", torch.float32)
+            checkpoint.load_source(
+                Gr00t(base), folder, gr00t_files.SOURCES["lerobot"], "cpu", torch.float32
+            )
         return
     with pytest.raises(
-        UserError, match="'pi05' model, not GR00T" if how == "wrong family" else "is not GR00T N1.5: it has no tensor"
+        UserError,
+        match="'pi05' model, not GR00T"
+        if how == "wrong family"
+        else "is not GR00T N1.5: it has no tensor",
     ):
         gr00t_files.describe(folder, base=base)
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("use_pixel_shuffle", True), ("mlp_connector_layers", 2), ("interleave_self_attention", False), ("input_embedding_dim", 7)],
+    [
+        ("use_pixel_shuffle", True),
+        ("mlp_connector_layers", 2),
+        ("interleave_self_attention", False),
+        ("input_embedding_dim", 7),
+    ],
 )
 def test_an_architecture_that_n1_5_is_not(field, value):
     cfg = checkpoint.read_json(GOLDEN / "config.json")
@@ -261,15 +341,34 @@ def test_an_architecture_that_n1_5_is_not(field, value):
 
 
 def test_bad_observations_are_refused(cases):
-    c, stats = replace(TINY, max_state_dim=8), cases["statistics"]
-    own, ready = gr00t_files.Preparation(c, stats, Words), gr00t_files.Preparation(c, stats | {"layout": "isaac"}, Words)
-    image, state = np.zeros((2, 16, 16, 3), np.uint8), np.zeros(6, np.float32)
-    assert own.observe(image, state, "go")["image"] is image and own.observe(image, state, "go")["tokens"][1] == c.image_token
-    for bad, message in ((state * np.nan, "not a number in dimension 0"), (state[:3], "shape .3."), (state[None], "shape .1, 6.")):
+    c = replace(TINY, max_state_dim=8)
+    stats = cases["statistics"]
+    own = gr00t_files.Preparation(c, stats, Words)
+    ready = gr00t_files.Preparation(c, stats | {"layout": "isaac"}, Words)
+    image = np.zeros((2, 16, 16, 3), np.uint8)
+    state = np.zeros(6, np.float32)
+    assert (
+        own.observe(image, state, "go")["image"] is image
+        and own.observe(image, state, "go")["tokens"][1] == c.image_token
+    )
+    for bad, message in (
+        (state * np.nan, "not a number in dimension 0"),
+        (state[:3], "shape .3."),
+        (state[None], "shape .1, 6."),
+    ):
         with pytest.raises(UserError, match=message):
             own.observe(image, bad, "go")
-    for bad in (image[:1], image.astype(np.float32), image.transpose(0, 3, 1, 2), image[0], image[..., :1]):
-        for one, message in ((own, "needs .2, 16, 16, 3. uint8"), (ready, "needs .2, height, width, 3. uint8")):
+    for bad in (
+        image[:1],
+        image.astype(np.float32),
+        image.transpose(0, 3, 1, 2),
+        image[0],
+        image[..., :1],
+    ):
+        for one, message in (
+            (own, "needs .2, 16, 16, 3. uint8"),
+            (ready, "needs .2, height, width, 3. uint8"),
+        ):
             with pytest.raises(UserError, match=message):
                 one.observe(bad, state, "go")
     with pytest.raises(UserError, match="needs .2, 16, 16, 3. uint8"):
@@ -280,7 +379,9 @@ def test_bad_observations_are_refused(cases):
 
 
 def spec_of(**changes) -> EnvSpec:
-    return EnvSpec(("t",), ("p",), views=2, image_size=16, state_dim=4, action_dim=3, horizon=100)._replace(**changes)
+    return EnvSpec(
+        ("t",), ("p",), views=2, image_size=16, state_dim=4, action_dim=3, horizon=100
+    )._replace(**changes)
 
 
 def run_config(path: Path, **rollout) -> Config:
@@ -292,12 +393,17 @@ def run_config(path: Path, **rollout) -> Config:
 
 
 def test_build_from_our_own_file(tmp_path):
-    model, path = tiny(), tmp_path / "m.safetensors"
+    model = tiny()
+    path = tmp_path / "m.safetensors"
     stats = {"state_low": [0.0] * 4, "state_high": [1.0] * 4}
-    checkpoint.save(path, checkpoint.Header("gr00t", asdict(model.config), stats), model.state_dict())
+    checkpoint.save(
+        path, checkpoint.Header("gr00t", asdict(model.config), stats), model.state_dict()
+    )
     again = build(run_config(path, sde_steps=2), spec_of())
     assert again.config == replace(model.config, sde_steps=2) and again.header.stats == stats
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert next(build(run_config(path), spec_of(), weights="none").parameters()).is_meta
     for spec, rollout, message in (
         ({"views": 1}, {}, "views = 2 and the run asks for 1"),
@@ -316,7 +422,11 @@ def test_build_from_a_folder_of_another_project(tmp_path, monkeypatch):
     monkeypatch.setitem(gr00t_files.EMBODIMENTS, "gr1", 2)
     spec = spec_of(views=1, image_size=28, state_dim=6, action_dim=5)
     model = build(run_config(folder, tokens=30), spec)
-    assert model.config.embodiment == 2 and model.config.tokens == 30 and model.header.family == "gr00t"
+    assert (
+        model.config.embodiment == 2
+        and model.config.tokens == 30
+        and model.header.family == "gr00t"
+    )
     assert not any(p.is_meta for p in model.parameters()) and not model.value_head[-1].weight.any()
     obs = observations(model.config, 2)
     out = model.act(obs, model.draw(KEYS[:2], [True] * 2))

@@ -1,4 +1,6 @@
-"""LIBERO against LIBERO: the same numbers as its own wrapper, whatever was played before, however many share a scene."""
+"""LIBERO against LIBERO: the same numbers as its own wrapper, whatever was played before, however
+many share a scene.
+"""
 
 import os
 import subprocess
@@ -22,7 +24,9 @@ INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION  # time, positions, speeds, co
 
 @pytest.fixture(scope="module")
 def make():
-    """Makes envs. One of them keeps the scene of STOVE alive, so that it is built once for all tests."""
+    """Makes envs. One of them keeps the scene of STOVE alive, so that it is built once for all
+    tests.
+    """
     made = [libero.Env((STOVE,), 64)]
     made[0].reset(0, 0)
 
@@ -64,11 +68,26 @@ def difference(a, b) -> float:
 
 def test_all_130_tasks_by_suite_and_by_name():
     counts = {suite: len(libero.spec((suite,), 64).tasks) for suite in libero.SUITES}
-    assert counts == {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
+    assert counts == {
+        "libero_spatial": 10,
+        "libero_object": 10,
+        "libero_goal": 10,
+        "libero_10": 10,
+        "libero_90": 90,
+    }
     everything = libero.spec(tuple(libero.SUITES), 256)
     assert len(set(everything.tasks)) == 130 and everything.horizon == 480
-    assert (everything.views, everything.image_size, everything.state_dim, everything.action_dim) == (2, 256, 8, 7)
-    assert libero.spec((), 64) == libero.spec(("libero_10",), 64) == libero.spec(("libero_10", "libero_10"), 64)
+    assert (
+        everything.views,
+        everything.image_size,
+        everything.state_dim,
+        everything.action_dim,
+    ) == (2, 256, 8, 7)
+    assert (
+        libero.spec((), 64)
+        == libero.spec(("libero_10",), 64)
+        == libero.spec(("libero_10", "libero_10"), 64)
+    )
     one = libero.spec((STOVE,), 64)
     assert (one.tasks, one.prompts, one.horizon) == ((STOVE,), ("turn on the stove",), 320)
     for task in everything.tasks:
@@ -91,7 +110,9 @@ def test_every_task_can_be_played(suite, monkeypatch):
         env.reset(task, 0)
         assert env.step(libero.NO_OP) == (0.0, False)
         image, state = env.observe()
-        assert np.isfinite(state).all() and image[0].std() > 10 and image[1].std() > 1, spec.tasks[task]
+        assert np.isfinite(state).all() and image[0].std() > 10 and image[1].std() > 1, spec.tasks[
+            task
+        ]
     env.close()
 
 
@@ -105,7 +126,9 @@ def test_language_is_the_benchmark_s():
         for suite in libero.SUITES:
             tasks = benchmark.get_benchmark(suite)().tasks
             assert [task.name for task in tasks] == libero.task_names()[suite]
-            assert [task.language for task in tasks] == [libero.language(task.name) for task in tasks]
+            assert [task.language for task in tasks] == [
+                libero.language(task.name) for task in tasks
+            ]
 
 
 # ---------------------------------------------------------------- the same as the original
@@ -124,11 +147,12 @@ def theirs(make):
 
 @pytest.mark.parametrize("solver, bound", [(0.0, 1e-9), (1e-8, 1e-6)])
 def test_the_same_episode_as_in_libero_s_own_env(make, theirs, solver, bound):
-    """Its wrapper, hard reset, seed 0, initial state 3, 15 steps of no-op, then 24 actions: time, positions, speeds, warm start,
-    controls, the controller's memory, observations and pictures.
+    """Its wrapper, hard reset, seed 0, initial state 3, 15 steps of no-op, then 24 actions: time,
+    positions, speeds, warm start, controls, the controller's memory, observations and pictures.
 
-    MuJoCo's solver stops at a tolerance, LIBERO's at 1e-8, so the last bit of a torque may change how often it iterates and thereby
-    accelerations by as much. Without that tolerance the two agree to 1e-9.
+    MuJoCo's solver stops at a tolerance, LIBERO's at 1e-8, so the last bit of a torque may change
+    how often it iterates and thereby accelerations by as much. Without that tolerance the two agree
+    to 1e-9.
     """
     ours = make(quality="full")
     ours.reset(0, 0)
@@ -150,15 +174,26 @@ def test_the_same_episode_as_in_libero_s_own_env(make, theirs, solver, bound):
 
 
 def same(ours, theirs, seen: dict, bound: float) -> None:
-    model, data = theirs.env.sim.model._model, theirs.env.sim.data._data
+    model = theirs.env.sim.model._model
+    data = theirs.env.sim.data._data
     wanted = physics(model, data)
-    assert np.max(np.abs(wanted - physics(ours.scene.model, ours.data)) / np.maximum(1.0, np.abs(wanted))) < bound
-    controller, gripper = theirs.env.robots[0].controller, theirs.env.robots[0].gripper
+    assert (
+        np.max(
+            np.abs(wanted - physics(ours.scene.model, ours.data)) / np.maximum(1.0, np.abs(wanted))
+        )
+        < bound
+    )
+    controller = theirs.env.robots[0].controller
+    gripper = theirs.env.robots[0].gripper
     assert difference((controller.goal_pos, controller.goal_ori), ours.goal) < bound
     assert difference(gripper.current_action, ours.grip) < bound
     image, state = ours.observe()
     x, y, z, w = seen["robot0_eef_quat"]
-    wanted = [*seen["robot0_eef_pos"], *libero.axis_angle(np.array([w, x, y, z])), *seen["robot0_gripper_qpos"]]
+    wanted = [
+        *seen["robot0_eef_pos"],
+        *libero.axis_angle(np.array([w, x, y, z])),
+        *seen["robot0_gripper_qpos"],
+    ]
     assert np.abs(state - np.float32(wanted)).max() < 1e-6
     for picture, name in zip(image, ("agentview_image", "robot0_eye_in_hand_image"), strict=True):
         assert np.abs(picture.astype(int) - seen[name][::-1, ::-1]).max() <= 1
@@ -185,9 +220,12 @@ def play(env, seed: int, steps: int = 6):
 
 def test_a_soft_reset_is_a_hard_reset(make):
     env = make()
-    play(env, 11), play(env, 4)
+    play(env, 11)
+    play(env, 4)
     env.reset(0, 5)
-    soft, soft_picture, soft_after = env._remember(), env.observe()[0], play(env, 5)
+    soft = env._remember()
+    soft_picture = env.observe()[0]
+    soft_after = play(env, 5)
     play(env, 11)
     env.reset(0, 5)
     again = env._remember()
@@ -197,24 +235,37 @@ def test_a_soft_reset_is_a_hard_reset(make):
         libero.SCENES[STOVE, 64, "new"] = scene
         hard_env.quality = "new"
         hard_env.reset(0, 5)
-        hard, hard_picture, hard_after = hard_env._remember(), hard_env.observe()[0], play(hard_env, 5)
+        hard = hard_env._remember()
+        hard_picture = hard_env.observe()[0]
+        hard_after = play(hard_env, 5)
     finally:
         hard_env.close()
     assert difference(soft, again) == 0.0 and difference(soft, hard) < 1e-9
     assert difference(soft_after[0], hard_after[0]) < 1e-9 and soft_after[1] == hard_after[1]
     assert np.abs(soft_picture.astype(int) - hard_picture).max() <= 1
     assert np.abs(soft_after[2].astype(int) - hard_after[2]).max() <= 1
-    for name in ("body_pos", "body_quat", "site_rgba", "geom_rgba", "geom_pos", "geom_friction", "dof_damping"):
+    for name in (
+        "body_pos",
+        "body_quat",
+        "site_rgba",
+        "geom_rgba",
+        "geom_pos",
+        "geom_friction",
+        "dof_damping",
+    ):
         assert np.array_equal(getattr(scene.model, name), getattr(env.scene.model, name)), name
 
 
 def test_envs_of_a_task_share_its_scene_and_nothing_else(make):
-    one, other = make(), make()
+    one = make()
+    other = make()
     alone = {seed: play(one, seed) for seed in (1, 2)}
-    one.reset(0, 1), other.reset(0, 2)
+    one.reset(0, 1)
+    other.reset(0, 2)
     assert one.scene is other.scene and not np.array_equal(alone[1][2], alone[2][2])
     for first, second in zip(actions(1, 6), actions(2, 6), strict=True):
-        one.step(first), other.step(second)
+        one.step(first)
+        other.step(second)
     for env, seed in ((one, 1), (other, 2)):
         memory, _, image, state = alone[seed]
         assert difference(env._remember(), memory) == 0.0
@@ -237,7 +288,9 @@ def test_success_and_the_lamp_that_glows(make):
     env.reset(0, 0)
     assert env.step(libero.NO_OP) == (0.0, False)
     before = env.film(64)
-    knob = next(i for i in range(env.scene.model.njnt) if "flat_stove" in env.scene.model.joint(i).name)
+    knob = next(
+        i for i in range(env.scene.model.njnt) if "flat_stove" in env.scene.model.joint(i).name
+    )
     env.data.qpos[env.scene.model.jnt_qposadr[knob]] = 1.0
     assert env.step(libero.NO_OP) == (1.0, True)
     env.step(libero.NO_OP)
@@ -254,7 +307,8 @@ def test_scenes_that_nobody_plays_are_bounded(make, monkeypatch):
     assert len(libero.SCENES) == 2  # this one, and the one that the fixture's env plays
     env.reset(0, 0)
     assert len(libero.SCENES) == 1
-    env.close(), env.close()
+    env.close()
+    env.close()
 
 
 # ---------------------------------------------------------------- what the policy sees
@@ -266,8 +320,14 @@ def test_what_the_policy_sees(make):
     image, state = env.observe()
     assert image.shape == (2, 64, 64, 3) and image.dtype == np.uint8
     assert state.shape == (8,) and state.dtype == np.float32
-    position, turn, fingers = state[:3], state[3:6], state[6:]
-    assert 0.9 < position[2] < 1.5 and 2.8 < np.linalg.norm(turn) < 3.5 and fingers[0] > 0.03 > -0.03 > fingers[1]
+    position = state[:3]
+    turn = state[3:6]
+    fingers = state[6:]
+    assert (
+        0.9 < position[2] < 1.5
+        and 2.8 < np.linalg.norm(turn) < 3.5
+        and fingers[0] > 0.03 > -0.03 > fingers[1]
+    )
     for _ in range(8):
         env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
     assert env.observe()[1][6] < fingers[0] - 0.005  # 1 closes the gripper
@@ -281,8 +341,10 @@ def test_what_the_policy_sees(make):
 
 def test_a_fast_picture_differs_in_shadows_and_edges_only(make):
     """Of 255 grey levels; the physics does not differ at all."""
-    fast, full = make(), make(quality="full")
-    (memory, _, image, _), (full_memory, _, full_image, _) = play(fast, 2), play(full, 2)
+    fast = make()
+    full = make(quality="full")
+    (memory, _, image, _) = play(fast, 2)
+    (full_memory, _, full_image, _) = play(full, 2)
     assert difference(memory, full_memory) == 0.0
     assert fast.scene.model.ntexdata < full.scene.model.ntexdata / 5
     assert fast.scene.model.mesh_facenum.sum() < full.scene.model.mesh_facenum.sum() / 2
@@ -307,17 +369,25 @@ env.reset(0, 0); env.step(libero.NO_OP); env.observe(); env.close()
 assert np.array_equal(np.random.get_state()[1], random), "the user's random numbers were disturbed"
 assert not {{"cv2", "numba", "matplotlib"}} & set(sys.modules)
 import os, tempfile
-assert os.environ["MESA_SHADER_CACHE_DIR"].startswith(tempfile.gettempdir())  # Mesa finds the home without HOME
+# Mesa finds the home without HOME
+assert os.environ["MESA_SHADER_CACHE_DIR"].startswith(tempfile.gettempdir())
 """
     log = "/tmp/robosuite.log"
     before = os.stat(log).st_mtime if os.path.exists(log) else None
     home = tmp_path / "home"
     home.mkdir()
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "MESA_"))} | {"HOME": str(home)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "MESA_"))} | {
+        "HOME": str(home)
+    }
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        [sys.executable, "-c", script],
+        env=environment,
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert (done.stdout, done.stderr) == ("", "")
     assert [path for path in tmp_path.rglob("*") if path != home] == []

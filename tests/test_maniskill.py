@@ -1,6 +1,8 @@
-"""ManiSkill as a vectorised lane: rows that know nothing of each other, success as the tasks define it, frames right side up.
+"""ManiSkill as a vectorised lane: rows that know nothing of each other, success as the tasks define
+it, frames right side up.
 
-Skipped where mani_skill is not installed or Vulkan finds nothing to draw with (`bash setup.sh --maniskill`).
+Skipped where mani_skill is not installed or Vulkan finds nothing to draw with (`bash setup.sh
+--maniskill`).
 """
 
 import os
@@ -14,13 +16,19 @@ import torch
 import envs
 from config import ROOT, UserError
 
-pytest.importorskip("mani_skill", reason="mani_skill is not installed: bash setup.sh --maniskill", exc_type=ModuleNotFoundError)
+pytest.importorskip(
+    "mani_skill",
+    reason="mani_skill is not installed: bash setup.sh --maniskill",
+    exc_type=ModuleNotFoundError,
+)
 maniskill = envs.load("maniskill")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def can_draw():
-    """Keeps one lane, because with the last one of a process go the compiled shaders: 7 s of work."""
+    """Keeps one lane, because with the last one of a process go the compiled shaders: 7 s of
+    work.
+    """
     try:
         kept = maniskill.Envs(("PickCube-v1",), 32, 1, "cpu")
     except UserError as error:
@@ -56,16 +64,20 @@ def states(lane) -> list[torch.Tensor]:
 
 def actions(seed: int, steps: int = 6) -> torch.Tensor:
     """[steps, 7]: where the hand goes in an episode, named by its seed like the episode itself."""
-    return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, (steps, 7)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(seed).uniform(-1, 1, (steps, 7)).astype(np.float32)
+    )
 
 
 def test_a_seed_names_an_episode_whatever_its_row_and_its_neighbours(make):
-    one, other = make("PickCube-v1", "StackCube-v1", count=3), make("PickCube-v1", "StackCube-v1", count=2)
+    one = make("PickCube-v1", "StackCube-v1", count=3)
+    other = make("PickCube-v1", "StackCube-v1", count=2)
     one.reset([0, 2], 0, [5, 6])
     one.reset([1], 1, [7])
     for a, b, c in zip(actions(5), actions(7), actions(6), strict=True):
         one.step(torch.stack([a, b, c]))
-    after, (images, joints) = states(one), one.observe()
+    after = states(one)
+    (images, joints) = one.observe()
     other.reset([0, 1], 0, [11, 12])  # another past
     for step in actions(1):
         other.step(step.repeat(2, 1))
@@ -110,13 +122,18 @@ def test_what_the_policy_sees(make):
 
 
 def test_success_is_the_tasks_own(make):
-    """Scripted hands that know where things are push and pick; nothing but the task's own check ends the episode."""
-    push, pick = make("PushCube-v1"), make("PickCube-v1")
+    """Scripted hands that know where things are push and pick; nothing but the task's own check
+    ends the episode.
+    """
+    push = make("PushCube-v1")
+    pick = make("PickCube-v1")
     push.reset([0], 0, [2])
     pick.reset([0], 0, [2])
 
     def reach(sim, target: torch.Tensor, gripper: float) -> torch.Tensor:
-        """[1, 7]: towards a point, at most 10 cm a step. The frame is the robot's base, which is not turned."""
+        """[1, 7]: towards a point, at most 10 cm a step. The frame is the robot's base, which is
+        not turned.
+        """
         move = ((target - sim.agent.tcp.pose.p[0]) / 0.1).clamp(-1, 1)
         return torch.cat([move, torch.zeros(3), torch.tensor([gripper])])[None]
 
@@ -129,10 +146,18 @@ def test_success_is_the_tasks_own(make):
             assert reward[0] == 0.0
         return 0
 
-    sim, behind = sim_of(push), torch.tensor([-0.08, 0.0, 0.0])
+    sim = sim_of(push)
+    behind = torch.tensor([-0.08, 0.0, 0.0])
     start = sim.obj.pose.p[0].clone() + behind
-    goal = sim.goal_region.pose.p[0].clone() * torch.tensor([1.0, 1.0, 0.0]) + torch.tensor([0.0, 0.0, 0.02])
-    steps = play(push, lambda t: reach(sim, start + torch.tensor([0, 0, 0.1]) if t < 8 else start if t < 16 else goal, -1.0))
+    goal = sim.goal_region.pose.p[0].clone() * torch.tensor([1.0, 1.0, 0.0]) + torch.tensor(
+        [0.0, 0.0, 0.02]
+    )
+    steps = play(
+        push,
+        lambda t: reach(
+            sim, start + torch.tensor([0, 0, 0.1]) if t < 8 else start if t < 16 else goal, -1.0
+        ),
+    )
     assert 16 < steps <= maniskill.HORIZON
     assert torch.linalg.norm((sim.obj.pose.p - sim.goal_region.pose.p)[0, :2]) < sim.goal_radius
 
@@ -140,41 +165,63 @@ def test_success_is_the_tasks_own(make):
 
     def hand(t: int) -> torch.Tensor:
         place = cube.cube.pose.p[0] if t < 22 else cube.goal_site.pose.p[0]
-        return reach(cube, place + torch.tensor([0, 0, 0.1 if t < 8 else 0.0]), 1.0 if t < 16 else -1.0)
+        return reach(
+            cube, place + torch.tensor([0, 0, 0.1 if t < 8 else 0.0]), 1.0 if t < 16 else -1.0
+        )
 
     assert 22 < play(pick, hand) <= maniskill.HORIZON
 
 
 def test_frames_are_right_side_up(make):
-    """The cubes are where a camera at the task's documented place shows them: eye and target in metres, 90° of view."""
-    size, lane = 128, make("StackCube-v1", size=128)
+    """The cubes are where a camera at the task's documented place shows them: eye and target in
+    metres, 90° of view.
+    """
+    size = 128
+    lane = make("StackCube-v1", size=128)
     lane.reset([0], 0, [1])
-    sim, before = sim_of(lane), lane.observe()[0][0, 0].int()
-    eye, target, up = np.array([0.3, 0.0, 0.6]), np.array([-0.1, 0.0, 0.1]), np.array([0.0, 0.0, 1.0])
+    sim = sim_of(lane)
+    before = lane.observe()[0][0, 0].int()
+    eye = np.array([0.3, 0.0, 0.6])
+    target = np.array([-0.1, 0.0, 0.1])
+    up = np.array([0.0, 0.0, 1.0])
     forward = (target - eye) / np.linalg.norm(target - eye)
     right = np.cross(forward, up) / np.linalg.norm(np.cross(forward, up))
 
-    def pixel(point: np.ndarray) -> np.ndarray:  # column, row; half the picture is as wide as the view is deep
+    def pixel(
+        point: np.ndarray,
+    ) -> np.ndarray:  # column, row; half the picture is as wide as the view is deep
         x, y, z = (axis @ (point - eye) for axis in (right, np.cross(right, forward), forward))
         return size / 2 * np.array([1 + x / z, 1 - y / z])
 
     places = [pixel(cube.pose.p[0].numpy()) for cube in (sim.cubeA, sim.cubeB)]
     for cube in (sim.cubeA, sim.cubeB):
-        cube.set_pose(cube.pose * type(cube.pose).create_from_pq(torch.tensor([[0.0, 0.0, -5.0]])))  # out of sight
+        cube.set_pose(
+            cube.pose * type(cube.pose).create_from_pq(torch.tensor([[0.0, 0.0, -5.0]]))
+        )  # out of sight
     vanished = ((lane.observe()[0][0, 0].int() - before).abs().sum(dim=-1) > 60).numpy()
 
     def where_they_were(picture: np.ndarray) -> bool:
         rows, columns = np.nonzero(picture)
-        distance = np.stack([np.hypot(columns + 0.5 - x, rows + 0.5 - y) for x, y in places])  # [2, pixels]
+        distance = np.stack(
+            [np.hypot(columns + 0.5 - x, rows + 0.5 - y) for x, y in places]
+        )  # [2, pixels]
         return bool((distance.min(axis=0) < 6).all() and (distance.min(axis=1) < 1.5).all())
 
     assert where_they_were(vanished)
-    assert not any(where_they_were(flipped) for flipped in (vanished[::-1], vanished[:, ::-1], vanished[::-1, ::-1]))
+    assert not any(
+        where_they_were(flipped)
+        for flipped in (vanished[::-1], vanished[:, ::-1], vanished[::-1, ::-1])
+    )
 
 
 def test_spec():
     spec = maniskill.spec((), 64)
-    assert spec.tasks == ("PickCube-v1",) and (spec.views, spec.state_dim, spec.action_dim, spec.horizon) == (1, 9, 7, 80)
+    assert spec.tasks == ("PickCube-v1",) and (
+        spec.views,
+        spec.state_dim,
+        spec.action_dim,
+        spec.horizon,
+    ) == (1, 9, 7, 80)
     assert {"PickCube-v1", "StackCube-v1", "PushCube-v1"} <= set(maniskill.TASKS)
     assert len({task.prompt for task in maniskill.TASKS.values()}) == len(maniskill.TASKS)
     with pytest.raises(UserError, match="'PickCube-v9'"):
@@ -184,7 +231,11 @@ def test_spec():
 def test_without_anything_to_draw_with_it_says_what_is_missing():
     code = 'from envs import maniskill; maniskill.Envs(("PickCube-v1",), 32, 1, "cpu")'
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"VK_ICD_FILENAMES": "/none.json"}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"VK_ICD_FILENAMES": "/none.json"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1 and "software Vulkan of Mesa 25 or newer" in done.stderr
 

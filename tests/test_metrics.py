@@ -9,7 +9,18 @@ import pytest
 import metrics
 from channel import Counters
 from config import Config, UserError
-from metrics import HISTOGRAM, Evaluations, Interval, Ledger, Meter, RunFolder, progress, read_metrics, read_trace, write_trace
+from metrics import (
+    HISTOGRAM,
+    Evaluations,
+    Interval,
+    Ledger,
+    Meter,
+    RunFolder,
+    progress,
+    read_metrics,
+    read_trace,
+    write_trace,
+)
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 TASKS = ("push", "reach")
@@ -21,10 +32,18 @@ def counters() -> Counters:
 
 def line(version: int, **more) -> dict:
     return {
-        "iteration": version, "version": version, "time": 60.0 * version, "success_rate": 0.25, "env_steps_per_s": 100.0,
-        "staleness_mean": 0.5, "staleness_max": 1, "bubble_env": 0.1, "bubble_rollout": 0.2, "bubble_actor": 0.3,
+        "iteration": version,
+        "version": version,
+        "time": 60.0 * version,
+        "success_rate": 0.25,
+        "env_steps_per_s": 100.0,
+        "staleness_mean": 0.5,
+        "staleness_max": 1,
+        "bubble_env": 0.1,
+        "bubble_rollout": 0.2,
+        "bubble_actor": 0.3,
         "waits": {"env:action": 0.1, "actor:trajectory": 0.3},
-    } | more  # fmt: skip
+    } | more
 
 
 def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):
@@ -35,11 +54,17 @@ def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):
     with meter.wait("action"):
         assert table.get(2, "waiting") == 1 + metrics.CAUSES.index("action")
         time.sleep(0.03)
-    assert table.get(2, "waiting") == 0 and table.get(2, "work_s") >= 0.05 and table.get(2, "wait_action_s") >= 0.03
+    assert (
+        table.get(2, "waiting") == 0
+        and table.get(2, "work_s") >= 0.05
+        and table.get(2, "wait_action_s") >= 0.03
+    )
     assert time.monotonic() - table.get(2, "time") < 5.0
     busy = table.get(2, "work_s")
     meter.record("fetch", 1.0, 2.0, {"version": 7})
-    assert table.get(2, "work_s") == busy  # what a side thread does is neither work nor a wait of this worker
+    assert (
+        table.get(2, "work_s") == busy
+    )  # what a side thread does is neither work nor a wait of this worker
     meter.flush()
     step, wait, fetch = json.loads((tmp_path / "env-0.jsonl").read_text())
     assert (step[0], step[3], wait[0], len(wait)) == ("step", {"batch": 3}, "wait: action", 3)
@@ -64,17 +89,37 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     table.add(2, "env_steps", 50.0)
     interval = Interval(table, ROWS)
     now[0] = 110.0
-    table.add(2, "env_steps", 100.0), table.add(3, "env_steps", 300.0)
-    table.add(1, "requests", 12.0), table.add(1, "batches", 4.0), table.add(1, "batch_wait_s", 0.02)
-    table.add(1, HISTOGRAM[1], 3.0), table.add(1, HISTOGRAM[3], 1.0)
-    table.set(1, "weight_sync_s", 0.5), table.set(1, "fetches", 2.0), table.add(1, "weight_stall_s", 0.25)
-    table.add(2, "wait_action_s", 1.0), table.add(3, "wait_action_s", 3.0), table.add(3, "wait_admission_s", 2.0)
+    table.add(2, "env_steps", 100.0)
+    table.add(3, "env_steps", 300.0)
+    table.add(1, "requests", 12.0)
+    table.add(1, "batches", 4.0)
+    table.add(1, "batch_wait_s", 0.02)
+    table.add(1, HISTOGRAM[1], 3.0)
+    table.add(1, HISTOGRAM[3], 1.0)
+    table.set(1, "weight_sync_s", 0.5)
+    table.set(1, "fetches", 2.0)
+    table.add(1, "weight_stall_s", 0.25)
+    table.add(2, "wait_action_s", 1.0)
+    table.add(3, "wait_action_s", 3.0)
+    table.add(3, "wait_admission_s", 2.0)
     table.add(0, "wait_trajectory_s", 10.0)
     out = interval.measure()
     assert interval.totals()["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
-    assert out["batch_size_mean"] == 3.0 and out["batch_size_hist"] == {"2": 3, "8": 1} and out["batch_wait_ms"] == 5.0
-    assert out["weight_sync_s"] == 0.25 and out["weight_stall_s"] == 0.25 and 0.0 <= out["cpu_fraction"] <= 1.0
-    assert out["bubble_env"] == pytest.approx(0.3) and out["bubble_rollout"] == 0.0 and out["bubble_actor"] == 1.0
+    assert (
+        out["batch_size_mean"] == 3.0
+        and out["batch_size_hist"] == {"2": 3, "8": 1}
+        and out["batch_wait_ms"] == 5.0
+    )
+    assert (
+        out["weight_sync_s"] == 0.25
+        and out["weight_stall_s"] == 0.25
+        and 0.0 <= out["cpu_fraction"] <= 1.0
+    )
+    assert (
+        out["bubble_env"] == pytest.approx(0.3)
+        and out["bubble_rollout"] == 0.0
+        and out["bubble_actor"] == 1.0
+    )
     assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.0}
     now[0] = 111.0
     again = interval.measure()
@@ -82,7 +127,8 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
 
 
 def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
-    now, table = [90.0], counters()
+    now = [90.0]
+    table = counters()
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     with Meter("actor-0", 0, table, None).wait("trajectory"):
         now[0] = 100.0
@@ -95,9 +141,11 @@ def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
         now[0] = 111.0
     now[0] = 114.0
     assert interval.measure()["waits"] == {"actor:trajectory": 0.25}
-    table.set(2, "waiting", 1 + metrics.CAUSES.index("action")), table.set(2, "since", 114.0)
+    table.set(2, "waiting", 1 + metrics.CAUSES.index("action"))
+    table.set(2, "since", 114.0)
     now[0] = 118.0  # killed in this wait, which its row keeps
-    metrics.count_wait(table.table[2], table.index, now[0]), table.set(2, "waiting", 0.0)
+    metrics.count_wait(table.table[2], table.index, now[0])
+    table.set(2, "waiting", 0.0)
     now[0] = 124.0
     assert interval.measure()["waits"] == {"env:action": 0.2}
 
@@ -107,8 +155,15 @@ def test_the_ledger_goes_on_where_a_resumed_run_stopped():
     none = {"restart": 0, "filtered": 0, "after_end": 0, "resume": 0}
     ledger = Ledger({})
     first = ledger.of(of_batch, 20)
-    assert first == {"collected": 20, "trained_once": 10, "discarded": 6, "discarded_by": none | of_batch["discarded_by"]}
-    second = ledger.of({"trained_once": 4, "discarded_by": {"restart": 0, "filtered": 8, "after_end": 0}}, 35)
+    assert first == {
+        "collected": 20,
+        "trained_once": 10,
+        "discarded": 6,
+        "discarded_by": none | of_batch["discarded_by"],
+    }
+    second = ledger.of(
+        {"trained_once": 4, "discarded_by": {"restart": 0, "filtered": 8, "after_end": 0}}, 35
+    )
     by = {"restart": 2, "filtered": 11, "after_end": 1, "resume": 0}
     assert second == {"collected": 35, "trained_once": 14, "discarded": 14, "discarded_by": by}
     assert first["discarded_by"]["filtered"] == 3  # a line of its own
@@ -118,35 +173,56 @@ def test_the_ledger_goes_on_where_a_resumed_run_stopped():
 
 
 def test_rounds_of_evaluation_never_mix_and_are_reported_once():
-    config, table = Config(), counters()
-    config.env.eval_every, config.env.eval_episodes, config.train.iterations = 2, 4, 5
+    config = Config()
+    table = counters()
+    config.env.eval_every = 2
+    config.env.eval_episodes = 4
+    config.train.iterations = 5
     evaluations = Evaluations(config, TASKS, 0, table)
 
     def play(round: int, outcomes: dict[int, bool]) -> None:
         for episode, success in outcomes.items():
             table.set(2 + episode % 2, f"outcome_{episode}", 2 * round + success)
 
-    assert not evaluations.begins(-1) and evaluations.begins(0) and not evaluations.begins(0) and table.get(0, "eval_round") == 1
+    assert (
+        not evaluations.begins(-1)
+        and evaluations.begins(0)
+        and not evaluations.begins(0)
+        and table.get(0, "eval_round") == 1
+    )
     play(1, {0: True, 1: False, 2: False})
     assert not evaluations.begins(4) and evaluations.report() == {}  # one episode is still played
     play(1, {3: False})
     assert evaluations.begins(4) and table.get(0, "eval_round") == 2
-    expected = {"eval_success_rate": 0.25, "eval_episodes": 4, "eval_per_task": {"push": 0.5, "reach": 0.0}, "eval_version": 0}
+    expected = {
+        "eval_success_rate": 0.25,
+        "eval_episodes": 4,
+        "eval_per_task": {"push": 0.5, "reach": 0.0},
+        "eval_version": 0,
+    }
     assert evaluations.report() == expected and evaluations.report() == {}
     play(2, dict.fromkeys(range(4), True))
     assert evaluations.begins(5)  # the last version, whatever `eval_every` says
     assert evaluations.report() == expected | {
-        "eval_success_rate": 1.0, "eval_per_task": {"push": 1.0, "reach": 1.0}, "eval_version": 4
-    }  # fmt: skip
+        "eval_success_rate": 1.0,
+        "eval_per_task": {"push": 1.0, "reach": 1.0},
+        "eval_version": 4,
+    }
     play(3, dict.fromkeys(range(4), False))
-    assert not evaluations.begins(5) and not evaluations.begins(5) and evaluations.report()["eval_version"] == 5
+    assert (
+        not evaluations.begins(5)
+        and not evaluations.begins(5)
+        and evaluations.report()["eval_version"] == 5
+    )
     config.env.eval_envs = 0
     assert not Evaluations(config, TASKS, 0, table).begins(0)
 
 
 def test_workers_at_another_ratio_keep_the_schedule_of_evaluations():
-    config, lines = Config(), [{"eval_version": 0}, {"eval_version": 10}, {}]
-    config.env.eval_every, config.train.iterations = 10, 25
+    config = Config()
+    lines = [{"eval_version": 0}, {"eval_version": 10}, {}]
+    config.env.eval_every = 10
+    config.train.iterations = 25
 
     def first(version: int, lines: list[dict]) -> int:
         """The version that is evaluated first by workers who start at `version`."""
@@ -162,37 +238,70 @@ def test_workers_at_another_ratio_keep_the_schedule_of_evaluations():
 SPANS = {
     "env-10": [["step", 10.5, 11.0], ["wait: action", 11.0, 11.25]],
     "env-2": [["step", 10.5, 10.75]],
-    "actor-0": [["publish", 10.0, 10.25, {"version": 0, "bytes": 8}], ["train", 11.0, 12.0, {"slots": [0, 1], "epoch": 1}]],
-    "rollout-0": [["infer", 10.5, 11.5, {"batch": 2}], ["fetch", 10.25, 10.5, {"version": 0, "bytes": 8}]],
+    "actor-0": [
+        ["publish", 10.0, 10.25, {"version": 0, "bytes": 8}],
+        ["train", 11.0, 12.0, {"slots": [0, 1], "epoch": 1}],
+    ],
+    "rollout-0": [
+        ["infer", 10.5, 11.5, {"batch": 2}],
+        ["fetch", 10.25, 10.5, {"version": 0, "bytes": 8}],
+    ],
     "rollout-1": [],
 }
 
 
 def test_the_trace_is_in_chrome_s_format(tmp_path):
-    """A process per stage and a thread per worker, in an order that Perfetto keeps; transfers of weights beside them."""
+    """A process per stage and a thread per worker, in an order that Perfetto keeps; transfers of
+    weights beside them.
+    """
     write_trace(tmp_path / "trace.json", SPANS)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     stages = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
     assert list(stages.values()) == ["env", "rollout", "weights", "actor"] and min(stages) > 0
     order = {e["pid"]: e["args"]["sort_index"] for e in events if e["name"] == "process_sort_index"}
     assert sorted(stages, key=order.get) == list(stages)
-    rows = {e["tid"]: (stages[e["pid"]], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+    rows = {
+        e["tid"]: (stages[e["pid"]], e["args"]["name"])
+        for e in events
+        if e["name"] == "thread_name"
+    }
     assert list(rows.values()) == [
-        ("env", "env-2"), ("env", "env-10"), ("rollout", "rollout-0"), ("rollout", "rollout-1"),
-        ("weights", "weights to rollout-0"), ("actor", "actor-0"),
-    ]  # fmt: skip
+        ("env", "env-2"),
+        ("env", "env-10"),
+        ("rollout", "rollout-0"),
+        ("rollout", "rollout-1"),
+        ("weights", "weights to rollout-0"),
+        ("actor", "actor-0"),
+    ]
     spans = [e for e in events if e["ph"] == "X"]
     assert len(spans) == 7 and all(stages[e["pid"]] == rows[e["tid"]][0] for e in spans)
     found = {(rows[e["tid"]][1], e["name"]): (e["ts"], e["dur"], e.get("args")) for e in spans}
-    assert found["env-10", "step"] == (500_000.0, 500_000.0, None)  # microseconds since the first span
-    assert found["weights to rollout-0", "fetch"] == (250_000.0, 250_000.0, {"version": 0, "bytes": 8})
-    assert found["rollout-0", "infer"][2] == {"batch": 2} and found["actor-0", "train"][2] == {"slots": [0, 1], "epoch": 1}
+    assert found["env-10", "step"] == (
+        500_000.0,
+        500_000.0,
+        None,
+    )  # microseconds since the first span
+    assert found["weights to rollout-0", "fetch"] == (
+        250_000.0,
+        250_000.0,
+        {"version": 0, "bytes": 8},
+    )
+    assert found["rollout-0", "infer"][2] == {"batch": 2} and found["actor-0", "train"][2] == {
+        "slots": [0, 1],
+        "epoch": 1,
+    }
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path):
     write_trace(tmp_path / "trace.json", SPANS)
     rows = read_trace(tmp_path)
-    assert list(rows) == ["env-2", "env-10", "rollout-0", "weights to rollout-0", "actor-0"]  # rollout-1 has no span
+    assert list(rows) == [
+        "env-2",
+        "env-10",
+        "rollout-0",
+        "weights to rollout-0",
+        "actor-0",
+    ]  # rollout-1 has no span
     assert rows["env-10"] == [("step", 0.5, 1.0, {}), ("wait: action", 1.0, 1.25, {})]
     assert rows["weights to rollout-0"] == [("fetch", 0.25, 0.5, {"version": 0, "bytes": 8})]
 
@@ -201,25 +310,36 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
     folder = RunFolder(tmp_path / "runs" / "one", resume=False)
     for version in (1, 2, 3):
         folder.append(line(version))
-    # Killed while it wrote: at a bracket, which must not look like the end. Its successor goes on below.
+    # Killed while it wrote: at a bracket, which must not look like the end. Its successor goes on
+    # below.
     torn = '\n[["step",1.0,2.0],["step",2.0,2.5]]\n[["train",3.0,4.0,{"slots": [1, 2]'
     (folder.spans / "env-0.jsonl").write_text(torn + '\n[["step",4.0,4.5]]')
     (folder.spans / "rendezvous").write_bytes(b"left by actor workers that were killed")
     folder.finish()
     assert {p.name for p in folder.path.iterdir()} == {"checkpoints", "metrics.jsonl", "trace.json"}
-    assert [span[:3] for span in read_trace(folder.path)["env-0"]] == [("step", 0.0, 1.0), ("step", 1.0, 1.5), ("step", 3.0, 3.5)]
+    assert [span[:3] for span in read_trace(folder.path)["env-0"]] == [
+        ("step", 0.0, 1.0),
+        ("step", 1.0, 1.5),
+        ("step", 3.0, 3.5),
+    ]
 
     with pytest.raises(UserError, match="exists: it has no checkpoint yet: choose another --run"):
         RunFolder(folder.path, resume=False)
     (folder.path / "checkpoints" / "000002").mkdir()
-    with pytest.raises(UserError, match=f"exists: continue it with --resume {folder.path} or choose another --run"):
+    with pytest.raises(
+        UserError, match=f"exists: continue it with --resume {folder.path} or choose another --run"
+    ):
         RunFolder(folder.path, resume=False)
     with pytest.raises(UserError, match="is being trained by another process: end that one first"):
         RunFolder(folder.path, resume=True)
     os.close(folder.lock)
     again = RunFolder(folder.path, resume=True)
     again.truncate(2)
-    assert [one["version"] for one in again.lines()] == [1, 2] == [one["version"] for one in read_metrics(folder.path)]
+    assert (
+        [one["version"] for one in again.lines()]
+        == [1, 2]
+        == [one["version"] for one in read_metrics(folder.path)]
+    )
     with open(folder.path / "metrics.jsonl", "a") as file:
         file.write('{"version": 3, "loss')  # not all of it is there yet
     assert [one["version"] for one in read_metrics(folder.path)] == [1, 2]

@@ -1,4 +1,6 @@
-"""Every family under the one contract of `models/__init__.py`, at its embedded size; and `train.py --model` with each of them."""
+"""Every family under the one contract of `models/__init__.py`, at its embedded size; and `train.py
+--model` with each of them.
+"""
 
 import json
 from dataclasses import asdict
@@ -21,19 +23,27 @@ SPEC = metaworld.spec(("handle-press",), 64)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Checkpoint with random weights and vocabulary, as `pretrain.py` writes them."""
-    folder, found = tmp_path_factory.mktemp("families"), {}
+    folder = tmp_path_factory.mktemp("families")
+    found = {}
 
     def get(name: str):
         if name not in found:
             torch.manual_seed(0)
-            family, vocabulary = models.files(name), folder / f"{name}.model"
-            tokenize.train_vocabulary([family.wording(task) for task in metaworld.PROMPTS.values()], vocabulary)
+            family = models.files(name)
+            vocabulary = folder / f"{name}.model"
+            tokenize.train_vocabulary(
+                [family.wording(task) for task in metaworld.PROMPTS.values()], vocabulary
+            )
             model = family.embedded(name, str(vocabulary))
             with torch.no_grad():
-                for parameter in model.parameters():  # none of them zero, so that each of them matters
+                for (
+                    parameter
+                ) in model.parameters():  # none of them zero, so that each of them matters
                     parameter.add_(0.02 * torch.randn_like(parameter))
             path = folder / f"{name}.safetensors"
-            checkpoint.save(path, checkpoint.Header(name, asdict(model.config), STATS), model.state_dict())
+            checkpoint.save(
+                path, checkpoint.Header(name, asdict(model.config), STATS), model.state_dict()
+            )
             found[name] = path, vocabulary
         return found[name]
 
@@ -42,26 +52,33 @@ def made(tmp_path_factory):
 
 def built(made, name: str):
     config = Config()
-    config.train.model, (config.train.checkpoint, vocabulary) = name, made(name)
+    config.train.model = name
+    (config.train.checkpoint, vocabulary) = made(name)
     model = models.load(name).build(config, SPEC)
     return model, models.files(name).preparation(model.header, str(vocabulary))
 
 
 def observed(preparation, n: int) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(0)
-    images, states = rng.integers(0, 256, (n, 1, 64, 64, 3), np.uint8), rng.uniform(0.0, 0.8, (n, 4)).astype(np.float32)
-    rows = [preparation.observe(image, state, SPEC.prompts[0]) for image, state in zip(images, states, strict=True)]
+    images = rng.integers(0, 256, (n, 1, 64, 64, 3), np.uint8)
+    states = rng.uniform(0.0, 0.8, (n, 4)).astype(np.float32)
+    rows = [
+        preparation.observe(image, state, SPEC.prompts[0])
+        for image, state in zip(images, states, strict=True)
+    ]
     return {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_observed_acted_and_stored_fits_the_slots(made, name):
     model, preparation = built(made, name)
-    n, obs = 4, observed(preparation, 4)
+    n = 4
+    obs = observed(preparation, 4)
     fields = model.observation_fields()
     assert {key: (tuple(x.shape[1:]), x.dtype) for key, x in obs.items()} == fields
     assert (
-        fields.keys() <= {"image", "tokens", "state"} and set(model.training_fields()) <= fields.keys() | model.slot_fields().keys()
+        fields.keys() <= {"image", "tokens", "state"}
+        and set(model.training_fields()) <= fields.keys() | model.slot_fields().keys()
     )
     out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(n)], [True] * n))
     assert out["actions"].shape == out["logprob"].shape == (n, 10, 4) and out["value"].shape == (n,)
@@ -78,7 +95,9 @@ def test_evaluating_reproduces_the_behaviour_and_moves_with_the_weights(made, na
     out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(3)], [True] * 3))
     batch = {key: (obs | out)[key].clone() for key in model.training_fields()}
     again = model.evaluate(batch)
-    torch.testing.assert_close(again["logprob"].sum((1, 2)), out["logprob"].clone().sum((1, 2)), atol=1e-4, rtol=0.0)
+    torch.testing.assert_close(
+        again["logprob"].sum((1, 2)), out["logprob"].clone().sum((1, 2)), atol=1e-4, rtol=0.0
+    )
     torch.testing.assert_close(again["value"], out["value"].clone(), atol=1e-4, rtol=0.0)
     (again["logprob"].sum() + again["value"].sum()).backward()
     trained = model.trainable()
@@ -87,7 +106,9 @@ def test_evaluating_reproduces_the_behaviour_and_moves_with_the_weights(made, na
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    assert (model.evaluate(batch)["logprob"].sum((1, 2)) - out["logprob"].sum((1, 2))).abs().max() > 1e-2
+    assert (
+        model.evaluate(batch)["logprob"].sum((1, 2)) - out["logprob"].sum((1, 2))
+    ).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,9 +116,13 @@ def test_imitation_lowers_its_loss(made, name):
     torch.manual_seed(0)
     vocabulary = made(name)[1]
     model = models.files(name).embedded(name, str(vocabulary))
-    preparation = models.files(name).preparation(checkpoint.Header(name, asdict(model.config), STATS), str(vocabulary))
-    obs, actions = observed(preparation, 8), torch.rand(8, 10, 4) - 0.5
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
+    preparation = models.files(name).preparation(
+        checkpoint.Header(name, asdict(model.config), STATS), str(vocabulary)
+    )
+    obs = observed(preparation, 8)
+    actions = torch.rand(8, 10, 4) - 0.5
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    losses = []
     draw = model.imitation_draw(8)
     for _ in range(25):
         loss = model.imitate(obs, actions, draw)
@@ -111,12 +136,15 @@ def test_imitation_lowers_its_loss(made, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_broken_observation_is_named(made, name):
     _, preparation = built(made, name)
-    image, state = np.zeros((1, 64, 64, 3), np.uint8), np.zeros(4, np.float32)
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    state = np.zeros(4, np.float32)
     preparation.observe(image, state, SPEC.prompts[0])
     for picture, robot, task in (
-        (image.astype(np.float32), state, SPEC.prompts[0]), (image[0], state, SPEC.prompts[0]),
-        (image, np.array([0.0, np.nan, 0.0, 0.0], np.float32), SPEC.prompts[0]), (image, state, "press the handle " * 30),
-    ):  # fmt: skip
+        (image.astype(np.float32), state, SPEC.prompts[0]),
+        (image[0], state, SPEC.prompts[0]),
+        (image, np.array([0.0, np.nan, 0.0, 0.0], np.float32), SPEC.prompts[0]),
+        (image, state, "press the handle " * 30),
+    ):
         with pytest.raises(UserError):
             preparation.observe(picture, robot, task)
 
@@ -125,7 +153,8 @@ def test_a_broken_observation_is_named(made, name):
 def test_a_checkpoint_of_another_family_is_named(made, name):
     other = FAMILIES[FAMILIES.index(name) - 1]
     config = Config()
-    config.train.model, config.train.checkpoint = name, made(other)[0]
+    config.train.model = name
+    config.train.checkpoint = made(other)[0]
     with pytest.raises(UserError, match=f"'{other}' model: give --model {other}"):
         models.load(name).build(config, SPEC, weights="none")
 
@@ -143,7 +172,9 @@ def test_other_projects_checkpoints_tell_their_family(tmp_path):
             if name in names:
                 models.check_family(name, folder)
             else:
-                with pytest.raises(UserError, match=f"is of the family {' or '.join(names)}, not {name}"):
+                with pytest.raises(
+                    UserError, match=f"is of the family {' or '.join(names)}, not {name}"
+                ):
                     models.check_family(name, folder)
     save_file({"something.else": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="of no family known here"):
@@ -159,23 +190,32 @@ def test_frames_of_the_simulator_are_what_every_family_prepares(made):
         _, preparation = built(made, name)
         assert preparation.observe(image, state, SPEC.prompts[0])["image"].shape == (1, 64, 64, 3)
     # Other projects' models resize them, each in its own way.
-    small = pi_files.resize_pil(image[0], 56), pi_files.resize_torch(torch.from_numpy(image).float() / 255, 56, 0.0)
+    small = (
+        pi_files.resize_pil(image[0], 56),
+        pi_files.resize_torch(torch.from_numpy(image).float() / 255, 56, 0.0),
+    )
     small += gr00t_files.crop_and_resize(image, 56), gr00t_files.resize_bicubic(image, 56)
     small += (oft_files.resize_bicubic(torch.from_numpy(image), 56),)
     assert all(tuple(x.shape)[-3:-1] == (56, 56) for x in small)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "pi05"])  # π0.5: tests/test_train.py
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if name != "pi05"]
+)  # π0.5: tests/test_train.py
 def test_training_from_end_to_end(cli, made, tmp_path, name):
     path, vocabulary = made(name)
     flags = (
-        f"{SMALL} --model {name} --tasks handle-press --max-staleness 0 --iterations 2 --checkpoint {path} --tokenizer {vocabulary}"
+        f"{SMALL} --model {name} --tasks handle-press --max-staleness 0 --iterations 2 "
+        f"--checkpoint {path} --tokenizer {vocabulary}"
     )
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'run'}").finish()
     assert status == 0 and "2 iterations done" in output, output
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     for line in lines:  # one minibatch is the whole batch, so its weights are the ones that acted
-        assert line["ratio_max"] == pytest.approx(1.0, abs=1e-4) and np.isfinite([line["loss_policy"], line["loss_value"]]).all()
+        assert (
+            line["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+            and np.isfinite([line["loss_policy"], line["loss_value"]]).all()
+        )
         assert line["grad_norm"] > 0
     assert lines[-1]["eval_episodes"] == 2
     saved = checkpoint.find(tmp_path / "run")

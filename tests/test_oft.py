@@ -1,4 +1,6 @@
-"""OpenVLA-OFT: exact with the originals' numbers, folders in and out, bins, and a policy whose log-prob repeats."""
+"""OpenVLA-OFT: exact with the originals' numbers, folders in and out, bins, and a policy whose
+log-prob repeats.
+"""
 
 import json
 import math
@@ -20,10 +22,27 @@ GOLDEN = Path(__file__).parent / "golden" / "oft"
 FOLDERS = [GOLDEN, GOLDEN / "lora", GOLDEN / "official"]
 CASES = json.loads((GOLDEN / "preprocessing.json").read_text())
 TINY = {
-    "image_size": 16, "dino_width": 16, "dino_depth": 1, "dino_heads": 2, "dino_mlp": 32, "siglip_width": 16, "siglip_depth": 1,
-    "siglip_heads": 2, "siglip_mlp": 32, "width": 32, "depth": 2, "heads": 2, "kv_heads": 2, "mlp": 48, "words": 60, "tokens": 8,
-    "chunk": 3, "value_widths": (16,), "lora_rank": 3, "temperature": 1.6,
-}  # fmt: skip
+    "image_size": 16,
+    "dino_width": 16,
+    "dino_depth": 1,
+    "dino_heads": 2,
+    "dino_mlp": 32,
+    "siglip_width": 16,
+    "siglip_depth": 1,
+    "siglip_heads": 2,
+    "siglip_mlp": 32,
+    "width": 32,
+    "depth": 2,
+    "heads": 2,
+    "kv_heads": 2,
+    "mlp": 48,
+    "words": 60,
+    "tokens": 8,
+    "chunk": 3,
+    "value_widths": (16,),
+    "lora_rank": 3,
+    "temperature": 1.6,
+}
 KEYS = [(1, lane, 2, 3) for lane in range(5)]
 
 
@@ -39,8 +58,11 @@ def tiny_oft(dtype: torch.dtype = torch.float32, **changes) -> Oft:
 
 def observations(model: Oft, n: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random frames, and prompts of different lengths."""
-    c, random = model.config, torch.Generator().manual_seed(seed)
-    image = torch.randint(0, 256, (n, c.views, c.image_size, c.image_size, 3), generator=random, dtype=torch.uint8)
+    c = model.config
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randint(
+        0, 256, (n, c.views, c.image_size, c.image_size, 3), generator=random, dtype=torch.uint8
+    )
     tokens = torch.randint(3, c.words, (n, c.tokens), generator=random, dtype=torch.int32)
     tokens[:, 0] = 1
     for i in range(n):
@@ -62,7 +84,8 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_every_output_of_the_originals(folder):
-    wanted, found = load_file(folder / "outputs.safetensors"), oft_files.parity(folder)
+    wanted = load_file(folder / "outputs.safetensors")
+    found = oft_files.parity(folder)
     for name, tensor in wanted.items():
         assert found[name].shape == tensor.shape, name
         bound = 1e-4 * tensor.abs().max().item() if name.startswith("grad.") else 1e-4
@@ -71,7 +94,9 @@ def test_every_output_of_the_originals(folder):
     assert sum(name.startswith("grad.") for name in wanted) >= 12
 
 
-@pytest.mark.parametrize("change", [{"implement_version": "rlinf"}, {"center_crop": False}, {"num_images_in_input": 1}])
+@pytest.mark.parametrize(
+    "change", [{"implement_version": "rlinf"}, {"center_crop": False}, {"num_images_in_input": 1}]
+)
 def test_parity_fails_where_the_original_does_something_else(tmp_path, change):
     for file in (GOLDEN / "official").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -86,12 +111,23 @@ def test_parity_fails_where_the_original_does_something_else(tmp_path, change):
 
 
 def test_the_published_configuration_is_the_full_size(tmp_path):
-    # What config.json of openvla-7b and of its fine-tuned policies says; widths are the tools' defaults.
-    text = {"model_type": "llama", "pad_token_id": 32000, "torch_dtype": "bfloat16", "vocab_size": 32064}
+    # What config.json of openvla-7b and of its fine-tuned policies says; widths are the tools'
+    # defaults.
+    text = {
+        "model_type": "llama",
+        "pad_token_id": 32000,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 32064,
+    }
     published = {
-        "vision_backbone_id": "dinosiglip-vit-so-224px", "llm_backbone_id": "llama2-7b-pure", "image_sizes": [224, 224],
-        "n_action_bins": 256, "pad_to_multiple_of": 64, "pad_token_id": 32000, "text_config": text,
-    }  # fmt: skip
+        "vision_backbone_id": "dinosiglip-vit-so-224px",
+        "llm_backbone_id": "llama2-7b-pure",
+        "image_sizes": [224, 224],
+        "n_action_bins": 256,
+        "pad_to_multiple_of": 64,
+        "pad_token_id": 32000,
+        "text_config": text,
+    }
     (tmp_path / "config.json").write_text(json.dumps(published))
     assert config_of(oft_files.read_config(tmp_path)) == replace(FULL, train="full")
     pictures = {"means": [[0.1, 0.2, 0.3], [0.5] * 3], "stds": [[0.4, 0.5, 0.6], [0.5] * 3]}
@@ -102,33 +138,53 @@ def test_the_published_configuration_is_the_full_size(tmp_path):
 def test_parameter_count_at_full_size():
     with torch.device("meta"):
         model = Oft(FULL)
-    count = lambda keep: sum(p.numel() for n, p in model.named_parameters() if keep(n))  # noqa: E731
+
+    def count(keep):
+        return sum(p.numel() for n, p in model.named_parameters() if keep(n))
+
     own = count(lambda n: "lora_" not in n and not n.startswith("value_head."))
     assert abs(own / 7.50e9 - 1) < 0.005
-    assert count(lambda n: "lora_" in n) == 109_126_400 and sum(p.numel() for p in model.trainable().values()) < 0.12e9
+    assert (
+        count(lambda n: "lora_" in n) == 109_126_400
+        and sum(p.numel() for p in model.trainable().values()) < 0.12e9
+    )
     small = Oft(OftConfig())
     assert 1e6 < sum(p.numel() for p in small.parameters()) < 4e6
 
 
-# ---------------------------------------------------------------- prompts, bins, statistics, pictures
+# ---------------------------------------------------------------- prompts, bins, statistics,
+# pictures
 
 
 @pytest.mark.parametrize("case", ["prompts_40", "prompts_56"])
 def test_prompts(case):
-    case, tokenizer = CASES[case], tokenize.load(str(GOLDEN / "tokenizer.model"))
-    for task, text, ids, mask in zip(case["tasks"], case["text"], case["tokens"], case["mask"], strict=True):
+    case = CASES[case]
+    tokenizer = tokenize.load(str(GOLDEN / "tokenizer.model"))
+    for task, text, ids, mask in zip(
+        case["tasks"], case["text"], case["tokens"], case["mask"], strict=True
+    ):
         assert oft_files.prompt(task) == text
         found = oft_files.encode(tokenizer, task, case["length"], case["pad"])
-        assert found.tolist() == ids and (found != case["pad"]).astype(int).tolist() == mask and found.dtype == np.int32
+        assert (
+            found.tolist() == ids
+            and (found != case["pad"]).astype(int).tolist() == mask
+            and found.dtype == np.int32
+        )
 
 
 def test_bins():
     case = CASES["encode_actions"]
-    assert oft_files.encode_actions(torch.tensor(case["actions"], dtype=torch.float64), 31744).tolist() == case["tokens"]
+    assert (
+        oft_files.encode_actions(torch.tensor(case["actions"], dtype=torch.float64), 31744).tolist()
+        == case["tokens"]
+    )
     case = CASES["decode_tokens"]
     assert oft_files.decode_tokens(case["tokens"], 31744).tolist() == case["actions"]
     centers = torch.from_numpy(oft_files.bin_centers(256))
-    assert (oft_files.decode_tokens(oft_files.encode_actions(centers, 31744).numpy(), 31744) == centers.numpy()).all()
+    assert (
+        oft_files.decode_tokens(oft_files.encode_actions(centers, 31744).numpy(), 31744)
+        == centers.numpy()
+    ).all()
 
 
 def test_statistics_and_grippers(tmp_path):
@@ -138,10 +194,14 @@ def test_statistics_and_grippers(tmp_path):
     assert stats == oft_files.read_statistics(tmp_path)
     raw = oft_files.unnormalise_actions(np.array(case["normalised"]), stats)
     assert raw.tolist() == case["actions"]
-    np.testing.assert_allclose(oft_files.normalise_actions(raw, stats), case["normalised"], atol=1e-7)
+    np.testing.assert_allclose(
+        oft_files.normalise_actions(raw, stats), case["normalised"], atol=1e-7
+    )
     case = CASES["gripper"]
     assert oft_files.libero_gripper(np.array(case["raw"])).tolist() == case["libero"]
-    np.testing.assert_allclose(oft_files.widowx_gripper(np.array(case["raw"])), case["widowx"], atol=1e-7)
+    np.testing.assert_allclose(
+        oft_files.widowx_gripper(np.array(case["raw"])), case["widowx"], atol=1e-7
+    )
     table = oft_files.action_table(stats | {"gripper": "libero"}, 7)
     for token in (31744, 31800, 31999):
         normalised = np.full(7, oft_files.decode_tokens(token, 31744))
@@ -150,17 +210,25 @@ def test_statistics_and_grippers(tmp_path):
 
 
 def test_pictures():
-    as_tensor = lambda x: torch.tensor(x, dtype=torch.uint8)[None]  # noqa: E731
+    def as_tensor(x):
+        return torch.tensor(x, dtype=torch.uint8)[None]
+
     case = CASES["center_crop"]
     assert torch.equal(oft_files.center_crop(as_tensor(case["image"])), as_tensor(case["out"]))
     case = CASES["resize_bicubic"]
-    assert torch.equal(oft_files.resize_bicubic(as_tensor(case["image"]), case["size"]), as_tensor(case["out"]))
+    assert torch.equal(
+        oft_files.resize_bicubic(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
+    )
     for name in ("lanczos_16_14", "lanczos_10_14"):
         case = CASES[name]
-        assert torch.equal(oft_files.resize_lanczos(as_tensor(case["image"]), case["size"]), as_tensor(case["out"]))
+        assert torch.equal(
+            oft_files.resize_lanczos(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
+        )
     case = CASES["pixel_values"]
     with torch.device("meta"):
-        model = Oft(replace(FULL, image_size=14, center_crop=False, width=32, depth=0, heads=1, kv_heads=1))
+        model = Oft(
+            replace(FULL, image_size=14, center_crop=False, width=32, depth=0, heads=1, kv_heads=1)
+        )
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(1))
     found = torch.cat(model.pixels(as_tensor(case["image"])[None]), 1).flatten(2)[0]
     assert largest(found, torch.tensor(case["out"])) < 1e-6
@@ -169,7 +237,10 @@ def test_pictures():
 # ---------------------------------------------------------------- the policy
 
 
-@pytest.mark.parametrize("changes", [{}, {"train": "full", "stop_token": False}, {"views": 2, "kv_heads": 1, "center_crop": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"train": "full", "stop_token": False}, {"views": 2, "kv_heads": 1, "center_crop": True}],
+)
 def test_ratio_is_one_at_staleness_zero(changes):
     model = tiny_oft(**changes)
     obs = observations(model, 5)
@@ -182,7 +253,8 @@ def test_ratio_is_one_at_staleness_zero(changes):
 
 
 def test_the_logprob_in_bf16():
-    # Measured on a CPU with six seeds: acting and evaluating in bf16 agree exactly; bf16 is within 0.033 of fp32 per token.
+    # Measured on a CPU with six seeds: acting and evaluating in bf16 agree exactly; bf16 is within
+    # 0.033 of fp32 per token.
     model = tiny_oft()
     model.load_state_dict({name: x.bfloat16().float() for name, x in model.state_dict().items()})
     obs = observations(model, 5)
@@ -197,7 +269,8 @@ def test_the_logprob_in_bf16():
 
 def test_logprobs_are_of_a_tempered_softmax_over_the_action_words_alone():
     model = tiny_oft()
-    c, obs = model.config, observations(model, 4)
+    c = model.config
+    obs = observations(model, 4)
     out = model.act(obs, model.draw(KEYS[:4], [True] * 4))
     logits = model.lm_head(model.hidden(obs["image"], obs["tokens"]))
     logits[..., : c.words] = -math.inf
@@ -207,7 +280,9 @@ def test_logprobs_are_of_a_tempered_softmax_over_the_action_words_alone():
     torch.testing.assert_close(out["logprob"], expected, atol=1e-5, rtol=0)
     assert out["action_tokens"].min() >= c.words and out["action_tokens"].max() < c.words + c.bins
     bins = torch.distributions.Categorical(logits=logits[..., c.words : c.words + c.bins] / 1.6)
-    torch.testing.assert_close(model.evaluate(stored(model, obs, out))["entropy"], bins.entropy().mean())
+    torch.testing.assert_close(
+        model.evaluate(stored(model, obs, out))["entropy"], bins.entropy().mean()
+    )
     decoded = oft_files.decode_tokens(out["action_tokens"].numpy(), c.words)
     np.testing.assert_allclose(out["actions"].numpy(), decoded, atol=1e-7)
 
@@ -216,7 +291,9 @@ def test_samples_follow_the_probabilities():
     model = tiny_oft()
     obs = {name: x.expand(400, *x.shape[1:]) for name, x in observations(model, 1).items()}
     out = model.act(obs, model.draw([(0, 0, 0, t) for t in range(400)], [True] * 400))
-    logits = model.action_logits(model.hidden(*(x[:1] for x in (obs["image"], obs["tokens"])))) / 1.6
+    logits = (
+        model.action_logits(model.hidden(*(x[:1] for x in (obs["image"], obs["tokens"])))) / 1.6
+    )
     probability = logits.softmax(-1)[0].cumsum(-1)  # [C·A, bins]
     index = out["action_tokens"].flatten(1).long() - model.config.words  # [400, C·A]
     for quantile in (0.25, 0.5, 0.75):
@@ -228,16 +305,28 @@ def test_samples_follow_the_probabilities():
 
 def test_without_exploration_the_likeliest_bin_is_taken():
     model = tiny_oft()
-    obs, noise = observations(model, 4), model.draw(KEYS[:4], [True, False, True, False])
+    obs = observations(model, 4)
+    noise = model.draw(KEYS[:4], [True, False, True, False])
     out = model.act(obs, noise)
-    likeliest = model.action_logits(model.hidden(obs["image"], obs["tokens"])).argmax(-1).view(4, 3, 4) + model.config.words
+    likeliest = (
+        model.action_logits(model.hidden(obs["image"], obs["tokens"])).argmax(-1).view(4, 3, 4)
+        + model.config.words
+    )
     assert torch.equal(out["action_tokens"][[1, 3]].long(), likeliest[[1, 3]])
     assert not torch.equal(out["action_tokens"][[0, 2]].long(), likeliest[[0, 2]])
 
 
 def test_noise_is_named_by_seed_lane_trajectory_and_step():
     model = tiny_oft()
-    keys = [(1, 2, 3, 4), (1, 2, 3, 4), (9, 2, 3, 4), (1, 9, 3, 4), (1, 2, 9, 4), (1, 2, 3, 9), (1, 3, 2, 4)]
+    keys = [
+        (1, 2, 3, 4),
+        (1, 2, 3, 4),
+        (9, 2, 3, 4),
+        (1, 9, 3, 4),
+        (1, 2, 9, 4),
+        (1, 2, 3, 9),
+        (1, 3, 2, 4),
+    ]
     uniform = model.draw(keys, [True] * 7)["uniform"]
     assert torch.equal(uniform[0], uniform[1]) and len(uniform[:, 0].unique()) == 6
     assert uniform.shape == (7, 12) and uniform.min() >= 0 and uniform.max() < 1
@@ -248,8 +337,15 @@ def test_gradient_of_logprob_matches_finite_differences(train):
     model = tiny_oft(torch.float64, train=train)
     obs = observations(model, 3)
     batch = stored(model, obs, model.act(obs, model.draw(KEYS[:3], [True] * 3)))
-    trainable, tail = model.trainable(), "lora_b" if train == "lora" else "weight"
-    for layer in ("dino.patch_embed", "siglip.blocks.0.qkv", "projector.fc2", "language.0.q_proj", "language.1.down_proj"):
+    trainable = model.trainable()
+    tail = "lora_b" if train == "lora" else "weight"
+    for layer in (
+        "dino.patch_embed",
+        "siglip.blocks.0.qkv",
+        "projector.fc2",
+        "language.0.q_proj",
+        "language.1.down_proj",
+    ):
         gradient, numeric = slopes(model, batch, trainable[f"{layer}.{tail}"], 1e-6)
         torch.testing.assert_close(gradient, numeric, rtol=1e-5, atol=1e-8)
 
@@ -257,7 +353,8 @@ def test_gradient_of_logprob_matches_finite_differences(train):
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_what_reinforcement_learning_updates(train):
     model = tiny_oft(train=train)
-    obs, trainable = observations(model, 2), model.trainable()
+    obs = observations(model, 2)
+    trainable = model.trainable()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     out = model.evaluate(stored(model, obs, model.act(obs, model.draw(KEYS[:2], [True] * 2))))
@@ -267,9 +364,18 @@ def test_what_reinforcement_learning_updates(train):
     if train == "full":
         assert set(trainable) == everything and not any("lora" in n for n in everything)
     else:
-        assert {n.split(".")[0] for n in trainable} == {"dino", "siglip", "projector", "language", "lm_head", "value_head"}
+        assert {n.split(".")[0] for n in trainable} == {
+            "dino",
+            "siglip",
+            "projector",
+            "language",
+            "lm_head",
+            "value_head",
+        }
         linear = {n for n, m in model.named_modules() if hasattr(m, "add_lora")}
-        assert {n.rpartition(".")[0] for n in trainable if "lora_" in n} == linear and len(linear) == 2 * 5 + 3 + 2 * 7 + 1
+        assert {n.rpartition(".")[0] for n in trainable if "lora_" in n} == linear and len(
+            linear
+        ) == 2 * 5 + 3 + 2 * 7 + 1
 
 
 def test_fresh_adapters_change_nothing_and_folding_them_keeps_the_function():
@@ -291,32 +397,43 @@ def test_fresh_adapters_change_nothing_and_folding_them_keeps_the_function():
 
 def test_padding_changes_nothing_and_everything_else_does():
     model = tiny_oft()
-    obs, noise = observations(model, 3), model.draw(KEYS[:3], [False] * 3)
-    look = lambda o: model.hidden(o["image"], o["tokens"])  # noqa: E731
+    obs = observations(model, 3)
+    noise = model.draw(KEYS[:3], [False] * 3)
+
+    def look(o):
+        return model.hidden(o["image"], o["tokens"])
+
     before = look(obs)
     with torch.no_grad():
         model.embed_tokens.weight[model.config.pad] += 10.0
     assert largest(look(obs)[1:], before[1:]) < 1e-6
     shorter = obs["tokens"][1:2, [0, *range(2, 8)]]  # the second prompt has one padding token
     assert largest(model.hidden(obs["image"][1:2], shorter), before[1:2]) < 1e-5
-    for changed in (obs | {"image": 255 - obs["image"]}, obs | {"tokens": obs["tokens"].roll(1, 1)}):
+    for changed in (
+        obs | {"image": 255 - obs["image"]},
+        obs | {"tokens": obs["tokens"].roll(1, 1)},
+    ):
         assert ((look(changed) - before).abs().amax((1, 2)) > 1e-3).all()
     assert ((model.act(obs, noise)["value"] - model.value(before)).abs() < 1e-5).all()
 
 
 def test_attention_goes_both_ways():
-    # The last blank influences what the first one predicts: with one action token more, everything moves.
-    long, short = tiny_oft(), tiny_oft(chunk=2)
+    # The last blank influences what the first one predicts: with one action token more, everything
+    # moves.
+    long = tiny_oft()
+    short = tiny_oft(chunk=2)
     short.load_state_dict(long.state_dict())
     obs = observations(long, 2)
-    a, b = long.hidden(obs["image"], obs["tokens"], 1), short.hidden(obs["image"], obs["tokens"], 1)
+    a = long.hidden(obs["image"], obs["tokens"], 1)
+    b = short.hidden(obs["image"], obs["tokens"], 1)
     assert largest(a, b) > 1e-3
 
 
 def test_imitation_learns():
     torch.manual_seed(0)
     model = Oft(OftConfig(**TINY | {"train": "full", "stop_token": False}))
-    obs, actions = observations(model, 8), torch.rand(8, 3, 4) * 2 - 1
+    obs = observations(model, 8)
+    actions = torch.rand(8, 3, 4) * 2 - 1
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(40):
@@ -331,16 +448,21 @@ def test_imitation_learns():
 
 
 def write_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
-    """The first reference model as users have it: two shards with an index, statistics, configuration, an unrelated file."""
+    """The first reference model as users have it: two shards with an index, statistics,
+    configuration, an unrelated file.
+    """
     folder.mkdir(exist_ok=True)
     weights = {name: x.to(dtype) for name, x in load_file(GOLDEN / "weights.safetensors").items()}
     weights = {name: x for name, x in (weights | changes).items() if x is not None}
-    names, index = sorted(weights), {}
+    names = sorted(weights)
+    index = {}
     for i, part in enumerate((names[::2], names[1::2])):
         file = f"model-{i + 1:05d}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, folder / file, {"format": "pt"})
         index |= {name: file for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     config = json.loads((GOLDEN / "config.json").read_text())
     (folder / "dataset_statistics.json").write_text(json.dumps(config.pop("norm_stats")))
     (folder / "config.json").write_text(json.dumps(config | {"implement_version": "official"}))
@@ -354,15 +476,23 @@ def spec(**changes) -> EnvSpec:
 
 def settings(path: Path, chunk: int = 3, tokens: int = 9) -> Config:
     config = Config()
-    config.train.checkpoint, config.rollout.chunk, config.rollout.tokens = path, chunk, tokens
+    config.train.checkpoint = path
+    config.rollout.chunk = chunk
+    config.rollout.tokens = tokens
     return config
 
 
 def test_a_folder_is_read_and_written_back_byte_for_byte(tmp_path):
     folder = write_folder(tmp_path / "theirs")
     model = build(settings(folder), spec())
-    kinds = {("fp32" if p.dtype == torch.float32 else "bf16", n in model.trainable()) for n, p in model.named_parameters()}
-    assert kinds == {("fp32", True), ("bf16", False)}  # frozen weights as in the file, what is trained in fp32
+    kinds = {
+        ("fp32" if p.dtype == torch.float32 else "bf16", n in model.trainable())
+        for n, p in model.named_parameters()
+    }
+    assert kinds == {
+        ("fp32", True),
+        ("bf16", False),
+    }  # frozen weights as in the file, what is trained in fp32
     oft_files.save(model, tmp_path / "ours", folder)
     for file in folder.iterdir():
         assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -372,19 +502,32 @@ def test_a_folder_is_read_and_written_back_byte_for_byte(tmp_path):
 def test_a_folder_gives_the_original_s_numbers(tmp_path):
     folder = write_folder(tmp_path / "theirs", torch.float32)
     config = settings(folder)
-    inputs, wanted = load_file(GOLDEN / "inputs.safetensors"), load_file(GOLDEN / "outputs.safetensors")
+    inputs = load_file(GOLDEN / "inputs.safetensors")
+    wanted = load_file(GOLDEN / "outputs.safetensors")
     model = build(config, spec())
     model.config = replace(model.config, stop_token=False, temperature=1.6)  # RLinf's way with it
-    out = model.act(inputs, {"uniform": torch.zeros(3, 12), "explore": torch.zeros(3, dtype=torch.bool)})
+    out = model.act(
+        inputs, {"uniform": torch.zeros(3, 12), "explore": torch.zeros(3, dtype=torch.bool)}
+    )
     assert largest(out["actions"], wanted["greedy_actions"]) < 1e-6
     found = model.evaluate(inputs)
-    assert largest(found["logprob"], wanted["logprobs"]) < 1e-4 and largest(found["value"], wanted["values"][:, 0]) < 1e-4
+    assert (
+        largest(found["logprob"], wanted["logprobs"]) < 1e-4
+        and largest(found["value"], wanted["values"][:, 0]) < 1e-4
+    )
     assert model.header.stats["q99"] == [0.9, 0.25, 0.13, 1.0] and model.config.train == "lora"
 
 
 @pytest.mark.parametrize("value_head", [True, False])
 def test_trained_adapters_go_back_into_the_folder(tmp_path, value_head):
-    changes = {} if value_head else {f"value_head.mlp.{k}": None for k in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")}
+    changes = (
+        {}
+        if value_head
+        else {
+            f"value_head.mlp.{k}": None
+            for k in ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")
+        }
+    )
     folder = write_folder(tmp_path / "theirs", torch.float32, **changes)
     model = build(settings(folder), spec())
     with torch.no_grad():
@@ -393,10 +536,17 @@ def test_trained_adapters_go_back_into_the_folder(tmp_path, value_head):
     oft_files.save(model, tmp_path / "ours", folder)
     again = build(settings(tmp_path / "ours"), spec())
     obs = load_file(GOLDEN / "inputs.safetensors")
-    assert largest(again.hidden(obs["image"], obs["tokens"]), model.hidden(obs["image"], obs["tokens"])) < 1e-4
+    assert (
+        largest(
+            again.hidden(obs["image"], obs["tokens"]), model.hidden(obs["image"], obs["tokens"])
+        )
+        < 1e-4
+    )
     assert value_head == (largest(again.value_head[0].weight, model.value_head[0].weight) < 1e-6)
     theirs, ours = (checkpoint.layout(f) for f in (folder, tmp_path / "ours"))
-    assert {k: (s.shape, s.dtype) for k, s in theirs.items()} == {k: (s.shape, s.dtype) for k, s in ours.items()}
+    assert {k: (s.shape, s.dtype) for k, s in theirs.items()} == {
+        k: (s.shape, s.dtype) for k, s in ours.items()
+    }
 
 
 def test_an_own_checkpoint_of_either_kind_can_be_trained_either_way(tmp_path):
@@ -406,27 +556,44 @@ def test_an_own_checkpoint_of_either_kind_can_be_trained_either_way(tmp_path):
         obs = obs or observations(model, 2)
         stats = {"q01": [-1.0] * 4, "q99": [2.0] * 4, "mask": [True, True, True, False]}
         path = tmp_path / f"{saved}.safetensors"
-        checkpoint.save(path, checkpoint.Header("oft", asdict(model.config), stats), model.state_dict())
+        checkpoint.save(
+            path, checkpoint.Header("oft", asdict(model.config), stats), model.state_dict()
+        )
         for wanted in ("lora", "full"):
             config = settings(path, tokens=8)
             config.actor.oft_train = wanted
-            found, sized = build(config, spec(image_size=16)), build(config, spec(image_size=16), weights="none")
-            assert found.config.train == wanted and any("lora_" in n for n in found.trainable()) == (wanted == "lora")
+            found = build(config, spec(image_size=16))
+            sized = build(config, spec(image_size=16), weights="none")
+            assert found.config.train == wanted and any(
+                "lora_" in n for n in found.trainable()
+            ) == (wanted == "lora")
             assert largest(found.hidden(*obs.values()), model.hidden(*obs.values())) < 1e-5
-            assert all(p.is_meta for p in sized.parameters()) and sized.slot_fields() == found.slot_fields()
-            assert {n: p.shape for n, p in sized.trainable().items()} == {n: p.shape for n, p in found.trainable().items()}
+            assert (
+                all(p.is_meta for p in sized.parameters())
+                and sized.slot_fields() == found.slot_fields()
+            )
+            assert {n: p.shape for n, p in sized.trainable().items()} == {
+                n: p.shape for n, p in found.trainable().items()
+            }
             assert found.action_table.max() > 1.9
             repeated = build(config, spec(image_size=16))
-            assert all(torch.equal(a, b) for a, b in zip(found.parameters(), repeated.parameters(), strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(found.parameters(), repeated.parameters(), strict=True)
+            )
 
 
 def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
     weights = load_file(GOLDEN / "lora" / "weights.safetensors")
     adapters = {k: x for k, x in weights.items() if ".lora_" in k}
-    adapters["base_model.model.language_model.lm_head.base_layer.weight"] = weights["language_model.lm_head.weight"]
+    adapters["base_model.model.language_model.lm_head.base_layer.weight"] = weights[
+        "language_model.lm_head.weight"
+    ]
     save_file(adapters, tmp_path / "adapter_model.safetensors")
     model = Oft(config_of(oft_files.read_config(GOLDEN / "lora")))
-    checkpoint.load_source(model, tmp_path / "adapter_model.safetensors", oft_files.SOURCES["peft"], "cpu", None)
+    checkpoint.load_source(
+        model, tmp_path / "adapter_model.safetensors", oft_files.SOURCES["peft"], "cpu", None
+    )
     key = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"
     assert torch.equal(model.dino.patch_embed.lora_a, adapters[key])
 
@@ -449,10 +616,8 @@ def test_a_missing_extra_or_misshapen_key_is_named(tmp_path, changes, named):
 
 
 def test_a_published_model_takes_pictures_of_any_size_and_ours_only_its_own(tmp_path):
-    pictures, words = (
-        np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8),
-        tokenize.load(str(GOLDEN / "tokenizer.model")),
-    )
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    words = tokenize.load(str(GOLDEN / "tokenizer.model"))
     config = settings(write_folder(tmp_path / "theirs"))
     config.rollout.tokens = 24
     model = build(config, spec(image_size=32))
@@ -485,7 +650,9 @@ def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
         build(settings(tmp_path / "nothing"), spec())
     with pytest.raises(UserError, match="4 action dimensions|action_dim = 4"):
         build(settings(folder), spec(action_dim=7))
-    (folder / "config.json").write_text(json.dumps(config | {"vision_backbone_id": "siglip-vit-so400m"}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"vision_backbone_id": "siglip-vit-so400m"})
+    )
     with pytest.raises(UserError, match="siglip-vit-so400m"):
         build(settings(folder), spec())
     (folder / "config.json").write_text("{")
@@ -495,7 +662,11 @@ def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
 
 def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"a": {"action": {}}, "b": {}}))
-    for key, message in (("", "choose one of a, b"), ("c", "'c': choose one of a, b"), ("a", "lack")):
+    for key, message in (
+        ("", "choose one of a, b"),
+        ("c", "'c': choose one of a, b"),
+        ("a", "lack"),
+    ):
         with pytest.raises(UserError, match=message):
             oft_files.read_statistics(tmp_path, key)
     with pytest.raises(UserError, match="config.json"):
@@ -504,11 +675,17 @@ def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
         oft_files.action_table({"q01": [0, 0], "q99": [1, 1], "mask": [True, True]}, 7)
 
 
-@pytest.mark.parametrize("wrong", [torch.float32, (2, 1, 16, 16, 3, 1), (2, 1, 15, 16, 3), (2, 2, 16, 16, 3)])
+@pytest.mark.parametrize(
+    "wrong", [torch.float32, (2, 1, 16, 16, 3, 1), (2, 1, 15, 16, 3), (2, 2, 16, 16, 3)]
+)
 def test_a_wrong_picture_is_refused(wrong):
     model = tiny_oft()
     obs = observations(model, 2)
-    image = obs["image"].to(wrong) if isinstance(wrong, torch.dtype) else torch.zeros(wrong, dtype=torch.uint8)
+    image = (
+        obs["image"].to(wrong)
+        if isinstance(wrong, torch.dtype)
+        else torch.zeros(wrong, dtype=torch.uint8)
+    )
     with pytest.raises(UserError, match="images are .* and the model takes uint8"):
         model.act(obs | {"image": image}, model.draw(KEYS[:2], [True] * 2))
 

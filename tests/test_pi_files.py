@@ -1,4 +1,6 @@
-"""π0 and π0.5 on users' disks: preprocessing as in the originals, loading and saving their layouts, and clear errors."""
+"""π0 and π0.5 on users' disks: preprocessing as in the originals, loading and saving their layouts,
+and clear errors.
+"""
 
 import json
 import shutil
@@ -18,9 +20,13 @@ from models.pi_files import SOURCES, Preparation
 
 GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("pi0", "pi05")
-ROBOTS = [(family, robot) for family in FAMILIES for robot in ("physical-intelligence/libero", "droid")]
+ROBOTS = [
+    (family, robot) for family in FAMILIES for robot in ("physical-intelligence/libero", "droid")
+]
 both = pytest.mark.parametrize("family", FAMILIES)
-SPEC = EnvSpec(("t",), ("p",), 2, 42, 8, 5, 100)  # two of the reference models' three cameras, five of their six dimensions
+SPEC = EnvSpec(
+    ("t",), ("p",), 2, 42, 8, 5, 100
+)  # two of the reference models' three cameras, five of their six dimensions
 
 
 def cases(family: str, file: str = "preprocessing.json") -> dict:
@@ -28,8 +34,17 @@ def cases(family: str, file: str = "preprocessing.json") -> dict:
 
 
 def prepare(family: str, stats: dict, **changes) -> Preparation:
-    shape = {"pi05": family == "pi05", "views": 2, "image_size": 14, "patch": 14, "tokens": 80, "state_dim": 32}
-    return Preparation(PiConfig(**shape | changes), stats, tokenize.load(str(GOLDEN / family / "tokenizer.model")))
+    shape = {
+        "pi05": family == "pi05",
+        "views": 2,
+        "image_size": 14,
+        "patch": 14,
+        "tokens": 80,
+        "state_dim": 32,
+    }
+    return Preparation(
+        PiConfig(**shape | changes), stats, tokenize.load(str(GOLDEN / family / "tokenizer.model"))
+    )
 
 
 # ---------------------------------------------------------------- preprocessing
@@ -46,15 +61,26 @@ def test_openpi_s_observations_and_actions(family, robot):
         assert found["tokens"].tolist() == case["token_ids"] and found["tokens"].dtype == np.int32
         assert (found["tokens"] != 0).tolist() == case["token_mask"]
         assert (
-            "".join(pi_files.prompt(case["task"], np.array(case["normalised"]) if "State" in case["prompt"] else None))
+            "".join(
+                pi_files.prompt(
+                    case["task"],
+                    np.array(case["normalised"]) if "State" in case["prompt"] else None,
+                )
+            )
             == case["prompt"]
         )
-        assert pi_files.normalise(state, stats["state"]).tolist() == case["normalised"]  # to the last bit
+        assert (
+            pi_files.normalise(state, stats["state"]).tolist() == case["normalised"]
+        )  # to the last bit
         if family == "pi0":
             np.testing.assert_array_equal(found["state"], np.array(case["padded"], np.float32))
         actions = preparation.actions(np.array(case["model_actions"], np.float32)[:, :7], state)
         np.testing.assert_allclose(actions, case["actions"], atol=2e-6, rtol=1e-6)
-        assert case["image_mask"] == {"base_0_rgb": True, "left_wrist_0_rgb": True, "right_wrist_0_rgb": False}
+        assert case["image_mask"] == {
+            "base_0_rgb": True,
+            "left_wrist_0_rgb": True,
+            "right_wrist_0_rgb": False,
+        }
     assert any(stats["delta"]) == (family == "pi0" and env == "libero")
     assert stats["prompt"] == ("state" if family == "pi05" and env == "droid" else "newline")
 
@@ -63,7 +89,9 @@ def test_openpi_s_observations_and_actions(family, robot):
 def test_pictures_are_resized_as_openpi_and_its_torch_port_do(family):
     for case in cases(family)["images"]:
         image = np.array(case["image"], np.uint8)
-        assert np.array_equal(pi_files.resize_pil(image, case["size"]), np.array(case["resized"], np.uint8))  # to the last bit
+        assert np.array_equal(
+            pi_files.resize_pil(image, case["size"]), np.array(case["resized"], np.uint8)
+        )  # to the last bit
         scaled = torch.from_numpy(image)[None].float() / 127.5 - 1.0
         found = pi_files.resize_torch(scaled, case["size"], -1.0)[0]
         torch.testing.assert_close(found, torch.tensor(case["resized_torch"]), atol=2e-6, rtol=0)
@@ -71,29 +99,42 @@ def test_pictures_are_resized_as_openpi_and_its_torch_port_do(family):
 
 @both
 def test_lerobot_s_observations_and_actions(family):
-    stats, found = pi_files.read_processors(GOLDEN / family / "lerobot"), cases(family, "lerobot/cases.json")
+    stats = pi_files.read_processors(GOLDEN / family / "lerobot")
+    found = cases(family, "lerobot/cases.json")
     preparation = prepare(family, stats)
     for case in found["rows"]:
         state = np.array(case["state"], np.float32)
         normal = pi_files.normalise(state, stats["state"])
         np.testing.assert_array_equal(normal, np.array(case["normalised"], np.float32))
-        texts = pi_files.prompt(case["task"], normal if stats["prompt"] == "state" else None, "lerobot")
+        texts = pi_files.prompt(
+            case["task"], normal if stats["prompt"] == "state" else None, "lerobot"
+        )
         assert "".join(texts) == case["prompt"]
-        tokens = preparation.observe(np.zeros((2, 14, 14, 3), np.uint8), state, case["task"])["tokens"]
+        tokens = preparation.observe(np.zeros((2, 14, 14, 3), np.uint8), state, case["task"])[
+            "tokens"
+        ]
         assert preparation.tokenizer.decode([i for i in tokens.tolist() if i][1:]) == case["prompt"]
         actions = preparation.actions(np.array(case["model_actions"], np.float32), state)
         np.testing.assert_array_equal(actions, np.array(case["actions"], np.float32))
     for case in found["images"]:
         image = np.array(case["image"], np.uint8)
-        pixels = pi_files.resize_torch(torch.from_numpy(image)[None].float() / 255.0, case["size"], 0.0) * 2.0 - 1.0
+        pixels = (
+            pi_files.resize_torch(torch.from_numpy(image)[None].float() / 255.0, case["size"], 0.0)
+            * 2.0
+            - 1.0
+        )
         torch.testing.assert_close(pixels[0], torch.tensor(case["resized"]), atol=2e-6, rtol=0)
-        changed = prepare(family, stats, image_size=case["size"], views=1).resize(image[None])[0] / 127.5 - 1.0
+        changed = (
+            prepare(family, stats, image_size=case["size"], views=1).resize(image[None])[0] / 127.5
+            - 1.0
+        )
         assert np.abs(changed - np.array(case["resized"])).max() <= 0.5 / 127.5 + 1e-6
 
 
 def test_other_ways_to_normalise():
     x = np.array([[0.0, 2.0, 5.0]], np.float32)
-    low, high = {"min": [0.0, 1.0, 5.0], "max": [4.0, 3.0, 5.0]}, {"kind": "lerobot_min_max", "eps": 1e-8}
+    low = {"min": [0.0, 1.0, 5.0], "max": [4.0, 3.0, 5.0]}
+    high = {"kind": "lerobot_min_max", "eps": 1e-8}
     assert pi_files.normalise(x, low | high).tolist() == [[-1.0, 0.0, -1.0]]
     assert pi_files.normalise(x, {"kind": "lerobot_identity", "eps": 1e-8}).tolist() == x.tolist()
 
@@ -102,18 +143,22 @@ def test_other_ways_to_normalise():
 def test_our_own_small_models_see_what_they_were_trained_on(family):
     tokenizer = tokenize.load(str(ROOT / "assets" / "tokenizer.model"))
     preparation = Preparation(SMALL[family], STATS, tokenizer)
-    state, image = np.array([0.1, 0.5, 0.3, 0.6]), np.full((1, 64, 64, 3), 7, np.uint8)
+    state = np.array([0.1, 0.5, 0.3, 0.6])
+    image = np.full((1, 64, 64, 3), 7, np.uint8)
     found = preparation.observe(image, state, "press the button")
     normal = tokenize.normalise(state, np.array(STATS["state_low"]), np.array(STATS["state_high"]))
     assert np.array_equal(found["image"], image)
     if family == "pi05":
         text = tokenize.prompt("press the button", normal)
-        assert found.keys() == {"image", "tokens"} and np.array_equal(found["tokens"], tokenize.encode(tokenizer, text, 24))
+        assert found.keys() == {"image", "tokens"} and np.array_equal(
+            found["tokens"], tokenize.encode(tokenizer, text, 24)
+        )
     else:
         np.testing.assert_allclose(found["state"], normal, rtol=1e-6)
         assert found["tokens"][-1] == 0 < found["tokens"][1]
     assert {n: (x.shape, str(x.dtype)) for n, x in found.items()} == {
-        n: (shape, str(dtype).removeprefix("torch.")) for n, (shape, dtype) in Pi(SMALL[family]).observation_fields().items()
+        n: (shape, str(dtype).removeprefix("torch."))
+        for n, (shape, dtype) in Pi(SMALL[family]).observation_fields().items()
     }
     actions = np.ones((10, 4), np.float32)
     assert preparation.actions(actions, state) is actions
@@ -131,7 +176,11 @@ def test_our_own_small_models_see_what_they_were_trained_on(family):
     ],
 )
 def test_observations_that_cannot_be(change, words):
-    given = {"images": np.zeros((2, 14, 14, 3), np.uint8), "state": np.zeros(8, np.float32), "task": "pick up the bowl"}
+    given = {
+        "images": np.zeros((2, 14, 14, 3), np.uint8),
+        "state": np.zeros(8, np.float32),
+        "task": "pick up the bowl",
+    }
     preparation = prepare("pi0", pi_files.read_norm_stats(GOLDEN / "pi0", False, "libero"))
     preparation.observe(**given)
     with pytest.raises(UserError, match=words):
@@ -141,9 +190,14 @@ def test_observations_that_cannot_be(change, words):
 def test_statistics_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="norm_stats.json"):
         pi_files.read_norm_stats(tmp_path, True)
-    with pytest.raises(UserError, match="assets/droid/norm_stats.json, assets/physical-intelligence/libero/norm_stats.json"):
+    with pytest.raises(
+        UserError,
+        match="assets/droid/norm_stats.json, assets/physical-intelligence/libero/norm_stats.json",
+    ):
         pi_files.read_norm_stats(GOLDEN / "pi05", True)  # of which robot?
-    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": {"mean": [0.0], "std": [1.0]}}}))
+    (tmp_path / "norm_stats.json").write_text(
+        json.dumps({"norm_stats": {"state": {"mean": [0.0], "std": [1.0]}}})
+    )
     with pytest.raises(UserError, match="lacks q01 or q99 of 'state'"):
         pi_files.read_norm_stats(tmp_path, True)
     with pytest.raises(UserError, match="policy_preprocessor.json"):
@@ -166,12 +220,21 @@ def published(family: str, layout: str, folder: Path) -> Path:
     """A folder as users have it, in one of the layouts."""
     weights = load_file(GOLDEN / family / "weights.safetensors")
     heads = {"rlinf": ("noise_head",), "rlinf_noise": ()}.get(layout, ("value_head", "noise_head"))
-    weights = {key: x for key, x in weights.items() if not key.startswith(heads)} if heads else weights
+    weights = (
+        {key: x for key, x in weights.items() if not key.startswith(heads)} if heads else weights
+    )
     config = cases(family, "config.json")
     folder.mkdir(parents=True)
     if layout.startswith("lerobot"):
-        weights = {f"model.{key}": x for key, x in weights.items()} if layout == "lerobot" else weights
-        config = {"type": family, "chunk_size": config["action_horizon"], "tokenizer_max_length": 11, "vision": config["vision"]}
+        weights = (
+            {f"model.{key}": x for key, x in weights.items()} if layout == "lerobot" else weights
+        )
+        config = {
+            "type": family,
+            "chunk_size": config["action_horizon"],
+            "tokenizer_max_length": 11,
+            "vision": config["vision"],
+        }
         shutil.copytree(GOLDEN / family / "lerobot", folder, dirs_exist_ok=True)
     else:
         shutil.copytree(GOLDEN / family / "assets", folder / "assets")
@@ -182,7 +245,10 @@ def published(family: str, layout: str, folder: Path) -> Path:
 
 def settings(family: str, folder: Path, **changes) -> Config:
     config = Config()
-    config.train.model, config.train.checkpoint, config.train.env, config.rollout.chunk = family, folder, "libero", 4
+    config.train.model = family
+    config.train.checkpoint = folder
+    config.train.env = "libero"
+    config.rollout.chunk = 4
     for name, value in changes.items():
         setattr(config.rollout, name, value)
     return config
@@ -193,34 +259,57 @@ def settings(family: str, folder: Path, **changes) -> Config:
 def test_a_published_checkpoint_loads_acts_and_goes_back(family, layout, tmp_path):
     folder = published(family, layout, tmp_path / "published")
     config = settings(family, folder)
-    model, sized = build(config, SPEC), build(config, SPEC, weights="none")
+    model = build(config, SPEC)
+    sized = build(config, SPEC, weights="none")
     c = model.config
-    assert (c.views, c.image_size, c.tokens, c.executed_steps, c.executed_dims, c.depth) == (2, 42, 11, 4, 5, 3)
-    assert all(p.is_meta for p in sized.parameters()) and not any(p.is_meta for p in model.parameters())
+    assert (c.views, c.image_size, c.tokens, c.executed_steps, c.executed_dims, c.depth) == (
+        2,
+        42,
+        11,
+        4,
+        5,
+        3,
+    )
+    assert all(p.is_meta for p in sized.parameters()) and not any(
+        p.is_meta for p in model.parameters()
+    )
     assert sized.slot_fields() == model.slot_fields() and model.header.family == family
     theirs = load_file(GOLDEN / family / "weights.safetensors")
-    assert torch.equal(model.embed_tokens.weight, theirs["paligemma_with_expert.paligemma.lm_head.weight"])
+    assert torch.equal(
+        model.embed_tokens.weight, theirs["paligemma_with_expert.paligemma.lm_head.weight"]
+    )
     if "rlinf" in layout:
         assert torch.equal(model.value_head[2].weight, theirs["value_head.mlp.2.weight"])
     else:
         assert (model.value_head[-1].weight == 0).all()
 
-    fields = {n: torch.zeros(2, *shape, dtype=dtype) for n, (shape, dtype) in model.observation_fields().items()}
+    fields = {
+        n: torch.zeros(2, *shape, dtype=dtype)
+        for n, (shape, dtype) in model.observation_fields().items()
+    }
     fields["tokens"][:, :4] = 5
     out = model.act(fields, model.draw([(1, 2, 3, 4), (1, 2, 3, 5)], [True, True]))
     assert out["actions"].shape == (2, 4, 5) and out["actions"].isfinite().all()
     batch = {n: (fields | out)[n].clone() for n in model.training_fields()}
-    torch.testing.assert_close(model.evaluate(batch)["logprob"].sum((1, 2)), out["logprob"].sum((1, 2)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        model.evaluate(batch)["logprob"].sum((1, 2)), out["logprob"].sum((1, 2)), atol=1e-4, rtol=0
+    )
 
     with torch.no_grad():
         model.expert[1].q_proj.weight += 1.0
     pi_files.save(model, tmp_path / "saved", folder)
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "saved" / "model.safetensors")
     prefix = "model." if layout == "lerobot" else ""
     moved = f"{prefix}paligemma_with_expert.gemma_expert.model.layers.1.self_attn.q_proj.weight"
-    assert before.keys() == after.keys() and [key for key in before if not torch.equal(before[key], after[key])] == [moved]
+    assert before.keys() == after.keys() and [
+        key for key in before if not torch.equal(before[key], after[key])
+    ] == [moved]
     torch.testing.assert_close(after[moved], before[moved] + 1.0)
-    files = lambda where: {str(f.relative_to(where)) for f in where.rglob("*") if f.is_file()}  # noqa: E731
+
+    def files(where):
+        return {str(f.relative_to(where)) for f in where.rglob("*") if f.is_file()}
+
     assert files(tmp_path / "saved") == files(folder)
 
 
@@ -230,16 +319,25 @@ def test_a_run_s_own_checkpoint_of_a_published_model(family, tmp_path):
     model = build(settings(family, folder), SPEC)
     checkpoint.save(tmp_path / "model.safetensors", model.header, model.state_dict())
     again = build(settings(family, tmp_path / "model.safetensors"), SPEC._replace(image_size=256))
-    assert again.config == model.config and again.header.stats == json.loads(json.dumps(model.header.stats))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert again.config == model.config and again.header.stats == json.loads(
+        json.dumps(model.header.stats)
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_flow_noise_takes_the_checkpoint_s_network(tmp_path):
     folder = published("pi05", "rlinf_noise", tmp_path / "published")
     model = build(settings("pi05", folder, noise="network", prefix_dtype="bfloat16"), SPEC)
     theirs = load_file(folder / "model.safetensors")
-    assert torch.equal(model.noise_head[0].weight, theirs["noise_head.mlp_logvar.moduleList.0.linear_1.weight"])
-    assert model.vision.projector.weight.dtype == torch.bfloat16 and model.expert[0].q_proj.weight.dtype == torch.float32
+    assert torch.equal(
+        model.noise_head[0].weight, theirs["noise_head.mlp_logvar.moduleList.0.linear_1.weight"]
+    )
+    assert (
+        model.vision.projector.weight.dtype == torch.bfloat16
+        and model.expert[0].q_proj.weight.dtype == torch.float32
+    )
 
 
 def test_lerobot_reads_the_embedding_and_openpi_the_language_head(tmp_path):
@@ -248,7 +346,8 @@ def test_lerobot_reads_the_embedding_and_openpi_the_language_head(tmp_path):
         ("openpi", pi_files.LM_HEAD, pi_files.EMBEDDING),
     ):
         folder = published("pi0", layout, tmp_path / layout)
-        file, prefix = folder / "model.safetensors", "model." if layout == "lerobot" else ""
+        file = folder / "model.safetensors"
+        prefix = "model." if layout == "lerobot" else ""
         weights = {key: x.clone() for key, x in load_file(file).items()}
         first = weights.pop(prefix + pi_files.LM_HEAD)
         for held in ({read: first}, {other: first}, {read: first.clone(), other: first + 1.0}):
@@ -259,7 +358,10 @@ def test_lerobot_reads_the_embedding_and_openpi_the_language_head(tmp_path):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        ("missing", "no tensor 'paligemma_with_expert.gemma_expert.model.layers.1.mlp.up_proj.weight'"),
+        (
+            "missing",
+            "no tensor 'paligemma_with_expert.gemma_expert.model.layers.1.mlp.up_proj.weight'",
+        ),
         ("extra", "'paligemma_with_expert.adapter.weight' that the model does not know"),
         ("shape", r"action_out_proj.bias' is \[7\], the model needs \[6\]"),
         ("part", r"k_proj.bias'.*\[36\] \+ \[35\] \+ \[36\], the model needs \[108\]"),
@@ -273,7 +375,9 @@ def test_lerobot_reads_the_embedding_and_openpi_the_language_head(tmp_path):
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, damage, words):
     folder = published("pi0", "openpi", tmp_path / "published")
-    file, config, spec = folder / "model.safetensors", settings("pi0", folder), SPEC
+    file = folder / "model.safetensors"
+    config = settings("pi0", folder)
+    spec = SPEC
     weights = {key: x.clone() for key, x in load_file(file).items()}  # the file is written anew
     layer = "paligemma_with_expert.gemma_expert.model.layers.1.mlp.up_proj.weight"
     if damage == "missing":
@@ -283,7 +387,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, damage, wor
     elif damage == "shape":
         weights["action_out_proj.bias"] = torch.zeros(7)
     elif damage == "part":
-        weights[f"{pi_files.VLM}vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias"] = torch.zeros(35)
+        weights[
+            f"{pi_files.VLM}vision_tower.vision_model.encoder.layers.0.self_attn.k_proj.bias"
+        ] = torch.zeros(35)
     elif damage == "other":
         weights = {"backbone.eagle_model.mlp1.0.weight": torch.zeros(2, 2)}
     save_file(weights, file)
@@ -291,7 +397,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, damage, wor
         file.write_bytes(file.read_bytes()[:-100])
     config.train.model = "pi05" if damage == "family" else "pi0"
     config.rollout.chunk = 9 if damage == "chunk" else 4
-    spec = spec._replace(action_dim=7 if damage == "dims" else 5, views=4 if damage == "views" else 2)
+    spec = spec._replace(
+        action_dim=7 if damage == "dims" else 5, views=4 if damage == "views" else 2
+    )
     with pytest.raises(UserError, match=words) as error:
         build(config, spec)
     assert "\n" not in str(error.value)
@@ -303,20 +411,34 @@ def test_flow_settings_are_the_checkpoint_s_unless_the_user_says_otherwise(tmp_p
     (folder / "config.json").write_text(json.dumps(config | {"num_steps": 7, "noise_level": 0.3}))
     c = build(settings("pi0", folder), SPEC, weights="none").config
     assert (c.denoise_steps, c.noise_level, c.sde_steps) == (7, 0.3, 7)
-    c = build(settings("pi0", folder, denoise_steps=3, sde_steps=2, tokens=13), SPEC, weights="none").config
+    c = build(
+        settings("pi0", folder, denoise_steps=3, sde_steps=2, tokens=13), SPEC, weights="none"
+    ).config
     assert (c.denoise_steps, c.noise_level, c.sde_steps, c.tokens) == (3, 0.3, 2, 13)
     with pytest.raises(UserError, match="--sde-steps 7 must lie between 1 and --denoise-steps 3"):
         build(settings("pi0", folder, denoise_steps=3, sde_steps=7), SPEC, weights="none")
 
 
-@pytest.mark.parametrize("env, said, prompt", [
-    ("libero", None, "newline"), ("metaworld", None, "newline"), ("robot", None, "state"), ("metaworld", True, "state"),
-])  # fmt: skip
-def test_the_state_stands_in_the_prompt_of_real_robots_or_where_config_says_so(tmp_path, env, said, prompt):
+@pytest.mark.parametrize(
+    "env, said, prompt",
+    [
+        ("libero", None, "newline"),
+        ("metaworld", None, "newline"),
+        ("robot", None, "state"),
+        ("metaworld", True, "state"),
+    ],
+)
+def test_the_state_stands_in_the_prompt_of_real_robots_or_where_config_says_so(
+    tmp_path, env, said, prompt
+):
     stats = {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "mean": [0.0, 0.0], "std": [1.0, 1.0]}
-    (tmp_path / "norm_stats.json").write_text(json.dumps({"norm_stats": {"state": stats, "actions": stats}}))
+    (tmp_path / "norm_stats.json").write_text(
+        json.dumps({"norm_stats": {"state": stats, "actions": stats}})
+    )
     assert pi_files.read_norm_stats(tmp_path, True, env, "", said)["prompt"] == prompt
-    assert pi_files.read_norm_stats(tmp_path, False, env, "", None)["prompt"] == "newline"  # π0 has a state token
+    assert (
+        pi_files.read_norm_stats(tmp_path, False, env, "", None)["prompt"] == "newline"
+    )  # π0 has a state token
 
 
 def test_statistics_of_another_robot_are_refused(tmp_path):
@@ -326,12 +448,23 @@ def test_statistics_of_another_robot_are_refused(tmp_path):
             build(settings("pi05", folder), SPEC._replace(state_dim=9))
 
 
-@pytest.mark.parametrize("file, contents", [
-    ("config.json", "[]"), ("config.json", '{"action_horizon": "ten"}'), ("config.json", "{"),
-    ("norm_stats.json", "[]"), ("norm_stats.json", '{"norm_stats": []}'),
-    ("norm_stats.json", '{"norm_stats": {"state": {"q01": "a", "q99": [1]}, "actions": {"q01": [0], "q99": [1]}}}'),
-    ("policy_preprocessor.json", "[]"), ("policy_preprocessor.json", '{"steps": [3]}'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "file, contents",
+    [
+        ("config.json", "[]"),
+        ("config.json", '{"action_horizon": "ten"}'),
+        ("config.json", "{"),
+        ("norm_stats.json", "[]"),
+        ("norm_stats.json", '{"norm_stats": []}'),
+        (
+            "norm_stats.json",
+            '{"norm_stats": {"state": {"q01": "a", "q99": [1]}, "actions": {"q01": [0], "q99": '
+            "[1]}}}",
+        ),
+        ("policy_preprocessor.json", "[]"),
+        ("policy_preprocessor.json", '{"steps": [3]}'),
+    ],
+)
 def test_files_that_say_something_else_are_named(tmp_path, file, contents):
     folder = published("pi05", "lerobot" if "policy" in file else "openpi", tmp_path / "published")
     for found in [path for path in folder.rglob("*.json") if path.name == file]:
@@ -347,7 +480,17 @@ def test_every_parameter_has_its_key():
         with torch.device("meta"):
             ours = set(Pi(shape).state_dict())
         table = SOURCES[layout].names(shape)
-        heads = {"rlinf": ("noise_head",), "rlinf_noise": ()}.get(layout, ("value_head", "noise_head"))
-        assert set(table) == {name for name in ours if not name.startswith(heads)} if heads else set(table) == ours
-        keys = [key for value in table.values() for key in ((value,) if isinstance(value, str) else value)]
+        heads = {"rlinf": ("noise_head",), "rlinf_noise": ()}.get(
+            layout, ("value_head", "noise_head")
+        )
+        assert (
+            set(table) == {name for name in ours if not name.startswith(heads)}
+            if heads
+            else set(table) == ours
+        )
+        keys = [
+            key
+            for value in table.values()
+            for key in ((value,) if isinstance(value, str) else value)
+        ]
         assert len(keys) == len(set(keys))

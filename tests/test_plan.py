@@ -1,4 +1,6 @@
-"""`plan.py` in virtual time: exact where a sum is, within 5 % of the measured ladder, and quick enough for large clusters."""
+"""`plan.py` in virtual time: exact where a sum is, within 5 % of the measured ladder, and quick
+enough for large clusters.
+"""
 
 import json
 import math
@@ -17,9 +19,21 @@ from planning.events import Device, World, simulate
 from planning.settings import PlanConfig, node_of
 
 ONE = Node(
-    lanes=1, env_devices=("cpu",), rollout_devices=("cpu",), actor_devices=("cpu",), segment=4, chunk=10, batch=2, minibatch=2,
-    micro_batch=1, update_epochs=1, max_staleness=0, batch_max="all", batch_wait_s=math.inf, stream=False,
-)  # fmt: skip
+    lanes=1,
+    env_devices=("cpu",),
+    rollout_devices=("cpu",),
+    actor_devices=("cpu",),
+    segment=4,
+    chunk=10,
+    batch=2,
+    minibatch=2,
+    micro_batch=1,
+    update_epochs=1,
+    max_staleness=0,
+    batch_max="all",
+    batch_wait_s=math.inf,
+    stream=False,
+)
 PRICES = Costs(step_s=3.0, infer_fixed_s=1.0, infer_each_s=0.5, train_each_s=0.25, optimizer_s=0.1)
 MANY = replace(ONE, lanes=8, env_devices=("cpu",) * 4, batch=16, minibatch=8, micro_batch=2)
 TAILED = Costs(step_s=1.0, step_tail=0.4, infer_fixed_s=0.1, infer_each_s=0.05, train_each_s=0.05)
@@ -27,7 +41,9 @@ TAILED = Costs(step_s=1.0, step_tail=0.4, infer_fixed_s=0.1, infer_each_s=0.05, 
 
 def as_preset(node: Node, preset: str) -> Node:
     _, staleness, batch_max, wait, stream = PRESETS[preset]
-    return replace(node, max_staleness=staleness, batch_max=batch_max, batch_wait_s=wait, stream=stream)
+    return replace(
+        node, max_staleness=staleness, batch_max=batch_max, batch_wait_s=wait, stream=stream
+    )
 
 
 def predicted(**flags):
@@ -37,7 +53,10 @@ def predicted(**flags):
 
 
 def test_the_classes_are_those_of_a_run():
-    assert events.DynamicBatcher is scheduler.DynamicBatcher and events.Admission is scheduler.Admission
+    assert (
+        events.DynamicBatcher is scheduler.DynamicBatcher
+        and events.Admission is scheduler.Admission
+    )
     assert events.Streamer is streamer.Streamer
 
 
@@ -46,7 +65,8 @@ def test_the_classes_are_those_of_a_run():
 
 def test_one_lane_in_step():
     found = simulate(ONE, PRICES, iterations=5, warmup=2)
-    # Two trajectories of 4 chunks. The value that ends the first rides along with an action; the second's comes alone.
+    # Two trajectories of 4 chunks. The value that ends the first rides along with an action; the
+    # second's comes alone.
     rollout = 8 * 3.0 + 7 * 1.5 + 2.0 + 1.5
     actor = 2 * 4 * 0.25 + 0.1
     assert found.step_s == pytest.approx(rollout + actor)
@@ -61,12 +81,16 @@ def test_staleness_hides_the_shorter_phase():
         costs = replace(PRICES, train_each_s=train_each)
         actor = 2 * 4 * train_each + 0.1
         found = simulate(replace(ONE, max_staleness=1), costs, iterations=5, warmup=3)
-        assert found.step_s == pytest.approx(max(8 * 3.0 + 6 * 1.5 + 2 * 2.0, actor))  # now every last value rides along
+        assert found.step_s == pytest.approx(
+            max(8 * 3.0 + 6 * 1.5 + 2 * 2.0, actor)
+        )  # now every last value rides along
 
 
 def test_streaming_starts_before_the_batch_is_whole():
     waits = simulate(ONE, PRICES, iterations=4).step_s
-    assert simulate(replace(ONE, stream=True), PRICES, iterations=4).step_s == pytest.approx(waits - 4 * 0.25)  # the first of two
+    assert simulate(replace(ONE, stream=True), PRICES, iterations=4).step_s == pytest.approx(
+        waits - 4 * 0.25
+    )  # the first of two
 
 
 def test_what_an_iteration_pays_besides():
@@ -79,7 +103,8 @@ def test_what_an_iteration_pays_besides():
 
 
 def test_workers_of_one_device_take_turns():
-    world, done = World(), []
+    world = World()
+    done = []
     device = Device(world)
     for name in "abc":
         device.after(2.0, lambda name: done.append((name, world.now)), name)
@@ -88,7 +113,11 @@ def test_workers_of_one_device_take_turns():
     assert done == [("a", 2.0), ("b", 4.0), ("c", 6.0)]
     asynchronous = as_preset(ONE, "full")
     apart = simulate(asynchronous, PRICES, iterations=5)
-    shared = simulate(replace(asynchronous, rollout_devices=("cuda:0",), actor_devices=("cuda:0",)), PRICES, iterations=5)
+    shared = simulate(
+        replace(asynchronous, rollout_devices=("cuda:0",), actor_devices=("cuda:0",)),
+        PRICES,
+        iterations=5,
+    )
     assert apart.bubble_actor > shared.bubble_actor and shared.step_s >= apart.step_s
 
 
@@ -113,16 +142,30 @@ def test_ring_all_reduce():
 def test_repeats_and_stays_below_every_stage_limit(preset):
     node = as_preset(MANY, preset)
     found = simulate(node, TAILED, iterations=20)
-    assert found == simulate(node, TAILED, iterations=20) != simulate(node, TAILED, iterations=20, seed=1)
+    assert (
+        found
+        == simulate(node, TAILED, iterations=20)
+        != simulate(node, TAILED, iterations=20, seed=1)
+    )
     work = {"env": 16 * 4 / 4 * 1.0, "actor": 16 * 4 * 0.05}
     for stage, seconds in work.items():
-        assert (1 - getattr(found, f"bubble_{stage}")) * found.step_s == pytest.approx(seconds, rel=0.05)
+        assert (1 - getattr(found, f"bubble_{stage}")) * found.step_s == pytest.approx(
+            seconds, rel=0.05
+        )
     assert found.step_s > 0.95 * max(work.values())
 
 
 def test_each_level_of_asynchrony_gains():
-    speed = {preset: simulate(as_preset(MANY, preset), TAILED, iterations=60).env_steps_per_s for preset in PRESETS}
-    assert speed["sync-disaggregated"] < speed["train-async"] < speed["rollout-async"] < 1.02 * speed["full"]
+    speed = {
+        preset: simulate(as_preset(MANY, preset), TAILED, iterations=60).env_steps_per_s
+        for preset in PRESETS
+    }
+    assert (
+        speed["sync-disaggregated"]
+        < speed["train-async"]
+        < speed["rollout-async"]
+        < 1.02 * speed["full"]
+    )
 
 
 def test_two_measured_phases_come_back():
@@ -143,7 +186,9 @@ def test_two_measured_phases_come_back():
 
 
 def test_phases_measured_on_other_parts():
-    found = predicted(preset="sync-colocated", measured_placement="disaggregated", measured_ratio="1:1")
+    found = predicted(
+        preset="sync-colocated", measured_placement="disaggregated", measured_ratio="1:1"
+    )
     assert (1 - found.bubble_actor) * found.step_s == pytest.approx(861 / 2, rel=0.02)
     assert 1050 / 2 < found.bubble_actor * found.step_s < 1050 / 1.5
     found = predicted(preset="sync-disaggregated", measured_ratio="1:1", ratio="3:1")
@@ -151,8 +196,13 @@ def test_phases_measured_on_other_parts():
 
 
 def test_splitting_a_vectorised_simulator_costs_what_does_not_shrink():
-    flags = dict(envs=256, rollout_epochs=2, episode_steps=40, chunk=5, actor_s=100, rounds=0, preset="full")
-    whole, halves = (predicted(lane_envs=lane, step_fixed=1.0, infer_fixed=1.0, **flags).step_s for lane in (64, 32))
+    flags = dict(
+        envs=256, rollout_epochs=2, episode_steps=40, chunk=5, actor_s=100, rounds=0, preset="full"
+    )
+    whole, halves = (
+        predicted(lane_envs=lane, step_fixed=1.0, infer_fixed=1.0, **flags).step_s
+        for lane in (64, 32)
+    )
     assert 1.7 < halves / whole < 2.1
     assert predicted(lane_envs=32, **flags, infer_fixed=0.0).step_s == pytest.approx(
         predicted(lane_envs=64, **flags).step_s, rel=0.1
@@ -161,7 +211,9 @@ def test_splitting_a_vectorised_simulator_costs_what_does_not_shrink():
 
 def test_coarse_chunks_predict_what_fine_ones_do():
     for preset in ("full", "train-async"):
-        coarse, fine = (predicted(preset=preset, actor_s=440, rounds=rounds).step_s for rounds in (16, 96))
+        coarse, fine = (
+            predicted(preset=preset, actor_s=440, rounds=rounds).step_s for rounds in (16, 96)
+        )
         assert coarse == pytest.approx(fine, rel=0.025)
 
 
@@ -169,9 +221,12 @@ def test_coarse_chunks_predict_what_fine_ones_do():
 @pytest.mark.parametrize("spread", [0.0, 0.05])
 def test_a_few_nodes_stand_for_many(preset, spread):
     """The slowest of 12 nodes, followed one by one and drawn."""
-    node, costs = as_preset(MANY, preset), replace(TAILED, train_each_s=0.1)
+    node = as_preset(MANY, preset)
+    costs = replace(TAILED, train_each_s=0.1)
     one = simulate(node, costs, iterations=60).step_s
-    every, few = (simulate(node, costs, 12, followed, 60, 20, spread=spread).step_s for followed in (12, 3))
+    every, few = (
+        simulate(node, costs, 12, followed, 60, 20, spread=spread).step_s for followed in (12, 3)
+    )
     assert few == pytest.approx(every, rel=0.03)
     assert every > (1.05 if spread else 1.0) * one
 
@@ -187,7 +242,8 @@ def test_large_clusters_cost_no_more_events():
 # ---------------------------------------------------------------- against what was measured
 
 
-# `python bench.py ladder --setting emulated`, and again on busier cores: env steps/s, in the order of PRESETS
+# `python bench.py ladder --setting emulated`, and again on busier cores: env steps/s, in the order
+# of PRESETS
 MEASURED = (1400, 800, 1137, 2013, 2049)
 BUSY = (1370.5, 760.1, 1098.4, 1964.9, 1996.1)
 BUSY_PHASES = {"rollout_s": 4.643, "actor_s": 2.094}  # of its sync-disaggregated row
@@ -201,7 +257,14 @@ def test_emulated_ladder_from_nominal_times(preset, measured):
 
 def test_emulated_ladder_from_its_synchronous_row(capsys):
     rows = [
-        {"setting": "emulated", "ratio": "1:1", "preset": preset, "env_steps_per_s": measured, "rollout_s": None, "actor_s": None}
+        {
+            "setting": "emulated",
+            "ratio": "1:1",
+            "preset": preset,
+            "env_steps_per_s": measured,
+            "rollout_s": None,
+            "actor_s": None,
+        }
         | {f"bubble_{stage}": 0.5 for stage in metrics.STAGES}
         for preset, measured in zip(PRESETS, BUSY, strict=True)
     ]
@@ -221,16 +284,30 @@ def test_the_papers_other_placements_from_its_rows_at_1_1(monkeypatch, capsys):
 
 
 def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True):
-    """A run folder of one env worker, one rollout worker and one actor that did the same in every iteration."""
+    """A run folder of one env worker, one rollout worker and one actor that did the same in every
+    iteration.
+    """
     config = Config()
-    config.train.preset, config.train.ratio = "sync-disaggregated", "1:1"
-    config.env.envs, config.env.env_workers, config.env.segment, config.rollout.rollout_workers = 2, 1, 2, 1
-    config.rollout.batch_max, config.rollout.batch_wait_ms, config.rollout.chunk = "all", math.inf, 5
-    config.actor.actor_workers, config.actor.batch, config.actor.minibatch, config.actor.micro_batch = 1, 2, 2, 1
-    config.actor.update_epochs, config.actor.max_staleness, config.actor.stream = 1, 0, False
+    config.train.preset = "sync-disaggregated"
+    config.train.ratio = "1:1"
+    config.env.envs = 2
+    config.env.env_workers = 1
+    config.env.segment = 2
+    config.rollout.rollout_workers = 1
+    config.rollout.batch_max = "all"
+    config.rollout.batch_wait_ms = math.inf
+    config.rollout.chunk = 5
+    config.actor.actor_workers = 1
+    config.actor.batch = 2
+    config.actor.minibatch = 2
+    config.actor.micro_batch = 1
+    config.actor.update_epochs = 1
+    config.actor.max_staleness = 0
+    config.actor.stream = False
     folder.mkdir()
     (folder / "config.json").write_text(to_json(config))
-    infer, spans = fixed + 2 * each, {"env-0": [], "rollout-0": [], "actor-0": []}
+    infer = fixed + 2 * each
+    spans = {"env-0": [], "rollout-0": [], "actor-0": []}
     iteration = 2 * (2 * step + infer) + infer + 2 * micro
     for i in range(6):
         now = i * iteration
@@ -238,16 +315,24 @@ def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True
             for name in ("env-0", "rollout-0"):
                 waits = "wait: action" if name == "env-0" else "infer"
                 spans[name].append([waits, now, now + infer])
-            spans["env-0"] += [["step", now + infer, now + infer + step], ["step", now + infer + step, now + infer + 2 * step]]
+            spans["env-0"] += [
+                ["step", now + infer, now + infer + step],
+                ["step", now + infer + step, now + infer + 2 * step],
+            ]
             spans["rollout-0"].append(["wait: request", now + infer, now + infer + 2 * step])
             now += infer + 2 * step
         spans["rollout-0"].append(["infer", now, now + infer])
         spans["env-0"].append(["wait: admission", now, now + infer + 2 * micro])
         spans["rollout-0"].append(["wait: request", now + infer, now + infer + 2 * micro])
         spans["actor-0"].append(["wait: trajectory", i * iteration, now + infer])
-        spans["actor-0"] += [["train", now + infer + k * micro, now + infer + (k + 1) * micro] for k in range(2)]
+        spans["actor-0"] += [
+            ["train", now + infer + k * micro, now + infer + (k + 1) * micro] for k in range(2)
+        ]
     metrics.write_trace(folder / "trace.json", spans)
-    lines = [{"env_steps": 20 * i, "time": iteration * i, "batch_size_mean": 2.0, "weight_sync_s": 0.0} for i in range(1, 7)]
+    lines = [
+        {"env_steps": 20 * i, "time": iteration * i, "batch_size_mean": 2.0, "weight_sync_s": 0.0}
+        for i in range(1, 7)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return iteration
 
@@ -256,10 +341,19 @@ def test_a_run_predicts_itself(tmp_path):
     iteration = traced_run(tmp_path / "run")
     config = PlanConfig(from_=str(tmp_path / "run"), iterations=4)
     node, nodes, costs, line = from_run(config)
-    assert (node.lanes, node.segment, node.chunk, node.batch, node.max_staleness, nodes) == (2, 2, 5.0, 2, 0, 1)
+    assert (node.lanes, node.segment, node.chunk, node.batch, node.max_staleness, nodes) == (
+        2,
+        2,
+        5.0,
+        2,
+        0,
+        1,
+    )
     assert costs.step_s == pytest.approx(0.02, rel=1e-3)
     assert costs.infer_fixed_s + 2 * costs.infer_each_s == pytest.approx(0.02, rel=1e-3)
-    assert costs.train_each_s == pytest.approx(0.02, rel=1e-3) and costs.message_s == pytest.approx(0.0, abs=1e-5)
+    assert costs.train_each_s == pytest.approx(0.02, rel=1e-3) and costs.message_s == pytest.approx(
+        0.0, abs=1e-5
+    )
     assert plan.predict(config, node, costs, nodes).step_s == pytest.approx(iteration, rel=0.01)
     assert f"reached {20 / iteration:.0f} env steps/s" in line
 
@@ -267,7 +361,12 @@ def test_a_run_predicts_itself(tmp_path):
 def test_a_run_under_another_preset(tmp_path):
     traced_run(tmp_path / "run")
     node, _, costs, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full"))
-    assert (node.max_staleness, node.batch_max, node.batch_wait_s, node.stream) == (1, "auto", "auto", True)
+    assert (node.max_staleness, node.batch_max, node.batch_wait_s, node.stream) == (
+        1,
+        "auto",
+        "auto",
+        True,
+    )
     _, _, faster, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="sync-colocated"))
     assert faster.train_each_s == pytest.approx(costs.train_each_s / 2)
     node, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), max_staleness=3))
@@ -275,18 +374,26 @@ def test_a_run_under_another_preset(tmp_path):
 
 
 def test_a_run_that_changed_its_ratio_mixes_two(tmp_path):
-    iteration, run = traced_run(tmp_path / "run"), tmp_path / "run"
-    lines, config = metrics.read_metrics(run), json.loads((run / "config.json").read_text())
-    lines[2]["tuning"], lines[3]["tuning"] = {"batch_max": 1}, {}
+    iteration = traced_run(tmp_path / "run")
+    run = tmp_path / "run"
+    lines = metrics.read_metrics(run)
+    config = json.loads((run / "config.json").read_text())
+    lines[2]["tuning"] = {"batch_max": 1}
+    lines[3]["tuning"] = {}
 
     def reached(ratio: str) -> str:
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (run / "config.json").write_text(json.dumps(config | {"train": config["train"] | {"ratio": ratio, "ratio_from": "1:1"}}))
+        (run / "config.json").write_text(
+            json.dumps(config | {"train": config["train"] | {"ratio": ratio, "ratio_from": "1:1"}})
+        )
         return from_run(PlanConfig(from_=str(run)))[3]
 
     assert f"reached {20 / iteration:.0f} env steps/s" in reached("auto")
     lines[3]["tuning"] = {"ratio": "1:1"}
-    with pytest.raises(UserError, match="came to ratio 1:1 on its way, and its trace has both: resume it with --ratio 1:1"):
+    with pytest.raises(
+        UserError,
+        match="came to ratio 1:1 on its way, and its trace has both: resume it with --ratio 1:1",
+    ):
         reached("auto")
     assert "reached" in reached("1:1")  # resumed since, and the trace is of these workers alone
 
@@ -304,26 +411,52 @@ def test_inference_cost_is_a_line_where_sizes_are_known():
 def test_command_line(cli, tmp_path):
     file = tmp_path / "plan.json"
     status, output = cli(
-        ROOT / "plan.py", f"--gpus 8 --ratio 1:1 --preset train-async --rollout-s 1050 --actor-s 861 --rounds 16 --json {file}"
+        ROOT / "plan.py",
+        "--gpus 8 --ratio 1:1 --preset train-async --rollout-s 1050 --actor-s 861 --rounds 16 "
+        f"--json {file}",
     ).finish()
     found = json.loads(file.read_text())
     assert status == 0 and "step_s" in output and "critical stage" in output
-    assert found["step_s"] == pytest.approx(1050, rel=0.02) and {f"bubble_{s}" for s in metrics.STAGES} <= set(found)
+    assert found["step_s"] == pytest.approx(1050, rel=0.02) and {
+        f"bubble_{s}" for s in metrics.STAGES
+    } <= set(found)
     status, output = cli(ROOT / "plan.py", "--gpus 8").finish()
     assert status == 2 and output.startswith("error: give --rollout-s")
 
 
 def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
-    config = PlanConfig(rollout_s=100, actor_s=40, sweep=True, plot=tmp_path / "sweep.png", json=tmp_path / "sweep.json", envs=16,
-                        rollout_epochs=2, rounds=4, iterations=4, gradient_gb=500.0, gpus_per_node=4, gpus=4)  # fmt: skip
+    config = PlanConfig(
+        rollout_s=100,
+        actor_s=40,
+        sweep=True,
+        plot=tmp_path / "sweep.png",
+        json=tmp_path / "sweep.json",
+        envs=16,
+        rollout_epochs=2,
+        rounds=4,
+        iterations=4,
+        gradient_gb=500.0,
+        gpus_per_node=4,
+        gpus=4,
+    )
     plan.main(config)
-    result, output = json.loads(config.json.read_text()), capsys.readouterr().out
+    result = json.loads(config.json.read_text())
+    output = capsys.readouterr().out
     grows = [row for row in result["rows"] if row["batch"] == "grows"]
-    assert [row["gpus"] for row in grows] == [4 * 2**i for i in range(9)] and grows[0]["efficiency"] == 1.0
+    assert [row["gpus"] for row in grows] == [4 * 2**i for i in range(9)] and grows[0][
+        "efficiency"
+    ] == 1.0
     assert grows[-1]["gradient_share"] > grows[1]["gradient_share"] > 0
     assert "scaling breaks at 8 GPUs" in output and "cannot share its minibatches" in output
-    gains = {change["change"]: change["gain"] for change in result["changes"] if change["batch"] == "grows"}
-    assert max(gains, key=gains.get) in ("half the bytes of gradients, or twice the network", "half as many optimizer steps")
+    gains = {
+        change["change"]: change["gain"]
+        for change in result["changes"]
+        if change["batch"] == "grows"
+    }
+    assert max(gains, key=gains.get) in (
+        "half the bytes of gradients, or twice the network",
+        "half as many optimizer steps",
+    )
     assert config.plot.stat().st_size > 10_000
 
 
@@ -353,4 +486,8 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
 )
 def test_mistakes_are_named(flags, words):
     with pytest.raises(UserError, match=words):
-        plan.main(PlanConfig(**{"rollout_s": 100.0, "actor_s": 100.0, "rounds": 8, "iterations": 1} | flags))
+        plan.main(
+            PlanConfig(
+                **{"rollout_s": 100.0, "actor_s": 100.0, "rounds": 8, "iterations": 1} | flags
+            )
+        )

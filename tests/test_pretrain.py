@@ -18,7 +18,9 @@ def test_demonstrations_are_labelled_with_the_expert_s_own_actions():
     assert len(frames) >= 3
     env = metaworld.Env(("handle-press",), 64)
     env.reset(0, 10_000_000)
-    for i, (task, image, state, actions, *_) in enumerate(frames):  # without noise, replaying the labels visits the same states
+    for i, (task, image, state, actions, *_) in enumerate(
+        frames
+    ):  # without noise, replaying the labels visits the same states
         picture, here = env.observe()
         assert task == 0 and actions.shape == (10, 4) and np.abs(actions).max() <= 1.0
         np.testing.assert_allclose(here, state, atol=1e-6)
@@ -35,12 +37,20 @@ def test_a_tiny_pretraining_makes_a_checkpoint_that_loads(cli, tmp_path):
     assert status == 0 and "Traceback" not in output, output
     header = checkpoint.read_header(out)
     assert header.family == "pi05" and len(header.stats["state_low"]) == 4
-    assert all(low <= high for low, high in zip(header.stats["state_low"], header.stats["state_high"], strict=True))
+    assert all(
+        low <= high
+        for low, high in zip(header.stats["state_low"], header.stats["state_high"], strict=True)
+    )
     config = Config()
     config.train.checkpoint = out
     model = build(config, metaworld.spec((), 64))
-    assert all(torch.isfinite(p).all() for p in model.parameters()) and model.config.width == PiConfig.width
-    assert tokenize.load(str(out.with_name("tokenizer.model"))).get_piece_size() == PiConfig.vocabulary
+    assert (
+        all(torch.isfinite(p).all() for p in model.parameters())
+        and model.config.width == PiConfig.width
+    )
+    assert (
+        tokenize.load(str(out.with_name("tokenizer.model"))).get_piece_size() == PiConfig.vocabulary
+    )
 
 
 def test_a_missing_folder_is_noticed_before_the_work(tmp_path):

@@ -1,6 +1,8 @@
-"""However a run ends, nothing of it is left; and whoever ended it is named. (`cli` checks for processes and /dev/shm.)
+"""However a run ends, nothing of it is left; and whoever ended it is named. (`cli` checks for
+processes and /dev/shm.)
 
-And it does not end where a simulator fails: real faults in real env workers, with `faulty.py` and by signals.
+And it does not end where a simulator fails: real faults in real env workers, with `faulty.py` and
+by signals.
 """
 
 import json
@@ -21,7 +23,8 @@ from metrics import Meter, columns, read_metrics
 from processes import Crew, Job, WorkerFailed
 
 QUICK = (
-    "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 --micro-batch 4 --segment 1 "
+    "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 "
+    "--micro-batch 4 --segment 1 "
     "--update-epochs 1 --eval-envs 0 --eval-every 0 --iterations 1000000 --no-trace"
 )
 ENDLESS = f"{SMALL} --ratio 2:1 --iterations 100000 --checkpoint-every 100000"
@@ -29,10 +32,14 @@ ENDLESS = f"{SMALL} --ratio 2:1 --iterations 100000 --checkpoint-every 100000"
 
 @pytest.fixture
 def endless(cli, tiny_checkpoint, tmp_path):
-    """A run that trains for ever, on two env workers; returns it once it has trained an iteration."""
+    """A run that trains for ever, on two env workers; returns it once it has trained an
+    iteration.
+    """
 
     def start(flags: str = "", wait: bool = True):
-        process = cli("train.py", f"{ENDLESS} --checkpoint {tiny_checkpoint} --run {tmp_path / 'x'} {flags}")
+        process = cli(
+            "train.py", f"{ENDLESS} --checkpoint {tiny_checkpoint} --run {tmp_path / 'x'} {flags}"
+        )
         if wait:
             process.wait_for(tmp_path / "x" / "metrics.jsonl")
         return process
@@ -42,7 +49,10 @@ def endless(cli, tiny_checkpoint, tmp_path):
 
 def assert_clean_end(run: Path, output: str) -> None:
     assert "Traceback" not in output, output
-    assert not (run / ".spans").exists() and json.loads((run / "trace.json").read_text())["traceEvents"]
+    assert (
+        not (run / ".spans").exists()
+        and json.loads((run / "trace.json").read_text())["traceEvents"]
+    )
 
 
 def test_ctrl_c_saves_and_says_where(endless, tmp_path):
@@ -51,11 +61,17 @@ def test_ctrl_c_saves_and_says_where(endless, tmp_path):
     status, output = process.finish(timeout=30)
     process.assert_nothing_left()
     assert status == 130, output
-    saved, resume = re.search(r"interrupted; saved (\S+); continue with: python train.py --resume (\S+)", output).groups()
+    saved, resume = re.search(
+        r"interrupted; saved (\S+); continue with: python train.py --resume (\S+)", output
+    ).groups()
     saved = Path(saved)
     assert run_path(resume) == tmp_path / "x"  # the advice works
     assert saved.parent == tmp_path / "x" / "checkpoints"
-    assert {file.name for file in saved.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
+    assert {file.name for file in saved.iterdir()} == {
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+    }
     assert json.loads((saved / "state.json").read_text())["version"] == int(saved.name) >= 1
     assert_clean_end(tmp_path / "x", output)
 
@@ -73,7 +89,10 @@ def test_a_run_is_trained_by_one_process_at_a_time(cli, tmp_path):
     process = cli("train.py", f"{QUICK} --checkpoint-every 5 --run {run}")
     process.wait_for(run / "metrics.jsonl", 20)
     status, output = cli("train.py", f"--resume {run}").finish()
-    assert status == 2 and f"error: run {run} is being trained by another process: end that one first" in output, output
+    assert (
+        status == 2
+        and f"error: run {run} is being trained by another process: end that one first" in output
+    ), output
     process.wait_for(run / "metrics.jsonl", len(read_metrics(run)) + 5)  # unharmed
     process.process.send_signal(signal.SIGINT)
     status, output = process.finish(timeout=30)
@@ -99,7 +118,11 @@ def test_ctrl_c_of_a_terminal_while_workers_start(endless, tmp_path):
     process.interrupt_group()
     status, output = process.finish(timeout=30)
     process.assert_nothing_left()
-    assert status == 130 and "interrupted before anything was trained" in output and "Traceback" not in output, output
+    assert (
+        status == 130
+        and "interrupted before anything was trained" in output
+        and "Traceback" not in output
+    ), output
 
 
 def test_a_killed_launcher_takes_everything_along(endless):
@@ -133,7 +156,10 @@ def test_an_error_in_a_worker_ends_the_run_by_name(endless, tmp_path):
     process = endless("--lr 1e30 --warmup 0 --minibatch 2", wait=False)
     status, output = process.finish()
     process.assert_nothing_left()
-    assert status == 1 and "worker actor-0 failed: FloatingPointError: the gradient of version" in output, output
+    assert (
+        status == 1
+        and "worker actor-0 failed: FloatingPointError: the gradient of version" in output
+    ), output
     assert "Traceback" in (tmp_path / "x" / "error.txt").read_text() and "error.txt" in output
     assert_clean_end(tmp_path / "x", output)
 
@@ -141,7 +167,8 @@ def test_an_error_in_a_worker_ends_the_run_by_name(endless, tmp_path):
 # ---------------------------------------------------------------- faults of simulators
 
 FAULTY = (
-    "--model emulated --env emulated --image-size 8 --envs 4 --env-workers 2 --batch 8 --minibatch 8 --micro-batch 2 --segment 3 "
+    "--model emulated --env emulated --image-size 8 --envs 4 --env-workers 2 --batch 8 --minibatch "
+    "8 --micro-batch 2 --segment 3 "
     "--update-epochs 1 --eval-envs 2 --eval-episodes 4 --eval-every 1 --ratio 2:1 --iterations 4"
 )
 
@@ -152,33 +179,60 @@ def faulty(cli, tmp_path):
 
     def start(fault: str, after: int, flags: str, **environment: str):
         environment |= {"FAULT": fault, "AFTER": str(after), "PYTHONPATH": str(ROOT)}
-        return cli(Path(__file__).with_name("faulty.py"), f"{FAULTY} {flags} --run {tmp_path / 'x'}", **environment)
+        return cli(
+            Path(__file__).with_name("faulty.py"),
+            f"{FAULTY} {flags} --run {tmp_path / 'x'}",
+            **environment,
+        )
 
     return start
 
 
-def assert_exact(run: Path, iterations: int, restarts: int, trajectories: int = 8, segment: int = 3) -> None:
-    """Every chunk step that was collected was trained once or discarded, and no episode of an evaluation was lost or doubled."""
+def assert_exact(
+    run: Path, iterations: int, restarts: int, trajectories: int = 8, segment: int = 3
+) -> None:
+    """Every chunk step that was collected was trained once or discarded, and no episode of an
+    evaluation was lost or doubled.
+    """
     lines = read_metrics(run)
     assert [line["iteration"] for line in lines] == list(range(1, iterations + 1))
     assert lines[-1]["restarts"] == restarts
-    assert [line["trained_once"] for line in lines] == [trajectories * segment * line["iteration"] for line in lines]
+    assert [line["trained_once"] for line in lines] == [
+        trajectories * segment * line["iteration"] for line in lines
+    ]
     assert assert_balanced(run)["discarded"] == lines[-1]["discarded_by"]["restart"]
 
 
 FAULTS = [  # fault, control steps of the process before it, flags, what is said of it
-    ("raise", 100, "--preset full --actor-workers 2 --rollout-workers 2", "failed: RuntimeError: the simulator broke"),
+    (
+        "raise",
+        100,
+        "--preset full --actor-workers 2 --rollout-workers 2",
+        "failed: RuntimeError: the simulator broke",
+    ),
     ("segfault", 60, "--preset sync-colocated", "died (SIGSEGV)"),
     ("exit", 60, "--preset full", "died (exit code 0)"),
     ("hang", 80, "--preset sync-disaggregated --timeout-s 8", "hangs: no sign of life for 8 s"),
-    ("nan", 100, "--preset train-async", "failed: FloatingPointError: the state of task 'emulated' is not a number"),
-    ("reward", 70, "--preset rollout-async", "failed: FloatingPointError: the reward of task 'emulated' is inf"),
+    (
+        "nan",
+        100,
+        "--preset train-async",
+        "failed: FloatingPointError: the state of task 'emulated' is not a number",
+    ),
+    (
+        "reward",
+        70,
+        "--preset rollout-async",
+        "failed: FloatingPointError: the reward of task 'emulated' is inf",
+    ),
     ("evaluation", 0, "--preset full --timeout-s 8", "hangs: no sign of life for 8 s"),
 ]
 
 
 @pytest.mark.parametrize("fault, after, flags, words", FAULTS, ids=[fault for fault, *_ in FAULTS])
-def test_a_simulator_s_fault_costs_its_worker_s_trajectories_and_no_more(faulty, tmp_path, fault, after, flags, words):
+def test_a_simulator_s_fault_costs_its_worker_s_trajectories_and_no_more(
+    faulty, tmp_path, fault, after, flags, words
+):
     mark = tmp_path / "struck"
     process = faulty(fault, after, flags, MARK=str(mark))
     status, output = process.finish()
@@ -186,7 +240,9 @@ def test_a_simulator_s_fault_costs_its_worker_s_trajectories_and_no_more(faulty,
     assert status == 0 and "4 iterations done" in output and mark.exists(), output
     (said,) = (line for line in output.splitlines() if line.startswith("worker "))
     assert (
-        re.match(r"worker env-[01] ", said) and words in said and said.endswith("; starting it again in 1 s (1 of 5 in 60 min)")
+        re.match(r"worker env-[01] ", said)
+        and words in said
+        and said.endswith("; starting it again in 1 s (1 of 5 in 60 min)")
     ), said
     assert_exact(tmp_path / "x", iterations=4, restarts=1)
     last = read_metrics(tmp_path / "x")[-1]
@@ -203,9 +259,15 @@ LEDGERS = [  # flags, and the reasons for which chunk steps are discarded
 ]
 
 
-@pytest.mark.parametrize("flags, reasons", LEDGERS, ids=["grpo", "grpo-vectorised", "ppo-vectorised"])
-def test_the_ledger_balances_to_the_step_though_a_worker_is_killed(faulty, tmp_path, flags, reasons):
-    status, output = faulty("kill", 100, flags, MARK=str(tmp_path / "struck"), WINS="").finish(timeout=240)
+@pytest.mark.parametrize(
+    "flags, reasons", LEDGERS, ids=["grpo", "grpo-vectorised", "ppo-vectorised"]
+)
+def test_the_ledger_balances_to_the_step_though_a_worker_is_killed(
+    faulty, tmp_path, flags, reasons
+):
+    status, output = faulty("kill", 100, flags, MARK=str(tmp_path / "struck"), WINS="").finish(
+        timeout=240
+    )
     assert status == 0 and "died (SIGKILL: out of memory?); starting it again" in output, output
     last = assert_balanced(tmp_path / "x")
     assert {reason for reason, steps in last["discarded_by"].items() if steps} == reasons
@@ -213,8 +275,15 @@ def test_the_ledger_balances_to_the_step_though_a_worker_is_killed(faulty, tmp_p
 
 
 def test_the_ledger_goes_on_when_a_run_is_resumed(faulty, cli, tmp_path):
-    """Interrupted where fast envs are a batch ahead: what they had played is discarded, and played again."""
-    process = faulty("none", 0, f"{GRPO} --max-staleness 3 --iterations 100000 --checkpoint-every 100000", WINS="")
+    """Interrupted where fast envs are a batch ahead: what they had played is discarded, and played
+    again.
+    """
+    process = faulty(
+        "none",
+        0,
+        f"{GRPO} --max-staleness 3 --iterations 100000 --checkpoint-every 100000",
+        WINS="",
+    )
     process.wait_for(tmp_path / "x" / "metrics.jsonl", lines=2, timeout=240)
     process.interrupt_group()
     status, output = process.finish(timeout=240)
@@ -223,23 +292,36 @@ def test_the_ledger_goes_on_when_a_run_is_resumed(faulty, cli, tmp_path):
     left = before["collected"] - before["trained_once"] - before["discarded"]
     flags = f"--resume {tmp_path / 'x'} --iterations {before['iteration'] + 2}"
     environment = {"FAULT": "none", "AFTER": "0", "WINS": "", "PYTHONPATH": str(ROOT)}
-    status, output = cli(Path(__file__).with_name("faulty.py"), flags, **environment).finish(timeout=240)
+    status, output = cli(Path(__file__).with_name("faulty.py"), flags, **environment).finish(
+        timeout=240
+    )
     assert status == 0, output
     last = assert_balanced(tmp_path / "x")
-    assert last["iteration"] == before["iteration"] + 2 and last["discarded_by"]["resume"] == left > 0
-    assert last["trained_once"] > before["trained_once"] and last["discarded_by"]["filtered"] >= before["discarded_by"]["filtered"]
+    assert (
+        last["iteration"] == before["iteration"] + 2 and last["discarded_by"]["resume"] == left > 0
+    )
+    assert (
+        last["trained_once"] > before["trained_once"]
+        and last["discarded_by"]["filtered"] >= before["discarded_by"]["filtered"]
+    )
 
 
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("raise", "RuntimeError: the simulator broke (details in {run}/error.txt), after 1 restarts in 60 min: --restarts "),
+        (
+            "raise",
+            "RuntimeError: the simulator broke (details in {run}/error.txt), after 1 restarts in "
+            "60 min: --restarts ",
+        ),
         ("start", "RuntimeError: there is no simulator (details in {run}/error.txt)\n"),
     ],
 )
 def test_a_simulator_that_always_fails_ends_the_run(faulty, tmp_path, fault, words):
     status, output = faulty(fault, 20, "--env-workers 1 --restarts 1").finish()
-    assert status == 1 and "error: worker env-0 failed: " + words.format(run=tmp_path / "x") in output, output
+    assert (
+        status == 1 and "error: worker env-0 failed: " + words.format(run=tmp_path / "x") in output
+    ), output
 
 
 def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
@@ -248,7 +330,8 @@ def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
 
         kill = join = is_alive = lambda *_: False
 
-    counters, clock = Counters(1, columns(0)), [1e6]
+    counters = Counters(1, columns(0))
+    clock = [1e6]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     job = Job("env-0", print, (), 1, Meter("env-0", 0, counters, None), {}, replaceable=True)
     crew = Crew([job], counters, tmp_path, restarts=2, timeout=60.0)
@@ -259,13 +342,19 @@ def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
         crew.replace("env-0", "died", False)
     said = [line.split("again ")[1] for line in capsys.readouterr().out.splitlines()]
     assert said == [f"in {n} s ({n} of 2 in 60 min)" for n in (1, 2, 2, 2)]
-    assert counters.get(0, "restarts") == 4  # the number of its generation, and what the run reports
-    with pytest.raises(WorkerFailed, match="env-0 died, after 2 restarts in 60 min: --restarts allows no more"):
+    assert (
+        counters.get(0, "restarts") == 4
+    )  # the number of its generation, and what the run reports
+    with pytest.raises(
+        WorkerFailed, match="env-0 died, after 2 restarts in 60 min: --restarts allows no more"
+    ):
         crew.replace("env-0", "died", False)
 
 
 def test_killed_simulators_are_replaced_and_ctrl_c_ends_a_run_without_them(endless, tmp_path):
-    """Meta-World, killed as for want of memory; the second time while the first is being replaced, the third for good."""
+    """Meta-World, killed as for want of memory; the second time while the first is being replaced,
+    the third for good.
+    """
     process = endless("--restarts 2 --actor-workers 2")
     before = process.workers()
     for worker in before[3:]:  # env-0 and env-1, after two actor workers and a rollout worker
@@ -279,7 +368,9 @@ def test_killed_simulators_are_replaced_and_ctrl_c_ends_a_run_without_them(endle
     process.interrupt_group()
     status, output = process.finish(timeout=30)
     process.assert_nothing_left()
-    assert status == 130 and output.count("died (SIGKILL: out of memory?); starting it again in") == 3, output
+    assert (
+        status == 130 and output.count("died (SIGKILL: out of memory?); starting it again in") == 3
+    ), output
     assert_clean_end(tmp_path / "x", output)
 
 
@@ -299,7 +390,9 @@ def poke(pool, counters, queues) -> None:
 
 def test_pools_and_queues_sent_to_processes_leave_no_file_open():
     def once() -> None:
-        pool, counters, queues = SlotPool(SPEC, 2), Counters(1, ("a",)), tuple(IndexQueue() for _ in range(3))
+        pool = SlotPool(SPEC, 2)
+        counters = Counters(1, ("a",))
+        queues = tuple(IndexQueue() for _ in range(3))
         process = get_context("forkserver").Process(target=poke, args=(pool, counters, queues))
         process.start()
         process.join(60)

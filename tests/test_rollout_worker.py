@@ -6,12 +6,24 @@ import pytest
 import torch
 from conftest import observations, tiny_pi
 
-from channel import ACT, EVAL, FINAL, VALUE, Channels, Counters, IndexQueue, Record, SlotPool, WeightPlane
+from channel import (
+    ACT,
+    EVAL,
+    FINAL,
+    VALUE,
+    Channels,
+    Counters,
+    IndexQueue,
+    Record,
+    SlotPool,
+    WeightPlane,
+)
 from models import compiled
 from rollout_worker import WeightFetcher, serve
 
 SHAPES = {"a": ((50_000,), torch.float32), "b": ((3,), torch.float32)}
-SLOTS, SEGMENT = 4, 3
+SLOTS = 4
+SEGMENT = 3
 
 
 def filled(value: float) -> dict[str, torch.Tensor]:
@@ -38,7 +50,9 @@ def test_weights_change_only_when_they_are_swapped_in(plane, parameters):
     began = time.monotonic()
     plane.publish(filled(0.0), 0)
     fetcher.wake.set()
-    assert fetcher.full.wait(10) and values(parameters) == {-1.0}  # staged beside the weights in use
+    assert fetcher.full.wait(10) and values(parameters) == {
+        -1.0
+    }  # staged beside the weights in use
     assert fetcher.swap() and fetcher.version == 0 and values(parameters) == {0.0}
     assert not fetcher.swap() and fetcher.fetches == 1
     start, end = fetcher.took  # when they were copied, for the trace
@@ -46,7 +60,8 @@ def test_weights_change_only_when_they_are_swapped_in(plane, parameters):
 
 
 def test_versions_only_rise_and_the_newest_comes(plane, parameters):
-    fetcher, seen = WeightFetcher(plane, parameters, timeout=10.0), []
+    fetcher = WeightFetcher(plane, parameters, timeout=10.0)
+    seen = []
     for version in range(30):
         plane.publish(filled(version), version)
         fetcher.wake.set()
@@ -61,7 +76,9 @@ def test_versions_only_rise_and_the_newest_comes(plane, parameters):
 
 @pytest.mark.parametrize("version", [0, 5])
 def test_an_actor_may_take_long_to_start(parameters, version):
-    """A timeout judges who has started and falls silent; a resumed run begins at a later version."""
+    """A timeout judges who has started and falls silent; a resumed run begins at a later
+    version.
+    """
     plane = WeightPlane(SHAPES, version=version)
     fetcher = WeightFetcher(plane, parameters, timeout=0.1)
     assert not fetcher.swap(1.2) and fetcher.version == -1 and values(parameters) == {-1.0}
@@ -73,7 +90,9 @@ def test_a_transfer_that_takes_long_does_not_hold_up_the_next_batch(plane, param
     plane.publish(filled(0.0), 0)
     fetcher = WeightFetcher(plane, parameters, timeout=30.0)
     assert fetcher.swap(10.0)
-    plane.stamps[1], plane.published[0] = -1, 1  # version 1 is announced, and its copy never ends
+    # version 1 is announced, and its copy never ends
+    plane.stamps[1] = -1
+    plane.published[0] = 1
     fetcher.wake.set()
     time.sleep(0.1)
     for _ in range(100):
@@ -99,22 +118,41 @@ def model():
 
 @pytest.fixture
 def channels(model):
-    c, t = model.config, SEGMENT
+    c = model.config
+    t = SEGMENT
     spec = {
-        "image": ((t + 1, 1, 16, 16, 3), torch.uint8), "tokens": ((t + 1, c.tokens), torch.int32),
-        "actions": ((t, 4, 4), torch.float32), "logprob": ((t, 4, 4), torch.float32), "value": ((t + 1,), torch.float32),
-        "final": ((t,), torch.float32), "version": ((t,), torch.int32), "lane": ((), torch.int32), "trajectory": ((), torch.int32),
-    }  # fmt: skip
+        "image": ((t + 1, 1, 16, 16, 3), torch.uint8),
+        "tokens": ((t + 1, c.tokens), torch.int32),
+        "actions": ((t, 4, 4), torch.float32),
+        "logprob": ((t, 4, 4), torch.float32),
+        "value": ((t + 1,), torch.float32),
+        "final": ((t,), torch.float32),
+        "version": ((t,), torch.int32),
+        "lane": ((), torch.int32),
+        "trajectory": ((), torch.int32),
+    }
     spec |= {name: ((t, *shape), dtype) for name, (shape, dtype) in model.slot_fields().items()}
     pool = SlotPool(spec, SLOTS)
     obs = observations(model, SLOTS * (t + 1))
     pool["image"].copy_(obs["image"].unflatten(0, (SLOTS, t + 1)))
     pool["tokens"].copy_(obs["tokens"].unflatten(0, (SLOTS, t + 1)))
-    pool["lane"].copy_(torch.arange(SLOTS)), pool["trajectory"].copy_(10 + torch.arange(SLOTS))
+    pool["lane"].copy_(torch.arange(SLOTS))
+    pool["trajectory"].copy_(10 + torch.arange(SLOTS))
     return Channels(pool, None, Counters(1, ("a",)), (), (IndexQueue(), IndexQueue()), ())
 
 
-WRITTEN = ("actions", "logprob", "value", "final", "version", "x_t", "x_next", "denoise_index", "prefix_cache", "prefix_feature")
+WRITTEN = (
+    "actions",
+    "logprob",
+    "value",
+    "final",
+    "version",
+    "x_t",
+    "x_next",
+    "denoise_index",
+    "prefix_cache",
+    "prefix_feature",
+)
 
 
 def changed(channels, records, model) -> set[tuple[str, int, int]]:
@@ -129,14 +167,26 @@ def changed(channels, records, model) -> set[tuple[str, int, int]]:
     for name, tensor in channels.pool.tensors.items():
         assert name in WRITTEN or torch.equal(tensor, before[name])
         if name in WRITTEN:
-            out |= {(name, s, t) for s in range(SLOTS) for t in range(tensor.shape[1]) if (tensor[s, t] != -7).any()}
+            out |= {
+                (name, s, t)
+                for s in range(SLOTS)
+                for t in range(tensor.shape[1])
+                if (tensor[s, t] != -7).any()
+            }
     return out
 
 
 def test_each_kind_of_request_writes_its_own_rows_and_no_others(model, channels):
-    records = [Record(2, 1, ACT, 1), Record(0, SEGMENT, VALUE, 0), Record(3, 2, EVAL, 1), Record(1, 0, ACT, 0)]
+    records = [
+        Record(2, 1, ACT, 1),
+        Record(0, SEGMENT, VALUE, 0),
+        Record(3, 2, EVAL, 1),
+        Record(1, 0, ACT, 0),
+    ]
     wrote = changed(channels, records, model)
-    acts = {(name, slot, row) for name in WRITTEN if name != "final" for slot, row in ((2, 1), (1, 0))}
+    acts = {
+        (name, slot, row) for name in WRITTEN if name != "final" for slot, row in ((2, 1), (1, 0))
+    }
     assert wrote == acts | {("value", 0, SEGMENT), ("actions", 3, 0)}  # evaluation lives in row 0
     assert channels.pool["version"][2, 1] == 5
     assert channels.replies[0].get(0) == [records[1], records[3]]
@@ -144,36 +194,50 @@ def test_each_kind_of_request_writes_its_own_rows_and_no_others(model, channels)
 
 
 @pytest.mark.parametrize(
-    "kind, row, wrote", [(VALUE, SEGMENT, {("value", 0, SEGMENT)}), (EVAL, 2, {("actions", 0, 0)}), (FINAL, 2, {("final", 0, 1)})]
+    "kind, row, wrote",
+    [
+        (VALUE, SEGMENT, {("value", 0, SEGMENT)}),
+        (EVAL, 2, {("actions", 0, 0)}),
+        (FINAL, 2, {("final", 0, 1)}),
+    ],
 )
 def test_a_batch_of_one_kind_alone(model, channels, kind, row, wrote):
     assert changed(channels, [Record(0, row, kind, 0)], model) == wrote
 
 
 def test_what_is_written_can_be_trained_at_ratio_one(model, channels):
-    pool, records = channels.pool, [Record(slot, t, ACT, 0) for slot in range(SLOTS) for t in range(SEGMENT)]
+    pool = channels.pool
+    records = [Record(slot, t, ACT, 0) for slot in range(SLOTS) for t in range(SEGMENT)]
     for start in (0, 5, 10):  # batches of 5, 5 and 2
         serve(model, records[start : start + 5], channels, seed=1, version=0, device="cpu")
     batch = {name: pool[name][:, :SEGMENT].flatten(0, 1) for name in model.training_fields()}
     with torch.no_grad():
         out = model.evaluate(batch)
-    torch.testing.assert_close(out["logprob"].sum((1, 2)), pool["logprob"].flatten(0, 1).sum((1, 2)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(out["value"], pool["value"][:, :SEGMENT].flatten(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        out["logprob"].sum((1, 2)), pool["logprob"].flatten(0, 1).sum((1, 2)), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        out["value"], pool["value"][:, :SEGMENT].flatten(), atol=1e-5, rtol=0
+    )
 
 
 def test_actions_do_not_depend_on_how_requests_are_batched(model, channels):
-    pool, records = channels.pool, [Record(slot, 1, ACT, 0) for slot in range(SLOTS)]
+    pool = channels.pool
+    records = [Record(slot, 1, ACT, 0) for slot in range(SLOTS)]
     serve(model, records, channels, seed=1, version=0, device="cpu")
     together = pool["actions"][:, 1].clone()
     for record in reversed(records):
         serve(model, [record], channels, seed=1, version=0, device="cpu")
     torch.testing.assert_close(pool["actions"][:, 1], together, atol=1e-5, rtol=0)
     serve(model, records, channels, seed=2, version=0, device="cpu")
-    assert ((pool["actions"][:, 1] - together).abs().amax((1, 2)) > 1e-2).all()  # the seed names the noise
+    assert (
+        (pool["actions"][:, 1] - together).abs().amax((1, 2)) > 1e-2
+    ).all()  # the seed names the noise
 
 
 def test_padding_a_batch_changes_nothing(model, channels):
-    pool, records = channels.pool, [Record(slot, 1, ACT, 0) for slot in range(3)]
+    pool = channels.pool
+    records = [Record(slot, 1, ACT, 0) for slot in range(3)]
     found = []
     for size in (int, compiled.bucket):
         for name in WRITTEN:

@@ -1,4 +1,6 @@
-"""Eq. 1 with a fake clock, admission under random scheduling, and what a ratio means on every machine."""
+"""Eq. 1 with a fake clock, admission under random scheduling, and what a ratio means on every
+machine.
+"""
 
 import math
 
@@ -81,7 +83,9 @@ def test_uncounted_requests_ride_along_and_never_fill_a_batch():
     assert batcher.remaining() == math.inf
     batcher.add("lane 0")
     assert batcher.remaining() == math.inf
-    batcher.add("lane 1"), batcher.add("eval d", counted=False), batcher.add("lane 2")
+    batcher.add("lane 1")
+    batcher.add("eval d", counted=False)
+    batcher.add("lane 2")
     assert batcher.remaining() == 0.0
     assert batcher.take()[0] == ["eval a", "eval b", "eval c", "lane 0", "lane 1", "eval d"]
     assert batcher.remaining() == math.inf and batcher.counted == 1
@@ -96,11 +100,18 @@ def test_an_uncounted_request_alone_is_served_after_t_max():
 
 def test_what_a_dead_worker_had_asked_is_forgotten():
     batcher = DynamicBatcher(3, 10.0, clock := Clock())
-    for request, counted in (("dead 0", True), ("alive 0", True), ("dead 1", False), ("alive 1", False)):
+    for request, counted in (
+        ("dead 0", True),
+        ("alive 0", True),
+        ("dead 1", False),
+        ("alive 1", False),
+    ):
         batcher.add(request, counted)
         clock.now += 1.0
     batcher.drop(lambda request: request.startswith("dead"))
-    assert batcher.counted == 1 and batcher.remaining() == 7.0  # the oldest one left has its own clock
+    assert (
+        batcher.counted == 1 and batcher.remaining() == 7.0
+    )  # the oldest one left has its own clock
     assert batcher.take()[0] == ["alive 0", "alive 1"] and batcher.remaining() is None
 
 
@@ -114,10 +125,14 @@ def test_the_last_batch_is_the_last():
 @given(
     batch_max=st.integers(1, 5),
     wait=st.sampled_from([0.0, 1.0, 3.0]),
-    steps=st.lists(st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from([0.0, 0.5, 2.0])), max_size=40),
+    steps=st.lists(
+        st.tuples(st.integers(0, 3), st.booleans(), st.sampled_from([0.0, 0.5, 2.0])), max_size=40
+    ),
 )
 def test_no_request_starves_and_order_is_kept(batch_max, wait, steps):
-    batcher, added, served = DynamicBatcher(batch_max, wait, clock := Clock()), [], []
+    batcher = DynamicBatcher(batch_max, wait, clock := Clock())
+    added = []
+    served = []
 
     def serve() -> None:
         while (remaining := batcher.remaining()) is not None and remaining <= 0:
@@ -147,7 +162,10 @@ def test_no_request_starves_and_order_is_kept(batch_max, wait, steps):
 )
 def test_admission_bounds_staleness_and_never_shares_a_slot(lanes, per_lane, staleness, choices):
     admission = Admission(lanes * per_lane, lanes, staleness)
-    version, started, live, members = 0, [0] * lanes, {}, {}
+    version = 0
+    started = [0] * lanes
+    live = {}
+    members = {}
     for choice in choices:  # a lane that wants to start, or the actor that publishes
         complete = all(j >= (version + 1) * per_lane for j in started)
         if choice >= lanes:
@@ -165,23 +183,39 @@ def test_admission_bounds_staleness_and_never_shares_a_slot(lanes, per_lane, sta
             assert started[choice] >= (version + staleness + 1) * per_lane
         assert sum(started) <= (version + staleness + 1) * admission.batch
         # Somebody can always go on: either a lane may start, or the batch in training is complete.
-        assert any(admission.admits(j, version) for j in started) or all(j >= (version + 1) * per_lane for j in started)
+        assert any(admission.admits(j, version) for j in started) or all(
+            j >= (version + 1) * per_lane for j in started
+        )
     for b, trained in members.items():  # who is in a batch never depends on the order of events
-        assert trained == sorted((lane, j) for lane in range(lanes) for j in range(b * per_lane, (b + 1) * per_lane))
+        assert trained == sorted(
+            (lane, j) for lane in range(lanes) for j in range(b * per_lane, (b + 1) * per_lane)
+        )
 
 
 @fast
-@given(lanes=st.integers(1, 12), width=st.integers(1, 4), per_lane=st.integers(1, 3), tasks=st.integers(1, 15))
+@given(
+    lanes=st.integers(1, 12),
+    width=st.integers(1, 4),
+    per_lane=st.integers(1, 3),
+    tasks=st.integers(1, 15),
+)
 def test_every_batch_holds_each_task_equally_often(lanes, width, per_lane, tasks):
     envs = lanes * width
-    admission, total = Admission(envs * per_lane, envs, 1, width=width), np.zeros(tasks, int)
+    admission = Admission(envs * per_lane, envs, 1, width=width)
+    total = np.zeros(tasks, int)
     for batch in range(4):
-        members = [(env, j) for env in range(envs) for j in range(batch * per_lane, (batch + 1) * per_lane)]
+        members = [
+            (env, j) for env in range(envs) for j in range(batch * per_lane, (batch + 1) * per_lane)
+        ]
         dealt = np.bincount([admission.task(env, j, tasks) for env, j in members], minlength=tasks)
         total += dealt
         assert dealt.max() - dealt.min() <= 1 and total.max() - total.min() <= 1
     if lanes % tasks == 0:
-        assert all(admission.task(env, j, tasks) == env // width % tasks for env in range(envs) for j in range(10))
+        assert all(
+            admission.task(env, j, tasks) == env // width % tasks
+            for env in range(envs)
+            for j in range(10)
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,14 +230,24 @@ def test_every_batch_holds_each_task_equally_often(lanes, width, per_lane, tasks
 )
 def test_ratio_on_eight_cores_without_gpus(ratio, env, rollout, actor, threads):
     found = place(ratio, "disaggregated", 0, 8, 0, 0, 0)
-    assert (len(found.env_devices), len(found.rollout_devices), len(found.actor_devices)) == (env, rollout, actor)
+    assert (len(found.env_devices), len(found.rollout_devices), len(found.actor_devices)) == (
+        env,
+        rollout,
+        actor,
+    )
     assert (found.rollout_threads, found.actor_threads) == threads
-    assert {*found.env_devices, *found.rollout_devices, *found.actor_devices} == {"cpu"} and "no GPU" in found.line
+    assert {*found.env_devices, *found.rollout_devices, *found.actor_devices} == {
+        "cpu"
+    } and "no GPU" in found.line
 
 
 def test_given_worker_counts_replace_derived_ones_and_colocated_shares_all_cores():
     found = place("3:1", "colocated", 0, 8, 2, 2, 4)
-    assert (len(found.env_devices), len(found.rollout_devices), len(found.actor_devices)) == (2, 2, 4)
+    assert (len(found.env_devices), len(found.rollout_devices), len(found.actor_devices)) == (
+        2,
+        2,
+        4,
+    )
     assert (found.rollout_threads, found.actor_threads) == (4, 2)
     assert place("3:1", "disaggregated", 0, 1, 0, 0, 0).actor_threads == 1  # never 0
 
@@ -233,7 +277,11 @@ def test_ratio_on_eight_gpus(ratio, placement, env, rollout, actor):
 
 def test_more_workers_than_gpus_share_them_in_turn():
     found = place("1:1", "disaggregated", 2, 16, 4, 2, 0)
-    assert found.env_devices == cuda(0, 0, 0, 0) and found.rollout_devices == cuda(0, 0) and found.actor_devices == cuda(1)
+    assert (
+        found.env_devices == cuda(0, 0, 0, 0)
+        and found.rollout_devices == cuda(0, 0)
+        and found.actor_devices == cuda(1)
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,31 @@ from streamer import MicroBatch, Streamer
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 
 
-def make(batch=8, minibatch=4, micro_batch=2, ring=2, epochs=1, stream=True, rank=0, ranks=1, version=0, width=1) -> Streamer:
-    return Streamer(batch, minibatch, micro_batch, ring, epochs, stream, rank, ranks, seed=1, version=version, width=width)
+def make(
+    batch=8,
+    minibatch=4,
+    micro_batch=2,
+    ring=2,
+    epochs=1,
+    stream=True,
+    rank=0,
+    ranks=1,
+    version=0,
+    width=1,
+) -> Streamer:
+    return Streamer(
+        batch,
+        minibatch,
+        micro_batch,
+        ring,
+        epochs,
+        stream,
+        rank,
+        ranks,
+        seed=1,
+        version=version,
+        width=width,
+    )
 
 
 def drive(streamer: Streamer, order: list[int]) -> list[MicroBatch]:
@@ -34,11 +57,18 @@ def by_minibatch(micros: list[MicroBatch]) -> dict[tuple[int, int], set[int]]:
 @st.composite
 def cases(draw):
     micro, ranks, per_rank, minibatches = (draw(st.integers(1, n)) for n in (3, 3, 2, 3))
-    width = draw(st.sampled_from([w for w in range(1, micro * per_rank + 1) if micro * per_rank % w == 0]))
+    width = draw(
+        st.sampled_from([w for w in range(1, micro * per_rank + 1) if micro * per_rank % w == 0])
+    )
     minibatch = micro * ranks * per_rank
     batch = minibatch * minibatches
     sizes = dict(
-        batch=batch, minibatch=minibatch, micro_batch=micro, width=width, epochs=draw(st.integers(1, 3)), stream=draw(st.booleans())
+        batch=batch,
+        minibatch=minibatch,
+        micro_batch=micro,
+        width=width,
+        epochs=draw(st.integers(1, 3)),
+        stream=draw(st.booleans()),
     )
     return sizes, ranks, draw(st.permutations(range(batch)))
 
@@ -55,9 +85,13 @@ def test_each_trajectory_once_per_epoch_whatever_the_order(case):
         for epoch in range(sizes["epochs"]):
             consumed = [slot for micro in micros if micro.epoch == epoch for slot in micro.slots]
             assert sorted(consumed) == sorted(mine)
-        assert [m.last for m in micros].count(True) == sizes["epochs"] * sizes["batch"] // sizes["minibatch"]
+        assert [m.last for m in micros].count(True) == sizes["epochs"] * sizes["batch"] // sizes[
+            "minibatch"
+        ]
         assert all(len(m.slots) == sizes["micro_batch"] for m in micros)
-        assert [(m.epoch, m.minibatch) for m in micros] == sorted((m.epoch, m.minibatch) for m in micros)
+        assert [(m.epoch, m.minibatch) for m in micros] == sorted(
+            (m.epoch, m.minibatch) for m in micros
+        )
         in_order = drive(make(**sizes, rank=rank, ranks=ranks), sorted(mine))
         assert by_minibatch(micros) == by_minibatch(in_order)
         for (epoch, minibatch), slots in by_minibatch(micros).items():
@@ -70,9 +104,11 @@ def test_each_trajectory_once_per_epoch_whatever_the_order(case):
 
 
 def test_streaming_trains_before_the_batch_is_whole_and_waiting_does_not():
-    streamed, waiting = make(stream=True), make(stream=False)
+    streamed = make(stream=True)
+    waiting = make(stream=False)
     for slot in range(7):
-        streamed.add(slot), waiting.add(slot)
+        streamed.add(slot)
+        waiting.add(slot)
         assert waiting.next() is None
     assert streamed.next().slots == (0, 1)
     waiting.add(7)
@@ -144,12 +180,19 @@ def test_a_batch_cannot_be_finished_with_trajectories_missing():
 
 @given(st.integers(0, 10**6), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4, 8]), st.booleans())
 @settings(deadline=None, derandomize=True, max_examples=40)
-def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(seed, ranks, micro_batch, stream):
-    batch, minibatch, group, epochs = 32, 16, 4, 2
+def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(
+    seed, ranks, micro_batch, stream
+):
+    batch = 32
+    minibatch = 16
+    group = 4
+    epochs = 2
     order = np.random.default_rng(seed).permutation(batch)
     trained = {}
     for rank in range(ranks):
-        streamer = Streamer(batch, minibatch, micro_batch, 2, epochs, stream, rank, ranks, seed, 0, group, group)
+        streamer = Streamer(
+            batch, minibatch, micro_batch, 2, epochs, stream, rank, ranks, seed, 0, group, group
+        )
         arrived: set[int] = set()
         for slot in order:
             if slot // group % ranks != rank:
@@ -159,11 +202,16 @@ def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(seed, ranks
             while (micro := streamer.next()) is not None:
                 for s in micro.slots:
                     start = s - s % group
-                    assert set(range(start, start + group)) <= arrived  # nobody's outcome is missing
+                    assert (
+                        set(range(start, start + group)) <= arrived
+                    )  # nobody's outcome is missing
                     trained.setdefault(micro.epoch, []).append(s)
         assert streamer.done
         streamer.finish_batch()
-    assert all(sorted(slots) == list(range(batch)) for slots in trained.values()) and len(trained) == epochs
+    assert (
+        all(sorted(slots) == list(range(batch)) for slots in trained.values())
+        and len(trained) == epochs
+    )
 
 
 @pytest.mark.parametrize("after", [0, 1, 5, 7, 8])
@@ -172,7 +220,8 @@ def test_stopping_spares_epochs_but_never_a_trajectory(after):
     streamer = Streamer(8, 4, 2, 1, 3, True, 0, 1, seed=1, version=0)
     for slot in range(8):
         streamer.add(slot)
-    trained, spared = [], []
+    trained = []
+    spared = []
     while not streamer.done:
         if len(trained) == 2 * after:
             spared = streamer.stop()
@@ -181,5 +230,7 @@ def test_stopping_spares_epochs_but_never_a_trajectory(after):
                 break
         trained += streamer.next().slots
     assert set(trained[:8]) == set(range(8)) and len(trained) == max(8, 2 * after)
-    assert sorted(trained + spared) == sorted(3 * list(range(8)))  # trained and spared are three epochs of every trajectory
+    assert sorted(trained + spared) == sorted(
+        3 * list(range(8))
+    )  # trained and spared are three epochs of every trajectory
     streamer.finish_batch()

@@ -1,4 +1,6 @@
-"""What a run's folder is summarised to, which advice follows from which numbers, and the pictures."""
+"""What a run's folder is summarised to, which advice follows from which numbers, and the
+pictures.
+"""
 
 import json
 import re
@@ -18,16 +20,33 @@ from summary import Summary, advice, summarise
 
 def line(iteration: int, **more) -> dict:
     return {
-        "iteration": iteration, "version": iteration, "time": 60.0 * iteration, "success_rate": 0.25, "env_steps_per_s": 100.0,
-        "samples_per_s": 10.0, "waits": {"env:action": 0.1, "env:admission": 0.3, "rollout:request": 0.2}, "gpu_memory_gb": 0.0,
-        "batch_size_hist": {"4": 3, "1": 1}, "staleness_hist": {"0": 30, "1": 10}, "cpu_fraction": 0.5,
-        "collected": 40 * iteration, "discarded": 2, "restarts": 1,
-        "discarded_by": {"restart": 2, "filtered": 0}, "env_steps": 6000 * iteration, "trained_once": 600 * iteration,
-    } | more  # fmt: skip
+        "iteration": iteration,
+        "version": iteration,
+        "time": 60.0 * iteration,
+        "success_rate": 0.25,
+        "env_steps_per_s": 100.0,
+        "samples_per_s": 10.0,
+        "waits": {"env:action": 0.1, "env:admission": 0.3, "rollout:request": 0.2},
+        "gpu_memory_gb": 0.0,
+        "batch_size_hist": {"4": 3, "1": 1},
+        "staleness_hist": {"0": 30, "1": 10},
+        "cpu_fraction": 0.5,
+        "collected": 40 * iteration,
+        "discarded": 2,
+        "restarts": 1,
+        "discarded_by": {"restart": 2, "filtered": 0},
+        "env_steps": 6000 * iteration,
+        "trained_once": 600 * iteration,
+    } | more
 
 
 SPANS = {
-    "env-0": [["step", 0.0, 2.0], ["wait: action", 2.0, 3.0], ["render", 3.0, 3.5], ["reset", 3.5, 4.0]],
+    "env-0": [
+        ["step", 0.0, 2.0],
+        ["wait: action", 2.0, 3.0],
+        ["render", 3.0, 3.5],
+        ["reset", 3.5, 4.0],
+    ],
     "rollout-0": [
         ["infer", 0.5, 1.5, {"batch": 4, "version": 0}],
         ["fetch", 1.1, 1.2, {"version": 1, "bytes": 8}],
@@ -53,12 +72,20 @@ def a_run(folder, lines: list[dict], config: Config | None = None, spans: dict |
 
 def full() -> Config:
     config = from_preset("full")
-    config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers = 3, 1, 1
+    config.env.env_workers = 3
+    config.rollout.rollout_workers = 1
+    config.actor.actor_workers = 1
     return config
 
 
 def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "metrics", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "metrics", *map(str, args)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 # ---------------------------------------------------------------- the numbers
@@ -66,31 +93,61 @@ def command(*args) -> subprocess.CompletedProcess:
 
 def test_iterations_count_by_their_time_and_the_first_not_at_all():
     lines = [
-        line(1, env_steps_per_s=1.0, batch_size_hist={"256": 99}, staleness_hist={"3_or_more": 99}, waits={"actor:gradient": 1.0}),
-        line(2, time=70.0, env_steps=10_000, trained_once=1000, cpu_fraction=1.0, success_rate=None),  # 10 s
+        line(
+            1,
+            env_steps_per_s=1.0,
+            batch_size_hist={"256": 99},
+            staleness_hist={"3_or_more": 99},
+            waits={"actor:gradient": 1.0},
+        ),
+        line(
+            2, time=70.0, env_steps=10_000, trained_once=1000, cpu_fraction=1.0, success_rate=None
+        ),  # 10 s
         # 30 s, of which workers that started again measured only those since they were ready
         line(
-            3, time=100.0, env_steps=13_000, trained_once=1300, waits={"env:action": 0.5}, eval_success_rate=0.5, success_rate=0.75
+            3,
+            time=100.0,
+            env_steps=13_000,
+            trained_once=1300,
+            waits={"env:action": 0.5},
+            eval_success_rate=0.5,
+            success_rate=0.75,
         ),
     ]
     found = summarise(lines, {})
     assert (found.env_steps_per_s, found.samples_per_s, found.cpu) == (175.0, 17.5, 0.625)
     assert found.waits["env"] == {"action": pytest.approx(0.4), "admission": pytest.approx(0.075)}
     assert found.waits["rollout"] == {"request": pytest.approx(0.05)} and found.waits["actor"] == {}
-    assert found.bubble == {"env": pytest.approx(0.475), "rollout": pytest.approx(0.05), "actor": 0.0}
+    assert found.bubble == {
+        "env": pytest.approx(0.475),
+        "rollout": pytest.approx(0.05),
+        "actor": 0.0,
+    }
     assert found.critical == "actor" and found.busy_with == {}
     assert found.batch_sizes == {"4": 6, "1": 2} and found.staleness == {"0": 60, "1": 20}
     assert found.success == [0.25, 0.75] and found.held_out == [0.5, 0.5] and found.iterations == 3
-    assert (found.totals["collected"], found.totals["discarded"], found.totals["restarts"]) == (120, 2, 1) and not found.gpu
+    assert (found.totals["collected"], found.totals["discarded"], found.totals["restarts"]) == (
+        120,
+        2,
+        1,
+    ) and not found.gpu
     alone = summarise([line(1, success_rate=None)], {})
     assert alone.env_steps_per_s == 100.0 and alone.success == [] == alone.held_out
 
 
 def test_the_trace_tells_what_the_critical_stage_does(tmp_path):
-    run = a_run(tmp_path / "x", [line(1), line(2, waits={"env:action": 0.5, "actor:trajectory": 0.2, "rollout:request": 0.6})])
+    run = a_run(
+        tmp_path / "x",
+        [
+            line(1),
+            line(2, waits={"env:action": 0.5, "actor:trajectory": 0.2, "rollout:request": 0.6}),
+        ],
+    )
     found = summarise(summary.read_metrics(run), summary.read_trace(run))
     assert found.critical == "actor" and list(found.busy_with) == ["train", "publish"]
-    assert found.busy_with["train"] == pytest.approx(0.8 * 2.8 / 2.9) and sum(found.busy_with.values()) == pytest.approx(0.8)
+    assert found.busy_with["train"] == pytest.approx(0.8 * 2.8 / 2.9) and sum(
+        found.busy_with.values()
+    ) == pytest.approx(0.8)
 
 
 # ---------------------------------------------------------------- the advice
@@ -100,11 +157,22 @@ def of(env: dict, rollout: dict, actor: dict, **more) -> Summary:
     waits = {"env": env, "rollout": rollout, "actor": actor}
     return Summary(
         **{
-            "iterations": 9, "minutes": 1.0, "env_steps_per_s": 1.0, "samples_per_s": 1.0, "waits": waits, "busy_with": {},
-            "batch_sizes": Counter(), "staleness": Counter(), "success": [], "held_out": [], "totals": {}, "cpu": 0.5, "gpu": False,
+            "iterations": 9,
+            "minutes": 1.0,
+            "env_steps_per_s": 1.0,
+            "samples_per_s": 1.0,
+            "waits": waits,
+            "busy_with": {},
+            "batch_sizes": Counter(),
+            "staleness": Counter(),
+            "success": [],
+            "held_out": [],
+            "totals": {},
+            "cpu": 0.5,
+            "gpu": False,
         }
         | more
-    )  # fmt: skip
+    )
 
 
 ENV_BOUND = {"action": 0.01}, {"request": 0.3}, {"trajectory": 0.5}
@@ -115,31 +183,88 @@ ACTOR_BOUND = {"admission": 0.4}, {"request": 0.3}, {"trajectory": 0.02}
 @pytest.mark.parametrize(
     "waits, changes, more, words",
     [
-        (({"action": 0.1}, {"request": 0.1}, {"trajectory": 0.14}), {}, {}, "balanced, for none waits more than 14%"),
-        (ACTOR_BOUND, {"max_staleness": 0}, {}, "take turns .* env workers wait 40% .* --preset full"),
-        (ROLLOUT_BOUND, {"batch_max": "all"}, {}, "wait 40% for actions, .* slowest lane: give --batch-max auto"),
+        (
+            ({"action": 0.1}, {"request": 0.1}, {"trajectory": 0.14}),
+            {},
+            {},
+            "balanced, for none waits more than 14%",
+        ),
+        (
+            ACTOR_BOUND,
+            {"max_staleness": 0},
+            {},
+            "take turns .* env workers wait 40% .* --preset full",
+        ),
+        (
+            ROLLOUT_BOUND,
+            {"batch_max": "all"},
+            {},
+            "wait 40% for actions, .* slowest lane: give --batch-max auto",
+        ),
         (ENV_BOUND, {"stream": False}, {}, "Actors wait 50% for whole batches: --stream"),
         (ROLLOUT_BOUND, {}, {"cpu": 0.97}, "cores are the limit .97% busy"),
-        (ACTOR_BOUND, {}, {}, "Actors never rest while env workers wait 40% .* version: give training more with --ratio 2:1"),
+        (
+            ACTOR_BOUND,
+            {},
+            {},
+            "Actors never rest while env workers wait 40% .* version: give training more with "
+            "--ratio 2:1",
+        ),
         (ACTOR_BOUND, {"ratio": "1:1"}, {}, "--ratio 1:2"),
         (ACTOR_BOUND, {"placement": "colocated"}, {"gpu": True}, "--placement disaggregated"),
-        (ROLLOUT_BOUND, {}, {}, "Rollout workers never rest while env workers wait 40% .* for actions: give --rollout-workers 2"),
+        (
+            ROLLOUT_BOUND,
+            {},
+            {},
+            "Rollout workers never rest while env workers wait 40% .* for actions: give "
+            "--rollout-workers 2",
+        ),
         (ROLLOUT_BOUND, {}, {"gpu": True, "cpu": 0.97}, "only more GPUs would help"),
         (ROLLOUT_BOUND, {"ratio": "3:2"}, {"gpu": True}, "--ratio 4:1"),
         (ACTOR_BOUND, {"ratio": "3:1"}, {"gpu": True}, "--ratio 2:2"),
         (ACTOR_BOUND, {"ratio": "1:3"}, {"gpu": True}, "only more GPUs would help"),
-        (ENV_BOUND, {}, {}, "Env workers never rest while actors wait 50% .* for trajectories: give --env-workers 4"),
+        (
+            ENV_BOUND,
+            {},
+            {},
+            "Env workers never rest while actors wait 50% .* for trajectories: give --env-workers "
+            "4",
+        ),
         (ENV_BOUND, {"envs": 3}, {}, "give more --envs, and more"),
-        (ENV_BOUND, {"lanes": 2, "env_workers": 4}, {}, "--env-workers 6"),  # 24 envs do not divide into 5 × 2 lanes
-        (({"action": 0.1}, {"request": 0.3}, {"trajectory": 0.5}), {}, {}, "Env workers wait only 10% .* while actors"),
-        (({"admission": 0.3}, {"request": 0.5}, {"trajectory": 0.3}), {}, {}, "No stage is busy more than 70%.* --max-staleness 2"),
-        (({"action": 0.3}, {"request": 0.5}, {"trajectory": 0.3}), {}, {}, "overlap with --envs 48 --batch 96"),
+        (
+            ENV_BOUND,
+            {"lanes": 2, "env_workers": 4},
+            {},
+            "--env-workers 6",
+        ),  # 24 envs do not divide into 5 × 2 lanes
+        (
+            ({"action": 0.1}, {"request": 0.3}, {"trajectory": 0.5}),
+            {},
+            {},
+            "Env workers wait only 10% .* while actors",
+        ),
+        (
+            ({"admission": 0.3}, {"request": 0.5}, {"trajectory": 0.3}),
+            {},
+            {},
+            "No stage is busy more than 70%.* --max-staleness 2",
+        ),
+        (
+            ({"action": 0.3}, {"request": 0.5}, {"trajectory": 0.3}),
+            {},
+            {},
+            "overlap with --envs 48 --batch 96",
+        ),
     ],
-)  # fmt: skip
+)
 def test_advice_follows_from_the_numbers(waits, changes, more, words):
     config = full()
     for name, value in changes.items():
-        stage = next(stage for stage in (config.train, config.env, config.rollout, config.actor) if hasattr(stage, name))
+        stage = next(
+            stage
+            for stage in (config.train, config.env, config.rollout, config.actor)
+            if hasattr(stage, name)
+        )
         setattr(stage, name, value)
     said = advice(of(*waits, **more), config)
     assert re.search(words, said), said
@@ -155,11 +280,16 @@ def test_the_command_prints_a_summary_and_draws(tmp_path):
     done = command(run)
     assert done.returncode == 0, done.stderr
     for words in (
-        "3 iterations in 3.0 min; pi05 on metaworld, preset full, ratio 3:1", "100 env steps/s, 10.0 chunk steps trained/s",
+        "3 iterations in 3.0 min; pi05 on metaworld, preset full, ratio 3:1",
+        "100 env steps/s, 10.0 chunk steps trained/s",
         "in training 25% to 100%; on held-out seeds 50% to 50%",
         "1 restarts, 2 of 120 chunk steps discarded (2 lost with a worker)",
-        "admission 30%, action 10%", "critical: train 97%", "3 to 4", "75%", "advice: ",
-    ):  # fmt: skip
+        "admission 30%, action 10%",
+        "critical: train 97%",
+        "3 to 4",
+        "75%",
+        "advice: ",
+    ):
         assert words in done.stdout, done.stdout
     for picture in ("swimlane.png", "curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
@@ -167,18 +297,29 @@ def test_the_command_prints_a_summary_and_draws(tmp_path):
 
 def test_mistakes_are_one_sentence(tmp_path):
     (tmp_path / "config.json").touch()
-    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty = tmp_path / "empty"
+    other = tmp_path / "other"
     a_run(empty, [])
     a_run(other, [{"iteration": 1}])
     torn = a_run(tmp_path / "torn", [line(1), line(2)])
     (torn / "trace.json").write_text('{"traceEvents": [')
     for args, words in (
-        ((), "give one run"), ((tmp_path,), "holds no metrics.jsonl"), (("no-such-run",), "runs/no-such-run: runs/ holds"),
-        ((empty,), "metrics.jsonl is empty"), ((other,), "another version"), ((torn,), "damaged"),
-    ):  # fmt: skip
+        ((), "give one run"),
+        ((tmp_path,), "holds no metrics.jsonl"),
+        (("no-such-run",), "runs/no-such-run: runs/ holds"),
+        ((empty,), "metrics.jsonl is empty"),
+        ((other,), "another version"),
+        ((torn,), "damaged"),
+    ):
         failed = command(*args)
-        assert failed.returncode != 0 and words in failed.stderr and "Traceback" not in failed.stderr, failed.stderr
-        assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1 and not failed.stdout
+        assert (
+            failed.returncode != 0 and words in failed.stderr and "Traceback" not in failed.stderr
+        ), failed.stderr
+        assert (
+            failed.stderr.startswith("error: ")
+            and failed.stderr.count("\n") == 1
+            and not failed.stdout
+        )
 
 
 # ---------------------------------------------------------------- the pictures
@@ -186,7 +327,17 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 def test_every_wait_and_every_kind_of_work_has_a_colour():
     assert set(summary.WAITS) == set(summary.FOR) == set(CAUSES)
-    recorded = {"step", "render", "reset", "infer", "fetch", "train", "optimizer", "publish", "checkpoint"}
+    recorded = {
+        "step",
+        "render",
+        "reset",
+        "infer",
+        "fetch",
+        "train",
+        "optimizer",
+        "publish",
+        "checkpoint",
+    }
     assert set(summary.WORK) == recorded
 
 
@@ -195,7 +346,10 @@ def test_the_window_lies_around_a_publication_after_the_middle(tmp_path):
         "rollout-0": [("infer", 0.1 * i, 0.1 * i + 0.05, {}) for i in range(1000)],
         "actor-0": [("publish", at, at + 0.1, {}) for at in (10.0, 58.0, 70.0)],
     }
-    assert summary.window(spans) == (pytest.approx(57.0), pytest.approx(59.0))  # 40 inferences of 0.05 s
+    assert summary.window(spans) == (
+        pytest.approx(57.0),
+        pytest.approx(59.0),
+    )  # 40 inferences of 0.05 s
     short = {"rollout-0": [("infer", 1.0, 1.25, {})]}
     assert summary.window(short) == (1.0, 1.25)
 

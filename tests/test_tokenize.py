@@ -18,11 +18,15 @@ def vocabulary(tmp_path_factory):
 
 def test_prompt_bins_the_state():
     state = np.array([-1.0, -1.0 + 1 / 128, 0.0, 0.9999, 1.0, 7.0, -7.0])
-    assert tokenize.prompt("lift the cup", state) == "Task: lift the cup, State: 0 1 128 255 255 255 0;\nAction: "
+    assert (
+        tokenize.prompt("lift the cup", state)
+        == "Task: lift the cup, State: 0 1 128 255 255 255 0;\nAction: "
+    )
 
 
 def test_every_prompt_fits_and_comes_back(vocabulary):
-    tokenizer, state = tokenize.load(str(vocabulary)), np.array([-1.0, -0.5, 0.5, 1.0])
+    tokenizer = tokenize.load(str(vocabulary))
+    state = np.array([-1.0, -0.5, 0.5, 1.0])
     for task in metaworld.PROMPTS.values():
         text = tokenize.prompt(task, state)
         ids = tokenize.encode(tokenizer, text, PiConfig.tokens)
@@ -34,14 +38,22 @@ def test_every_prompt_fits_and_comes_back(vocabulary):
 
 def test_a_word_and_a_bin_are_one_token_each(vocabulary):
     tokenizer = tokenize.load(str(vocabulary))
-    short, long = (tokenizer.encode(tokenize.prompt(task, np.zeros(4))) for task in ("open the drawer", "open the the drawer"))
+    short, long = (
+        tokenizer.encode(tokenize.prompt(task, np.zeros(4)))
+        for task in ("open the drawer", "open the the drawer")
+    )
     assert len(long) == len(short) + 1
-    assert len(tokenizer.encode(tokenize.prompt("x", np.zeros(5)))) == len(tokenizer.encode(tokenize.prompt("x", np.zeros(4)))) + 1
+    assert (
+        len(tokenizer.encode(tokenize.prompt("x", np.zeros(5))))
+        == len(tokenizer.encode(tokenize.prompt("x", np.zeros(4)))) + 1
+    )
 
 
 def test_a_prompt_that_is_too_long_is_an_error_not_cut_off(vocabulary):
     with pytest.raises(UserError, match="room for 8"):
-        tokenize.encode(tokenize.load(str(vocabulary)), tokenize.prompt("open the drawer", np.zeros(4)), 8)
+        tokenize.encode(
+            tokenize.load(str(vocabulary)), tokenize.prompt("open the drawer", np.zeros(4)), 8
+        )
 
 
 def test_the_vocabulary_is_deterministic_and_the_shipped_one(vocabulary, tmp_path):

@@ -1,4 +1,6 @@
-"""The command line end to end on the real simulator: every preset, several workers, resuming, and every mistake."""
+"""The command line end to end on the real simulator: every preset, several workers, resuming, and
+every mistake.
+"""
 
 import itertools
 import json
@@ -17,17 +19,56 @@ from config import PRESETS, ROOT, Config, exit_on_user_error, to_json
 from models import checkpoint
 
 KEYS = {
-    "iteration", "version", "time", "env_steps", "env_steps_per_s", "samples_per_s", "episodes", "success_rate", "reward",
-    "loss_policy", "loss_value", "entropy_or_noise", "approx_kl", "clip_fraction", "ratio_max", "grad_norm", "lr",
-    "staleness_mean", "staleness_max", "discarded", "reuse", "batch_size_mean", "batch_size_hist", "batch_wait_ms",
-    "bubble_env", "bubble_rollout", "bubble_actor", "weight_sync_s", "weight_stall_s", "queue_depths", "restarts",
-    "gpu_memory_gb", "rss_gb", "collected", "masked", "trained", "trained_once", "skipped", "filtered", "discarded_by",
-    "staleness_hist", "cpu_fraction",
-}  # fmt: skip
+    "iteration",
+    "version",
+    "time",
+    "env_steps",
+    "env_steps_per_s",
+    "samples_per_s",
+    "episodes",
+    "success_rate",
+    "reward",
+    "loss_policy",
+    "loss_value",
+    "entropy_or_noise",
+    "approx_kl",
+    "clip_fraction",
+    "ratio_max",
+    "grad_norm",
+    "lr",
+    "staleness_mean",
+    "staleness_max",
+    "discarded",
+    "reuse",
+    "batch_size_mean",
+    "batch_size_hist",
+    "batch_wait_ms",
+    "bubble_env",
+    "bubble_rollout",
+    "bubble_actor",
+    "weight_sync_s",
+    "weight_stall_s",
+    "queue_depths",
+    "restarts",
+    "gpu_memory_gb",
+    "rss_gb",
+    "collected",
+    "masked",
+    "trained",
+    "trained_once",
+    "skipped",
+    "filtered",
+    "discarded_by",
+    "staleness_hist",
+    "cpu_fraction",
+}
 FRACTIONS = ("clip_fraction", "cpu_fraction", "bubble_env", "bubble_rollout", "bubble_actor")
 CASES = {name: f"--preset {name} --ratio 2:1" for name in PRESETS}
-# The synchronous algorithm on the asynchronous machinery: dynamic batches, streaming, two rollout and two actor workers.
-CASES["staleness-0"] = "--preset full --max-staleness 0 --rollout-workers 2 --actor-workers 2 --ratio 1:2"
+# The synchronous algorithm on the asynchronous machinery: dynamic batches, streaming, two rollout
+# and two actor workers.
+CASES["staleness-0"] = (
+    "--preset full --max-staleness 0 --rollout-workers 2 --actor-workers 2 --ratio 1:2"
+)
 
 
 def lines_of(run) -> list[dict]:
@@ -46,9 +87,16 @@ def finished(cli, folder, tiny_checkpoint):
     def get(case: str):
         run = folder / case
         if not run.exists():
-            process = cli("train.py", f"{SMALL} {CASES[case]} --checkpoint {tiny_checkpoint} --iterations 2 --run {run}")
+            process = cli(
+                "train.py",
+                f"{SMALL} {CASES[case]} --checkpoint {tiny_checkpoint} --iterations 2 --run {run}",
+            )
             status, output = process.finish()
-            assert status == 0 and "2 iterations done; checkpoint in" in output and "Traceback" not in output, output
+            assert (
+                status == 0
+                and "2 iterations done; checkpoint in" in output
+                and "Traceback" not in output
+            ), output
         return run
 
     return get
@@ -63,16 +111,29 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
         assert line["iteration"] == line["version"] == iteration
         assert all(0.0 <= line[name] <= 1.0 for name in FRACTIONS)
         assert all(math.isfinite(x) for x in line.values() if isinstance(x, float))
-        assert line["grad_norm"] > 0 and line["restarts"] == 0 and line["rss_gb"] > 0 and line["discarded"] == 0
+        assert (
+            line["grad_norm"] > 0
+            and line["restarts"] == 0
+            and line["rss_gb"] > 0
+            and line["discarded"] == 0
+        )
         assert line["samples_per_s"] > 0
-    assert second["eval_episodes"] % 2 == 0 and 0.0 <= second["eval_success_rate"] <= 1.0  # of the last weights, in every run
-    assert second["collected"] == 2 * 4 * 3  # chunk steps: what is not going to be trained is never begun
+    assert (
+        second["eval_episodes"] % 2 == 0 and 0.0 <= second["eval_success_rate"] <= 1.0
+    )  # of the last weights, in every run
+    assert (
+        second["collected"] == 2 * 4 * 3
+    )  # chunk steps: what is not going to be trained is never begun
     assert assert_balanced(run)["trained_once"] == 2 * 4 * 3
-    assert second["env_steps"] >= first["env_steps"] >= 4 * 3 * 10 and second["time"] > first["time"]
+    assert (
+        second["env_steps"] >= first["env_steps"] >= 4 * 3 * 10 and second["time"] > first["time"]
+    )
 
     synchronous = case in ("sync-colocated", "sync-disaggregated", "staleness-0")
     assert first["staleness_max"] == 0 and second["staleness_max"] <= (0 if synchronous else 1)
-    for line in lines if synchronous else lines[:1]:  # with staleness all of the second batch may have been played before line 1
+    for line in (
+        lines if synchronous else lines[:1]
+    ):  # with staleness all of the second batch may have been played before line 1
         assert line["env_steps_per_s"] > 0 and sum(line["batch_size_hist"].values()) > 0
         # One minibatch is the whole batch, so its weights are the ones that acted.
         assert line["ratio_max"] == pytest.approx(1.0, abs=1e-4) and line["clip_fraction"] == 0.0
@@ -83,17 +144,30 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
     assert config["train"]["checkpoint"] == str(tiny_checkpoint)
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
     rows = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    workers = config["env"]["env_workers"], config["rollout"]["rollout_workers"], config["actor"]["actor_workers"]
+    workers = (
+        config["env"]["env_workers"],
+        config["rollout"]["rollout_workers"],
+        config["actor"]["actor_workers"],
+    )
     assert workers == ((2, 2, 2) if case == "staleness-0" else (2, 1, 1))
     stages = ("env", "rollout", "weights to rollout", "actor")
-    assert rows == {f"{s}-{i}" for s, n in zip(stages, (*workers[:2], workers[1], workers[2]), strict=True) for i in range(n)}
+    assert rows == {
+        f"{s}-{i}"
+        for s, n in zip(stages, (*workers[:2], workers[1], workers[2]), strict=True)
+        for i in range(n)
+    }
     for picture in ("swimlane.png", "curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
 
     saved = run / "checkpoints" / "000002"
-    assert {file.name for file in saved.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
+    assert {file.name for file in saved.iterdir()} == {
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+    }
     assert json.loads((saved / "state.json").read_text())["version"] == 2
-    before, after = load_file(tiny_checkpoint), load_file(saved / "model.safetensors")
+    before = load_file(tiny_checkpoint)
+    after = load_file(saved / "model.safetensors")
     frozen = ("vision.", "embed_tokens.", "language.", "language_norm.")
     assert all(torch.equal(before[name], after[name]) == name.startswith(frozen) for name in before)
     torch.load(saved / "optimizer.pt", weights_only=True)
@@ -106,10 +180,26 @@ def test_the_trace_has_a_span_per_unit_of_work(finished, case):
     ranks = 2 if case == "staleness-0" else 1
     assert spans.count("train") == 2 * 2  # two iterations of two micro-batches, over all ranks
     assert spans.count("optimizer") == 2 * ranks and spans.count("publish") == 3 * ranks
-    assert set(spans) >= {"step", "render", "reset", "infer", "checkpoint", "wait: action", "wait: request", "wait: trajectory"}
-    args = {what: [e["args"] for e in events if e["name"] == what] for what in ("infer", "train", "fetch", "publish")}
-    assert {a["version"] for a in args["infer"]} <= {0, 1, 2} and all(1 <= a["batch"] <= 6 for a in args["infer"])
-    slots = [0, 1, 2, 3, 4, 5, 6, 7] if case == "full" else [0, 0, 1, 1, 2, 2, 3, 3]  # without staleness, batches share slots
+    assert set(spans) >= {
+        "step",
+        "render",
+        "reset",
+        "infer",
+        "checkpoint",
+        "wait: action",
+        "wait: request",
+        "wait: trajectory",
+    }
+    args = {
+        what: [e["args"] for e in events if e["name"] == what]
+        for what in ("infer", "train", "fetch", "publish")
+    }
+    assert {a["version"] for a in args["infer"]} <= {0, 1, 2} and all(
+        1 <= a["batch"] <= 6 for a in args["infer"]
+    )
+    slots = (
+        [0, 1, 2, 3, 4, 5, 6, 7] if case == "full" else [0, 0, 1, 1, 2, 2, 3, 3]
+    )  # without staleness, batches share slots
     assert sorted(slot for a in args["train"] for slot in a["slots"]) == slots
     assert all(a["epoch"] == a["minibatch"] == 0 for a in args["train"])
     assert [a["version"] for a in args["publish"] if a["bytes"]] == [0, 1, 2]
@@ -117,33 +207,58 @@ def test_the_trace_has_a_span_per_unit_of_work(finished, case):
     assert {a["bytes"] for a in args["fetch"]} == {a["bytes"] for a in args["publish"]} - {0}
 
 
-# What a batch holds and what is learned from it. fp32 sums in other orders; success and entropy are the same to the last bit.
-LEARNED = ("entropy_or_noise", "reward", "episodes", "success_rate", "loss_policy", "loss_value", "grad_norm", "lr")
+# What a batch holds and what is learned from it. fp32 sums in other orders; success and entropy are
+# the same to the last bit.
+LEARNED = (
+    "entropy_or_noise",
+    "reward",
+    "episodes",
+    "success_rate",
+    "loss_policy",
+    "loss_value",
+    "grad_norm",
+    "lr",
+)
 
 
 def learned(run, iteration: int) -> list[float]:
-    return [math.inf if line[name] is None else line[name] for line in lines_of(run)[iteration - 1 : iteration] for name in LEARNED]
+    return [
+        math.inf if line[name] is None else line[name]
+        for line in lines_of(run)[iteration - 1 : iteration]
+        for name in LEARNED
+    ]
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name != "sync-colocated"])
 def test_no_setting_changes_the_first_batch(finished, case):
-    assert learned(finished(case), 1) == pytest.approx(learned(finished("sync-colocated"), 1), rel=1e-3, abs=1e-6)
+    assert learned(finished(case), 1) == pytest.approx(
+        learned(finished("sync-colocated"), 1), rel=1e-3, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("case", ["sync-disaggregated", "staleness-0"])
 def test_at_staleness_zero_no_setting_changes_learning(finished, case):
-    assert learned(finished(case), 2) == pytest.approx(learned(finished("sync-colocated"), 2), rel=1e-2, abs=1e-5)
+    assert learned(finished(case), 2) == pytest.approx(
+        learned(finished("sync-colocated"), 2), rel=1e-2, abs=1e-5
+    )
 
 
 def test_only_the_critic_learns_while_it_warms_up(cli, tmp_path, tiny_checkpoint):
     run = tmp_path / "x"
     flags = (
-        f"{SMALL} --eval-envs 0 --critic-warmup 1 --checkpoint-every 1 --checkpoint {tiny_checkpoint} --iterations 2 --run {run}"
+        f"{SMALL} --eval-envs 0 --critic-warmup 1 --checkpoint-every 1 --checkpoint "
+        f"{tiny_checkpoint} --iterations 2 --run {run}"
     )
     status, output = cli("train.py", flags).finish()
     assert status == 0, output
-    weights = [load_file(tiny_checkpoint), *(load_file(run / f"checkpoints/00000{v}/model.safetensors") for v in (1, 2))]
-    learnt = [{name for name in a if not torch.equal(a[name], b[name])} for a, b in itertools.pairwise(weights)]
+    weights = [
+        load_file(tiny_checkpoint),
+        *(load_file(run / f"checkpoints/00000{v}/model.safetensors") for v in (1, 2)),
+    ]
+    learnt = [
+        {name for name in a if not torch.equal(a[name], b[name])}
+        for a, b in itertools.pairwise(weights)
+    ]
     assert learnt[0] and all(name.startswith("value_head.") for name in learnt[0])
     assert any(name.startswith("expert.") for name in learnt[1])
     assert [line["grad_norm_policy"] > 0 for line in lines_of(run)] == [False, True]
@@ -152,33 +267,48 @@ def test_only_the_critic_learns_while_it_warms_up(cli, tmp_path, tiny_checkpoint
 def test_staleness_on_purpose(cli, tmp_path, tiny_checkpoint):
     run = tmp_path / "x"
     flags = (
-        f"{SMALL} --eval-every 0 --max-staleness 0 --extra-staleness 2 --checkpoint {tiny_checkpoint} --iterations 4 --run {run}"
+        f"{SMALL} --eval-every 0 --max-staleness 0 --extra-staleness 2 --checkpoint "
+        f"{tiny_checkpoint} --iterations 4 --run {run}"
     )
     status, output = cli("train.py", flags).finish()
     assert status == 0, output
     lines = lines_of(run)
-    assert [line["staleness_mean"] for line in lines] == [0.0, 1.0, 2.0, 2.0]  # versions 0, 0, 0, 1 acted
+    assert [line["staleness_mean"] for line in lines] == [
+        0.0,
+        1.0,
+        2.0,
+        2.0,
+    ]  # versions 0, 0, 0, 1 acted
     assert lines[0]["ratio_max"] == pytest.approx(1.0, abs=1e-4) and lines[2]["ratio_max"] > 1.001
 
 
 EXACT = (
-    "--model emulated --env emulated --image-size 8 --envs 4 --batch 8 --minibatch 4 --micro-batch 4 --segment 4 --update-epochs 2 "
+    "--model emulated --env emulated --image-size 8 --envs 4 --batch 8 --minibatch 4 --micro-batch "
+    "4 --segment 4 --update-epochs 2 "
     "--lr 0.02 --value-lr 0.02 --eval-envs 0 --iterations 4 --ratio 1:1"
 )
 
 
-@pytest.mark.parametrize("algorithm", ["--algorithm ppo", "--algorithm grpo --group-size 2 --segment 6"])
+@pytest.mark.parametrize(
+    "algorithm", ["--algorithm ppo", "--algorithm grpo --group-size 2 --segment 6"]
+)
 def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, algorithm):
-    """On simulators of random speed. Where a micro-batch is a minibatch, sums have one order; smaller ones differ by rounding."""
+    """On simulators of random speed. Where a micro-batch is a minibatch, sums have one order;
+    smaller ones differ by rounding.
+    """
     settings = {
         "sync": "--preset sync-colocated --env-workers 1",
-        "async": "--preset full --max-staleness 0 --env-workers 2 --rollout-workers 2 --batch-max 1",
+        "async": (
+            "--preset full --max-staleness 0 --env-workers 2 --rollout-workers 2 --batch-max 1"
+        ),
         "streamed": "--preset full --max-staleness 0 --env-workers 2 --micro-batch 2",
     }
     weights = {}
     for name, flags in settings.items():
         command = f"{EXACT} {algorithm} {flags} --run {tmp_path / name}"
-        status, output = cli(Path(__file__).with_name("exact.py"), command, PYTHONPATH=str(ROOT)).finish(timeout=240)
+        status, output = cli(
+            Path(__file__).with_name("exact.py"), command, PYTHONPATH=str(ROOT)
+        ).finish(timeout=240)
         assert status == 0, output
         weights[name] = load_file(tmp_path / name / "checkpoints" / "000004" / "model.safetensors")
     for name, tensor in weights["sync"].items():
@@ -188,13 +318,17 @@ def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, al
     for iteration in (1, 2, 3, 4):
         sync, other, streamed = (learned(tmp_path / name, iteration) for name in settings)
         assert other == sync and streamed == pytest.approx(sync, rel=1e-3, abs=1e-6)
-    assert any(line["episodes"] and 0 < line["success_rate"] < 1 for line in lines_of(tmp_path / "sync"))
+    assert any(
+        line["episodes"] and 0 < line["success_rate"] < 1 for line in lines_of(tmp_path / "sync")
+    )
 
 
 def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     run = shutil.copytree(finished("full"), tmp_path / "copy")
     before = lines_of(run)
-    with open(run / "metrics.jsonl", "a") as file:  # a line after the last checkpoint is not part of what is continued
+    with open(
+        run / "metrics.jsonl", "a"
+    ) as file:  # a line after the last checkpoint is not part of what is continued
         file.write(json.dumps(before[1] | {"iteration": 3, "version": 3}) + "\n")
     status, output = cli("train.py", f"--resume {run} --iterations 3").finish()
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
@@ -202,18 +336,34 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     lines = lines_of(run)
     assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
     assert lines[2]["collected"] == 3 * 4 * 3 == assert_balanced(run)["trained_once"]
-    assert lines[2]["env_steps"] >= before[1]["env_steps"] + 4 * 3 * 10 and lines[2]["time"] > before[1]["time"]
-    assert lines[2]["staleness_max"] == 0 and lines[2]["ratio_max"] == pytest.approx(1.0, abs=1e-4)  # it acts with what was saved
-    assert (run / "checkpoints/000003/model.safetensors").is_file() and (run / "checkpoints/000002").is_dir()
+    assert (
+        lines[2]["env_steps"] >= before[1]["env_steps"] + 4 * 3 * 10
+        and lines[2]["time"] > before[1]["time"]
+    )
+    assert lines[2]["staleness_max"] == 0 and lines[2]["ratio_max"] == pytest.approx(
+        1.0, abs=1e-4
+    )  # it acts with what was saved
+    assert (run / "checkpoints/000003/model.safetensors").is_file() and (
+        run / "checkpoints/000002"
+    ).is_dir()
     saved = json.loads((run / "config.json").read_text())
-    assert (saved["env"]["envs"], saved["env"]["segment"], saved["train"]["seed"]) == (4, 3, 3)  # not the defaults
+    assert (saved["env"]["envs"], saved["env"]["segment"], saved["train"]["seed"]) == (
+        4,
+        3,
+        3,
+    )  # not the defaults
 
 
 def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     """As users start it, only smaller; and Weights & Biases mirrors it offline."""
-    flags = "--envs 2 --env-workers 2 --batch 2 --minibatch 1 --micro-batch 1 --update-epochs 2 --iterations 1 --eval-envs 0"
+    flags = (
+        "--envs 2 --env-workers 2 --batch 2 --minibatch 1 --micro-batch 1 --update-epochs 2 "
+        "--iterations 1 --eval-envs 0"
+    )
     flags += " --tasks faucet-open handle-press"
-    status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'} --checkpoint-every 1 --wandb offline").finish()
+    status, output = cli(
+        "train.py", f"{flags} --run {tmp_path / 'x'} --checkpoint-every 1 --wandb offline"
+    ).finish()
     assert status == 0, output
     (line,) = lines_of(tmp_path / "x")
     assert line["episodes"] >= 2 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
@@ -223,34 +373,57 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
 
 def test_without_a_login_weights_and_biases_is_refused_in_a_sentence(cli, tmp_path):
     flags = f"--wandb online --run {tmp_path / 'x'}"
-    status, output = cli("train.py", flags, WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(tmp_path)).finish()
-    assert status == 2 and "error: Weights & Biases: " in output and "--wandb offline" in output and "Traceback" not in output, (
-        output
-    )
+    status, output = cli(
+        "train.py", flags, WANDB_API_KEY="", WANDB_BASE_URL="http://127.0.0.1:9", HOME=str(tmp_path)
+    ).finish()
+    assert (
+        status == 2
+        and "error: Weights & Biases: " in output
+        and "--wandb offline" in output
+        and "Traceback" not in output
+    ), output
     assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("preset", ["full", "sync-disaggregated"])
 def test_grpo_from_end_to_end(cli, tmp_path, preset):
-    flags = "--algorithm grpo --group-size 2 --tasks faucet-open handle-press --envs 4 --env-workers 2 --batch 4 --minibatch 4"
-    flags += f" --micro-batch 2 --update-epochs 1 --eval-envs 0 --iterations 3 --preset {preset} --max-staleness 0"
+    flags = (
+        "--algorithm grpo --group-size 2 --tasks faucet-open handle-press --envs 4 --env-workers 2 "
+        "--batch 4 --minibatch 4"
+    )
+    flags += (
+        f" --micro-batch 2 --update-epochs 1 --eval-envs 0 --iterations 3 --preset {preset} "
+        "--max-staleness 0"
+    )
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
     assert status == 0, output
     lines = lines_of(tmp_path / "x")
     for line in lines:
-        assert line["trajectories_per_task"] == {"faucet-open": 2, "handle-press": 2} and line["episodes"] == 4
+        assert (
+            line["trajectories_per_task"] == {"faucet-open": 2, "handle-press": 2}
+            and line["episodes"] == 4
+        )
         assert line["loss_value"] == 0.0 and "explained_variance" not in line
         assert not line["trained"] or line["ratio_max"] == pytest.approx(1.0, abs=1e-4)
         assert (line["trained"] > 0) == (line["grad_norm"] > 0)
     assert any(line["trained"] for line in lines)  # a group of which one succeeds
     last = assert_balanced(tmp_path / "x")
-    assert last["discarded"] == last["discarded_by"]["filtered"] == sum(line["filtered"] for line in lines)
+    assert (
+        last["discarded"]
+        == last["discarded_by"]["filtered"]
+        == sum(line["filtered"] for line in lines)
+    )
 
 
 def test_what_kl_stop_spares_is_counted(cli, tmp_path, tiny_checkpoint):
     """A KL that any update exceeds, so that two of three epochs are left out."""
-    flags = SMALL.replace("--minibatch 4", "--minibatch 2").replace("--update-epochs 1", "--update-epochs 3")
-    flags += f" --checkpoint {tiny_checkpoint} --kl-stop 1e-12 --iterations 2 --run {tmp_path / 'x'} --lr 1e-3 --warmup 0"
+    flags = SMALL.replace("--minibatch 4", "--minibatch 2").replace(
+        "--update-epochs 1", "--update-epochs 3"
+    )
+    flags += (
+        f" --checkpoint {tiny_checkpoint} --kl-stop 1e-12 --iterations 2 --run {tmp_path / 'x'} "
+        "--lr 1e-3 --warmup 0"
+    )
     status, output = cli("train.py", flags).finish()
     assert status == 0, output
     assert_balanced(tmp_path / "x")
@@ -259,26 +432,47 @@ def test_what_kl_stop_spares_is_counted(cli, tmp_path, tiny_checkpoint):
 
 
 def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path):
-    """Three tasks, the slowest thirty times as slow as the fastest, on five envs in two workers: nothing divides anything."""
+    """Three tasks, the slowest thirty times as slow as the fastest, on five envs in two workers:
+    nothing divides anything.
+    """
     flags = (
-        "--model emulated --env emulated --tasks 0.02 0.1 0.6 --envs 5 --env-workers 2 --batch 10 --minibatch 10 --micro-batch 5"
+        "--model emulated --env emulated --tasks 0.02 0.1 0.6 --envs 5 --env-workers 2 --batch 10 "
+        "--minibatch 10 --micro-batch 5"
     )
-    flags += " --update-epochs 1 --image-size 8 --iterations 4 --eval-envs 0 --segment 4 --ratio 1:1"
+    flags += (
+        " --update-epochs 1 --image-size 8 --iterations 4 --eval-envs 0 --segment 4 --ratio 1:1"
+    )
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
-    assert status == 0 and "5 envs take turns at 3 tasks, so episodes end after --segment 4 of 8 chunk steps" in output, output
+    assert (
+        status == 0
+        and "5 envs take turns at 3 tasks, so episodes end after --segment 4 of 8 chunk steps"
+        in output
+    ), output
     counts = [line["trajectories_per_task"] for line in lines_of(tmp_path / "x")]
     assert [sorted(one.values()) for one in counts] == [[3, 3, 4]] * 4
     assert sorted(sum(one[task] for one in counts) for task in counts[0]) == [13, 13, 14]
 
 
 def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
-    """Four lanes of two envs, two per env worker; two actor ranks, which each train whole lanes; evaluation in lanes of its own."""
-    flags = "--model emulated --env vectorised --envs 8 --env-workers 2 --batch 16 --minibatch 8 --micro-batch 2 --actor-workers 2"
-    flags += " --update-epochs 2 --image-size 8 --segment 4 --chunk 5 --iterations 3 --eval-envs 2 --eval-episodes 5 --ratio 1:1"
+    """Four lanes of two envs, two per env worker; two actor ranks, which each train whole lanes;
+    evaluation in lanes of its own.
+    """
+    flags = (
+        "--model emulated --env vectorised --envs 8 --env-workers 2 --batch 16 --minibatch 8 "
+        "--micro-batch 2 --actor-workers 2"
+    )
+    flags += (
+        " --update-epochs 2 --image-size 8 --segment 4 --chunk 5 --iterations 3 --eval-envs 2 "
+        "--eval-episodes 5 --ratio 1:1"
+    )
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
     lines = lines_of(tmp_path / "x")
-    assert lines[-1]["collected"] == 3 * 16 * 4 and lines[-1]["env_steps"] == 3 * 16 * 4 * 5 and lines[-1]["discarded"] == 0
+    assert (
+        lines[-1]["collected"] == 3 * 16 * 4
+        and lines[-1]["env_steps"] == 3 * 16 * 4 * 5
+        and lines[-1]["discarded"] == 0
+    )
     assert [line["trajectories_per_task"] for line in lines] == [{"vectorised": 16}] * 3
     assert assert_balanced(tmp_path / "x")["trained_once"] == 3 * 16 * 4
     assert (lines[-1]["eval_version"], lines[-1]["eval_episodes"]) == (3, 5)
@@ -289,7 +483,12 @@ def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):
     flags = f"{SMALL} --checkpoint {tiny_checkpoint} --run {tmp_path / 'x'} --memory-report"
     assert train.main(train.parse(flags.split())) == 0
     text = capsys.readouterr().out
-    assert "slot pool: 9 slots" in text and "weight plane" in text and "prefix_cache" in text and not (tmp_path / "x").exists()
+    assert (
+        "slot pool: 9 slots" in text
+        and "weight plane" in text
+        and "prefix_cache" in text
+        and not (tmp_path / "x").exists()
+    )
 
 
 # ---------------------------------------------------------------- mistakes
@@ -320,13 +519,19 @@ def refused(flags: str) -> None:
         ("--env-workers -1", "-1"),
         ("--rollout-workers -1", "-1"),
         ("--actor-workers -1", "-1"),
-        ("--envs 240 --env-workers 240 --batch 240 --minibatch 240", "workers"),  # more than the fork server can be given
+        (
+            "--envs 240 --env-workers 240 --batch 240 --minibatch 240",
+            "workers",
+        ),  # more than the fork server can be given
         ("--batch 50", "not divisible by --envs"),
         ("--minibatch 7", "not divisible by --minibatch"),
         ("--micro-batch 5", "not divisible by --micro-batch"),
         ("--iterations 0", "--iterations 0 must be at least 1"),
         ("--lanes 2", "--lanes 2 is for vectorised simulators"),
-        ("--env vectorised --model emulated --env-workers 5", "--envs 24 cannot be split evenly into 2 lanes of each of 5"),
+        (
+            "--env vectorised --model emulated --env-workers 5",
+            "--envs 24 cannot be split evenly into 2 lanes of each of 5",
+        ),
         ("--segment 11", "longer than an episode of 9 chunk steps"),
         ("--chunk 5", "chunk = 10 and the run asks for 5"),
         ("--image-size 32", "image_size = 64 and the run asks for 32"),
@@ -350,25 +555,48 @@ def refused(flags: str) -> None:
 def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, words):
     (tmp_path / "file").write_text("text")
     (tmp_path / "truncated.safetensors").write_bytes(tiny_checkpoint.read_bytes()[:-100])
-    checkpoint.save(tmp_path / "other.safetensors", checkpoint.read_header(tiny_checkpoint), {"x": torch.zeros(1)})
-    (tmp_path / "half" / "checkpoints" / "000003").mkdir(parents=True), (tmp_path / "old").mkdir()
+    checkpoint.save(
+        tmp_path / "other.safetensors",
+        checkpoint.read_header(tiny_checkpoint),
+        {"x": torch.zeros(1)},
+    )
+    (tmp_path / "half" / "checkpoints" / "000003").mkdir(parents=True)
+    (tmp_path / "old").mkdir()
     (tmp_path / "half" / "checkpoints" / "000003" / "model.safetensors").symlink_to(tiny_checkpoint)
     (tmp_path / "half" / "checkpoints" / "000003" / "state.json").write_text('{"version": 3, "se')
     for run in ("old", "half"):
         (tmp_path / run / "config.json").write_text(to_json(Config()))
     given = flags.format(tmp=tmp_path)
-    for flag, value in (("--checkpoint", tiny_checkpoint), ("--run", tmp_path / "new"), ("--iterations", 1), ("--timeout-s", 5)):
-        given += "" if flag in given or flag == "--run" and "--resume" in given else f" {flag} {value}"
+    for flag, value in (
+        ("--checkpoint", tiny_checkpoint),
+        ("--run", tmp_path / "new"),
+        ("--iterations", 1),
+        ("--timeout-s", 5),
+    ):
+        given += (
+            "" if flag in given or flag == "--run" and "--resume" in given else f" {flag} {value}"
+        )
     refused(given)
     printed = capsys.readouterr()
-    assert printed.out == "" and words.format(tmp=tmp_path) in printed.err and "Traceback" not in printed.err
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 or "--help" in printed.err  # ours, or tyro's
+    assert (
+        printed.out == ""
+        and words.format(tmp=tmp_path) in printed.err
+        and "Traceback" not in printed.err
+    )
+    assert (
+        printed.err.startswith("error: ")
+        and printed.err.count("\n") == 1
+        or "--help" in printed.err
+    )  # ours, or tyro's
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
     "flags, words",
-    [("--no-such-flag", "no-such-flag"), ("--checkpoint nowhere", "error: no checkpoint at nowhere")],
+    [
+        ("--no-such-flag", "no-such-flag"),
+        ("--checkpoint nowhere", "error: no checkpoint at nowhere"),
+    ],
 )
 def test_a_mistake_on_the_real_command_line(cli, tmp_path, flags, words):
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish(timeout=10)
@@ -385,9 +613,16 @@ sys.argv = ["train.py", "--run", {str(tmp_path / "x")!r}]
 runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """)
     status, output = cli(script).finish(timeout=10)
-    assert status == 2 and "pip install metaworld" in output and "Traceback" not in output and output.count("\n") == 1
+    assert (
+        status == 2
+        and "pip install metaworld" in output
+        and "Traceback" not in output
+        and output.count("\n") == 1
+    )
 
 
 def test_a_simulator_that_cannot_draw_is_one_sentence_too(cli, tmp_path):
-    status, output = cli("train.py", f"--run {tmp_path / 'x'}", MUJOCO_GL="no-such-backend").finish(timeout=10)
+    status, output = cli("train.py", f"--run {tmp_path / 'x'}", MUJOCO_GL="no-such-backend").finish(
+        timeout=10
+    )
     assert status == 2 and "error: " in output and "Traceback" not in output, output

@@ -1,4 +1,6 @@
-"""What is chosen for `auto`: from costs that are known, with a fake clock; and a run that starts again at another ratio."""
+"""What is chosen for `auto`: from costs that are known, with a fake clock; and a run that starts
+again at another ratio.
+"""
 
 import json
 import math
@@ -24,21 +26,44 @@ from tuning import Past, Tuner, best_batches, costs_of, line_through, options, s
 
 NONE = (0, 0, 0)  # worker counts that no flag gives
 NODE = Node(
-    lanes=8, env_devices=("cpu",) * 4, rollout_devices=("cpu",), actor_devices=("cpu",), segment=8, chunk=10, batch=16, minibatch=8,
-    micro_batch=2, update_epochs=1, max_staleness=1, batch_max="auto", batch_wait_s="auto", stream=True,
-)  # fmt: skip
-COSTS = Costs(step_s=0.08, step_tail=0.3, infer_fixed_s=0.010, infer_each_s=0.002, train_each_s=0.001)
+    lanes=8,
+    env_devices=("cpu",) * 4,
+    rollout_devices=("cpu",),
+    actor_devices=("cpu",),
+    segment=8,
+    chunk=10,
+    batch=16,
+    minibatch=8,
+    micro_batch=2,
+    update_epochs=1,
+    max_staleness=1,
+    batch_max="auto",
+    batch_wait_s="auto",
+    stream=True,
+)
+COSTS = Costs(
+    step_s=0.08, step_tail=0.3, infer_fixed_s=0.010, infer_each_s=0.002, train_each_s=0.001
+)
 
 
 def config_of(ratio: str = "auto", **changes) -> Config:
     """8 emulated envs; names of changes as flags have them."""
     config = Config()
     config.train.model = config.train.env = "emulated"
-    config.train.ratio, config.train.ratio_from = ratio, "3:1"
-    config.env.envs, config.env.segment, config.env.eval_envs, config.env.image_size = 8, 8, 0, 8
-    config.actor.batch, config.actor.minibatch, config.actor.micro_batch, config.actor.update_epochs = 16, 8, 2, 1
+    config.train.ratio = ratio
+    config.train.ratio_from = "3:1"
+    config.env.envs = 8
+    config.env.segment = 8
+    config.env.eval_envs = 0
+    config.env.image_size = 8
+    config.actor.batch = 16
+    config.actor.minibatch = 8
+    config.actor.micro_batch = 2
+    config.actor.update_epochs = 1
     for name, value in changes.items():
-        stage = next(s for s in (config.train, config.env, config.rollout, config.actor) if hasattr(s, name))
+        stage = next(
+            s for s in (config.train, config.env, config.rollout, config.actor) if hasattr(s, name)
+        )
         setattr(stage, name, value)
     return config
 
@@ -47,7 +72,8 @@ def config_of(ratio: str = "auto", **changes) -> Config:
 
 
 def sums(sizes, seconds) -> tuple[float, ...]:
-    x, y = np.array(sizes, float), np.array(seconds, float)
+    x = np.array(sizes, float)
+    y = np.array(seconds, float)
     return len(x), x.sum(), (x * x).sum(), y.sum(), (x * y).sum()
 
 
@@ -71,17 +97,33 @@ def test_costs_of_a_stretch():
     config = config_of()
     config.env.env_workers = 2
     gained = {
-        ("env", "wait_action_s"): 6.0, ("env", "wait_admission_s"): 2.0, ("env", "chunks"): 40.0, ("env", "chunk_s"): 10.0,
-        ("env", "chunk_s_square"): 40 * 0.25**2 * (1 + 0.2**2), ("rollout", "wait_request_s"): 4.0, ("rollout", "batches"): 10.0,
-        ("rollout", "infer_s"): 5.0, ("rollout", "weight_sync_s"): 0.6, ("rollout", "fetches"): 3.0,
+        ("env", "wait_action_s"): 6.0,
+        ("env", "wait_admission_s"): 2.0,
+        ("env", "chunks"): 40.0,
+        ("env", "chunk_s"): 10.0,
+        ("env", "chunk_s_square"): 40 * 0.25**2 * (1 + 0.2**2),
+        ("rollout", "wait_request_s"): 4.0,
+        ("rollout", "batches"): 10.0,
+        ("rollout", "infer_s"): 5.0,
+        ("rollout", "weight_sync_s"): 0.6,
+        ("rollout", "fetches"): 3.0,
         ("actor", "wait_trajectory_s"): 3.6,
-    }  # fmt: skip
-    total = lambda stage, *names: sum(gained.get((stage, name), 0.0) for name in names)  # noqa: E731
-    costs = costs_of(total, sums([2, 6], [0.3, 0.7]), {"env": 20.0, "rollout": 10.0, "actor": 10.0}, 16, config)
+    }
+
+    def total(stage, *names):
+        return sum(gained.get((stage, name), 0.0) for name in names)
+
+    costs = costs_of(
+        total, sums([2, 6], [0.3, 0.7]), {"env": 20.0, "rollout": 10.0, "actor": 10.0}, 16, config
+    )
     assert costs.step_s == pytest.approx((20.0 - 8.0) / 40)  # what is no waiting is work
     assert costs.step_tail == pytest.approx(math.sqrt(math.log(1.04)))
-    assert (costs.infer_fixed_s, costs.infer_each_s) == pytest.approx((0.1 + (10.0 - 4.0 - 5.0) / 10, 0.1))
-    assert costs.train_each_s == pytest.approx(6.4 / (16 * 8)) and costs.fetch_s == pytest.approx(0.2)
+    assert (costs.infer_fixed_s, costs.infer_each_s) == pytest.approx(
+        (0.1 + (10.0 - 4.0 - 5.0) / 10, 0.1)
+    )
+    assert costs.train_each_s == pytest.approx(6.4 / (16 * 8)) and costs.fetch_s == pytest.approx(
+        0.2
+    )
 
 
 # ---------------------------------------------------------------- B_max and T_max
@@ -102,18 +144,36 @@ def test_the_choice_is_as_good_as_the_best_of_all(costs):
     size, wait, rate = best_batches(NODE, costs)
     runs = {"iterations": 8, "warmup": 3}
     limits = {
-        n: [share * (costs.infer_fixed_s + n * costs.infer_each_s) for share in (0.0, 0.25, 0.5, 1.0, 2.0)] for n in range(1, 9)
+        n: [
+            share * (costs.infer_fixed_s + n * costs.infer_each_s)
+            for share in (0.0, 0.25, 0.5, 1.0, 2.0)
+        ]
+        for n in range(1, 9)
     }
-    everything = [replace(NODE, batch_max=n, batch_wait_s=limit) for n, some in limits.items() for limit in some]
+    everything = [
+        replace(NODE, batch_max=n, batch_wait_s=limit)
+        for n, some in limits.items()
+        for limit in some
+    ]
     assert rate >= 0.98 * max(simulate(node, costs, **runs).env_steps_per_s for node in everything)
-    assert rate == simulate(replace(NODE, batch_max=size, batch_wait_s=wait), costs, **runs).env_steps_per_s
+    assert (
+        rate
+        == simulate(replace(NODE, batch_max=size, batch_wait_s=wait), costs, **runs).env_steps_per_s
+    )
 
 
 def test_of_equal_ones_the_largest_batches():
     slow_actor = replace(COSTS, train_each_s=0.05)  # whatever the others do
     size, wait, _ = best_batches(NODE, slow_actor)
-    means = [simulate(replace(NODE, batch_max=n, batch_wait_s=wait), slow_actor).batch_size_mean for n in (1, 2)]
-    assert size > 2 and max(means) < simulate(replace(NODE, batch_max=size, batch_wait_s=wait), slow_actor).batch_size_mean
+    means = [
+        simulate(replace(NODE, batch_max=n, batch_wait_s=wait), slow_actor).batch_size_mean
+        for n in (1, 2)
+    ]
+    assert (
+        size > 2
+        and max(means)
+        < simulate(replace(NODE, batch_max=size, batch_wait_s=wait), slow_actor).batch_size_mean
+    )
 
 
 @pytest.mark.parametrize("size, wait", [("all", math.inf), (3, 0.02), (3, math.inf)])
@@ -128,31 +188,52 @@ def test_what_the_user_fixed_stays(size, wait):
 
 
 def gpu_options(gpus: int, counts=NONE, **changes) -> set[str]:
-    config = config_of(model="pi05", env="metaworld", envs=24, batch=48, minibatch=24, micro_batch=2, **changes)
+    config = config_of(
+        model="pi05", env="metaworld", envs=24, batch=48, minibatch=24, micro_batch=2, **changes
+    )
     return set(options(config, counts, metaworld, gpus, 16))
 
 
 def test_ratios_on_gpus_use_all_of_them():
     assert gpu_options(4) == {"3:1", "1:1", "1:3"}
-    assert gpu_options(8) == {"7:1", "3:1", "5:3", "1:1", "1:3"}  # 5 or 7 ranks cannot share 24 trajectories
+    assert gpu_options(8) == {
+        "7:1",
+        "3:1",
+        "5:3",
+        "1:1",
+        "1:3",
+    }  # 5 or 7 ranks cannot share 24 trajectories
     assert gpu_options(2) == {"1:1"}
 
 
 def test_ratios_that_contradict_other_settings_are_left_out():
     assert gpu_options(8, (0, 0, 4)) == {"1:1"}
-    assert "1:3" not in gpu_options(4, placement="hybrid") and "3:1" in gpu_options(4, placement="hybrid")
+    assert "1:3" not in gpu_options(4, placement="hybrid") and "3:1" in gpu_options(
+        4, placement="hybrid"
+    )
     assert gpu_options(4, placement="colocated") == {"3:1"}  # which all share
 
 
 def test_ratios_without_gpus():
     config = config_of()
     found = options(config, NONE, metaworld, 0, 2)
-    assert list(found)[0] == "3:1" and set(found) == {"3:1", "2:1", "1:1", "1:2", "2:2"}  # 3 ranks of 2 do not divide 8
+    assert list(found)[0] == "3:1" and set(found) == {
+        "3:1",
+        "2:1",
+        "1:1",
+        "1:2",
+        "2:2",
+    }  # 3 ranks of 2 do not divide 8
     assert len(found["1:2"][1].actor_devices) == found["1:2"][0].actor.actor_workers == 2
     assert config.env.env_workers == 0  # the settings given stay what they are
     assert "6:2" in options(config, NONE, metaworld, 0, 8)
-    config.env.envs = config.actor.batch = config.actor.minibatch = 32  # an emulated simulator's devices are processes
-    workers = {ratio: changed.env.env_workers for ratio, (changed, _) in options(config, NONE, emulated, 0, 2).items()}
+    config.env.envs = config.actor.batch = config.actor.minibatch = (
+        32  # an emulated simulator's devices are processes
+    )
+    workers = {
+        ratio: changed.env.env_workers
+        for ratio, (changed, _) in options(config, NONE, emulated, 0, 2).items()
+    }
     assert workers == {"3:1": 24, "1:1": 16, "2:1": 21, "1:2": 11, "2:2": 16}
 
 
@@ -182,32 +263,55 @@ def at_once(function) -> Future:
 
 
 class Run:
-    """The counters of a run whose stages cost what `costs` says at the ratio 3:1; an iteration takes `seconds`."""
+    """The counters of a run whose stages cost what `costs` says at the ratio 3:1; an iteration
+    takes `seconds`.
+    """
 
-    def __init__(self, costs: Costs, past: Past | None = None, cores: int = 2, iterations: int = 1000, **changes):
+    def __init__(
+        self,
+        costs: Costs,
+        past: Past | None = None,
+        cores: int = 2,
+        iterations: int = 1000,
+        **changes,
+    ):
         config = config_of(**changes)
-        self.costs, self.version, self.cpu_s, self.clock = costs, 0, 0.0, Clock()
+        self.costs = costs
+        self.version = 0
+        self.cpu_s = 0.0
+        self.clock = Clock()
         choices = options(config, NONE, metaworld, 0, 2)
         self.config = next(iter(choices.values()))[0]
         self.workers = self.config.env.env_workers
         rows = {"actor": [0], "rollout": [1], "env": list(range(2, 2 + self.workers))}
         self.counters = Counters(2 + self.workers, metrics.columns(0))
-        self.tuner = Tuner(choices, self.counters, rows, past or Past(), cores, iterations, self.clock, at_once)
+        self.tuner = Tuner(
+            choices, self.counters, rows, past or Past(), cores, iterations, self.clock, at_once
+        )
 
     def serve(self, sizes, seconds: float = 1.0) -> None:
-        """So many batches, in so many seconds, in which env workers step a chunk for each sample."""
-        c, count = self.costs, lambda column, amount, row=1: self.counters.add(row, column, amount)
+        """So many batches, in so many seconds, in which env workers step a chunk for each
+        sample.
+        """
+        c = self.costs
+
+        def count(column, amount, row=1):
+            return self.counters.add(row, column, amount)
+
         infer = [c.infer_fixed_s + n * c.infer_each_s for n in sizes]
         n, samples, squares, took, product = sums(sizes, infer)
         for column, amount in zip(
-            ("batches", "requests", "batch_square", "infer_s", "batch_infer_s"), sums(sizes, infer), strict=True
+            ("batches", "requests", "batch_square", "infer_s", "batch_infer_s"),
+            sums(sizes, infer),
+            strict=True,
         ):
             count(column, amount)
         assert took <= seconds, "costs that cannot be"
         count("wait_request_s", seconds - took)
         for row in range(2, 2 + self.workers):
             chunks = samples / self.workers
-            count("chunks", chunks, row), count("chunk_s", chunks * c.step_s, row)
+            count("chunks", chunks, row)
+            count("chunk_s", chunks * c.step_s, row)
             count("chunk_s_square", chunks * c.step_s**2 * math.exp(c.step_tail**2), row)
             count("wait_action_s", seconds - chunks * c.step_s, row)
         self.clock.now += seconds
@@ -216,7 +320,8 @@ class Run:
         """128 chunk steps, trained."""
         self.serve([2, 3, 5, 6] * 8, seconds)
         self.counters.add(0, "wait_trajectory_s", seconds - 128 * self.costs.train_each_s)
-        self.version, self.cpu_s = self.version + 1, self.cpu_s + cpu_s
+        self.version = self.version + 1
+        self.cpu_s = self.cpu_s + cpu_s
         self.tuner.iteration(self.version, self.cpu_s)
         return self.tuner.watch()
 
@@ -243,10 +348,17 @@ def test_warm_up_serves_several_sizes_then_chooses():
     run.serve([4, 5] * 6, 5.0)
     assert run.tuner.watch() == "" and run.tuner.past.news == {}  # now it is being thought of
     said = run.tuner.watch()
-    size, wait, _ = best_batches(tuning.node_of(run.config, run.tuner.placement), replace(COSTS, train_each_s=0.0))
+    size, wait, _ = best_batches(
+        tuning.node_of(run.config, run.tuner.placement), replace(COSTS, train_each_s=0.0)
+    )
     assert run.told() == (size, pytest.approx(wait))
-    assert said.startswith(f"rollout: batches of at most {size} of 8 lanes, waiting at most {1e3 * wait:.3g} ms: ")
-    assert "an inference takes 10 ms + 2 ms per sample, a chunk's simulation 80 ms (σ 30%)" in said and "\n" not in said
+    assert said.startswith(
+        f"rollout: batches of at most {size} of 8 lanes, waiting at most {1e3 * wait:.3g} ms: "
+    )
+    assert (
+        "an inference takes 10 ms + 2 ms per sample, a chunk's simulation 80 ms (σ 30%)" in said
+        and "\n" not in said
+    )
     assert run.tuner.past.news == {"batch_max": size, "batch_wait_ms": pytest.approx(1e3 * wait)}
     run.serve([4, 5] * 6, 5.0)
     assert run.tuner.watch() == ""
@@ -262,7 +374,11 @@ def test_nothing_is_chosen_from_the_moment_after_the_first_iteration():
     for row in range(2, 2 + run.workers):
         run.counters.add(row, "wait_action_s", 0.25)  # it began before, and ends now
     run.serve([4, 5], 0.25)
-    assert [run.tuner.watch() for _ in range(3)] == [""] * 3 and run.told() == (4.0, 0.0) and run.tuner.chosen_at is None
+    assert (
+        [run.tuner.watch() for _ in range(3)] == [""] * 3
+        and run.told() == (4.0, 0.0)
+        and run.tuner.chosen_at is None
+    )
     said = []
     for _ in range(6):
         run.serve([4, 5] * 6, 5.0)
@@ -272,27 +388,38 @@ def test_nothing_is_chosen_from_the_moment_after_the_first_iteration():
 
 
 def test_batches_are_looked_at_again_when_costs_change(monkeypatch):
-    run, looked = Run(COSTS), []
+    run = Run(COSTS)
+    looked = []
     assert len(run.warm_up()) == 1
-    before, real = run.told(), tuning.best_batches
+    before = run.told()
+    real = tuning.best_batches
     monkeypatch.setattr(tuning, "best_batches", lambda *args: looked.append(args) or real(*args))
     for _ in range(5):  # of 32 inferences each
         run.iteration(20.0)
     assert looked == []  # too few to tell
     for _ in range(15):
         run.iteration(20.0)
-    assert len(looked) == 1 and run.told() == before  # for training's cost, which the warm-up could not know
-    run.costs = replace(COSTS, step_s=0.005, infer_fixed_s=0.2, infer_each_s=0.001)  # episodes that succeed at once, say
+    assert (
+        len(looked) == 1 and run.told() == before
+    )  # for training's cost, which the warm-up could not know
+    run.costs = replace(
+        COSTS, step_s=0.005, infer_fixed_s=0.2, infer_each_s=0.001
+    )  # episodes that succeed at once, say
     said = [run.iteration(20.0) for _ in range(8)]
     assert len(looked) > 1 and any("batches of at most" in text for text in said)
     monkeypatch.setattr(tuning, "PAUSE", 1e9)  # however much they change, not all the time
-    count, run.costs = len(looked), COSTS
+    count = len(looked)
+    run.costs = COSTS
     assert [run.iteration(20.0) for _ in range(8)] == [""] * 8 and len(looked) == count
 
 
 def test_nothing_is_told_where_nothing_is_auto():
     run = Run(COSTS, ratio="3:1", batch_max="all", batch_wait_ms=math.inf)
-    assert run.warm_up() == [] and [run.iteration(20.0) for _ in range(25)] == [""] * 25 and run.told() == (0.0, 0.0)
+    assert (
+        run.warm_up() == []
+        and [run.iteration(20.0) for _ in range(25)] == [""] * 25
+        and run.told() == (0.0, 0.0)
+    )
 
 
 def test_no_limit_of_waiting_is_no_reason_to_wait_for_ever_in_virtual_time():
@@ -308,7 +435,9 @@ def test_a_prediction_that_fails_is_told_and_ends_nothing(monkeypatch):
         raise RuntimeError("every worker waits for another")
 
     monkeypatch.setattr(tuning, "best_batches", fail)
-    assert run.warm_up() == ["warning: nothing is tuned now, for in virtual time every worker waits for another"]
+    assert run.warm_up() == [
+        "warning: nothing is tuned now, for in virtual time every worker waits for another"
+    ]
     assert run.told() == (4.0, 0.0)  # half the lanes, as to begin with
 
 
@@ -318,8 +447,15 @@ SLOW_ACTOR = replace(COSTS, train_each_s=0.1)  # 12.8 s of an iteration
 def test_a_ratio_changes_when_that_pays():
     run = Run(SLOW_ACTOR, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)]
-    assert said[:3] == [""] * 3 and run.tuner.ratio in ("1:2", "2:2", "1:1") and run.tuner.past.news == {"ratio": run.tuner.ratio}
-    assert said[3].startswith(f"ratio {run.tuner.ratio} instead of 3:1: an iteration is to take ") and "\n" not in said[3]
+    assert (
+        said[:3] == [""] * 3
+        and run.tuner.ratio in ("1:2", "2:2", "1:1")
+        and run.tuner.past.news == {"ratio": run.tuner.ratio}
+    )
+    assert (
+        said[3].startswith(f"ratio {run.tuner.ratio} instead of 3:1: an iteration is to take ")
+        and "\n" not in said[3]
+    )
     assert "training 100 ms per chunk step" in said[3]
     assert run.iteration(12.8) == ""  # the workers are about to leave
 
@@ -327,7 +463,9 @@ def test_a_ratio_changes_when_that_pays():
 def test_a_ratio_stays_when_the_rest_of_the_run_is_too_short_for_a_change():
     run = Run(SLOW_ACTOR, iterations=5, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)][3]
-    assert run.tuner.ratio == "3:1" and said.startswith("ratio 3:1 stays, an iteration takes 12.8 s: the best other, ")
+    assert run.tuner.ratio == "3:1" and said.startswith(
+        "ratio 3:1 stays, an iteration takes 12.8 s: the best other, "
+    )
     assert "in the rest of the run and cost 13 s" in said
 
 
@@ -340,9 +478,14 @@ def test_a_ratio_stays_when_cores_are_the_limit():
 
 
 def test_a_ratio_is_looked_at_again_at_checkpoints_only(monkeypatch):
-    run, looked = Run(COSTS, checkpoint_every=5, batch_max=4, batch_wait_ms=10.0), []
+    run = Run(COSTS, checkpoint_every=5, batch_max=4, batch_wait_ms=10.0)
+    looked = []
     real = tuning.seconds_at
-    monkeypatch.setattr(tuning, "seconds_at", lambda *args: looked.append(run.version) or {**real(*args), "1:1": 1e9})
+    monkeypatch.setattr(
+        tuning,
+        "seconds_at",
+        lambda *args: looked.append(run.version) or {**real(*args), "1:1": 1e9},
+    )
     for _ in range(16):
         run.iteration(20.0)
     assert looked == [4, 5, 10, 15]
@@ -360,31 +503,54 @@ def test_a_ratio_that_turns_out_slower_is_left_for_good():
     assert run.tuner.ratio == "3:1" and "no other is possible" in said
 
 
-@pytest.mark.parametrize("before", [12.7, 12.8, 12.6])  # seconds of an iteration at 1:1, which prediction takes to be far fewer
+@pytest.mark.parametrize(
+    "before", [12.7, 12.8, 12.6]
+)  # seconds of an iteration at 1:1, which prediction takes to be far fewer
 def test_two_ratios_do_not_take_turns(before):
     past = Past(left="1:1", measured={"1:1": before}, rejected={"1:2", "2:2", "2:1"})
     run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0, checkpoint_every=5)
     said = [run.iteration(12.8) for _ in range(16)]
-    assert run.tuner.ratio == "3:1" and past.measured == {"1:1": before, "3:1": pytest.approx(12.8)} and past.rejected == {
-        "1:2", "2:2", "2:1",
-    }  # fmt: skip
-    assert said[3].startswith(f"ratio 3:1 stays, an iteration takes 12.8 s: it took {before:.3g} s at the best other, 1:1; ")
+    assert (
+        run.tuner.ratio == "3:1"
+        and past.measured == {"1:1": before, "3:1": pytest.approx(12.8)}
+        and past.rejected == {"1:2", "2:2", "2:1"}
+    )
+    assert said[3].startswith(
+        f"ratio 3:1 stays, an iteration takes 12.8 s: it took {before:.3g} s at the best other, "
+        "1:1; "
+    )
     assert not any(said[4:])
 
 
 def test_a_ratio_that_ran_comes_again_when_that_pays_as_measured():
-    past = Past(measured={"1:1": 10.0}, rejected={"1:2", "2:2", "2:1"})  # costs have changed since 1:1 was left
+    past = Past(
+        measured={"1:1": 10.0}, rejected={"1:2", "2:2", "2:1"}
+    )  # costs have changed since 1:1 was left
     run = Run(SLOW_ACTOR, past, batch_max=4, batch_wait_ms=10.0)
     said = [run.iteration(12.8) for _ in range(4)][3]
-    assert said.startswith("ratio 1:1 instead of 3:1: an iteration is to take 10 s instead of 12.8 s") and past.left == "3:1"
+    assert (
+        said.startswith("ratio 1:1 instead of 3:1: an iteration is to take 10 s instead of 12.8 s")
+        and past.left == "3:1"
+    )
 
 
 def test_ratios_on_gpus_differ_in_workers_alone():
-    config = config_of(model="pi05", env="metaworld", envs=24, batch=48, minibatch=24, micro_batch=2, segment=9, ratio_from="1:1")
+    config = config_of(
+        model="pi05",
+        env="metaworld",
+        envs=24,
+        batch=48,
+        minibatch=24,
+        micro_batch=2,
+        segment=9,
+        ratio_from="1:1",
+    )
     choices = options(config, (8, 0, 0), metaworld, 4, 16)
     infer_bound = Costs(step_s=0.001, infer_fixed_s=0.01, infer_each_s=0.02, train_each_s=0.001)
     found = seconds_at(choices, "1:1", infer_bound, 0.0, 16)
-    assert found["1:1"] / found["3:1"] == pytest.approx(1.5, rel=0.15)  # three rollout workers instead of two
+    assert found["1:1"] / found["3:1"] == pytest.approx(
+        1.5, rel=0.15
+    )  # three rollout workers instead of two
     assert found["1:3"] / found["1:1"] == pytest.approx(2.0, rel=0.15)
     train_bound = Costs(step_s=0.001, infer_fixed_s=0.0, infer_each_s=0.0001, train_each_s=0.1)
     found = seconds_at(choices, "1:1", train_bound, 0.0, 16)
@@ -400,26 +566,38 @@ def test_auto_begins_where_it_is_told_to_or_at_three_to_one(tmp_path):
     assert config_of(ratio="2:1", ratio_from="1:2").train.parts == "2:1"
     with pytest.raises(UserError, match="R:A"):
         divide(config_of(ratio_from="x"), metaworld, 0, 2)
-    (tmp_path / "config.json").write_text(json.dumps({"train": {"ratio": "auto", "ratio_from": "1:2"}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"train": {"ratio": "auto", "ratio_from": "1:2"}})
+    )
     assert from_json(tmp_path / "config.json").train.parts == "1:2"
 
 
-AUTO = (  # training takes nearly all of an iteration, so three parts of four for simulators are a waste
-    "--model emulated --env emulated --tasks 0.02 --envs 8 --batch 16 --minibatch 8 --micro-batch 4 --update-epochs 1 "
-    "--image-size 8 --eval-envs 0 --ratio auto --iterations 100000 --checkpoint-every 100000 --env-workers 2"
+# training takes nearly all of an iteration, so three parts of four for simulators are a waste
+AUTO = (
+    "--model emulated --env emulated --tasks 0.02 --envs 8 --batch 16 --minibatch 8 --micro-batch "
+    "4 --update-epochs 1 "
+    "--image-size 8 --eval-envs 0 --ratio auto --iterations 100000 --checkpoint-every 100000 "
+    "--env-workers 2"
 )
 
 
 def parsed(*args: str) -> Config:
     """The settings of a small run."""
-    flags = "--model emulated --env emulated --tasks 0 --image-size 8 --envs 8 --batch 16 --minibatch 8"
+    flags = (
+        "--model emulated --env emulated --tasks 0 --image-size 8 --envs 8 --batch 16 --minibatch 8"
+    )
     return train.parse([*flags.split(), *args])
 
 
 def test_what_ratio_from_must_be():
-    with pytest.raises(UserError, match="--ratio-from 'x' is not R:A with two whole numbers of at least 1, such as 3:1$"):
+    with pytest.raises(
+        UserError,
+        match="--ratio-from 'x' is not R:A with two whole numbers of at least 1, such as 3:1$",
+    ):
         parsed("--ratio", "auto", "--ratio-from", "x")
-    with pytest.raises(UserError, match="--ratio-from 1:2 is for --ratio auto: leave out one of them"):
+    with pytest.raises(
+        UserError, match="--ratio-from 1:2 is for --ratio auto: leave out one of them"
+    ):
         parsed("--ratio", "3:1", "--ratio-from", "1:2")
     assert parsed("--ratio", "auto", "--ratio-from", "1:2").train.parts == "1:2"
 
@@ -442,13 +620,24 @@ def test_a_resumed_run_begins_with_a_ratio_that_fits(resumed):
     config.actor.micro_batch = 4  # 24 ranks cannot share 8 trajectories
     config.train.ratio_from = "1:24"
     setup = train.prepare(config)
-    assert config.train.parts == "1:1" and "ratio 1:24 does not fit here, so the run goes on at 1:1" in setup.note
+    assert (
+        config.train.parts == "1:1"
+        and "ratio 1:24 does not fit here, so the run goes on at 1:1" in setup.note
+    )
     assert train.prepare(resumed(["--ratio", "auto", "--ratio-from", "1:2"])).note == ""
-    assert resumed(["--ratio", "auto", "--ratio-from", "1:2"], "--ratio", "2:1").train.parts == "2:1"
+    assert (
+        resumed(["--ratio", "auto", "--ratio-from", "1:2"], "--ratio", "2:1").train.parts == "2:1"
+    )
 
 
 def test_a_resumed_run_keeps_the_worker_counts_that_flags_gave(resumed, tmp_path):
-    counts = lambda config: (config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers)  # noqa: E731
+    def counts(config):
+        return (
+            config.env.env_workers,
+            config.rollout.rollout_workers,
+            config.actor.actor_workers,
+        )
+
     before = ["--ratio", "auto", "--ratio-from", "1:2", "--env-workers", "4"]
     config = resumed(before)
     assert counts(from_json(tmp_path / "config.json")) == (4, 1, 2) and counts(config) == (4, 0, 0)
@@ -466,18 +655,27 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     while not list(run.glob("checkpoints/0*")):  # saved for the purpose
         assert process.process.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    process.wait_for(run / "metrics.jsonl", len((run / "metrics.jsonl").read_text().splitlines()) + 2, timeout=180)
+    process.wait_for(
+        run / "metrics.jsonl",
+        len((run / "metrics.jsonl").read_text().splitlines()) + 2,
+        timeout=180,
+    )
     process.interrupt_group()
     status, output = process.finish()
     assert status == 130 and "interrupted; saved" in output and "Traceback" not in output, output
     deadline = time.monotonic() + 180
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
-    times, steps = [line["time"] for line in lines], [line["env_steps"] for line in lines]
+    times = [line["time"] for line in lines]
+    steps = [line["env_steps"] for line in lines]
     assert times == sorted(times) and steps == sorted(steps)
     told = [line["tuning"] for line in lines]
     ratio = next(entry["ratio"] for entry in told if "ratio" in entry)
-    assert ratio != "3:1" and f"ratio {ratio} instead of 3:1: " in output and "rollout: batches of at most" in output
+    assert (
+        ratio != "3:1"
+        and f"ratio {ratio} instead of 3:1: " in output
+        and "rollout: batches of at most" in output
+    )
     assert 1 <= next(entry["batch_max"] for entry in told if "batch_max" in entry) <= 8
     saved = json.loads((run / "config.json").read_text())
     assert (saved["train"]["ratio"], saved["train"]["ratio_from"]) == ("auto", ratio)
@@ -490,7 +688,9 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
     time.sleep(0.3)  # the fork server is importing
     process.interrupt_group()
     status, output = process.finish()
-    assert status == 130 and f"interrupted; continue with: python train.py --resume {run}" in output, output
+    assert (
+        status == 130 and f"interrupted; continue with: python train.py --resume {run}" in output
+    ), output
     status, output = cli("train.py", f"--resume {run} --iterations {last}").finish()
     assert status == 0 and f"{last} iterations done" in output and f" {ratio} on " in output, output
 
@@ -517,18 +717,24 @@ if __name__ == "__main__":
 
 
 def test_a_run_goes_on_at_the_ratio_before_where_the_new_one_cannot_start(cli, tmp_path):
-    run, script = tmp_path / "x", tmp_path / "one_ratio.py"
+    run = tmp_path / "x"
+    script = tmp_path / "one_ratio.py"
     script.write_text(ONE_RATIO)
     process = cli(script, f"{AUTO} --run {run}", PYTHONPATH=str(ROOT))
     process.wait_for(run / "error.txt", timeout=180)
-    process.wait_for(run / "metrics.jsonl", len((run / "metrics.jsonl").read_text().splitlines()) + 1, timeout=180)
+    process.wait_for(
+        run / "metrics.jsonl",
+        len((run / "metrics.jsonl").read_text().splitlines()) + 1,
+        timeout=180,
+    )
     process.interrupt_group()
     status, output = process.finish()
     assert status == 130 and "interrupted; saved" in output and "Traceback" not in output, output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
     words = (
-        r"ratio 3:1 again: at \d:\d the workers did not come to an iteration: worker actor-\d failed: MemoryError: a GPU is full"
+        r"ratio 3:1 again: at \d:\d the workers did not come to an iteration: "
+        r"worker actor-\d failed: MemoryError: a GPU is full"
     )
     assert re.search(words, output), output
     assert [line["tuning"]["ratio"] for line in lines if "ratio" in line["tuning"]][-1] == "3:1"
