@@ -15,45 +15,60 @@ from config import Config, UserError, parse_ratio
 
 
 class DynamicBatcher:
-    """Requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
+    """Lets requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
 
-    n counts the queued requests of lanes, w is how long the oldest one has waited; the clock starts
+    n counts the queued requests of lanes. w is how long the oldest one has waited; the clock starts
     when the first request is queued, never before. A request added with `counted=False`
     (evaluation, a last value) rides along: it is served with the next batch and its wait counts,
     but it does not help to fill one, so that B_max = every lane is lockstep.
+
+    Lanes that wait for new weights ask for nothing, so a batch is due at once when nobody else may
+    ask: see `expect_at_most`.
     """
 
     def __init__(self, batch_max: int, wait_s: float, clock: Callable[[], float] = time.monotonic):
-        self.batch_max = batch_max
-        self.wait_s = wait_s
+        self.batch_max = batch_max  # B_max, requests
+        self.wait_s = wait_s  # T_max, seconds
         self.clock = clock
         self.queue: deque = deque()  # (request, counted, time queued)
         self.counted = 0
+        self.most = math.inf  # lanes that may ask at present
+
+    def expect_at_most(self, lanes: float) -> None:
+        """Says how many lanes may ask at present, queued requests included."""
+        self.most = lanes
+
+    @property
+    def limit(self) -> int:
+        """How many counted requests make a batch now: B_max, or all that can still come."""
+        return max(1, min(self.batch_max, self.most))
 
     def add(self, request, counted: bool = True, queued: float | None = None) -> None:
-        """queued: when it was sent, where that is known; a request may have waited unread during an
+        """Queues a request.
+
+        queued: when it was sent, where that is known; a request may have waited unread during an
         inference.
         """
         self.queue.append((request, counted, self.clock() if queued is None else queued))
         self.counted += counted
 
     def remaining(self) -> float | None:
-        """Seconds until the queue must be served: ≤ 0 now, None when empty (there is nothing to
-        wait for).
+        """Returns the seconds until the queue must be served: at most 0 when a batch is due now,
+        and None when the queue is empty, so that there is nothing to wait for.
         """
         if not self.queue:
             return None
-        if self.counted >= self.batch_max:
+        if self.counted >= self.limit:
             return 0.0
         return self.wait_s - (self.clock() - self.queue[0][2])
 
     def take(self) -> tuple[list, float]:
-        """The oldest requests, at most B_max of them counted, and the seconds the oldest has
-        waited.
+        """Returns the oldest requests, at most `limit` of them counted, and how many seconds the
+        oldest has waited.
         """
         waited = self.clock() - self.queue[0][2]
         batch = []
-        room = self.batch_max
+        room = self.limit
         while self.queue and (room or not self.queue[0][1]):
             request, counted, _ = self.queue.popleft()
             batch.append(request)
