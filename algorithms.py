@@ -1,19 +1,26 @@
-"""PPO and GRPO: pure tensor functions, each with its equation. What the actor does with them is
-`actor_worker.train_micro_batch`.
+"""PPO and GRPO: pure tensor functions, each with its equation, and what the learner asks of a loss.
 
 A sample is a chunk step: one inference and the C control steps that executed it. Its log-prob has U
 units that the policy ratio is taken over (`units`): the whole chunk (U = 1, π0.5's published
 recipe), each action (C) or each number or token of an action (C·A, OpenVLA-OFT's). An advantage is
 a sample's or a unit's. Losses are sums over samples and means over units, so that micro-batches add
-up. The actor has one value per chunk step, and so one advantage (all four published recipes). Left
-out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
+up. The actor has one value per chunk step, and so one advantage (all four published recipes).
+
+`Algorithm` at the end is the contract of a loss: a new one is a subclass and a line in
+`ALGORITHMS`.
+
+Left out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from config import Config
 
 # ---------------------------------------------------------------- advantages
 
@@ -57,16 +64,16 @@ def gae(
 
 
 def group_advantages(outcome: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """GRPO (arXiv 2402.03300): A_i = (R_i − mean) / (std + 1e-6) among the G trajectories that
-    began in the same state.
+    """Returns GRPO's advantages (arXiv 2402.03300): A_i = (R_i − mean) / (std + 1e-6) among the G
+    trajectories that began in the same state.
 
-    outcome [g, G] in [0, 1], one per trajectory. Groups whose mean lies outside [low, high] teach
-    nothing (all alike: A = 0) or little, and are filtered (RLinf: [0.1, 0.9]). Returns advantages
-    [g, G], 0 in filtered groups, and which groups are kept [g].
+    outcome [g, G], one per trajectory. Groups whose mean lies outside [low, high] teach nothing
+    (all alike: A = 0) or little, and are filtered (RLinf: success rates in [0.1, 0.9]). Returns
+    advantages [g, G], 0 in filtered groups, and which groups are kept [g].
     """
     mean = outcome.mean(dim=1, keepdim=True)
-    kept = (mean[:, 0] >= low) & (mean[:, 0] <= high)
     spread = (outcome - mean).square().mean(dim=1, keepdim=True).sqrt()
+    kept = (mean[:, 0] >= low) & (mean[:, 0] <= high)
     return torch.where(kept[:, None], (outcome - mean) / (spread + 1e-6), 0.0), kept
 
 
@@ -122,15 +129,13 @@ class PolicyLoss:
     """Decoupled PPO (AReaL, arXiv 2505.24298); PPO (arXiv 1707.06347) where the proximal policy is
     the one that acted.
 
-        w = exp(prox − old)                  how far the policy had moved before this update; no
-                                             gradient
+        w = exp(prox − old)        how far the policy had moved before this update; no gradient
         ratio = exp(new − prox)
         objective = w · min(ratio·A, clamp(ratio, 1 − ε_low, 1 + ε_high)·A)
-            with ε_low ≠ ε_high: clip-higher (DAPO, arXiv 2503.14476)
-        where A < 0 and c > 0:  objective = max(objective, w·c·A)                dual clip (arXiv
-                                1912.09729)
+        where A < 0 and c > 0:  objective = max(objective, w·c·A)
 
-    Units with w above `weight_max` are masked, or w is truncated there (`weight_mode`).
+    ε_low ≠ ε_high is clip-higher (DAPO, arXiv 2503.14476), c is dual clip (arXiv 1912.09729). Units
+    with w above `weight_max` are masked, or w is truncated there (`weight_mode`).
     """
 
     clip_low: float = 0.2
@@ -142,8 +147,8 @@ class PolicyLoss:
     def __call__(
         self, new: Tensor, old: Tensor, prox: Tensor, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and,
-        for the metrics, sums over samples and a maximum.
+        """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and
+        numbers for the metrics, all of them sums over samples.
         """
         per_unit = 1.0 / new.shape[1]
         weight = (prox - old).exp()
@@ -156,38 +161,34 @@ class PolicyLoss:
         )
         if self.dual_clip:
             objective = torch.where(a < 0, torch.maximum(objective, self.dual_clip * a), objective)
-        with torch.no_grad():
-            log_ratio = new - old
-            clipped = kept & ((ratio < 1.0 - self.clip_low) | (ratio > 1.0 + self.clip_high))
-            stats = {
-                "approx_kl": (log_ratio.exp() - 1.0 - log_ratio).sum()
-                * per_unit,  # http://joschu.net/blog/kl-approx.html
-                "clip_fraction": clipped.sum() * per_unit,
-                "masked": (~kept).sum() * per_unit,
-                "ratio_max": log_ratio.exp().max(),
-            }
-        return -(weight * objective).sum() * per_unit, stats
+        clipped = kept & ((ratio < 1.0 - self.clip_low) | (ratio > 1.0 + self.clip_high))
+        numbers = {
+            "clip_fraction": clipped.sum() * per_unit,
+            "masked_fraction": (~kept).sum() * per_unit,
+        }
+        return -(weight * objective).sum() * per_unit, numbers
 
 
 STALENESS = ("0", "1", "2", "3_or_more")  # buckets of the diagnostics
 
 
 def by_staleness(new: Tensor, old: Tensor, staleness: Tensor) -> dict[str, Tensor]:
-    """Sums per staleness bucket: how many samples, their KL and their ratio new / old. new, old [n,
-    U]; staleness [n].
+    """Measures how far the policy is from the one that acted, per staleness bucket and in all.
+
+    new, old [n, U]; staleness [n]. Returns sums over samples: `samples_at_…`, `kl_at_…` (KL by
+    http://joschu.net/blog/kl-approx.html) and `ratio_at_…` (new / old) of every bucket, and
+    `approx_kl`; and a maximum, `ratio_max`.
     """
     log_ratio = new.detach() - old
     kl = (log_ratio.exp() - 1.0 - log_ratio).mean(1)
     ratio = log_ratio.exp().mean(1)
     bucket = staleness.long().clamp(0, len(STALENESS) - 1)
-    found = {}
+    found = {"approx_kl": kl.sum(), "ratio_max": log_ratio.exp().max()}
     for i, name in enumerate(STALENESS):
         here = bucket == i
-        found |= {
-            f"samples_at_{name}": here.sum(),
-            f"kl_at_{name}": kl[here].sum(),
-            f"ratio_at_{name}": ratio[here].sum(),
-        }
+        found[f"samples_at_{name}"] = here.sum()
+        found[f"kl_at_{name}"] = kl[here].sum()
+        found[f"ratio_at_{name}"] = ratio[here].sum()
     return found
 
 
@@ -210,3 +211,165 @@ def explained_variance(
     variance = returns_square / count - (returns / count) ** 2
     left = error_square / count - (error / count) ** 2
     return 1.0 - left / variance if variance > 1e-12 else 0.0
+
+
+# ---------------------------------------------------------------- what the learner asks of a loss
+
+
+class Targets(NamedTuple):
+    """What trajectories teach: n of them, of T chunk steps."""
+
+    advantages: Tensor  # [n, T], not yet scaled
+    returns: Tensor | None  # [n, T] for the critic; None without one
+    kept: Tensor  # [n, T] bool: the chunk steps that are trained on
+
+
+class Samples(NamedTuple):
+    """The m chunk steps that a loss is computed from."""
+
+    new: Tensor  # [m, U] log-probs of the policy that is trained; has a gradient
+    old: Tensor  # [m, U] of the policy that acted
+    proximal: Tensor  # [m, U] of decoupled PPO's proximal policy
+    advantages: Tensor  # [m], scaled
+    value: Tensor  # [m] of the critic that is trained; has a gradient
+    returns: Tensor | None  # [m]
+    stored: dict[str, Tensor]  # slot fields [m, …], also those of `slot_fields`
+
+
+class Algorithm:
+    """The contract of a loss, with what PPO and GRPO share.
+
+    A subclass must define `groups`, `critic` and `targets`; the rest has defaults.
+    """
+
+    groups: bool  # trajectories are episodes, compared within groups that begin in the same state
+    critic: bool  # there is a value head to be trained
+
+    def __init__(self, config: Config, spec):
+        """spec: the simulator's EnvSpec."""
+        self.config = config
+        self.spec = spec
+        self.settings = config.algorithm
+        self.advantage_scale = AdvantageScale(config.algorithm.advantage_memory)
+        self.policy_loss = PolicyLoss(
+            clip_low=self.settings.clip_low,
+            clip_high=self.settings.clip_high,
+            dual_clip=self.settings.dual_clip,
+            weight_max=self.settings.behaviour_weight_max,
+            weight_mode=self.settings.behaviour_weight,
+        )
+
+    @classmethod
+    def slot_fields(cls, config: Config) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns name → (shape, dtype) of what this loss needs stored of every chunk step, beyond
+        the common fields. Whoever computes it writes it into the slots.
+        """
+        return {}
+
+    def targets(self, data: dict[str, Tensor], played: Tensor) -> Targets:
+        """Computes advantages from whole trajectories.
+
+        data: slot fields [n, T or T + 1, …]; with `groups` also "outcomes" [n, G], how each member
+        of a trajectory's group ended, and "member" [n], its own place in the group. played [n, T]:
+        the chunk steps that belong to the trajectory.
+        """
+        raise NotImplementedError
+
+    def scale(self, advantages: Tensor) -> Tensor:
+        """Scales advantages [m] by what is known from earlier batches."""
+        return self.advantage_scale(advantages)
+
+    def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss [], a sum over samples, and numbers for metrics.jsonl by name, which are
+        sums over samples too and appear there as means.
+        """
+        loss, numbers = self.policy_loss(
+            samples.new, samples.old, samples.proximal, samples.advantages
+        )
+        return loss, numbers | {"loss_policy": loss.detach()}
+
+    def finish_batch(self, totals: dict[str, float], first: bool) -> None:
+        """Takes in a whole batch that was trained. totals: what was tallied of it, over all ranks,
+        by the names that the learner and `loss` gave; first: whether it is the run's first batch.
+        """
+
+    def state(self) -> dict:
+        """Returns what must outlive a checkpoint, as JSON; `load` takes it back."""
+        return asdict(self.advantage_scale)
+
+    def load(self, state: dict) -> None:
+        self.advantage_scale = AdvantageScale(**state)
+
+
+class Ppo(Algorithm):
+    """Decoupled PPO with a critic; segments of fixed length."""
+
+    groups = False
+    critic = True
+
+    @classmethod
+    def slot_fields(cls, config: Config) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        # V of an episode's last observation, where the time limit ended it in this chunk step.
+        return {"final": ((), torch.float32)} if config.algorithm.bootstrap_truncated else {}
+
+    def targets(self, data: dict[str, Tensor], played: Tensor) -> Targets:
+        advantages, returns = gae(
+            data["reward"],
+            data["value"],
+            data["terminated"],
+            data["truncated"],
+            self.settings.gamma,
+            self.settings.gae_lambda,
+            data.get("final"),
+        )
+        return Targets(advantages, returns, played)
+
+    def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, numbers = super().loss(samples)
+        before = samples.stored["value"]
+        settings = self.settings
+        values = value_loss(
+            samples.value, before, samples.returns, settings.value_clip, settings.huber
+        )
+        return loss + settings.value_weight * values, numbers | {"loss_value": values.detach()}
+
+    def finish_batch(self, totals: dict[str, float], first: bool) -> None:
+        count = self.config.actor.batch * self.config.env.segment
+        self.advantage_scale.update(totals["advantage_square"], count, first)
+
+
+class Grpo(Algorithm):
+    """GRPO: no critic. Advantages are scaled within their groups."""
+
+    groups = True
+    critic = False
+
+    def targets(self, data: dict[str, Tensor], played: Tensor) -> Targets:
+        outcomes = data["outcomes"]
+        if self.spec.compares == "success":
+            low = self.settings.group_low
+            high = self.settings.group_high
+            advantages, kept = group_advantages(outcomes, low, high)
+        else:  # summed rewards have no natural bounds: only groups without any spread are filtered
+            advantages, _ = group_advantages(outcomes, -math.inf, math.inf)
+            kept = outcomes.amax(1) - outcomes.amin(1) > 1e-6
+        mine = advantages.gather(1, data["member"][:, None])  # [n, 1]
+        return Targets(mine.expand_as(played), None, played & kept[:, None])
+
+
+ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": Ppo, "grpo": Grpo}  # what --algorithm takes
+
+
+def load(config: Config, spec) -> Algorithm:
+    """Makes the loss of a run. Raises TypeError, naming what is missing, where a class does not
+    keep the contract.
+    """
+    kind = ALGORITHMS[config.train.algorithm]
+    missing = [
+        name for name in ("groups", "critic") if not isinstance(getattr(kind, name, None), bool)
+    ]
+    if kind.targets is Algorithm.targets:
+        missing.append("targets")
+    if missing:
+        raise TypeError(f"the loss {kind.__name__} in algorithms.py lacks {', '.join(missing)}")
+    return kind(config, spec)

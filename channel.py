@@ -1,19 +1,22 @@
-"""The data plane and the weight plane: `SlotPool`, `IndexQueue`, `WeightPlane`, and the small
-`Counters` table.
+"""The data plane: everything that processes share, but for the weights (weights.py).
 
-Tensors are written once, in place, into preallocated shared memory; only 8-byte records travel
-between processes. All of it is made by the launcher and handed to workers as arguments of
-`Process`: file descriptors and CUDA IPC handles are opened once, at start-up.
+`SlotPool` holds the trajectories, `IndexQueue` wakes whoever waits, `LaneTable` says where every
+lane is, `Counters` are numbers for the launcher. `Channels` is all of it together.
+
+Facts live in shared memory, and a record only says "look there". A record that is lost with a
+killed worker, or comes twice, therefore changes nothing. Tensors are written once, in place, into
+preallocated slots; only records of 10 bytes travel. The launcher makes all of it and hands it to
+workers as arguments of `Process`: file descriptors and CUDA IPC handles are opened once.
 
 Shared memory is anonymous (`memfd_create`): it has no name to unlink, so nothing is left behind
 even after SIGKILL, and it is not limited by the size of /dev/shm (CUDA IPC keeps small files of its
-own there). Left out: crossing machines (only gradients do, through torch.distributed).
+own there).
 
-    python bench.py transport weights
+Left out: crossing machines (only gradients do, through torch.distributed).
+
+    python bench.py transport
 """
 
-import copy
-import math
 import mmap
 import os
 import select
@@ -21,18 +24,18 @@ import struct
 import threading
 import time
 from multiprocessing.reduction import DupFd
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from config import Config
+
+if TYPE_CHECKING:
+    from weights import WeightPlane
+
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
-OBSERVED = (
-    "image",
-    "tokens",
-    "state",
-)  # fields that may be part of an observation; a model uses some of them
 ALIGN = 64  # bytes; a cache line, so that no two tensors share one
 
 
@@ -97,6 +100,22 @@ def layout(spec: Spec, slots: int) -> tuple[dict[str, int], int]:
         count = slots * int(np.prod(shape, dtype=np.int64))
         size += -(-count * dtype.itemsize // ALIGN) * ALIGN
     return offsets, size
+
+
+_LOCK = threading.Lock()
+
+
+def fence() -> None:
+    """A full memory barrier: taking and releasing any lock is one, on every architecture CPython
+    runs on.
+    """
+    with _LOCK:
+        pass
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.current_stream(device).synchronize()
 
 
 class SlotPool:
@@ -183,26 +202,28 @@ class SlotPool:
 
 
 class Record(NamedTuple):
-    """What travels: which slot, which row of it, what for, and who asks. It speaks for a whole
-    lane, whose first slot it names.
-    """
+    """Says where to look: it speaks for a whole lane, whose first slot it names."""
 
     slot: int
-    t: int
-    kind: int
-    sender: int
+    t: int  # chunk step of the trajectory (of evaluation: of the episode)
+    kind: int  # one of those below
+    sender: int  # rank of the env worker that asks
+    generation: int  # how often that worker had been replaced when it asked
 
 
-RECORD = struct.Struct("<IHBB")  # 8 bytes
-# Kinds. LAST is a VALUE that the lane does not wait for, FINAL asks for the value of an episode's
-# last observation; DONE says that a trajectory is over; RESTART says that `sender` replaces a dead
-# worker, and is echoed.
-ACT, VALUE, EVAL, DONE, VERSION, LAST, RESTART, FINAL = range(8)
+RECORD = struct.Struct("<IHBBH")  # 10 bytes
 ATOMIC = 4096 // RECORD.size  # records in one write that the kernel keeps together (PIPE_BUF)
+READ = 65536 // RECORD.size * RECORD.size  # bytes of one read: whole records, a pipe's fill of them
+# What a request asks for; its answer is the same record, sent back.
+ACT = 0  # actions for row t
+VALUE = 1  # the value of row T, which completes a trajectory
+FINAL = 2  # the value of an episode's last observation, which the next row holds for a moment
+EVAL = 3  # actions without exploration, in row 0 of an evaluation slot
+WAKE = 4  # nothing: the reader looks at what it waits for
 
 
 class IndexQueue:
-    """Many writers, one reader, 8-byte records through a pipe.
+    """Carries records through a pipe from many writers to one reader.
 
     Writes of at most 4096 bytes are atomic, so a writer killed at any moment can neither hold a
     lock nor tear a record. The reader sees the end of the file once the last writer is gone
@@ -221,7 +242,7 @@ class IndexQueue:
         return self.reader
 
     def put(self, records: list[Record], timeout: float = 60.0) -> None:
-        """Writes records; those of one call of at most 512 stay together. Raises TimeoutError when
+        """Writes records; those of one call of at most 409 stay together. Raises TimeoutError when
         the reader is stuck.
         """
         deadline = time.monotonic() + timeout
@@ -248,7 +269,7 @@ class IndexQueue:
         came.
         """
         try:
-            data = os.read(self.reader, 65536)
+            data = os.read(self.reader, READ)
         except BlockingIOError:
             if (
                 timeout is not None
@@ -283,140 +304,6 @@ class IndexQueue:
         for fd in (getattr(self, "reader", -1), getattr(self, "writer", -1)):
             if fd >= 0:
                 os.close(fd)
-
-
-class WeightPlane:
-    """Two buffers and a version. One writer publishes into the older buffer; any number of readers
-    copy the newer one.
-
-    A reader that is overtaken twice while it copies would see mixed weights; the stamps of a
-    buffer, checked before and after the copy, tell it so and it tries again. Neither side ever
-    waits for the other.
-
-    A set of weights is one block of bytes with the tensors as views on it, so that fetching is a
-    single copy at memcpy's speed: tensor by tensor it takes 1.7 times as long.
-
-    spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds.
-    """
-
-    def __init__(self, spec: Spec, device: str = "cpu", version: int = 0):
-        self.spec = spec
-        self.offsets, self.bytes = layout(spec, 1)  # of one set of weights
-        self.buffers = SlotPool({"set": ((self.bytes,), torch.uint8)}, 2, device)
-        self.header = Arena(4 * 8)
-        self._view()
-        self.stamps[:] = -1  # of no version: neither buffer can be fetched yet
-        self.published[0] = version - 1
-
-    def _view(self) -> None:
-        header = self.header.tensor(0, (4,), torch.int64).numpy()
-        self.published = header[:1]
-        self.stamps = header[1:3]
-        if self.buffers is None:
-            return
-        self.blocks = list(self.buffers["set"])
-        self.sides = [self.tensors(block) for block in self.blocks]
-        if self.buffers.device == "cpu":
-            self.blocks = [block.numpy() for block in self.blocks]
-
-    def tensors(self, block: Tensor) -> dict[str, Tensor]:
-        """The weights that lie in a block [bytes] of uint8, by name."""
-        sizes = {
-            name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.spec.items()
-        }
-        return {
-            name: block[self.offsets[name] : self.offsets[name] + sizes[name]]
-            .view(dtype)
-            .view(shape)
-            for name, (shape, dtype) in self.spec.items()
-        }
-
-    def watch(self) -> "WeightPlane":
-        """The version without the weights, for processes that only wait for it: opens no GPU."""
-        other = copy.copy(self)
-        other.buffers = None
-        other.blocks = []
-        other.sides = []
-        return other
-
-    @property
-    def version(self) -> int:
-        """The newest published version; before the first, the one before it."""
-        return int(self.published[0])
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was ever published, so that there is nothing to fetch."""
-        return bool((self.stamps < 0).all())
-
-    def publish(self, weights: dict[str, Tensor], version: int) -> None:
-        """Copies `weights` into the older buffer and makes it the newest. Only one process may call
-        this.
-        """
-        side = version % 2
-        self.stamps[
-            side
-        ] = -1  # invalidate → copy → stamp → publish; x86 and ARM's aligned 8-byte stores are whole
-        fence()
-        for name, tensor in weights.items():
-            self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
-        synchronize(self.buffers.device)
-        self.stamps[side] = version
-        fence()
-        self.published[0] = version
-
-    def fetch(self, into: np.ndarray | Tensor, timeout: float = 60.0) -> int:
-        """Copies the newest weights into the block `into` [bytes] and returns their version, never
-        a mixture of two.
-
-        into: a numpy array where it and the plane are on the CPU, which is a plain memcpy; else a
-        tensor.
-        """
-        deadline = time.monotonic() + timeout
-        while True:
-            version = self.version
-            side = version % 2
-            if version >= 0 and self.stamps[side] == version:
-                if isinstance(into, np.ndarray):
-                    np.copyto(into, self.blocks[side])
-                else:
-                    into.copy_(self.buffers["set"][side], non_blocking=True)
-                    synchronize(str(into.device))
-                fence()
-                if self.stamps[side] == version:
-                    return version
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"no weights came from the actor within {timeout:.0f} s")
-            time.sleep(0)
-
-    def __getstate__(self):
-        return {
-            "spec": self.spec,
-            "offsets": self.offsets,
-            "bytes": self.bytes,
-            "buffers": self.buffers,
-            "header": self.header,
-        }
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._view()
-
-
-_LOCK = threading.Lock()
-
-
-def fence() -> None:
-    """A full memory barrier: taking and releasing any lock is one, on every architecture CPython
-    runs on.
-    """
-    with _LOCK:
-        pass
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.current_stream(device).synchronize()
 
 
 class Counters:
@@ -454,12 +341,49 @@ class Counters:
         self._view()
 
 
+class LaneTable:
+    """Where every lane is. Each number is written by one env worker and read by rollout workers."""
+
+    def __init__(self, lanes: int, env_workers: int):
+        self.sizes = lanes, env_workers
+        self.arena = Arena(8 * (lanes + env_workers))
+        self._view()
+
+    def _view(self) -> None:
+        lanes, env_workers = self.sizes
+        numbers = self.arena.tensor(0, (lanes + env_workers,), torch.int64).numpy()
+        self.trajectory = numbers[:lanes]  # the one that the lane plays, or waits to begin
+        self.generation = numbers[lanes:]  # of env workers: how often each was replaced
+
+    def __getstate__(self):
+        return {"sizes": self.sizes, "arena": self.arena}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._view()
+
+
 class Channels(NamedTuple):
     """Everything that connects the stages; the launcher makes one and passes it to every worker."""
 
     pool: SlotPool
-    plane: WeightPlane
+    plane: "WeightPlane"
     counters: Counters
+    lanes: LaneTable
     requests: tuple[IndexQueue, ...]  # to each rollout worker
     replies: tuple[IndexQueue, ...]  # to each env worker
     finished: tuple[IndexQueue, ...]  # to each actor rank
+
+    @classmethod
+    def create(cls, config: Config, pool: SlotPool, plane, counters: Counters) -> "Channels":
+        """Makes the queues and the lane table that a completed config asks for."""
+        env = config.env
+        return cls(
+            pool,
+            plane,
+            counters,
+            LaneTable(env.envs // env.width, env.env_workers),
+            tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
+            tuple(IndexQueue() for _ in range(env.env_workers)),
+            tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
+        )

@@ -1,16 +1,13 @@
-"""Gathers a batch of requests, samples actions, writes action, log-prob, value and version into the
-slots; fetches weights.
+"""Gathers a batch of requests, samples actions, and writes what training needs into the slots.
 
-Requests arrive as 8-byte records; observations and results never move: the worker reads rows of the
-shared slots and writes rows of the shared slots. New weights are copied by a side thread into spare
-memory while the old ones go on serving, and take effect between two batches by re-pointing the
-parameters (RL-VLA³ Rollout Async; D-VLA weight plane).
+Observations and results never move: the worker reads rows of the shared slots and writes rows of
+the shared slots. New weights are copied by a side thread (weights.py) while the old ones go on
+serving, and are taken into use between two batches.
 
+Read `run` first. Paper: RL-VLA³, Rollout Async (eq. 1); D-VLA, weight plane.
 Left out: sharing lanes between rollout workers, tensor parallelism.
 """
 
-import contextlib
-import threading
 import time
 from collections.abc import Callable
 
@@ -18,334 +15,283 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import metrics
 import models
-from channel import (
-    ACT,
-    DONE,
-    EVAL,
-    FINAL,
-    LAST,
-    RESTART,
-    VALUE,
-    VERSION,
-    Channels,
-    Record,
-    WeightPlane,
-    synchronize,
-)
+from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool, synchronize
 from config import Config
+from metrics import HISTOGRAM, Meter
 from models import compiled
 from scheduler import Admission, DynamicBatcher
+from weights import WeightFetcher
 
 
-class WeightFetcher:
-    """Keeps the newest version in spare memory; `swap` makes it the model's. Two blocks of memory
-    alternate.
-    """
+def run(rank: int, config: Config, spec, device: str, channels: Channels, meter: Meter) -> None:
+    """Works until the launcher ends it. spec: the simulator's EnvSpec."""
+    requests = channels.requests[rank]
+    requests.close_writer()
+    if device != "cpu":
+        torch.cuda.set_device(device)
+        channels.pool.pin()
+    model = models.build(config, spec, device).eval()
+    lanes = LanesServed(rank, config, channels)
+    batcher = DynamicBatcher(*first_limits(config, lanes.count))
+    padded = compile_where_asked(model, config, lanes, batcher.batch_max, device, meter)
+    fetcher = WeightFetcher(channels.plane, model.trainable(), config.train.timeout_s)
+    meter.ready()
+    take_first_weights(fetcher, meter)
+    begun = fetcher.version
 
-    def __init__(self, plane: WeightPlane, parameters: dict[str, Tensor], timeout: float):
-        self.plane = plane
-        self.parameters = parameters
-        self.timeout = timeout
-        device = next(iter(parameters.values())).device
-        self.blocks = [
-            torch.zeros(plane.bytes, dtype=torch.uint8, device=device) for _ in range(2)
-        ]  # touched, unlike empty
-        self.views = [plane.tensors(block) for block in self.blocks]
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if plane.buffers.device == "cpu" and device.type == "cpu":
-            self.blocks = [block.numpy() for block in self.blocks]
-        self.spare = 0  # which block is filled next; the other one serves
-        self.version = -1  # of the weights in use
-        self.staged = -1  # of the weights in spare memory, valid while `full` is set
-        self.copied = self.took = (
-            0.0,
-            0.0,
-        )  # when the staged weights, and those in use, were fetched: start and end
-        self.seconds = 0.0
-        self.fetches = 0
-        self.error = None
-        self.wake = threading.Event()
-        self.full = threading.Event()
-        self.empty = threading.Event()
-        self.empty.set()
-        threading.Thread(target=self._run, daemon=True, name="weight fetcher").start()
+    while True:
+        # Wait for requests, but no longer than the oldest one may wait (eq. 1).
+        batcher.expect_at_most(lanes.that_may_ask())
+        for record in receive(requests, batcher.remaining(), meter):
+            if record.kind == WAKE:
+                fetcher.look()
+            else:
+                batcher.add(record, record.kind in (ACT, FINAL), lanes.asked.item(record.slot))
 
-    def _run(self) -> None:
-        try:
-            while True:
-                self.wake.wait(0.5)
-                self.wake.clear()
-                self.empty.wait()
-                if self.plane.empty or self.plane.version <= max(self.version, self.staged):
-                    continue
-                start = time.monotonic()
-                with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
-                    self.staged = self.plane.fetch(self.blocks[self.spare], self.timeout)
-                self.copied = start, time.monotonic()
-                self.seconds = self.seconds + self.copied[1] - start
-                self.fetches = self.fetches + 1
-                self.empty.clear()
-                self.full.set()
-        except Exception as error:  # re-raised by `swap` in the worker's own thread
-            self.error = error
-            self.full.set()
+        # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
+        batcher.expect_at_most(lanes.that_may_ask())
+        remaining = batcher.remaining()
+        if remaining is None or remaining > 0:
+            continue
+        batch, waited_s = batcher.take()
+        batch = [record for record in batch if not lanes.is_stale(record)]
+        if not batch:
+            continue
 
-    def swap(self, wait_s: float = 0.0) -> bool:
-        """Between two batches: use the staged weights if there are any (waiting up to `wait_s` for
-        them).
+        # Infer, with the newest weights that are here.
+        take_new_weights(fetcher, lanes.oldest_version(batch, fetcher.version), config, meter)
+        start = time.monotonic()
+        samples = lanes.samples_of(batch)
+        with meter.work("infer", batch=len(samples), version=fetcher.version):
+            # --extra-staleness: the actor publishes older weights under a version's number.
+            acting = max(begun, fetcher.version - config.actor.extra_staleness)
+            serve(model, samples, channels.pool, config.train.seed, acting, device, padded)
+            answer(batch, channels)
+        infer_s = time.monotonic() - start
+        count_inference(meter, len(samples), infer_s, waited_s, fetcher, device)
+        take_tuned_limits(batcher, config, lanes.count, infer_s, meter)
+
+
+# ---------------------------------------------------------------- lanes and limits
+
+
+class LanesServed:
+    """What this worker knows of the lanes that ask it: env workers write it into shared memory."""
+
+    def __init__(self, rank: int, config: Config, channels: Channels):
+        workers = config.rollout.rollout_workers
+        self.admission = Admission.of(config)
+        self.plane = channels.plane
+        self.iterations = config.train.iterations
+        self.width = config.env.width
+        self.eval_width = config.env.eval_width
+        self.trajectory = channels.lanes.trajectory[rank::workers]  # lane l asks worker l % workers
+        self.generation = channels.lanes.generation
+        self.count = len(self.trajectory)
+        self.asked = channels.pool.arrays["asked"]
+        self.trajectory_in_slot = channels.pool.arrays["trajectory"]
+
+    def that_may_ask(self) -> int:
+        """Returns how many lanes play a trajectory that the published version admits. The others
+        wait for weights and ask for nothing.
         """
-        if not (self.full.wait(wait_s) if wait_s else self.full.is_set()):
-            return False
-        if self.error is not None:
-            raise self.error
-        for name, parameter in self.parameters.items():
-            parameter.data = self.views[self.spare][name]
-        self.spare = 1 - self.spare
-        self.version = self.staged
-        self.took = self.copied
-        self.full.clear()
-        self.empty.set()
-        return True
+        return int(np.count_nonzero(self.trajectory < self.admission.admitted(self.plane.version)))
+
+    def is_stale(self, record: Record) -> bool:
+        """Whether the env worker that asked this has died since."""
+        return record.generation != self.generation.item(record.sender)
+
+    def oldest_version(self, batch: list[Record], version: int) -> int:
+        """Returns the oldest version that may serve a batch. version: of the weights in use.
+
+        A trajectory that was admitted on version v must not be played with older weights. Once all
+        is trained, only the last evaluation is left, which is of the last weights.
+        """
+        newest = self.plane.version
+        if newest >= self.iterations:
+            return newest
+        if version == newest:
+            return version
+        trajectories = [self.trajectory_in_slot.item(r.slot) for r in batch if r.kind == ACT]
+        batches = [self.admission.batch_of(trajectory) for trajectory in trajectories]
+        return max(batches, default=0) - self.admission.max_staleness
+
+    def samples_of(self, batch: list[Record]) -> list[Record]:
+        """Returns a record for every env of the lanes that ask: their slots lie side by side."""
+        if self.width == self.eval_width == 1:
+            return batch
+        samples = []
+        for record in batch:
+            width = self.eval_width if record.kind == EVAL else self.width
+            samples += [record._replace(slot=record.slot + i) for i in range(width)]
+        return samples
 
 
-def expand(records: list[Record], width: int, eval_width: int) -> list[Record]:
-    """A record for every env of the lanes that ask: their slots lie side by side."""
-    if width == eval_width == 1:
-        return records
-    each = [(record, eval_width if record.kind == EVAL else width) for record in records]
-    return [record._replace(slot=record.slot + i) for record, count in each for i in range(count)]
+def first_limits(config: Config, lanes: int) -> tuple[int, float]:
+    """Returns B_max and T_max in seconds to begin with. auto: half the lanes, and 10 ms until an
+    inference was measured.
+    """
+    chosen = config.rollout.batch_max
+    batch_max = {"all": lanes, "auto": max(1, lanes // 2)}.get(chosen, chosen)
+    wait_ms = config.rollout.batch_wait_ms
+    return batch_max, 0.01 if wait_ms == "auto" else wait_ms / 1e3
+
+
+def take_tuned_limits(
+    batcher: DynamicBatcher, config: Config, lanes: int, infer_s: float, meter: Meter
+) -> None:
+    """Follows what the launcher has tuned (tuning.py), where B_max and T_max are auto."""
+    if config.rollout.batch_max == "auto":
+        tuned = int(meter.counters.get(meter.row, "tuned_batch_max"))
+        if tuned:
+            batcher.batch_max = min(tuned, lanes)
+    if config.rollout.batch_wait_ms == "auto":
+        # Until the launcher knows better, T_max is half an inference: what comes during one joins
+        # the next batch anyway.
+        tuned_s = meter.counters.get(meter.row, "tuned_wait_s")
+        batcher.wait_s = tuned_s or 0.8 * batcher.wait_s + 0.2 * 0.5 * infer_s
+
+
+# ---------------------------------------------------------------- requests and weights
+
+
+def receive(requests, remaining: float | None, meter: Meter) -> list[Record]:
+    """Returns what has come; waits up to `remaining` seconds (None: a second) for something."""
+    if remaining is not None and remaining <= 0:
+        return requests.get(0)  # what came during the last inference joins this batch
+    with meter.wait("request"):
+        return requests.get(1.0 if remaining is None else min(remaining, 1.0))
+
+
+def answer(batch: list[Record], channels: Channels) -> None:
+    """Sends every request back to the env worker that asked."""
+    answers: dict[int, list[Record]] = {}
+    for record in batch:
+        answers.setdefault(record.sender, []).append(record)
+    for worker, records in answers.items():
+        channels.replies[worker].put(records)
+
+
+def take_first_weights(fetcher: WeightFetcher, meter: Meter) -> None:
+    """Waits however long the actor takes to start: the launcher watches it."""
+    with meter.wait("weights"):
+        while not swap(fetcher, 1.0, meter):
+            meter.alive()
+
+
+def take_new_weights(fetcher: WeightFetcher, oldest: int, config: Config, meter: Meter) -> None:
+    """Takes the newest weights that are here. Waits for them only if those in use are older than
+    `oldest`, because the version that admitted a trajectory is still being copied.
+    """
+    start = time.monotonic()
+    swap(fetcher, 0.0, meter)
+    while fetcher.version < oldest:
+        fetcher.look()
+        limit_s = config.train.timeout_s
+        with meter.wait("weights"):
+            if not swap(fetcher, limit_s, meter):
+                raise TimeoutError(
+                    f"version {oldest} never came from the actor within {limit_s:.0f} s"
+                )
+    meter.count("weight_stall_s", time.monotonic() - start)
+
+
+def swap(fetcher: WeightFetcher, wait_s: float, meter: Meter) -> bool:
+    """`WeightFetcher.swap`, with the fetch in the trace."""
+    swapped = fetcher.swap(wait_s)
+    if swapped:
+        numbers = {"version": fetcher.version, "bytes": fetcher.plane.bytes}
+        meter.record("fetch", *fetcher.took, numbers)
+    return swapped
+
+
+# ---------------------------------------------------------------- inference
+
+
+def compile_where_asked(
+    model, config: Config, lanes: LanesServed, batch_max: int, device: str, meter: Meter
+) -> Callable[[int], int]:
+    """Compiles inference (--compile). Returns what n samples are padded to; n where it is eager."""
+    wanted = config.rollout.compile
+    if not (model.COMPILED and (device != "cpu" if wanted is None else wanted)):
+        return int
+    # Evaluation and last values ride along, on top of the lanes served.
+    acting = lanes.count if config.rollout.batch_max == "auto" else min(batch_max, lanes.count)
+    most = (acting + lanes.count) * lanes.width + config.env.eval_envs
+    compiled.compile_for(model, most, device, meter.alive)
+    return compiled.bucket
 
 
 @torch.inference_mode()
 def serve(
     model,
-    records: list[Record],
-    channels: Channels,
+    samples: list[Record],
+    pool: SlotPool,
     seed: int,
     version: int,
     device: str,
-    width: int = 1,
-    eval_width: int = 1,
-    size: Callable[[int], int] = int,
+    padded: Callable[[int], int] = int,
 ) -> None:
-    """One inference: reads observations of `records`, writes what each kind of request asked for,
-    answers the env workers.
+    """Runs one inference: reads the observations of `samples` from the slots, and writes what each
+    kind of request asked for.
 
-    width, eval_width: envs of a lane and of an evaluation lane; size: how many samples the model is
-    given for so many.
+    version: what is noted beside the actions. padded: the number of samples that the model is given
+    in place of n.
     """
-    pool = channels.pool
-    samples = expand(records, width, eval_width)
     slots = np.array([r.slot for r in samples])
     rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
-    lanes, trajectories = (pool.arrays[name][slots].tolist() for name in ("lane", "trajectory"))
-    keys = [
-        (seed, lane, trajectory, r.t)
-        for r, lane, trajectory in zip(samples, lanes, trajectories, strict=True)
-    ]
-    noise = model.draw(keys, [r.kind != EVAL for r in samples])
-    obs = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}
     n = len(samples)
-    if size(n) > n:
-        obs = compiled.pad(obs, size(n))
-        noise = compiled.pad(noise, size(n))
 
-    def to(tensors):
-        return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
+    # Noise is named by (seed, env, trajectory, step), so it does not depend on who shares a batch.
+    envs = pool.arrays["lane"][slots].tolist()
+    trajectories = pool.arrays["trajectory"][slots].tolist()
+    keys = [(seed, envs[i], trajectories[i], samples[i].t) for i in range(n)]
+    noise = model.draw(keys, [r.kind != EVAL for r in samples])
+    observed = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}
+    if padded(n) > n:
+        observed = compiled.pad(observed, padded(n))
+        noise = compiled.pad(noise, padded(n))
+    out = model.act(to_device(observed, device), to_device(noise, device))
 
-    out = model.act(to(obs), to(noise))
+    def write(names: tuple[str, ...], *kinds: int) -> None:
+        """Puts results into the rows of those samples that are of these kinds."""
+        chosen = [i for i, r in enumerate(samples) if r.kind in kinds]
+        if not chosen:
+            return
+        everybody = len(chosen) == padded(n)  # then nothing need be copied out of the results
+        at = (slots, rows) if everybody else (slots[chosen], rows[chosen])
+        for name in names:
+            pool.put(name, *at, out[name] if everybody else out[name][chosen])
 
-    def of(*kinds):
-        return [i for i, r in enumerate(samples) if r.kind in kinds]
-
-    acting = of(ACT)
-    finals = of(FINAL)
+    write(("actions",), ACT, EVAL)
+    write(("value",), ACT, VALUE)
+    write(("logprob", *model.slot_fields()), ACT)
+    acting = [i for i, r in enumerate(samples) if r.kind == ACT]
     pool.arrays["version"][slots[acting], rows[acting]] = version
-    for names, chosen in (
-        (("value",), of(ACT, VALUE, LAST)),
-        (("actions",), of(ACT, EVAL)),
-        (("logprob", *model.slot_fields()), acting),
-    ):
-        every = len(chosen) == size(n)  # then nothing need be copied out of the results
-        where = (slots, rows) if every else (slots[chosen], rows[chosen])
-        for name in names if chosen else ():
-            pool.put(name, *where, out[name] if every else out[name][chosen])
-    if finals:  # of the observation that follows step t = row − 1
+    # FINAL asks about the observation that follows step t, so its value belongs to row t − 1.
+    finals = [i for i, r in enumerate(samples) if r.kind == FINAL]
+    if finals:
         pool.put("final", slots[finals], rows[finals] - 1, out["value"][finals])
-    synchronize(pool.device)  # what is written into GPU memory is there before anybody is told
-
-    answers: dict[int, list[Record]] = {}
-    for record in records:
-        answers.setdefault(record.sender, []).append(record)
-    for worker, answer in answers.items():
-        channels.replies[worker].put(answer)
+    synchronize(pool.device)  # written before anybody is told
 
 
-def run(
-    rank: int, config: Config, spec, device: str, channels: Channels, meter: metrics.Meter
+def to_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def count_inference(
+    meter: Meter, samples: int, infer_s: float, waited_s: float, fetcher: WeightFetcher, device: str
 ) -> None:
-    """The worker. spec: the simulator's EnvSpec."""
-    queue = channels.requests[rank]
-    plane = channels.plane
-    pool = channels.pool
-    queue.close_writer()
+    """Adds one inference to the counters; tuning.py fits a line through its sums."""
+    meter.count("requests", samples)
+    meter.count("batches", 1)
+    meter.count("batch_wait_s", waited_s)
+    meter.count("infer_s", infer_s)
+    meter.count("batch_square", samples**2)
+    meter.count("batch_infer_s", samples * infer_s)
+    meter.count(HISTOGRAM[min((samples - 1).bit_length(), len(HISTOGRAM) - 1)], 1)
+    meter.set("weight_sync_s", fetcher.seconds)
+    meter.set("fetches", fetcher.fetches)
     if device != "cpu":
-        torch.cuda.set_device(device)
-        pool.pin()
-    model = models.load(config.train.model).build(config, spec, device).eval()
-    fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
-    compiles = model.COMPILED and (
-        device != "cpu" if config.rollout.compile is None else config.rollout.compile
-    )
-    admission = Admission.of(config)
-    workers = config.rollout.rollout_workers
-    width = config.env.width
-    served = len(range(rank, config.env.envs // width, workers))  # lanes that ask this worker
-    lane_of, trajectory_of, asked = (
-        pool.arrays[name] for name in ("lane", "trajectory", "asked")
-    )  # as read one by one
-    batch_max = {"all": served, "auto": max(1, served // 2)}.get(
-        config.rollout.batch_max, config.rollout.batch_max
-    )
-    auto_max = config.rollout.batch_max == "auto"
-    auto_wait = config.rollout.batch_wait_ms == "auto"
-    batcher = DynamicBatcher(batch_max, 0.01 if auto_wait else config.rollout.batch_wait_ms / 1e3)
-    if compiles:  # riders (evaluation, last values) come on top of the lanes served
-        most = (
-            (served if auto_max else min(batch_max, served)) + served
-        ) * width + config.env.eval_envs
-        compiled.compile_for(model, most, device, lambda: meter.set("time", time.monotonic()))
-    meter.ready()
-
-    def swap(wait_s: float = 0.0) -> bool:
-        swapped = fetcher.swap(wait_s)
-        if swapped:
-            meter.record("fetch", *fetcher.took, {"version": fetcher.version, "bytes": plane.bytes})
-        return swapped
-
-    with meter.wait("weights"):
-        while not swap(1.0):  # however long the actor takes to start: the launcher watches it
-            meter.set("time", time.monotonic())
-    begun = fetcher.version
-    trajectories = np.full(
-        served, begun * admission.per_lane
-    )  # of each lane: the one it is in, or starts next
-    going_on = (
-        -1,
-        0,
-    )  # a version, and how many lanes may go on with it; -1 where that is to be counted anew
-
-    def note(record: Record, over: bool) -> None:
-        """The lane that asks is in the trajectory of its slot, or that one is over and it is in, or
-        waits for, the next.
-        """
-        nonlocal going_on
-        lane = lane_of.item(record.slot) // width // workers
-        trajectory = trajectory_of.item(record.slot) + over
-        if trajectories.item(lane) != trajectory:
-            trajectories[lane] = trajectory
-            going_on = (-1, 0)
-
-    def due() -> float | None:
-        """Seconds until the queue must be served. Only lanes that may go on can ask: to wait for
-        more would be in vain, with T_max = ∞ for ever.
-        """
-        nonlocal going_on
-        if going_on[0] != (version := plane.version):
-            going_on = version, int(admission.admits(trajectories, version).sum())
-        batcher.batch_max = max(1, min(batch_max, going_on[1]))
-        return batcher.remaining()
-
-    while True:
-        remaining = due()
-        if remaining is None or remaining > 0:
-            timeout = 1.0 if remaining is None else min(remaining, 1.0)
-            with meter.wait("request"):
-                records = queue.get(timeout)
-        else:
-            records = queue.get(
-                0
-            )  # what came during the last inference joins its queue before the batch is taken
-        for record in records:
-            if record.kind == VERSION:
-                fetcher.wake.set()
-                continue
-            if record.kind == RESTART:
-                # nobody waits for what the dead worker had asked; what was answered lies before
-                # this
-                # echo
-                batcher.drop(lambda request, sender=record.sender: request.sender == sender)
-                channels.replies[record.sender].put([record])
-                continue
-            if record.kind in (ACT, DONE):
-                note(record, record.kind == DONE)
-            if record.kind == DONE:
-                continue
-            batcher.add(record, record.kind not in (EVAL, LAST), float(asked[record.slot]))
-        if (
-            plane.version >= config.train.iterations
-        ):  # training is over: the last evaluation has nothing to be in step with
-            batcher.wait_s = min(batcher.wait_s, 0.01)
-        remaining = due()
-        if remaining is None or remaining > 0:
-            continue
-
-        batch, waited = batcher.take()
-        for record in batch:
-            if record.kind == VALUE:  # the lane's next one may have to wait for its version
-                note(record, True)
-        swap_start = time.monotonic()
-        swap()
-        meter.count("weight_stall_s", time.monotonic() - swap_start)
-        needed = 0  # the newest batch that is played
-        if plane.version >= config.train.iterations:  # the last evaluation is of the last weights
-            needed = plane.version + admission.max_staleness
-        elif fetcher.version < plane.version:
-            needed = max(
-                (admission.batch_of(trajectory_of.item(r.slot)) for r in batch if r.kind == ACT),
-                default=0,
-            )
-        while (
-            fetcher.version < needed - admission.max_staleness
-        ):  # admitted on a version that is still being copied
-            fetcher.wake.set()
-            start = time.monotonic()
-            with meter.wait("weights"):
-                if not swap(config.train.timeout_s):
-                    raise TimeoutError(
-                        f"version {needed} never came from the actor within "
-                        f"{config.train.timeout_s:.0f} s"
-                    )
-            meter.count("weight_stall_s", time.monotonic() - start)
-        start = time.monotonic()
-        size = sum(
-            config.env.eval_width if record.kind == EVAL else width for record in batch
-        )  # envs
-        with meter.work("infer", batch=size, version=fetcher.version):
-            widths = width, config.env.eval_width
-            sizes = compiled.bucket if compiles else int
-            acting = max(
-                begun, fetcher.version - config.actor.extra_staleness
-            )  # what the actor has published under that version
-            serve(model, batch, channels, config.train.seed, acting, device, *widths, sizes)
-        seconds = time.monotonic() - start
-        if auto_max and (tuned := int(meter.counters.get(meter.row, "tuned_batch_max"))):
-            batch_max = min(tuned, served)
-        # half an inference until the launcher knows better: what comes during one joins the next
-        # anyway
-        if auto_wait:
-            tuned = meter.counters.get(meter.row, "tuned_wait_s")
-            batcher.wait_s = tuned or 0.8 * batcher.wait_s + 0.2 * 0.5 * seconds
-        meter.count("requests", size)
-        meter.count("batches", 1)
-        meter.count("batch_wait_s", waited)
-        meter.count("infer_s", seconds)
-        meter.count("batch_square", size**2)
-        meter.count("batch_infer_s", size * seconds)
-        meter.count(metrics.HISTOGRAM[min((size - 1).bit_length(), len(metrics.HISTOGRAM) - 1)], 1)
-        meter.set("weight_sync_s", fetcher.seconds)
-        meter.set("fetches", fetcher.fetches)
-        if device != "cpu":
-            meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
+        meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)

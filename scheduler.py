@@ -1,5 +1,5 @@
-"""When to infer, when to start, and where to run: `DynamicBatcher` (eq. 1), `Admission`,
-`Placement`.
+"""Decides when to infer, what may start, and where to run: `DynamicBatcher` (eq. 1), `Admission`
+and `Trajectories`, `Placement`.
 
 Pure decisions: no process, tensor or device is touched here, so all of it is tested with a fake
 clock. Left out: moving work between rollout workers (each lane always asks the same one).
@@ -10,6 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from config import Config, UserError, parse_ratio
 
@@ -40,8 +42,10 @@ class DynamicBatcher:
 
     @property
     def limit(self) -> int:
-        """How many counted requests make a batch now: B_max, or all that can still come."""
-        return max(1, min(self.batch_max, self.most))
+        """How many counted requests make a batch now: B_max, or all that can still come. 0 where
+        nobody may ask: what rides along then has nothing to wait for.
+        """
+        return min(self.batch_max, self.most)
 
     def add(self, request, counted: bool = True, queued: float | None = None) -> None:
         """Queues a request.
@@ -68,7 +72,7 @@ class DynamicBatcher:
         """
         waited = self.clock() - self.queue[0][2]
         batch = []
-        room = self.limit
+        room = max(1, self.limit)
         while self.queue and (room or not self.queue[0][1]):
             request, counted, _ = self.queue.popleft()
             batch.append(request)
@@ -76,23 +80,26 @@ class DynamicBatcher:
             self.counted -= counted
         return batch, waited
 
-    def drop(self, stale: Callable[[object], bool]) -> None:
-        """Forgets the requests that `stale` is true of: who asked is gone."""
-        self.queue = deque(entry for entry in self.queue if not stale(entry[0]))
-        self.counted = sum(counted for _, counted, _ in self.queue)
+
+def group_of(config: Config) -> int:
+    """Returns G where the loss compares the episodes of whole groups (GRPO), else 1."""
+    from algorithms import ALGORITHMS  # here, for it imports torch, which the planner does without
+
+    return config.algorithm.group_size if ALGORITHMS[config.train.algorithm].groups else 1
 
 
 @dataclass(frozen=True)
 class Admission:
-    """Which trajectory is which, and when it may start: staleness as back-pressure, decided without
+    """Decides which trajectory is which, and when it may start: staleness as back-pressure, without
     talking to anyone.
 
     An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of
-    every env make a batch. So membership never depends on outcome or speed. It may start once
-    version b − K is published (K = max staleness), hence started ≤ (published + K + 1) · batch
-    always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1 share slots,
-    and the later one may start only when the earlier one has been trained on. What would come after
-    the last batch never starts. The envs of a lane, `width` of them, have slots side by side.
+    every env make a batch. So membership never depends on outcome or speed. The trajectory may
+    start once version b − K is published (K = max staleness), hence started ≤ (published + K + 1) ·
+    batch always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1 share
+    slots, and the later one may start only when the earlier one has been trained on. What would
+    come after the last batch never starts. The envs of a lane, `width` of them, have slots side by
+    side.
     """
 
     batch: int
@@ -104,20 +111,19 @@ class Admission:
 
     @classmethod
     def of(cls, config: Config) -> "Admission":
-        group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
-        sizes = (
+        return cls(
             config.actor.batch,
             config.env.envs,
             config.actor.max_staleness,
             config.train.iterations,
             config.env.width,
+            group_of(config),
         )
-        return cls(*sizes, group)
 
     @property
     def whole(self) -> int:
-        """Envs whose trajectories go to one actor rank: those of a lane, which one record hands
-        over, and of a group.
+        """Envs whose trajectories go to one actor rank: those of a lane, which finish together, and
+        those of a group.
         """
         return max(self.width, self.group)
 
@@ -133,31 +139,71 @@ class Admission:
     def batch_of(self, trajectory: int) -> int:
         return trajectory // self.per_lane
 
+    def admitted(self, version: int) -> float:
+        """Returns how many trajectories of every env may have started once `version` is out."""
+        return min(version + self.max_staleness + 1, self.batches) * self.per_lane
+
     def admits(self, trajectory: int, version: int) -> bool:
         """Whether it may start. For an array of trajectories, an array."""
-        batch = self.batch_of(trajectory)
-        return (batch <= version + self.max_staleness) & (batch < self.batches)
+        return trajectory < self.admitted(version)
 
     def slot(self, env: int, trajectory: int) -> int:
         position = trajectory % self.per_lane * self.envs + env
         return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
 
     def owner(self, slot: int, ranks: int) -> int:
-        """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one
-        rank.
+        """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one rank.
+        For an array of slots, an array.
         """
         return slot % self.batch // self.whole % ranks
 
     def task(self, env: int, trajectory: int, tasks: int) -> int:
-        """Which task it plays: dealt in turn to the positions of a batch, and on from batch to
-        batch.
+        """Returns the task that it plays: tasks are dealt in turn to the positions of a batch, and
+        on from batch to batch.
 
         So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its
         simulators are. Where `tasks` divides the lanes, a whole lane plays one task and keeps it,
         which saves it from building another scene. So does a group.
         """
-        unit = self.whole if self.group > 1 or self.envs // self.width % tasks == 0 else 1
+        lanes = self.envs // self.width
+        unit = self.whole if self.group > 1 or lanes % tasks == 0 else 1
         return (trajectory * self.envs + env) // unit % tasks
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Says what a trajectory is made of, and names its episodes.
+
+    PPO: T chunk steps, with new episodes inside, so that success never changes when it ends. GRPO:
+    one episode, which may end early, because whole groups are trained whatever their outcomes.
+    """
+
+    seed: int  # of the run
+    group: int  # G of GRPO, else 1
+
+    @classmethod
+    def of(cls, config: Config) -> "Trajectories":
+        return cls(config.train.seed, group_of(config))
+
+    @property
+    def are_episodes(self) -> bool:
+        return self.group > 1
+
+    def episode_seed(self, env: int, trajectory: int, t: int, generation: int = 0) -> int:
+        """Names an episode by where it starts, so that a resumed or differently timed run meets the
+        same ones: a number in [2³⁰, 2³¹), which neither evaluation nor demonstrations draw.
+
+        generation: of the worker. A replaced one plays other episodes, or a fault that depends on
+        the seed would come again. The envs of a group share their episodes, so there it is left out
+        and the group's first env stands for all.
+        """
+        if self.are_episodes:
+            env -= env % self.group
+            generation = 0
+        where = [self.seed, env, trajectory, t]
+        if generation:
+            where.append(generation)
+        return 2**30 + int(np.random.SeedSequence(where).generate_state(1)[0] >> 2)
 
 
 @dataclass(frozen=True)

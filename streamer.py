@@ -1,13 +1,11 @@
-"""Finished slots → micro-batches → minibatches, for one actor rank; every trajectory consumed
+"""Finished slots → micro-batches → minibatches, for one actor rank; every trajectory is consumed
 exactly once per epoch.
 
-Membership is fixed before anything runs: position p of a batch (slot = ring·batch + p, see
-`scheduler.Admission`) belongs to minibatch p // minibatch and to rank p // width % ranks, width
-being the envs of a lane or a group. Only the order of micro-batches inside a minibatch follows
+Membership is fixed before anything runs: position p of a batch (slot = ring · batch + p, see
+`scheduler.Admission`) belongs to minibatch p // minibatch and to rank p // width % ranks, where
+width is the envs of a lane or a group. Only the order of micro-batches inside a minibatch follows
 arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³,
-Streamer).
-
-With groups (GRPO) all of that is of whole groups.
+Streamer). With groups (GRPO) all of that is of whole groups.
 
 Left out: moving trajectories between ranks.
 """
@@ -17,9 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from config import Config
+from scheduler import Admission
+
 
 @dataclass(frozen=True)
 class MicroBatch:
+    """One forward and backward pass."""
+
     slots: tuple[int, ...]
     epoch: int
     minibatch: int
@@ -46,15 +49,19 @@ class Streamer:
         width: int = 1,
         group: int = 1,
     ):
+        """batch, minibatch, micro_batch: trajectories, the first two over all ranks; ring: batches
+        that the slots hold; version: the batch to begin with; width: envs whose trajectories go to
+        one rank; group: trajectories that are trained as a whole.
+        """
         self.batch = batch
         self.minibatch = minibatch
         self.micro_batch = micro_batch
         self.ring = ring
         self.epochs = epochs
         self.stream = stream
-        self.seed = seed
         self.rank = rank
         self.ranks = ranks
+        self.seed = seed
         self.version = version
         self.width = width
         self.group = group
@@ -62,62 +69,76 @@ class Streamer:
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
 
-    def _begin_batch(self) -> None:
-        self.epoch = self.step = self.dispatched = 0
-        self.consumed: set[int] = set()
-        first = self.version % self.ring * self.batch
-        self.mine = {
-            first + p for p in range(self.batch) if p // self.width % self.ranks == self.rank
-        }
-        self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
-        self.partial: dict[
-            int, list[int]
-        ] = {}  # members of a group that came before the others, by the group's first slot
-        self.stopping = False
-        for slot in sorted(s for s in self.finished if s in self.mine):
-            self._arrive(slot)
+    @classmethod
+    def of(cls, config: Config, rank: int, version: int) -> "Streamer":
+        """Makes the streamer of an actor rank. version: the batch to begin with."""
+        actor = config.actor
+        admission = Admission.of(config)
+        return cls(
+            actor.batch,
+            actor.minibatch,
+            actor.micro_batch,
+            actor.max_staleness + 1,
+            actor.update_epochs,
+            actor.stream,
+            rank,
+            actor.actor_workers,
+            config.train.seed,
+            version,
+            admission.whole,
+            admission.group,
+        )
 
-    def _arrive(self, slot: int) -> None:
-        """A group is ready when it is whole: its advantages need every member's outcome."""
-        members = self.partial.setdefault(slot - slot % self.group, [])
-        members.append(slot)
-        if len(members) == self.group:
-            self.ready[slot % self.batch // self.minibatch].extend(
-                self.partial.pop(slot - slot % self.group)
-            )
+    # ---------------------------------------------------------------- what comes in
 
     def add(self, slot: int) -> None:
-        """A trajectory is complete. Raises RuntimeError when it was already given
-        (consume-once).
+        """Takes in a complete trajectory. Raises RuntimeError when it was already given, or is
+        another rank's.
         """
         if slot in self.finished or slot in self.consumed:
             raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
-        if (owner := slot % self.batch // self.width % self.ranks) != self.rank:
+        owner = self._owner(slot)
+        if owner != self.rank:
             raise RuntimeError(f"slot {slot} belongs to actor rank {owner}, not {self.rank}")
         self.finished.add(slot)
         if slot in self.mine:
             self._arrive(slot)
+
+    def _owner(self, slot: int) -> int:
+        return slot % self.batch // self.width % self.ranks
+
+    def _arrive(self, slot: int) -> None:
+        """A group is ready when it is whole: its advantages need every member's outcome."""
+        first = slot - slot % self.group
+        members = self.partial.setdefault(first, [])
+        members.append(slot)
+        if len(members) == self.group:
+            minibatch = slot % self.batch // self.minibatch
+            self.ready[minibatch].extend(self.partial.pop(first))
 
     @property
     def waiting(self) -> int:
         """Finished trajectories not yet trained on."""
         return len(self.finished)
 
+    # ---------------------------------------------------------------- what goes out
+
     def next(self) -> MicroBatch | None:
-        """The next micro-batch of the current minibatch. The caller trains it before asking
-        again.
+        """Returns the next micro-batch of the current minibatch. The caller trains it before it
+        asks again.
         """
-        if self.epoch == self.epochs:
+        if self.done:
             return None
+        # Without streaming nothing is trained before the whole batch is there.
         complete = len(self.consumed) + sum(map(len, self.ready)) == self.local
         if not self.stream and not complete and self.epoch == 0:
             return None
         queue = self.ready[self.step]
         if len(queue) < self.micro_batch:
             return None
-        slots = tuple(
-            sorted(queue.popleft() for _ in range(self.micro_batch))
-        )  # so that its sums do not depend on arrival
+
+        # Slots are sorted, so that a micro-batch's sums do not depend on arrival.
+        slots = tuple(sorted(queue.popleft() for _ in range(self.micro_batch)))
         if self.epoch == 0:
             self.consumed.update(slots)
             self.finished.difference_update(slots)
@@ -126,35 +147,21 @@ class Streamer:
         micro_batch = MicroBatch(slots, self.epoch, self.step, last)
         if last:
             self.dispatched = 0
-            self.step = self.step + 1
+            self.step += 1
             if self.step == len(self.ready):
                 self._begin_epoch()
         return micro_batch
 
-    def _begin_epoch(self) -> None:
-        """Every minibatch of this epoch is out: the next epoch reshuffles the same trajectories,
-        seeded by version.
-        """
-        self.epoch = self.epochs if self.stopping else self.epoch + 1
-        self.step = 0
-        if self.epoch < self.epochs:
-            order = np.random.default_rng(
-                [self.seed, self.version, self.epoch, self.rank]
-            ).permutation(sorted(self.consumed))
-            self.ready = [deque(map(int, part)) for part in np.split(order, len(self.ready))]
-
     def stop(self) -> list[int]:
-        """No epochs after the first one, which every trajectory gets. Returns the slots that are
-        spared, once for each epoch.
+        """Leaves out all epochs after the first one, which every trajectory gets. Returns the slots
+        that are spared, once for each epoch.
         """
         if self.stopping:
             return []
         self.stopping = True
-        left = (
-            [slot for part in self.ready for slot in part] if self.epoch else []
-        )  # of the running epoch
-        left += sorted(self.mine) * (self.epochs - 1 - self.epoch)
-        if self.epoch:
+        left = sorted(self.mine) * (self.epochs - 1 - self.epoch)
+        if self.epoch:  # the running epoch ends too
+            left += [slot for part in self.ready for slot in part]
             self.epoch = self.epochs
         return left
 
@@ -163,9 +170,37 @@ class Streamer:
         """Whether every epoch of the batch has been given out."""
         return self.epoch == self.epochs
 
+    # ---------------------------------------------------------------- batches and epochs
+
+    def _begin_batch(self) -> None:
+        self.epoch = 0
+        self.step = 0  # minibatches of the epoch that are given out
+        self.dispatched = 0  # trajectories of the minibatch that are given out
+        self.stopping = False
+        self.consumed: set[int] = set()
+        first = self.version % self.ring * self.batch
+        slots = range(first, first + self.batch)
+        self.mine = {slot for slot in slots if self._owner(slot) == self.rank}
+        self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
+        # Members of a group that came before the others, by the group's first slot.
+        self.partial: dict[int, list[int]] = {}
+        for slot in sorted(self.finished & self.mine):
+            self._arrive(slot)
+
+    def _begin_epoch(self) -> None:
+        """Shuffles the same trajectories again, once every minibatch of the epoch is out. The
+        shuffle is named by seed, version, epoch and rank.
+        """
+        self.step = 0
+        self.epoch = self.epochs if self.stopping else self.epoch + 1
+        if not self.done:
+            random = np.random.default_rng([self.seed, self.version, self.epoch, self.rank])
+            order = random.permutation(sorted(self.consumed))
+            self.ready = [deque(map(int, part)) for part in np.split(order, len(self.ready))]
+
     def finish_batch(self) -> int:
-        """Checks that every trajectory of the batch was consumed, and moves on to the next. Returns
-        its version.
+        """Moves on to the next batch, and returns its version. Raises RuntimeError unless every
+        trajectory of the batch was consumed.
         """
         if self.consumed != self.mine:
             raise RuntimeError(

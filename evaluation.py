@@ -1,0 +1,169 @@
+"""Evaluation while training goes on: when a round begins, who plays it, and how it ended.
+
+`Evaluations` is the launcher's side: it opens rounds and reads their outcomes. `EvaluationLanes` is
+an env worker's side: lanes of their own play without exploration, on seeds never trained on, in
+slots of their own behind the training slots. Nobody waits for them before the run ends.
+
+Both sides meet in the shared counters. The launcher writes the number of the running round; env
+workers write the outcome of episode e into their column `outcome_e` as 2 · round + success, in one
+store. So a replaced worker sees what is left to play, and nothing counts twice.
+"""
+
+import math
+from collections.abc import Iterable
+
+from envs.lanes import Lane
+
+from channel import EVAL, Counters, Record
+from config import Config
+
+EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
+
+
+class EvaluationLanes:
+    """Plays an env worker's share of every round.
+
+    Episode e runs on evaluation env e % eval_envs, always in row 0 of that env's own slot.
+    """
+
+    def __init__(self, shard, lanes: dict[int, Lane]):
+        """shard: the `env_worker.Shard` that lends slots, queues and meter; lanes: by index."""
+        self.shard = shard
+        self.lanes = lanes
+        self.round = 0
+        self.episodes = {index: [0] * len(lane.envs) for index, lane in lanes.items()}
+        self.t = dict.fromkeys(lanes, 0)  # chunk steps since all envs of a lane began together
+        counters = shard.meter.counters
+        self.asked_round = counters.table[:1, counters.index["eval_round"]]
+
+    def begin_round_if_asked(self) -> None:
+        if self.round >= self.asked_round[0]:
+            return
+        self.round = int(self.asked_round[0])
+        first = self.shard.config.env.envs
+        for index, lane in self.lanes.items():
+            self.episodes[index] = [env - first for env in lane.envs]
+            self.go_on(lane, list(range(len(lane.envs))))
+
+    def slots_of(self, lane: Lane) -> slice:
+        first = self.shard.admission.slots + lane.envs[0] - self.shard.config.env.envs
+        return slice(first, first + len(lane.envs))
+
+    def on_actions(self, record: Record) -> None:
+        """Steps the lane that asked, and notes how episodes ended."""
+        shard = self.shard
+        width = shard.config.env.eval_width
+        lane = self.lanes[(record.slot - shard.admission.slots) // width]
+        plans = shard.planned_actions(lane, self.slots_of(lane), 0)
+        with shard.meter.work("step"):
+            outcome = lane.play(plans, shard.spec.horizon)
+
+        ended = []
+        for row in outcome.ended():
+            episode = self.episodes[lane.index][row]
+            if episode < shard.config.env.eval_episodes:  # else the env has played all of its share
+                shard.meter.set(f"outcome_{episode}", 2 * self.round + int(outcome.won[row]))
+                ended.append(row)
+        self.go_on(lane, ended)
+
+    def go_on(self, lane: Lane, rows: list[int]) -> None:
+        """Begins what is left of this round in envs that have nothing to play, and asks."""
+        shard = self.shard
+        count = shard.config.env.eval_episodes
+        episodes = self.episodes[lane.index]
+        for row in rows:
+            while episodes[row] < count and self.is_played(episodes[row]):
+                episodes[row] += shard.config.env.eval_envs
+
+        # Noise is named by episode and t; episodes that begin together begin at t = 0.
+        fresh = [row for row in rows if episodes[row] < count]
+        everybody = len(fresh) == len(lane.envs)
+        self.t[lane.index] = 0 if everybody else self.t[lane.index] + 1
+        begun = [episodes[row] for row in fresh]
+        tasks = [episode % len(shard.spec.tasks) for episode in begun]
+        with shard.meter.work("reset"):
+            lane.reset(fresh, tasks, [EVAL_SEEDS + episode for episode in begun])
+
+        if min(episodes) < count:
+            slots = self.slots_of(lane)
+            shard.label(lane, slots, episodes)
+            shard.observe(lane, slots, 0)
+            shard.request(lane, slots, EVAL, self.t[lane.index])
+
+    def is_played(self, episode: int) -> bool:
+        """Whether this round has its outcome already, perhaps from a worker that died since."""
+        meter = self.shard.meter
+        return meter.counters.get(meter.row, f"outcome_{episode}") >= 2 * self.round
+
+
+class Evaluations:
+    """Decides when to evaluate, and reads the result. The launcher keeps it, which no fault of a
+    simulator touches.
+
+    A round begins when all of the one before has been played, so that rounds never mix: every
+    `eval_every`-th version, as far as there is time, and always the last one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tasks: tuple[str, ...],
+        version: int,
+        counters: Counters,
+        lines: Iterable[dict] = (),
+    ):
+        """lines: metrics of earlier workers whose schedule goes on; a round that they only began is
+        played again.
+        """
+        self.config = config
+        self.tasks = tasks
+        self.counters = counters
+        self.round = 0
+        self.running: int | None = None  # the version that is being evaluated
+        self.due = math.inf  # the version that is evaluated next
+        if config.env.evaluates:
+            evaluated = [line["eval_version"] for line in lines if "eval_version" in line]
+            due = max(evaluated) + config.env.eval_every if evaluated else version
+            self.due = min(due, config.train.iterations)
+        self.news: dict = {}  # the newest finished round
+
+    def begins(self, version: int) -> bool:
+        """Whether a round begins now. Notes the result of the one that has just ended."""
+        if self.running is not None and not self.is_over():
+            return False
+        self.running = None
+        if version < self.due:
+            return False
+        last = self.config.train.iterations
+        next_one = min(version + self.config.env.eval_every, last)
+        self.due = next_one if version < last else math.inf
+        self.running = version
+        self.round += 1
+        self.counters.set(0, "eval_round", self.round)
+        return True
+
+    def is_over(self) -> bool:
+        """Whether every episode of the running round has its outcome; if so, it becomes `news`."""
+        episodes = self.config.env.eval_episodes
+        first = self.counters.index["outcome_0"]
+        # Only one worker writes an episode's outcome; the others' columns hold 0.
+        written = self.counters.table[:, first : first + episodes].max(axis=0)
+        won = written - 2 * self.round  # 1 or 0, and negative where an episode is yet to end
+        if (won < 0).any():
+            return False
+        self.news = {
+            "eval_success_rate": float(won.mean()),
+            "eval_episodes": episodes,
+            "eval_version": self.running,
+            "eval_per_task": {
+                task: round(float(won[k :: len(self.tasks)].mean()), 4)
+                for k, task in enumerate(self.tasks[:episodes])
+            },
+        }
+        return True
+
+    def report(self) -> dict:
+        """Returns the newest finished round, once."""
+        news = self.news
+        self.news = {}
+        return news

@@ -1,0 +1,393 @@
+"""What the actor computes: the loss of one micro-batch, one optimizer step, the end of one batch.
+
+PPO or GRPO is the affair of `algorithms.Algorithm`: this file asks it for advantages and a loss.
+Which trajectories make a micro-batch is decided in streamer.py; who else trains is in ranks.py.
+"""
+
+import json
+import math
+import os
+import pickle
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import algorithms
+import models
+from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
+from config import Config, UserError
+from models import checkpoint
+from ranks import Ranks
+from streamer import MicroBatch
+from tally import Tally
+
+# Slot fields that every loss is computed from.
+COMMON = ("task", "length", "reward", "value", "success", "terminated", "truncated")
+COMMON += ("logprob", "version")
+
+
+class Learner:
+    """The model in training, its optimizer, and what is known of the running batch."""
+
+    def __init__(self, config: Config, spec, device: str, ranks: Ranks, resume: dict | None):
+        """resume: state.json of the checkpoint that training goes on from, or None."""
+        self.config = config
+        self.spec = spec
+        self.device = device
+        self.ranks = ranks
+        torch.manual_seed(config.train.seed)
+        self.model = models.build(config, spec, device, "training")
+        self.idle = idle_weights(config, spec, self.model) if ranks.first else {}
+        self.trainable = self.model.trainable()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self.trainable)
+        self.parameters = list(self.trainable.values())
+        critic = self.model.critic()
+        self.critic = list(critic.values())
+        self.policy = [p for name, p in self.trainable.items() if name not in critic]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": self.policy, "lr": config.actor.lr},
+                {"params": self.critic, "lr": config.actor.value_lr},
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=config.actor.weight_decay,
+        )
+        self.algorithm = algorithms.load(config, spec)
+        extra = self.algorithm.slot_fields(config)
+        self.fields = tuple(dict.fromkeys((*COMMON, *extra, *self.model.training_fields())))
+        self.proximal: ExactProximal | None = None
+        if config.exact_proximal:
+            self.proximal = ExactProximal(self.model, self.parameters)
+        self.version = 0
+        if resume is not None:
+            self.load(resume)
+        # Weights of the newest versions, of which the oldest acts (--extra-staleness).
+        self.past: deque[dict[str, Tensor]] = deque(maxlen=config.actor.extra_staleness + 1)
+        self.begin_batch()
+
+    def begin_batch(self) -> None:
+        self.tally = Tally()
+        self.updated = False  # whether the weights are past those of `version`
+        self.kl = [0.0, 0.0]  # of the running minibatch: the sum of KLs, and of how many samples
+        self.rows: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
+        self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
+
+    # ---------------------------------------------------------------- one micro-batch
+
+    def train(self, data: dict[str, Tensor], micro: MicroBatch) -> None:
+        """Runs forward and backward; gradients accumulate until `step`.
+
+        data: `fields` of the micro-batch's trajectories [n, T or T + 1, …].
+
+        The loss is divided by the chunk steps of the whole minibatch over all ranks, trained on or
+        not, so that it depends neither on how the minibatch is cut nor on outcomes.
+        """
+        segment = data["reward"].shape[1]
+        self.tally.first_epoch = micro.epoch == 0
+        played = torch.arange(segment, device=self.device) < data["length"][:, None]
+        targets = self.algorithm.targets(data, played)
+        self.tally_trajectories(data, played, targets)
+        steps = targets.kept.sum(1).tolist()
+        self.rows |= dict(zip(micro.slots, steps, strict=True))
+        kept = targets.kept.flatten().nonzero()[:, 0]  # [m]
+        if len(kept) == 0:
+            return
+
+        # The rows that are trained on, and what the policy says of them now.
+        stored = {name: rows_of(data[name], segment, kept) for name in self.fields_of_steps()}
+        out = self.model.evaluate(stored)
+        granularity = self.config.algorithm.granularity
+        new = units(out["logprob"], granularity)
+        old = units(stored["logprob"], granularity)
+        staleness = (self.version - stored["version"]).to(torch.float32)
+        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, micro, kept)
+
+        # The loss.
+        advantages = self.algorithm.scale(rows_of(targets.advantages, segment, kept))
+        returns = None
+        if targets.returns is not None:
+            returns = rows_of(targets.returns, segment, kept)
+        samples = Samples(new, old, proximal, advantages, out["value"], returns, stored)
+        loss, numbers = self.algorithm.loss(samples)
+        total = self.config.actor.minibatch * segment
+        (loss / total).backward()
+        self.tally_samples(samples, staleness, numbers, out.get("entropy"))
+
+    def fields_of_steps(self) -> tuple[str, ...]:
+        """Returns the fields that have a row per chunk step, which is all but a trajectory's
+        own.
+        """
+        return tuple(name for name in self.fields if name not in ("task", "length"))
+
+    def proximal_logprob(self, stored, logprob, new, old, staleness, micro, kept) -> Tensor:
+        """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
+        if self.config.algorithm.proximal == "behaviour":
+            return old
+        if self.proximal is None:
+            return interpolated_proximal(new, old, staleness)
+        segment = self.config.env.segment
+        exact = self.proximal.of(stored, logprob, micro.slots, kept, segment)
+        exact = units(exact, self.config.algorithm.granularity)
+        return torch.where(staleness[:, None] > 0, exact, old)
+
+    def tally_trajectories(self, data: dict, played: Tensor, targets: Targets) -> None:
+        """Counts what is a fact of the trajectories, whatever the loss makes of them."""
+        add = self.tally.add
+        add("reward_sum", (data["reward"] * played).sum(), "part", per="batch")
+        add("advantage_square", targets.advantages.square().sum(), "part", per="batch")
+        add("filtered", (played & ~targets.kept).sum(), per="batch")
+        add("trained_once", targets.kept.sum(), per="batch")
+        add("trained", targets.kept.sum())
+        ended = (data["terminated"] | data["truncated"]) & played
+        won = data["success"] & played
+        for task in data["task"].unique().tolist():
+            mine = data["task"] == task
+            add(f"trajectories_{task}", mine.sum(), "part", per="batch")
+            add(f"episodes_{task}", ended[mine].sum(), "part", per="batch")
+            add(f"successes_{task}", won[mine].sum(), "part", per="batch")
+
+    def tally_samples(self, samples: Samples, staleness, numbers: dict, entropy) -> None:
+        """Counts what the loss said, how far the policy has moved, and how good the critic was."""
+        add = self.tally.add
+        for name, value in numbers.items():
+            add(name, value, "mean")
+        if entropy is not None:
+            add("entropy_or_noise", entropy.detach() * len(staleness), "mean")
+        add("staleness_mean", staleness.sum(), "mean")
+        add("staleness_max", staleness.max(), "max")
+        distance = by_staleness(samples.new, samples.old, staleness)
+        self.kl = [self.kl[0] + float(distance["approx_kl"]), self.kl[1] + len(staleness)]
+        add("approx_kl", distance.pop("approx_kl"), "mean")
+        add("ratio_max", distance.pop("ratio_max"), "max")
+        for name, value in distance.items():
+            add(name, value, "part")
+        if samples.returns is not None:
+            error = samples.returns - samples.stored["value"]
+            add("returns", samples.returns.sum(), "part", per="batch")
+            add("returns_square", samples.returns.square().sum(), "part", per="batch")
+            add("error", error.sum(), "part", per="batch")
+            add("error_square", error.square().sum(), "part", per="batch")
+
+    # ---------------------------------------------------------------- one optimizer step
+
+    def step(self) -> None:
+        """Ends a minibatch: clips the gradients, which must be summed over ranks, and steps."""
+        actor = self.config.actor
+        if self.version < self.config.algorithm.critic_warmup:
+            for parameter in self.policy:  # so that not even weight decay moves it
+                parameter.grad = None
+        self.tally.add("grad_norm_policy", norm_of(self.policy), "max")
+        self.tally.add("grad_norm_value", norm_of(self.critic), "max")
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, actor.grad_clip))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of version {self.version} is {norm}: lower --lr"
+            )
+        self.tally.add("grad_norm", norm, "max")
+
+        factor = schedule(self.version, self.config)
+        self.optimizer.param_groups[0]["lr"] = actor.lr * factor
+        self.optimizer.param_groups[1]["lr"] = actor.value_lr * factor
+        if norm > 0.0:  # else every group was filtered, and weight decay alone teaches nothing
+            if self.proximal:
+                self.proximal.keep_weights()
+            self.optimizer.step()
+            self.updated = True
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def moved_too_far(self) -> bool:
+        """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all
+        ranks.
+        """
+        kl = self.kl
+        self.kl = [0.0, 0.0]
+        limit = self.config.algorithm.kl_stop
+        if not limit:
+            return False
+        total, samples = self.ranks.sum(kl)
+        return total > limit * samples
+
+    # ---------------------------------------------------------------- one batch
+
+    def tally_accounts(self, accounts: dict[str, int]) -> None:
+        """Counts chunk steps of this batch that were lost before they could be trained."""
+        for reason, steps in accounts.items():
+            self.tally.add(reason, steps, "part")
+
+    def finish_batch(self) -> dict:
+        """Ends version v and begins v + 1. Returns the learner's part of a line of metrics.jsonl.
+
+        Raises RuntimeError where chunk steps were trained more or less often than once an epoch.
+        """
+        self.tally.add("skipped", sum(self.rows[slot] for slot in self.spared))
+        tally = self.ranks.combine(self.tally)
+        uses = self.config.actor.update_epochs * tally.get("trained_once")
+        if tally.get("trained") + tally.get("skipped") != uses:
+            raise RuntimeError(
+                f"of version {self.version}, {tally.get('trained'):.0f} chunk steps were trained "
+                f"and {tally.get('skipped'):.0f} skipped over all epochs, but {uses:.0f} were due"
+            )
+        self.version += 1
+        self.algorithm.finish_batch(tally.values, first=self.version == 1)
+        if self.proximal:
+            self.proximal.begin_batch()
+        line = tally.line(self.version, self.config, self.spec.tasks)
+        line["lr"] = self.config.actor.lr * schedule(self.version - 1, self.config)
+        self.begin_batch()
+        return line
+
+    def weights_that_act(self) -> dict[str, Tensor]:
+        """Returns those of this version; with --extra-staleness the oldest that are kept."""
+        if not self.config.actor.extra_staleness:
+            return self.trainable
+        self.past.append({name: p.detach().clone() for name, p in self.trainable.items()})
+        return self.past[0]
+
+    def should_save(self) -> bool:
+        train = self.config.train
+        return self.version % train.checkpoint_every == 0 or self.version == train.iterations
+
+    def save(self, folder: Path) -> Path:
+        """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
+        once. Returns its path.
+        """
+        path = folder / f"{self.version:06d}"
+        partial = folder / f".{path.name}.partial"
+        partial.mkdir(exist_ok=True)
+        weights = self.model.state_dict() | self.idle
+        checkpoint.save(partial / "model.safetensors", self.model.header, weights)
+        torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+        state = {
+            "version": self.version,
+            "seed": self.config.train.seed,  # it names all randomness: no generator has a state
+            "settings": {
+                "train_vlm": self.config.actor.train_vlm,
+                "oft_train": self.config.actor.oft_train,
+                "noise": self.config.rollout.noise,
+            },
+            "scale": self.algorithm.state(),
+        }
+        (partial / "state.json").write_text(json.dumps(state))
+        put_in_place(partial, path)
+        return path
+
+    def load(self, resume: dict) -> None:
+        """Continues from a checkpoint of this run. Raises UserError if optimizer.pt is
+        unreadable.
+        """
+        self.version = resume["version"]
+        self.algorithm.load(resume["scale"])
+        saved = Path(self.config.train.checkpoint) / "optimizer.pt"
+        try:
+            state = torch.load(saved, map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state)
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+            raise UserError(
+                f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older "
+                "checkpoint"
+            ) from None
+        for group in self.optimizer.param_groups:  # a flag given on resuming counts
+            group["weight_decay"] = self.config.actor.weight_decay
+
+
+def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:
+    """Returns the weights that training has no use for, to be saved with the others: a frozen VLM
+    stays in the host's memory.
+    """
+    if not model.idle():
+        return {}
+    whole = models.build(config, spec, weights="idle").state_dict()
+    return {name: tensor for name, tensor in whole.items() if name.startswith(model.idle())}
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Renames a checkpoint into place. One of the same version stays until the new one is there."""
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    if old.exists():
+        for file in old.iterdir():
+            file.unlink()
+        old.rmdir()
+
+
+def rows_of(x: Tensor, segment: int, kept: Tensor) -> Tensor:
+    """Picks the chunk steps `kept` [m] of x [n, T or T + 1, …]: [m, …]."""
+    return x[:, :segment].flatten(0, 1)[kept]
+
+
+def norm_of(parameters: list[Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
+
+
+def schedule(version: int, config: Config) -> float:
+    """Returns the factor of the learning rates while batch `version` is trained: warm-up, 1, then
+    with `anneal` a fall to 0 in the second half.
+
+    A fall over the whole run (CleanRL's anneal_lr) ended 5 points lower after as many iterations.
+    """
+    factor = min(1.0, (version + 1) / (config.actor.warmup + 1))
+    if config.actor.anneal:
+        factor *= min(1.0, 2.0 * (1.0 - version / config.train.iterations))
+    return factor
+
+
+class ExactProximal:
+    """Log-probs under the weights that a batch's first update begins from: computed once per
+    trajectory, and kept for later epochs.
+    """
+
+    def __init__(self, model, parameters: list[Tensor]):
+        self.model = model
+        self.parameters = parameters
+        self.begin_batch()
+
+    def begin_batch(self) -> None:
+        # Weights at the beginning of the batch, once an update has changed them.
+        self.before: list[Tensor] | None = None
+        self.stored: dict[int, Tensor] = {}  # log-probs [T, C, A] by slot
+
+    def keep_weights(self) -> None:
+        """Copies the weights; called before every optimizer step, of which the first one counts."""
+        if self.before is None:
+            self.before = [p.detach().clone() for p in self.parameters]
+
+    def of(
+        self,
+        rows: dict[str, Tensor],
+        new: Tensor,
+        slots: tuple[int, ...],
+        kept: Tensor,
+        segment: int,
+    ) -> Tensor:
+        """Returns the proximal log-probs [m, C, A] of a micro-batch's rows.
+
+        rows: slot fields [m, …]; new: today's log-probs [m, C, A]; kept [m]: their places among the
+        chunk steps of `slots`.
+        """
+        trajectory = kept // segment
+        row = kept % segment
+        if not self.stored.keys() >= set(slots):
+            found = self.under_first_weights(rows, new)
+            for i, slot in enumerate(slots):
+                whole = new.new_zeros(segment, *new.shape[1:])
+                whole[row[trajectory == i]] = found[trajectory == i]
+                self.stored[slot] = whole
+        return torch.stack([self.stored[slot] for slot in slots])[trajectory, row]
+
+    def under_first_weights(self, rows: dict[str, Tensor], new: Tensor) -> Tensor:
+        if self.before is None:  # nothing has changed yet
+            return new.detach()
+        self.exchange()
+        with torch.no_grad():
+            found = self.model.evaluate(rows)["logprob"]
+        self.exchange()
+        return found
+
+    def exchange(self) -> None:
+        for parameter, before in zip(self.parameters, self.before, strict=True):
+            parameter.data, before.data = before.data, parameter.data

@@ -1,0 +1,75 @@
+"""The actor workers together: each rank trains its share of every minibatch, and all hold the same
+weights, because gradients are summed before every step.
+
+Left out: several machines, FSDP2 (the trainable weights are replicated).
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tally import Tally
+
+
+class Ranks:
+    """This actor's place among the others. With one rank alone, everything here does nothing."""
+
+    def __init__(self, rank: int, count: int, device: str, folder: Path, version: int):
+        """folder: where the ranks meet; version: of this start of the workers. One file serves one
+        meeting.
+        """
+        self.rank = rank
+        self.count = count
+        self.device = device
+        self.first = rank == 0  # publishes, writes checkpoints, reports
+        self.several = count > 1
+        if self.several:
+            store = dist.FileStore(str(folder / f"rendezvous-{version}"), count)
+            backend = "gloo" if device == "cpu" else "nccl"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+
+    def sum_gradients(self, parameters: list[Tensor]) -> None:
+        """Sums gradients over ranks, as one flat tensor. The loss is already divided by the global
+        count.
+
+        A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then
+        keeps none. It may have one on some ranks only, where others' groups were all filtered
+        (GRPO): theirs counts as 0.
+        """
+        if not self.several:
+            return
+        has = parameters[0].new_tensor([p.grad is not None for p in parameters])
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([has, *(grad.flatten() for grad in grads)])
+        dist.all_reduce(flat)
+        has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+        for parameter, part, somewhere in zip(parameters, parts, has.tolist(), strict=True):
+            if somewhere:
+                parameter.grad = part.view_as(parameter).clone()
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        """Returns the sums over ranks."""
+        if not self.several:
+            return numbers
+        total = torch.tensor(numbers, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def combine(self, tally: Tally) -> Tally:
+        """Returns the tally of all ranks; a rank may lack names that others have."""
+        if not self.several:
+            return tally
+        everybody: list[Tally | None] = [None] * self.count
+        dist.all_gather_object(everybody, tally)
+        combined = Tally()
+        for one in everybody:
+            combined.merge(one)
+        return combined
+
+    def leave(self) -> None:
+        """No rank leaves while another still needs it."""
+        if self.several:
+            dist.barrier()
+            dist.destroy_process_group()
