@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import envs
 import metrics
@@ -44,6 +43,7 @@ from channel import (
     synchronize,
 )
 from config import Config
+from envs.lanes import Lane, make_lane
 from models.checkpoint import Header
 from scheduler import Admission
 
@@ -54,110 +54,24 @@ EVAL_SEEDS = (
     500_000  # first of the evaluation seeds; training draws from 2³⁰ up, demonstrations from 10⁷ up
 )
 
-Outcome = tuple[
-    list[float], list[bool], list[bool]
-]  # reward, terminated, truncated, of every env of a lane
-
-
-class Single:
-    """One env as a lane of one."""
-
-    def __init__(self, env):
-        self.env = env
-
-    @property
-    def prompt(self) -> str | None:
-        """Of the running episode, where they differ within a task (RoboCasa)."""
-        return getattr(self.env, "prompt", None)
-
-    def reset(self, rows: list[int], task: int, seeds: list[int]) -> None:
-        self.env.reset(task, seeds[0])
-
-    def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures [1, V, H, W, 3] and states [1, S]."""
-        picture, state = self.env.observe()
-        return picture[None], state[None]
-
-    def play(self, plans: list[np.ndarray], steps: list[int], horizon: int) -> Outcome:
-        """Steps through the one plan [C, A] until the episode ends. steps: control steps into the
-        episode, counted on.
-        """
-        reward = 0.0
-        taken = steps[0]
-        for action in plans[0]:
-            r, success = self.env.step(action)
-            reward = reward + r
-            taken = taken + 1
-            if success or taken >= horizon:
-                break
-        steps[0] = taken
-        return [float(reward)], [bool(success)], [taken >= horizon and not success]
-
-
-class Vectorised:
-    """The envs of a vectorised simulator as a lane."""
-
-    prompt = None
-
-    def __init__(self, sims, device: str, keep: bool):
-        """keep: whether pictures that are on a GPU stay there; else the model's `preparation` takes
-        them from the host.
-        """
-        self.sims = sims
-        self.device = device
-        self.keep = keep
-        self.reset = sims.reset
-
-    def observe(self) -> tuple[np.ndarray | Tensor, np.ndarray]:
-        """Pictures [N, V, H, W, 3], a tensor where they are on a GPU, and states [N, S]."""
-        pictures, states = self.sims.observe()
-        return pictures if self.keep else pictures.cpu().numpy(), states.cpu().numpy()
-
-    def play(self, plans: list[np.ndarray], steps: list[int], horizon: int) -> Outcome:
-        """Steps through N plans [C, A] with all envs; those whose episode has ended, now or before
-        (`Lane.steps`), go on with the others, to no effect.
-        """
-        actions = torch.from_numpy(np.array(plans)).to(self.device)
-        taken = torch.tensor(steps, device=self.device)
-        reward = torch.zeros(len(plans), device=self.device)
-        begun = alive = taken < horizon
-        won = torch.zeros_like(alive)
-        for c in range(actions.shape[1]):
-            r, success = self.sims.step(actions[:, c])
-            reward = torch.where(alive, reward + r, reward)
-            taken = taken + alive
-            won = won | alive & success
-            alive = alive & ~success & (taken < horizon)
-        steps[:] = taken.tolist()
-        return reward.tolist(), won.tolist(), (begun & ~alive & ~won).tolist()
-
-
-def ended_rows(won: list[bool], late: list[bool]) -> list[int]:
-    """The envs of a lane whose episodes have just ended."""
-    return [row for row in range(len(won)) if won[row] or late[row]]
-
 
 @dataclass
-class Lane:
-    index: int
-    sim: Single | Vectorised
-    envs: range  # their numbers; of evaluation those after all others
-    slots: slice | None = None  # where they write; None before the first trajectory
+class Playing:
+    """A lane, and where it is in its trajectories."""
+
+    lane: Lane
+    slots: slice | None = None  # where it writes; None before the first trajectory
     trajectory: int = 0  # j
     t: int = 0  # chunk steps into the trajectory
-    states: np.ndarray | None = None  # [N, S] as last observed
     ended: list[int] = field(
         default_factory=list
     )  # rows whose episodes have just ended, while their last observations are valued
-    steps: list[int] = field(
-        init=False
-    )  # [N] control steps into the episodes; the time limit where one is over
-    tasks: list[int] = field(init=False)  # [N]
     episodes: list[int] = field(init=False)  # [N] of the running round of evaluation
 
     def __post_init__(self):
-        self.steps = [0] * len(self.envs)
-        self.tasks = [-1] * len(self.envs)
+        self.index = self.lane.index
+        self.envs = self.lane.envs
+        self.tasks = self.lane.tasks
         self.episodes = [0] * len(self.envs)
 
     def moved_to(self, slot: int) -> slice | None:
@@ -220,8 +134,8 @@ def run(
     replies = channels.replies[rank]
     plane = channels.plane
     replies.close_writer()
-    module = envs.load(config.train.env)
-    spec = module.spec(config.train.tasks, config.env.image_size)
+    simulator = envs.load(config.train.env)
+    spec = simulator.spec(config.train.tasks, config.env.image_size)
     admission = Admission.of(config)
     generation = int(meter.counters.get(meter.row, "restarts"))
     grouped = config.train.algorithm == "grpo"  # then a trajectory is one episode
@@ -242,27 +156,27 @@ def run(
     )  # for a picture that is not here
     outbox: dict[int, list[Record]] = {}  # per rollout worker
 
-    def observe(lane: Lane, row: int) -> None:
+    def observe(lane: Playing, row: int) -> None:
         with meter.work("render"):
-            pictures, lane.states = lane.sim.observe()
+            pictures = lane.lane.observe()
             if on_gpu:
                 pool["image"][lane.slots, row] = pictures
                 synchronize(pool.device)  # before anybody is told that they are there
         for i, slot in enumerate(range(lane.slots.start, lane.slots.stop)):
             task = lane.tasks[i]
-            state = lane.states[i]
+            state = lane.lane.states[i]
             if not all(np.isfinite(state).tolist()):  # a third of the time that its `all()` takes
                 raise FloatingPointError(
                     f"the state of task {spec.tasks[task]!r} is not a number: {state}"
                 )
-            prompt = lane.sim.prompt or spec.prompts[task]
+            prompt = lane.lane.prompt or spec.prompts[task]
             for name, value in preparation.observe(
                 blank if on_gpu else pictures[i], state, prompt
             ).items():
                 if not (on_gpu and name == "image"):
                     seen[name][slot, row] = value
 
-    def request(lane: Lane, slot: int, kind: int, row: int) -> None:
+    def request(lane: Playing, slot: int, kind: int, row: int) -> None:
         """Asks for the whole lane, by its first slot; with DONE for nothing: whoever waits for
         every lane is not to wait for it.
         """
@@ -271,26 +185,22 @@ def run(
             Record(slot, row, kind, rank)
         )
 
-    def label(lane: Lane, trajectories: int | list[int]) -> None:
+    def label(lane: Playing, trajectories: int | list[int]) -> None:
         """Writes into the lane's slots whose they are."""
         labels["lane"][lane.slots] = lane.envs
         labels["trajectory"][lane.slots] = trajectories
         labels["task"][lane.slots] = lane.tasks
 
-    def reset(lane: Lane, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
-        """Begins an episode in some envs of a lane; those of one task together."""
-        for task in dict.fromkeys(tasks):
-            chosen = [i for i, other in enumerate(tasks) if other == task]
+    def reset(lane: Playing, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
+        """Begins an episode in some envs of a lane."""
+        if rows:
             with meter.work("reset"):
-                lane.sim.reset([rows[i] for i in chosen], task, [seeds[i] for i in chosen])
-        for row, task in zip(rows, tasks, strict=True):
-            lane.tasks[row] = task
-            lane.steps[row] = 0
+                lane.lane.reset(rows, tasks, seeds)
 
-    def tasks_of(lane: Lane, trajectory: int) -> list[int]:
+    def tasks_of(lane: Playing, trajectory: int) -> list[int]:
         return [admission.task(env, trajectory, len(spec.tasks)) for env in lane.envs]
 
-    def begin_episodes(lane: Lane, rows: list[int], trajectory: int, t: int) -> None:
+    def begin_episodes(lane: Playing, rows: list[int], trajectory: int, t: int) -> None:
         """Those that begin in row t of a trajectory, which names them as a resumed run would."""
         tasks = tasks_of(lane, trajectory)
         # The envs of a group meet the same initial state, also when one of them is played again by
@@ -308,7 +218,7 @@ def run(
             [Record(slot, steps, DONE, rank)]
         )
 
-    def park(lane: Lane) -> None:
+    def park(lane: Playing) -> None:
         """The lane waits for its version. A rollout worker that waits for every lane is not to wait
         for this one: PPO's last VALUE has told it that the trajectory is over, GRPO says so here
         (once more, where a dead worker may not have come to it).
@@ -318,7 +228,7 @@ def run(
         if grouped and lane.trajectory > begin and pool["trajectory"][last] == lane.trajectory - 1:
             request(lane, last, DONE, 0)
 
-    def find(lane: Lane) -> bool:
+    def find(lane: Playing) -> bool:
         """Moves a lane of a dead worker on to its first trajectory that no actor has received, once
         that is known.
 
@@ -336,7 +246,7 @@ def run(
         )
         return known or admission.batch_of(lane.trajectory) >= admission.batches
 
-    def begin_trajectory(lane: Lane) -> bool:
+    def begin_trajectory(lane: Playing) -> bool:
         """Moves a lane into its next slots when admission allows. The observation that ended the
         last trajectory begins this one, unless the task is another.
         """
@@ -361,21 +271,21 @@ def run(
         request(lane, lane.slots.start, ACT, 0)
         return True
 
-    def plans(lane: Lane, row: int) -> list[np.ndarray]:
+    def plans(lane: Playing, row: int) -> list[np.ndarray]:
         """What each simulator is to execute [C, A]."""
         asked = actions[
             lane.slots, row
         ].copy()  # a simulator that writes into what it is given must not change what is trained on
-        return [preparation.actions(a, s) for a, s in zip(asked, lane.states, strict=True)]
+        return [preparation.actions(a, s) for a, s in zip(asked, lane.lane.states, strict=True)]
 
-    def advance(lane: Lane) -> None:
+    def advance(lane: Playing) -> None:
         """Actions for row t have come: step, write what happened."""
         t = lane.t
         slots = lane.slots
         with meter.work("step"):
-            before = sum(lane.steps)
-            rewards, won, late = lane.sim.play(plans(lane, t), lane.steps, spec.horizon)
-        meter.count("env_steps", sum(lane.steps) - before)
+            outcome = lane.lane.play(plans(lane, t), spec.horizon)
+        rewards, won, failed, late, steps = outcome
+        meter.count("env_steps", steps)
         collected[slots] += 1
         for row, value in enumerate(rewards):
             if not math.isfinite(value):
@@ -383,16 +293,12 @@ def run(
                     f"the reward of task {spec.tasks[lane.tasks[row]]!r} is {value}"
                 )
         reward[slots, t] = rewards
-        terminated[slots, t] = won
+        terminated[slots, t] = np.logical_or(won, failed)
         truncated[slots, t] = late
-        ended = ended_rows(won, late)
+        ended = outcome.ended()
         if ended:
             meter.count("episodes", len(ended))
             meter.count("successes", sum(won))
-        for (
-            row
-        ) in ended:  # until another begins: those of a group play on, to no effect, with their lane
-            lane.steps[row] = spec.horizon
         if grouped and (terminated[slots, : t + 1] | truncated[slots, : t + 1]).any(1).all():
             finish(slots.start, t + 1)
             lane.trajectory += 1
@@ -406,7 +312,7 @@ def run(
         else:
             go_on(lane)
 
-    def go_on(lane: Lane) -> None:
+    def go_on(lane: Playing) -> None:
         """The step is complete: begin new episodes where they ended, observe, ask again."""
         slots = lane.slots
         after = lane.t + 1
@@ -431,7 +337,7 @@ def run(
 
     # ---- evaluation: episode e runs on evaluation env e % eval_envs, in that env's own slot,
     # always in row 0
-    def go_on_evaluating(lane: Lane, rows: list[int]) -> None:
+    def go_on_evaluating(lane: Playing, rows: list[int]) -> None:
         """Begins what is left of this round in envs that have nothing to play (a dead worker may
         have played some), and asks.
         """
@@ -454,12 +360,11 @@ def run(
             observe(lane, 0)
             request(lane, lane.slots.start, EVAL, lane.t)
 
-    def advance_evaluation(lane: Lane) -> None:
+    def advance_evaluation(lane: Playing) -> None:
         with meter.work("step"):
-            _, won, late = lane.sim.play(plans(lane, 0), lane.steps, spec.horizon)
-        ended = [
-            row for row in ended_rows(won, late) if lane.episodes[row] < config.env.eval_episodes
-        ]
+            outcome = lane.lane.play(plans(lane, 0), spec.horizon)
+        won = outcome.won
+        ended = [row for row in outcome.ended() if lane.episodes[row] < config.env.eval_episodes]
         for row in ended:
             meter.set(f"outcome_{lane.episodes[row]}", 2 * eval_round + int(won[row]))
         go_on_evaluating(lane, ended)
@@ -467,16 +372,9 @@ def run(
     if config.env.lanes and device != "cpu":
         torch.cuda.set_device(device)
 
-    def make(count: int) -> Single | Vectorised:
-        if config.env.lanes:
-            return Vectorised(
-                module.Envs(spec.tasks, config.env.image_size, count, device), device, on_gpu
-            )
-        return Single(
-            envs.maker(config.train.env, config.env.render_quality)(
-                spec.tasks, config.env.image_size
-            )
-        )
+    def make(index: int, first: int, count: int) -> Lane:
+        numbers = range(first, first + count)
+        return make_lane(simulator, spec, config, index, numbers, device, on_gpu)
 
     width = config.env.width
     eval_width = config.env.eval_width
@@ -484,16 +382,14 @@ def run(
     lanes = {}
     evaluators = {}
     for index in range(rank, config.env.envs // width, config.env.env_workers):
-        lanes[index] = Lane(
-            index, make(width), range(index * width, (index + 1) * width), trajectory=begin
-        )
+        lanes[index] = Playing(make(index, index * width, width), trajectory=begin)
     for index in range(
         rank,
         config.env.eval_envs // eval_width if config.env.evaluates else 0,
         config.env.env_workers,
     ):
         first = config.env.envs + index * eval_width
-        evaluators[index] = Lane(index, make(eval_width), range(first, first + eval_width))
+        evaluators[index] = Playing(make(index, first, eval_width))
         evaluators[index].moved_to(admission.slots + index * eval_width)
     eval_round = 0
     asked_round = meter.counters.table[:1, meter.counters.index["eval_round"]]
