@@ -19,13 +19,16 @@ from typing import Literal
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
 Family = Literal["pi0", "pi05", "gr00t", "oft"]  # what --model takes; files in models/
-Simulator = Literal[
-    "metaworld", "libero", "maniskill", "robocasa"
-]  # what --env takes; files of these names in envs/
 
 
 class UserError(Exception):
     """A mistake of the user's. The message is one sentence saying what is wrong and what to do."""
+
+
+def require(condition: object, sentence: str) -> None:
+    """Raises UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
 
 
 @contextlib.contextmanager
@@ -42,9 +45,10 @@ def exit_on_user_error() -> Iterator[None]:
 class RunConfig:
     model: Literal[Family, "emulated"] = "pi05"
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
-    env: Literal[Simulator, "emulated", "emulated_gr00t", "vectorised"] = "metaworld"
-    """simulator; `emulated`, `emulated_gr00t` and `vectorised` sleep for calibrated times, to
-    measure the pipeline alone
+    env: str = "metaworld"
+    """simulator: metaworld, libero, maniskill, robocasa, or a new one (envs/__init__.py);
+    `emulated`, `emulated_gr00t` and `vectorised` sleep for calibrated times, to measure the
+    pipeline alone
     """
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""

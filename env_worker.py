@@ -1,8 +1,7 @@
 """Steps a share of the simulators. Every lane runs on its own: while one waits for its actions, the
 others step.
 
-    observe → write row t of the slots → request → (the rollout worker writes actions) → step → t +
-    1 …
+    observe → write row t → request → (the rollout worker writes actions) → step → row t + 1 …
 
 Read `run` first: it is the whole worker. `Shard` holds what the worker owns, `TrainingLane` is the
 life of one lane. What makes a lane one env or many is in envs/lanes.py; evaluation lanes are in

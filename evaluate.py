@@ -25,7 +25,6 @@ from config import (
     Config,
     Family,
     RolloutConfig,
-    Simulator,
     UserError,
     embedded_files,
     exit_on_user_error,
@@ -58,7 +57,7 @@ class EvaluateConfig:
     """
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    env: Simulator = "metaworld"
+    env: str = "metaworld"
     """simulator"""
     tasks: tuple[str, ...] = ()
     """tasks; none means those of the run, else the simulator's default task set"""
@@ -97,8 +96,11 @@ def run_episodes(
     """
     outcomes = [[] for _ in spec.tasks]
     films = [[] for _ in spec.tasks]
-    make = envs.maker(config.env, config.render_quality)
-    lanes = [make(spec.tasks, spec.image_size) for _ in range(min(8, config.episodes))]
+    simulator = envs.load(config.env)
+    lanes = [
+        simulator.make(spec.tasks, spec.image_size, config.render_quality)
+        for _ in range(min(8, config.episodes))
+    ]
     try:
         for first in range(0, config.episodes, len(lanes)):
             playing = list(
@@ -112,8 +114,7 @@ def run_episodes(
             while playing:
                 seen = [lanes[e - first].observe() for e in playing]
                 said = [
-                    getattr(lanes[e - first], "prompt", None) or spec.prompts[e % len(spec.tasks)]
-                    for e in playing
+                    lanes[e - first].prompt or spec.prompts[e % len(spec.tasks)] for e in playing
                 ]
                 rows = [preparation.observe(*s, words) for s, words in zip(seen, said, strict=True)]
                 obs = {
@@ -133,9 +134,10 @@ def run_episodes(
                     for action in preparation.actions(plan[:chunk], state):
                         if episode < len(spec.tasks) and steps[episode] % 2 == 0:
                             films[task].append(lane.film())
-                        _, success = lane.step(action)
+                        step = lane.step(action)
+                        success = step.success and not step.failed
                         steps[episode] += 1
-                        if success or steps[episode] >= spec.horizon:
+                        if success or step.failed or steps[episode] >= spec.horizon:
                             outcomes[task].append(success)
                             playing.remove(episode)
                             break

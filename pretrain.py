@@ -106,7 +106,7 @@ def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> l
             action[3] /= config.pace  # the gripper is not a speed
             actions.append(action)
             noise = rng.normal(0.0, config.action_noise, 4) * (finish is None)
-            _, success = env.step(np.clip(action + noise, -1.0, 1.0))
+            success = env.step(np.clip(action + noise, -1.0, 1.0)).success
             finish = t if success and finish is None else finish
             if finish is not None and t >= finish + chunk:
                 break
@@ -171,7 +171,7 @@ def fit(
 
 
 def main(config: PretrainConfig) -> None:
-    import envs
+    from envs import metaworld
 
     default, vocabulary = embedded_files(config.model)
     out = config.out or default
@@ -189,8 +189,8 @@ def main(config: PretrainConfig) -> None:
             "speed"
         )
     started = time.monotonic()
-    tasks = config.tasks or ("button-press-topdown", *envs.load("metaworld").DEFAULT_TASKS)
-    env_spec = envs.load("metaworld").spec(tasks, IMAGE_SIZE)
+    tasks = config.tasks or ("button-press-topdown", *metaworld.DEFAULT_TASKS)
+    env_spec = metaworld.spec(tasks, IMAGE_SIZE)
     family = models.files(config.model)
     seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)
@@ -216,7 +216,7 @@ def main(config: PretrainConfig) -> None:
 
     vocabulary = out.with_name(vocabulary.name)
     tokenize.train_vocabulary(
-        [family.wording(task) for task in envs.load("metaworld").PROMPTS.values()], vocabulary
+        [family.wording(task) for task in metaworld.PROMPTS.values()], vocabulary
     )
     torch.manual_seed(config.seed)
     model = family.embedded(config.model, str(vocabulary)).share_memory()  # rank 0 trains this one

@@ -226,8 +226,9 @@ def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
     """
     ratio = config.train.parts
     placement = config.train.placement
-    if hasattr(simulator, "workers") and not config.env.env_workers:
-        config.env.env_workers = min(simulator.workers(ratio, placement), config.env.envs)
+    workers = simulator.workers(ratio, placement)
+    if workers is not None and not config.env.env_workers:
+        config.env.env_workers = min(workers, config.env.envs)
     counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
     placed = place(ratio, placement, gpus, cores, *counts)
     config.env.env_workers = len(placed.env_devices)

@@ -156,12 +156,17 @@ def prepare(config: Config) -> Setup:
         dict.fromkeys(filter(None, (config.train.suite, *config.train.tasks)))
     )
     default, tokenizer = embedded_files(name)
-    if config.train.checkpoint is None and name != "emulated" and hasattr(simulator, "STATE_RANGE"):
+    shipped = config.train.env == "metaworld"
+    if config.train.checkpoint is None and name != "emulated" and not shipped:
         config.env.image_size = config.env.image_size or 64
         spec = simulator.spec(config.train.tasks, config.env.image_size)
-        usual = tuple(bound[: spec.state_dim] for bound in simulator.STATE_RANGE)
         found = untrained.start(
-            ROOT / "runs", name, spec, usual, config.rollout.chunk, config.rollout.tokens or 0
+            ROOT / "runs",
+            name,
+            spec,
+            spec.state_range,
+            config.rollout.chunk,
+            config.rollout.tokens or 0,
         )
         config.train.checkpoint, config.train.tokenizer = found
     if config.train.checkpoint is None and name != "emulated" and not default.is_file():
@@ -180,7 +185,7 @@ def prepare(config: Config) -> Setup:
     config.env.image_size = config.env.image_size or (
         64 if name == "emulated" else checkpoint.frame_size(config.train.checkpoint)
     )
-    if vectorised := hasattr(simulator, "Envs"):
+    if vectorised := simulator.vectorised:
         config.env.lanes = config.env.lanes or 2
     elif config.env.lanes:
         raise UserError(

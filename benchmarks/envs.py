@@ -35,7 +35,7 @@ class Ours:
         import envs
 
         self.spec = envs.load(name).spec((TASKS[name],), size)
-        self.make = lambda: envs.maker(name, quality)(self.spec.tasks, size)
+        self.make = lambda: envs.load(name).make(self.spec.tasks, size, quality)
         self.envs = [self.make() for _ in range(count)]
         self.seed = 0
         self.reset()

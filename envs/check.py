@@ -85,7 +85,7 @@ def play(
     for step in range(1, steps + 1):
         chosen = action(env)
         start = time.perf_counter()
-        _, success = env.step(chosen)
+        success = env.step(chosen).success
         took += time.perf_counter() - start
         if step == steps // 2:
             frames.append(env.observe()[0])
@@ -110,11 +110,10 @@ def main(config: CheckConfig) -> Path:
         )
     process = psutil.Process()
     import_s = time.perf_counter()
-    module = envs.load(config.env)
-    spec = module.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
+    simulator = envs.load(config.env)
+    spec = simulator.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
     import_s = time.perf_counter() - import_s
     imported = process.memory_info().rss
-    make = envs.maker(config.env, config.render_quality)
     print(
         f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} "
         f"pixels, state [{spec.state_dim}], ",
@@ -124,7 +123,7 @@ def main(config: CheckConfig) -> Path:
         f"action [{spec.action_dim}], at most {spec.horizon} control steps; imported in "
         f"{import_s:.1f} s"
     )
-    env = make(spec.tasks, config.image_size)
+    env = simulator.make(spec.tasks, config.image_size, config.render_quality)
     sheet = []
     try:
         row("", "make s", "reset ms", "step ms", "frame ms", "ends")
@@ -143,7 +142,7 @@ def main(config: CheckConfig) -> Path:
                 row(f"{name}, {player}", *figures, f"  {end}")
                 sheet.append(np.concatenate([view for frame in frames for view in frame], axis=1))
         before = process.memory_info().rss
-        second = make(spec.tasks, config.image_size)
+        second = simulator.make(spec.tasks, config.image_size, config.render_quality)
         second.reset(0, config.seed + len(spec.tasks))
         second.observe()
         megabytes = [imported, before - imported, process.memory_info().rss - before]

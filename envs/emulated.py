@@ -49,8 +49,9 @@ import time
 
 import numpy as np
 
+import envs
 from config import UserError, parse_ratio
-from envs import EnvSpec
+from envs import EnvSpec, Step
 
 SCALE = 1 / 10  # seconds here per second there
 ROUND = (
@@ -118,11 +119,12 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(tasks, ("wait",) * len(tasks), VIEWS, image_size, 4, 4, EPISODE * CHUNK)
 
 
-class Env:
+class Env(envs.Env):
     mean_s = MEAN
     tail = TAIL
 
-    def __init__(self, tasks: tuple[str, ...], image_size: int):
+    def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
+        super().__init__(tasks, image_size, quality)
         self.image = np.zeros((VIEWS, image_size, image_size, 3), np.uint8)
         self.means = [self.mean_s * (1.0 if task == "emulated" else float(task)) for task in tasks]
 
@@ -131,7 +133,7 @@ class Env:
         self.mean = self.means[task]
         self.steps = 0
 
-    def step(self, action: np.ndarray) -> tuple[float, bool]:
+    def step(self, action: np.ndarray) -> Step:
         if self.mean and self.steps % CHUNK == 0:
             if self.steps == 0:
                 self.rng = np.random.default_rng(self.seed)
@@ -139,10 +141,7 @@ class Env:
                 self.mean * float(self.rng.lognormal(-0.5 * self.tail**2, self.tail))
             )  # whose mean is 1
         self.steps += 1
-        return 0.0, False
+        return Step(0.0, False)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         return self.image, np.zeros(4, np.float32)
-
-    def close(self) -> None:
-        pass

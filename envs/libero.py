@@ -34,12 +34,14 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import envs
+
 from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 
 from config import UserError
-from envs import EnvSpec, stability
+from envs import EnvSpec, Step, stability
 
 # Control steps after which an episode is cut: RLinf's for its π0 and π0.5 recipes (its OFT recipe
 # takes 512 for libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has
@@ -123,7 +125,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     ]
     names = tuple(dict.fromkeys(names))
     horizon = max(SUITES[suite_of(name)] for name in names)
-    return EnvSpec(names, tuple(map(language, names)), len(CAMERAS), image_size, 8, 7, horizon)
+    prompts = tuple(map(language, names))
+    return EnvSpec(names, prompts, len(CAMERAS), image_size, 8, 7, horizon, STATE_RANGE)
 
 
 @cache
@@ -406,14 +409,12 @@ def axis_angle(q: np.ndarray) -> np.ndarray:
     return np.zeros(3) if math.isclose(length, 0.0) else q[1:] * 2.0 * math.acos(w) / length
 
 
-class Env:
+class Env(envs.Env):
     """One env instance: its own physics state in a scene that it may share."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
+        super().__init__(tasks, image_size, quality)
         drawing.forget_missing_device()
-        self.tasks = tasks
-        self.size = image_size
-        self.quality = quality
         self.scene: Scene | None = None
 
     # ---- episodes
@@ -507,7 +508,7 @@ class Env:
 
     # ---- control
 
-    def step(self, action: np.ndarray) -> tuple[float, bool]:
+    def step(self, action: np.ndarray) -> Step:
         """action [7]: hand displacement (1 is 5 cm), rotation (1 is 0.5 rad), gripper (-1 opens, 1
         closes); clipped to [-1, 1].
         """
@@ -548,7 +549,7 @@ class Env:
                 self.sampled = False
         stability.check(data)
         success, self.lamps = scene.success(data)
-        return float(success), success
+        return Step(float(success), success)
 
     def _pose(self) -> Pose:
         scene = self.scene

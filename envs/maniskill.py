@@ -31,8 +31,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import envs
 from config import ROOT, UserError
-from envs import EnvSpec
+from envs import EnvSpec, Step
 
 if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
     raise ModuleNotFoundError("No module named 'mani_skill'", name="mani_skill")
@@ -137,7 +138,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     known = {name: task for given in tasks or DEFAULT_TASKS for name, task in expand(given).items()}
     prompts = tuple(task.prompt for task in known.values())
     joints = max(task.joints for task in known.values())
-    return EnvSpec(tuple(known), prompts, 1, image_size, joints, ACTIONS, HORIZON)
+    usual = tuple(bound[:joints] for bound in STATE_RANGE)
+    return EnvSpec(tuple(known), prompts, 1, image_size, joints, ACTIONS, HORIZON, usual)
 
 
 def check_drawing(device: torch.device) -> None:
@@ -237,7 +239,7 @@ def squeeze(pictures: torch.Tensor, size: int) -> torch.Tensor:
     return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-class Envs:
+class Envs(envs.Envs):
     """`count` envs of one lane. Simulators are made when a task is first played: on a GPU one per
     task, else one per task and row.
 
@@ -247,8 +249,7 @@ class Envs:
     def __init__(
         self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device
     ):
-        self.size = image_size
-        self.count = count
+        super().__init__(tasks, image_size, count, device)
         self.device = torch.device(device)
         self.tasks = [expand(name)[name] for name in tasks]
         check_drawing(self.device)
@@ -284,7 +285,7 @@ class Envs:
         """What a simulator says about the rows that it plays: of [its scenes, …], [rows, …]."""
         return values if len(values) == len(self.index[key]) else values[self.index[key]]
 
-    def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, actions: torch.Tensor) -> Step:
         """actions [N, 7] float32. Returns reward [N] float32 and success [N] bool. Rows never reset
         stay as they are.
         """
@@ -294,7 +295,7 @@ class Envs:
             sim = self.sims[key]
             *_, info = sim.step(actions[index] if sim.num_envs == 1 else actions)
             success[index] = self._at(key, info["success"])
-        return success.float(), success
+        return Step(success.float(), success)
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
         """images [N, 1, H, W, 3] uint8 and states [N, S] float32, on the device: the only thing

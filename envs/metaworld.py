@@ -16,13 +16,15 @@ meta-learning benchmarks (ML1 to ML45), which hide the goal, and the 50 fixed go
 draw per task: here a seed names one of endlessly many.
 """
 
+import envs
+
 from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from config import UserError
-from envs import EnvSpec, stability
+from envs import EnvSpec, Step, stability
 
 # The wording is ours; Meta-World itself has no language instructions.
 PROMPTS = {
@@ -144,6 +146,8 @@ LONG_TASKS = (
     "window-open",
 )
 KEEP = 8  # an evaluation lane of MT50 meets 25 tasks
+# What Meta-World lets the hand reach, metres (`hand_low`, `hand_high`), and the gripper's opening.
+STATE_RANGE = ((-0.5, 0.4, 0.05, 0.0), (0.5, 1.0, 0.5, 1.0))
 CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 
 
@@ -165,7 +169,9 @@ def expand(name: str) -> tuple[str, ...]:
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     tasks = tuple(dict.fromkeys(task for name in tasks for task in expand(name))) or DEFAULT_TASKS
     horizon = LONG_HORIZON if set(tasks) & set(LONG_TASKS) else HORIZON
-    return EnvSpec(tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, horizon)
+    return EnvSpec(
+        tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, horizon, STATE_RANGE
+    )
 
 
 # GL contexts of this process by (task, pixels): envs of one task draw the same geometry, only their
@@ -177,15 +183,14 @@ def thin_meshes(model: mujoco.MjModel) -> None:
     drawing.thin_meshes(model, np.full(model.nmesh, CELL))
 
 
-class Env:
+class Env(envs.Env):
     """One env instance. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks, so
     that a reset costs milliseconds.
     """
 
-    def __init__(self, tasks: tuple[str, ...], image_size: int):
+    def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
+        super().__init__(tasks, image_size, quality)
         drawing.forget_missing_device()
-        self.tasks = tasks
-        self.size = image_size
         self.sims = {}
         self.option = mujoco.MjvOption()
         self.option.sitegroup[:] = (
@@ -228,14 +233,14 @@ class Env:
         self.sim.seed(seed)
         self.state = self.sim.reset(seed=seed)[0]
 
-    def step(self, action: np.ndarray) -> tuple[float, bool]:
+    def step(self, action: np.ndarray) -> Step:
         """action [4] float32: hand displacement x, y, z in units of 1 cm per step and gripper, each
         clipped to [-1, 1].
         """
         self.state, _, _, _, info = self.sim.step(np.clip(action, -1.0, 1.0))
         stability.check(self.sim.data)
         success = bool(info["success"])
-        return float(success), success
+        return Step(float(success), success)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         return self._render(self.size)[None], self.state[:4].astype(np.float32)

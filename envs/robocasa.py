@@ -29,8 +29,9 @@ import re
 
 import numpy as np
 
+import envs
 from config import UserError
-from envs import EnvSpec
+from envs import EnvSpec, Step
 
 for package in ("robosuite", "robocasa"):  # imported where they are used: that takes seconds
     if importlib.util.find_spec(package) is None:
@@ -114,15 +115,15 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
                 "PickPlaceCounterToSink"
             )
     prompts = tuple(" ".join(re.findall(r"[A-Z][a-z0-9]*", name)).lower() for name in tasks)
-    return EnvSpec(tasks, prompts, len(VIEWS), image_size, sum(STATE.values()), ACTIONS, HORIZON)
+    size = sum(STATE.values())
+    return EnvSpec(tasks, prompts, len(VIEWS), image_size, size, ACTIONS, HORIZON, STATE_RANGE)
 
 
-class Env:
+class Env(envs.Env):
     """One env instance. Another task or episode is another kitchen: some seconds."""
 
-    def __init__(self, tasks: tuple[str, ...], image_size: int):
-        self.tasks = tasks
-        self.size = image_size
+    def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
+        super().__init__(tasks, image_size, quality)
         self.task = -1
         self.sim = None
         self.prompt = None
@@ -178,11 +179,11 @@ class Env:
             ) from None
         self.prompt = self.sim.get_ep_meta()["lang"]
 
-    def step(self, action: np.ndarray) -> tuple[float, bool]:
+    def step(self, action: np.ndarray) -> Step:
         """action [12] float32, each clipped to [-1, 1]."""
         self.seen = self.sim.step(np.clip(action, -1.0, 1.0))[0]
         success = bool(self.sim._check_success())
-        return float(success), success
+        return Step(float(success), success)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         state = np.concatenate(

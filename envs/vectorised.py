@@ -36,10 +36,10 @@ step are 16 here.
 
 import time
 
-import numpy as np
 import torch
 
-from envs import EnvSpec, emulated
+import envs
+from envs import EnvSpec, Step, emulated
 
 SCALE = 1 / 40  # seconds here per second there
 # GPUs that simulate at 1:1, and envs of them all
@@ -71,33 +71,25 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(("vectorised",), ("wait",), 1, image_size, 4, 4, EPISODE * CHUNK)
 
 
-class Envs:
+class Envs(envs.Envs):
     """`count` envs that step together, always in the same second of their chunks."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str):
+        super().__init__(tasks, image_size, count, device)
         self.images = torch.zeros(
             count, 1, image_size, image_size, 3, dtype=torch.uint8, device=device
         )
-        self.count = count
-        self.device = device
         self.steps = 0
 
     def reset(self, rows: list[int], task: int, seeds: list[int]) -> None:
         self.steps = 0
 
-    def step(self, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, actions: torch.Tensor) -> Step:
         if self.steps % CHUNK == 0:
             time.sleep(FIXED + self.count * EACH)
         self.steps += 1
-        return torch.zeros(self.count, device=self.device), torch.zeros(
-            self.count, dtype=torch.bool, device=self.device
-        )
+        rewards = torch.zeros(self.count, device=self.device)
+        return Step(rewards, torch.zeros(self.count, dtype=torch.bool, device=self.device))
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images, torch.zeros(self.count, 4, device=self.device)
-
-    def film(self, size: int) -> np.ndarray:
-        return np.zeros((size, size, 3), np.uint8)
-
-    def close(self) -> None:
-        pass

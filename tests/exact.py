@@ -16,10 +16,11 @@ from torch import nn
 
 import envs
 import models
-from envs import EnvSpec
+from envs import EnvSpec, Step
 from models.checkpoint import Header
 
-envs.ENVS["emulated"] = models.MODELS["emulated"] = models.FILES["emulated"] = "exact"
+envs.SIMULATORS["emulated"] = ("exact", "")
+models.MODELS["emulated"] = models.FILES["emulated"] = "exact"
 # of an action; control steps of an episode
 DEVIATION = 0.5
 HORIZON = 60
@@ -30,10 +31,10 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(("reach",), ("reach",), 1, image_size, 4, 4, HORIZON)
 
 
-class Env:
+class Env(envs.Env):
     """A point that actions push; it succeeds where its first coordinate passes 0.1."""
 
-    def __init__(self, tasks, image_size):
+    def __init__(self, tasks, image_size, quality):
         self.image = np.zeros((1, image_size, image_size, 3), np.uint8)
 
     def reset(self, task, seed):
@@ -43,7 +44,7 @@ class Env:
         self.state = np.float32(0.95) * self.state + np.float32(0.05) * np.clip(
             action, -1, 1
         ).astype(np.float32)
-        return float(self.state[0] > 0.1), bool(self.state[0] > 0.1)
+        return Step(float(self.state[0] > 0.1), bool(self.state[0] > 0.1))
 
     def observe(self):
         time.sleep(0.004 * slow.random())

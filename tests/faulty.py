@@ -17,9 +17,9 @@ import numpy as np
 
 import envs
 from env_worker import EVAL_SEEDS
-from envs import emulated
+from envs import Step, emulated
 
-envs.ENVS |= {"emulated": "faulty", "vectorised": "faulty_lanes"}
+envs.SIMULATORS |= {"emulated": ("faulty", ""), "vectorised": ("faulty_lanes", "")}
 spec = emulated.spec
 FAULTS = {
     "raise": "step",
@@ -48,7 +48,7 @@ def strikes(where: str) -> bool:
 
 
 class Env(emulated.Env):
-    def __init__(self, tasks, image_size):
+    def __init__(self, tasks, image_size, quality="fast"):
         global made
         super().__init__(tasks, image_size)
         self.number = made
@@ -73,9 +73,9 @@ class Env(emulated.Env):
         self.steps += 1
         if strikes("step"):
             if os.environ["FAULT"] == "reward":
-                return float("inf"), False
+                return Step(float("inf"), False)
             raise RuntimeError("the simulator broke")
-        return float(self.steps == self.win), self.steps == self.win
+        return Step(float(self.steps == self.win), self.steps == self.win)
 
     def observe(self):
         image, state = super().observe()

@@ -3,8 +3,11 @@
 import numpy as np
 import torch
 
+import envs
+from envs import Step
 
-class Stacked:
+
+class Stacked(envs.Envs):
     kind: type  # of its envs: a class with reset, observe and step
 
     def __init__(self, tasks, image_size, count, device):
@@ -19,7 +22,5 @@ class Stacked:
         return torch.from_numpy(np.stack(pictures)), torch.from_numpy(np.stack(states))
 
     def step(self, actions):
-        rewards, successes = zip(
-            *(env.step(action) for env, action in zip(self.envs, actions, strict=True)), strict=True
-        )
-        return torch.tensor(rewards), torch.tensor(successes)
+        steps = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+        return Step(*(torch.tensor(values) for values in zip(*steps, strict=True)))

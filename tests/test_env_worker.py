@@ -30,8 +30,9 @@ from channel import (
     WeightPlane,
 )
 from config import ASSETS, Config
-from env_worker import EVAL_SEEDS, Single, Vectorised, episode_seed, run
-from envs import EnvSpec
+from env_worker import EVAL_SEEDS, episode_seed, run
+from envs import EnvSpec, Step
+from envs.lanes import SingleLane
 from models.checkpoint import Header
 from scheduler import Admission
 
@@ -50,13 +51,10 @@ def spec(tasks, image_size) -> EnvSpec:
     return EnvSpec(tasks, tuple(prompts[task] for task in tasks), 1, 2, 4, 4, HORIZON)
 
 
-class Env:
+class Env(envs.Env):
     """Succeeds when action[0] is 1, and takes action[1] seconds. Its picture says which episode
     this is, how far along, and of which task.
     """
-
-    def __init__(self, tasks, image_size):
-        pass
 
     def reset(self, task, seed):
         self.task = task
@@ -73,7 +71,7 @@ class Env:
         time.sleep(float(action[1]))
         success = bool(action[0] == 1.0)
         action[:] = -1.0  # as a simulator may do with what it is given
-        return float(success), success
+        return Step(float(success), success)
 
 
 class Envs(Stacked):
@@ -98,7 +96,7 @@ def plan(success_at: int | None = None) -> torch.Tensor:
 @pytest.fixture
 def worker(monkeypatch):
     """Starts env worker 0 over both lanes; the test plays rollout worker and actor."""
-    monkeypatch.setitem(envs.ENVS, "metaworld", __name__)
+    monkeypatch.setitem(envs.SIMULATORS, "metaworld", (__name__, ""))
     processes = []
 
     def start(
@@ -657,33 +655,6 @@ def test_a_round_of_evaluation_outlives_its_worker(worker):
 # ---------------------------------------------------------------- its parts
 
 
-@pytest.mark.parametrize(
-    "begun, success_at, expected, steps",
-    [
-        (0, None, (0.0, False, False), 3),
-        (0, 0, (1.0, True, False), 1),
-        (0, 2, (1.0, True, False), 3),
-        (3, None, (0.0, False, True), 6),
-        (4, None, (0.0, False, True), 6),  # the limit comes in the middle of a chunk
-        (4, 1, (1.0, True, False), 6),  # success in the last step is success
-        (4, 2, (0.0, False, True), 6),  # and one step later is too late
-    ],
-)
-def test_a_chunk_ends_with_its_episode(begun, success_at, expected, steps):
-    lane = Single(Env((), 2))
-    taken = [begun]
-    lane.reset([0], 0, [0])
-    assert [x for (x,) in lane.play([plan(success_at).numpy()], taken, HORIZON)] == list(
-        expected
-    ) and taken == [steps]
-    many = Vectorised(Envs((), 2, 3, "cpu"), "cpu", keep=False)
-    taken = [0, begun, 3]
-    many.reset([0, 1, 2], 0, [0, 0, 0])
-    plans = torch.stack([plan(1), plan(success_at), plan()]).numpy()
-    rows = list(zip(*many.play(plans, taken, HORIZON), strict=True))
-    assert rows == [(1.0, True, False), expected, (0.0, False, True)] and taken == [2, steps, 6]
-
-
 def test_episodes_have_names_of_their_own():
     seeds = [
         episode_seed(s, lane, j, t)
@@ -706,7 +677,7 @@ def test_episodes_have_names_of_their_own():
     assert EVAL_SEEDS + 100_000 < 10_000_000 < 2**30
 
 
-class Coin:
+class Coin(envs.Env):
     """Succeeds with probability `rate`, after `length` control steps."""
 
     def __init__(self, rng, rate: float, length: int):
@@ -714,14 +685,17 @@ class Coin:
         self.rate = rate
         self.length = length
 
-    def reset(self, task=0, seed=0):
+    def observe(self):
+        """Nobody looks."""
+
+    def reset(self, task, seed):
         self.steps = 0
         self.wins = self.rng.random() < self.rate
 
     def step(self, action):
         self.steps += 1
         success = bool(self.wins and self.steps == self.length)
-        return float(success), success
+        return Step(float(success), success)
 
 
 def test_success_does_not_select_what_is_trained_on():
@@ -733,15 +707,15 @@ def test_success_does_not_select_what_is_trained_on():
     rng = np.random.default_rng(0)
     admission = Admission(lanes, lanes, 1)
     speed = np.linspace(1.0, 6.0, lanes)  # fast and slow simulators, which succeed early or late
-    coins = [Single(Coin(rng, rate, (5, 35)[i % 2])) for i in range(lanes)]
-    taken = [[0] for _ in range(lanes)]
+    tosses = [Coin(rng, rate, (5, 35)[i % 2]) for i in range(lanes)]
+    coins = [SingleLane(i, range(i, i + 1), spec((), 2), coin) for i, coin in enumerate(tosses)]
     # at: trajectory and row of each lane
     at = np.zeros((lanes, 2), int)
     slots = {}
     version = 0
     trained = []
     for coin in coins:
-        coin.reset([0], 0, [0])
+        coin.reset([0], [0], [0])
     while version < 120:
         lane = rng.choice(lanes, p=speed / speed.sum())
         if at[lane, 1] == segment:
@@ -751,11 +725,11 @@ def test_success_does_not_select_what_is_trained_on():
             if not admission.admits(at[lane, 0], version):
                 continue
             slots[slot] = []
-        _, (terminated,), (truncated,) = coins[lane].play(chunk[None], taken[lane], horizon)
+        outcome = coins[lane].play(chunk[None], horizon)
+        (terminated,), (truncated,) = outcome.won, outcome.late
         if terminated or truncated:
             slots[slot].append(terminated)
-            coins[lane].reset([0], 0, [0])
-            taken[lane] = [0]
+            coins[lane].reset([0], [0], [0])
         at[lane, 1] += 1
         if (at @ [segment, 1] >= (version + 1) * segment).all():
             ring = version % 2 * lanes

@@ -395,5 +395,5 @@ assert os.environ["MESA_SHADER_CACHE_DIR"].startswith(tempfile.gettempdir())
 
 
 def test_the_quality_reaches_a_simulator_that_knows_it():
-    assert envs.maker("libero", "full")((STOVE,), 64).quality == "full"
-    assert envs.maker("metaworld", "full")(("reach",), 64).size == 64  # knows none
+    assert envs.load("libero").make((STOVE,), 64, "full").quality == "full"
+    assert envs.load("metaworld").make(("reach",), 64, "full").size == 64  # knows none

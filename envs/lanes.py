@@ -1,0 +1,220 @@
+"""A lane: what asks for an action, one env or the many envs of a vectorised simulator.
+
+A lane knows which episode runs in each of its envs and when it ends: with success, with failure, or
+at the time limit. What the envs of a lane do is the same whether they step one by one or together.
+"""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from envs import Env, Envs, EnvSpec, Simulator, Step
+
+
+class Outcome(NamedTuple):
+    """What a chunk brought, of every env of a lane. At most one of won, failed, late is True."""
+
+    reward: list[float]  # summed over the control steps that the episode took
+    won: list[bool]  # the episode has ended with success
+    failed: list[bool]  # it has ended without, because the simulator says so
+    late: list[bool]  # it was cut by the time limit
+    steps: int  # control steps that all envs took in running episodes
+
+    def ended(self) -> list[int]:
+        """Lists the rows whose episodes have just ended."""
+        ends = zip(self.won, self.failed, self.late, strict=True)
+        return [row for row, ways in enumerate(ends) if any(ways)]
+
+
+class Lane(ABC):
+    """Some envs of a simulator that ask for actions together."""
+
+    def __init__(self, index: int, envs: range, spec: EnvSpec):
+        self.index = index
+        self.envs = envs  # their numbers; those of evaluation come after all others
+        self.spec = spec
+        self.tasks = [-1] * len(envs)  # of the running episodes
+        self.taken = [0] * len(envs)  # control steps into the episodes
+        self.over = [True] * len(envs)  # whether an env has no episode to play
+        self.states: np.ndarray | None = None  # [N, S] as last observed
+
+    @property
+    def prompt(self) -> str | None:
+        """The instruction of the running episode, where it differs from the task's."""
+        return None
+
+    @abstractmethod
+    def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
+        """Begins episodes of one task."""
+
+    @abstractmethod
+    def observe(self) -> np.ndarray | Tensor:
+        """Draws. Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
+
+    @abstractmethod
+    def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
+        """Steps every env through its plan [C, A] until its episode ends.
+
+        horizon: control steps at which an episode is cut.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what the simulator holds."""
+
+    def reset(self, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
+        """Begins an episode in some envs; those of one task together."""
+        for task in dict.fromkeys(tasks):
+            chosen = [i for i, other in enumerate(tasks) if other == task]
+            self.begin([rows[i] for i in chosen], task, [seeds[i] for i in chosen])
+        for row, task in zip(rows, tasks, strict=True):
+            self.tasks[row] = task
+            self.taken[row] = 0
+            self.over[row] = False
+
+    def stop(self, rows: list[int]) -> None:
+        """Ends episodes until the next reset; envs that step with others do so to no effect."""
+        for row in rows:
+            self.over[row] = True
+
+    def describe(self) -> str:
+        """Names the lane, its envs and tasks, for error messages."""
+        tasks = dict.fromkeys(self.spec.tasks[task] for task in self.tasks if task >= 0)
+        names = ", ".join(map(repr, tasks)) or "none yet"
+        return f"lane {self.index} (envs {self.envs[0]} to {self.envs[-1]}, task {names})"
+
+
+class SingleLane(Lane):
+    """One env as a lane of one."""
+
+    def __init__(self, index: int, envs: range, spec: EnvSpec, env: Env):
+        super().__init__(index, envs, spec)
+        self.env = env
+
+    @property
+    def prompt(self) -> str | None:
+        return self.env.prompt
+
+    def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
+        self.env.reset(task, seeds[0])
+
+    def observe(self) -> np.ndarray:
+        picture, state = self.env.observe()
+        self.states = state[None]
+        return picture[None]
+
+    def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
+        if self.over[0]:
+            return Outcome([0.0], [False], [False], [False], 0)
+        reward = 0.0
+        before = taken = self.taken[0]
+        for action in plans[0]:
+            step = self.env.step(action)
+            reward = reward + step.reward
+            taken = taken + 1
+            if step.success or step.failed or taken >= horizon:
+                break
+        failed = bool(step.failed)
+        won = bool(step.success) and not failed
+        late = taken >= horizon and not won and not failed
+        self.taken[0] = taken
+        self.over[0] = won or failed or late
+        return Outcome([float(reward)], [won], [failed], [late], taken - before)
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class VectorisedLane(Lane):
+    """The envs of a vectorised simulator as a lane."""
+
+    def __init__(
+        self, index: int, envs: range, spec: EnvSpec, many: Envs, device: str, keep_on_gpu: bool
+    ):
+        """keep_on_gpu: pictures stay where they are drawn; else they come to the host."""
+        super().__init__(index, envs, spec)
+        self.many = many
+        self.device = device
+        self.keep_on_gpu = keep_on_gpu
+
+    def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
+        self.many.reset(rows, task, seeds)
+
+    def observe(self) -> np.ndarray | Tensor:
+        pictures, states = self.many.observe()
+        self.states = states.cpu().numpy()
+        return pictures if self.keep_on_gpu else pictures.cpu().numpy()
+
+    def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
+        actions = torch.from_numpy(np.array(plans)).to(self.device)
+        taken = torch.tensor(self.taken, device=self.device)
+        reward = torch.zeros(len(plans), device=self.device)
+        begun = ~torch.tensor(self.over, device=self.device)
+        alive = begun
+        won = torch.zeros_like(begun)
+        failed = torch.zeros_like(begun)
+        for c in range(actions.shape[1]):
+            step = self.many.step(actions[:, c])
+            reward = torch.where(alive, reward + step.reward, reward)
+            taken = taken + alive
+            failed = failed | (alive & step.failed)
+            won = won | (alive & step.success & ~failed)
+            alive = alive & ~won & ~failed & (taken < horizon)
+        late = begun & ~alive & ~won & ~failed
+        before = sum(self.taken)
+        self.taken = taken.tolist()
+        self.over = (~alive).tolist()
+        steps = sum(self.taken) - before
+        return Outcome(reward.tolist(), won.tolist(), failed.tolist(), late.tolist(), steps)
+
+    def close(self) -> None:
+        self.many.close()
+
+
+class OneOfMany(Env):
+    """One env of a vectorised simulator, as if it were not: for evaluation and to look at it."""
+
+    def __init__(self, simulator: Simulator, tasks: tuple[str, ...], image_size: int):
+        super().__init__(tasks, image_size)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.many = simulator.make_many(tasks, image_size, 1, self.device)
+
+    def reset(self, task: int, seed: int) -> None:
+        self.many.reset([0], task, [seed])
+
+    def observe(self) -> tuple[np.ndarray, np.ndarray]:
+        pictures, states = self.many.observe()
+        return pictures[0].cpu().numpy(), states[0].cpu().numpy()
+
+    def film(self, size: int) -> np.ndarray:
+        return self.many.film(size)
+
+    def step(self, action: np.ndarray) -> Step:
+        actions = torch.from_numpy(np.float32(action))[None].to(self.device)
+        step = self.many.step(actions)
+        failed = torch.as_tensor(step.failed).any()
+        return Step(float(step.reward[0]), bool(step.success[0]), bool(failed))
+
+    def close(self) -> None:
+        self.many.close()
+
+
+def make_lane(
+    simulator: Simulator,
+    spec: EnvSpec,
+    config,
+    index: int,
+    envs: range,
+    device: str,
+    keep_on_gpu: bool,
+) -> Lane:
+    """Makes a lane of these envs. config: the run's `Config`, which has lanes if vectorised."""
+    size = config.env.image_size
+    if not config.env.lanes:
+        env = simulator.make(spec.tasks, size, config.env.render_quality)
+        return SingleLane(index, envs, spec, env)
+    many = simulator.make_many(spec.tasks, size, len(envs), device)
+    return VectorisedLane(index, envs, spec, many, device, keep_on_gpu)
