@@ -1,117 +1,120 @@
-"""What a collapse announces itself by: `Warnings` reads the lines of metrics.jsonl as they come,
-and says what to change.
+"""Warns of what a collapse announces itself by.
 
-Left out: changing anything by itself. The thresholds are rules of thumb.
+`Warnings` reads the lines of metrics.jsonl as they come, and says what to change. Every key may be
+absent or null: then its sign does not show. Left out: changing anything by itself. The thresholds
+are rules of thumb.
 """
 
 from collections.abc import Iterator
 
-# key of a metrics line, from where it is unhealthy (below, where the number is negative), and what
-# to say
-SIGNS = (
-    (
-        "clip_fraction",
+# Signs of one number: its key → from where it is unhealthy (above, or below a negative limit), and
+# what to say.
+SIGNS = {
+    "clip_fraction": (
         0.4,
         "{:.0%} of samples lie outside the clip (healthy below 40 %): lower --lr",
     ),
-    (
-        "masked_fraction",
+    "masked_fraction": (
         0.05,
         "{:.0%} of samples are too stale to be used: lower --max-staleness or --lr",
     ),
-    (
-        "kl_at_3_or_more",
+    "kl_at_3_or_more": (
         1.0,
         "samples 3 and more versions old differ by KL {:.2g} (healthy below 1): lower "
         "--max-staleness",
     ),
-    (
-        "explained_variance",
+    "explained_variance": (
         -0.5,
         "the critic is worse than a constant (explained variance {:.2f}): raise --value-lr",
     ),
-    (
-        "grad_norm",
+    "grad_norm": (
         50.0,
         "the gradient's norm is {:.0f} before clipping: lower --lr, and look at the episodes' "
         "rewards",
     ),
-    (
-        "filtered_fraction",
+    "filtered_fraction": (
         0.8,
         "{:.0%} of steps are in groups that nearly all succeed, or fail: choose other --tasks",
     ),
-)
-# KL from the policy that acted, over 1 + versions since. In the runs of benchmarks/results all that
-# learnt from samples 4 and 8 versions old by the interpolated proximal policy, or by none, went
-# beyond it, long before some collapsed; and no others did.
+}
+# KL from the policy that acted, over 1 + the versions since. In the runs of benchmarks/results, all
+# those went beyond it that learnt from samples 4 and 8 versions old by the interpolated proximal
+# policy, or by none: long before some of them collapsed. No other run did.
 FAR = 0.2
-# trajectories of a task before its success counts as its best: by then one of 16 a batch is
-# smoothed over five
+# Nats that the entropy of actions may lose since the first iteration.
+NARROW = 1.0
+# How much of a task's success may be lost again.
+FALLEN = 0.25
+# Trajectories of a task before its success counts as its best. With 16 a batch it is smoothed over
+# five iterations by then.
 ENOUGH = 80
-PATIENCE = (
-    3  # iterations in a row before anything is said, and ten times as many before it is said again
-)
+# Iterations in a row before anything is said. It is said again after ten times as many.
+PATIENCE = 3
 
 
 class Warnings:
-    """Says in plain words when a diagnostic has left its healthy range for PATIENCE iterations, and
-    what to change.
-    """
+    """Says in plain words when a number has left its healthy range, and what to change."""
 
     def __init__(self):
-        self.ill: dict[str, int] = {}
-        self.noise: float | None = None  # of the first iteration
+        self.ill: dict[str, int] = {}  # sign → iterations in a row
+        self.entropy: float | None = None  # of the first iteration that has one
         self.success: dict[str, float] = {}  # of each task, smoothed over some ten iterations
         self.seen: dict[str, int] = {}  # trajectories of each task so far
-        self.best: dict[str, float] = {}  # the highest that was, once there were ENOUGH
+        self.best: dict[str, float] = {}  # the highest success, once there were ENOUGH
 
     def of(self, line: dict) -> list[str]:
+        """Returns the warnings that a new line gives rise to."""
         found = []
-        for key, ill, text in self.signs(line):
-            self.ill[key] = self.ill.get(key, 0) + 1 if ill else 0
-            if self.ill[key] % (10 * PATIENCE) == PATIENCE:
+        for name, ill, text in self.signs(line):
+            self.ill[name] = self.ill.get(name, 0) + 1 if ill else 0
+            if self.ill[name] % (10 * PATIENCE) == PATIENCE:
                 found.append(f"warning: {text}")
         return found
 
     def signs(self, line: dict) -> Iterator[tuple[str, bool, str]]:
-        """Every sign: its name, whether it shows now, and what to say then."""
-        for key, limit, words in SIGNS:
+        """Yields every sign: its name, whether it shows now, and what to say then."""
+        for key, (limit, text) in SIGNS.items():
             value = line.get(key)
-            ill = value is not None and (value > limit if limit > 0 else value < limit)
-            yield key, ill, words.format(value) if ill else ""
-        kl = line.get("approx_kl", 0.0)
-        lag = line.get("staleness_mean", 0.0)
-        words = (
-            f"the policy is far from the one that acted, {lag:.1f} versions before (KL {kl:.2g}, "
-            "healthy below"
-        )
-        change = "lower --max-staleness, --lr or --update-epochs, or give --proximal exact"
-        yield "approx_kl", kl > FAR * (1 + lag), f"{words} {FAR * (1 + lag):.1f}): {change}"
-        noise = line.get("entropy_or_noise")
-        if noise is not None:
-            self.noise = noise if self.noise is None else self.noise
-            words = (
-                f"actions vary less and less (entropy {self.noise:.2f} at first, {noise:.2f} now), "
-                "so little more is learnt"
-            )
-            yield (
-                "noise",
-                noise < self.noise - 1.0,
-                f"{words}: lower --lr, or raise --noise-level or --temperature",
-            )
-        for task in line.get("trajectories_per_task", ()):
+            if value is None:
+                yield key, False, ""
+            else:
+                yield key, value > limit if limit > 0 else value < limit, text.format(value)
+        yield "approx_kl", *self.distance(line)
+        if (entropy := line.get("entropy_or_noise")) is not None:
+            yield "entropy", *self.narrowing(entropy)
+        for task, count in (line.get("trajectories_per_task") or {}).items():
             rate = line.get(f"success_{task}")
             if rate is not None:
-                self.seen[task] = self.seen.get(task, 0) + line["trajectories_per_task"][task]
-                now = self.success[task] = 0.8 * self.success.get(task, rate) + 0.2 * rate
-                best = self.best[task] = max(
-                    now if self.seen[task] >= ENOUGH else 0.0, self.best.get(task, 0.0)
-                )
-                words = f"success at {task} has fallen from {best:.0%} to {now:.0%}"
-                yield (
-                    f"success_{task}",
-                    now < best - 0.25,
-                    f"{words}: go back with --checkpoint runs/NAME/checkpoints/NNNNNN and a lower "
-                    "--lr",
-                )
+                yield f"success_{task}", *self.loss_of_success(task, count, rate)
+
+    def distance(self, line: dict) -> tuple[bool, str]:
+        """How far the policy is from the one that acted, for the versions in between."""
+        kl = line.get("approx_kl") or 0.0
+        lag = line.get("staleness_mean") or 0.0
+        limit = FAR * (1 + lag)
+        return kl > limit, (
+            f"the policy is far from the one that acted, {lag:.1f} versions before (KL {kl:.2g}, "
+            f"healthy below {limit:.1f}): lower --max-staleness, --lr or --update-epochs, or give "
+            "--proximal exact"
+        )
+
+    def narrowing(self, now: float) -> tuple[bool, str]:
+        """Whether actions vary less and less."""
+        if self.entropy is None:
+            self.entropy = now
+        return now < self.entropy - NARROW, (
+            f"actions vary less and less (entropy {self.entropy:.2f} at first, {now:.2f} now), so "
+            "little more is learnt: lower --lr, or raise --noise-level or --temperature"
+        )
+
+    def loss_of_success(self, task: str, count: int, rate: float) -> tuple[bool, str]:
+        """Whether a task's success falls, though another one's may rise; count: trajectories."""
+        self.seen[task] = self.seen.get(task, 0) + count
+        now = 0.8 * self.success.get(task, rate) + 0.2 * rate
+        best = max(now if self.seen[task] >= ENOUGH else 0.0, self.best.get(task, 0.0))
+        self.success[task] = now
+        self.best[task] = best
+        return now < best - FALLEN, (
+            f"success at {task} has fallen from {best:.0%} to {now:.0%}: go back with --checkpoint "
+            "runs/NAME/checkpoints/NNNNNN and a lower --lr"
+        )

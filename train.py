@@ -14,7 +14,6 @@ several machines.
 import copy
 import json
 import os
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ import env_worker
 import envs
 import metrics
 import models
+import pictures
+import report
 import rollout_worker
-import summary
 import tuning
 from channel import (
     VERSION,
@@ -62,6 +62,7 @@ from config import (
 )
 from models import checkpoint, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
+from run_folder import RunFolder
 from scheduler import Admission, Placement, divide
 
 
@@ -356,7 +357,7 @@ def memory_report(setup: Setup) -> None:
 # ---------------------------------------------------------------- start, follow, report
 
 
-def jobs(setup: Setup, channels: Channels, folder: metrics.RunFolder, report) -> list[Job]:
+def jobs(setup: Setup, channels: Channels, folder: RunFolder, report) -> list[Job]:
     """What every worker is to do; a worker's place in this list is its row of the counters."""
     config = setup.config
     placement = setup.placement
@@ -433,30 +434,9 @@ def differences(before: dict, now: dict) -> list[str]:
     ]
 
 
-def mirror(config: Config, folder: metrics.RunFolder):
-    """The run of Weights & Biases that metrics are logged to, if any."""
-    if config.train.wandb == "off":
-        return None
-    import wandb
-
-    try:
-        return wandb.init(
-            project="vla3",
-            name=folder.path.name,
-            dir=folder.path,
-            mode=config.train.wandb,
-            config=json.loads(to_json(config)),
-            settings=wandb.Settings(silent=True),
-        )
-    except wandb.errors.Error as error:
-        if not config.train.resume:  # made for this start, and the next one may have its name
-            shutil.rmtree(folder.path, ignore_errors=True)  # it may still be writing
-        raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
-
-
 def supervise(
     setup: Setup,
-    folder: metrics.RunFolder,
+    folder: RunFolder,
     crew: Crew,
     channels: Channels,
     reports,
@@ -473,11 +453,13 @@ def supervise(
     rows = tuner.rows
     past = folder.lines()  # of a run that is resumed
     earlier = (past or [{}])[-1]
-    ledger = metrics.Ledger(earlier)
+    ledger = metrics.Ledger(earlier, config.actor.update_epochs)
     warnings = diagnostics.Warnings()
     for line in past:
         warnings.of(line)  # said before
-    show, display = metrics.progress(config.train.iterations, sys.stdout.isatty())
+    display = report.progress(config.train.iterations, sys.stdout.isatty())
+    batch = config.actor.batch * config.env.segment  # chunk steps
+    beginning = report.Beginning(counters, batch)
     interval = None
     pool_gb = slot_pool_gb(setup)
     # Workers that come at another ratio keep the schedule, or each would be judged while it
@@ -501,6 +483,10 @@ def supervise(
             news = watch()
             if interval is None and counters.table[:, counters.index["ready"]].all():
                 interval = metrics.Interval(counters, rows)
+            if not display.history:
+                collected = int(channels.pool["collected"].sum())
+                if said := beginning.news(collected):
+                    display.say(said)
             if interval and (said := tuner.watch()):
                 print(said, flush=True)
             if tuner.ratio != config.train.parts:  # the actor saves, and everybody starts again
@@ -538,18 +524,15 @@ def supervise(
                 line |= {
                     name: line[name] + earlier.get(name, 0) for name in ("time", *metrics.TOTALS)
                 }
-                line |= ledger.of(line, int(channels.pool["collected"].sum()))
+                line |= ledger.add(line, int(channels.pool["collected"].sum()))
                 tuner.iteration(line["version"], cpu_s)
                 line["tuning"] = tuner.report()
                 folder.append(line)
-                show(line)
+                display.show(line)
                 for text in warnings.of(line):
                     print(text, file=sys.stderr, flush=True)
                 if tracker:
-                    tracker.log(
-                        {k: v for k, v in line.items() if isinstance(v, int | float)},
-                        step=line["iteration"],
-                    )
+                    tracker.log(report.flatten(line), step=line["iteration"])
             if (
                 interrupts and channels.plane.version < config.train.iterations
             ):  # else all is trained and saved
@@ -579,7 +562,7 @@ def slot_pool_gb(setup: Setup) -> float:
 
 
 def run_crew(
-    setup: Setup, folder: metrics.RunFolder, interrupts: list[float], tracker, past: tuning.Past
+    setup: Setup, folder: RunFolder, interrupts: list[float], tracker, past: tuning.Past
 ) -> tuple[str, int, str]:
     """Starts all workers and follows them. Returns what to tell the user, the exit status, and at
     which ratio to go on, or "".
@@ -630,9 +613,9 @@ def main(config: Config) -> int:
         memory_report(setup)
         return 0
     path = run_path(config.train.resume or config.train.run or time.strftime("%Y%m%d-%H%M%S"))
-    folder = metrics.RunFolder(path, resume=bool(config.train.resume))
+    folder = RunFolder(path, resume=bool(config.train.resume))
     interrupts = note_interrupts()
-    tracker = mirror(config, folder)
+    tracker = report.mirror(config, folder)
     past = tuning.Past()
     if setup.resume:
         folder.truncate(setup.version)
@@ -640,7 +623,9 @@ def main(config: Config) -> int:
             json.loads((path / "config.json").read_text()), json.loads(setup.saved)
         ):
             print(f"other settings than this run had so far: {', '.join(changed)}")
-    print(setup.placement.line, f"{setup.note}run folder {path}", sep="\n", flush=True)
+    print(setup.placement.line)
+    print(report.batch_line(config, config.env.segment))
+    print(f"{setup.note}run folder {path}", flush=True)
     if str(config.train.checkpoint).startswith(str(ROOT / "runs" / "untrained_")):
         print(
             f"no checkpoint is given and none shipped for {config.train.env}: a small "
@@ -668,7 +653,7 @@ def main(config: Config) -> int:
         setup = prepare(config)
         print(setup.placement.line, flush=True)
     folder.finish()
-    summary.draw(path)
+    pictures.draw(path)
     print(message, file=sys.stderr if status == 1 else sys.stdout)
     return status
 

@@ -46,6 +46,7 @@ from config import PRESETS, ROOT, Config, UserError, from_json, parse_ratio
 from envs import emulated, emulated_gr00t, vectorised
 from planning.settings import divisor
 from planning.validate import MAIN
+from run_folder import read_metrics
 
 RATIOS = ("1:1", "2:1", "3:1")
 MEANS = (
@@ -214,7 +215,7 @@ def run_preset(
                     used[count] = sum(cpu_seconds(process.pid).values())
         finally:
             stop(process, wanted=trace is not None)
-        lines = metrics.read_metrics(run)[:iterations]
+        lines = read_metrics(run)[:iterations]
         if len(lines) < iterations:
             raise UserError(f"`train.py {' '.join(args)}` failed: {log.read_text().strip()[-300:]}")
         if (

@@ -41,6 +41,7 @@ import psutil
 import metrics
 from channel import layout
 from config import ROOT, UserError
+from run_folder import read_metrics
 from scheduler import Admission
 
 # trajectories, chunk steps of each, trajectories of a micro-batch
@@ -174,7 +175,7 @@ def run_pipeline(envs: int, pixels: int, seconds: float, flags: tuple[str, ...] 
         if count < least or count == seen:
             return None
         seen = count  # to read them all again at every look would slow down what is measured
-        lines = metrics.read_metrics(folder / "run")[:count]
+        lines = read_metrics(folder / "run")[:count]
         look = lines[-1], cpu_seconds(pid), time.monotonic()
         if first is None:
             if any(line["tuning"] for line in lines):

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import metrics
 from benchmarks import ladder
 from channel import Counters
+from run_folder import read_trace
 
 WARMUP = ladder.warmup("full")
 SPANS = 20_000  # of one repetition, at intervals as short as they can be
@@ -69,7 +70,7 @@ def run_once(setting: str, ratio: str, iterations: int, trace: bool) -> Run:
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         file = Path(folder) / "trace.json" if trace else None
         lines, used, _ = ladder.run_preset(setting, "full", ratio, WARMUP + iterations, file)
-        return Run(lines, used, metrics.read_trace(Path(folder)) if trace else {})
+        return Run(lines, used, read_trace(Path(folder)) if trace else {})
 
 
 def rates(run: Run) -> tuple[float, float, float]:

@@ -22,13 +22,13 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import metrics
 from benchmarks import ladder
 from config import ROOT, UserError
 from envs import emulated
 from planning import Costs, Node
 from planning.events import simulate
 from planning.validate import emulated_node
+from run_folder import read_metrics
 
 WARMUP = ladder.warmup("full")  # iterations of a run that are not measured
 QUICK = 0.3  # simulators' time in the setting `quick`, against the ladder's
@@ -115,7 +115,7 @@ def run(setting: str, ratio: str, iterations: int, *flags: str) -> list[dict]:
             stderr=subprocess.STDOUT,
             timeout=1800,
         )
-        lines = metrics.read_metrics(path)
+        lines = read_metrics(path)
     if done.returncode or len(lines) < iterations:
         raise UserError(f"`train.py {' '.join(args)}` failed: {done.stdout.strip()[-300:]}")
     for line in done.stdout.splitlines():

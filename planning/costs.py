@@ -17,6 +17,7 @@ from config import Config, UserError, existing_run, from_json, parse_ratio
 from planning import STAGES, Costs, Node
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, preset_of
+from run_folder import read_metrics, read_trace
 
 
 def all_reduce_s(config: PlanConfig, nodes: int) -> float:
@@ -280,11 +281,6 @@ def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
     """Node, number of nodes and costs of a run, changed as flags say; and what the run itself
     reached. Raises UserError.
     """
-    from metrics import (
-        read_metrics,
-        read_trace,
-    )  # which import torch: seconds that nothing else here needs
-
     if config.rollout_s is not None or config.actor_s is not None:
         raise UserError("--from takes the costs from the run: leave out --rollout-s and --actor-s")
     run = existing_run(config.from_)

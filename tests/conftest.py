@@ -22,6 +22,7 @@ from channel import Channels, Counters, IndexQueue, WeightPlane
 from config import ROOT
 from models import checkpoint
 from models.pi import Pi, PiConfig
+from run_folder import read_metrics
 
 torch.set_num_threads(1)
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -128,7 +129,7 @@ def assert_balanced(run: Path) -> dict:
     """Every chunk step of a finished run was trained as often as every other, or discarded for a
     reason. Returns its last line.
     """
-    lines = metrics.read_metrics(run)
+    lines = read_metrics(run)
     config = json.loads((run / "config.json").read_text())
     last = lines[-1]
     epochs = config["actor"]["update_epochs"]

@@ -9,18 +9,9 @@ import pytest
 import metrics
 from channel import Counters
 from config import Config, UserError
-from metrics import (
-    HISTOGRAM,
-    Evaluations,
-    Interval,
-    Ledger,
-    Meter,
-    RunFolder,
-    progress,
-    read_metrics,
-    read_trace,
-    write_trace,
-)
+from metrics import HISTOGRAM, Evaluations, Interval, Ledger, Meter
+from report import Beginning, batch_line, flatten, progress
+from run_folder import RunFolder, read_metrics, read_trace, write_trace
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 TASKS = ("push", "reach")
@@ -36,6 +27,8 @@ def line(version: int, **more) -> dict:
         "version": version,
         "time": 60.0 * version,
         "success_rate": 0.25,
+        "reward": 1.5,
+        "approx_kl": 0.0125,
         "env_steps_per_s": 100.0,
         "staleness_mean": 0.5,
         "staleness_max": 1,
@@ -78,8 +71,18 @@ def test_without_trace_nothing_is_written(tmp_path):
         pass
     meter.record("fetch", 1.0, 2.0)
     meter.flush()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_gives_signs_of_life_and_knows_how_often_it_was_replaced(monkeypatch):
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: 7.0)
+    table = counters()
+    meter = Meter("env-0", 2, table, None)
+    meter.alive()
+    assert (table.get(2, "time"), table.get(2, "ready"), meter.restarts()) == (7.0, 0.0, 0)
+    table.add(2, "restarts", 3)
     meter.ready()
-    assert list(tmp_path.iterdir()) == [] and meter.counters.get(2, "ready") == 1
+    assert table.get(2, "ready") == 1 and meter.restarts() == 3
 
 
 def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
@@ -150,26 +153,36 @@ def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
     assert interval.measure()["waits"] == {"env:action": 0.2}
 
 
-def test_the_ledger_goes_on_where_a_resumed_run_stopped():
-    of_batch = {"trained_once": 10, "discarded_by": {"restart": 2, "filtered": 3, "after_end": 1}}
-    none = {"restart": 0, "filtered": 0, "after_end": 0, "resume": 0}
-    ledger = Ledger({})
-    first = ledger.of(of_batch, 20)
-    assert first == {
-        "collected": 20,
-        "trained_once": 10,
-        "discarded": 6,
-        "discarded_by": none | of_batch["discarded_by"],
+def of_batch(trained_once: int, restart: int, filtered: int, after_end: int) -> dict:
+    """What the actor says of a batch that was trained in two epochs."""
+    return {
+        "trained": 2 * trained_once - 1,
+        "skipped": 1,
+        "trained_once": trained_once,
+        "discarded_by": {"restart": restart, "filtered": filtered, "after_end": after_end},
     }
-    second = ledger.of(
-        {"trained_once": 4, "discarded_by": {"restart": 0, "filtered": 8, "after_end": 0}}, 35
-    )
+
+
+def test_the_ledger_goes_on_where_a_resumed_run_stopped():
+    ledger = Ledger({}, epochs=2)
+    first = ledger.add(of_batch(10, 2, 3, 1), 20)
+    by = {"restart": 2, "filtered": 3, "after_end": 1, "resume": 0}
+    assert first == {"collected": 20, "trained_once": 10, "discarded": 6, "discarded_by": by}
+    second = ledger.add(of_batch(4, 0, 8, 0), 35)
     by = {"restart": 2, "filtered": 11, "after_end": 1, "resume": 0}
     assert second == {"collected": 35, "trained_once": 14, "discarded": 14, "discarded_by": by}
     assert first["discarded_by"]["filtered"] == 3  # a line of its own
-    resumed = Ledger(second).of(of_batch, 16)  # 7 were in flight, of which nothing is left
+    # 7 were in flight, of which nothing is left.
+    resumed = Ledger(second, epochs=2).add(of_batch(10, 2, 3, 1), 16)
     by = {"restart": 4, "filtered": 14, "after_end": 2, "resume": 7}
     assert resumed == {"collected": 51, "trained_once": 24, "discarded": 27, "discarded_by": by}
+
+
+def test_a_ledger_that_does_not_balance_is_an_error():
+    with pytest.raises(RuntimeError, match="more chunk steps were trained or discarded"):
+        Ledger({}, epochs=2).add(of_batch(10, 2, 3, 1), 15)
+    with pytest.raises(RuntimeError, match="of 10 chunk steps in 3 epochs, 19 were trained and 1"):
+        Ledger({}, epochs=3).add(of_batch(10, 2, 3, 1), 16)
 
 
 def test_rounds_of_evaluation_never_mix_and_are_reported_once():
@@ -353,11 +366,80 @@ def test_a_run_folder_that_cannot_be(tmp_path):
             RunFolder(path, resume=False)
 
 
+# ---------------------------------------------------------------- what a person is told
+
+
 @pytest.mark.parametrize("interactive", [False, True])
 def test_progress_shows_each_iteration(capsys, interactive):
-    show, display = progress(7, interactive)
+    display = progress(7, interactive)
     with display:
-        show(line(1, success_rate=None))
-        show(line(2, eval_success_rate=0.75, eval_version=1))
+        display.say("all workers are ready")
+        display.show(line(1, success_rate=None, approx_kl=None))
+        display.show(line(2, eval_success_rate=0.75, eval_version=1))
     text = capsys.readouterr().out
-    assert "2/7" in text and "75.0% at 1" in text and "25.0%" in text
+    for words in ("2/7", "75.0% at 1", "25.0%", "reward 1.5", "KL 0.0125", "5 min left"):
+        assert words in text, text
+    if not interactive:
+        assert text.startswith("all workers are ready\n") and "KL –" in text
+
+
+def test_time_left_is_that_of_recent_iterations():
+    display = progress(30, interactive=False)
+    display.show(line(1, time=100.0))  # with start-up
+    assert display.seconds_left() == 2900.0
+    for i in range(2, 21):
+        display.show(line(i, time=100.0 + (i if i < 11 else 10 * i)))
+    assert display.seconds_left() == pytest.approx(100.0)
+    display.show(line(30))
+    assert display.seconds_left() == 0.0
+
+
+def test_something_is_said_before_the_first_iteration(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    table = counters()
+    beginning = Beginning(table, batch=432)
+
+    def at(seconds: float, collected: int) -> str:
+        now[0] = 100.0 + seconds
+        return beginning.news(collected)
+
+    table.set(0, "ready", 1)
+    assert at(1, 0) == at(9.9, 0) == ""
+    assert at(10, 0) == "1 of 4 workers are ready after 10 s" and at(11, 0) == ""
+    table.table[:, table.index["ready"]] = 1
+    assert at(12, 0) == "all 4 workers are ready after 12 s: they collect the first batch"
+    assert at(21.9, 10) == ""
+    assert at(22, 96) == "first batch: 96 of 432 chunk steps are collected after 22 s"
+    assert (
+        at(150, 500) == "first batch: all 432 chunk steps are collected after 2 min; it is trained"
+    )
+
+
+def test_what_a_batch_is():
+    config = Config()
+    assert batch_line(config, 9) == (
+        "48 trajectories = 432 chunk steps, 4 optimizer steps per batch"
+    )
+    config.actor.minibatch = 48
+    config.actor.update_epochs = 1
+    assert "1 optimizer step per batch" in batch_line(config, 9)
+
+
+def test_nested_numbers_are_mirrored_by_their_path():
+    nested = {
+        "waits": {"env:action": 0.5},
+        "staleness_hist": {"0": 3},
+        "eval_per_task": {"push": 1.0},
+        "tuning": {"ratio": "3:1", "batch_max": 8},
+        "entropy_or_noise": None,
+        "lr": 0.1,
+        "batch_size_hist": {},
+    }
+    assert flatten(nested) == {
+        "waits/env:action": 0.5,
+        "staleness_hist/0": 3,
+        "eval_per_task/push": 1.0,
+        "tuning/batch_max": 8,
+        "lr": 0.1,
+    }

@@ -17,6 +17,7 @@ from planning import Costs, Node, events, validate
 from planning.costs import all_reduce_s, calibrate, from_run, inference_cost
 from planning.events import Device, World, simulate
 from planning.settings import PlanConfig, node_of
+from run_folder import read_metrics, write_trace
 
 ONE = Node(
     lanes=1,
@@ -328,7 +329,7 @@ def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True
         spans["actor-0"] += [
             ["train", now + infer + k * micro, now + infer + (k + 1) * micro] for k in range(2)
         ]
-    metrics.write_trace(folder / "trace.json", spans)
+    write_trace(folder / "trace.json", spans)
     lines = [
         {"env_steps": 20 * i, "time": iteration * i, "batch_size_mean": 2.0, "weight_sync_s": 0.0}
         for i in range(1, 7)
@@ -376,7 +377,7 @@ def test_a_run_under_another_preset(tmp_path):
 def test_a_run_that_changed_its_ratio_mixes_two(tmp_path):
     iteration = traced_run(tmp_path / "run")
     run = tmp_path / "run"
-    lines = metrics.read_metrics(run)
+    lines = read_metrics(run)
     config = json.loads((run / "config.json").read_text())
     lines[2]["tuning"] = {"batch_max": 1}
     lines[3]["tuning"] = {}

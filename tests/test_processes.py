@@ -19,8 +19,9 @@ from test_channel import SPEC, open_files
 
 from channel import Counters, IndexQueue, SlotPool
 from config import ROOT, run_path
-from metrics import Meter, columns, read_metrics
+from metrics import Meter, columns
 from processes import Crew, Job, WorkerFailed
+from run_folder import read_metrics
 
 QUICK = (
     "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 "

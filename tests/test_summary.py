@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+import pictures
 import summary
 from config import ROOT, Config, from_preset, to_json
-from metrics import CAUSES, write_trace
+from metrics import CAUSES
+from run_folder import read_metrics, read_trace, write_trace
 from summary import Summary, advice, summarise
 
 
@@ -143,7 +145,7 @@ def test_the_trace_tells_what_the_critical_stage_does(tmp_path):
             line(2, waits={"env:action": 0.5, "actor:trajectory": 0.2, "rollout:request": 0.6}),
         ],
     )
-    found = summarise(summary.read_metrics(run), summary.read_trace(run))
+    found = summarise(read_metrics(run), read_trace(run))
     assert found.critical == "actor" and list(found.busy_with) == ["train", "publish"]
     assert found.busy_with["train"] == pytest.approx(0.8 * 2.8 / 2.9) and sum(
         found.busy_with.values()
@@ -326,7 +328,7 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 
 def test_every_wait_and_every_kind_of_work_has_a_colour():
-    assert set(summary.WAITS) == set(summary.FOR) == set(CAUSES)
+    assert set(pictures.WAITS) == set(summary.FOR) == set(CAUSES)
     recorded = {
         "step",
         "render",
@@ -338,7 +340,7 @@ def test_every_wait_and_every_kind_of_work_has_a_colour():
         "publish",
         "checkpoint",
     }
-    assert set(summary.WORK) == recorded
+    assert set(pictures.WORK) == recorded
 
 
 def test_the_window_lies_around_a_publication_after_the_middle(tmp_path):
@@ -346,18 +348,18 @@ def test_the_window_lies_around_a_publication_after_the_middle(tmp_path):
         "rollout-0": [("infer", 0.1 * i, 0.1 * i + 0.05, {}) for i in range(1000)],
         "actor-0": [("publish", at, at + 0.1, {}) for at in (10.0, 58.0, 70.0)],
     }
-    assert summary.window(spans) == (
+    assert pictures.window(spans) == (
         pytest.approx(57.0),
         pytest.approx(59.0),
     )  # 40 inferences of 0.05 s
     short = {"rollout-0": [("infer", 1.0, 1.25, {})]}
-    assert summary.window(short) == (1.0, 1.25)
+    assert pictures.window(short) == (1.0, 1.25)
 
 
 def test_the_swimlane_shows_what_each_row_did(tmp_path):
     run = a_run(tmp_path / "x", [line(1)])
-    summary.draw_swimlane(run)
+    pictures.draw(run)
     pixels = (image.imread(run / "swimlane.png")[:, :, :3] * 255).round().astype(int)
     for what in ("step", "render", "reset", "infer", "fetch", "train"):
-        colour = [int(summary.WORK[what][i : i + 2], 16) for i in (1, 3, 5)]
+        colour = [int(pictures.WORK[what][i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(pixels - colour).max(-1) <= 1).sum() > 100, what

@@ -1,0 +1,207 @@
+"""Draws a run: swimlane.png (who worked and who waited, when) and curve.png (success over time).
+
+The run folder holds what they are drawn from: trace.json and metrics.jsonl. Left out: the whole
+trace, for which there is Perfetto.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from run_folder import GROUPS, read_metrics, read_trace
+
+GREEN = "#4c9f70"
+BLUE = "#3b7dd8"
+PURPLE = "#8e5bb5"
+ORANGE = "#d9822b"
+BROWN = "#8a4b0f"
+# Colours of work.
+WORK = {
+    "step": GREEN,
+    "render": "#8fc1a3",
+    "reset": "#c5e0cf",
+    "infer": BLUE,
+    "fetch": PURPLE,
+    "train": ORANGE,
+    "optimizer": BROWN,
+    "publish": PURPLE,
+    "checkpoint": "#777777",
+}
+# Colours of waits: that of the stage that is waited for.
+WAITS = {
+    "action": BLUE,
+    "admission": ORANGE,
+    "request": GREEN,
+    "weights": PURPLE,
+    "trajectory": GREEN,
+    "gradient": BROWN,
+}
+# These are too short to be seen, so they are drawn last, and at least this share of the width.
+MARKED = ("fetch", "publish")
+LEAST = 0.003
+
+
+def draw(run: Path) -> None:
+    """Draws the pictures of a run, as far as it left behind what they show."""
+    if (run / "trace.json").is_file() and (spans := read_trace(run)):
+        draw_swimlane(run / "swimlane.png", spans)
+    if lines := read_metrics(run):
+        draw_curve(run / "curve.png", lines)
+
+
+def plotting():
+    """Returns matplotlib's pyplot, set to draw into files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def group_of(row: str) -> str:
+    """Returns the stage of a trace's row, or "weights"."""
+    return next(group for group in GROUPS if row.startswith(group))
+
+
+# ---------------------------------------------------------------- the swimlane
+
+
+def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
+    """Draws a row per worker, by stage: work is a full bar, a wait a thin one in the colour of whom
+    it waits for. spans: of `read_trace`.
+    """
+    plt = plotting()
+    first, last = window(spans)
+
+    # Place the rows from above to below, with a gap between two stages.
+    heights = [0.0]
+    for above, below in pairwise(spans):
+        heights.append(heights[-1] - (1.0 if group_of(above) == group_of(below) else 1.35))
+    size = (12, min(0.45 * (1 - heights[-1]) + 1.5, 24))  # inches
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+
+    # Draw what each row did in the window.
+    seen = set()
+    for row, height in zip(spans.values(), heights, strict=True):
+        visible = [span for span in row if span[2] >= first and span[1] <= last]
+        seen |= {span[0] for span in visible}
+        draw_bars(axes, visible, height, last - first)
+        draw_numbers(axes, visible, height, first, last)
+
+    # Label the axes and the colours.
+    axes.set_yticks(heights, list(spans))
+    axes.set_ylim(heights[-1] - 0.6, 0.6)
+    axes.set_xlim(first, last)
+    axes.set_xlabel("seconds")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.set_title(
+        "full bars are work, with the batch size of inferences; thin bars wait, in the colour of "
+        "whom for",
+        fontsize=9,
+    )
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    handles = legend(seen)
+    columns = min(len(handles), 9)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=8
+    )
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def window(spans: dict[str, list]) -> tuple[float, float]:
+    """Returns where the swimlane looks, in seconds: at some 40 inferences around a publication a
+    little after the middle of the run.
+    """
+    everything = [span for rows in spans.values() for span in rows]
+    begin = min(start for _, start, _, _ in everything)
+    end = max(end for _, _, end, _ in everything)
+    inferences = [end - start for what, start, end, _ in everything if what == "infer"]
+    seconds = min(max(40 * median(inferences or [0.1]), 0.5), 8.0, end - begin)
+    published = [start for what, start, _, _ in everything if what == "publish"]
+    middle = min(published or [end], key=lambda at: abs(at - 0.6 * end))
+    first = max(begin, min(middle - seconds / 2, end - seconds))
+    return first, first + seconds
+
+
+def draw_bars(axes, spans: list, height: float, width: float) -> None:
+    """Draws one row's spans, a kind at a time; width: seconds that the picture shows."""
+    kinds = sorted({span[0] for span in spans}, key=lambda what: (what in MARKED, what))
+    for kind in kinds:
+        least = LEAST * width if kind in MARKED else 0.0
+        bars = [(start, max(end - start, least)) for what, start, end, _ in spans if what == kind]
+        if kind.startswith("wait: "):
+            colour = WAITS[kind.removeprefix("wait: ")]
+            axes.broken_barh(bars, (height - 0.08, 0.16), facecolor=colour, alpha=0.6, linewidth=0)
+        elif kind in ("infer", "train"):  # one follows another: a white edge parts them
+            edge = {"edgecolor": "white", "linewidth": 0.5}
+            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK[kind], **edge)
+        else:
+            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK[kind], linewidth=0)
+
+
+def draw_numbers(axes, spans: list, height: float, first: float, last: float) -> None:
+    """Writes batch sizes into inferences and versions beside fetches, where there is room."""
+    width = last - first
+    style = {"va": "center", "fontsize": 7, "clip_on": True}
+    for what, start, end, args in spans:
+        start = max(start, first)
+        end = min(end, last)
+        if what == "infer" and "batch" in args:
+            if end - start > 0.007 * width * len(str(args["batch"])):
+                middle = (start + end) / 2
+                axes.text(middle, height, args["batch"], ha="center", color="white", **style)
+        elif what == "fetch" and "version" in args and end < last - 0.03 * width:
+            axes.text(end + 0.005 * width, height, f"v{args['version']}", color=PURPLE, **style)
+
+
+def legend(seen: set[str]) -> list:
+    """Returns a patch per colour that was drawn, named after all that has it."""
+    from matplotlib.patches import Patch
+
+    patches = []
+    for colour in dict.fromkeys(WORK.values()):
+        if names := [name for name in WORK if WORK[name] == colour and name in seen]:
+            patches.append(Patch(color=colour, label=", ".join(names)))
+    for colour in dict.fromkeys(WAITS.values()):
+        if names := [name for name in WAITS if WAITS[name] == colour and f"wait: {name}" in seen]:
+            patches.append(Patch(color=colour, alpha=0.6, label="wait: " + ", ".join(names)))
+    return patches
+
+
+# ---------------------------------------------------------------- the curve
+
+
+def draw_curve(file: Path, lines: list[dict]) -> None:
+    """Draws success of training episodes and of evaluations against minutes."""
+    plt = plotting()
+    minutes = np.array([line["time"] for line in lines]) / 60
+    rates = [line["success_rate"] for line in lines]
+    success = np.array([np.nan if rate is None else rate for rate in rates])
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(minutes, success, color=BLUE, alpha=0.25, linewidth=1)
+
+    # Average over a window, of the iterations in which an episode ended.
+    window = min(10, len(lines))
+    sums = np.convolve(np.nan_to_num(success), np.ones(window), "valid")
+    counts = np.convolve(~np.isnan(success), np.ones(window), "valid")
+    label = f"training, mean of {window} iterations"
+    axes.plot(minutes[window - 1 :], sums / np.maximum(counts, 1), color=BLUE, label=label)
+
+    evaluated = [line for line in lines if "eval_success_rate" in line]
+    if evaluated:
+        at = [line["time"] / 60 for line in evaluated]
+        rates = [line["eval_success_rate"] for line in evaluated]
+        axes.plot(at, rates, "o-", color=ORANGE, label="evaluation, held-out seeds")
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("minutes")
+    axes.set_ylabel("success rate")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

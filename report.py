@@ -1,0 +1,244 @@
+"""Tells a person how a run goes: start-up lines, a line or a live panel per iteration, W&B.
+
+What is shown is read from lines of metrics.jsonl (docs/metrics.md) and from the counters. Left out:
+what a finished run says of itself (summary.py), and warnings (diagnostics.py).
+"""
+
+import json
+import shutil
+import time
+
+from channel import Counters
+from config import Config, UserError, to_json
+from metrics import STAGES
+from run_folder import RunFolder
+
+SAY_S = 10.0  # seconds between two sentences while nothing is trained yet
+RECENT = 10  # iterations that success and time left are averaged over
+
+# ---------------------------------------------------------------- words
+
+
+def batch_line(config: Config, segment: int) -> str:
+    """Says what one iteration trains; segment: chunk steps of a trajectory."""
+    actor = config.actor
+    steps = actor.batch // actor.minibatch * actor.update_epochs
+    return (
+        f"{actor.batch} trajectories = {actor.batch * segment} chunk steps, "
+        f"{steps} optimizer step{'s' * (steps > 1)} per batch"
+    )
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+class Beginning:
+    """Says how far a run is until its first iteration is done, which may take minutes."""
+
+    def __init__(self, counters: Counters, batch: int):
+        """counters: a row per worker; batch: chunk steps that the first iteration needs."""
+        self.counters = counters
+        self.batch = batch
+        self.began = time.monotonic()
+        self.said = self.began  # when the newest sentence was
+        self.all_ready = False
+
+    def news(self, collected: int) -> str:
+        """Returns a sentence, or "" where nothing is new: when all workers are ready, and every
+        SAY_S seconds. collected: chunk steps since the workers started.
+        """
+        now = time.monotonic()
+        ready = int(self.counters.table[:, self.counters.index["ready"]].sum())
+        workers = len(self.counters.table)
+        after = f"after {duration(now - self.began)}"
+        if ready == workers and not self.all_ready:
+            self.all_ready = True
+            text = f"all {workers} workers are ready {after}: they collect the first batch"
+        elif now - self.said < SAY_S:
+            return ""
+        elif not self.all_ready:
+            text = f"{ready} of {workers} workers are ready {after}"
+        elif collected < self.batch:
+            text = f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
+        else:
+            text = f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
+        self.said = now
+        return text
+
+
+# ---------------------------------------------------------------- a terminal
+
+
+class Display:
+    """Shows a run's progress while its `with` block lasts. This one prints plain lines."""
+
+    def __init__(self, iterations: int):
+        """iterations: of the whole run."""
+        self.iterations = iterations
+        self.history: list[dict] = []  # lines shown so far
+
+    def __enter__(self) -> "Display":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        """Shows a sentence about the time before the first iteration."""
+        print(text, flush=True)
+
+    def show(self, line: dict) -> None:
+        """Shows one line of metrics.jsonl."""
+        self.history.append(line)
+        busy = " ".join(f"{stage} {1 - line[f'bubble_{stage}']:4.0%}" for stage in STAGES)
+        left = duration(self.seconds_left())
+        print(
+            f"iteration {line['iteration']:4d}/{self.iterations}  "
+            f"{line['env_steps_per_s']:6.0f} env steps/s  "
+            f"success {percent(line['success_rate']):>5s} (held-out {self.held_out()})  "
+            f"reward {number(line['reward'])}  KL {number(line['approx_kl'])}  "
+            f"staleness {line['staleness_mean']:.2f}  busy: {busy}  {left} left",
+            flush=True,
+        )
+
+    def success(self) -> float | None:
+        """Returns the mean success rate of recent training episodes."""
+        rates = [line["success_rate"] for line in self.history[-RECENT:]]
+        rates = [rate for rate in rates if rate is not None]
+        return sum(rates) / len(rates) if rates else None
+
+    def held_out(self) -> str:
+        """Returns the newest evaluation's success rate and the version that was evaluated."""
+        for line in reversed(self.history):
+            if "eval_success_rate" in line:
+                return f"{percent(line['eval_success_rate'])} at {line['eval_version']}"
+        return "–"
+
+    def seconds_left(self) -> float:
+        """Returns how long the rest of the run takes if it goes on as fast as of late."""
+        last = self.history[-1]
+        seconds = last["time"]
+        done = last["iteration"]
+        if len(self.history) > 1:  # else start-up is all that is known
+            first = self.history[-RECENT:][0]
+            seconds -= first["time"]
+            done -= first["iteration"]
+        return seconds / done * (self.iterations - last["iteration"])
+
+
+class Panel(Display):
+    """Shows a live panel on a terminal instead."""
+
+    def __init__(self, iterations: int):
+        super().__init__(iterations)
+        from rich.live import Live
+        from rich.text import Text
+
+        self.live = Live(Text("starting workers …"), refresh_per_second=4)
+
+    def __enter__(self) -> Display:
+        self.live.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.live.stop()
+
+    def say(self, text: str) -> None:
+        from rich.text import Text
+
+        self.live.update(Text(text))
+
+    def show(self, line: dict) -> None:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        self.history.append(line)
+        head = Table.grid(padding=(0, 3))
+        head.add_row(
+            f"iteration [b]{line['iteration']}[/]/{self.iterations}",
+            f"[b]{line['env_steps_per_s']:,.0f}[/] env steps/s",
+            f"success [b]{percent(self.success())}[/]",
+            f"held-out [b]{self.held_out()}[/]",
+        )
+        head.add_row(
+            f"{duration(line['time'])}, [b]{duration(self.seconds_left())}[/] left",
+            f"reward [b]{number(line['reward'])}[/]",
+            f"KL [b]{number(line['approx_kl'])}[/]",
+            f"staleness [b]{line['staleness_mean']:.2f}[/] (max {line['staleness_max']})",
+        )
+        bars = Table.grid(padding=(0, 2))
+        for stage in STAGES:
+            busy = 1.0 - line[f"bubble_{stage}"]
+            bar = ProgressBar(1.0, busy, width=40)
+            bars.add_row(f"{stage:7s}", bar, f"busy {busy:4.0%}", reasons(line["waits"], stage))
+        progress_bar = ProgressBar(self.iterations, line["iteration"], width=60)
+        self.live.update(Group(head, bars, progress_bar))
+
+
+def reasons(waits: dict[str, float], stage: str) -> str:
+    """Says what a stage waits for, the longest wait first; waits: as in a line of metrics.jsonl."""
+    shares = []
+    for name, share in waits.items():
+        who, _, cause = name.partition(":")
+        if who == stage and share >= 0.01:
+            shares.append((share, cause))
+    text = ", ".join(f"{cause} {share:.0%}" for share, cause in sorted(shares, reverse=True))
+    return f"waits for {text}" if text else ""
+
+
+def progress(iterations: int, interactive: bool) -> Display:
+    """Returns what shows a run's progress: a live panel, or plain lines off a terminal."""
+    return Panel(iterations) if interactive else Display(iterations)
+
+
+# ---------------------------------------------------------------- Weights & Biases
+
+
+def mirror(config: Config, folder: RunFolder):
+    """Returns the run of Weights & Biases that metrics are logged to, or None. Raises UserError."""
+    if config.train.wandb == "off":
+        return None
+    import wandb
+
+    try:
+        return wandb.init(
+            project="vla3",
+            name=folder.path.name,
+            dir=folder.path,
+            mode=config.train.wandb,
+            config=json.loads(to_json(config)),
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.errors.Error as error:
+        # A folder made for this start is removed, as the next start may have its name. W&B may
+        # still be writing there.
+        if not config.train.resume:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
+
+
+def flatten(line: dict, above: str = "") -> dict[str, float]:
+    """Returns every number of a nested line by its path, such as `waits/env:action`. Texts and
+    nulls are left out: a chart cannot show them.
+    """
+    out = {}
+    for name, value in line.items():
+        if isinstance(value, dict):
+            out |= flatten(value, f"{above}{name}/")
+        elif isinstance(value, int | float):
+            out[above + name] = value
+    return out

@@ -1,0 +1,171 @@
+"""Keeps what a run leaves behind, and reads it again.
+
+    runs/NAME/  config.json  metrics.jsonl  trace.json  swimlane.png  curve.png  checkpoints/
+                videos/  error.txt
+
+The launcher alone writes here, but for checkpoints (the first actor), videos (evaluate.py) and, in
+.spans/ while the run goes on, the workers' spans. Left out: what the lines say (docs/metrics.md).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from config import ROOT, UserError, require
+
+# A trace's rows are grouped: "weights" are transfers beside what a worker does.
+GROUPS = ("env", "rollout", "weights", "actor")
+# What was done, its start and end in monotonic seconds, and perhaps numbers that belong to it.
+Span = tuple[str, float, float] | tuple[str, float, float, dict]
+
+
+class RunFolder:
+    """Owns runs/NAME. To create one that exists is an error unless the run is resumed."""
+
+    def __init__(self, path: Path, resume: bool):
+        """Creates or opens the folder and locks it. Raises UserError."""
+        self.path = path
+        self.spans = path / ".spans"
+        # What --resume takes.
+        self.name = path.name if path.parent == ROOT / "runs" else str(path.absolute())
+        # When this launcher wrote its newest line, in monotonic seconds.
+        self.appended: float | None = None
+        require(
+            resume or not path.exists(),
+            f"the run folder {path} exists: {self.way_out()} choose another --run",
+        )
+        try:
+            (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.spans.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run folder {path}: {error.strerror}; choose another --run"
+            ) from None
+        self.lock = self.take_lock()
+        for old in self.spans.iterdir():
+            old.unlink()
+
+    def way_out(self) -> str:
+        if any(self.path.glob("checkpoints/[0-9]*")):
+            return f"continue it with --resume {self.name} or"
+        return "it has no checkpoint yet:"
+
+    def take_lock(self) -> int:
+        """Locks the folder for this process. Raises UserError if another one has it."""
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run {self.name} is being trained by another process: end that one first, or wait"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        return lock
+
+    def append(self, line: dict) -> None:
+        """Adds a line to metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.appended = time.monotonic()
+
+    def lines(self) -> list[dict]:
+        return read_metrics(self.path)
+
+    def truncate(self, version: int) -> None:
+        """Drops lines after a checkpoint's version, so that a resumed run's lines follow on."""
+        kept = [line for line in self.lines() if line["version"] <= version]
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, name: str, text: str) -> None:
+        """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""
+        partial = self.path / f".{name}.partial"
+        partial.write_text(text)
+        os.replace(partial, self.path / name)
+
+    def finish(self) -> None:
+        """Writes trace.json from the workers' spans, and removes what only workers needed."""
+        spans: dict[str, list[Span]] = {}
+        for file in sorted(self.spans.glob("*.jsonl")):
+            spans[file.stem] = []
+            for row in file.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
+                    spans[file.stem] += json.loads(row)
+        shutil.rmtree(self.spans)
+        if spans:
+            write_trace(self.path / "trace.json", spans)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Returns the whole lines of metrics.jsonl. The last one may be torn: it is being written just
+    now, or its writer was killed.
+    """
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+# ---------------------------------------------------------------- trace.json
+
+
+def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
+    """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker.
+
+    A side thread fetches weights while its worker infers, so fetches get rows of their own, in the
+    group "weights".
+    """
+    rows: dict[tuple[int, int, str], list[Span]] = {}  # by group, number and name
+    for worker, mixed in spans.items():
+        stage, _, number = worker.partition("-")
+        rows[GROUPS.index(stage), int(number), worker] = [s for s in mixed if s[0] != "fetch"]
+        if fetches := [span for span in mixed if span[0] == "fetch"]:
+            rows[GROUPS.index("weights"), int(number), f"weights to {worker}"] = fetches
+    with open(path, "w") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        between = "\n"
+        for event in trace_events(rows):
+            file.write(between + json.dumps(event))
+            between = ",\n"
+        file.write("\n]}\n")
+
+
+def trace_events(rows: dict[tuple[int, int, str], list[Span]]) -> Iterator[dict]:
+    """Yields names and order ("M"), then one complete event ("X") per span, in microseconds since
+    the first one. Perfetto takes process 0 and thread 0 for the kernel's, so numbers begin at 1.
+    """
+    begin = min((span[1] for row in rows.values() for span in row), default=0.0)
+    for group in sorted({group for group, _, _ in rows}):
+        process = {"ph": "M", "pid": group + 1}
+        yield process | {"name": "process_name", "args": {"name": GROUPS[group]}}
+        yield process | {"name": "process_sort_index", "args": {"sort_index": group}}
+    for thread, (group, number, name) in enumerate(sorted(rows), 1):
+        where = {"pid": group + 1, "tid": thread}
+        yield {"ph": "M", "name": "thread_name", **where, "args": {"name": name}}
+        for what, start, end, *args in rows[group, number, name]:
+            event = {"ph": "X", "name": what, **where}
+            event["ts"] = round((start - begin) * 1e6, 1)
+            event["dur"] = round((end - start) * 1e6, 1)
+            if args:
+                event["args"] = args[0]
+            yield event
+
+
+def read_trace(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
+    """Returns the rows of a run's trace.json by name: spans (what, start, end, args) in order, in
+    seconds. Rows without spans are left out.
+    """
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    spans: dict[str, list] = {name: [] for name in names.values()}
+    for event in events:
+        if event["ph"] == "X":
+            start = event["ts"] / 1e6
+            end = (event["ts"] + event["dur"]) / 1e6
+            span = (event["name"], start, end, event.get("args", {}))
+            spans[names[event["tid"]]].append(span)
+    return {name: sorted(row, key=lambda span: span[1]) for name, row in spans.items() if row}
