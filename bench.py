@@ -35,7 +35,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
-    end_on_sigterm,
     envs,
     inference,
     ladder,
@@ -46,6 +45,7 @@ from benchmarks import (
     tuning,
     weights,
 )
+from benchmarks.measuring import end_on_sigterm
 from config import Family, UserError, exit_on_user_error, parse_ratio
 from processes import keep_freed_memory
 

@@ -36,9 +36,10 @@ from typing import NamedTuple, get_args
 
 from config import Simulator, UserError
 
-ENVS = {
-    name: f"envs.{name}"
-    for name in (*get_args(Simulator), "emulated", "emulated_gr00t", "vectorised")
+ENVS = {name: f"envs.{name}" for name in get_args(Simulator)} | {
+    "emulated": "benchmarks.emulated.libero",
+    "emulated_gr00t": "benchmarks.emulated.gr00t",
+    "vectorised": "benchmarks.emulated.maniskill",
 }
 INSTALL = {
     "metaworld": "pip install metaworld==3.1.1 mujoco==3.3.0",
