@@ -385,9 +385,9 @@ def test_processor_time_goes_to_whose_it_is():
     before = dict(env=1.0, rollout=2.0, actor=3.0, launcher=4.0)
     after = dict(env=1.2, rollout=2.1, actor=3.0, launcher=4.1)
     lines = {"collected": 1000, "time": 5.0}, {"collected": 3000, "time": 9.0}
-    row = machinery.rates(
-        (lines[0], before, 100.0), (lines[1], after, 108.0)
-    )  # looked at later, and for longer, than written
+    # Looked at later, and for longer, than written.
+    first = machinery.Look(lines[0], before, 100.0)
+    row = machinery.rates(first, machinery.Look(lines[1], after, 108.0))
     assert row["chunk_steps_per_s"] == 500 and row["actor_us"] == 0
     assert [row["env_us"], row["rollout_us"], row["cpu_us"]] == pytest.approx([50, 25, 100])
 
@@ -429,7 +429,44 @@ def test_machinery():
     )
 
 
+def test_another_checkout_takes_turns_with_this_one(monkeypatch, tmp_path):
+    """Who begins alternates, each runs its own `train.py`, and the ratio is of the medians."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.py").touch()
+    calls = []
+    given = {other: iter([100.0, 300.0, 200.0]), config.ROOT: iter([500.0, 100.0, 300.0])}
+
+    def run(command, watch, limit_s=300.0, checkout=config.ROOT):
+        calls.append((command[1], checkout, command[command.index("--envs") + 1]))
+        figures = {"cpu_us": 5.0 if checkout == other else 4.0, "private_mb": 1.0}
+        return {"chunk_steps_per_s": next(given[checkout])} | figures
+
+    monkeypatch.setattr(machinery, "follow", run)
+    (row,) = machinery.measure_against(other, 3, 1.0, envs=(8,), pixels=(8,))
+    here = config.ROOT
+    assert [checkout for _, checkout, _ in calls] == [here, other, other, here, here, other]
+    assert {(script, envs) for script, _, envs in calls} == {("train.py", "8")}
+    assert (row["envs"], row["pixels"], row["rounds"]) == (8, 8, 3)
+    assert (row["chunk_steps_per_s"], row["other_chunk_steps_per_s"]) == (300.0, 200.0)
+    assert (row["rate_ratio"], row["cpu_ratio"]) == (1.5, 0.8)
+
+
+def test_a_real_run_of_another_checkout(tmp_path):
+    """Another folder with this code: the run must be of that folder, not of this one."""
+    for part in config.ROOT.iterdir():
+        if part.name not in (".git", "runs", "train.py"):
+            (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "train.py").write_text("print('the other one')\n")
+    with pytest.raises(UserError, match="the other one"):
+        machinery.run_pipeline(8, 8, 0.0, checkout=tmp_path)
+
+
 def test_what_fails_is_told(tmp_path):
+    with pytest.raises(UserError, match="has no train.py: give --against the folder"):
+        bench.main(bench.BenchConfig(what="machinery", against=tmp_path))
+    with pytest.raises(UserError, match="two comparisons"):
+        bench.main(bench.BenchConfig(what="machinery", against=tmp_path, peer="python"))
     with pytest.raises(UserError, match="no TorchRL: make one with"):
         bench.main(bench.BenchConfig(what="machinery", peer=str(tmp_path / "python")))
     with pytest.raises(UserError, match="failed or took longer than 60 s: broken"):
