@@ -1,9 +1,9 @@
-"""Measured comparisons on this machine. What a number is compared with is measured in the same run.
+"""Measures comparisons on this machine. What a number is compared with is measured in the same run.
 
     python bench.py transport --json transport.json    slots against queues that carry the data (and
                                                        Ray, where it is installed)
     python bench.py weights                            a weight sync against a memcpy, and what it
-                                                       costs a serving rollout worker
+                                                       costs a rollout worker that serves
     python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against
                                                        each other and their bound
     python bench.py prefix --model pi05                the actor with and without the frozen
@@ -13,13 +13,14 @@
     python bench.py envs                               simulators against the way their own
                                                        documentation has it
     python bench.py tracing                            what --trace costs a run
-    python bench.py machinery --peer PYTHON            the pipeline with stages that cost nothing,
-                                                       beside TorchRL
+    python bench.py machinery                          the pipeline with stages that cost nothing;
+                  --against FOLDER                     in turns with another checkout,
+                  --peer PYTHON                        or with TorchRL
     python bench.py tuning                             --ratio auto and automatic batches against an
                                                        exhaustive search
 
-Prints a table and writes {"what", "machine", "rows"}; units are in the names of the keys, whose
-meaning the files in benchmarks/ say.
+It prints a table and, with --json, writes {"what", "machine", "rows"}. Units are in the names of
+the keys. What they mean is said at the top of the files in benchmarks/.
 """
 
 import json
@@ -35,7 +36,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import (
-    end_on_sigterm,
     envs,
     inference,
     ladder,
@@ -46,7 +46,8 @@ from benchmarks import (
     tuning,
     weights,
 )
-from config import Family, UserError, exit_on_user_error, parse_ratio
+from benchmarks.measuring import end_on_sigterm
+from config import Family, exit_on_user_error, parse_ratio, require
 from processes import keep_freed_memory
 
 
@@ -106,86 +107,100 @@ class BenchConfig:
     full where there is one
     """
     peer: str = ""
-    """machinery: a Python that has TorchRL, to be measured beside ours; empty measures ours alone,
-    at more numbers of envs
+    """machinery: a Python that has TorchRL, to be measured in turns with ours"""
+    against: Path | None = None
+    """machinery: the folder of another checkout of this project, to be measured in turns with this
+    one
     """
 
 
+def check(config: BenchConfig) -> None:
+    """Raises UserError where settings cannot be."""
+    folder = config.json.absolute().parent if config.json else Path()
+    require(
+        folder.is_dir(), f"the folder {folder} does not exist: create it or give another --json"
+    )
+    require(
+        config.repeats >= 1 and config.seconds > 0 and config.iterations >= 0,
+        "--repeats must be at least 1, --seconds more than 0 and --iterations not negative",
+    )
+    require(
+        config.what != "envs" or config.env != "vectorised",
+        "--env vectorised only takes time, so there is nothing to compare: give libero or "
+        "metaworld",
+    )
+    require(
+        not config.peer or config.against is None,
+        "--peer and --against are two comparisons: give one of them",
+    )
+    if config.ratio:
+        parse_ratio(config.ratio)
+
+
+def measure(config: BenchConfig) -> list[dict]:
+    """Measures what is asked for. Returns rows, which have the same keys."""
+    match config.what:
+        case "transport":
+            return transport.measure(config.repeats, config.seconds)
+        case "weights":
+            return weights.measure(config.repeats)
+        case "ladder":
+            setting = "vectorised" if config.env == "vectorised" else config.setting
+            return ladder.measure(setting, config.ratio, config.iterations, config.json)
+        case "prefix":
+            return prefix.measure(config.model, config.size, config.seconds)
+        case "inference":
+            return inference.measure(config.model, config.size, config.seconds)
+        case "envs":
+            names = ("libero", "metaworld") if config.env == "all" else (config.env,)
+            return envs.measure(names, config.seconds)
+        case "tracing":
+            return tracing.measure(config.setting, config.ratio, config.iterations, config.repeats)
+        case "tuning":
+            return tuning.measure(config.iterations)
+        case "machinery" if config.peer:
+            return machinery.compare(config.peer, config.repeats, config.seconds)
+        case "machinery" if config.against:
+            return machinery.measure_against(config.against, config.repeats, config.seconds)
+        case "machinery":
+            return machinery.measure(config.repeats, config.seconds)
+
+
 def machine() -> str:
-    """What was measured on, without naming anybody's machine."""
+    """Describes what was measured on, without naming anybody's machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
+    processor = names[0] if names else os.uname().machine
     cores = len(os.sched_getaffinity(0))
-    return (
-        f"{cores} cores, {names[0] if names else os.uname().machine}, torch {torch.__version__}, "
-        f"{', '.join(gpus) or 'no GPU'}"
-    )
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no GPU"
+    return f"{cores} cores, {processor}, torch {torch.__version__}, {gpus}"
 
 
 def text(value) -> str:
+    """Writes one cell of the table."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
 def show(result: dict) -> None:
+    """Prints the rows as a table."""
     table = Table(title=f"{result['what']}: {result['machine']}", show_lines=False)
     for key, value in result["rows"][0].items():
-        table.add_column(
-            key.replace("_", " "), justify="left" if isinstance(value, str) else "right"
-        )
+        justify = "left" if isinstance(value, str) else "right"
+        table.add_column(key.replace("_", " "), justify=justify)
     for row in result["rows"]:
         table.add_row(*map(text, row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def main(config: BenchConfig) -> None:
-    if config.json and not config.json.absolute().parent.is_dir():
-        raise UserError(
-            f"the folder {config.json.absolute().parent} does not exist: create it or give another "
-            "--json"
-        )
-    if config.repeats < 1 or config.seconds <= 0 or config.iterations < 0:
-        raise UserError(
-            "--repeats must be at least 1, --seconds more than 0 and --iterations not negative"
-        )
-    if config.ratio:
-        parse_ratio(config.ratio)
-    if config.what == "envs" and config.env == "vectorised":
-        raise UserError(
-            "--env vectorised only takes time, so there is nothing to compare: give libero or "
-            "metaworld"
-        )
+    check(config)
     torch.set_num_threads(1)
     keep_freed_memory()  # as workers do
     end_on_sigterm()
-    if config.what == "transport":
-        rows = transport.measure(config.repeats, config.seconds)
-    elif config.what == "weights":
-        rows = weights.measure(config.repeats)
-    elif config.what == "prefix":
-        rows = prefix.measure(config.model, config.size, config.seconds)
-    elif config.what == "envs":
-        rows = envs.measure(
-            ("libero", "metaworld") if config.env == "all" else (config.env,), config.seconds
-        )
-    elif config.what == "tracing":
-        rows = tracing.measure(config.setting, config.ratio, config.iterations, config.repeats)
-    elif config.what == "machinery":
-        times = config.repeats, config.seconds
-        rows = machinery.compare(config.peer, *times) if config.peer else machinery.measure(*times)
-    elif config.what == "tuning":
-        rows = tuning.measure(config.iterations)
-    elif config.what == "inference":
-        rows = inference.measure(config.model, config.size, config.seconds)
-    else:
-        setting = "vectorised" if config.env == "vectorised" else config.setting
-        rows = ladder.measure(setting, config.ratio, config.iterations, config.json)
+    rows = measure(config)
     result = {"what": config.what, "machine": machine(), "rows": rows}
     if config.what == "ladder":
         print(f"\n{result['machine']}\n\n{ladder.report(rows)}")

@@ -48,7 +48,7 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from benchmarks import end_on_sigterm
+from benchmarks.measuring import end_on_sigterm
 from config import ROOT, UserError, exit_on_user_error
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 import models
-from benchmarks import flops_of, matmul, random_model, seconds_of, where
+from benchmarks.measuring import flops_of, matmul, random_model, seconds_of, where
 from models.compiled import compile_parts, random_noise, random_observations
 
 BATCHES = (1, 8, 32, 64)

@@ -41,9 +41,9 @@ from types import ModuleType
 import torch
 
 import metrics
+from benchmarks.emulated import gr00t, libero, maniskill
 from benchmarks.machinery import cpu_seconds
 from config import PRESETS, ROOT, Config, UserError, from_json, parse_ratio
-from envs import emulated, emulated_gr00t, vectorised
 from planning.settings import divisor
 from planning.validate import MAIN
 from run_folder import read_metrics
@@ -75,11 +75,9 @@ def paper(column: str) -> dict[str, float]:
 
 SINGLE_ENVS = "rollout-async, single envs"  # the split that costs RL-VLA³ what it costs
 COLUMNS = {
-    "emulated": Column("LIBERO + π0.5", "emulated", emulated, 5, paper("LIBERO π0.5")),
-    "gr00t": Column(
-        "LIBERO + GR00T N1.5", "emulated_gr00t", emulated_gr00t, 6, paper("LIBERO GR00T")
-    ),
-    "vectorised": Column("ManiSkill + π0", "vectorised", vectorised, 2, paper("ManiSkill π0")),
+    "emulated": Column("LIBERO + π0.5", "emulated", libero, 5, paper("LIBERO π0.5")),
+    "gr00t": Column("LIBERO + GR00T N1.5", "emulated_gr00t", gr00t, 6, paper("LIBERO GR00T")),
+    "vectorised": Column("ManiSkill + π0", "vectorised", maniskill, 2, paper("ManiSkill π0")),
 }
 COLUMNS["vectorised"].paper[SINGLE_ENVS] = COLUMNS["vectorised"].paper["rollout-async"]
 REAL = {  # title, ratio, iterations that are measured, flags
@@ -138,7 +136,7 @@ def lanes(preset: str, ratio: str) -> int:
     """
     placement, _, lockstep = settings_of(preset)
     if preset == SINGLE_ENVS:
-        workers, envs = emulated.sizes(vectorised, ratio, placement)
+        workers, envs = libero.sizes(maniskill, ratio, placement)
         return envs // workers
     return 1 if lockstep else 2
 
@@ -149,7 +147,7 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
         return [*args, *REAL[setting][3]]
     column = COLUMNS[setting]
     costs = COLUMNS[setting].costs
-    workers, envs = emulated.sizes(costs, ratio, settings_of(preset)[0])
+    workers, envs = libero.sizes(costs, ratio, settings_of(preset)[0])
     batch = costs.TRAJECTORIES * envs
     minibatch = costs.TRAJECTORIES * envs // costs.MINIBATCHES
     numbers = {
@@ -163,7 +161,7 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
         "--segment": costs.EPISODE,
         "--chunk": costs.CHUNK,
     }
-    if costs is vectorised:
+    if costs is maniskill:
         numbers["--lanes"] = lanes(preset, ratio)
     return [
         *args,
@@ -245,10 +243,10 @@ def emulated_bounds(setting: str, ratio: str, preset: str) -> dict[str, float]:
     """Env steps/s that each stage alone allows, from the calibration."""
     placement = settings_of(preset)[0]
     costs = COLUMNS[setting].costs
-    (for_rollout, for_actor) = emulated.devices(ratio, placement)
-    (workers, envs) = emulated.sizes(costs, ratio, placement)
+    (for_rollout, for_actor) = libero.devices(ratio, placement)
+    (workers, envs) = libero.sizes(costs, ratio, placement)
     if (
-        costs is vectorised
+        costs is maniskill
     ):  # seconds of an env worker per chunk of all its lanes, which it steps one after another
         busy = lanes(preset, ratio) * costs.FIXED + envs / workers * costs.EACH
     else:
@@ -307,7 +305,7 @@ def steady(setting: str, ratio: str, preset: str, lines: list[dict]) -> float:
         and min(bounds := emulated_bounds(setting, ratio, preset), key=bounds.get) == "actor"
     ):
         costs = COLUMNS[setting].costs
-        batch = emulated.sizes(costs, ratio, settings_of(preset)[0])[1] * costs.TRAJECTORIES
+        batch = libero.sizes(costs, ratio, settings_of(preset)[0])[1] * costs.TRAJECTORIES
         return (len(lines) - warmup(preset)) * batch * costs.EPISODE * costs.CHUNK
     return lines[-1]["env_steps"] - lines[warmup(preset) - 1]["env_steps"]
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import flops_of, matmul, peak_bytes_of, random_model, seconds_of, where
+from benchmarks.measuring import flops_of, matmul, peak_bytes_of, random_model, seconds_of, where
 from channel import SlotPool
 from config import UserError
 from models.compiled import random_noise, random_observations

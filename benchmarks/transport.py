@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from benchmarks import context
+from benchmarks.measuring import context
 from channel import ACT, Counters, IndexQueue, Record, SlotPool
 
 # uint8, float32, float32

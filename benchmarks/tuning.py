@@ -3,7 +3,7 @@ stages, the real command.
 
     python bench.py tuning          13 minutes
 
-Settings: `emulated` is the ladder's (envs/emulated.py, calibrated on LIBERO + π0.5), where
+Settings: `emulated` is the ladder's (emulated/libero.py, calibrated on LIBERO + π0.5), where
 simulators are the slowest stage; in `quick` the same simulators take QUICK of the time, so that
 another ratio and other batches are best.
 
@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import ladder
+from benchmarks.emulated import libero
 from config import ROOT, UserError
-from envs import emulated
 from planning import Costs, Node
 from planning.events import simulate
 from planning.validate import emulated_node
@@ -99,9 +99,7 @@ def run(setting: str, ratio: str, iterations: int, *flags: str) -> list[dict]:
         "--ratio": ratio,
         "--iterations": str(iterations),
     }
-    given["--env-workers"] = (
-        "0" if ratio == "auto" else str(emulated.workers(ratio, "disaggregated"))
-    )
+    given["--env-workers"] = "0" if ratio == "auto" else str(libero.workers(ratio, "disaggregated"))
     args = [part for item in given.items() for part in item] + [*TASKS[setting], "--no-trace"]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         path = Path(folder) / "run"

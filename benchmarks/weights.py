@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 
 import envs
 import models
-from benchmarks import context
+from benchmarks.measuring import context
 from channel import ACT, VERSION, IndexQueue, Record, Spec, WeightPlane
 from config import Config, embedded_files
 from models import checkpoint

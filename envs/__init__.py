@@ -43,9 +43,9 @@ SIMULATORS = {
         "envs.robocasa",
         "it needs an environment of its own, which envs/robocasa.py describes",
     ),
-    "emulated": ("envs.emulated", ""),
-    "emulated_gr00t": ("envs.emulated_gr00t", ""),
-    "vectorised": ("envs.vectorised", ""),
+    "emulated": ("benchmarks.emulated.libero", ""),
+    "emulated_gr00t": ("benchmarks.emulated.gr00t", ""),
+    "vectorised": ("benchmarks.emulated.maniskill", ""),
 }
 
 # How an import fails where GL or the display is missing: by the package that raises the error, or

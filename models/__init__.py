@@ -40,7 +40,7 @@ Beside it, `<family>_files.py` knows files and the world: the layouts of other p
                                                      hold
     save(model, folder, like)                        another project's layout again, see
                                                      `models/export.py`
-    parity(folder) -> {name: tensor}                 see `models/parity.py`
+    parity(folder) -> {name: tensor}                 see `benchmarks/parity.py`
 
 so that no stage knows which family it serves.
 """
@@ -58,11 +58,10 @@ MODELS = {
     "pi05": "models.pi",
     "gr00t": "models.gr00t",
     "oft": "models.oft",
-    "emulated": "models.emulated",
+    "emulated": "benchmarks.emulated.policy",
 }
 FILES = {
-    name: "models.emulated" if name == "emulated" else f"{module}_files"
-    for name, module in MODELS.items()
+    name: module if name == "emulated" else f"{module}_files" for name, module in MODELS.items()
 }
 
 

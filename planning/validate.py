@@ -44,9 +44,9 @@ PASS_S = (
 PRESET_ROWS = ("sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full")
 GPUS = (8, 16, 32)
 EMULATED = {
-    "emulated": "envs.emulated",
-    "gr00t": "envs.emulated_gr00t",
-    "vectorised": "envs.vectorised",
+    "emulated": "benchmarks.emulated.libero",
+    "gr00t": "benchmarks.emulated.gr00t",
+    "vectorised": "benchmarks.emulated.maniskill",
 }  # settings of the ladder
 
 # RL-VLA³, main comparison: env steps/s at 8, 16 and 32 GPUs, in the order of PRESET_ROWS.
@@ -393,14 +393,14 @@ What the paper's figures do not determine, and so no plan can predict:
 
 def emulated_node(preset: str, ratio: str, setting: str = "emulated") -> tuple[Node, Costs]:
     """What `benchmarks/ladder.py` runs: sleeps of a simulator that only takes time and
-    models/emulated.py. setting: of EMULATED.
+    benchmarks/emulated/policy.py. setting: of EMULATED.
     """
-    from envs import emulated
+    from benchmarks.emulated import libero
 
     costs = importlib.import_module(EMULATED[setting])
     placement, staleness, batch_max, wait, stream = PRESETS[preset]
-    for_rollout, for_actor = emulated.devices(ratio, placement)
-    workers, envs = emulated.sizes(costs, ratio, placement)
+    for_rollout, for_actor = libero.devices(ratio, placement)
+    workers, envs = libero.sizes(costs, ratio, placement)
     actors = parse_ratio(ratio)[1]  # which share their devices
     lanes = envs
     step_s = 0.0

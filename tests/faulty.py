@@ -16,11 +16,12 @@ import time
 import numpy as np
 
 import envs
+from benchmarks.emulated import libero
 from env_worker import EVAL_SEEDS
-from envs import Step, emulated
+from envs import Step
 
 envs.SIMULATORS |= {"emulated": ("faulty", ""), "vectorised": ("faulty_lanes", "")}
-spec = emulated.spec
+spec = libero.spec
 FAULTS = {
     "raise": "step",
     "segfault": "observe",
@@ -47,7 +48,7 @@ def strikes(where: str) -> bool:
         return False
 
 
-class Env(emulated.Env):
+class Env(libero.Env):
     def __init__(self, tasks, image_size, quality="fast"):
         global made
         super().__init__(tasks, image_size)
@@ -65,7 +66,7 @@ class Env(emulated.Env):
             rng = np.random.default_rng(
                 [seed, self.number, *multiprocessing.current_process().name.encode()]
             )
-            self.win = int(rng.integers(1, 2 * emulated.EPISODE * emulated.CHUNK))
+            self.win = int(rng.integers(1, 2 * libero.EPISODE * libero.CHUNK))
 
     def step(self, action):
         global taken

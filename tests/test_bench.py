@@ -11,15 +11,14 @@ import torch
 import tyro
 
 import bench
-import benchmarks
 import config
 import metrics
 import models
 import train
-from benchmarks import inference, ladder, machinery, prefix, tracing, tuning
+from benchmarks import inference, ladder, machinery, measuring, prefix, tracing, tuning
+from benchmarks.emulated import libero, maniskill
 from channel import layout
 from config import UserError
-from envs import emulated, vectorised
 from planning.events import simulate
 from planning.validate import emulated_node
 
@@ -27,7 +26,7 @@ from planning.validate import emulated_node
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(benchmarks, "MATMUL", {"cpu": 128})
+    monkeypatch.setattr(measuring, "MATMUL", {"cpu": 128})
     monkeypatch.setattr(inference, "BATCHES", (1, 2))
     monkeypatch.setattr(prefix, "SAMPLES", 2)
     monkeypatch.setattr(prefix, "POOL_BYTES", 0)
@@ -37,18 +36,18 @@ def test_counters():
     a = torch.randn(8, 16)
     b = torch.randn(16, 4)
     q = torch.randn(1, 2, 8, 4)
-    assert benchmarks.flops_of(lambda: a @ b) == 2 * 8 * 16 * 4
+    assert measuring.flops_of(lambda: a @ b) == 2 * 8 * 16 * 4
 
     def attention():
         return torch.nn.functional.scaled_dot_product_attention(q, q, q)
 
-    assert benchmarks.flops_of(attention) == 2 * 2 * 2 * 8 * 8 * 4
+    assert measuring.flops_of(attention) == 2 * 2 * 2 * 8 * 8 * 4
 
     def two_of_three():
         x = torch.zeros(100) + 1.0  # the zeros are gone when `+` is done
         return (x.view(10, 10) * 2.0).sum().item()
 
-    assert benchmarks.peak_bytes_of(two_of_three, "cpu") == 2 * 400 + 4
+    assert measuring.peak_bytes_of(two_of_three, "cpu") == 2 * 400 + 4
 
 
 @pytest.mark.parametrize("model", ["pi05", "gr00t"])
@@ -104,7 +103,7 @@ def test_the_emulated_settings_are_the_paper_s_columns(setting, tolerance):
 
 
 def test_splitting_into_single_envs_costs_what_it_costs_the_paper():
-    v = vectorised
+    v = maniskill
     rate = 81_920 / (64 * v.SPLIT / v.SCALE)  # env steps/s of the paper's 64 rounds
     assert rate == pytest.approx(ladder.COLUMNS["vectorised"].paper[ladder.SINGLE_ENVS])
     assert pytest.approx(v.SPLIT) == 64 * (v.FIXED + v.EACH)
@@ -133,7 +132,7 @@ def test_no_row_of_the_event_model_exceeds_its_bound_and_none_is_ahead_of_full(s
 
 def test_bounds():
     bounds = {ratio: ladder.emulated_bounds("emulated", ratio, "full") for ratio in ladder.RATIOS}
-    chunk = 2 * emulated.MEAN  # seconds of a worker for its two lanes, at every ratio
+    chunk = 2 * libero.MEAN  # seconds of a worker for its two lanes, at every ratio
     assert [b["env"] * chunk for b in bounds.values()] == pytest.approx([32 * 10, 42 * 10, 48 * 10])
     assert bounds["3:1"]["actor"] == pytest.approx(bounds["1:1"]["actor"] / 2)
     assert [min(b, key=b.get) for b in bounds.values()] == ["env", "actor", "actor"]
@@ -175,9 +174,7 @@ def test_what_the_ladder_runs_is_valid(setting, ratio):
         *([ladder.SINGLE_ENVS] if (setting, ratio) == ("vectorised", "1:1") else []),
     ):
         settings = train.prepare(train.parse(ladder.flags(setting, preset, ratio))).config
-        workers, envs = emulated.sizes(
-            ladder.COLUMNS[setting].costs, ratio, settings.train.placement
-        )
+        workers, envs = libero.sizes(ladder.COLUMNS[setting].costs, ratio, settings.train.placement)
         assert (settings.env.env_workers, settings.env.envs) == (workers, envs)
         assert settings.env.segment == ladder.COLUMNS[setting].costs.EPISODE
         node = emulated_node(preset.partition(",")[0], ratio, setting)[0]
@@ -193,9 +190,9 @@ def test_what_the_ladder_runs_is_valid(setting, ratio):
 def test_the_emulated_weights_take_their_way_through_the_plane():
     settings = train.prepare(train.parse(["--model", "emulated", "--env", "emulated_gr00t"]))
     moved = layout(settings.weights, 1)[1]
-    assert moved == pytest.approx(emulated.SYNC / 2 * emulated.COPIES, rel=0.01)
+    assert moved == pytest.approx(libero.SYNC / 2 * libero.COPIES, rel=0.01)
     assert (
-        pytest.approx(0.8 / 24 / 10) == emulated.SYNC
+        pytest.approx(0.8 / 24 / 10) == libero.SYNC
     )  # a 24th of the paper's training step, ten times as fast
 
 
@@ -388,9 +385,9 @@ def test_processor_time_goes_to_whose_it_is():
     before = dict(env=1.0, rollout=2.0, actor=3.0, launcher=4.0)
     after = dict(env=1.2, rollout=2.1, actor=3.0, launcher=4.1)
     lines = {"collected": 1000, "time": 5.0}, {"collected": 3000, "time": 9.0}
-    row = machinery.rates(
-        (lines[0], before, 100.0), (lines[1], after, 108.0)
-    )  # looked at later, and for longer, than written
+    # Looked at later, and for longer, than written.
+    first = machinery.Look(lines[0], before, 100.0)
+    row = machinery.rates(first, machinery.Look(lines[1], after, 108.0))
     assert row["chunk_steps_per_s"] == 500 and row["actor_us"] == 0
     assert [row["env_us"], row["rollout_us"], row["cpu_us"]] == pytest.approx([50, 25, 100])
 
@@ -432,7 +429,44 @@ def test_machinery():
     )
 
 
+def test_another_checkout_takes_turns_with_this_one(monkeypatch, tmp_path):
+    """Who begins alternates, each runs its own `train.py`, and the ratio is of the medians."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.py").touch()
+    calls = []
+    given = {other: iter([100.0, 300.0, 200.0]), config.ROOT: iter([500.0, 100.0, 300.0])}
+
+    def run(command, watch, limit_s=300.0, checkout=config.ROOT):
+        calls.append((command[1], checkout, command[command.index("--envs") + 1]))
+        figures = {"cpu_us": 5.0 if checkout == other else 4.0, "private_mb": 1.0}
+        return {"chunk_steps_per_s": next(given[checkout])} | figures
+
+    monkeypatch.setattr(machinery, "follow", run)
+    (row,) = machinery.measure_against(other, 3, 1.0, envs=(8,), pixels=(8,))
+    here = config.ROOT
+    assert [checkout for _, checkout, _ in calls] == [here, other, other, here, here, other]
+    assert {(script, envs) for script, _, envs in calls} == {("train.py", "8")}
+    assert (row["envs"], row["pixels"], row["rounds"]) == (8, 8, 3)
+    assert (row["chunk_steps_per_s"], row["other_chunk_steps_per_s"]) == (300.0, 200.0)
+    assert (row["rate_ratio"], row["cpu_ratio"]) == (1.5, 0.8)
+
+
+def test_a_real_run_of_another_checkout(tmp_path):
+    """Another folder with this code: the run must be of that folder, not of this one."""
+    for part in config.ROOT.iterdir():
+        if part.name not in (".git", "runs", "train.py"):
+            (tmp_path / part.name).symlink_to(part)
+    (tmp_path / "train.py").write_text("print('the other one')\n")
+    with pytest.raises(UserError, match="the other one"):
+        machinery.run_pipeline(8, 8, 0.0, checkout=tmp_path)
+
+
 def test_what_fails_is_told(tmp_path):
+    with pytest.raises(UserError, match="has no train.py: give --against the folder"):
+        bench.main(bench.BenchConfig(what="machinery", against=tmp_path))
+    with pytest.raises(UserError, match="two comparisons"):
+        bench.main(bench.BenchConfig(what="machinery", against=tmp_path, peer="python"))
     with pytest.raises(UserError, match="no TorchRL: make one with"):
         bench.main(bench.BenchConfig(what="machinery", peer=str(tmp_path / "python")))
     with pytest.raises(UserError, match="failed or took longer than 60 s: broken"):
@@ -447,8 +481,8 @@ def test_a_task_of_zero_takes_no_time(monkeypatch):
     config = train.parse(
         ["--model", "emulated", "--env", "emulated", "--tasks", "0", "--image-size", "8"]
     )
-    spec = emulated.spec(config.train.tasks, 8)
-    env = emulated.Env(spec.tasks, 8)
+    spec = libero.spec(config.train.tasks, 8)
+    env = libero.Env(spec.tasks, 8)
     model = models.load("emulated").build(config, spec)
     env.reset(0, 1)
     assert [env.step(None) for _ in range(20)] == [(0.0, False)] * 20

@@ -8,7 +8,7 @@ import torch
 from conftest import SMALL, observations, tiny_pi
 
 import models
-from benchmarks import random_model
+from benchmarks.measuring import random_model
 from config import UserError
 from models import compiled
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import envs
+from benchmarks.emulated import libero
 from config import UserError
-from envs import emulated, metaworld
+from envs import metaworld
 
 
 @pytest.fixture
@@ -232,9 +233,9 @@ def test_unknown_simulators_are_named():
 
 def test_the_emulated_simulator_offers_the_same(monkeypatch):
     slept = []
-    monkeypatch.setattr(emulated.time, "sleep", slept.append)
-    spec = emulated.spec((), 8)
-    env = emulated.Env(spec.tasks, 8)
+    monkeypatch.setattr(libero.time, "sleep", slept.append)
+    spec = libero.spec((), 8)
+    env = libero.Env(spec.tasks, 8)
     env.reset(0, 1)
     image, state = env.observe()
     assert image.shape == (spec.views, 8, 8, 3) and state.shape == (spec.state_dim,)
@@ -242,8 +243,8 @@ def test_the_emulated_simulator_offers_the_same(monkeypatch):
         (0.0, False)
     ] * spec.horizon
     assert (
-        0.3 * emulated.MEAN < np.mean(slept) < 3 * emulated.MEAN
-        and len(slept) == spec.horizon // emulated.CHUNK
+        0.3 * libero.MEAN < np.mean(slept) < 3 * libero.MEAN
+        and len(slept) == spec.horizon // libero.CHUNK
     )
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import parity
 from config import ROOT, UserError
-from models import parity
 
 GOLDEN = ROOT / "tests" / "golden"
 FOLDERS = sorted(folder.parent for folder in GOLDEN.glob("*/config.json"))
@@ -63,7 +63,7 @@ def test_the_command_exits_1_on_a_miss(tmp_path, capsys):
     outputs["velocity"] += 1e-3
     save_file(outputs, folder / "outputs.safetensors")
     found = subprocess.run(
-        [sys.executable, "-m", "models.parity", str(folder)],
+        [sys.executable, "-m", "benchmarks.parity", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,

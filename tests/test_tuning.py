@@ -16,9 +16,10 @@ import torch
 import metrics
 import train
 import tuning
+from benchmarks.emulated import libero
 from channel import Counters
 from config import ROOT, Config, UserError, from_json
-from envs import emulated, metaworld
+from envs import metaworld
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import divide
@@ -232,7 +233,7 @@ def test_ratios_without_gpus():
     )
     workers = {
         ratio: changed.env.env_workers
-        for ratio, (changed, _) in options(config, NONE, emulated, 0, 2).items()
+        for ratio, (changed, _) in options(config, NONE, libero, 0, 2).items()
     }
     assert workers == {"3:1": 24, "1:1": 16, "2:1": 21, "1:2": 11, "2:2": 16}
 

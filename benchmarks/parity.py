@@ -1,6 +1,6 @@
 """Compares a family with reference outputs of its original implementation.
 
-    python -m models.parity FOLDER
+    python -m benchmarks.parity FOLDER
 
 The folder holds config.json (with "family"), weights.safetensors under the original's names,
 inputs.safetensors and outputs.safetensors. The family's `parity(folder)` returns what it makes of
@@ -72,7 +72,7 @@ def check(folder: Path) -> list[Line]:
 
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("python -m models.parity takes one folder")
+        raise UserError("python -m benchmarks.parity takes one folder")
     torch.set_num_threads(1)
     lines = check(Path(arguments[0]))
     for line in lines:

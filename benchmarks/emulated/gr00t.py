@@ -1,4 +1,4 @@
-"""`envs/emulated.py` with the times of RL-VLA³'s column LIBERO + GR00T N1.5: the same simulator, a
+"""`libero.py` with the times of RL-VLA³'s column LIBERO + GR00T N1.5: the same simulator, a
 shorter actor.
 
     python bench.py ladder --setting gr00t
@@ -21,11 +21,11 @@ They give TAIL = 0.322 (E16 = 2.952, E32 = 1.873) and MEAN = 0.261 ROUND. So a s
 simulates 527 s, below the 559 s of the paper's own "+ Streamer" row, as it must: that row reaches
 94 % of the limit, as π0.5's does 93 % of its own.
 
-Left out: what `envs/emulated.py` leaves out.
+Left out: what `libero.py` leaves out.
 """
 
-from envs import emulated
-from envs.emulated import (  # noqa: F401  the same here
+from benchmarks.emulated import libero
+from benchmarks.emulated.libero import (  # noqa: F401  the same here
     CHUNK,
     ENVS,
     EPISODE,
@@ -48,6 +48,6 @@ TRAIN_ALL = 104 / (8 * 48) * SCALE  # seconds: training one chunk step of every 
 MINIBATCHES = 4  # of an iteration: half as large as those of π0.5
 
 
-class Env(emulated.Env):
+class Env(libero.Env):
     mean_s = MEAN
     tail = TAIL

@@ -15,7 +15,7 @@ epochs × 256 envs × 80) in 4 × 16 rounds per training step:
     Colocated (sync)      132.56             =  618 s, of which the actor on twice the devices needs
                           338 s
 
-Inference is taken to be the share of a lockstep round that it is for LIBERO (envs/emulated.py). Of
+Inference is taken to be the share of a lockstep round that it is for LIBERO (libero.py). Of
 the split the paper says only that batches become small; that each env is a lane of its own, as in
 its LIBERO runs, fits the colocated row best, where halving the envs of a GPU cost nothing at all.
 With 64 envs on each of 4 GPUs that leaves two equations:
@@ -28,7 +28,7 @@ They give FIXED = 0.16 s and EACH = 0.13 s (before SCALE): the five rows come ou
 2.15 s of inference. Where FIXED is the longer (a simulator that is fast, a model that is small),
 `--lanes 1` is right.
 
-Other ratios have 64 envs on each GPU that simulates (`emulated.sizes`).
+Other ratios have 64 envs on each GPU that simulates (`libero.sizes`).
 
 Left out: pictures that mean anything, episodes of different lengths; the 64 rounds of a training
 step are 16 here.
@@ -39,7 +39,8 @@ import time
 import torch
 
 import envs
-from envs import EnvSpec, Step, emulated
+from benchmarks.emulated import libero
+from envs import EnvSpec, Step
 
 SCALE = 1 / 40  # seconds here per second there
 # GPUs that simulate at 1:1, and envs of them all
@@ -52,7 +53,7 @@ SPLIT = (
     81_920 / 69.07 / 64 * SCALE
 )  # seconds: a GPU's work for a round when each env is stepped by itself
 INFER_ALL = 0.204 * ROUND  # seconds: one inference for all envs
-INFER_FIXED = emulated.INFER_FIXED
+INFER_FIXED = libero.INFER_FIXED
 FIXED = (SPLIT - ROUND + INFER_ALL) / (ENVS / WORKERS - 1)  # seconds per chunk of a lane
 EACH = SPLIT / (ENVS / WORKERS) - FIXED  # seconds per chunk of an env
 TRAIN_ALL = ROUND  # seconds: training one chunk step of every env
@@ -62,9 +63,7 @@ EPISODE = 16  # chunks
 TRAJECTORIES = 1
 MINIBATCHES = 1
 MICRO_BATCH = 32  # trajectories, at most
-WEIGHTS = int(
-    0.8 * EPISODE / 64 * SCALE / 2 * emulated.COPIES
-)  # bytes: envs/emulated.py derives them
+WEIGHTS = int(0.8 * EPISODE / 64 * SCALE / 2 * libero.COPIES)  # bytes: libero.py derives them
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:

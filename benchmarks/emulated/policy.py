@@ -1,5 +1,5 @@
-"""A policy that only takes time, for `envs/emulated.py`, `envs/emulated_gr00t.py` and
-`envs/vectorised.py`, which derive it: inference and training sleep.
+"""A policy that only takes time: inference and training sleep. `libero.py`, `gr00t.py` and
+`maniskill.py` derive for how long.
 
 A fifth of the time of inference for all envs is independent of the number of samples. More devices
 for a phase, by placement or ratio, divide its times; of `--ratio 1:1`, colocated has twice the
@@ -13,19 +13,19 @@ import time
 import torch
 from torch import Tensor, nn
 
-from envs import emulated, emulated_gr00t, vectorised
+from benchmarks.emulated import gr00t, libero, maniskill
 from models.checkpoint import Header
 
 COSTS = {
-    "emulated_gr00t": emulated_gr00t,
-    "vectorised": vectorised,
-}  # of a simulator; emulated.py's for all others
+    "emulated_gr00t": gr00t,
+    "vectorised": maniskill,
+}  # of a simulator; libero.py's for all others
 
 
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
-    costs = COSTS.get(config.train.env, emulated)
-    for_rollout, for_actor = emulated.devices(config.train.parts, config.train.placement)
+    costs = COSTS.get(config.train.env, libero)
+    for_rollout, for_actor = libero.devices(config.train.parts, config.train.placement)
     infer = costs.INFER_ALL / for_rollout
     train = costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
     if config.train.tasks == ("0",):

@@ -1,0 +1,8 @@
+"""Simulators and a policy that only take time, as long as RL-VLA³'s stages took, to measure the
+pipeline between them: `train.py --model emulated --env emulated`.
+
+    libero.py      --env emulated        LIBERO + π0.5
+    gr00t.py       --env emulated_gr00t  LIBERO + GR00T N1.5
+    maniskill.py   --env vectorised      ManiSkill + π0
+    policy.py      --model emulated      inference and training, for all three
+"""
