@@ -16,12 +16,12 @@ from collections import deque
 
 import numpy as np
 import torch
-from envs.lanes import Lane, make_lane
 
 import envs
 import models
 from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, fence, synchronize
 from config import Config
+from envs.lanes import Lane, make_lane
 from evaluation import EvaluationLanes
 from metrics import Meter
 from models.checkpoint import Header

@@ -30,7 +30,7 @@ from config import (
     exit_on_user_error,
     from_json,
 )
-from env_worker import EVAL_SEEDS
+from evaluation import EVAL_SEEDS
 from models import checkpoint
 from processes import keep_freed_memory
 

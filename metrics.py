@@ -11,17 +11,14 @@ folder is in run_folder.py, what a terminal shows in report.py. Left out: profil
 
 import contextlib
 import json
-import math
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import psutil
 
 from channel import Counters
-from config import Config
 from run_folder import Span
 
 STAGES = ("env", "rollout", "actor")
@@ -309,82 +306,6 @@ class Ledger:
                 f"{line['trained']} were trained and {line['skipped']} skipped"
             )
         return out
-
-
-class Evaluations:
-    """When to evaluate, and with what result. Kept by the launcher, which no fault of a simulator
-    touches.
-
-    A round begins when all of the one before has been played, so that rounds never mix: every
-    `eval_every`-th version, as far as there is time, and always the last one. Env workers follow
-    the counter `eval_round`, and write the outcome of episode e into their `outcome_e` as 2 · round
-    + success, in one store: a replaced worker sees what is left to play, and nothing counts twice.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        tasks: tuple[str, ...],
-        version: int,
-        counters: Counters,
-        lines: Iterable[dict] = (),
-    ):
-        """lines: of other workers, whose schedule goes on; a round that they only began is played
-        again.
-        """
-        self.config = config
-        self.tasks = tasks
-        self.counters = counters
-        # running: version evaluated
-        self.round = 0
-        self.running = None
-        due = max(
-            (
-                line["eval_version"] + config.env.eval_every
-                for line in lines
-                if "eval_version" in line
-            ),
-            default=version,
-        )
-        self.due = min(due, config.train.iterations) if config.env.evaluates else math.inf
-        self.news: dict = {}  # the newest finished round
-
-    def begins(self, version: int) -> bool:
-        """Whether a round begins now. Notes the result of the one that has just ended."""
-        if self.running is not None:
-            first = self.counters.index["outcome_0"]
-            episodes = self.config.env.eval_episodes
-            outcomes = (
-                self.counters.table[:, first : first + episodes].max(axis=0) - 2 * self.round
-            )  # of one worker, others are 0
-            if (outcomes < 0).any():
-                return False
-            self.news = {
-                "eval_success_rate": float(outcomes.mean()),
-                "eval_episodes": episodes,
-                "eval_version": self.running,
-            }
-            per_task = {
-                task: outcomes[k :: len(self.tasks)] for k, task in enumerate(self.tasks[:episodes])
-            }
-            self.news["eval_per_task"] = {
-                task: round(float(won.mean()), 4) for task, won in per_task.items()
-            }
-            self.running = None
-        if version < self.due:
-            return False
-        last = self.config.train.iterations
-        self.due = min(version + self.config.env.eval_every, last) if version < last else math.inf
-        self.running = version
-        self.round = self.round + 1
-        self.counters.set(0, "eval_round", self.round)
-        return True
-
-    def report(self) -> dict:
-        """The newest finished round, once."""
-        news = self.news
-        self.news = {}
-        return news
 
 
 if __name__ == "__main__":

@@ -34,15 +34,14 @@ import pictures
 import report
 import rollout_worker
 import tuning
+from algorithms import ALGORITHMS
 from channel import (
-    VERSION,
+    WAKE,
     Channels,
     Counters,
-    IndexQueue,
     Record,
     SlotPool,
     Spec,
-    WeightPlane,
     layout,
 )
 from config import (
@@ -60,10 +59,12 @@ from config import (
     to_json,
     validate,
 )
+from evaluation import Evaluations
 from models import checkpoint, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
 from run_folder import RunFolder
 from scheduler import Admission, Placement, divide
+from weights import WeightPlane
 
 
 @dataclass
@@ -273,6 +274,7 @@ def prepare(config: Config) -> Setup:
         "logprob": ((segment, config.rollout.chunk, spec.action_dim), f),
         "value": ((segment + 1,), f),
         "reward": ((segment,), f),
+        "success": ((segment,), torch.bool),
         "terminated": ((segment,), torch.bool),
         "truncated": ((segment,), torch.bool),
         "version": ((segment,), torch.int32),
@@ -284,16 +286,17 @@ def prepare(config: Config) -> Setup:
             (),
             torch.int64,
         ),  # chunk steps that were ever stepped in this slot, also by workers that died
-        "received": ((), torch.int32),  # by its actor: the trajectory and one, 0 for none
+        "length": ((), torch.int32),  # chunk steps of a complete trajectory
+        "done": ((), torch.int64),  # of a lane's first slot: the last complete trajectory + 1
         "lane": ((), torch.int32),
-        "trajectory": ((), torch.int32),
+        "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }
-    if config.algorithm.bootstrap_truncated:
-        slots["final"] = (
-            (segment,),
-            f,
-        )  # V of an episode's last observation, where the time limit ended it in this step
+    kind = ALGORITHMS[config.train.algorithm]
+    slots |= {
+        name: ((segment, *shape), dtype)
+        for name, (shape, dtype) in kind.slot_fields(config).items()
+    }
     slots |= {
         name: ((segment + 1, *shape), dtype)
         for name, (shape, dtype) in model.observation_fields().items()
@@ -465,7 +468,7 @@ def supervise(
     # Workers that come at another ratio keep the schedule, or each would be judged while it
     # evaluates as the one before did not.
     before = past if folder.appended else []
-    evaluations = metrics.Evaluations(config, setup.spec.tasks, setup.version, counters, before)
+    evaluations = Evaluations(config, setup.spec.tasks, setup.version, counters, before)
 
     def watch() -> bool:
         """Waits for the actor's news at most 0.25 s and returns whether there is some; begins
@@ -475,7 +478,7 @@ def supervise(
             for reply in (
                 channels.replies
             ):  # env workers that wait for an action or for a version are to see it
-                reply.put([Record(0, 0, VERSION, 0)])
+                reply.put([Record(0, 0, WAKE, 0, 0)])
         return crew.watch(reports)
 
     with display:
@@ -572,13 +575,11 @@ def run_crew(
     workers_total = (
         config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
     )
-    channels = Channels(
-        pool=setup.pool(),
-        plane=WeightPlane(setup.weights, gpu or "cpu", setup.version),
-        counters=Counters(workers_total, metrics.columns(config.env.eval_episodes)),
-        requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
-        replies=tuple(IndexQueue() for _ in range(config.env.env_workers)),
-        finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
+    channels = Channels.create(
+        config,
+        setup.pool(),
+        WeightPlane(setup.weights, gpu or "cpu", setup.version),
+        Counters(workers_total, metrics.columns(config.env.eval_episodes)),
     )
     reports, report = mp.Pipe(duplex=False)
     crew = Crew(

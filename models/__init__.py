@@ -77,6 +77,14 @@ def files(name: str):
     return importlib.import_module(FILES[name])
 
 
+def build(config, spec, device: str = "cpu", weights: str = "all"):
+    return load(config.train.model).build(config, spec, device, weights)
+
+
+def preparation(name: str, header, tokenizer):
+    return files(name).preparation(header, str(tokenizer or ""))
+
+
 MARKS = {  # what the names of other projects' tensors contain, and whose they are
     "paligemma_with_expert.": ("pi0", "pi05"),
     "eagle_model.": ("gr00t",),

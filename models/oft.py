@@ -643,6 +643,9 @@ class Oft(nn.Module):
             if full or "lora_" in n or n.startswith("value_head.")
         }
 
+    def critic(self):
+        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
+
     def idle(self) -> tuple[str, ...]:
         """Training needs every parameter: attention goes both ways, so there is no prefix to
         keep.

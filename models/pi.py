@@ -695,6 +695,9 @@ class Pi(nn.Module):
         frozen = () if self.config.train_vlm else FROZEN
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
+    def critic(self):
+        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
+
     def idle(self) -> tuple[str, ...]:
         """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots
         hold what they give.

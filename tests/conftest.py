@@ -18,11 +18,12 @@ import pytest
 import torch
 
 import metrics
-from channel import Channels, Counters, IndexQueue, WeightPlane
+from channel import Channels, Counters
 from config import ROOT
 from models import checkpoint
 from models.pi import Pi, PiConfig
 from run_folder import read_metrics
+from weights import WeightPlane
 
 torch.set_num_threads(1)
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -115,14 +116,8 @@ def channels_of(setup) -> Channels:
     """What `train.main` connects the stages with."""
     config = setup.config
     workers = config.env.env_workers + config.rollout.rollout_workers + config.actor.actor_workers
-    return Channels(
-        pool=setup.pool(),
-        plane=WeightPlane(setup.weights),
-        counters=Counters(workers, metrics.columns(config.env.eval_episodes)),
-        requests=tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
-        replies=tuple(IndexQueue() for _ in range(config.env.env_workers)),
-        finished=tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
-    )
+    counters = Counters(workers, metrics.columns(config.env.eval_episodes))
+    return Channels.create(config, setup.pool(), WeightPlane(setup.weights), counters)
 
 
 def assert_balanced(run: Path) -> dict:

@@ -114,6 +114,9 @@ class Exact(nn.Module):
     def trainable(self):
         return dict(self.named_parameters())
 
+    def critic(self):
+        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
+
     def idle(self):
         return ()
 

@@ -17,8 +17,8 @@ import numpy as np
 
 import envs
 from benchmarks.emulated import libero
-from env_worker import EVAL_SEEDS
 from envs import Step
+from evaluation import EVAL_SEEDS
 
 envs.SIMULATORS |= {"emulated": ("faulty", ""), "vectorised": ("faulty_lanes", "")}
 spec = libero.spec

@@ -111,5 +111,9 @@ class Emulated(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())
 
+    def critic(self) -> dict[str, nn.Parameter]:
+        """It has none: its values are always 0."""
+        return {}
+
     def idle(self) -> tuple[str, ...]:
         return ()
