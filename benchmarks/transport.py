@@ -73,7 +73,7 @@ def slots_env(
     while not table.get(0, "stop"):
         image[rank] = frame
         state[rank] = vector
-        requests.put([Record(rank, 0, ACT, rank)])
+        requests.put([Record(rank, 0, ACT, rank, 0)])
         while not replies[rank].get(0.2) and not table.get(0, "stop"):
             pass
         action[rank].sum()

@@ -31,10 +31,10 @@ import torch.multiprocessing as mp
 import envs
 import models
 from benchmarks.measuring import context
-from channel import ACT, VERSION, IndexQueue, Record, Spec, WeightPlane
+from channel import ACT, WAKE, IndexQueue, Record, Spec
 from config import Config, embedded_files
 from models import checkpoint
-from rollout_worker import WeightFetcher
+from weights import WeightFetcher, WeightPlane
 
 BATCH = 12  # requests of one inference: half the embedded default's lanes, its B_max
 PAUSE_S = 0.3  # between two versions, so that batches without a fetch are measured too
@@ -77,10 +77,10 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
     pending = True
     for step in range(1_000_000):
         records = updates.get(0.0 if serve or pending else None)
-        if any(record.kind != VERSION for record in records):
+        if any(record.kind != WAKE for record in records):
             break
         if records:
-            fetcher.wake.set()
+            fetcher.look()
         pending = pending or bool(records)  # a version is being fetched
         if serve:
             start = time.monotonic()
@@ -122,10 +122,10 @@ def weights_row(name: str, spec: Spec, versions: int) -> dict:
                 start = time.monotonic()
                 plane.publish(source, version := version + 1)
                 published = time.monotonic()
-                updates.put([Record(0, 0, VERSION, 0)])
+                updates.put([Record(0, 0, WAKE, 0, 0)])
                 fetch_s, swap_s, held, memcpy_s = receive.recv()
                 rows.append((published - start, fetch_s, swap_s, held - start, memcpy_s))
-            updates.put([Record(0, 0, ACT, 0)])  # anything but VERSION: the end
+            updates.put([Record(0, 0, ACT, 0, 0)])  # anything but WAKE: the end
             measured[serve] = list(zip(*rows, strict=True))
             (alone, beside) = receive.recv()
         finally:
