@@ -189,7 +189,8 @@ class Stretch:
 class RunFolder:
     """runs/NAME. Creating one that exists is an error unless the run is resumed."""
 
-    def __init__(self, path: Path, resume: bool):
+    def __init__(self, path: Path, resume: bool, keep_spans: bool = False):
+        """keep_spans: the run has just started again at another ratio, and its trace goes on."""
         self.path = path
         self.spans = path / ".spans"
         self.name = (
@@ -222,7 +223,8 @@ class RunFolder:
                     "wait"
                 ) from None
         for old in self.spans.iterdir():
-            old.unlink()
+            if not (keep_spans and old.suffix == ".jsonl"):  # actor workers must meet anew
+                old.unlink()
 
     def append(self, line: dict) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
