@@ -8,17 +8,19 @@ environment variables).
 """
 
 import contextlib
+import copy
 import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
 Family = Literal["pi0", "pi05", "gr00t", "oft"]  # what --model takes; files in models/
+Preset = Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"]
 
 
 class UserError(Exception):
@@ -55,26 +57,25 @@ class RunConfig:
     suite: str = ""
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     algorithm: Literal["ppo", "grpo"] = "ppo"
-    """decoupled PPO, which is PPO when the staleness is 0; or GRPO: no critic, trajectories
-    compared within groups
+    """decoupled PPO, which is PPO when the staleness is 0; or GRPO, which has no critic and
+    compares trajectories within groups
     """
-    preset: Literal[
-        "sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"
-    ] = "full"
+    preset: Preset = "full"
     """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and
     stream
     """
     ratio: str = "3:1"
-    """R:A, parts for env + rollout against parts for actors (GPUs; without them worker processes
-    and threads); auto measures what stages cost, chooses, and chooses again as costs change
+    """R:A: R parts of the machine for env and rollout workers, A parts for actor workers. Parts are
+    GPUs, or without them worker processes and threads. auto measures what stages cost, chooses,
+    and chooses again as costs change
     """
     ratio_from: str = ""
-    """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json has what a run
-    came to
+    """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json holds the one
+    that a run uses last
     """
     workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
-    """no flag: env, rollout and actor workers that flags gave beside --ratio auto, for a resumed
-    run; 0 where it derives them
+    """no flag: the env, rollout and actor workers that flags gave beside --ratio auto, kept for a
+    resumed run; 0 where the ratio decides
     """
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates
@@ -89,12 +90,12 @@ class RunConfig:
     resume: str = ""
     """run folder (name or path) to continue from its newest checkpoint; its saved settings apply"""
     checkpoint: Path | None = None
-    """weights to start from, ours or another project's: a .safetensors file or a folder; none means
-    the embedded default's
+    """weights to start from, ours or another project's: a .safetensors file or a folder. None means
+    those shipped for the simulator, or random ones where none are shipped
     """
     tokenizer: Path | None = None
-    """SentencePiece file (published GR00T: Qwen's vocabulary); none means the embedded default's or
-    the checkpoint's
+    """SentencePiece file (published GR00T: Qwen's vocabulary); none means the one that belongs to
+    the checkpoint
     """
     statistics: str = ""
     """which statistics of a checkpoint folder to use, where it has several: OFT's unnorm key,
@@ -109,8 +110,8 @@ class RunConfig:
     memory_report: bool = False
     """print the size of each memory pool, then exit"""
     timeout_s: float = 120.0
-    """seconds without a sign of life after which a worker counts as hung: an env worker is
-    replaced, another one ends the run
+    """seconds without a sign of life after which a worker counts as hung. An env worker is then
+    replaced; another worker ends the run
     """
 
     @property
@@ -122,22 +123,22 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class EnvConfig:
     envs: int = 24
-    """simulators that ask for actions; each keeps its task if the number of tasks divides theirs,
+    """simulators that ask for actions; each keeps its task if the number of tasks divides --envs,
     else they take turns
     """
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
     lanes: int = 0
-    """of a vectorised simulator: lanes per env worker, in which envs step together; 0 means 2, so
-    that one steps while one waits
+    """lanes per env worker of a vectorised simulator; the envs of a lane step together. 0 means 2,
+    so that one lane steps while the other waits
     """
     image_size: int = 0
-    """pixels of the cameras, square; 0 means as the checkpoint's model takes them (another
-    project's: 256, which it resizes)
+    """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (256
+    for another project's, which resizes them)
     """
     render_quality: Literal["fast", "full"] = "fast"
-    """full draws the simulator's own picture; fast leaves out shadows, smooth edges and detail too
-    small to see (LIBERO)
+    """full draws the simulator's own picture; fast leaves out shadows, smooth edges and details
+    that are too small to see (LIBERO)
     """
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
@@ -165,16 +166,16 @@ class EnvConfig:
 
     @property
     def eval_width(self) -> int:
-        """Envs of an evaluation lane: of a vectorised simulator, every env worker has one, or else
-        the first has them all.
+        """Envs of an evaluation lane.
+
+        With a vectorised simulator every env worker has one such lane; where the envs do not divide
+        among the workers, the first worker has them all.
         """
         if not self.lanes:
             return 1
-        return (
-            self.eval_envs
-            if self.eval_envs % self.env_workers
-            else max(1, self.eval_envs // self.env_workers)
-        )
+        if self.eval_envs % self.env_workers:
+            return self.eval_envs
+        return max(1, self.eval_envs // self.env_workers)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,39 +183,38 @@ class RolloutConfig:
     rollout_workers: int = 0
     """inference processes; 0 derives it from --ratio"""
     batch_max: int | Literal["auto", "all"] = "auto"
-    """B_max of eq. 1: infer when so many requests are queued; all is lockstep; auto begins with
-    half the lanes served, then measures and chooses (tuning.py)
+    """B_max of eq. 1: infer when this many requests are queued. all is lockstep; auto begins with
+    half of the lanes, then measures and chooses (tuning.py)
     """
     batch_wait_ms: float | Literal["auto"] = "auto"
-    """T_max of eq. 1 in milliseconds since the first queued request (inf: no limit); auto begins
-    with half of one inference, then measures and chooses
+    """T_max of eq. 1: infer this many milliseconds after the first request was queued (inf: no
+    limit). auto begins with half of one inference, then measures and chooses
     """
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: int | None = None
-    """L, prompt length in tokens; none, here and below, means as the checkpoint says (embedded:
-    24)
+    """L, prompt length in tokens. None, here and below, means what the checkpoint says (24 in those
+    that are shipped)
     """
     denoise_steps: int | None = None
-    """N, flow-matching steps (RL-VLA³ and embedded: 4)"""
+    """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
     noise_level: float | None = None
-    """a of Flow-SDE (RLinf: 0.5, over all denoise steps; embedded: 1)"""
+    """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
     sde_steps: int | None = None
-    """one denoise step per sample is stochastic, drawn from this many last ones (RLinf: all;
-    embedded: 1)
+    """one denoise step of each sample is stochastic, drawn from this many last ones (RLinf: all;
+    shipped: 1)
     """
     temperature: float | None = None
-    """of OFT's action tokens (RLinf on LIBERO: 1.6); none means as the checkpoint says"""
+    """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
     noise: Literal["sde", "network"] = "sde"
-    """of π0 and π0.5: Flow-SDE, or Flow-Noise: a small learned network gives the standard deviation
-    (πRL arXiv 2510.25889)
+    """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
+    learns (πRL, arXiv 2510.25889)
     """
     prefix_dtype: Literal["float32", "bfloat16"] = "float32"
-    """of a frozen VLM, and of what slots keep of it (OFT's dtype is the checkpoint's)"""
-
+    """dtype of a frozen VLM, and of what slots keep of it (OFT's is the checkpoint's)"""
     compile: bool | None = None
-    """torch.compile inference, for batches padded to powers of two: minutes at start-up; none means
-    where there is a GPU
+    """compile inference with torch.compile, which takes minutes at start-up and pads batches to
+    powers of two; none means where there is a GPU
     """
 
 
@@ -225,9 +225,7 @@ class ActorConfig:
     max_staleness: int = 1
     """K: a trajectory of batch b may start once version b − K is published; 0 is synchronous"""
     extra_staleness: int = 0
-    """versions by which the weights that act are held back, on purpose: to study what staleness
-    does
-    """
+    """versions by which the weights that act are held back, to study what staleness does"""
     stream: bool = True
     """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
     batch: int = 48
@@ -241,8 +239,8 @@ class ActorConfig:
     lr: float = 1.5e-4
     """AdamW learning rate of the action expert"""
     warmup: int = 5
-    """iterations over which learning rates rise from 0: Adam's first steps are as large as its
-    later ones, and less right
+    """iterations over which learning rates rise from 0, because Adam's first steps are as large as
+    its later ones and less right
     """
     value_lr: float = 1e-3
     """AdamW learning rate of the value head"""
@@ -255,33 +253,31 @@ class ActorConfig:
     grad_clip: float = 1.0
     """largest gradient norm (RLinf: 1.0)"""
     train_vlm: bool = False
-    """also update the image tower and the prefix; False is the published recipe and lets slots hold
-    their keys and values
+    """also update the image tower and the prefix. False is the published recipe, and lets slots
+    hold their keys and values
     """
     oft_train: Literal["lora", "full"] | None = None
-    """what of OFT is updated; none means as the checkpoint says, LoRA for another project's"""
+    """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
     cache_prefix: bool = True
-    """with a frozen VLM: keep its keys and values in the slots; False computes them again in every
-    epoch, for want of memory
+    """keep the keys and values of a frozen VLM in the slots; False saves their memory and computes
+    them again in every epoch
     """
 
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
     gamma: float = 0.9
-    """discount per chunk step (RLinf: 0.99); 0.9 rewards being quick, so every chunk says
-    something, not only an episode's end
+    """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so that every chunk matters
+    and not only an episode's end
     """
     gae_lambda: float = 0.95
     """λ of GAE"""
     bootstrap_truncated: bool = False
-    """the time limit cuts an episode and does not fail it: its return goes on with the value of its
-    last observation (RLinf: on)
+    """do not count the time limit as a failure: the return of an episode that it cuts goes on with
+    the value of its last observation (RLinf: on)
     """
     granularity: Literal["chunk", "action", "token"] = "chunk"
-    """what the policy ratio is taken of: a whole chunk (π0.5), each action, or each number or token
-    (RLinf: OFT)
-    """
+    """unit of the policy ratio: a whole chunk (π0.5), an action, or a number or token (OFT)"""
     clip_low: float = 0.2
     """ε of the clipped policy objective, for falling probabilities"""
     clip_high: float = 0.2
@@ -289,16 +285,16 @@ class AlgorithmConfig:
     dual_clip: float = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
-    """decoupled PPO's proximal log-prob: interpolated between old and new by staleness; exact,
-    under the weights before a batch's first update; or that of the policy that acted, which is
-    plain PPO. auto: exact where samples may be over 2 versions old
+    """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact,
+    under the weights before a batch's first update; or behaviour, that of the policy that acted,
+    which is plain PPO. auto is exact where samples may be more than 2 versions old
     """
     behaviour_weight_max: float = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
     """what happens to samples above it"""
     kl_stop: float = 0.0
-    """no further epochs over a batch once a minibatch's KL from the policy that acted exceeds this;
+    """stop the epochs over a batch once a minibatch's KL from the policy that acted is above this;
     0 means never
     """
     critic_warmup: int = 0
@@ -310,7 +306,7 @@ class AlgorithmConfig:
     huber: float = 10.0
     """δ of the value loss (RLinf: 10)"""
     group_size: int = 8
-    """G of GRPO: lanes that begin each trajectory in the same state (RLinf: 8)"""
+    """G of GRPO: envs that begin each trajectory in the same state (RLinf: 8)"""
     group_low: float = 0.1
     """GRPO: a group whose success rate lies below this is not trained on (RLinf: 0.1)"""
     group_high: float = 0.9
@@ -335,16 +331,17 @@ class Config:
 
     @property
     def exact_proximal(self) -> bool:
-        """Whether another forward gives the proximal log-prob. Interpolated, three of five runs
-        held back by 4 versions came to less than 80 %, and none with it
-        (benchmarks/results/equivalence.md).
+        """Whether another forward pass gives the proximal log-prob.
+
+        Of five runs held back by 4 versions, three with the interpolated one ended below 80 %, and
+        none with the exact one (benchmarks/results/equivalence.md).
         """
         stale = self.actor.max_staleness + self.actor.extra_staleness > 2
         return self.algorithm.proximal == "exact" or self.algorithm.proximal == "auto" and stale
 
 
-# placement, max_staleness, batch_max, batch_wait_ms, stream: each row changes one thing of the row
-# above.
+# Each row changes one thing of the row above it (RL-VLA³, Table 1).
+PRESET_SETTINGS = ("placement", "max_staleness", "batch_max", "batch_wait_ms", "stream")
 PRESETS = {
     "sync-colocated": ("colocated", 0, "all", math.inf, False),
     "sync-disaggregated": ("disaggregated", 0, "all", math.inf, False),
@@ -353,24 +350,11 @@ PRESETS = {
     "full": ("disaggregated", 1, "auto", "auto", True),
 }
 
-
-def from_preset(name: str) -> Config:
-    """The defaults under a preset."""
-    config = Config()
-    config.train.preset = name
-    (
-        config.train.placement,
-        config.actor.max_staleness,
-        config.rollout.batch_max,
-        config.rollout.batch_wait_ms,
-        config.actor.stream,
-    ) = PRESETS[name]
-    return config
-
-
+# The model families that know a setting; all know the others. Another family refuses the flag. A
+# new family that knows one of these settings adds its name.
 PI = ("pi0", "pi05")
 FLOW = ("pi0", "pi05", "gr00t")
-FAMILIES_OF = {  # flags that mean something to some families only
+FAMILIES_OF = {
     "noise": PI,
     "prefix_dtype": FLOW,
     "denoise_steps": FLOW,
@@ -383,17 +367,59 @@ FAMILIES_OF = {  # flags that mean something to some families only
 }
 
 
-def embedded_files(model: str) -> tuple[Path, Path]:
-    """Checkpoint and vocabulary of a family's embedded default; OFT's prompts have words of their
-    own.
+# ---------------------------------------------------------------- settings by name
+
+# Flags carry no name of a stage, so a setting's name says which stage it belongs to.
+STAGE_OF = {
+    setting.name: stage.name
+    for stage in fields(Config)
+    for setting in fields(stage.default_factory)
+}
+
+WORKERS = ("env_workers", "rollout_workers", "actor_workers")
+
+
+def setting(config: Config, name: str) -> Any:
+    """Returns a setting by its name alone: setting(config, "envs") is config.env.envs."""
+    return getattr(getattr(config, STAGE_OF[name]), name)
+
+
+def completed(config: Config, **settings: Any) -> Config:
+    """Returns a copy in which these settings have these values: completed(config, envs=8).
+
+    The given settings stay as they are.
     """
-    return ASSETS / f"{model}_metaworld.safetensors", ASSETS / (
-        "tokenizer_oft.model" if model == "oft" else "tokenizer.model"
-    )
+    copied = copy.deepcopy(config)
+    for name, value in settings.items():
+        setattr(getattr(copied, STAGE_OF[name]), name, value)
+    return copied
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def from_preset(name: str) -> Config:
+    """Returns the defaults under a preset."""
+    row = dict(zip(PRESET_SETTINGS, PRESETS[name], strict=True))
+    return completed(Config(), preset=name, **row)
+
+
+# ---------------------------------------------------------------- files
+
+
+def embedded_files(model: str, env: str) -> tuple[Path, Path]:
+    """Returns where the shipped checkpoint of a family for this simulator and its vocabulary lie.
+
+    A simulator for which none is shipped has no such checkpoint file. OFT's prompts have words of
+    their own.
+    """
+    vocabulary = "tokenizer_oft.model" if model == "oft" else "tokenizer.model"
+    return ASSETS / f"{model}_{env}.safetensors", ASSETS / vocabulary
 
 
 def to_json(config: Config) -> str:
-    """Standard JSON: infinity, which it lacks, is written as "inf"."""
+    """Returns the settings as standard JSON, which has no infinity: it is written as "inf"."""
     stages = asdict(config)
     for values in stages.values():
         values |= {name: "inf" for name, value in values.items() if value == math.inf}
@@ -401,12 +427,12 @@ def to_json(config: Config) -> str:
 
 
 def run_path(name: str) -> Path:
-    """runs/NAME, or the path itself when it is one."""
+    """Returns runs/NAME, or the path itself when the name is one."""
     return Path(name) if "/" in name else ROOT / "runs" / name
 
 
 def existing_run(name: str) -> Path:
-    """The same of a run that exists. Raises UserError, which names those that do."""
+    """Returns the folder of a run that exists. Raises UserError, which names those that do."""
     path = run_path(name)
     if not path.is_dir():
         have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
@@ -415,203 +441,172 @@ def existing_run(name: str) -> Path:
 
 
 def from_json(path: Path) -> Config:
-    """A run's config.json. Raises UserError when it is not one."""
+    """Reads a run's config.json. Raises UserError when it is not one."""
     try:
         saved = json.loads(path.read_text())
         config = Config()
         for stage_name, values in saved.items():
             stage = getattr(config, stage_name)
             for name, value in values.items():
-                if name in ("tasks", "workers_given"):
-                    value = tuple(value)
-                elif name in ("checkpoint", "tokenizer") and value is not None:
-                    value = Path(value)
-                elif name == "batch_wait_ms" and value == "inf":
-                    value = math.inf
-                getattr(stage, name)  # one that there is
-                setattr(stage, name, value)
+                getattr(stage, name)  # an unknown setting is an AttributeError
+                setattr(stage, name, from_saved(name, value))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
     return config
 
 
+def from_saved(name: str, value: Any) -> Any:
+    """Gives a value of config.json the type that JSON does not have."""
+    if name in ("tasks", "workers_given"):
+        return tuple(value)
+    if name in ("checkpoint", "tokenizer") and value is not None:
+        return Path(value)
+    return math.inf if name == "batch_wait_ms" and value == "inf" else value
+
+
 def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
-    """ "3:1" → (3, 1). Raises UserError, which names the flag."""
+    """Turns "3:1" into (3, 1). Raises UserError, which names the flag."""
     left, colon, right = ratio.partition(":")
-    if not (colon and left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 0):
-        nor = ", nor auto" if flag == "--ratio" else ""
-        raise UserError(
-            f"{flag} {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1{nor}"
-        )
+    nor = ", nor auto" if flag == "--ratio" else ""
+    require(
+        colon and left.isdecimal() and right.isdecimal() and int(left) > 0 and int(right) > 0,
+        f"{flag} {ratio!r} is not R:A with two whole numbers of at least 1, such as 3:1{nor}",
+    )
     return int(left), int(right)
 
 
+# ---------------------------------------------------------------- what must hold
+
+ABOVE_0 = math.ulp(0.0)  # the least number above 0
+# The least number of each setting. Settings that also take none or a word may be one.
+LEAST = {
+    1: ("iterations", "envs", "batch", "minibatch", "micro_batch", "update_epochs", "chunk")
+    + ("checkpoint_every", "tokens", "denoise_steps", "batch_max"),
+    0: ("seed", "max_staleness", "extra_staleness", "batch_wait_ms", "image_size", "segment")
+    + ("restarts", "eval_every", "eval_envs", "eval_episodes", "weight_decay", "gae_lambda"),
+    ABOVE_0: ("timeout_s", "temperature", "clip_low", "clip_high", "lr", "value_lr", "grad_clip")
+    + ("noise_level", "gamma"),
+}
+LEAST_IN_WORDS = {
+    1: "must be at least 1",
+    0: "must be 0 or more",
+    ABOVE_0: "is out of range: it must be more than 0",
+}
+AT_MOST_1 = ("gamma", "gae_lambda")
+MOST_WORKERS = 120  # each needs two file descriptors, and the fork server takes 256 at once
+
+
 def validate(config: Config) -> None:
-    """What must hold between settings once presets are applied and worker counts known. Raises
-    UserError.
-    """
-    env = config.env
-    actor = config.actor
-    ranks = config.actor.actor_workers
-    positive = {
-        "--iterations": config.train.iterations,
-        "--envs": env.envs,
-        "--batch": actor.batch,
-        "--minibatch": actor.minibatch,
-        "--micro-batch": actor.micro_batch,
-        "--update-epochs": actor.update_epochs,
-        "--chunk": config.rollout.chunk,
-        "--checkpoint-every": config.train.checkpoint_every,
-        "--timeout-s": config.train.timeout_s,
-    }
-    for flag, value in positive.items():
-        if value <= 0:
-            raise UserError(f"{flag} {value} must be at least 1")
+    """Checks what must hold between settings once worker counts are known. Raises UserError."""
+    check_ranges(config)
+    check_family(config)
+    check_algorithm(config)
+    check_shares(config)
+
+
+def check_ranges(config: Config) -> None:
+    for least, names in LEAST.items():
+        for name in names:
+            value = setting(config, name)
+            if value is not None and not isinstance(value, str):
+                require(value >= least, f"{flag_of(name)} {value} {LEAST_IN_WORDS[least]}")
+    for name in AT_MOST_1:
+        value = setting(config, name)
+        require(value <= 1, f"{flag_of(name)} {value} is out of range: it must be at most 1")
+    require(
+        not (config.actor.extra_staleness and config.env.evaluates),
+        "--extra-staleness makes evaluations meet old weights: add --eval-every 0, and use "
+        "evaluate.py afterwards",
+    )
+
+
+def check_family(config: Config) -> None:
+    """Refuses settings that the model family does not know."""
+    model = config.train.model
     default = Config()
     for name, families in FAMILIES_OF.items():
-        stage = "rollout" if hasattr(config.rollout, name) else "actor"
-        changed = getattr(getattr(config, stage), name) != getattr(getattr(default, stage), name)
-        if changed and config.train.model not in (*families, "emulated"):
-            raise UserError(
-                f"--{name.replace('_', '-')} means something to {', '.join(families)}, not to "
-                f"{config.train.model}"
-            )
-    for flag, value in (
-        ("--tokens", config.rollout.tokens),
-        ("--denoise-steps", config.rollout.denoise_steps),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
-    if config.actor.train_vlm and config.rollout.prefix_dtype != "float32":
-        raise UserError(
-            "--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm, or give "
-            "--prefix-dtype float32"
+        require(
+            model in (*families, "emulated") or setting(config, name) == setting(default, name),
+            f"{flag_of(name)} means something to {', '.join(families)}, not to {model}",
         )
-    if config.rollout.temperature is not None and not config.rollout.temperature > 0:
-        raise UserError(f"--temperature {config.rollout.temperature} must be more than 0")
-    if config.train.seed < 0:
-        raise UserError(f"--seed {config.train.seed} must be 0 or more")
-    for flag, value in (
-        ("--max-staleness", actor.max_staleness),
-        ("--extra-staleness", actor.extra_staleness),
-    ):
-        if value < 0:
-            raise UserError(f"{flag} {value} must be 0 or more")
-    if actor.extra_staleness and env.evaluates:
-        raise UserError(
-            "--extra-staleness makes evaluations meet old weights: add --eval-every 0, and use "
-            "evaluate.py afterwards"
-        )
-    if config.rollout.batch_max not in ("auto", "all") and config.rollout.batch_max < 1:
-        raise UserError(f"--batch-max {config.rollout.batch_max} must be at least 1")
-    if config.rollout.batch_wait_ms != "auto" and not config.rollout.batch_wait_ms >= 0:
-        raise UserError(f"--batch-wait-ms {config.rollout.batch_wait_ms} must be 0 or more")
-    grouped = config.train.algorithm == "grpo"
-    size = config.algorithm.group_size if grouped else 1
-    if grouped and size < 2:
-        raise UserError(
-            f"--group-size {size} must be at least 2: GRPO compares trajectories with each other"
-        )
+    require(
+        not config.actor.train_vlm or config.rollout.prefix_dtype == "float32",
+        "--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm, or give "
+        "--prefix-dtype float32",
+    )
+
+
+def check_algorithm(config: Config) -> None:
+    algorithm = config.algorithm
+    require(
+        0.0 <= algorithm.group_low <= algorithm.group_high <= 1.0,
+        "--group-low and --group-high must be success rates, and the first not above the second",
+    )
+    require(
+        not algorithm.dual_clip or algorithm.dual_clip > 1,
+        f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off",
+    )
+    if config.train.algorithm != "grpo":
+        return
+    require(
+        algorithm.group_size >= 2,
+        f"--group-size {algorithm.group_size} must be at least 2: GRPO compares trajectories with "
+        "each other",
+    )
     for flag, given in (
-        ("--bootstrap-truncated", config.algorithm.bootstrap_truncated),
-        (f"--critic-warmup {config.algorithm.critic_warmup}", config.algorithm.critic_warmup),
+        ("--bootstrap-truncated", algorithm.bootstrap_truncated),
+        (f"--critic-warmup {algorithm.critic_warmup}", algorithm.critic_warmup),
     ):
-        if grouped and given:
-            raise UserError(
-                f"{flag} needs a critic, and GRPO has none: leave it out, or give --algorithm ppo"
-            )
-    if not 0.0 <= config.algorithm.group_low <= config.algorithm.group_high <= 1.0:
-        raise UserError(
-            "--group-low and --group-high must be success rates, and the first not above the second"
+        require(
+            not given,
+            f"{flag} needs a critic, and GRPO has none: leave it out, or give --algorithm ppo",
         )
-    for flag, value in (
-        ("--clip-low", config.algorithm.clip_low),
-        ("--clip-high", config.algorithm.clip_high),
-    ):
-        if not value > 0:
-            raise UserError(f"{flag} {value} must be more than 0")
-    if config.algorithm.dual_clip and config.algorithm.dual_clip <= 1:
-        raise UserError(
-            f"--dual-clip {config.algorithm.dual_clip} must be more than 1, or 0 for off"
-        )
-    for flag, value, good in (
-        ("--lr", actor.lr, actor.lr > 0),
-        ("--value-lr", actor.value_lr, actor.value_lr > 0),
-        ("--grad-clip", actor.grad_clip, actor.grad_clip > 0),
-        ("--weight-decay", actor.weight_decay, actor.weight_decay >= 0),
-        ("--gamma", config.algorithm.gamma, 0 < config.algorithm.gamma <= 1),
-        ("--gae-lambda", config.algorithm.gae_lambda, 0 <= config.algorithm.gae_lambda <= 1),
-        (
-            "--noise-level",
-            config.rollout.noise_level,
-            config.rollout.noise_level is None or config.rollout.noise_level > 0,
-        ),
-    ):
-        if not good:
-            raise UserError(
-                f"{flag} {value} is out of range: see `python train.py --help` for what it means"
-            )
-    if env.lanes < 0 or env.lanes and env.envs % (env.env_workers * env.lanes):
-        raise UserError(
-            f"--envs {env.envs} cannot be split evenly into {env.lanes} lanes of each of "
-            f"{env.env_workers} env workers"
-        )
-    if grouped and max(size, env.width) % min(size, env.width):
-        raise UserError(
-            f"--group-size {size} and the {env.width} envs of a lane must divide one another"
-        )
-    whole = ranks * max(size, env.width)
-    together = f"{size} envs of a group" if size > env.width else f"{env.width} envs of a lane"
+
+
+def check_shares(config: Config) -> None:
+    """Checks that envs, batches and workers divide into whole lanes, groups and micro-batches."""
+    env = config.env
+    actor = config.actor
+    ranks = actor.actor_workers
+    require(
+        env.lanes >= 0 and (env.lanes == 0 or env.envs % (env.env_workers * env.lanes) == 0),
+        f"--envs {env.envs} cannot be split evenly into {env.lanes} lanes of each of "
+        f"{env.env_workers} env workers",
+    )
+    group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
+    smaller, larger = sorted((group, env.width))
+    require(
+        group == 1 or larger % smaller == 0,
+        f"--group-size {group} and the {env.width} envs of a lane must divide one another",
+    )
+    whole = f"{larger} envs of a {'group' if group > env.width else 'lane'} × {ranks} actor workers"
+    micro_batches = f"--micro-batch × {ranks} actor workers"
     for flag, total, parts, what in (
-        ("--envs", env.envs, size, "--group-size"),
+        ("--envs", env.envs, group, "--group-size"),
         ("--batch", actor.batch, env.envs, "--envs"),
         ("--batch", actor.batch, actor.minibatch, "--minibatch"),
-        (
-            "--minibatch",
-            actor.minibatch,
-            ranks * actor.micro_batch,
-            f"--micro-batch × {ranks} actor workers",
-        ),
-        ("--minibatch", actor.minibatch, size, "--group-size"),
-        (
-            "--minibatch",
-            actor.minibatch,
-            whole if ranks > 1 else 1,
-            f"{together} × {ranks} actor workers",
-        ),
+        ("--minibatch", actor.minibatch, ranks * actor.micro_batch, micro_batches),
+        ("--minibatch", actor.minibatch, group, "--group-size"),
+        ("--minibatch", actor.minibatch, ranks * larger if ranks > 1 else 1, whole),
     ):
-        if total % parts:
-            raise UserError(
-                f"{flag} {total} is not divisible by {what} ({parts}): choose {flag} as a multiple "
-                "of it"
-            )
-    if env.env_workers > env.envs:
-        raise UserError(
-            f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least "
-            f"{env.env_workers}"
+        require(
+            total % parts == 0,
+            f"{flag} {total} is not divisible by {what} ({parts}): choose {flag} as a multiple of "
+            "it",
         )
-    if config.rollout.rollout_workers > env.envs // env.width:
-        raise UserError(
-            f"{config.rollout.rollout_workers} rollout workers have only {env.envs // env.width} "
-            "lanes: raise --envs"
-        )
-    if (
-        min(
-            env.image_size,
-            env.segment,
-            env.restarts,
-            env.eval_every,
-            env.eval_envs,
-            env.eval_episodes,
-        )
-        < 0
-    ):
-        raise UserError(
-            "--image-size, --segment, --restarts, --eval-every, --eval-envs and --eval-episodes "
-            "must be 0 or more"
-        )
+    require(
+        env.env_workers <= env.envs,
+        f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least "
+        f"{env.env_workers}",
+    )
+    lanes = env.envs // env.width
+    require(
+        config.rollout.rollout_workers <= lanes,
+        f"{config.rollout.rollout_workers} rollout workers have only {lanes} lanes: raise --envs",
+    )
     workers = env.env_workers + config.rollout.rollout_workers + ranks
-    if workers > 120:  # two file descriptors each, and the fork server takes 256 at once
-        raise UserError(
-            f"{workers} workers are more than one machine can start (120): lower --env-workers"
-        )
+    require(
+        workers <= MOST_WORKERS,
+        f"{workers} workers are more than one machine can start ({MOST_WORKERS}): lower "
+        "--env-workers",
+    )

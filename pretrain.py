@@ -173,7 +173,7 @@ def fit(
 def main(config: PretrainConfig) -> None:
     from envs import metaworld
 
-    default, vocabulary = embedded_files(config.model)
+    default, vocabulary = embedded_files(config.model, "metaworld")
     out = config.out or default
     if not out.parent.is_dir():
         raise UserError(f"the folder {out.parent} does not exist: create it or give another --out")

@@ -3,24 +3,28 @@ replaces one.
 
 A simulator may raise, crash, hang, return NaN or be killed for want of memory. That ends its env
 worker and nothing else: the launcher starts another in its place, 1, 2, 4 … seconds later and at
-most `--restarts` times each, which plays again what the dead one had begun
-(`env_worker.take_over`). A worker that fails before it was ever ready has another problem, so that
-ends the run, and so does the end of a rollout or an actor worker.
+most `--restarts` times each, which plays again what the dead one had begun. Three things end the
+run instead: an error that would only come again (`may_pass`), a worker that fails before it was
+ever ready, and the end of a rollout or an actor worker.
 
 Left out: replacing rollout and actor workers.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 import torch.multiprocessing as mp
@@ -29,18 +33,28 @@ import metrics
 from channel import Counters
 from config import ROOT, UserError
 
-START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
-INTERRUPTS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-)  # Ctrl-C, a scheduler, a closed terminal
-# the launcher's word to a worker; SIGTERM is the launcher's, though a scheduler sends it to
-# everybody
+# Times the time limit: reading billions of weights and compiling take their time.
+START_UP = 10
+# Ctrl-C, a scheduler, a closed terminal.
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# The launcher's word to a worker. SIGTERM is the launcher's own, though a scheduler sends it to
+# every process.
 LEAVE = signal.SIGUSR1
 LONGEST_BACKOFF = 60.0  # seconds
-# restarts longer ago do not count: a rare fault may come again and again in a run of days
+# Seconds. Restarts longer ago do not count: a rare fault may come again and again in a run of days.
 RECENT_S = 3600.0
+# Errors of code that is wrong, which come again however often it is started.
+WRONG_CODE = (
+    SyntaxError,
+    NameError,
+    AttributeError,
+    TypeError,
+    LookupError,  # KeyError, IndexError
+    ImportError,
+    ValueError,  # a wrong shape
+    AssertionError,
+    NotImplementedError,
+)
 
 
 class WorkerFailed(Exception):
@@ -60,93 +74,149 @@ class Job:
     replaceable: bool = False
 
 
+class Failure(NamedTuple):
+    name: str  # of the worker
+    cause: str  # "died (SIGSEGV)"
+    passes: bool  # whether another process may do better
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+def may_pass(error: BaseException) -> bool:
+    """Decides whether the same work may succeed in a new process. This is the only place that does.
+
+    It may after what depends on the moment or on the state of a simulation: FloatingPointError of
+    an unstable one, LinAlgError of a singular one, RuntimeError, OSError, MemoryError, and every
+    error that is not known here. It may not after a user's mistake or where the code is wrong.
+    """
+    if isinstance(error, np.linalg.LinAlgError):  # it is a ValueError
+        return True
+    return not isinstance(error, (UserError, *WRONG_CODE))
+
+
+def place_of(error: BaseException) -> str:
+    """Returns "file:line" where an error arose: the innermost place outside installed packages."""
+    if isinstance(error, SyntaxError) and error.filename:
+        file, line = error.filename, error.lineno
+    else:
+        installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith(tuple(installed))]
+        frame = (own or frames)[-1]
+        file, line = frame.filename, frame.lineno
+    path = Path(file)
+    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}"
+
+
+def describe(error: BaseException) -> str:
+    """Returns what is said of a worker's error, with its place where the code is wrong."""
+    if isinstance(error, UserError):
+        return f"failed: {error}"
+    said = f"failed: {type(error).__name__}: {error}"[:1000]
+    return said if may_pass(error) else f"{said}, at {place_of(error)}"
+
+
+# ---------------------------------------------------------------- in a worker
+
+
 def keep_freed_memory() -> None:
-    """For this process: what a tensor leaves is there for the next one. An inference on a CPU,
-    which would get its memory anew from the kernel, takes 17 % less (small π0.5, 12 samples).
+    """Lets this process keep the memory that tensors leave, for the next ones.
+
+    An inference on a CPU, which would get its memory anew from the kernel, takes 17 % less (small
+    π0.5, 12 samples).
     """
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc; bytes
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
+        # M_MMAP_THRESHOLD: it would be 2¹⁷ for ever once the other is set, and larger tensors would
+        # be mapped anew each time.
         mallopt(-3, 2**25)
-        # M_MMAP_THRESHOLD, else 2¹⁷ for ever once the other is set: larger ones would be mapped
-        # each time
 
 
 def child(job: Job, errors: connection.Connection) -> None:
-    """Every worker's entry: dies with its parent, leaves Ctrl-C to the launcher, reports what went
-    wrong by name.
-    """
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG; the fork server itself ends when the launcher does
+    """Runs a worker: it dies with its parent, leaves Ctrl-C to the launcher, and reports errors."""
+    # PR_SET_PDEATHSIG; the parent is the fork server, which ends when the launcher does.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     ctypes.CDLL(None).prctl(15, job.name.encode())  # PR_SET_NAME: what `top` calls it
     if os.getppid() == 1:
         os._exit(1)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     signal.signal(LEAVE, leave)
-    os.close(
-        forkserver._forkserver._forkserver_alive_fd
-    )  # a copy: the fork server ends when the last of them is closed
+    # A copy; the fork server ends when the last of them is closed.
+    os.close(forkserver._forkserver._forkserver_alive_fd)
     os.environ.update(job.environment)
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     status = 0
     try:
         job.target(*job.args)
-    except (
-        SystemExit
-    ):  # LEAVE; where it is not the launcher's, it is a death that the launcher must see
+    except SystemExit:  # LEAVE; if the launcher did not send it, it must see a death
         status = 128 + LEAVE
-    except UserError as error:
-        errors.send((job.name, str(error), ""))
-        status = 2
     except BaseException as error:
-        errors.send(
-            (job.name, f"{type(error).__name__}: {error}"[:1000], traceback.format_exc()[-2500:])
-        )
+        trace = "" if isinstance(error, UserError) else traceback.format_exc()[-2500:]
+        errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
         status = 1
     job.meter.flush()
     os._exit(status)
 
 
 def leave(*_) -> None:
-    """A worker's answer to LEAVE. What it was just building is dropped half-built, and is not to
-    complain about that.
-    """
+    """Answers LEAVE. What the worker was just building is dropped, and must not complain."""
     sys.unraisablehook = lambda _: None
     sys.exit()
 
 
+# ---------------------------------------------------------------- in the launcher
+
+
 def note_interrupts() -> list[float]:
-    """From here on Ctrl-C and SIGTERM only leave their time here. Starts the fork server, which
-    they may reach too (Ctrl-C in a terminal, a scheduler's SIGTERM): it inherits that they are
-    ignored while it starts.
+    """From here on Ctrl-C and SIGTERM only leave their time in the list that is returned.
+
+    Starts the fork server too. Interrupts may reach it before it has handlers (Ctrl-C in a
+    terminal, a scheduler's SIGTERM), so it inherits that they are blocked. `start_again` leaves
+    them blocked as well: what came meanwhile is heard here.
     """
     # Threads that wait must sleep: where cores are shared, spinning at every barrier is several
     # times slower than waking up.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # The fork server looks for what it preloads here alone, and says nothing when it fails: then
     # each worker imports torch itself.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
+    interrupts: list[float] = []
+
+    def note(*_) -> None:
+        # `timeout` and terminals may send one word twice.
+        if not interrupts or time.monotonic() - interrupts[-1] > 0.5:
+            interrupts.append(time.monotonic())
+
+    resource_tracker.ensure_running()  # which unblocks them
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     for number in INTERRUPTS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, note)
     forkserver.set_forkserver_preload(
         ["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"]
     )
     forkserver.ensure_running()
-    interrupts: list[float] = []
-
-    def note(*_) -> None:
-        if (
-            not interrupts or time.monotonic() - interrupts[-1] > 0.5
-        ):  # `timeout` and terminals may send one word twice
-            interrupts.append(time.monotonic())
-
-    for number in INTERRUPTS:
-        signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     return interrupts
+
+
+def replace_this_process(flags: list[str]) -> None:
+    """Starts this process's program anew, with other flags. It keeps its number.
+
+    What Python does at its end is done first: the fork server ends, temporary files go. Open files
+    close by themselves. The caller has blocked INTERRUPTS, which stay blocked.
+    """
+    forkserver._forkserver._stop()
+    atexit._run_exitfuncs()
+    resource_tracker._resource_tracker._stop()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    program = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv) + 1]  # "-u", "train.py"
+    os.execv(sys.executable, [sys.executable, *program, *flags])
 
 
 class Crew:
@@ -158,16 +228,15 @@ class Crew:
         self.jobs = {job.name: job for job in jobs}
         self.counters = counters
         self.folder = folder
-        self.restarts = restarts
-        self.timeout = timeout
+        self.restarts = restarts  # of each worker, within RECENT_S
+        self.timeout = timeout  # seconds
         self.errors, self.error = mp.Pipe(duplex=False)
         self.processes: dict[str, mp.Process] = {}
         self.started: dict[str, float] = {}  # when its present process was started
         self.due: dict[str, float] = {}  # when those who have none are started again
         self.lost: dict[str, list[float]] = {}  # when each failed, of late
-        # sum of everybody's work, and when it last changed
-        self.work = 0.0
-        self.last_work = time.monotonic()
+        self.work = 0.0  # sum of everybody's work
+        self.last_work = time.monotonic()  # when it last changed
 
     def start(self, name: str) -> None:
         process = mp.get_context("forkserver").Process(
@@ -181,9 +250,22 @@ class Crew:
         for name in self.jobs:
             self.start(name)
 
+    def counter(self, name: str, column: str) -> float:
+        return self.counters.get(self.jobs[name].meter.row, column)
+
+    def was_ready(self, name: str) -> bool:
+        """Whether a worker has come to work, in this process or an earlier one."""
+        return bool(self.counter(name, "ready") or self.counter(name, "restarts"))
+
+    def waits_for(self, name: str) -> str:
+        """Returns what a worker waits for, or "" while it works."""
+        waiting = int(self.counter(name, "waiting"))
+        return metrics.CAUSES[waiting - 1] if waiting else ""
+
     def watch(self, news: connection.Connection) -> bool:
-        """Waits at most 0.25 s, and returns whether there is news. Replaces who may be; raises
-        WorkerFailed for the others.
+        """Waits at most 0.25 s, and returns whether there is news.
+
+        Replaces the workers that may be replaced. Raises WorkerFailed for the others.
         """
         for name in [name for name, due in self.due.items() if due <= time.monotonic()]:
             del self.due[name]
@@ -193,118 +275,107 @@ class Crew:
         ]
         ready = connection.wait([news, self.errors, *alive], timeout=0.25)
         while failure := self.failure():
-            self.replace(*failure)
+            self.replace(failure)
         self.check_progress()
         return news in ready
 
-    def failure(self) -> tuple[str, str, bool] | None:
-        """Who has failed, in which way, and whether it is the user's mistake."""
-        now = time.monotonic()
+    def failure(self) -> Failure | None:
+        """Returns the first failure that is found: an error, a death, or a worker that hangs."""
         processes = {name: p for name, p in self.processes.items() if name not in self.due}
+        # Look who is dead before reading the errors: what a worker had to say, it said before.
         dead = {name: p.exitcode for name, p in processes.items() if p.exitcode is not None}
-        dead = {
-            name: code for name, code in dead.items() if code or self.jobs[name].replaceable
-        }  # actors end by themselves
-        while (
-            self.errors.poll()
-        ):  # after looking who is dead: what a worker had to say, it said before
-            name, message, trace = self.errors.recv()
-            if name not in processes:
-                continue  # it was killed while it wrote this
-            if trace:
-                with open(self.folder / "error.txt", "a") as file:
-                    file.write(f"{name}\n{trace}\n")
-                message += f" (details in {self.folder / 'error.txt'})"
-            return name, f"failed: {message}", not trace
+        while self.errors.poll():
+            failure, trace = self.errors.recv()
+            if failure.name in processes:  # else it was killed while it wrote this
+                return self.with_details(failure, trace)
         for name, code in dead.items():
-            how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-            return (
-                name,
-                f"died ({how}{': out of memory?' if code == -signal.SIGKILL else ''})",
-                False,
-            )
+            if code or self.jobs[name].replaceable:  # actors end by themselves
+                how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+                why = ": out of memory?" if code == -signal.SIGKILL else ""
+                return Failure(name, f"died ({how}{why})", True)
         for name, process in processes.items():
-            row = self.jobs[name].meter.row
-            get = self.counters.get
-            at_barrier = get(row, "waiting") == 1 + metrics.CAUSES.index(
-                "gradient"
-            )  # waits for other ranks, silently
-            if (
-                process.exitcode is not None
-                or at_barrier
-                or not (get(row, "ready") or get(row, "restarts"))
-            ):
-                continue  # while a run starts up, `check_progress` alone counts the time
-            if now - (get(row, "time") if get(row, "ready") else self.started[name]) > self.timeout:
-                return name, f"hangs: no sign of life for {self.timeout:.0f} s", False
+            if process.exitcode is None and self.hangs(name):
+                return Failure(name, f"hangs: no sign of life for {self.timeout:.0f} s", True)
         return None
 
-    def replace(self, name: str, cause: str, mistake: bool) -> None:
-        """Ends what is left of a worker and says when its successor starts. Raises WorkerFailed
-        where there is to be none.
+    def with_details(self, failure: Failure, trace: str) -> Failure:
+        """Adds an error's traceback to error.txt. A user's mistake has none."""
+        if not trace:
+            return failure
+        file = self.folder / "error.txt"
+        with open(file, "a") as stream:
+            stream.write(f"{failure.name}\n{trace}\n")
+        return failure._replace(cause=f"{failure.cause} (details in {file})")
+
+    def hangs(self, name: str) -> bool:
+        """Whether a worker that was ready has given no sign of life for too long.
+
+        While a run starts up, `check_progress` alone counts the time. An actor worker waits for
+        other ranks' gradients silently.
         """
-        job = self.jobs[name]
-        row = self.jobs[name].meter.row
-        if (
-            mistake
-            or not job.replaceable
-            or not (self.counters.get(row, "restarts") or self.counters.get(row, "ready"))
-        ):
-            raise WorkerFailed(f"worker {name} {cause}")
-        # longer where hanging takes long to tell
+        if not self.was_ready(name) or self.waits_for(name) == "gradient":
+            return False
+        ready = self.counter(name, "ready")
+        alive = self.counter(name, "time") if ready else self.started[name]
+        return time.monotonic() - alive > self.timeout
+
+    def replace(self, failure: Failure) -> None:
+        """Ends what is left of a worker and decides when its successor starts.
+
+        Raises WorkerFailed where there is to be none.
+        """
+        name = failure.name
+        said = f"worker {name} {failure.cause}"
+        if not (failure.passes and self.jobs[name].replaceable and self.was_ready(name)):
+            raise WorkerFailed(said)
+        # The window is longer where hanging takes long to tell.
         window = max(RECENT_S, 2 * self.restarts * self.timeout)
         now = time.monotonic()
         lost = self.lost[name] = [when for when in self.lost.get(name, []) if when > now - window]
-        if (before := len(lost)) >= self.restarts:
+        before = len(lost)
+        if before >= self.restarts:
             raise WorkerFailed(
-                f"worker {name} {cause}, after {before} restarts in {window / 60:.0f} min: "
-                "--restarts allows no more"
+                f"{said}, after {before} restarts in {window / 60:.0f} min: --restarts allows no "
+                "more"
             )
         self.processes[name].kill()
         self.processes[name].join(10.0)
         if self.processes[name].is_alive():
-            raise WorkerFailed(f"worker {name} {cause}, and cannot be killed")
+            raise WorkerFailed(f"{said}, and cannot be killed")
         backoff = min(2.0**before, LONGEST_BACKOFF)
         lost.append(now)
-        metrics.count_wait(
-            self.counters.table[row], self.counters.index, time.monotonic()
-        )  # nobody else writes this row now
+        self.close_account(self.jobs[name].meter.row)
+        self.due[name] = time.monotonic() + backoff
+        count = f"{before + 1} of {self.restarts} in {window / 60:.0f} min"
+        print(f"{said}; starting it again in {backoff:.0f} s ({count})", flush=True)
+
+    def close_account(self, row: int) -> None:
+        """Ends the wait that a dead worker was in. Nobody else writes its row now."""
+        metrics.count_wait(self.counters.table[row], self.counters.index, time.monotonic())
         self.counters.set(row, "waiting", 0.0)
         self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)
-        self.due[name] = time.monotonic() + backoff
-        count = f"{before + 1} of {self.restarts} in {window / 60:.0f} min"
-        print(f"worker {name} {cause}; starting it again in {backoff:.0f} s ({count})", flush=True)
 
     def check_progress(self) -> None:
-        """Raises WorkerFailed when everybody waits for somebody else, and nobody is just being
-        replaced.
-        """
+        """Raises WorkerFailed when all wait for somebody else and nobody is being replaced."""
         now = time.monotonic()
-        column = self.counters.index
-        starting = [
-            name for name, job in self.jobs.items() if not self.counters.get(job.meter.row, "ready")
-        ]
-        replacing = [
-            name for name in starting if self.counters.get(self.jobs[name].meter.row, "restarts")
-        ]
-        work = self.counters.table[:, column["work_s"]].sum() + len(self.jobs) - len(starting)
+        starting = [name for name in self.jobs if not self.counter(name, "ready")]
+        replacing = any(self.counter(name, "restarts") for name in starting)
+        done = self.counters.table[:, self.counters.index["work_s"]].sum()
+        work = done + len(self.jobs) - len(starting)
         if work != self.work or replacing:
             self.work = work
             self.last_work = now
         elif now - self.last_work > self.timeout * (START_UP if starting else 1):
-            waiting = {
-                name: int(self.counters.get(job.meter.row, "waiting"))
-                for name, job in self.jobs.items()
-            }
+            causes = {name: self.waits_for(name) for name in self.jobs}
             who = ", ".join(
-                f"{n} for {metrics.CAUSES[w - 1]}" if w else f"{n} still starting"
-                for n, w in waiting.items()
+                f"{name} for {cause}" if cause else f"{name} still starting"
+                for name, cause in causes.items()
             )
             raise WorkerFailed(f"nothing happened for {now - self.last_work:.0f} s: {who}")
 
     def stop(self) -> None:
-        """No worker outlives this call."""
+        """Ends all workers. None outlives this call."""
         for process in self.processes.values():
             if process.is_alive():
                 os.kill(process.pid, LEAVE)
@@ -316,10 +387,9 @@ class Crew:
                 process.join()
 
     def used(self) -> tuple[float, float]:
-        """Private resident memory in GB, and CPU seconds so far, of all workers and this
-        process.
-        """
-        memory = seconds = 0.0
+        """Returns private resident memory in GB, and CPU seconds so far, of all processes."""
+        memory = 0.0
+        seconds = 0.0
         for pid in (os.getpid(), *(process.pid for process in self.processes.values())):
             try:
                 process = psutil.Process(pid)
@@ -327,6 +397,6 @@ class Crew:
                 times = process.cpu_times()
             except psutil.NoSuchProcess:
                 continue
-            memory = memory + info.rss - info.shared
-            seconds = seconds + times.user + times.system
+            memory += info.rss - info.shared
+            seconds += times.user + times.system
         return memory / 1e9, seconds

@@ -208,8 +208,11 @@ def progress(iterations: int, interactive: bool) -> Display:
 # ---------------------------------------------------------------- Weights & Biases
 
 
-def mirror(config: Config, folder: RunFolder):
-    """Returns the run of Weights & Biases that metrics are logged to, or None. Raises UserError."""
+def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
+    """Returns the run of Weights & Biases that metrics are logged to, or None. Raises UserError.
+
+    run_id: of the one that goes on, where this run has started again.
+    """
     if config.train.wandb == "off":
         return None
     import wandb
@@ -218,6 +221,8 @@ def mirror(config: Config, folder: RunFolder):
         return wandb.init(
             project="vla3",
             name=folder.path.name,
+            id=run_id,
+            resume="allow" if run_id else None,
             dir=folder.path,
             mode=config.train.wandb,
             config=json.loads(to_json(config)),

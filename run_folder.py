@@ -27,8 +27,11 @@ Span = tuple[str, float, float] | tuple[str, float, float, dict]
 class RunFolder:
     """Owns runs/NAME. To create one that exists is an error unless the run is resumed."""
 
-    def __init__(self, path: Path, resume: bool):
-        """Creates or opens the folder and locks it. Raises UserError."""
+    def __init__(self, path: Path, resume: bool, keep_spans: bool = False):
+        """Creates or opens the folder and locks it. Raises UserError.
+
+        keep_spans: the run has just started again at another ratio, and its trace goes on.
+        """
         self.path = path
         self.spans = path / ".spans"
         # What --resume takes.
@@ -48,7 +51,8 @@ class RunFolder:
             ) from None
         self.lock = self.take_lock()
         for old in self.spans.iterdir():
-            old.unlink()
+            if not (keep_spans and old.suffix == ".jsonl"):  # actor workers must meet anew
+                old.unlink()
 
     def way_out(self) -> str:
         if any(self.path.glob("checkpoints/[0-9]*")):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import Config, UserError, parse_ratio
+from config import WORKERS, Config, parse_ratio, require
 
 
 class DynamicBatcher:
@@ -208,33 +208,35 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every worker runs. A device is "cpu" or "cuda:k"; threads are torch's, per process."""
+    """Where every worker runs: a device for each, "cpu" or "cuda:k". Threads are torch's, each."""
 
     env_devices: tuple[str, ...]
     rollout_devices: tuple[str, ...]
     actor_devices: tuple[str, ...]
     rollout_threads: int
     actor_threads: int
-    line: str  # what was decided, for people
+    line: str  # the decision in words
+
+    def workers(self) -> dict[str, int]:
+        """Returns how many workers there are of each kind, by the names of the settings."""
+        devices = (self.env_devices, self.rollout_devices, self.actor_devices)
+        return dict(zip(WORKERS, map(len, devices), strict=True))
 
 
 def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
-    """Places the workers of `config` on the parts in use, and writes into it how many there are.
-    Raises UserError.
+    """Places the workers of `config` on the parts of the machine. Raises UserError.
 
-    simulator: the module; an emulated one says itself how many workers its devices are.
+    simulator: an emulated one says itself how many env workers there are.
     """
     ratio = config.train.parts
     placement = config.train.placement
-    workers = simulator.workers(ratio, placement)
-    if workers is not None and not config.env.env_workers:
-        config.env.env_workers = min(workers, config.env.envs)
-    counts = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
-    placed = place(ratio, placement, gpus, cores, *counts)
-    config.env.env_workers = len(placed.env_devices)
-    config.rollout.rollout_workers = len(placed.rollout_devices)
-    config.actor.actor_workers = len(placed.actor_devices)
-    return placed
+    env_workers = config.env.env_workers
+    said = simulator.workers(ratio, placement)
+    if said is not None and not env_workers:
+        env_workers = min(said, config.env.envs)
+    rollout_workers = config.rollout.rollout_workers
+    actor_workers = config.actor.actor_workers
+    return place(ratio, placement, gpus, cores, env_workers, rollout_workers, actor_workers)
 
 
 def place(
@@ -246,73 +248,85 @@ def place(
     rollout_workers: int,
     actor_workers: int,
 ) -> Placement:
-    """Turns R:A into devices, processes and threads. Worker counts of 0 are derived; a
-    contradiction is a UserError.
+    """Turns R:A into devices, processes and threads. A number of workers that is 0 is derived.
 
-    With GPUs the machine is cut into R + A parts of equal size: R for env + rollout, A for actors
-    (hybrid: half of the R parts, rounded down, for envs alone); colocated puts everything
-    everywhere. Without GPUs there are R env workers, one rollout worker and A actor workers, and
-    torch threads are divided as R:A.
+    With GPUs the machine is cut into R + A parts of equal size: R for env and rollout workers, A
+    for actor workers. Hybrid gives half of the R parts, rounded down, to env workers alone.
+    Colocated puts everything everywhere. Without GPUs there are R env workers, one rollout worker
+    and A actor workers, and torch threads are divided as R:A. Raises UserError on a contradiction.
     """
-    r, a = parse_ratio(ratio)
+    parse_ratio(ratio)
     for flag, count in (
         ("--env-workers", env_workers),
         ("--rollout-workers", rollout_workers),
         ("--actor-workers", actor_workers),
     ):
-        if count < 0:
-            raise UserError(f"{flag} {count} must be at least 1, or 0 to derive it from --ratio")
+        require(count >= 0, f"{flag} {count} must be at least 1, or 0 to derive it from --ratio")
     if gpus == 0:
-        env = env_workers or r
-        rollout = rollout_workers or 1
-        actor = actor_workers or a
-        for_rollout = cores * r / (r + a)
-        for_actor = cores * a / (r + a)
-        if placement == "colocated":
-            for_rollout = for_actor = cores
-        threads = max(1, int(for_rollout / rollout)), max(1, int(for_actor / actor))
-        line = (
-            f"no GPU: {placement} {ratio} on {cores} cores means {env} env, {rollout} rollout and "
-            f"{actor} actor workers, "
-            f"torch threads {threads[0]} and {threads[1]} each"
-        )
-        return Placement(("cpu",) * env, ("cpu",) * rollout, ("cpu",) * actor, *threads, line)
+        return place_on_cpu(ratio, placement, cores, env_workers, rollout_workers, actor_workers)
 
-    if placement == "colocated":
-        everything = tuple(f"cuda:{i}" for i in range(gpus))
-        env_gpus = rollout_gpus = actor_gpus = everything
-    else:
-        if r + a > gpus:
-            raise UserError(
-                f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer "
-                "parts, or --placement colocated"
-            )
-        unit = gpus // (r + a)
-        rollout_gpus = env_gpus = tuple(f"cuda:{i}" for i in range(r * unit))
-        actor_gpus = tuple(f"cuda:{i}" for i in range(r * unit, (r + a) * unit))
-        if placement == "hybrid":
-            if r < 2:
-                raise UserError(
-                    "--placement hybrid needs at least 2 parts for env and rollout, --ratio "
-                    f"{ratio} gives {r}"
-                )
-            env_gpus, rollout_gpus = env_gpus[: r // 2 * unit], env_gpus[r // 2 * unit :]
-    if actor_workers not in (0, len(actor_gpus)):
-        raise UserError(
-            f"--actor-workers {actor_workers} contradicts --ratio {ratio}, which gives "
-            f"{len(actor_gpus)} GPUs to actors"
-        )
-
-    def spread(devices, workers):
-        return tuple(devices[i % len(devices)] for i in range(workers or len(devices)))
-
+    env_gpus, rollout_gpus, actor_gpus = share_gpus(ratio, placement, gpus)
+    require(
+        actor_workers in (0, len(actor_gpus)),
+        f"--actor-workers {actor_workers} contradicts --ratio {ratio}, which gives "
+        f"{len(actor_gpus)} GPUs to actors",
+    )
     env = spread(env_gpus, env_workers)
     rollout = spread(rollout_gpus, rollout_workers)
-    threads = max(1, math.floor(cores / (len(rollout) + len(actor_gpus))))
+    threads = max(1, cores // (len(rollout) + len(actor_gpus)))
     idle = gpus - len({*env, *rollout, *actor_gpus})
     line = (
         f"{gpus} GPUs: {placement} {ratio} means env on {', '.join(dict.fromkeys(env))}; rollout "
-        f"on {', '.join(rollout)}; "
-        f"actor on {', '.join(actor_gpus)}" + (f"; {idle} idle" if idle else "")
+        f"on {', '.join(rollout)}; actor on {', '.join(actor_gpus)}"
     )
+    line += f"; {idle} idle" if idle else ""
     return Placement(env, rollout, actor_gpus, threads, threads, line)
+
+
+def place_on_cpu(
+    ratio: str, placement: str, cores: int, env_workers: int, rollout_workers: int, actors: int
+) -> Placement:
+    r, a = parse_ratio(ratio)
+    env = env_workers or r
+    rollout = rollout_workers or 1
+    actor = actors or a
+    colocated = placement == "colocated"
+    rollout_cores = cores if colocated else cores * r / (r + a)
+    actor_cores = cores if colocated else cores * a / (r + a)
+    rollout_threads = max(1, int(rollout_cores / rollout))
+    actor_threads = max(1, int(actor_cores / actor))
+    line = (
+        f"no GPU: {placement} {ratio} on {cores} cores means {env} env, {rollout} rollout and "
+        f"{actor} actor workers, torch threads {rollout_threads} and {actor_threads} each"
+    )
+    cpu = ("cpu",)
+    return Placement(cpu * env, cpu * rollout, cpu * actor, rollout_threads, actor_threads, line)
+
+
+def share_gpus(ratio: str, placement: str, gpus: int) -> tuple[tuple[str, ...], ...]:
+    """Returns the GPUs of the env, the rollout and the actor workers."""
+    everything = tuple(f"cuda:{i}" for i in range(gpus))
+    if placement == "colocated":
+        return everything, everything, everything
+    r, a = parse_ratio(ratio)
+    require(
+        r + a <= gpus,
+        f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer parts, or "
+        "--placement colocated",
+    )
+    unit = gpus // (r + a)
+    acting = everything[: r * unit]
+    actor = everything[r * unit : (r + a) * unit]
+    if placement != "hybrid":
+        return acting, acting, actor
+    require(
+        r >= 2,
+        f"--placement hybrid needs at least 2 parts for env and rollout, --ratio {ratio} gives {r}",
+    )
+    for_envs = r // 2 * unit
+    return acting[:for_envs], acting[for_envs:], actor
+
+
+def spread(devices: tuple[str, ...], workers: int) -> tuple[str, ...]:
+    """Deals devices to workers in turn; 0 workers means one on each."""
+    return tuple(devices[i % len(devices)] for i in range(workers or len(devices)))

@@ -18,7 +18,6 @@ of actor workers, which shuffle their shares of a batch for later epochs, and th
 vectorised simulator stay as they are. Left out: `--placement`, numbers of envs, several machines.
 """
 
-import copy
 import math
 import threading
 import time
@@ -30,7 +29,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from channel import Counters
-from config import Config, UserError, parse_ratio, validate
+from config import WORKERS, Config, UserError, completed, parse_ratio, validate
 from metrics import CAUSES, snapshot
 from planning import Costs, Node
 from planning.events import simulate
@@ -226,13 +225,11 @@ def options(
         ]
     found = {}
     for ratio in dict.fromkeys([config.train.parts, *names]):
-        changed = copy.deepcopy(config)
-        changed.train.ratio_from = ratio
-        changed.env.env_workers, changed.rollout.rollout_workers, changed.actor.actor_workers = (
-            counts
-        )
+        given = dict(zip(WORKERS, counts, strict=True))
+        changed = completed(config, ratio_from=ratio, **given)
         try:
             placement = divide(changed, simulator, gpus, cores)
+            changed = completed(changed, **placement.workers())
             validate(changed)
         except UserError:
             continue

@@ -59,7 +59,7 @@ def random_model(name: str, size: str, device: str, dtype: torch.dtype, **change
     The same weights for the same shape.
     """
     small = models.files(name).embedded(
-        name, str(embedded_files("pi05")[1])
+        name, str(embedded_files("pi05", "metaworld")[1])
     )  # any vocabulary will do
     shape = small.config
     if size == "full":

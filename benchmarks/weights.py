@@ -43,7 +43,7 @@ PAUSE_S = 0.3  # between two versions, so that batches without a fetch are measu
 def embedded() -> tuple[Config, envs.EnvSpec]:
     """The embedded default: settings to build its model from, and its simulator."""
     config = Config()
-    config.train.checkpoint = embedded_files(config.train.model)[0]
+    config.train.checkpoint = embedded_files(config.train.model, "metaworld")[0]
     return config, envs.load(config.train.env).spec(
         (), checkpoint.frame_size(config.train.checkpoint)
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import metrics
+import prepare
 import train
 import tuning
 from benchmarks.emulated import libero
@@ -607,7 +608,7 @@ def test_what_ratio_from_must_be():
 def resumed(tmp_path, monkeypatch):
     """The settings that a run of these flags is resumed with, by flags of now."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(train, "resume_from", lambda config: (None, {"version": 1}))
+    monkeypatch.setattr(prepare, "resume_from", lambda config: (None, {"version": 1}))
 
     def resume(before: list[str], *now: str) -> Config:
         (tmp_path / "config.json").write_text(train.prepare(parsed(*before)).saved)
@@ -622,7 +623,7 @@ def test_a_resumed_run_begins_with_a_ratio_that_fits(resumed):
     config.train.ratio_from = "1:24"
     setup = train.prepare(config)
     assert (
-        config.train.parts == "1:1"
+        setup.config.train.parts == "1:1"
         and "ratio 1:24 does not fit here, so the run goes on at 1:1" in setup.note
     )
     assert train.prepare(resumed(["--ratio", "auto", "--ratio-from", "1:2"])).note == ""
@@ -642,8 +643,8 @@ def test_a_resumed_run_keeps_the_worker_counts_that_flags_gave(resumed, tmp_path
     before = ["--ratio", "auto", "--ratio-from", "1:2", "--env-workers", "4"]
     config = resumed(before)
     assert counts(from_json(tmp_path / "config.json")) == (4, 1, 2) and counts(config) == (4, 0, 0)
-    train.prepare(config)
-    assert counts(config) == (4, 1, 2) and config.train.workers_given == (4, 0, 0)
+    complete = train.prepare(config).config
+    assert counts(complete) == (4, 1, 2) and complete.train.workers_given == (4, 0, 0)
     assert counts(resumed(before, "--env-workers", "2", "--rollout-workers", "2")) == (2, 2, 0)
 
 

@@ -1,0 +1,197 @@
+"""Follows a run: writes metrics, watches workers, begins evaluations, hears Ctrl-C.
+
+Read `Follower.follow` first.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import report
+from channel import WAKE, Channels, Record
+from diagnostics import Warnings
+from evaluation import Evaluations
+from metrics import TOTALS, Interval, Ledger
+from prepare import Setup
+from processes import Crew, WorkerFailed
+from run_folder import RunFolder
+from tuning import Tuner
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended."""
+
+    message: str  # what to tell the user
+    status: int = 0  # of the process
+    ratio: str = ""  # the ratio to start again at, unless the user wants it to stop
+
+
+class Follower:
+    """Follows a run to its end: writes metrics, watches workers, hears Ctrl-C.
+
+    The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        crew: Crew,
+        channels: Channels,
+        reports: Connection,
+        interrupts: list[float],
+        tracker,
+        tuner: Tuner,
+    ):
+        self.setup = setup
+        self.config = setup.config
+        self.folder = folder
+        self.crew = crew
+        self.channels = channels
+        self.reports = reports  # lines and the last word of the first actor worker
+        self.interrupts = interrupts  # monotonic seconds of every Ctrl-C
+        self.tracker = tracker
+        self.tuner = tuner
+        self.began = folder.appended or time.monotonic()
+        self.interval: Interval | None = None  # once every worker is ready
+        self.warnings = Warnings()
+        past = folder.lines()  # of a run that is resumed
+        for line in past:
+            self.warnings.of(line)  # said before
+        self.earlier = past[-1] if past else {}
+        self.ledger = Ledger(self.earlier, self.config.actor.update_epochs)
+        # Workers that come at another ratio keep the schedule, or each would be judged while it
+        # evaluates as the one before did not.
+        before = past if folder.appended else []
+        self.evaluations = Evaluations(
+            self.config, setup.spec.tasks, setup.version, channels.counters, before
+        )
+        self.display = report.progress(self.config.train.iterations, sys.stdout.isatty())
+        batch = self.config.actor.batch * self.config.env.segment  # chunk steps
+        self.beginning = report.Beginning(channels.counters, batch)
+
+    def follow(self) -> End:
+        """Returns when the run is done, interrupted, or to start again. Raises WorkerFailed."""
+        with self.display:
+            while True:
+                news = self.watch()
+                self.say_how_it_begins()
+                self.tune()
+                end = self.hear(self.reports.recv()) if news else None
+                if end is None and self.interrupts:
+                    end = self.interrupt()
+                if end is not None:
+                    return end
+
+    def watch(self) -> bool:
+        """Waits for the actor's news at most 0.25 s and returns whether there is some."""
+        if self.evaluations.begins(self.channels.plane.version):
+            # Env workers that wait for an action or for a version are to see it.
+            for reply in self.channels.replies:
+                reply.put([Record(0, 0, WAKE, 0, 0)])
+        return self.crew.watch(self.reports)
+
+    def say_how_it_begins(self) -> None:
+        """Says how far the run is, until its first iteration is done."""
+        if not self.display.history:
+            collected = int(self.channels.pool["collected"].sum())
+            if said := self.beginning.news(collected):
+                self.display.say(said)
+
+    def tune(self) -> None:
+        """Begins to measure when every worker is ready, and follows the tuner's decisions."""
+        counters = self.channels.counters
+        if self.interval is None:
+            if not counters.table[:, counters.index["ready"]].all():
+                return
+            self.interval = Interval(counters, self.tuner.rows)
+        if said := self.tuner.watch():
+            print(said, flush=True)
+        if self.tuner.ratio != self.config.train.parts:
+            self.ask_to_save()
+
+    def ask_to_save(self) -> None:
+        """The actor saves after the batch that it is training, and reports where."""
+        self.channels.counters.set(0, "stop", 1.0)
+
+    def hear(self, news: dict) -> End | None:
+        """Takes in what the actor reports: a line of metrics.jsonl, or its last word."""
+        if "done" in news:
+            checkpoints = self.folder.path / "checkpoints"
+            return End(f"{news['done']} iterations done; checkpoint in {checkpoints}")
+        if "saved" in news:
+            how = f"interrupted; saved {news['saved']}; {self.advice()}"
+            ratio = self.tuner.ratio if self.tuner.ratio != self.config.train.parts else ""
+            return End(how, 130, "" if self.interrupts else ratio)
+        self.write(self.complete(news))
+        return None
+
+    def complete(self, line: dict) -> dict:
+        """Adds to the actor's part of a line what the launcher knows."""
+        self.interval = self.interval or Interval(self.channels.counters, self.tuner.rows)
+        memory_gb, cpu_s = self.crew.used()
+        line |= self.interval.measure()
+        line["time"] = time.monotonic() - self.began
+        line["rss_gb"] = memory_gb + self.setup.pool_gb()
+        if line["iteration"] == self.config.train.iterations and self.config.env.evaluates:
+            self.finish_evaluating()
+        line |= self.evaluations.report() | self.interval.totals()
+        for name in ("time", *TOTALS):
+            line[name] += self.earlier.get(name, 0)
+        line |= self.ledger.add(line, int(self.channels.pool["collected"].sum()))
+        self.tuner.iteration(line["version"], cpu_s)
+        line["tuning"] = self.tuner.report()
+        return line
+
+    def finish_evaluating(self) -> None:
+        """Every run ends with an evaluation of the last weights. Nothing is left to hold up."""
+        last = self.config.train.iterations
+        while self.evaluations.news.get("eval_version") != last and not self.interrupts:
+            self.watch()
+            time.sleep(0.25)
+
+    def write(self, line: dict) -> None:
+        """Appends a line to metrics.jsonl and shows it."""
+        self.folder.append(line)
+        self.display.show(line)
+        for text in self.warnings.of(line):
+            print(text, file=sys.stderr, flush=True)
+        if self.tracker:
+            self.tracker.log(report.flatten(line), step=line["iteration"])
+
+    def interrupt(self) -> End | None:
+        """Lets the actor save at the first Ctrl-C; stops at once at the second, or at start-up."""
+        if self.channels.plane.version >= self.config.train.iterations:
+            return None  # all is trained and saved
+        if self.interval is None:
+            if self.setup.resume:
+                return End(f"interrupted; {self.advice()}", 130)
+            return End("interrupted before anything was trained", 130)
+        if len(self.interrupts) > 1 and not self.reports.poll():  # else "saved" may come first
+            return End("interrupted twice: stopped without saving", 130)
+        if not self.channels.counters.get(0, "stop"):
+            print(
+                "finishing the batch that is being trained, then saving; Ctrl-C again stops "
+                "without saving",
+                flush=True,
+            )
+        self.ask_to_save()
+        return None
+
+    def failed(self, failure: WorkerFailed) -> End:
+        """Returns to the ratio before where this one never got going; else the run has failed."""
+        past = self.tuner.past
+        now = self.config.train.parts
+        if not past.left or self.folder.lines()[-1]["version"] > self.setup.version:
+            return End(f"error: {failure}", 1)
+        print(
+            f"ratio {past.left} again: at {now} the workers did not come to an iteration: "
+            f"{failure}",
+            flush=True,
+        )
+        return End(f"interrupted; {self.advice()}", 130, past.go_back(now))
+
+    def advice(self) -> str:
+        return f"continue with: python train.py --resume {self.folder.name}"

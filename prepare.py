@@ -1,0 +1,333 @@
+"""What the flags mean on this machine: flags → `Setup`, before any process starts.
+
+    settings → where training starts → which workers there are → what slots and weights hold
+
+`prepare` goes through this once, straight down, and everything that can be checked is checked on
+the way. Each step takes settings and returns completed copies; nothing writes into what it was
+given. Left out: tensors and processes, which train.py makes from a `Setup`.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import envs
+import models
+import tuning
+from algorithms import ALGORITHMS
+from channel import SlotPool, Spec, layout
+from config import (
+    ROOT,
+    WORKERS,
+    Config,
+    UserError,
+    completed,
+    embedded_files,
+    flag_of,
+    require,
+    run_path,
+    setting,
+    to_json,
+    validate,
+)
+from models import checkpoint, untrained
+from scheduler import Admission, Placement, divide
+
+SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where training starts."""
+
+    config: Config  # with checkpoint, tokenizer and image size
+    given: Path | None  # the checkpoint that config.json names; a resumed run begins at another
+    resume: dict | None  # state.json of the checkpoint that continues
+    note: str  # what the user should know
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers there are, and where."""
+
+    config: Config  # with numbers of workers and lanes, and the ratio in use
+    placement: Placement
+    choices: dict[str, tuple[Config, Placement]]  # the ratios that can run here, with --ratio auto
+    note: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    config: Config  # complete: every number that follows from others is filled in
+    spec: envs.EnvSpec
+    placement: Placement
+    note: str  # what the user should know, in whole lines
+    slots: Spec
+    on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
+    weights: Spec
+    header: checkpoint.Header
+    resume: dict | None  # state.json of the checkpoint that continues
+    saved: str  # config.json, complete and as the user meant it
+    choices: dict[str, tuple[Config, Placement]]  # the ratio in use, then others for --ratio auto
+
+    @property
+    def version(self) -> int:
+        """What training starts or continues from."""
+        return self.resume["version"] if self.resume else 0
+
+    @property
+    def slot_count(self) -> int:
+        return Admission.of(self.config).slots + self.config.env.eval_envs
+
+    def pool(self) -> SlotPool:
+        device = self.placement.env_devices[0] if self.on_gpu else "cpu"
+        return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
+
+    def pool_gb(self) -> float:
+        """Host memory of the training slots."""
+        on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
+        return layout(on_host, Admission.of(self.config).slots)[1] / 1e9
+
+
+def prepare(config: Config) -> Setup:
+    """Checks everything that can be checked before a process starts. Raises UserError."""
+    simulator = envs.load(config.train.env)
+    vectorised = simulator.vectorised
+    start = find_start(config, simulator)
+    workers = find_workers(start.config, simulator, vectorised)
+    validate(workers.config)
+    spec = simulator.spec(start.config.train.tasks, start.config.env.image_size)
+    config, note = with_segment(workers.config, spec)
+
+    # Pictures, states or prompts that do not suit the model are better named now than by a worker.
+    model = models.build(config, spec, weights="none")
+    preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
+    dark = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
+    for prompt in spec.prompts:
+        preparation.observe(dark, np.zeros(spec.state_dim, np.float32), prompt)
+
+    slots = slot_spec(config, spec, model)
+    drawn_on_gpu = vectorised and workers.placement.env_devices[0] != "cpu"
+    stays = drawn_on_gpu and takes_pictures_as_they_are(preparation, spec)
+    return Setup(
+        config=config,
+        spec=spec,
+        placement=workers.placement,
+        note=start.note + workers.note + note,
+        slots=slots,
+        on_gpu=("image", *model.slot_fields()) if stays else (),
+        weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
+        header=model.header,
+        resume=start.resume,
+        saved=to_json(completed(config, checkpoint=start.given)),
+        choices={config.train.parts: (config, workers.placement)}
+        | {
+            ratio: (completed(chosen, segment=config.env.segment), placement)
+            for ratio, (chosen, placement) in workers.choices.items()
+        },
+    )
+
+
+# ---------------------------------------------------------------- where training starts
+
+
+def find_start(config: Config, simulator: envs.Simulator) -> Start:
+    """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random."""
+    train = config.train
+    tasks = (train.suite, *train.tasks)
+    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
+    note = ""
+    if train.model == "emulated":  # it has no files
+        image_size = config.env.image_size or SMALL_PICTURE
+        config = completed(config, image_size=image_size)
+    shipped, vocabulary = embedded_files(train.model, train.env)
+    if train.checkpoint is None and train.model != "emulated":
+        if shipped.is_file():
+            config = completed(config, checkpoint=shipped)
+        else:
+            config = with_random_weights(config, simulator)
+            note = (
+                f"no checkpoint is given and none shipped for {train.env}: a small {train.model} "
+                "of random weights starts\n"
+            )
+    given = config.train.checkpoint
+    found, resume = resume_from(config) if train.resume else (given, None)
+    config = completed(config, checkpoint=found)
+    if train.model != "emulated":
+        models.check_family(train.model, found)
+        tokenizer = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
+        image_size = config.env.image_size or checkpoint.frame_size(found)
+        tokenizer = Path(tokenizer) if tokenizer else None
+        config = completed(config, tokenizer=tokenizer, image_size=image_size)
+    return Start(config, given, resume, note)
+
+
+def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
+    """Makes a small model for a simulator that none was shipped for."""
+    image_size = config.env.image_size or SMALL_PICTURE
+    spec = simulator.spec(config.train.tasks, image_size)
+    weights, vocabulary = untrained.start(
+        ROOT / "runs",
+        config.train.model,
+        spec,
+        spec.state_range,
+        config.rollout.chunk,
+        config.rollout.tokens or 0,
+    )
+    return completed(config, image_size=image_size, checkpoint=weights, tokenizer=vocabulary)
+
+
+def resume_from(config: Config) -> tuple[Path, dict]:
+    """Returns the newest checkpoint of the run that is resumed, and its state.json."""
+    run = config.train.resume
+    found = checkpoint.find(run_path(run)).parent
+    try:
+        resume = json.loads((found / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one"
+        ) from None
+    # What is trained decides what the optimizer remembers.
+    for name, before in resume.get("settings", {}).items():
+        require(
+            setting(config, name) == before,
+            f"{flag_of(name)} was {before} when run {run} began: it cannot change now",
+        )
+    require(
+        resume["version"] < config.train.iterations,
+        f"run {run} already has {resume['version']} iterations: give more --iterations",
+    )
+    return found, resume
+
+
+# ---------------------------------------------------------------- which workers there are
+
+
+def find_workers(config: Config, simulator: envs.Simulator, vectorised: bool) -> Workers:
+    """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
+    require(
+        vectorised or not config.env.lanes,
+        f"--lanes {config.env.lanes} is for vectorised simulators: {config.train.env} steps every "
+        "env by itself",
+    )
+    if vectorised:
+        config = completed(config, lanes=config.env.lanes or 2)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    cores = len(os.sched_getaffinity(0))
+    choices = {}
+    note = ""
+    if config.train.ratio == "auto":
+        # It begins with the ratio that is asked for, or 3:1, if that fits, else with the first that
+        # does; so too where a run is resumed on another machine.
+        counts = tuple(setting(config, name) for name in WORKERS)
+        config = completed(config, workers_given=counts)
+        choices = tuning.options(config, counts, simulator, gpus, cores)
+        before = config.train.ratio_from
+        if not before or config.train.resume and before not in choices:
+            config = completed(config, ratio_from=next(iter(choices), before))
+        if before not in ("", config.train.ratio_from):
+            note = (
+                f"ratio {before} does not fit here, so the run goes on at "
+                f"{config.train.ratio_from}\n"
+            )
+    placement = divide(config, simulator, gpus, cores)
+    return Workers(completed(config, **placement.workers()), placement, choices, note)
+
+
+# ---------------------------------------------------------------- what slots hold
+
+
+def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
+    """Fills in T, the chunk steps of a trajectory, and returns what to say about it."""
+    horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
+    segment = config.env.segment or horizon
+    tasks = len(spec.tasks)
+    require(
+        segment <= horizon,
+        f"--segment {segment} is longer than an episode of {horizon} chunk steps: choose at most "
+        f"{horizon}",
+    )
+    require(
+        config.train.algorithm != "grpo" or segment == horizon,
+        f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole",
+    )
+    note = ""
+    if config.env.envs % tasks and segment < horizon:
+        note = (
+            f"{config.env.envs} envs take turns at {tasks} tasks, so episodes end after --segment "
+            f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a "
+            f"multiple of {tasks} as --envs\n"
+        )
+    return completed(config, segment=segment), note
+
+
+def takes_pictures_as_they_are(preparation, spec: envs.EnvSpec) -> bool:
+    """Whether what a vectorised simulator draws on a GPU can stay there."""
+    shape = (spec.views, spec.image_size, spec.image_size, 3)
+    picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    state = np.zeros(spec.state_dim, np.float32)
+    return np.array_equal(preparation.observe(picture, state, spec.prompts[0])["image"], picture)
+
+
+def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
+    """Lists the fields of a slot: the common ones, then what the model sees and what it stores.
+
+    Rows are the T chunk steps of a trajectory. What is asked for at the end of the last one too has
+    T + 1. Raises UserError where two fields have one name.
+    """
+    segment = config.env.segment
+    action = (segment, config.rollout.chunk, spec.action_dim)
+    slots: Spec = {
+        "actions": (action, torch.float32),
+        "logprob": (action, torch.float32),
+        "value": ((segment + 1,), torch.float32),
+        "reward": ((segment,), torch.float32),
+        "success": ((segment,), torch.bool),
+        "terminated": ((segment,), torch.bool),  # the episode ended by itself, with success or not
+        "truncated": ((segment,), torch.bool),
+        "version": ((segment,), torch.int32),
+        # Monotonic seconds: when the newest request of this slot was sent.
+        "asked": ((), torch.float64),
+        # Chunk steps that were ever stepped in this slot, also by workers that died.
+        "collected": ((), torch.int64),
+        # Chunk steps of a complete trajectory, which a success may have ended early (GRPO).
+        "length": ((), torch.int32),
+        # In a lane's first slot: the last trajectory that was completed there, and one; 0 for none.
+        "done": ((), torch.int64),
+        "lane": ((), torch.int32),  # which env, by its number
+        "trajectory": ((), torch.int64),
+        "task": ((), torch.int32),
+    }
+    kind = ALGORITHMS[config.train.algorithm]
+    for owner, rows, fields in (
+        (f"loss {config.train.algorithm}", segment, kind.slot_fields(config)),
+        (f"model {config.train.model}", segment + 1, model.observation_fields()),
+        (f"model {config.train.model}", segment, model.slot_fields()),
+    ):
+        for name, (shape, dtype) in fields.items():
+            require(
+                name not in slots,
+                f"the {owner} calls one of its slot fields {name!r}, which is taken: rename it; "
+                f"slots already have {', '.join(slots)}",
+            )
+            slots[name] = ((rows, *shape), dtype)
+    return slots
+
+
+def memory_report(setup: Setup) -> None:
+    """Prints the size of each memory pool (--memory-report)."""
+    count = setup.slot_count
+    one = layout(setup.slots, 1)[1]
+    where = "shared memory"
+    if setup.on_gpu:
+        where += f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}"
+    print(f"slot pool: {count} slots × {one / 1e6:.2f} MB = {count * one / 1e6:.1f} MB of {where}")
+    print(f"weight plane: 2 × {layout(setup.weights, 1)[1] / 1e6:.2f} MB")
+    size = {name: layout({name: kind}, count)[1] for name, kind in setup.slots.items()}
+    for name in sorted(size, key=size.get, reverse=True):
+        shape, dtype = setup.slots[name]
+        print(f"  {name:16s} {str(list(shape)):26s} {str(dtype):14s} {size[name] / 1e6:9.2f} MB")
