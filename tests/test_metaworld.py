@@ -90,7 +90,7 @@ def test_thinner_meshes_change_neither_the_physics_nor_much_of_the_picture(make,
         return result
 
     state, picture, faces = press(make("handle-press"))
-    monkeypatch.setattr(metaworld, "thin_meshes", lambda model: None)
+    monkeypatch.setattr(metaworld.drawing, "thin_meshes", lambda model, cell: None)
     whole_state, whole_picture, whole_faces = press(make("handle-press"))
     assert np.array_equal(state, whole_state) and faces < whole_faces / 3
     assert np.abs(picture - whole_picture).mean() < 2.0  # of 255; measured: 0.9
