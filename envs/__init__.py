@@ -48,15 +48,15 @@ SIMULATORS = {
     "vectorised": ("benchmarks.emulated.maniskill", ""),
 }
 
-# How an import fails where GL or the display is missing: by the package that raises the error, or
-# by the message (PyOpenGL without its library has None in place of it).
-GL_PACKAGES = ("OpenGL", "glfw")
-GL_MESSAGES = (
-    r"\blib(EGL|GL|GLX|GLU|GLdispatch|OpenGL|OSMesa|X11|vulkan)\b.*\.so",
-    r"has no attribute '(egl|gl|glX|OSMesa)[A-Z]\w*'",
-    r"\bEGL\b|\bMUJOCO_GL\b|\bPYOPENGL_PLATFORM\b",
-    r"OpenGL platform library|[Cc]annot connect to .*display|DISPLAY environment variable",
+# How an import fails where GL or the display is missing: the kind of error, and its message.
+# PyOpenGL has None in place of a library that is missing; MuJoCo says what it does not find.
+GL_ERRORS = (
+    (AttributeError, r"^'NoneType' object has no attribute '(egl|gl|glX|OSMesa)[A-Z]"),
+    (ImportError, r"\b(EGL|OSMesa|GLFW|OpenGL)\b"),
+    (OSError | ImportError, r"\blib(EGL|GL|GLX|GLdispatch|OpenGL|OSMesa|X11|vulkan)\.so"),
+    (RuntimeError, r"\b(MUJOCO_GL|MUJOCO_EGL_DEVICE_ID|PYOPENGL_PLATFORM|EGL|OpenGL)\b"),
 )
+GL_PACKAGES = ("OpenGL", "glfw")  # whose own errors are always of this kind
 
 Compared = Literal["success", "reward"]
 
@@ -207,6 +207,7 @@ def load(name: str) -> Simulator:
     except UserError:
         raise
     except ModuleNotFoundError as error:
+        require(error.name != path, f"the simulator {name!r} has no file: there is no {path}")
         how = install or f"pip install {error.name}"
         raise UserError(
             f"the simulator {name!r} is not installed (no module {error.name!r}): {how}"
@@ -219,25 +220,26 @@ def load(name: str) -> Simulator:
 
 def import_sentence(name: str, error: Exception) -> str:
     """Says why an import failed: GL is missing, or the simulator's code is wrong, and where."""
-    package = type(error).__module__.partition(".")[0]
-    if package in GL_PACKAGES or any(re.search(words, str(error)) for words in GL_MESSAGES):
+    found = (isinstance(error, kind) and re.search(words, str(error)) for kind, words in GL_ERRORS)
+    if type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found):
         return (
             f"the simulator {name!r} does not start ({error}): see setup.sh for the GL libraries "
             "it needs"
         )
+    return f"the simulator {name!r} has an error in {place_of(error)}"
+
+
+def place_of(error: Exception) -> str:
+    """File, line and message of an error: the innermost line of code that nobody installed."""
+    what = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
-        file, line = error.filename, error.lineno
-    else:
-        # The innermost line that is neither Python's own nor an installed package's.
-        places = traceback.extract_tb(error.__traceback__)
-        others = ("<frozen", *sysconfig.get_paths().values())
-        own = [place for place in places if not place.filename.startswith(others)]
-        file, line = (own or places)[-1].filename, (own or places)[-1].lineno
-    return f"the simulator {name!r} has an error in {file}, line {line}: {describe(error)}"
-
-
-def describe(error: Exception) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+        return f"{error.filename}, line {error.lineno}: {what}"
+    places = traceback.extract_tb(error.__traceback__)
+    paths = sysconfig.get_paths()
+    installed = ("<frozen", paths["stdlib"], paths["purelib"], paths["platlib"])
+    own = [place for place in places if not place.filename.startswith(installed)]
+    place = (own or places)[-1]
+    return f"{place.filename}, line {place.lineno}: {what}"
 
 
 def check_contract(name: str, module: ModuleType) -> None:

@@ -1,16 +1,18 @@
-"""Does a simulator work here, how fast is it, and what does it look like?
+"""Does a simulator keep the contract here, how fast is it, and what does it look like?
 
     python -m envs.check --env metaworld
     python -m envs.check --env libero --suite libero_10 --image-size 256
 
-Plays random actions, and in Meta-World its scripted expert, and prints how long each part takes,
-how much memory an env needs, and how episodes end. Writes one picture with a row per task: every
-camera at the start, in the middle and at the end. Left out: several processes (`python bench.py
-envs`).
+First a short play checks what `envs/__init__.py` asks for, one line per check; the first failure
+ends it with exit status 1. Then whole episodes of random actions, and in Meta-World of its scripted
+expert, show how long each part takes, how much memory an env needs, and how episodes end. Writes
+one picture with a row per task: every camera at the start, in the middle and at the end. Left out:
+several processes (`python bench.py envs`).
 """
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,12 +23,13 @@ import psutil
 import tyro
 
 import envs
-from config import ROOT, UserError, exit_on_user_error
+from config import ROOT, UserError, exit_on_user_error, require
+from envs import Env, Envs, EnvSpec, Simulator, Step
 
 
 @dataclass(kw_only=True)
 class CheckConfig:
-    """Makes a simulator, plays it, prints what it costs and draws what it shows."""
+    """Makes a simulator, checks and plays it, prints what it costs and draws what it shows."""
 
     env: str = "metaworld"
     """simulator"""
@@ -48,11 +51,130 @@ class CheckConfig:
     """file of the picture; by default runs/check_NAME.png"""
 
 
-def players(name: str, task: str, config: CheckConfig, action_dim: int) -> dict:
+# ---------------------------------------------------------------- the contract
+
+PLAYED = 5  # control steps of the check
+ROWS = 2  # envs of a vectorised simulator that the check plays
+FILM = 64  # pixels of the frame for people that the check asks for
+
+
+class BrokenContract(Exception):
+    """A simulator does not do what it must. The message is one sentence that says what."""
+
+
+def demand(condition: object, sentence: str) -> None:
+    if not condition:
+        raise BrokenContract(sentence)
+
+
+def passed(what: str) -> None:
+    print(f"ok    {what}", flush=True)
+
+
+def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> None:
+    """Plays a few steps of the first task. Raises BrokenContract at the first failure."""
+    try:
+        check_by_playing(simulator, spec, config)
+    except (BrokenContract, UserError):
+        raise
+    except Exception as error:
+        raise BrokenContract(f"an error in {envs.place_of(error)}") from error
+
+
+def check_by_playing(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> None:
+    """`Env` and `Envs` alike; `lead` is () for the one and (N,) for the other."""
+    random = np.random.default_rng(config.seed)
+    if simulator.vectorised:
+        import torch
+
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        player = simulator.make_many(spec.tasks, config.image_size, ROWS, device)
+        lead = (ROWS,)
+        episodes = (list(range(ROWS)), 0, [config.seed + row for row in range(ROWS)])
+    else:
+        device = None
+        player = simulator.make(spec.tasks, config.image_size, config.render_quality)
+        lead = ()
+        episodes = (0, config.seed)
+    try:
+        # Begin an episode and look at it.
+        player.reset(*episodes)
+        first = observe(player, spec, lead, device)
+        passed(f"pictures {list(first[0].shape)} uint8")
+        passed(f"state {list(first[1].shape)} float32, finite")
+        prompt = None if simulator.vectorised else player.prompt
+        for words in (*spec.prompts, spec.prompts[0] if prompt is None else prompt):
+            demand(isinstance(words, str) and words, f"a prompt must be words, not {words!r}")
+        passed(f"prompts of {len(spec.tasks)} tasks")
+
+        # Play it, and look at it as people do.
+        for _ in range(PLAYED):
+            actions = random.uniform(-1.0, 1.0, (*lead, spec.action_dim)).astype(np.float32)
+            given = torch.from_numpy(actions).to(device) if simulator.vectorised else actions
+            check_step(player.step(given), lead, device)
+        passed(f"step takes actions {list(actions.shape)} and returns a Step of finite numbers")
+        expect(f"film({FILM})", player.film(FILM), (FILM, FILM, 3), "uint8")
+        passed(f"film({FILM}) [{FILM}, {FILM}, 3] uint8")
+
+        # Begin the same episode again.
+        player.reset(*episodes)
+        again = observe(player, spec, lead, device)
+        for what, before, after in zip(("pictures", "states"), first, again, strict=True):
+            same = np.array_equal(before, after)
+            demand(same, f"the same seed must begin the same episode, but the first {what} differ")
+        passed("the same seed shows the same first observation")
+    finally:
+        player.close()
+
+
+def observe(player: Env | Envs, spec: EnvSpec, lead: tuple, device: str | None) -> list[np.ndarray]:
+    """Checks an observation. Returns copies: a simulator may write into what it hands out."""
+    shape = (*lead, spec.views, spec.image_size, spec.image_size, 3)
+    pictures, states = player.observe()
+    pictures = as_array("the pictures", pictures, device)
+    states = as_array("the state", states, device)
+    expect("the pictures", pictures, shape, "uint8")
+    expect("the state", states, (*lead, spec.state_dim), "float32")
+    demand(np.isfinite(states).all(), f"the state must be finite, not {states}")
+    return [pictures.copy(), states.copy()]
+
+
+def check_step(step: Step, lead: tuple, device: str | None) -> None:
+    demand(isinstance(step, Step), f"step must return a Step, not a {type(step).__name__}")
+    for name, value in step._asdict().items():
+        if name == "failed" and value is False:  # the default, also of a vectorised simulator
+            continue
+        value = as_array(f"the Step's {name}", value, device)
+        expect(f"the Step's {name}", value, lead, "" if name == "reward" else "bool")
+        demand(np.isfinite(value).all(), f"the Step's {name} must be finite, not {value}")
+
+
+def as_array(what: str, value, device: str | None) -> np.ndarray:
+    """Brings a value to NumPy. device: where a vectorised simulator must have it as a tensor."""
+    if device is None:
+        return np.asarray(value)
+    import torch
+
+    demand(isinstance(value, torch.Tensor), f"{what} must be a tensor, not {value!r}")
+    demand(str(value.device) == device, f"{what} must be on {device}, not on {value.device}")
+    return value.cpu().numpy()
+
+
+def expect(what: str, value: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
+    """Checks an array. dtype: empty for any number."""
+    wanted = f"{list(shape)} {dtype or value.dtype}"
+    have = f"{list(value.shape)} {value.dtype}"
+    demand(have == wanted, f"{what} must be {wanted}, not {have}")
+
+
+# ---------------------------------------------------------------- costs
+
+
+def players(config: CheckConfig, task: str, action_dim: int) -> dict[str, Callable]:
     """Who plays: name → a function of the env that returns an action [A]."""
     random = np.random.default_rng(config.seed)
     found = {"random": lambda env: random.uniform(-1.0, 1.0, action_dim)}
-    if name == "metaworld":
+    if config.env == "metaworld":
         from metaworld.policies import ENV_POLICY_MAP
 
         expert = ENV_POLICY_MAP[task + "-v3"]()
@@ -60,100 +182,107 @@ def players(name: str, task: str, config: CheckConfig, action_dim: int) -> dict:
     return found
 
 
-def seconds(function, times: int = 1) -> float:
+def seconds(times: int, function: Callable, *arguments) -> float:
+    """Measures one call, the mean of several."""
     start = time.perf_counter()
     for _ in range(times):
-        function()
+        function(*arguments)
     return (time.perf_counter() - start) / times
 
 
-def row(title: str, *values: str) -> None:
+def begin_and_draw(env: Env, task: int, seed: int) -> None:
+    env.reset(task, seed)
+    env.observe()
+
+
+def print_row(title: str, *values: str) -> None:
     print(f"{title[:56]:56s}" + "".join(f"{value:>11s}" for value in values), flush=True)
 
 
 def play(
-    env, task: int, horizon: int, config: CheckConfig, action
+    env: Env, task: int, horizon: int, config: CheckConfig, action: Callable
 ) -> tuple[list[np.ndarray], float, str]:
-    """One episode, or the first `config.steps` of it. Returns three frames, seconds per step, and
-    how it ended.
+    """Plays one episode, or the first `config.steps` of it.
+
+    Returns three frames, seconds per step, and how it ended.
     """
     env.reset(task, config.seed)
-    frames = [env.observe()[0]]
+    frames = [env.observe()[0].copy()]
     took = 0.0
-    steps = min(config.steps or horizon, horizon)
-    success = False
-    for step in range(1, steps + 1):
+    limit = min(config.steps or horizon, horizon)
+    end = f"{limit} steps"
+    for taken in range(1, limit + 1):
         chosen = action(env)
         start = time.perf_counter()
-        success = env.step(chosen).success
+        step = env.step(chosen)
         took += time.perf_counter() - start
-        if step == steps // 2:
-            frames.append(env.observe()[0])
-        if success:
+        if taken == limit // 2:
+            frames.append(env.observe()[0].copy())
+        if step.success or step.failed:
+            end = f"{'failure' if step.failed else 'success'} after {taken}"
             break
-    frames = [*frames, env.observe()[0]]
-    return (
-        (frames + frames[-1:])[:3],
-        took / step,
-        f"success after {step}" if success else f"{step} steps",
-    )
+    frames.append(env.observe()[0])
+    if len(frames) < 3:
+        frames.append(frames[-1])
+    return frames, took / taken, end
+
+
+def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray]:
+    """Plays the tasks and prints a row for each. Returns their rows of the picture."""
+    sheet = []
+    print_row("", "make s", "reset ms", "step ms", "frame ms", "ends")
+    for task, name in enumerate(spec.tasks[: config.at_most or None]):
+        make_s = seconds(1, begin_and_draw, env, task, config.seed)
+        reset_s = seconds(3, env.reset, task, config.seed)
+        frame_s = seconds(5, env.observe)
+        for player, action in players(config, name, spec.action_dim).items():
+            frames, step_s, end = play(env, task, spec.horizon, config, action)
+            milliseconds = (f"{1e3 * reset_s:.2f}", f"{1e3 * step_s:.2f}", f"{1e3 * frame_s:.1f}")
+            print_row(f"{name}, {player}", f"{make_s:.2f}", *milliseconds, f"  {end}")
+            sheet.append(np.concatenate([view for frame in frames for view in frame], axis=1))
+    return sheet
 
 
 def main(config: CheckConfig) -> Path:
-    if config.steps < 0 or config.image_size < 1:
-        raise UserError("--steps must not be negative, and --image-size at least 1")
+    """Checks, plays and draws. Raises BrokenContract, and UserError."""
+    require(
+        config.steps >= 0 and config.image_size > 0,
+        "--steps must not be negative, and --image-size at least 1",
+    )
     (ROOT / "runs").mkdir(exist_ok=True)
     out = config.out or ROOT / "runs" / f"check_{config.env}.png"
-    if not out.absolute().parent.is_dir():
-        raise UserError(
-            f"the folder {out.absolute().parent} does not exist: create it or give another --out"
-        )
+    folder = out.absolute().parent
+    require(folder.is_dir(), f"the folder {folder} does not exist: create it or give another --out")
+
+    # Load it.
     process = psutil.Process()
-    import_s = time.perf_counter()
+    start = time.perf_counter()
     simulator = envs.load(config.env)
     spec = simulator.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
-    import_s = time.perf_counter() - import_s
+    import_s = time.perf_counter() - start
     imported = process.memory_info().rss
     print(
         f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} "
-        f"pixels, state [{spec.state_dim}], ",
-        end="",
+        f"pixels, state [{spec.state_dim}], action [{spec.action_dim}], at most {spec.horizon} "
+        f"control steps; imported in {import_s:.1f} s"
     )
-    print(
-        f"action [{spec.action_dim}], at most {spec.horizon} control steps; imported in "
-        f"{import_s:.1f} s"
-    )
+
+    # Check it, then see what it costs.
+    check_contract(simulator, spec, config)
     env = simulator.make(spec.tasks, config.image_size, config.render_quality)
-    sheet = []
     try:
-        row("", "make s", "reset ms", "step ms", "frame ms", "ends")
-        for task, name in list(enumerate(spec.tasks))[: config.at_most or None]:
-            make_s = seconds(lambda task=task: (env.reset(task, config.seed), env.observe()))
-            reset_s = seconds(lambda task=task: env.reset(task, config.seed), 3)
-            frame_s = seconds(env.observe, 5)
-            for player, action in players(config.env, name, config, spec.action_dim).items():
-                frames, step_s, end = play(env, task, spec.horizon, config, action)
-                figures = (
-                    f"{make_s:.2f}",
-                    f"{1e3 * reset_s:.2f}",
-                    f"{1e3 * step_s:.2f}",
-                    f"{1e3 * frame_s:.1f}",
-                )
-                row(f"{name}, {player}", *figures, f"  {end}")
-                sheet.append(np.concatenate([view for frame in frames for view in frame], axis=1))
-        before = process.memory_info().rss
+        sheet = print_costs(env, spec, config)
+        played = process.memory_info().rss
         second = simulator.make(spec.tasks, config.image_size, config.render_quality)
-        second.reset(0, config.seed + len(spec.tasks))
-        second.observe()
-        megabytes = [imported, before - imported, process.memory_info().rss - before]
+        begin_and_draw(second, 0, config.seed + len(spec.tasks))
+        another = process.memory_info().rss
         second.close()
     finally:
         env.close()
     tasks = len(spec.tasks[: config.at_most or None])
-    first, others, another = (x / 1e6 for x in megabytes)
     print(
-        f"memory in MB: {first:.0f} imported, {others:.0f} for {tasks} tasks, {another:.0f} for "
-        "another env of the first"
+        f"memory in MB: {imported / 1e6:.0f} imported, {(played - imported) / 1e6:.0f} for {tasks} "
+        f"tasks, {(another - played) / 1e6:.0f} for another env of the first"
     )
     imageio.imwrite(out, np.concatenate(sheet))
     print(f"one row per line above, each camera at the start, in the middle and at the end: {out}")
@@ -162,5 +291,9 @@ def main(config: CheckConfig) -> Path:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(CheckConfig))
+        try:
+            main(tyro.cli(CheckConfig))
+        except BrokenContract as broken:
+            print(f"error: the simulator breaks its contract: {broken}", file=sys.stderr)
+            raise SystemExit(1) from None
         sys.stdout.flush()

@@ -1,24 +1,23 @@
 """LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): 130 tasks of a Panda arm in MuJoCo,
 in five suites.
 
-Scenes, initial states and success are LIBERO's own code; stepping and drawing are ours, to the same
-numbers (tests compare both):
+Scenes, initial states and success are LIBERO's own code. Stepping and drawing are ours and give the
+same numbers (tests compare both):
 
-- one control step is 25 physics steps of 2 ms under robosuite's operational space controller;
-robosuite evaluates the dynamics
-  three times for each and computes every observable, one evaluation and the policy's eight numbers
-  are enough;
-- a scene is built once (a second or two) and kept, with every initial state that was met, so a
-reset costs microseconds;
-- a frame is drawn only in `observe`; `quality="fast"` leaves out shadows, multisampling and detail
-finer than its pixels.
+- One control step is 25 physics steps of 2 ms under robosuite's operational space controller.
+  robosuite evaluates the dynamics three times for each and computes every observable; one
+  evaluation and the policy's eight numbers are enough.
+- A scene is built once, which takes a second or two, and kept with every initial state that was
+  met. So a reset costs microseconds.
+- A frame is drawn only in `observe`. `quality="fast"` leaves out shadows, multisampling and detail
+  finer than its pixels.
 
 robosuite samples its observables once per control step, up to two physics steps before its end, and
 so do state and pictures here.
 
-An episode begins at one of 50 fixed initial states and lets it settle for 15 steps of no-op. What
-an initial state does not hold, the place of cabinets and stoves, LIBERO draws from NumPy's global
-random numbers at every reset; here it is what seed 0 gives, always (as RLinf does).
+An episode begins at one of 50 fixed initial states and lets it settle for 15 steps of no-op. An
+initial state does not hold the place of cabinets and stoves; LIBERO draws it from NumPy's global
+random numbers at every reset. Here it is always what seed 0 gives (as RLinf does).
 
 Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
 """
@@ -34,13 +33,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import envs
-
 from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 
-from config import UserError
+import envs
+from config import require
 from envs import EnvSpec, Step, stability
 
 # Control steps after which an episode is cut: RLinf's for its π0 and π0.5 recipes (its OFT recipe
@@ -56,28 +54,28 @@ SUITES = {
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 STATES = 50  # initial states of every task
 SETTLE = 15  # steps of no-op before the first observation (RLinf; openpi and openvla-oft take 10)
-NO_OP = np.array([0.0, 0, 0, 0, 0, 0, -1])  # −1 opens the gripper
-# physics steps per control step; seconds of each
-SUBSTEPS = 25
-TIMESTEP = 0.002
-PERIOD = 0.05
-REST_DAMPING = 2.0 * math.sqrt(
-    10.0
-)  # critical, at the stiffness of 10 that pulls the arm towards its first posture
+NO_OP = np.array([0.0, 0, 0, 0, 0, 0, -1])  # -1 opens the gripper
+SUBSTEPS = 25  # physics steps of a control step
+TIMESTEP = 0.002  # seconds of a physics step
+PERIOD = 0.05  # seconds between two samples of robosuite's observables
+# The arm is pulled towards its first posture with this stiffness, critically damped (robosuite).
+REST_STIFFNESS = 10.0
+REST_DAMPING = 2.0 * math.sqrt(REST_STIFFNESS)
+INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
 
-# States that an untrained model takes for −1 and 1: where the hand gets to on tables and floors,
-# metres; around pointing down, radians; closed and open fingers, metres.
+# Where the hand gets to on tables and floors, metres; around pointing down, radians; closed and
+# open fingers, metres.
 STATE_RANGE = (
     (-0.6, -0.5, 0.0, 1.5, -1.5, -1.5, 0.0, -0.04),
     (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0),
 )
 FILM = 256  # pixels, square: of frames for people
-# Of what is drawn with quality "fast", at frames of s pixels: a pixel covers 1/s metres of the
-# table in the front camera, and a tenth of that near the hand's. metres · pixels: scenery's and the
-# arm's vertices closer than this / s are one
-COARSE = 1.0
-FINE = 0.3
+# With quality "fast", vertices closer than this / s are one, in frames of s pixels; in metres. A
+# pixel covers 1/s metres of the table in the front camera, and a tenth of that near the hand's.
+COARSE = 1.0  # of the scenery and the arm
+FINE = 0.3  # of what the hand's camera sees close by
 TEXELS = 4  # largest side of a texture, in sides of a frame
+MOST_SCENES = 10  # kept beyond those that an env is playing
 
 PACKAGE = importlib.util.find_spec("libero")
 if PACKAGE is None or importlib.util.find_spec("robosuite") is None:
@@ -85,12 +83,14 @@ if PACKAGE is None or importlib.util.find_spec("robosuite") is None:
 FOLDER = Path(PACKAGE.submodule_search_locations[0]) / "libero"
 
 
+# ---------------------------------------------------------------- tasks
+
+
 @cache
 def task_names() -> dict[str, list[str]]:
-    """Suite → its tasks in LIBERO's order, without importing LIBERO."""
-    file = importlib.util.spec_from_file_location(
-        "libero_tasks", FOLDER / "benchmark" / "libero_suite_task_map.py"
-    )
+    """Lists the tasks of each suite in LIBERO's order, without importing LIBERO."""
+    path = FOLDER / "benchmark" / "libero_suite_task_map.py"
+    file = importlib.util.spec_from_file_location("libero_tasks", path)
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
     return {suite: module.libero_task_map[suite] for suite in SUITES}
@@ -98,21 +98,18 @@ def task_names() -> dict[str, list[str]]:
 
 @cache
 def suite_of(task: str) -> str:
-    """No two suites share a name. Raises UserError."""
+    """Finds a task's suite; no two suites share a name. Raises UserError."""
     found = [suite for suite, tasks in task_names().items() if task in tasks]
-    if not found:
-        example = task_names()["libero_goal"][0]
-        raise UserError(
-            f"unknown LIBERO task {task!r}: choose suites ({', '.join(SUITES)}) or their tasks, "
-            f"such as {example}"
-        )
+    require(
+        found,
+        f"unknown LIBERO task {task!r}: choose suites ({', '.join(SUITES)}) or their tasks, such "
+        f"as {task_names()['libero_goal'][0]}",
+    )
     return found[0]
 
 
 def language(task: str) -> str:
-    """The instruction, which LIBERO takes from the task's name: after SCENE and its number, where
-    there is one.
-    """
+    """Reads the instruction from a task's name, as LIBERO does: it follows SCENE and its number."""
     words = task.split("_")
     scene = next((i for i, word in enumerate(words) if word.startswith("SCENE")), -1)
     return " ".join(words[scene + 1 :])
@@ -120,23 +117,33 @@ def language(task: str) -> str:
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    names = [
-        name for task in tuple(tasks) or ("libero_10",) for name in task_names().get(task, [task])
-    ]
-    names = tuple(dict.fromkeys(names))
-    horizon = max(SUITES[suite_of(name)] for name in names)
+    expanded = [task_names().get(task, [task]) for task in tuple(tasks) or ("libero_10",)]
+    names = tuple(dict.fromkeys(name for group in expanded for name in group))
     prompts = tuple(map(language, names))
+    horizon = max(SUITES[suite_of(name)] for name in names)
     return EnvSpec(names, prompts, len(CAMERAS), image_size, 8, 7, horizon, STATE_RANGE)
 
 
-@cache
-def original():
-    """LIBERO's classes of scenes by name, and its parser of task files.
+# ---------------------------------------------------------------- LIBERO's own code
 
-    Stand-ins for what it would import and never needs here: matplotlib makes a folder in the user's
-    home, OpenCV wants system libraries, numba compiles for half a minute, and without robosuite's
-    private macros it warns and logs to /tmp. robosuite also takes exception to an EGL device that
-    is not a CUDA one's number; we make our own contexts.
+
+class Original(NamedTuple):
+    """What is used of LIBERO and robosuite."""
+
+    problems: dict[str, type]  # LIBERO's classes of scenes
+    parser: types.ModuleType  # of its task files
+    controller_config: object  # a function: the settings of a controller
+    simulator: type  # robosuite's around MuJoCo's
+    no_room: type[Exception]  # objects did not fit
+
+
+@cache
+def original() -> Original:
+    """Imports LIBERO, with stand-ins for what it would import and never needs here.
+
+    matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
+    half a minute, and without robosuite's private macros it warns and logs to /tmp. robosuite also
+    takes exception to an EGL device that is not a CUDA one's number; we make our own contexts.
     """
     names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
     added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
@@ -154,7 +161,57 @@ def original():
             del sys.modules[name]
         if device is not None:
             os.environ["MUJOCO_EGL_DEVICE_ID"] = device
-    return TASK_MAPPING, bddl_utils, load_controller_config, MjSim, RandomizationError
+    return Original(TASK_MAPPING, bddl_utils, load_controller_config, MjSim, RandomizationError)
+
+
+def build_problem(task: str, image_size: int, quality: str):
+    """Builds LIBERO's env of a task, which compiles the model. The user's random numbers stay."""
+    libero = original()
+    file = str(FOLDER / "bddl_files" / suite_of(task) / f"{task}.bddl")
+    kind = libero.problems[libero.parser.get_problem_info(file)["problem_name"]]
+    if quality == "fast":
+        kind = thinned(kind, image_size)
+    random = np.random.get_state()
+    np.random.seed(0)
+    try:
+        while True:
+            with contextlib.suppress(libero.no_room):  # then LIBERO draws again
+                return kind(
+                    file,
+                    robots=["Panda"],
+                    controller_configs=libero.controller_config(default_controller="OSC_POSE"),
+                    initialization_noise=None,
+                    use_camera_obs=False,
+                    has_offscreen_renderer=False,
+                    hard_reset=False,
+                )
+    finally:
+        np.random.set_state(random)
+        drawing.give_back_memory()
+
+
+def thinned(kind: type, image_size: int) -> type:
+    """The class of a scene whose textures and meshes are thinned to what a frame can show."""
+
+    class Thinned(kind):
+        def _initialize_sim(self, xml_string=None):
+            """Does what robosuite's does, but for what is drawn."""
+            near = ("gripper0_", *self.objects_dict, *self.fixtures_dict)
+
+            def cell(mesh: str) -> float:
+                return (FINE if mesh.startswith(near) else COARSE) / image_size
+
+            texels = max(TEXELS * image_size, FILM)
+            xml, files = drawing.thin_assets(self.model.get_xml(), texels, cell)
+            self.sim = original().simulator(mujoco.MjModel.from_xml_string(xml, files))
+            self.sim.forward()
+            self.initialize_time(self.control_freq)
+
+    Thinned.__name__ = kind.__name__
+    return Thinned
+
+
+# ---------------------------------------------------------------- scenes
 
 
 class Pose(NamedTuple):
@@ -170,15 +227,13 @@ class Pose(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Everything of an env that the next steps depend on."""
+    """Everything of an env that the next steps depend on. An env has attributes of these names."""
 
     physics: np.ndarray  # MuJoCo's integration state: time, qpos, qvel, ctrl, warm start …
-    goal: tuple[
-        np.ndarray, np.ndarray
-    ]  # position [3] and rotation [3, 3] that the controller pulls to
-    stale: (
-        Pose | None
-    )  # the pose that robosuite's controller still believes in, right after a reset
+    # position [3] and rotation [3, 3] that the controller pulls to
+    goal: tuple[np.ndarray, np.ndarray]
+    # the pose that robosuite's controller still believes in, right after a reset
+    stale: Pose | None
     grip: tuple[float, float]  # each finger's in [-1, 1], what the gripper's rate limit has come to
     clock: float  # seconds since robosuite last sampled its observables
     sampled: bool
@@ -188,71 +243,37 @@ class Memory(NamedTuple):
 
 
 class Scene:
-    """A task's model, success predicates and initial states; envs of one process that play the task
-    share it.
+    """A task's model, success predicates and initial states.
+
+    Envs of one process that play the task share it.
     """
 
     def __init__(self, task: str, image_size: int, quality: str):
-        suite = suite_of(task)
-        (problems, parser, load_controller_config, MjSim, RandomizationError) = original()
-        self.quality = quality
-        self.buffer = max(image_size, FILM)
-        file = FOLDER / "bddl_files" / suite / f"{task}.bddl"
-        with np.load(FOLDER / "init_files" / suite / f"{task}.pruned_init.npz") as states:
+        with np.load(FOLDER / "init_files" / suite_of(task) / f"{task}.pruned_init.npz") as states:
             self.states = states["states"]  # [50, 1 + nq + nv]: time, qpos, qvel
-        settings = {
-            "robots": ["Panda"],
-            "controller_configs": load_controller_config(default_controller="OSC_POSE"),
-            "initialization_noise": None,
-            "use_camera_obs": False,
-            "has_offscreen_renderer": False,
-            "hard_reset": False,
-        }
-
-        def initialize(problem, xml_string=None):
-            """robosuite's `_initialize_sim`, but for what is drawn."""
-            near = (
-                "gripper0_",
-                *problem.objects_dict,
-                *problem.fixtures_dict,
-            )  # what the hand's camera sees close by
-
-            def cell(mesh):
-                return (FINE if mesh.startswith(near) else COARSE) / image_size
-
-            xml, files = drawing.thin_assets(
-                problem.model.get_xml(), max(TEXELS * image_size, FILM), cell
-            )
-            problem.sim = MjSim(mujoco.MjModel.from_xml_string(xml, files))
-            problem.sim.forward()
-            problem.initialize_time(problem.control_freq)
-
-        kind = problems[parser.get_problem_info(str(file))["problem_name"]]
-        if quality == "fast":
-            kind = type(kind.__name__, (kind,), {"_initialize_sim": initialize})
-        random = np.random.get_state()
-        np.random.seed(0)
-        try:
-            while True:
-                with contextlib.suppress(
-                    RandomizationError
-                ):  # objects did not fit: LIBERO draws again
-                    self.problem = kind(str(file), **settings)
-                    break
-        finally:
-            np.random.set_state(random)
-            drawing.give_back_memory()
+        self.quality = quality
+        self.buffer = max(image_size, FILM)  # pixels, the largest frame
+        self.problem = build_problem(task, image_size, quality)
         self.problem.sim.forward()
         self.problem.visualize({what: False for what in self.problem._visualizations})
         self.model: mujoco.MjModel = self.problem.sim.model._model
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
-        self.painter = None
+        self.painter: Painter | None = None
         self.players = 0
+        self._find_arm(self.problem.robots[0])
+        sites = vars(self.problem).get("visualization_sites_list", ())
+        objects = [self.problem.get_object(name) for name in dict.fromkeys(sites)]
+        self.lamps = [
+            self.model.site(site).id
+            for thing in objects
+            for site, _ in thing.object_properties["vis_site_names"].values()
+        ]
+        self.start = self._remember_start(self.problem.robots[0].controller)
 
-        robot = self.problem.robots[0]
+    def _find_arm(self, robot) -> None:
+        """Looks up where the arm is in the model, and how robosuite controls it."""
         controller = robot.controller
-        gripper = robot.gripper
         self.site = robot.eef_site_id
         self.hand = self.model.body(robot.robot_model.eef_name).id
         self.arm = in_a_row(robot._ref_joint_vel_indexes)
@@ -264,19 +285,16 @@ class Scene:
         low, high = self.model.actuator_ctrlrange[self.finger_actuators].T
         self.grip_bias = 0.5 * (high + low)
         self.grip_weight = 0.5 * (high - low)
-        self.grip_speed = gripper.speed
+        self.grip_speed = robot.gripper.speed
         self.scale = controller.output_max
         self.kp = controller.kp
         self.kd = controller.kd
         self.rest = controller.initial_joint  # [7], what redundancy is resolved towards
-        self.lamps = [
-            self.model.site(site).id
-            for name in dict.fromkeys(getattr(self.problem, "visualization_sites_list", ()))
-            for site, _ in self.problem.get_object(name)
-            .object_properties["vis_site_names"]
-            .values()
-        ]
 
+    def _remember_start(self, controller) -> Memory:
+        """What robosuite has right after its own reset."""
+        data = self.problem.sim.data._data
+        lamps = self.model.site_rgba[self.lamps, 3]
         pose = Pose(
             controller.ee_pos,
             controller.ee_ori_mat,
@@ -286,20 +304,16 @@ class Scene:
             controller.joint_pos,
             controller.joint_vel,
         )
-        data = self.problem.sim.data._data
-        lamps = self.model.site_rgba[self.lamps, 3]
-        physics = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(self.model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        self.start = Memory(
-            physics,
-            (controller.goal_pos, controller.goal_ori),
-            pose,
-            (0.0, 0.0),
-            TIMESTEP,
-            True,
-            (data.qpos.copy(), lamps),
-            data.qpos[self.finger_qpos],
-            lamps,
+        return Memory(
+            physics=integration_state(self.model, data),
+            goal=(controller.goal_pos, controller.goal_ori),
+            stale=pose,
+            grip=(0.0, 0.0),
+            clock=TIMESTEP,
+            sampled=True,
+            seen=(data.qpos.copy(), lamps),
+            fingers=data.qpos[self.finger_qpos],
+            lamps=lamps,
         )
 
     def success(self, data: mujoco.MjData) -> tuple[bool, np.ndarray]:
@@ -314,10 +328,8 @@ class Scene:
             self.painter.close()
 
 
-SCENES: OrderedDict[tuple, Scene] = (
-    OrderedDict()
-)  # of this process by task, image size and quality; least recently used first
-MOST_SCENES = 10  # kept beyond those that an env is playing
+# Of this process by task, image size and quality; least recently used first.
+SCENES: OrderedDict[tuple, Scene] = OrderedDict()
 
 
 class Painter:
@@ -326,7 +338,6 @@ class Painter:
     def __init__(self, model: mujoco.MjModel, size: int, quality: str):
         self.gl = mujoco.GLContext(size, size)
         self.gl.make_current()
-        self.size = size
         visual = model.vis
         visual.global_.offwidth = visual.global_.offheight = size
         if quality == "fast":
@@ -343,22 +354,18 @@ class Painter:
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
 
-    def draw(
-        self, model: mujoco.MjModel, data: mujoco.MjData, camera: str, size: int
-    ) -> np.ndarray:
+    def draw(self, model: mujoco.MjModel, data: mujoco.MjData, name: str, size: int) -> np.ndarray:
+        """Draws what a camera shows, [size, size, 3] uint8."""
         self.gl.make_current()
-        self.camera.fixedcamid = model.camera(camera).id
-        everything = mujoco.mjtCatBit.mjCAT_ALL
+        self.camera.fixedcamid = model.camera(name).id
+        seen = (self.option, self.perturbation, self.camera, mujoco.mjtCatBit.mjCAT_ALL)
+        mujoco.mjv_updateScene(model, data, *seen, self.scene)
         frame = mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjv_updateScene(
-            model, data, self.option, self.perturbation, self.camera, everything, self.scene
-        )
         mujoco.mjr_render(frame, self.scene, self.context)
         pixels = np.empty((size, size, 3), np.uint8)
         mujoco.mjr_readPixels(pixels, None, frame, self.context)
-        return pixels[
-            ::-1, ::-1
-        ]  # GL's rows go up; LIBERO does not mind and turns the picture by 180°, which mirrors it
+        # GL's rows go up. LIBERO does not mind and turns the picture by 180°, which mirrors it.
+        return pixels[::-1, ::-1]
 
     def close(self) -> None:
         self.gl.make_current()
@@ -366,18 +373,27 @@ class Painter:
         self.gl.free()
 
 
+def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
+    physics = np.empty(mujoco.mj_stateSize(model, INTEGRATION))
+    mujoco.mj_getState(model, data, physics, INTEGRATION)
+    return physics
+
+
 def in_a_row(indexes: list[int]) -> slice:
-    """Consecutive indexes as a slice: reading it makes no copy, which is most of the cost of
-    reading seven numbers.
+    """Consecutive indexes as a slice, because reading one makes no copy.
+
+    Copying is most of the cost of reading seven numbers.
     """
-    if [*indexes] != [*range(indexes[0], indexes[0] + len(indexes))]:
+    found = slice(indexes[0], indexes[0] + len(indexes))
+    if [*indexes] != [*range(found.start, found.stop)]:
         raise ValueError(f"expected consecutive indexes, not {indexes}")
-    return slice(indexes[0], indexes[0] + len(indexes))
+    return found
 
 
 def rotation_of(turn: np.ndarray) -> np.ndarray:
-    """Axis-angle [3] → rotation matrix, through a quaternion in fp32 and in robosuite's order, so
-    that its bits are the same.
+    """Axis-angle [3] → rotation matrix [3, 3].
+
+    It goes through a quaternion in fp32 and in robosuite's order, so that its bits are the same.
     """
     angle = np.linalg.norm(turn)
     if angle == 0.0:
@@ -401,16 +417,20 @@ def rotation_of(turn: np.ndarray) -> np.ndarray:
 
 
 def axis_angle(q: np.ndarray) -> np.ndarray:
-    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) and so without a jump when the
-    gripper points down (openpi).
+    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) (openpi).
+
+    So there is no jump where the gripper points down.
     """
     w = min(1.0, max(-1.0, q[0]))
     length = math.sqrt(1.0 - w * w)
     return np.zeros(3) if math.isclose(length, 0.0) else q[1:] * 2.0 * math.acos(w) / length
 
 
+# ---------------------------------------------------------------- the env
+
+
 class Env(envs.Env):
-    """One env instance: its own physics state in a scene that it may share."""
+    """One env: its own physics state in a scene that it may share."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
@@ -421,16 +441,17 @@ class Env(envs.Env):
 
     def reset(self, task: int, seed: int) -> None:
         self._enter(self.tasks[task])
-        index = seed // len(self.tasks) % STATES
-        if index in self.scene.settled:
-            self._recall(self.scene.settled[index])
-            return
         scene = self.scene
         data = self.data
+        index = seed // len(self.tasks) % STATES
+        if index in scene.settled:
+            self._recall(scene.settled[index])
+            return
         self._recall(scene.start)
-        (data.time,), data.qpos[:], data.qvel[:] = np.split(
-            scene.states[index], [1, 1 + scene.model.nq]
-        )
+        time, qpos, qvel = np.split(scene.states[index], [1, 1 + scene.model.nq])
+        data.time = time[0]
+        data.qpos[:] = qpos
+        data.qvel[:] = qvel
         mujoco.mj_forward(scene.model, data)
         _, self.lamps = scene.success(data)
         self.clock += TIMESTEP  # robosuite samples its observables once more
@@ -439,8 +460,8 @@ class Env(envs.Env):
         scene.settled[index] = self._remember()
 
     def _enter(self, task: str) -> None:
-        """Takes the scene of a task, builds it where there is none."""
-        key = task, self.size, self.quality
+        """Takes the scene of a task, and builds it where there is none."""
+        key = (task, self.size, self.quality)
         if key not in SCENES:
             SCENES[key] = Scene(*key)
         SCENES.move_to_end(key)
@@ -452,9 +473,7 @@ class Env(envs.Env):
         idle = [key for key, scene in SCENES.items() if not scene.players]
         for key in idle[: max(0, len(idle) - MOST_SCENES)]:
             SCENES.pop(key).close()
-        model = scene.model
-        data = mujoco.MjData(scene.model)
-        self.data = data
+        data = self.data = mujoco.MjData(scene.model)
         # Views of the simulator's memory: making them anew costs more than what is done with them.
         self.position = data.site_xpos[scene.site]
         self.rotation = data.site_xmat[scene.site].reshape(3, 3)
@@ -462,9 +481,9 @@ class Env(envs.Env):
         self.qvel = data.qvel
         self.bias = data.qfrc_bias
         self.ctrl = data.ctrl
-        self.jacobian = np.zeros((6, model.nv))
-        self.mass = np.zeros((model.nv, model.nv))
-        self.jacobians = self.jacobian[:3], self.jacobian[3:]
+        self.jacobian = np.zeros((6, scene.model.nv))
+        self.mass = np.zeros((scene.model.nv, scene.model.nv))
+        self.jacobians = (self.jacobian[:3], self.jacobian[3:])
 
     def _leave(self) -> None:
         if self.scene is not None:
@@ -472,39 +491,12 @@ class Env(envs.Env):
             self.scene = None
 
     def _remember(self) -> Memory:
-        physics = np.empty(
-            mujoco.mj_stateSize(self.scene.model, mujoco.mjtState.mjSTATE_INTEGRATION)
-        )
-        mujoco.mj_getState(
-            self.scene.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION
-        )
-        return Memory(
-            physics,
-            self.goal,
-            self.stale,
-            self.grip,
-            self.clock,
-            self.sampled,
-            self.seen,
-            self.fingers,
-            self.lamps,
-        )
+        self.physics = integration_state(self.scene.model, self.data)
+        return Memory(*(vars(self)[name] for name in Memory._fields))
 
     def _recall(self, memory: Memory) -> None:
-        mujoco.mj_setState(
-            self.scene.model, self.data, memory.physics, mujoco.mjtState.mjSTATE_INTEGRATION
-        )
-        (
-            _,
-            self.goal,
-            self.stale,
-            self.grip,
-            self.clock,
-            self.sampled,
-            self.seen,
-            self.fingers,
-            self.lamps,
-        ) = memory
+        mujoco.mj_setState(self.scene.model, self.data, memory.physics, INTEGRATION)
+        vars(self).update(memory._asdict())
 
     # ---- control
 
@@ -514,28 +506,29 @@ class Env(envs.Env):
         """
         scene = self.scene
         data = self.data
-        action = np.asarray(action, np.float64)
         model = scene.model
+        action = np.asarray(action, np.float64)
         delta = np.clip(action[:6], -1.0, 1.0) * scene.scale
         close = float(np.sign(action[6])) * scene.grip_speed
+        low, high = scene.torque_limits
         for substep in range(SUBSTEPS):
+            # See where the arm is, and in the first physics step where it is to go.
             mujoco.mj_step1(model, data)
             pose = self.stale or self._pose()
             self.stale = None
             if substep == 0:
-                rotation = (
-                    rotation_of(delta[3:]) @ pose.rotation if delta[3:].any() else self.goal[1]
-                )
-                self.goal = pose.position + delta[:3], rotation
-            torques = np.minimum(
-                np.maximum(self._torques(pose), scene.torque_limits[0]), scene.torque_limits[1]
-            )
+                turned = delta[3:].any()
+                rotation = rotation_of(delta[3:]) @ pose.rotation if turned else self.goal[1]
+                self.goal = (pose.position + delta[:3], rotation)
+
+            # Drive arm and fingers.
+            self.ctrl[scene.arm_actuators] = np.minimum(np.maximum(self._torques(pose), low), high)
             left, right = self.grip
-            self.grip = max(-1.0, min(1.0, left - close)), max(-1.0, min(1.0, right + close))
-            self.ctrl[scene.arm_actuators] = torques
+            self.grip = (max(-1.0, min(1.0, left - close)), max(-1.0, min(1.0, right + close)))
             self.ctrl[scene.finger_actuators] = scene.grip_bias + scene.grip_weight * self.grip
-            # robosuite samples its observables once per period, on a clock that is not that of the
-            # control steps.
+
+            # Sample as robosuite does: once per period, on a clock that is not that of the control
+            # steps.
             self.clock += TIMESTEP
             now = not self.sampled and self.clock <= PERIOD
             if now:
@@ -553,10 +546,9 @@ class Env(envs.Env):
 
     def _pose(self) -> Pose:
         scene = self.scene
-        data = self.data
-        arm = self.scene.arm
-        mujoco.mj_jacSite(scene.model, data, *self.jacobians, scene.site)
-        mujoco.mj_fullM(scene.model, self.mass, data.qM)
+        arm = scene.arm
+        mujoco.mj_jacSite(scene.model, self.data, *self.jacobians, scene.site)
+        mujoco.mj_fullM(scene.model, self.mass, self.data.qM)
         jacobian = self.jacobian[:, arm].copy()
         speeds = self.qvel[arm].copy()
         return Pose(
@@ -570,29 +562,28 @@ class Env(envs.Env):
         )
 
     def _torques(self, pose: Pose) -> np.ndarray:
-        """Operational space control (Khatib 1987) as robosuite's OSC_POSE has it. Returns [7]
-        newton metres.
+        """Operational space control (Khatib 1987) as robosuite's OSC_POSE has it.
 
-        τ = Jᵀ(Λ_position F, Λ_rotation F) + gravity + Nᵀ M a with Λ = (J M⁻¹ Jᵀ)⁻¹ and N = 1 − M⁻¹
-        Jᵀ Λ J, so that Nᵀ M a = M a − Jᵀ Λ J a: two systems of equations instead of the original's
-        inverses.
+        τ = Jᵀ(Λ_position F, Λ_rotation F) + gravity + Nᵀ M a with Λ = (J M⁻¹ Jᵀ)⁻¹ and
+        N = 1 − M⁻¹ Jᵀ Λ J, so that Nᵀ M a = M a − Jᵀ Λ J a: two systems of equations instead of the
+        original's inverses. Returns [7] newton metres.
         """
         scene = self.scene
-        (position, rotation) = self.goal
-        (here, turned, velocity, j, mass, joints, speeds) = pose
+        position, rotation = self.goal
+        here, turned, velocity, j, mass, joints, speeds = pose
+
+        # The rotation still to go is ½ (a × d + b × e + c × f) of the columns of both rotations.
         force = np.empty(6)
         np.subtract(position, here, out=force[:3])
-        (ax, bx, cx), (ay, by, cy), (az, bz, cz) = turned.tolist()  # columns a, b, c
+        (ax, bx, cx), (ay, by, cy), (az, bz, cz) = turned.tolist()
         (dx, ex, fx), (dy, ey, fy), (dz, ez, fz) = rotation.tolist()
-        force[3] = 0.5 * (
-            ay * dz - az * dy + by * ez - bz * ey + cy * fz - cz * fy
-        )  # ½ (a × d + b × e + c × f)
+        force[3] = 0.5 * (ay * dz - az * dy + by * ez - bz * ey + cy * fz - cz * fy)
         force[4] = 0.5 * (az * dx - ax * dz + bz * ex - bx * ez + cz * fx - cx * fz)
         force[5] = 0.5 * (ax * dy - ay * dx + bx * ey - by * ex + cx * fy - cy * fx)
         force = scene.kp * force - scene.kd * velocity
-        to_rest = (
-            10.0 * (scene.rest - joints) - REST_DAMPING * speeds
-        )  # acceleration that redundancy is left to
+
+        # The acceleration that is left to redundancy.
+        to_rest = REST_STIFFNESS * (scene.rest - joints) - REST_DAMPING * speeds
         spread = j @ np.linalg.solve(mass, j.T)  # [6, 6], Λ⁻¹
         systems = np.array((spread, spread))
         systems[0, :3, 3:] = systems[0, 3:, :3] = 0.0  # position and rotation are decoupled
@@ -602,16 +593,16 @@ class Env(envs.Env):
     # ---- what is seen
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """image [2, H, W, 3]: from the front and from the hand; state [8]: hand position, its
-        axis-angle, finger positions.
+        """Pictures [2, H, W, 3] from the front and from the hand.
+
+        The state [8] is hand position, its axis-angle and finger positions.
         """
         self._pose_view()
-        image = np.stack([self._draw(camera, self.size) for camera in CAMERAS])
-        view = self.scene.view
         scene = self.scene
-        state = np.concatenate(
-            [view.site_xpos[scene.site], axis_angle(view.xquat[scene.hand]), self.fingers]
-        )
+        view = scene.view
+        image = np.stack([self._draw(camera, self.size) for camera in CAMERAS])
+        turn = axis_angle(view.xquat[scene.hand])
+        state = np.concatenate([view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)
 
     def film(self, size: int = FILM) -> np.ndarray:
@@ -629,18 +620,19 @@ class Env(envs.Env):
 
     def _draw(self, camera: str, size: int) -> np.ndarray:
         scene = self.scene
-        if size > scene.buffer:
-            raise UserError(
-                f"a LIBERO frame of {size} pixels is more than {scene.buffer}, which this env was "
-                "made for"
-            )
+        require(
+            size <= scene.buffer,
+            f"a LIBERO frame of {size} pixels is more than {scene.buffer}, which this env was made "
+            "for",
+        )
         if scene.painter is None:
             scene.painter = Painter(scene.model, scene.buffer, scene.quality)
         return scene.painter.draw(scene.model, scene.view, camera, size)
 
     def close(self) -> None:
-        """Frees scenes that nobody plays any more, with their GL contexts: left to the
-        interpreter's exit, EGL complains.
+        """Frees scenes that nobody plays any more, with their GL contexts.
+
+        Left to the interpreter's exit, EGL complains.
         """
         self._leave()
         for key in [key for key, scene in SCENES.items() if not scene.players]:

@@ -23,62 +23,67 @@ import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from config import UserError
+from config import require
 from envs import EnvSpec, Step, stability
 
-# The wording is ours; Meta-World itself has no language instructions.
-PROMPTS = {
-    "assembly": "put the nut on the peg",
-    "basketball": "dunk the basketball into the basket",
-    "bin-picking": "move the cube from one bin to the other",
-    "box-close": "put the lid on the box",
+# Instructions; the wording is ours, Meta-World itself has none. On these tasks the scripted experts
+# mostly need at most 75 control steps,
+SHORT_TASKS = {
     "button-press": "press the button on the wall",
     "button-press-topdown": "press the button from above",
     "button-press-topdown-wall": "press the button from above behind the wall",
     "button-press-wall": "press the button behind the wall",
     "coffee-button": "press the button of the coffee machine",
-    "coffee-pull": "pull the mug away from the coffee machine",
     "coffee-push": "push the mug under the coffee machine",
     "dial-turn": "turn the dial",
-    "disassemble": "take the nut off the peg",
     "door-close": "close the door",
     "door-lock": "lock the door",
-    "door-open": "open the door",
     "door-unlock": "unlock the door",
-    "drawer-close": "close the drawer",
-    "drawer-open": "open the drawer",
     "faucet-close": "turn the faucet clockwise",
     "faucet-open": "turn the faucet counter clockwise",
     "hammer": "hammer the screw into the wall",
     "hand-insert": "put the hand into the hole",
     "handle-press": "press the handle down",
     "handle-press-side": "press the handle down from the side",
+    "pick-place": "pick up the puck and place it at the goal",
+    "plate-slide": "slide the plate into the cabinet",
+    "plate-slide-back": "slide the plate back out of the cabinet",
+    "plate-slide-back-side": "slide the plate back out of the cabinet from the side",
+    "plate-slide-side": "slide the plate into the cabinet from the side",
+    "push": "push the puck to the goal",
+    "reach": "reach the goal",
+    "reach-wall": "reach the goal behind the wall",
+    "stick-push": "push the box with the stick",
+    "sweep-into": "sweep the puck into the hole",
+}
+# and on these more.
+LONG_TASKS = {
+    "assembly": "put the nut on the peg",
+    "basketball": "dunk the basketball into the basket",
+    "bin-picking": "move the cube from one bin to the other",
+    "box-close": "put the lid on the box",
+    "coffee-pull": "pull the mug away from the coffee machine",
+    "disassemble": "take the nut off the peg",
+    "door-open": "open the door",
+    "drawer-close": "close the drawer",
+    "drawer-open": "open the drawer",
     "handle-pull": "pull the handle up",
     "handle-pull-side": "pull the handle up from the side",
     "lever-pull": "pull the lever up",
     "peg-insert-side": "insert the peg into the side of the box",
     "peg-unplug-side": "unplug the peg from the side of the box",
     "pick-out-of-hole": "pick the puck out of the hole",
-    "pick-place": "pick up the puck and place it at the goal",
     "pick-place-wall": "pick up the puck and place it behind the wall",
-    "plate-slide": "slide the plate into the cabinet",
-    "plate-slide-back": "slide the plate back out of the cabinet",
-    "plate-slide-back-side": "slide the plate back out of the cabinet from the side",
-    "plate-slide-side": "slide the plate into the cabinet from the side",
-    "push": "push the puck to the goal",
     "push-back": "pull the puck back to the goal",
     "push-wall": "push the puck around the wall to the goal",
-    "reach": "reach the goal",
-    "reach-wall": "reach the goal behind the wall",
     "shelf-place": "place the puck on the shelf",
     "soccer": "kick the ball into the goal",
     "stick-pull": "pull the box with the stick",
-    "stick-push": "push the box with the stick",
     "sweep": "sweep the puck off the table",
-    "sweep-into": "sweep the puck into the hole",
     "window-close": "close the window",
     "window-open": "open the window",
 }
+PROMPTS = dict(sorted((SHORT_TASKS | LONG_TASKS).items()))
 DEFAULT_TASKS = ("button-press", "faucet-open", "handle-press")
 MT10 = (  # the order of metaworld.MT10
     "reach",
@@ -94,57 +99,16 @@ MT10 = (  # the order of metaworld.MT10
 )
 SUITES = {"MT10": MT10, "MT50": tuple(PROMPTS)}
 # Tasks whose goal nothing but a coloured sphere shows, and the sphere's name in the model.
-GOAL_MARKS = {"coffee-pull": "mug_goal"} | dict.fromkeys(
-    (
-        "hand-insert",
-        "pick-out-of-hole",
-        "pick-place",
-        "pick-place-wall",
-        "push",
-        "push-back",
-        "push-wall",
-        "reach",
-        "reach-wall",
-        "stick-pull",
-    ),
-    "goal",
+MARKED = (
+    "hand-insert pick-out-of-hole pick-place pick-place-wall push push-back push-wall reach "
+    "reach-wall stick-pull"
 )
+GOAL_MARKS = {"coffee-pull": "mug_goal"} | dict.fromkeys(MARKED.split(), "goal")
 CAMERA = "corner2"
-CAMERA_POSITION = (
-    0.75,
-    0.075,
-    0.7,
-)  # metres; closer to the table, where LeRobot's Meta-World data was recorded from
+# Metres; closer to the table, where LeRobot's Meta-World data was recorded from.
+CAMERA_POSITION = (0.75, 0.075, 0.7)
 HORIZON = 90  # control steps; the scripted experts need 20–65 on the default tasks
-LONG_HORIZON = (
-    150  # RLinf: 100, Meta-World: 500; for the tasks on which the experts mostly need more than 75
-)
-LONG_TASKS = (
-    "assembly",
-    "basketball",
-    "bin-picking",
-    "box-close",
-    "coffee-pull",
-    "disassemble",
-    "door-open",
-    "drawer-close",
-    "drawer-open",
-    "handle-pull",
-    "handle-pull-side",
-    "lever-pull",
-    "peg-insert-side",
-    "peg-unplug-side",
-    "pick-out-of-hole",
-    "pick-place-wall",
-    "push-back",
-    "push-wall",
-    "shelf-place",
-    "soccer",
-    "stick-pull",
-    "sweep",
-    "window-close",
-    "window-open",
-)
+LONG_HORIZON = 150  # control steps of the longer tasks (RLinf: 100, Meta-World: 500)
 KEEP = 8  # an evaluation lane of MT50 meets 25 tasks
 # What Meta-World lets the hand reach, metres (`hand_low`, `hand_high`), and the gripper's opening.
 STATE_RANGE = ((-0.5, 0.4, 0.05, 0.0), (0.5, 1.0, 0.5, 1.0))
@@ -152,84 +116,75 @@ CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 
 
 def expand(name: str) -> tuple[str, ...]:
-    """The tasks that a name stands for: a suite's, or one (`reach`, Meta-World's `reach-v3`,
-    `MT1-reach`). Raises UserError.
+    """Lists the tasks that a name stands for. Raises UserError.
+
+    A name is a suite's or a task's (`reach`, Meta-World's `reach-v3`, `MT1-reach`).
     """
-    if name in SUITES:
-        return SUITES[name]
     task = name.removeprefix("MT1-").removesuffix("-v3")
-    if task in PROMPTS:
-        return (task,)
-    raise UserError(
+    require(
+        name in SUITES or task in PROMPTS,
         f"unknown Meta-World task {name!r} (another --env's?): choose MT10, MT50, MT1-TASK or "
-        f"TASK, one of {', '.join(PROMPTS)}"
+        f"TASK, one of {', '.join(PROMPTS)}",
     )
+    return SUITES.get(name, (task,))
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     tasks = tuple(dict.fromkeys(task for name in tasks for task in expand(name))) or DEFAULT_TASKS
-    horizon = LONG_HORIZON if set(tasks) & set(LONG_TASKS) else HORIZON
-    return EnvSpec(
-        tasks, tuple(PROMPTS[t] for t in tasks), 1, image_size, 4, 4, horizon, STATE_RANGE
-    )
+    prompts = tuple(PROMPTS[task] for task in tasks)
+    horizon = LONG_HORIZON if LONG_TASKS.keys() & set(tasks) else HORIZON
+    return EnvSpec(tasks, prompts, 1, image_size, 4, 4, horizon, STATE_RANGE)
 
 
-# GL contexts of this process by (task, pixels): envs of one task draw the same geometry, only their
-# poses differ.
+# GL contexts of this process by (task, pixels), the one used last at the end. Envs of one task draw
+# the same geometry, only their poses differ.
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 
 
-def thin_meshes(model: mujoco.MjModel) -> None:
-    drawing.thin_meshes(model, np.full(model.nmesh, CELL))
-
-
 class Env(envs.Env):
-    """One env instance. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks, so
-    that a reset costs milliseconds.
+    """One env. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks.
+
+    So a reset costs milliseconds.
     """
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
         drawing.forget_missing_device()
-        self.sims = {}
+        self.sims = {}  # by task, the one used last at the end
+        # Sites mark goals and grasp points. They are privileged, so the policy does not see them,
+        # but for a goal that nothing else shows, which is in group 1.
         self.option = mujoco.MjvOption()
-        self.option.sitegroup[:] = (
-            0  # sites mark goals and grasp points: privileged, so hidden from the policy,
-        )
-        self.option.sitegroup[1] = 1  # but for a goal that nothing else shows
+        self.option.sitegroup[:] = 0
+        self.option.sitegroup[1] = 1
 
-    def _build(self, task: int):
-        sim = ALL_V3_ENVIRONMENTS[self.tasks[task] + "-v3"]()
+    def _build(self, name: str):
+        sim = ALL_V3_ENVIRONMENTS[name + "-v3"]()
         # Without this, Meta-World insists on its own task sampling; `seeded_rand_vec` draws object
         # poses from the seed.
         sim._set_task_called = True
         sim._freeze_rand_vec = False
         sim.seeded_rand_vec = True
-        sim.max_path_length = 10**9  # the time limit is the env worker's
-        # as in MT1 to MT50: the goal is in `state`, without which some experts cannot succeed,
+        sim.max_path_length = 10**9  # the time limit is the lanes'
+        # As in MT1 to MT50 the goal is in `state`, without which some experts cannot succeed, and
+        # in the cached bounds that `state` is clipped to.
         sim._partially_observable = False
-        sim.__dict__.pop(
-            "sawyer_observation_space", None
-        )  # and in the cached bounds that `state` is clipped to
-        quality = (
-            sim.model.vis.quality
-        )  # must be set before the first render: 95 ms a frame without these two
+        sim.__dict__.pop("sawyer_observation_space", None)
+        # These must be set before the first render: 95 ms a frame without the two.
+        quality = sim.model.vis.quality
         quality.shadowsize = quality.offsamples = 0
         sim.model.cam(CAMERA).pos[:] = CAMERA_POSITION
         sim.model.site_group[:] = 0
-        if self.tasks[task] in GOAL_MARKS:
-            sim.model.site(GOAL_MARKS[self.tasks[task]]).group = 1
-        thin_meshes(sim.model)
-        self.sims[task] = sim
+        if name in GOAL_MARKS:
+            sim.model.site(GOAL_MARKS[name]).group = 1
+        drawing.thin_meshes(sim.model, CELL)
+        return sim
 
     def reset(self, task: int, seed: int) -> None:
-        if task not in self.sims:
-            self._build(task)
-        self.sims[task] = self.sims.pop(task)  # the one used last stands last
+        self.name = self.tasks[task]
+        self.sim = self.sims.pop(task, None) or self._build(self.name)
+        self.sims[task] = self.sim
         if len(self.sims) > KEEP:
             del self.sims[next(iter(self.sims))]
-        self.task = task
-        self.sim = self.sims[task]
         self.sim.seed(seed)
         self.state = self.sim.reset(seed=seed)[0]
 
@@ -243,17 +198,20 @@ class Env(envs.Env):
         return Step(float(success), success)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        return self._render(self.size)[None], self.state[:4].astype(np.float32)
+        return self.film(self.size)[None], self.state[:4].astype(np.float32)
 
     def film(self, size: int = 256) -> np.ndarray:
         """A frame for people, [size, size, 3] uint8: what the policy's camera sees, at any size."""
-        return self._render(size)
+        renderer = self._renderer(size)
+        if mark := GOAL_MARKS.get(self.name):  # Meta-World moves it late or, in one task, elsewhere
+            self.sim.data.site(mark).xpos[:] = self.sim._target_pos
+        renderer.update_scene(self.sim.data, CAMERA, self.option)
+        # Meta-World's cameras are mounted upside down.
+        return np.ascontiguousarray(renderer.render()[::-1, ::-1])
 
-    def _render(self, size: int) -> np.ndarray:
-        key = (self.tasks[self.task], size)
-        if key in RENDERERS:
-            RENDERERS[key] = RENDERERS.pop(key)  # used last, so dropped last
-        else:
+    def _renderer(self, size: int) -> mujoco.Renderer:
+        key = (self.name, size)
+        if key not in RENDERERS:
             visual = self.sim.model.vis.global_
             visual.offwidth = visual.offheight = size
             renderer = mujoco.Renderer(self.sim.model, size, size)
@@ -262,19 +220,13 @@ class Env(envs.Env):
             RENDERERS[key] = renderer
             if len(RENDERERS) > KEEP:
                 RENDERERS.pop(next(iter(RENDERERS))).close()
-        renderer = RENDERERS[key]
-        if mark := GOAL_MARKS.get(
-            self.tasks[self.task]
-        ):  # Meta-World moves it late or, in one task, elsewhere
-            self.sim.data.site(mark).xpos[:] = self.sim._target_pos
-        renderer.update_scene(self.sim.data, CAMERA, self.option)
-        return np.ascontiguousarray(
-            renderer.render()[::-1, ::-1]
-        )  # Meta-World's cameras are mounted upside down
+        RENDERERS[key] = RENDERERS.pop(key)
+        return RENDERERS[key]
 
     def close(self) -> None:
-        """Frees this process's GL contexts (another env makes new ones); left to the interpreter's
-        exit, EGL complains.
+        """Frees this process's GL contexts; another env makes new ones.
+
+        Left to the interpreter's exit, EGL complains.
         """
         while RENDERERS:
             RENDERERS.popitem()[1].close()

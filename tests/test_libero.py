@@ -11,9 +11,10 @@ import pytest
 
 import envs
 from config import ROOT, UserError
+from envs import Step
 
 try:
-    libero = envs.load("libero")
+    libero = envs.load("libero").module
 except UserError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 import mujoco
@@ -108,7 +109,7 @@ def test_every_task_can_be_played(suite, monkeypatch):
     env = libero.Env(spec.tasks, 32)
     for task in range(len(spec.tasks)):
         env.reset(task, 0)
-        assert env.step(libero.NO_OP) == (0.0, False)
+        assert env.step(libero.NO_OP) == Step(0.0, False)
         image, state = env.observe()
         assert np.isfinite(state).all() and image[0].std() > 10 and image[1].std() > 1, spec.tasks[
             task
@@ -167,7 +168,7 @@ def test_the_same_episode_as_in_libero_s_own_env(make, theirs, solver, bound):
     same(ours, theirs, seen, bound)
     for action in actions(3, 24):
         seen, reward, done, _ = theirs.step(action.tolist())
-        assert ours.step(action) == (reward, done)
+        assert ours.step(action) == Step(reward, done)
     same(ours, theirs, seen, bound)
     assert ours.data.ncon > 4  # so that contacts were part of it
     ours.close()
@@ -286,13 +287,13 @@ def test_a_seed_names_an_initial_state(make):
 def test_success_and_the_lamp_that_glows(make):
     env = make()
     env.reset(0, 0)
-    assert env.step(libero.NO_OP) == (0.0, False)
+    assert env.step(libero.NO_OP) == Step(0.0, False)
     before = env.film(64)
     knob = next(
         i for i in range(env.scene.model.njnt) if "flat_stove" in env.scene.model.joint(i).name
     )
     env.data.qpos[env.scene.model.jnt_qposadr[knob]] = 1.0
-    assert env.step(libero.NO_OP) == (1.0, True)
+    assert env.step(libero.NO_OP) == Step(1.0, True)
     env.step(libero.NO_OP)
     assert np.abs(env.film(64).astype(int) - before).max() > 50
     env.reset(0, 0)

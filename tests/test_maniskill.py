@@ -21,7 +21,7 @@ pytest.importorskip(
     reason="mani_skill is not installed: bash setup.sh --maniskill",
     exc_type=ModuleNotFoundError,
 )
-maniskill = envs.load("maniskill")
+maniskill = envs.load("maniskill").module
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +113,7 @@ def test_what_the_policy_sees(make):
     assert joints.shape == (3, spec.state_dim) and joints.dtype == torch.float32
     assert images[0].max() == 0 and images[1:].float().std() > 10  # row 0 plays nothing yet
     assert not torch.equal(images[1], images[2])
-    reward, success = lane.step(torch.full((3, spec.action_dim), 100.0))  # clipped, not refused
+    reward, success, _ = lane.step(torch.full((3, spec.action_dim), 100.0))  # clipped, not refused
     assert reward.tolist() == [0.0] * 3 and success.dtype == torch.bool and not success.any()
     assert not torch.equal(lane.observe()[1], joints)
     lane.reset([1], 0, [1])
@@ -139,7 +139,7 @@ def test_success_is_the_tasks_own(make):
 
     def play(lane, hand) -> int:
         for step in range(maniskill.HORIZON):
-            reward, success = lane.step(hand(step))
+            reward, success, _ = lane.step(hand(step))
             if success[0]:
                 assert reward[0] == 1.0
                 return step + 1
@@ -249,7 +249,7 @@ def test_on_a_gpu_rows_are_as_independent_and_nothing_leaves_it(make):
     torch.testing.assert_close(start[2], start[0], rtol=0, atol=1e-6)
     images, joints = lane.observe()
     assert images.device.type == joints.device.type == "cuda" and images.shape == (4, 1, 64, 64, 3)
-    reward, success = lane.step(torch.zeros(4, 7, device="cuda:0"))
+    reward, success, _ = lane.step(torch.zeros(4, 7, device="cuda:0"))
     assert reward.device.type == success.device.type == "cuda"
     moved = sim_of(lane).get_state().clone()
     lane.reset([1], 0, [5])

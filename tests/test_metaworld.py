@@ -8,7 +8,7 @@ import pytest
 import envs
 from benchmarks.emulated import libero
 from config import UserError
-from envs import metaworld
+from envs import Step, metaworld
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_the_policy_sees(make):
     assert image.shape == (1, 64, 64, 3) and image.dtype == np.uint8 and image.std() > 10
     assert state.shape == (4,) and state.dtype == np.float32 and 0.0 <= state[3] <= 1.0
     assert env.film(32).shape == (32, 32, 3)
-    reward, success = env.step(np.full(4, 100.0, np.float32))  # clipped, not refused
+    reward, success, _ = env.step(np.full(4, 100.0, np.float32))  # clipped, not refused
     assert (reward, success) == (0.0, False)
 
 
@@ -91,7 +91,7 @@ def test_thinner_meshes_change_neither_the_physics_nor_much_of_the_picture(make,
         return result
 
     state, picture, faces = press(make("handle-press"))
-    monkeypatch.setattr(metaworld, "thin_meshes", lambda model: None)
+    monkeypatch.setattr(metaworld.drawing, "thin_meshes", lambda model, cell: None)
     whole_state, whole_picture, whole_faces = press(make("handle-press"))
     assert np.array_equal(state, whole_state) and faces < whole_faces / 3
     assert np.abs(picture - whole_picture).mean() < 2.0  # of 255; measured: 0.9
@@ -196,7 +196,7 @@ def test_the_expert_is_told_the_goal_and_the_policy_is_not(make):
     env = make("reach")
     expert = ENV_POLICY_MAP["reach-v3"]()
     env.reset(0, 0)
-    solved = [env.step(expert.get_action(env.state))[1] for _ in range(metaworld.HORIZON)]
+    solved = [env.step(expert.get_action(env.state)).success for _ in range(metaworld.HORIZON)]
     assert any(solved) and np.array_equal(env.state[-3:], env.sim._target_pos)
     assert env.observe()[1].shape == (4,)
 
@@ -216,7 +216,7 @@ def test_every_task_of_mt50_is_built_reset_stepped_seen_and_solved(make):
             for _ in range(
                 metaworld.LONG_HORIZON if name in metaworld.LONG_TASKS else metaworld.HORIZON
             ):
-                solved = env.step(expert.get_action(env.state))[1]
+                solved = env.step(expert.get_action(env.state)).success
                 if solved:
                     break
             if solved:
@@ -240,7 +240,7 @@ def test_the_emulated_simulator_offers_the_same(monkeypatch):
     image, state = env.observe()
     assert image.shape == (spec.views, 8, 8, 3) and state.shape == (spec.state_dim,)
     assert [env.step(np.zeros(spec.action_dim)) for _ in range(spec.horizon)] == [
-        (0.0, False)
+        Step(0.0, False)
     ] * spec.horizon
     assert (
         0.3 * libero.MEAN < np.mean(slept) < 3 * libero.MEAN

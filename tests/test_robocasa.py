@@ -17,6 +17,7 @@ import yaml
 
 import envs
 from config import UserError
+from envs import Step
 
 if importlib.util.find_spec("robocasa") is None:
     pytest.skip("RoboCasa is not installed: envs/robocasa.py says how", allow_module_level=True)
@@ -79,7 +80,7 @@ def robocasa(tmp_path_factory):
     )
     (assets / "scenes" / "kitchen_styles" / "test" / "style001.yaml").write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
-        module = envs.load("robocasa")
+        module = envs.load("robocasa").module
         import robocasa.models
         from robocasa.environments.kitchen.atomic.kitchen_drawer import ManipulateDrawer
 
@@ -180,9 +181,9 @@ def test_success_is_the_tasks_own(make):
     env = make()
     env.reset(0, 2)
     rest = np.array([0.0] * 11 + [-1.0])
-    assert env.step(rest) == (0.0, False)
+    assert env.step(rest) == Step(0.0, False)
     env.sim.drawer.close_door(env=env.sim)
-    assert env.step(rest) == (1.0, True)
+    assert env.step(rest) == Step(1.0, True)
 
 
 def test_frames_are_right_side_up(make):

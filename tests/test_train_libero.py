@@ -14,7 +14,7 @@ from config import ROOT, Config, UserError
 from models import checkpoint, untrained
 
 try:
-    libero = envs.load("libero")
+    libero = envs.load("libero").module
 except UserError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 
