@@ -14,28 +14,17 @@ SIGNS = {
         0.4,
         "{:.0%} of samples lie outside the clip (healthy below 40 %): lower --lr",
     ),
-    "masked_fraction": (
-        0.05,
-        "{:.0%} of samples are too stale to be used: lower --max-staleness or --lr",
-    ),
+    "masked_fraction": (0.05, "{:.0%} of samples are too stale: lower --max-staleness or --lr"),
     "kl_at_3_or_more": (
         1.0,
-        "samples 3 and more versions old differ by KL {:.2g} (healthy below 1): lower "
-        "--max-staleness",
+        "samples 3 and more versions old have KL {:.2g}: lower --max-staleness",
     ),
     "explained_variance": (
         -0.5,
-        "the critic is worse than a constant (explained variance {:.2f}): raise --value-lr",
+        "the critic explains less than a constant ({:.2f}): raise --value-lr",
     ),
-    "grad_norm": (
-        50.0,
-        "the gradient's norm is {:.0f} before clipping: lower --lr, and look at the episodes' "
-        "rewards",
-    ),
-    "filtered_fraction": (
-        0.8,
-        "{:.0%} of steps are in groups that nearly all succeed, or fail: choose other --tasks",
-    ),
+    "grad_norm": (50.0, "the gradient's norm is {:.0f}: lower --lr, and look at episodes' rewards"),
+    "filtered_fraction": (0.8, "{:.0%} of steps are in filtered groups: choose other --tasks"),
 }
 # KL from the policy that acted, over 1 + the versions since. In the runs of benchmarks/results, all
 # those went beyond it that learnt from samples 4 and 8 versions old by the interpolated proximal

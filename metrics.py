@@ -259,17 +259,13 @@ class Ledger:
     """Accounts for every chunk step of a run, also when it is resumed. Two identities hold.
 
     1. In every line of metrics.jsonl, in chunk steps of the whole run so far:
-
            collected = trained_once + discarded + in flight        discarded = Σ discarded_by
-
        In flight is what env workers and the actor hold. It is 0 in the last line.
-
     2. In every line, and so over all of them: a batch's chunk steps, times its update epochs, were
        trained, or skipped by --kl-stop:
-
            trained + skipped = update epochs · (gain of trained_once)
 
-    `add` raises RuntimeError where the first cannot hold any more, or the second does not.
+    `add` raises RuntimeError where one of them does not hold.
     """
 
     def __init__(self, earlier: dict, epochs: int):
@@ -298,13 +294,10 @@ class Ledger:
             "discarded": sum(self.discarded_by.values()),
             "discarded_by": dict(self.discarded_by),
         }
-        if out["collected"] < out["trained_once"] + out["discarded"]:
-            raise RuntimeError(f"more chunk steps were trained or discarded than collected: {out}")
-        if line["trained"] + line["skipped"] != self.epochs * line["trained_once"]:
-            raise RuntimeError(
-                f"of {line['trained_once']} chunk steps in {self.epochs} epochs, "
-                f"{line['trained']} were trained and {line['skipped']} skipped"
-            )
+        in_flight = out["collected"] - out["trained_once"] - out["discarded"]
+        samples = line["trained"] + line["skipped"]
+        if in_flight < 0 or samples != self.epochs * line["trained_once"]:
+            raise RuntimeError(f"the ledger of chunk steps does not balance: {line} gives {out}")
         return out
 
 

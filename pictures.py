@@ -38,6 +38,10 @@ WAITS = {
     "trajectory": GREEN,
     "gradient": BROWN,
 }
+TITLE = (
+    "full bars are work, with the batch size of inferences; thin bars wait, in the colour of whom "
+    "for"
+)
 # These are too short to be seen, so they are drawn last, and at least this share of the width.
 MARKED = ("fetch", "publish")
 LEAST = 0.003
@@ -99,17 +103,11 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    axes.set_title(
-        "full bars are work, with the batch size of inferences; thin bars wait, in the colour of "
-        "whom for",
-        fontsize=9,
-    )
+    axes.set_title(TITLE, fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = legend(seen)
-    columns = min(len(handles), 9)
-    figure.legend(
-        handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=8
-    )
+    style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
+    figure.legend(handles=handles, ncol=min(len(handles), 9), **style)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -29,12 +29,8 @@ def batch_line(config: Config, segment: int) -> str:
     )
 
 
-def percent(share: float | None) -> str:
-    return "–" if share is None else f"{share:.1%}"
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def number(value: float | None, style: str) -> str:
+    return "–" if value is None else format(value, style)
 
 
 def duration(seconds: float) -> str:
@@ -104,39 +100,36 @@ class Display:
         """Shows one line of metrics.jsonl."""
         self.history.append(line)
         busy = " ".join(f"{stage} {1 - line[f'bubble_{stage}']:4.0%}" for stage in STAGES)
-        left = duration(self.seconds_left())
-        print(
-            f"iteration {line['iteration']:4d}/{self.iterations}  "
-            f"{line['env_steps_per_s']:6.0f} env steps/s  "
-            f"success {percent(line['success_rate']):>5s} (held-out {self.held_out()})  "
-            f"reward {number(line['reward'])}  KL {number(line['approx_kl'])}  "
-            f"staleness {line['staleness_mean']:.2f}  busy: {busy}  {left} left",
-            flush=True,
-        )
+        print(*self.facts(line["success_rate"]), f"busy: {busy}", sep="  ", flush=True)
 
-    def success(self) -> float | None:
-        """Returns the mean success rate of recent training episodes."""
-        rates = [line["success_rate"] for line in self.history[-RECENT:]]
-        rates = [rate for rate in rates if rate is not None]
-        return sum(rates) / len(rates) if rates else None
+    def facts(self, success: float | None) -> list[str]:
+        """Returns what is told of the newest line; success: of training episodes."""
+        line = self.history[-1]
+        return [
+            f"iteration {line['iteration']:4d}/{self.iterations}",
+            f"{line['env_steps_per_s']:6.0f} env steps/s",
+            f"success {number(success, '.1%'):>5s}",
+            f"held-out {self.held_out()}",
+            f"reward {number(line['reward'], '.3g')}",
+            f"KL {number(line['approx_kl'], '.3g')}",
+            f"staleness {line['staleness_mean']:.2f}",
+            f"{duration(line['time'])}, {duration(self.seconds_left())} left",
+        ]
 
     def held_out(self) -> str:
         """Returns the newest evaluation's success rate and the version that was evaluated."""
         for line in reversed(self.history):
             if "eval_success_rate" in line:
-                return f"{percent(line['eval_success_rate'])} at {line['eval_version']}"
+                return f"{line['eval_success_rate']:.1%} at {line['eval_version']}"
         return "–"
 
     def seconds_left(self) -> float:
         """Returns how long the rest of the run takes if it goes on as fast as of late."""
         last = self.history[-1]
-        seconds = last["time"]
-        done = last["iteration"]
-        if len(self.history) > 1:  # else start-up is all that is known
-            first = self.history[-RECENT:][0]
-            seconds -= first["time"]
-            done -= first["iteration"]
-        return seconds / done * (self.iterations - last["iteration"])
+        # Of the first line alone, start-up is a part.
+        since = self.history[-RECENT:][0] if len(self.history) > 1 else {"time": 0, "iteration": 0}
+        pace = (last["time"] - since["time"]) / (last["iteration"] - since["iteration"])
+        return pace * (self.iterations - last["iteration"])
 
 
 class Panel(Display):
@@ -145,9 +138,8 @@ class Panel(Display):
     def __init__(self, iterations: int):
         super().__init__(iterations)
         from rich.live import Live
-        from rich.text import Text
 
-        self.live = Live(Text("starting workers …"), refresh_per_second=4)
+        self.live = Live("starting workers …", refresh_per_second=4)
 
     def __enter__(self) -> Display:
         self.live.start()
@@ -157,9 +149,7 @@ class Panel(Display):
         self.live.stop()
 
     def say(self, text: str) -> None:
-        from rich.text import Text
-
-        self.live.update(Text(text))
+        self.live.update(text)
 
     def show(self, line: dict) -> None:
         from rich.console import Group
@@ -167,26 +157,18 @@ class Panel(Display):
         from rich.table import Table
 
         self.history.append(line)
+        rates = [line["success_rate"] for line in self.history[-RECENT:]]
+        rates = [rate for rate in rates if rate is not None]
+        facts = self.facts(sum(rates) / len(rates) if rates else None)
         head = Table.grid(padding=(0, 3))
-        head.add_row(
-            f"iteration [b]{line['iteration']}[/]/{self.iterations}",
-            f"[b]{line['env_steps_per_s']:,.0f}[/] env steps/s",
-            f"success [b]{percent(self.success())}[/]",
-            f"held-out [b]{self.held_out()}[/]",
-        )
-        head.add_row(
-            f"{duration(line['time'])}, [b]{duration(self.seconds_left())}[/] left",
-            f"reward [b]{number(line['reward'])}[/]",
-            f"KL [b]{number(line['approx_kl'])}[/]",
-            f"staleness [b]{line['staleness_mean']:.2f}[/] (max {line['staleness_max']})",
-        )
+        head.add_row(*facts[:4])
+        head.add_row(*facts[4:])
         bars = Table.grid(padding=(0, 2))
         for stage in STAGES:
             busy = 1.0 - line[f"bubble_{stage}"]
             bar = ProgressBar(1.0, busy, width=40)
             bars.add_row(f"{stage:7s}", bar, f"busy {busy:4.0%}", reasons(line["waits"], stage))
-        progress_bar = ProgressBar(self.iterations, line["iteration"], width=60)
-        self.live.update(Group(head, bars, progress_bar))
+        self.live.update(Group(head, bars, ProgressBar(self.iterations, line["iteration"], 60)))
 
 
 def reasons(waits: dict[str, float], stage: str) -> str:

@@ -38,9 +38,12 @@ class RunFolder:
         self.name = path.name if path.parent == ROOT / "runs" else str(path.absolute())
         # When this launcher wrote its newest line, in monotonic seconds.
         self.appended: float | None = None
+        instead = "it has no checkpoint yet:"
+        if any(path.glob("checkpoints/[0-9]*")):
+            instead = f"continue it with --resume {self.name} or"
         require(
             resume or not path.exists(),
-            f"the run folder {path} exists: {self.way_out()} choose another --run",
+            f"the run folder {path} exists: {instead} choose another --run",
         )
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -53,11 +56,6 @@ class RunFolder:
         for old in self.spans.iterdir():
             if not (keep_spans and old.suffix == ".jsonl"):  # actor workers must meet anew
                 old.unlink()
-
-    def way_out(self) -> str:
-        if any(self.path.glob("checkpoints/[0-9]*")):
-            return f"continue it with --resume {self.name} or"
-        return "it has no checkpoint yet:"
 
     def take_lock(self) -> int:
         """Locks the folder for this process. Raises UserError if another one has it."""

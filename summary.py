@@ -27,6 +27,7 @@ FOR = {
     "trajectory": "trajectories",
     "gradient": "gradients of other ranks",
 }
+# Labels of the buckets of staleness.
 STALENESS = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
 
 # ---------------------------------------------------------------- numbers
@@ -39,26 +40,18 @@ class Summary:
     iterations: int
     minutes: float
     env_steps_per_s: float
-    samples_per_s: float
-    """chunk steps trained once"""
-    waits: dict[str, dict[str, float]]
-    """stage → cause → share of the workers' time"""
+    samples_per_s: float  # chunk steps, each counted once
+    waits: dict[str, dict[str, float]]  # stage → cause → share of the workers' time
+    # Kind of work → share of the critical stage's time. Empty without a trace.
     busy_with: dict[str, float]
-    """kind of work → share of the critical stage's time; empty without a trace"""
-    batch_sizes: Counter
-    """inferences by the largest size of their bucket: 1, 2, 4 … 256"""
-    staleness: Counter
-    """chunk steps times epochs by bucket, as in STALENESS"""
+    batch_sizes: Counter  # inferences by the largest size of their bucket: 1, 2, 4 … 256
+    staleness: Counter  # chunk steps times epochs, by bucket
+    # At the beginning and at the end: success of training episodes, each the mean of up to 10
+    # iterations, and of evaluations, one each. Empty where there was none.
     success: list[float]
-    """of training episodes at the beginning and at the end, each the mean of up to 10 iterations;
-    empty if no episode ended
-    """
     held_out: list[float]
-    """of the first and the last evaluation; empty without one"""
-    totals: dict
-    """collected, discarded, discarded_by and restarts"""
-    cpu: float
-    """share of the cores that was busy"""
+    totals: dict  # collected, discarded, discarded_by, restarts
+    cpu: float  # share of the cores that was busy
     gpu: bool
 
     @property
@@ -103,8 +96,8 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         samples_per_s=samples_per_s,
         waits=waits,
         busy_with={},
-        batch_sizes=total(line["batch_size_hist"] for line in measured),
-        staleness=total(line["staleness_hist"] for line in measured),
+        batch_sizes=sum((Counter(line["batch_size_hist"]) for line in measured), Counter()),
+        staleness=sum((Counter(line["staleness_hist"]) for line in measured), Counter()),
         success=[fmean(rates[:ends]), fmean(rates[-ends:])] if rates else [],
         held_out=[held_out[0], held_out[-1]] if held_out else [],
         totals={
@@ -119,13 +112,6 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
 
 def weighted(values: list[float], weights: list[float]) -> float:
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-
-
-def total(histograms) -> Counter:
-    out = Counter()
-    for histogram in histograms:
-        out.update(histogram)
-    return out
 
 
 def work_of(stage: str, busy: float, spans: dict[str, list]) -> dict[str, float]:
@@ -204,16 +190,14 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
         return "give each stage devices of its own with --placement disaggregated"
 
     # Another ratio. There are no more GPUs than before: what one side gains the other one loses.
-    more_training = "give training more with --ratio"
+    if stage == "actor" and rollout > 1:
+        return f"give training more with --ratio {rollout - 1}:{actor + 1 if gpu else actor}"
+    if gpu and stage != "actor" and actor > 1:
+        return f"give them more with --ratio {rollout + 1}:{actor - 1}"
     if gpu:
-        if stage == "actor" and rollout > 1:
-            return f"{more_training} {rollout - 1}:{actor + 1}"
-        if stage != "actor" and actor > 1:
-            return f"give them more with --ratio {rollout + 1}:{actor - 1}"
         return "only more GPUs would help"
     if stage == "actor":
-        parts = f"{rollout - 1}:{actor}" if rollout > 1 else f"{rollout}:{actor + 1}"
-        return f"{more_training} {parts}"
+        return f"give training more with --ratio {rollout}:{actor + 1}"
 
     # More processes, which share the cores.
     if stage == "rollout":
@@ -241,37 +225,28 @@ def show(name: str, summary: Summary, config: Config) -> None:
         f"[b]{name}[/]: {summary.iterations} iterations in {summary.minutes:.1f} min; "
         f"{train.model} on {train.env}, preset {train.preset}, ratio {train.parts}{auto}"
     )
-    console.print(facts(summary), "")
+    console.print(facts(summary), end="\n\n", soft_wrap=True)
     console.print(stages(summary), "")
     sizes = histogram("batch size", summary.batch_sizes, size_labels())
-    console.print(
-        Columns([sizes, histogram("staleness", summary.staleness, STALENESS)], padding=(0, 6)), ""
-    )
+    ages = histogram("staleness", summary.staleness, STALENESS)
+    console.print(Columns([sizes, ages], padding=(0, 6)), "")
     console.print(f"[b]advice:[/] {advice(summary, config)}", soft_wrap=True)
 
 
-def facts(summary: Summary):
-    """Returns a table of throughput, success and accounts."""
-    from rich.table import Table
-
+def facts(summary: Summary) -> str:
+    """Returns lines about throughput, success and accounts."""
     trained = " to ".join(f"{rate:.0%}" for rate in summary.success) or "no episode ended"
     held_out = " to ".join(f"{rate:.0%}" for rate in summary.held_out) or "not evaluated"
     totals = summary.totals
     reasons = totals["discarded_by"].items()
     why = ", ".join(f"{steps:,} {REASONS[reason]}" for reason, steps in reasons if steps)
-    table = Table.grid(padding=(0, 2))
-    table.add_row(
-        "throughput",
-        f"{summary.env_steps_per_s:,.0f} env steps/s, {summary.samples_per_s:,.1f} chunk steps "
-        "trained/s",
+    return (
+        f"throughput  {summary.env_steps_per_s:,.0f} env steps/s, {summary.samples_per_s:,.1f} "
+        "chunk steps trained/s\n"
+        f"success     in training {trained}; on held-out seeds {held_out}\n"
+        f"accounts    {totals['restarts']} restarts, {totals['discarded']:,} of "
+        f"{totals['collected']:,} chunk steps discarded" + (f" ({why})" if why else "")
     )
-    table.add_row("success", f"in training {trained}; on held-out seeds {held_out}")
-    table.add_row(
-        "accounts",
-        f"{totals['restarts']} restarts, {totals['discarded']:,} of {totals['collected']:,} chunk "
-        "steps discarded" + (f" ({why})" if why else ""),
-    )
-    return table
 
 
 def stages(summary: Summary):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.equivalence import file
-from diagnostics import Warnings
+from diagnostics import SIGNS, Warnings
 
 
 def test_warnings_come_once_a_sign_lasts_and_say_what_to_change():
@@ -48,6 +48,19 @@ def test_a_stale_sample_may_be_further_from_the_policy_that_acted():
         assert len(said) == told and all(
             f"{lag:.1f} versions before" in text and "--proximal exact" in text for text in said
         )
+
+
+def test_keys_that_are_null_or_absent_say_nothing():
+    keys = (
+        *SIGNS,
+        *("approx_kl", "staleness_mean", "entropy_or_noise", "trajectories_per_task"),
+    )
+    warnings = Warnings()
+    for line in (dict.fromkeys(keys), {}, {"trajectories_per_task": {"push": 3}}):
+        assert not [text for _ in range(5) for text in warnings.of(line)]
+    # A sign that lasts is told though other keys are null.
+    line = dict.fromkeys(keys) | {"approx_kl": 0.5}
+    assert [len(warnings.of(line)) for _ in range(4)] == [0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("study", ["equivalence", "default", "algorithms"])
