@@ -1,4 +1,4 @@
-"""Success rate of a checkpoint, with a 95 % interval per task, and one video per task.
+"""Measures the success rate of a checkpoint, with a 95 % interval per task, and films each task.
 
     python evaluate.py --checkpoint runs/NAME --episodes 100
 
@@ -9,7 +9,7 @@ on several processes.
 
 import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,18 +21,19 @@ import tyro
 import envs
 import models
 from config import (
-    ASSETS,
     Config,
     Family,
-    RolloutConfig,
     UserError,
     embedded_files,
     exit_on_user_error,
     from_json,
+    require,
 )
 from evaluation import EVAL_SEEDS
 from models import checkpoint
 from processes import keep_freed_memory
+
+ABREAST = 8  # episodes that are played at the same time, in one batch of inference
 
 
 @dataclass(kw_only=True)
@@ -40,21 +41,15 @@ class EvaluateConfig:
     """Success rate of a checkpoint, per task, with videos."""
 
     checkpoint: Path | None = None
-    """a .safetensors file, a checkpoint or run folder, or another project's checkpoint; none means
-    Meta-World's shipped one
-    """
+    """a file, a checkpoint or run folder, or another project's; none means Meta-World's shipped"""
     model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
-    chunk: int = RolloutConfig().chunk
+    chunk: int = Config().rollout.chunk
     """actions executed per inference, of another project's checkpoint; ours say it themselves"""
     statistics: str = ""
-    """which statistics of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag,
-    π's folder
-    """
+    """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     image_size: int = 0
-    """pixels of the cameras; 0 means as the checkpoint's model takes them (another project's: 256,
-    which it resizes)
-    """
+    """pixels of the cameras; 0 means as the model takes them (another project's: 256)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
     env: str = "metaworld"
@@ -70,17 +65,98 @@ class EvaluateConfig:
     seed: int = 0
     """shifts the evaluation seeds by a thousand per step"""
     tokenizer: Path | None = None
-    """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded
-    default's
-    """
+    """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
     videos: Path | None = None
     """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
     json: Path | None = None
     """also write the result to this file"""
 
 
+@dataclass
+class Episode:
+    """One episode, from its reset until it ends."""
+
+    number: int
+    task: int
+    env: object  # the simulator that plays it
+    steps: int = 0  # control steps so far
+    success: bool | None = None  # None while it goes on
+    frames: list[np.ndarray] = field(default_factory=list)  # its video; only of a task's first one
+
+
+class Player:
+    """A policy, its simulator, and how the two understand each other."""
+
+    def __init__(self, config: EvaluateConfig, settings: Config, tasks: tuple[str, ...]):
+        path = settings.train.checkpoint
+        family = settings.train.model
+        self.config = config
+        self.chunk = settings.rollout.chunk
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        size = config.image_size or checkpoint.frame_size(path)
+        self.simulator = envs.load(config.env)
+        self.spec = self.simulator.spec(tasks, size)
+        self.model = models.build(settings, self.spec, self.device).eval()
+        _, shipped = embedded_files(family, config.env)
+        tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, shipped)
+        self.preparation = models.preparation(family, self.model.header, tokenizer)
+
+    def play(self) -> list[Episode]:
+        """Plays every episode, ABREAST at a time."""
+        count = self.config.episodes
+        given = self.spec.tasks, self.spec.image_size, self.config.render_quality
+        simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
+        ended = []
+        try:
+            while len(ended) < count:
+                numbers = range(len(ended), count)
+                begun = [self.begin(*each) for each in zip(numbers, simulators, strict=False)]
+                while playing := [episode for episode in begun if episode.success is None]:
+                    for episode, actions in zip(playing, self.plan(playing), strict=True):
+                        self.execute(episode, actions)
+                ended += begun
+        finally:
+            for env in simulators:
+                env.close()
+        return ended
+
+    def begin(self, number: int, env) -> Episode:
+        task = number % len(self.spec.tasks)
+        env.reset(task, EVAL_SEEDS + 1000 * self.config.seed + number)
+        return Episode(number, task, env)
+
+    def plan(self, playing: list[Episode]) -> list[np.ndarray]:
+        """Infers once for all of them. Returns the actions that each is to execute [C, A]."""
+        rows = []
+        states = []
+        for episode in playing:
+            images, state = episode.env.observe()
+            prompt = episode.env.prompt or self.spec.prompts[episode.task]
+            rows.append(self.preparation.observe(images, state, prompt))
+            states.append(state)
+        keys = [(self.config.seed, 0, episode.number, episode.steps) for episode in playing]
+        noise = self.model.draw(keys, [False] * len(playing))
+        obs = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        obs = {name: x.to(self.device) for name, x in obs.items()}
+        noise = {name: x.to(self.device) for name, x in noise.items()}
+        plans = self.model.act(obs, noise)["actions"][:, : self.chunk].cpu().numpy()
+        return [self.preparation.actions(*pair) for pair in zip(plans, states, strict=True)]
+
+    def execute(self, episode: Episode, actions: np.ndarray) -> None:
+        """Steps one episode through its actions, or until it ends."""
+        filmed = episode.number < len(self.spec.tasks)
+        for action in actions:
+            if filmed and episode.steps % 2 == 0:
+                episode.frames.append(episode.env.film())
+            step = episode.env.step(action)
+            episode.steps += 1
+            if step.success or step.failed or episode.steps >= self.spec.horizon:
+                episode.success = bool(step.success and not step.failed)
+                return
+
+
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927)."""
+    """Computes the 95 % score interval of a proportion (Wilson 1927)."""
     p = successes / n
     scale = 1.0 + z**2 / n
     middle = (p + z**2 / (2 * n)) / scale
@@ -88,107 +164,51 @@ def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def run_episodes(
-    model, spec, preparation, config: EvaluateConfig, chunk: int, device: str
-) -> tuple[list[list[bool]], list[list]]:
-    """Plays every episode, eight at a time. Returns outcomes and the video frames of the first
-    episode, per task.
-    """
-    outcomes = [[] for _ in spec.tasks]
-    films = [[] for _ in spec.tasks]
-    simulator = envs.load(config.env)
-    lanes = [
-        simulator.make(spec.tasks, spec.image_size, config.render_quality)
-        for _ in range(min(8, config.episodes))
-    ]
-    try:
-        for first in range(0, config.episodes, len(lanes)):
-            playing = list(
-                range(first, min(first + len(lanes), config.episodes))
-            )  # episode numbers; lane = number − first
-            steps = dict.fromkeys(playing, 0)
-            for episode in playing:
-                lanes[episode - first].reset(
-                    episode % len(spec.tasks), EVAL_SEEDS + 1000 * config.seed + episode
-                )
-            while playing:
-                seen = [lanes[e - first].observe() for e in playing]
-                said = [
-                    lanes[e - first].prompt or spec.prompts[e % len(spec.tasks)] for e in playing
-                ]
-                rows = [preparation.observe(*s, words) for s, words in zip(seen, said, strict=True)]
-                obs = {
-                    name: torch.from_numpy(np.stack([row[name] for row in rows]))
-                    for name in rows[0]
-                }
-                noise = model.draw(
-                    [(config.seed, 0, e, steps[e]) for e in playing], [False] * len(playing)
-                )
-                obs, noise = (
-                    {name: x.to(device) for name, x in tensors.items()} for tensors in (obs, noise)
-                )
-                actions = model.act(obs, noise)["actions"].cpu().numpy()
-                for episode, plan, (_, state) in zip(list(playing), actions, seen, strict=True):
-                    task = episode % len(spec.tasks)
-                    lane = lanes[episode - first]
-                    for action in preparation.actions(plan[:chunk], state):
-                        if episode < len(spec.tasks) and steps[episode] % 2 == 0:
-                            films[task].append(lane.film())
-                        step = lane.step(action)
-                        success = step.success and not step.failed
-                        steps[episode] += 1
-                        if success or step.failed or steps[episode] >= spec.horizon:
-                            outcomes[task].append(success)
-                            playing.remove(episode)
-                            break
-    finally:
-        for lane in lanes:
-            lane.close()
-    return outcomes, films
+def row_of(task: str, episodes: list[Episode]) -> dict:
+    """Makes a row of the result, and prints it."""
+    n = len(episodes)
+    successes = sum(episode.success for episode in episodes)
+    rate = successes / n
+    low, high = wilson(successes, n)
+    print(f"{task:28s} {successes:4d}/{n:<4d} {rate:6.1%}   95 % [{low:.1%}, {high:.1%}]")
+    return {"task": task, "episodes": n, "success_rate": rate, "low": low, "high": high}
 
 
 def settings_of(config: EvaluateConfig) -> Config:
-    """What a checkpoint says of itself, as settings to build its model from. Raises UserError."""
+    """Reads what a checkpoint says of itself, as settings to build its model from."""
+    nothing = f"no checkpoint is shipped for {config.env}: give --checkpoint, a file or a run"
+    require(config.checkpoint or config.env == "metaworld", nothing)
+    path = config.checkpoint or embedded_files("pi05", "metaworld")[0]
+    family = config.model
     settings = Config()
-    if config.checkpoint is None and config.env != "metaworld":
-        raise UserError(
-            f"no checkpoint is shipped for {config.env}: give --checkpoint, a file or a run"
+    rollout = settings.rollout
+    if checkpoint.is_ours(path):
+        path = checkpoint.find(path)
+        header = checkpoint.of_family(path, family) if family else checkpoint.read_header(path)
+        family = header.family
+        require(
+            "image_size" in header.shape,
+            f"checkpoint {path} of family {family!r} cannot act: it does not say what it sees",
         )
-    config.checkpoint = config.checkpoint or ASSETS / "pi05_metaworld.safetensors"
+        for name in header.shape.keys() & asdict(rollout).keys():
+            setattr(rollout, name, header.shape[name])
+        rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
+        rollout.tokens = config.tokens or rollout.tokens
+    else:
+        unknown = f"checkpoint {path} is another project's: say with --model of which family it is"
+        require(family, unknown)
+        models.check_family(family, path)
+        rollout.chunk = config.chunk
+        rollout.tokens = config.tokens
+    settings.train.checkpoint = path
+    settings.train.model = family
     settings.train.env = config.env
     settings.train.statistics = config.statistics
-    if not checkpoint.is_ours(config.checkpoint):
-        if config.model is None:
-            raise UserError(
-                f"checkpoint {config.checkpoint} is another project's: say with --model of which "
-                "family it is"
-            )
-        models.check_family(config.model, config.checkpoint)
-        settings.train.checkpoint = config.checkpoint
-        settings.train.model = config.model
-        settings.rollout.chunk = config.chunk
-        settings.rollout.tokens = config.tokens
-        return settings
-    path = checkpoint.find(config.checkpoint)
-    header = (
-        checkpoint.of_family(path, config.model) if config.model else checkpoint.read_header(path)
-    )
-    if "image_size" not in header.shape:
-        raise UserError(
-            f"checkpoint {path} of family {header.family!r} cannot act: it does not say what it "
-            "sees"
-        )
-    settings.train.checkpoint = path
-    settings.train.model = header.family
-    for name in {field.name for field in fields(settings.rollout)} & header.shape.keys():
-        setattr(settings.rollout, name, header.shape[name])
-    settings.rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
-    settings.rollout.tokens = config.tokens or settings.rollout.tokens
     return settings
 
 
 def tasks_of(run: Path | None, env: str) -> tuple[str, ...]:
-    """The tasks that a run was trained on, if there is one and the simulator is the same."""
+    """Reads the tasks that a run was trained on, if there is one and the simulator is the same."""
     if run is None or not (run / "config.json").is_file():
         return ()
     train = from_json(run / "config.json").train
@@ -196,30 +216,20 @@ def tasks_of(run: Path | None, env: str) -> tuple[str, ...]:
 
 
 def main(config: EvaluateConfig) -> dict:
-    for flag, value in (("--episodes", config.episodes), ("--chunk", config.chunk)):
-        if value < 1:
-            raise UserError(f"{flag} {value} must be at least 1")
-    if config.json and not config.json.absolute().parent.is_dir():
-        raise UserError(
-            f"the folder {config.json.absolute().parent} does not exist: create it or give another "
-            "--json"
-        )
+    """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
+    require(config.episodes >= 1, f"--episodes {config.episodes} must be at least 1")
+    require(config.chunk >= 1, f"--chunk {config.chunk} must be at least 1")
+    folder = config.json.absolute().parent if config.json else Path()
+    require(folder.is_dir(), f"the folder {folder} does not exist: create it or change --json")
+
+    # Build the policy as its checkpoint says, and play.
     keep_freed_memory()
     settings = settings_of(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(settings.train.checkpoint)
-    family = settings.train.model
+    path = settings.train.checkpoint
     run = checkpoint.run_of(path)
     tasks = tuple(filter(None, (config.suite, *config.tasks))) or tasks_of(run, config.env)
-    spec = envs.load(config.env).spec(tasks, config.image_size or checkpoint.frame_size(path))
-    model = models.load(family).build(settings, spec, device).eval()
-    tokenizer = checkpoint.vocabulary(
-        config.tokenizer, path, family, embedded_files(family, config.env)[1]
-    )
-    preparation = models.files(family).preparation(model.header, tokenizer)
+    player = Player(config, settings, tasks)
     print(f"{path}: {config.episodes} episodes of {config.env}", flush=True)
-    outcomes, films = run_episodes(model, spec, preparation, config, settings.rollout.chunk, device)
-
     videos = config.videos or (run or Path(".")) / "videos"
     try:
         videos.mkdir(parents=True, exist_ok=True)
@@ -227,32 +237,20 @@ def main(config: EvaluateConfig) -> dict:
         raise UserError(
             f"cannot write videos to {videos}: {error.strerror}; give --videos FOLDER"
         ) from None
-    rows = []
-    for task, results in zip((*spec.tasks, "all"), (*outcomes, sum(outcomes, [])), strict=True):
-        if not results:
-            continue
-        low, high = wilson(sum(results), len(results))
-        print(
-            f"{task:28s} {sum(results):4d}/{len(results):<4d} {sum(results) / len(results):6.1%}   "
-            f"95 % [{low:.1%}, {high:.1%}]"
-        )
-        rows.append(
-            {
-                "task": task,
-                "episodes": len(results),
-                "success_rate": sum(results) / len(results),
-                "low": low,
-                "high": high,
-            }
-        )
+    episodes = player.play()
+
+    # Count successes by task, and write down what was seen.
+    by_task = {task: [] for task in player.spec.tasks} | {"all": episodes}
+    for episode in episodes:
+        by_task[player.spec.tasks[episode.task]].append(episode)
+    rows = [row_of(task, mine) for task, mine in by_task.items() if mine]
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
         config.json.write_text(json.dumps(result, indent=1))
-    for task, film in zip(spec.tasks, films, strict=True):
-        if film:
-            imageio.mimwrite(
-                videos / f"{task.replace('/', '_')}.mp4", film, fps=20, macro_block_size=1
-            )
+    for episode in episodes:
+        if episode.frames:
+            film = videos / f"{player.spec.tasks[episode.task].replace('/', '_')}.mp4"
+            imageio.mimwrite(film, episode.frames, fps=20, macro_block_size=1)
     print(f"videos in {videos}")
     return result
 

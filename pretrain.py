@@ -1,12 +1,12 @@
-"""Imitation from demonstrations: makes the checkpoint that reinforcement learning starts from.
+"""Imitates demonstrations: makes the checkpoint that reinforcement learning starts from.
 
     python pretrain.py                      the shipped assets/pi05_metaworld.safetensors, about 10
                                             minutes on 2 cores
     python pretrain.py --model gr00t        assets/gr00t_metaworld.safetensors
     python pretrain.py --pace 1 --out strong.safetensors
 
-Meta-World's scripted experts act, with Gaussian noise on the action they execute (DART, arXiv
-1703.09327) so the data also shows how to recover; each stored frame is labelled with the expert's
+Meta-World's scripted experts act. Gaussian noise on the action that they execute (DART, arXiv
+1703.09327) makes the data show how to recover, too. Each stored frame is labelled with the expert's
 own next C actions. The loss is the family's: flow matching, or cross-entropy of action tokens. The
 demonstrator is careful: it moves at 0.6 of the expert's speed, so the policy sees well and runs out
 of time. It succeeds at 20–50 %, which leaves reinforcement learning, with the prefix frozen,
@@ -18,6 +18,7 @@ import copy
 import math
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,17 +29,17 @@ import torch.multiprocessing as mp
 import tyro
 
 import models
-from actor_worker import all_reduce_gradients
-from config import Family, RolloutConfig, UserError, embedded_files, exit_on_user_error
+from config import Config, Family, embedded_files, exit_on_user_error, require
+from envs import metaworld
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
+from ranks import sum_gradients
 
-# pixels, as the small models take them
-CHUNK = RolloutConfig().chunk
-IMAGE_SIZE = 64
-PROCESSES = (
-    2  # a constant, because the order of sums, and so every bit of the checkpoint, depends on it
-)
+CHUNK = Config().rollout.chunk  # actions that a frame is labelled with
+IMAGE_SIZE = 64  # pixels, as the small models take them
+# A constant, because the order of sums, and so every bit of the checkpoint, depends on it.
+PROCESSES = 2
+WARMUP = 50  # optimizer steps
 
 
 @dataclass(kw_only=True)
@@ -48,9 +49,7 @@ class PretrainConfig:
     model: Family = "pi05"
     """policy family, at its embedded small size"""
     out: Path | None = None
-    """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside
-    it
-    """
+    """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside"""
     tasks: tuple[str, ...] = ()
     """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes
     make better features
@@ -58,9 +57,7 @@ class PretrainConfig:
     demos: int = 25
     """demonstrations per task"""
     pace: float = 0.6
-    """speed of the demonstrator, as a fraction of the scripted expert's: careful, as people who
-    teleoperate are
-    """
+    """the demonstrator's speed as a fraction of the expert's: careful, as people who teleoperate"""
     frame_every: int = 3
     """control steps between stored frames"""
     action_noise: float = 0.5
@@ -75,160 +72,158 @@ class PretrainConfig:
     """seed of demonstrations, initial weights and batches"""
 
 
-def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> list[tuple]:
-    """One worker's demonstrations of one task: a list of (task, image, state, actions [C, A])."""
-    tasks, task, first_seed, count, config = job
-    import warnings
+def check(config: PretrainConfig) -> None:
+    """Raises UserError where settings cannot be."""
+    require(
+        min(config.demos, config.steps, config.frame_every) >= 1,
+        "--demos, --steps and --frame-every must be at least 1",
+    )
+    require(
+        config.batch >= PROCESSES and config.batch % PROCESSES == 0,
+        f"--batch {config.batch} must be a multiple of {PROCESSES}, the processes that share it",
+    )
+    require(
+        0.0 < config.pace <= 1.0,
+        f"--pace {config.pace} must lie above 0 and be at most 1, the scripted expert's own speed",
+    )
 
+
+def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> list[tuple]:
+    """Makes one worker's demonstrations of one task: tuples (task, image, state, actions [C, A]).
+
+    job: all tasks, which of them, the first seed, how many, settings.
+    """
     from metaworld.policies import ENV_POLICY_MAP
 
-    from envs import metaworld
-
+    tasks, task, first, count, config = job
     warnings.filterwarnings("ignore")
-    chunk = CHUNK
     env = metaworld.Env(tasks, IMAGE_SIZE)
     expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
     frames = []
-    for seed in range(first_seed, first_seed + count):
+    for seed in range(first, first + count):
         env.reset(task, seed)
         rng = np.random.default_rng([config.seed, task, seed])
-        observations = []
-        actions = []
-        finish = None
-        for t in range(
-            3 * metaworld.HORIZON
-        ):  # past success for C steps, so the last frames have labels too
-            if t % config.frame_every == 0 and finish is None:
-                observations.append((t, *env.observe()))
-            action = config.pace * np.clip(expert.get_action(env.state), -1.0, 1.0).astype(
-                np.float32
-            )
-            action[3] /= config.pace  # the gripper is not a speed
-            actions.append(action)
-            noise = rng.normal(0.0, config.action_noise, 4) * (finish is None)
-            success = env.step(np.clip(action + noise, -1.0, 1.0)).success
-            finish = t if success and finish is None else finish
-            if finish is not None and t >= finish + chunk:
-                break
-        if finish is None:
-            continue  # a demonstration that fails teaches nothing
-        actions = np.stack(actions)
-        labelled = [
-            (t, image, state) for t, image, state in observations if t + chunk <= len(actions)
-        ]
-        frames += [(task, image, state, actions[t : t + chunk]) for t, image, state in labelled]
+        frames += [(task, *frame) for frame in play(env, expert, rng, config)]
     env.close()
     return frames
+
+
+def play(env, expert, rng: np.random.Generator, config: PretrainConfig) -> list[tuple]:
+    """Plays one demonstration: (image, state, actions [C, A]) per frame, nothing where it fails."""
+    seen = []  # control step, image, state
+    actions = []
+    finish = None  # the control step that succeeds
+    for t in range(3 * metaworld.HORIZON):
+        if t % config.frame_every == 0 and finish is None:
+            seen.append((t, *env.observe()))
+        action = config.pace * np.clip(expert.get_action(env.state), -1.0, 1.0).astype(np.float32)
+        action[3] /= config.pace  # the gripper is not a speed
+        actions.append(action)
+        noise = rng.normal(0.0, config.action_noise, 4) * (finish is None)
+        success = env.step(np.clip(action + noise, -1.0, 1.0)).success
+        if success and finish is None:
+            finish = t
+        # Go on past success for C steps, so that the last frames have labels, too.
+        if finish is not None and t >= finish + CHUNK:
+            break
+    if finish is None:  # it teaches nothing
+        return []
+    labels = np.stack(actions)
+    labelled = [frame for frame in seen if frame[0] + CHUNK <= len(labels)]
+    return [(image, state, labels[t : t + CHUNK]) for t, image, state in labelled]
 
 
 def fit(
     rank: int, model, data: dict[str, torch.Tensor], config: PretrainConfig, rendezvous: str
 ) -> None:
-    """AdamW on the family's imitation loss, in PROCESSES ranks that average gradients: on a CPU one
-    thread in each of two processes is nearly twice as fast as two threads in one. data: observation
-    fields [frames, …] and "actions" [frames, C, A].
+    """Trains with AdamW on the family's imitation loss, in PROCESSES ranks that average gradients.
+
+    On a CPU one thread in each of two processes is nearly twice as fast as two threads in one.
+    model: in shared memory, where rank 0 trains it. data: observation fields [frames, …] and
+    "actions" [frames, C, A].
     """
     torch.set_num_threads(1)
     keep_freed_memory()
-    model = (
-        model if rank == 0 else copy.deepcopy(model)
-    )  # the caller's, in shared memory, is rank 0's
-    torch.manual_seed(
-        config.seed
-    )  # every rank draws the same batches and takes its own part of them
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(rendezvous, PROCESSES), rank=rank, world_size=PROCESSES
-    )
+    store = dist.FileStore(rendezvous, PROCESSES)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    model = model if rank == 0 else copy.deepcopy(model)
     parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    # Every rank draws the same batches and takes its own part of them.
+    torch.manual_seed(config.seed)
     mine = slice(rank * config.batch // PROCESSES, (rank + 1) * config.batch // PROCESSES)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01
-    )
     started = time.monotonic()
     for step in range(config.steps):
-        warmup = min(1.0, (step + 1) / 50)
-        progress = step / config.steps
-        optimizer.param_groups[0]["lr"] = (
-            config.lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
-        )
+        warmup = min(1.0, (step + 1) / WARMUP)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * (step / config.steps)))
+        optimizer.param_groups[0]["lr"] = config.lr * warmup * cosine
         rows = torch.randint(len(data["actions"]), (config.batch,))
         draw = {name: x[mine] for name, x in model.imitation_draw(config.batch).items()}
         obs = {name: x[rows[mine]] for name, x in data.items()}
         loss = model.imitate(obs, obs["actions"], draw) / PROCESSES
         optimizer.zero_grad()
         loss.backward()
-        all_reduce_gradients(parameters, PROCESSES)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        sum_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if rank == 0 and (step + 1) % 100 == 0:
-            seconds = time.monotonic() - started
-            print(
-                f"step {step + 1}/{config.steps}  loss {PROCESSES * loss.item():.4f}  "
-                f"{seconds:.0f} s",
-                flush=True,
-            )
+            mean = PROCESSES * loss.item()
+            seconds = f"{time.monotonic() - started:.0f} s"
+            print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  {seconds}", flush=True)
     dist.destroy_process_group()
 
 
 def main(config: PretrainConfig) -> None:
-    from envs import metaworld
-
+    check(config)
     default, vocabulary = embedded_files(config.model, "metaworld")
     out = config.out or default
-    if not out.parent.is_dir():
-        raise UserError(f"the folder {out.parent} does not exist: create it or give another --out")
-    if config.demos < 1 or config.steps < 1 or config.frame_every < 1:
-        raise UserError("--demos, --steps and --frame-every must be at least 1")
-    if config.batch < PROCESSES or config.batch % PROCESSES:
-        raise UserError(
-            f"--batch {config.batch} must be a multiple of {PROCESSES}, the processes that share it"
-        )
-    if not 0.0 < config.pace <= 1.0:
-        raise UserError(
-            f"--pace {config.pace} must lie above 0 and be at most 1, the scripted expert's own "
-            "speed"
-        )
+    vocabulary = out.with_name(vocabulary.name)
+    require(
+        out.parent.is_dir(),
+        f"the folder {out.parent} does not exist: create it or give another --out",
+    )
+
+    # Let the experts act, half of a task's demonstrations in each job.
     started = time.monotonic()
     tasks = config.tasks or ("button-press-topdown", *metaworld.DEFAULT_TASKS)
-    env_spec = metaworld.spec(tasks, IMAGE_SIZE)
-    family = models.files(config.model)
+    spec = metaworld.spec(tasks, IMAGE_SIZE)
     seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)
     jobs = [
-        (env_spec.tasks, task, seeds + first, min(half, config.demos - first), config)
-        for task in range(len(env_spec.tasks))
+        (spec.tasks, task, seeds + first, min(half, config.demos - first), config)
+        for task in range(len(spec.tasks))
         for first in range(0, config.demos, half)
     ]
     with mp.get_context("spawn").Pool(PROCESSES) as pool:
-        frames = [frame for part in pool.map(demonstrate, jobs, chunksize=1) for frame in part]
-    if not frames:
-        raise UserError(
-            "no demonstration succeeded: choose other --tasks, a higher --pace or less "
-            "--action-noise"
-        )
-    task, image, state, actions = (np.stack(column) for column in zip(*frames, strict=True))
-    low = np.quantile(state, 0.01, axis=0)
-    high = np.quantile(state, 0.99, axis=0)
-    print(
-        f"{len(frames)} frames of {config.demos} demonstrations per task in "
-        f"{time.monotonic() - started:.0f} s"
+        frames = sum(pool.map(demonstrate, jobs, chunksize=1), [])
+    require(
+        frames,
+        "no demonstration succeeded: choose other --tasks, a higher --pace or less --action-noise",
     )
+    seconds = f"{time.monotonic() - started:.0f} s"
+    print(f"{len(frames)} frames of {config.demos} demonstrations per task in {seconds}")
 
-    vocabulary = out.with_name(vocabulary.name)
-    tokenize.train_vocabulary(
-        [family.wording(task) for task in metaworld.PROMPTS.values()], vocabulary
-    )
+    # Make the vocabulary, the model and the statistics that go with it.
+    family = models.files(config.model)
+    words = [family.wording(task) for task in metaworld.PROMPTS.values()]
+    tokenize.train_vocabulary(words, vocabulary)
     torch.manual_seed(config.seed)
-    model = family.embedded(config.model, str(vocabulary)).share_memory()  # rank 0 trains this one
-    stats = {"state_low": low.tolist(), "state_high": high.tolist()}
+    model = family.embedded(config.model, str(vocabulary)).share_memory()
+    states = np.stack([state for _, _, state, _ in frames])
+    low, high = (np.quantile(states, share, axis=0).tolist() for share in (0.01, 0.99))
+    stats = {"state_low": low, "state_high": high}
     header = checkpoint.Header(config.model, asdict(model.config), stats)
+
+    # Turn frames into what the model sees, and train.
     preparation = family.preparation(header, str(vocabulary))
-    rows = [
-        preparation.observe(i, s, env_spec.prompts[k])
-        for i, s, k in zip(image, state, task, strict=True)
-    ]
-    data = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {"actions": actions}
-    data = {name: torch.from_numpy(x).share_memory_() for name, x in data.items()}
+    rows = []
+    for task, image, state, actions in frames:
+        row = preparation.observe(image, state, spec.prompts[task])
+        rows.append(row | {"actions": actions})
+    data = {
+        name: torch.from_numpy(np.stack([row[name] for row in rows])).share_memory_()
+        for name in rows[0]
+    }
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(fit, (model, data, config, f"{folder}/rendezvous"), PROCESSES)
     checkpoint.save(out, header, model.half().state_dict())

@@ -31,23 +31,9 @@ class Ranks:
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
 
     def sum_gradients(self, parameters: list[Tensor]) -> None:
-        """Sums gradients over ranks, as one flat tensor. The loss is already divided by the global
-        count.
-
-        A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then
-        keeps none. It may have one on some ranks only, where others' groups were all filtered
-        (GRPO): theirs counts as 0.
-        """
-        if not self.several:
-            return
-        has = parameters[0].new_tensor([p.grad is not None for p in parameters])
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([has, *(grad.flatten() for grad in grads)])
-        dist.all_reduce(flat)
-        has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
-        for parameter, part, somewhere in zip(parameters, parts, has.tolist(), strict=True):
-            if somewhere:
-                parameter.grad = part.view_as(parameter).clone()
+        """Sums gradients over ranks. The loss is already divided by the global count."""
+        if self.several:
+            sum_gradients(parameters)
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Returns the sums over ranks."""
@@ -73,3 +59,20 @@ class Ranks:
         if self.several:
             dist.barrier()
             dist.destroy_process_group()
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Sums gradients over the processes of torch.distributed's group, as one flat tensor.
+
+    A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then keeps
+    none. It may have one on some ranks only, where others' groups were all filtered (GRPO): theirs
+    counts as 0.
+    """
+    has = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([has, *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, part, somewhere in zip(parameters, parts, has.tolist(), strict=True):
+        if somewhere:
+            parameter.grad = part.view_as(parameter).clone()

@@ -1,14 +1,15 @@
-"""A policy that only takes time: inference and training sleep. `libero.py`, `gr00t.py` and
-`maniskill.py` derive for how long.
+"""Sleeps as long as inference and training took: `--model emulated`, for the simulators beside it.
 
-A fifth of the time of inference for all envs is independent of the number of samples. More devices
-for a phase, by placement or ratio, divide its times; of `--ratio 1:1`, colocated has twice the
-devices in either phase. Several actor workers share theirs. Weights mean nothing and never change,
-but have as many bytes as their way through the weight plane is to take time for. Where simulation
-takes no time (`--tasks 0`), neither do inference and training.
+`libero.py`, `gr00t.py` and `maniskill.py` derive for how long. A fifth of the time of inference for
+all envs does not depend on the number of samples. More devices for a phase, by placement or ratio,
+divide its times; against `--ratio 1:1`, colocated has twice the devices in either phase. Several
+actor workers share theirs. Weights mean nothing and never change, but there are as many bytes of
+them as their way through the weight plane is to take time for. Where simulation takes no time
+(`--tasks 0`), inference and training take none either.
 """
 
 import time
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +17,32 @@ from torch import Tensor, nn
 from benchmarks.emulated import gr00t, libero, maniskill
 from models.checkpoint import Header
 
-COSTS = {
-    "emulated_gr00t": gr00t,
-    "vectorised": maniskill,
-}  # of a simulator; libero.py's for all others
+# Of a simulator; libero.py's for all others.
+COSTS = {"emulated_gr00t": gr00t, "vectorised": maniskill}
+
+
+class Times(NamedTuple):
+    """Seconds."""
+
+    infer_base: float  # of one inference
+    infer_each: float  # of each sample besides
+    train_each: float  # of training one sample, a chunk step
 
 
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
-    picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     costs = COSTS.get(config.train.env, libero)
     for_rollout, for_actor = libero.devices(config.train.parts, config.train.placement)
     infer = costs.INFER_ALL / for_rollout
     train = costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
     if config.train.tasks == ("0",):
-        infer = train = 0.0
-    times = (
+        infer = 0.0
+        train = 0.0
+    times = Times(
         costs.INFER_FIXED * infer,
         (1 - costs.INFER_FIXED) * infer / costs.ENVS,
         train / costs.ENVS,
     )
+    picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     return Emulated(picture, config.rollout.chunk, env_spec.action_dim, times, costs.WEIGHTS)
 
 
@@ -58,27 +66,21 @@ class Preparation:
 
 
 class Emulated(nn.Module):
+    """A policy that returns zeros, after a while."""
+
     COMPILED = ()
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
     def __init__(
-        self,
-        picture: tuple[int, ...],
-        chunk: int,
-        action_dim: int,
-        times: tuple[float, float, float],
-        weights: int,
+        self, picture: tuple[int, ...], chunk: int, action_dim: int, times: Times, weights: int
     ):
-        """times: seconds of one inference, of each sample besides, and of training one sample (a
-        chunk step); weights: bytes.
-        """
+        """picture: shape of an observation; weights: bytes."""
         super().__init__()
         self.picture = picture
-        self.weights = nn.Parameter(
-            torch.zeros(weights // 4)
-        )  # without a gradient, so no optimizer touches it
+        self.times = times
+        # They have no gradient, so no optimizer touches them.
+        self.weights = nn.Parameter(torch.zeros(weights // 4))
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
-        self.infer_base, self.infer_each, self.train_each = times
 
     def observation_fields(self) -> dict:
         return {"image": (self.picture, torch.uint8)}
@@ -94,13 +96,13 @@ class Emulated(nn.Module):
 
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        wait(self.infer_base + n * self.infer_each)
+        wait(self.times.infer_base + n * self.times.infer_each)
         zeros = self.action.expand(n, -1, -1)
         return {"actions": zeros, "logprob": zeros, "value": zeros[:, 0, 0]}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
-        wait(n * self.train_each)
+        wait(n * self.times.train_each)
         zero = self.action.sum() * 0.0
         return {
             "logprob": zero.expand(n, *self.action.shape),
