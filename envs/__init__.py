@@ -290,7 +290,7 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
         f"{where} has {len(spec.tasks)} tasks and {len(spec.prompts)} prompts: it needs one prompt "
         "per task, and a task",
     )
-    for field in ("views", "image_size", "state_dim", "action_dim", "horizon"):
+    for field in ("views", "state_dim", "action_dim", "horizon"):
         value = spec._asdict()[field]
         require(
             isinstance(value, int) and value > 0,
@@ -301,14 +301,12 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
         f"{where} compares {spec.compares!r}: choose {' or '.join(get_args(Compared))}",
     )
     try:
-        bounds = [np.broadcast_to(bound, spec.state_dim).tolist() for bound in spec.state_range]
-        low, high = bounds
-        ordered = all(np.less(low, high))
-    except (ValueError, TypeError):
-        ordered = False
+        low, high = (np.broadcast_to(bound, spec.state_dim) for bound in spec.state_range)
+    except (ValueError, TypeError):  # another number of them, or none at all
+        low = high = np.zeros(1)
     require(
-        ordered,
+        (low < high).all(),
         f"{where} has state_range {spec.state_range!r}: it must be the lowest and the highest "
         f"usual state, {spec.state_dim} numbers each",
     )
-    return spec._replace(state_range=(tuple(low), tuple(high)))
+    return spec._replace(state_range=(tuple(low.tolist()), tuple(high.tolist())))

@@ -109,20 +109,19 @@ class SingleLane(Lane):
     def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
         if self.over[0]:
             return Outcome([0.0], [False], [False], [False], 0)
-        reward = 0.0
-        before = taken = self.taken[0]
+        total = 0.0
+        taken = before = self.taken[0]
         for action in plans[0]:
-            step = self.env.step(action)
-            reward = reward + step.reward
+            reward, success, failed = self.env.step(action)
+            total = total + reward
             taken = taken + 1
-            if step.success or step.failed or taken >= horizon:
+            if success or failed or taken >= horizon:
                 break
-        failed = bool(step.failed)
-        won = bool(step.success) and not failed
-        late = taken >= horizon and not won and not failed
+        won = bool(success and not failed)
+        late = not success and not failed and taken >= horizon
         self.taken[0] = taken
-        self.over[0] = won or failed or late
-        return Outcome([float(reward)], [won], [failed], [late], taken - before)
+        self.over[0] = won or bool(failed) or late
+        return Outcome([float(total)], [won], [bool(failed)], [late], taken - before)
 
     def close(self) -> None:
         self.env.close()

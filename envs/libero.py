@@ -127,18 +127,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 # ---------------------------------------------------------------- LIBERO's own code
 
 
-class Original(NamedTuple):
-    """What is used of LIBERO and robosuite."""
-
-    problems: dict[str, type]  # LIBERO's classes of scenes
-    parser: types.ModuleType  # of its task files
-    controller_config: object  # a function: the settings of a controller
-    simulator: type  # robosuite's around MuJoCo's
-    no_room: type[Exception]  # objects did not fit
-
-
 @cache
-def original() -> Original:
+def original() -> None:
     """Imports LIBERO, with stand-ins for what it would import and never needs here.
 
     matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
@@ -152,39 +142,39 @@ def original() -> Original:
     sys.modules |= added
     device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
     try:
-        from libero.libero.envs import TASK_MAPPING, bddl_utils
-        from robosuite.controllers import load_controller_config
-        from robosuite.utils.binding_utils import MjSim
-        from robosuite.utils.errors import RandomizationError
+        importlib.import_module("libero.libero.envs")
     finally:
         for name in added:
             del sys.modules[name]
         if device is not None:
             os.environ["MUJOCO_EGL_DEVICE_ID"] = device
-    return Original(TASK_MAPPING, bddl_utils, load_controller_config, MjSim, RandomizationError)
 
 
 def build_problem(task: str, image_size: int, quality: str):
     """Builds LIBERO's env of a task, which compiles the model. The user's random numbers stay."""
-    libero = original()
+    original()
+    from libero.libero.envs import TASK_MAPPING, bddl_utils
+    from robosuite.controllers import load_controller_config
+    from robosuite.utils.errors import RandomizationError
+
     file = str(FOLDER / "bddl_files" / suite_of(task) / f"{task}.bddl")
-    kind = libero.problems[libero.parser.get_problem_info(file)["problem_name"]]
+    kind = TASK_MAPPING[bddl_utils.get_problem_info(file)["problem_name"]]
     if quality == "fast":
         kind = thinned(kind, image_size)
+    settings = {
+        "robots": ["Panda"],
+        "controller_configs": load_controller_config(default_controller="OSC_POSE"),
+        "initialization_noise": None,
+        "use_camera_obs": False,
+        "has_offscreen_renderer": False,
+        "hard_reset": False,
+    }
     random = np.random.get_state()
     np.random.seed(0)
     try:
         while True:
-            with contextlib.suppress(libero.no_room):  # then LIBERO draws again
-                return kind(
-                    file,
-                    robots=["Panda"],
-                    controller_configs=libero.controller_config(default_controller="OSC_POSE"),
-                    initialization_noise=None,
-                    use_camera_obs=False,
-                    has_offscreen_renderer=False,
-                    hard_reset=False,
-                )
+            with contextlib.suppress(RandomizationError):  # objects did not fit: LIBERO draws again
+                return kind(file, **settings)
     finally:
         np.random.set_state(random)
         drawing.give_back_memory()
@@ -192,6 +182,7 @@ def build_problem(task: str, image_size: int, quality: str):
 
 def thinned(kind: type, image_size: int) -> type:
     """The class of a scene whose textures and meshes are thinned to what a frame can show."""
+    from robosuite.utils.binding_utils import MjSim
 
     class Thinned(kind):
         def _initialize_sim(self, xml_string=None):
@@ -203,7 +194,7 @@ def thinned(kind: type, image_size: int) -> type:
 
             texels = max(TEXELS * image_size, FILM)
             xml, files = drawing.thin_assets(self.model.get_xml(), texels, cell)
-            self.sim = original().simulator(mujoco.MjModel.from_xml_string(xml, files))
+            self.sim = MjSim(mujoco.MjModel.from_xml_string(xml, files))
             self.sim.forward()
             self.initialize_time(self.control_freq)
 

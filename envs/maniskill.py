@@ -32,18 +32,16 @@ import numpy as np
 import torch
 
 import envs
-from config import ROOT, UserError
+from config import ROOT, UserError, require
 from envs import EnvSpec, Step
 
 if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
     raise ModuleNotFoundError("No module named 'mani_skill'", name="mani_skill")
 
-os.environ.setdefault(
-    "LP_NUM_THREADS", "0"
-)  # software rasteriser: processes scale, its threads only fight
-SOFTWARE_VULKAN = (
-    Path(sys.prefix) / "lavapipe" / "icd.json"
-)  # where setup.sh puts a newer one than the system's
+# Of the software rasteriser: processes scale, its threads only fight.
+os.environ.setdefault("LP_NUM_THREADS", "0")
+# Where setup.sh puts a newer one than the system's.
+SOFTWARE_VULKAN = Path(sys.prefix) / "lavapipe" / "icd.json"
 
 
 class Task(NamedTuple):
@@ -71,8 +69,7 @@ PUT_ON_PLATE = {
 DEFAULT_TASKS = ("PickCube-v1",)
 HORIZON = 80  # control steps (RLinf, RL-VLA³); ManiSkill's own limits are 50
 ACTIONS = 7
-# States that an untrained model takes for -1 and 1: the Panda's angles around where it starts,
-# radians; its fingers, metres.
+# The Panda's angles around where it starts, radians; its fingers, metres.
 STATE_RANGE = (
     (-1.0, -1.0, -1.0, -2.8, -1.0, 1.2, -0.5, 0.0, 0.0),
     (1.0, 1.4, 1.0, -1.0, 1.0, 3.4, 2.0, 0.04, 0.04),
@@ -80,58 +77,56 @@ STATE_RANGE = (
 
 
 def plate_assets() -> tuple[Path, Path, Path]:
-    """RLinf's things, plates and tables; ManiSkill's stage and robot. Raises UserError when one is
-    missing.
+    """Finds RLinf's things, plates and tables, and ManiSkill's stage and robot. Raises UserError.
+
+    The two environment variables are ManiSkill's and RLinf's own.
     """
-    own = (
-        Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
-    )  # as ManiSkill itself has it
-    things = (
-        Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill")) / "carrot"
-    )  # as RLinf has it
+    own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
+    rlinf = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill"))
+    things = rlinf / "carrot"
     stage = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
     robot = own / "robots/widowx/wx250s.urdf"
+    data_set = "the Hugging Face data set RLinf/maniskill_assets"
+    download = "python -m mani_skill.utils.download_asset"
     for path, how in (
         (
             things / "more_carrot" / "model_db.json",
-            "set MANISKILL_ASSET_DIR to a copy of the Hugging Face data set RLinf/maniskill_assets",
+            f"set MANISKILL_ASSET_DIR to a copy of {data_set}",
         ),
-        (stage, "run `python -m mani_skill.utils.download_asset bridge_v2_real2sim`"),
-        (robot, "run `python -m mani_skill.utils.download_asset widowx250s`"),
+        (stage, f"run `{download} bridge_v2_real2sim`"),
+        (robot, f"run `{download} widowx250s`"),
     ):
-        if not path.is_file():
-            raise UserError(
-                f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}"
-            )
+        require(
+            path.is_file(),
+            f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}",
+        )
     return things, stage, robot
 
 
 def expand(name: str) -> dict[str, Task]:
-    """The tasks that a name stands for. Raises UserError."""
+    """Finds the tasks that a name stands for. Raises UserError."""
     if name in TASKS:
         return {name: TASKS[name]}
     suite, _, thing = name.partition("/")
-    if suite not in PUT_ON_PLATE:
-        raise UserError(
-            f"unknown ManiSkill task {name!r}: choose among {', '.join((*TASKS, *PUT_ON_PLATE))}"
-        )
-    folder, _, _ = plate_assets()
-    known, plates = (
-        json.loads((folder / kind / "model_db.json").read_text())
-        for kind in ("more_carrot", "more_plate")
+    require(
+        suite in PUT_ON_PLATE,
+        f"unknown ManiSkill task {name!r}: choose among {', '.join((*TASKS, *PUT_ON_PLATE))}",
     )
+    folder, _, _ = plate_assets()
+    known = json.loads((folder / "more_carrot" / "model_db.json").read_text())
+    plates = json.loads((folder / "more_plate" / "model_db.json").read_text())
     plate = next(iter(plates.values()))["name"]
-    tasks = {
-        f"{suite}/{key}": Task(
-            f"put {known[key]['name']} on {plate}", suite, {"thing": i}, 8, "3rd_view_camera"
-        )
-        for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]])
-    }
-    if thing and name not in tasks:
-        raise UserError(
-            f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}"
-        )
-    return {name: tasks[name]} if thing else tasks
+    tasks = {}
+    for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]]):
+        prompt = f"put {known[key]['name']} on {plate}"
+        tasks[f"{suite}/{key}"] = Task(prompt, suite, {"thing": i}, 8, "3rd_view_camera")
+    if not thing:
+        return tasks
+    require(
+        name in tasks,
+        f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}",
+    )
+    return {name: tasks[name]}
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
@@ -167,59 +162,52 @@ def place(device: torch.device) -> str:
 
 
 def make(simulator: str, image_size: int, count: int, device: torch.device):
-    """A ManiSkill env of `count` scenes that draws nothing unless asked."""
+    """Makes a ManiSkill env of `count` scenes that draws nothing unless asked."""
     import mani_skill.envs  # noqa: F401  registers the tasks
     from mani_skill.envs.utils.observations import parse_obs_mode_to_struct
     from mani_skill.utils.registration import REGISTERED_ENVS
 
+    sensors = {"shader_pack": "default"}
     options = {
         "num_envs": count,
         "obs_mode": "none",
         "reward_mode": "none",
         "sim_backend": f"physx_{place(device)}",
         "render_backend": f"sapien_{place(device)}",
-        "sensor_configs": {"shader_pack": "default"},
+        "sensor_configs": sensors,
     }
     if simulator in PUT_ON_PLATE:
         from envs.put_on_plate import PutOnPlate
 
-        things, stage, robot = plate_assets()
-        sim = PutOnPlate(things, stage, robot, *PUT_ON_PLATE[simulator], **options)
+        sim = PutOnPlate(*plate_assets(), *PUT_ON_PLATE[simulator], **options)
+        drawn = "rgb+segmentation"
     else:
-        options["sensor_configs"] |= {"width": image_size, "height": image_size}
-        sim = REGISTERED_ENVS[simulator].cls(
-            robot_uids="panda", control_mode="pd_ee_delta_pose", **options
-        )
-    # What `Envs.observe` asks for; a step still draws nothing.
-    sim.obs_mode_struct = parse_obs_mode_to_struct(
-        "rgb+segmentation" if simulator in PUT_ON_PLATE else "rgb"
-    )
+        sensors |= {"width": image_size, "height": image_size}
+        robot = {"robot_uids": "panda", "control_mode": "pd_ee_delta_pose"}
+        sim = REGISTERED_ENVS[simulator].cls(**robot, **options)
+        drawn = "rgb"
+    sim.obs_mode_struct = parse_obs_mode_to_struct(drawn)  # a step still draws nothing
     sim._hidden_objects.clear()  # PickCube's goal, which nothing but this ball shows
     return sim
 
 
 def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
-    """Starts episodes in some rows of a simulator, each from a seed of its own; BaseEnv.reset has
-    one seed for all of them.
+    """Starts episodes in some rows of a simulator, each from a seed of its own.
+
+    BaseEnv.reset has one seed for all of them.
     """
-
-    def only(rows: list[int]) -> torch.Tensor:
-        mask = torch.zeros(sim.num_envs, dtype=torch.bool, device=sim.device)
-        mask[torch.tensor(rows, device=sim.device)] = True
-        return mask
-
-    sim.scene._reset_mask = these = only(rows)  # whatever is set, is set in these rows alone
+    # Whatever is set, is set in these rows alone.
+    sim.scene._reset_mask = these = mask_of(sim, rows)
     sim._elapsed_steps[these] = 0
     sim._clear_sim_state()
     sim.agent.reset()
     with torch.random.fork_rng(devices=[sim.device] if sim.device.type == "cuda" else []):
         for row, seed in zip(rows, seeds, strict=True):
-            sim.scene._reset_mask = only([row])
+            sim.scene._reset_mask = mask_of(sim, [row])
             torch.manual_seed(seed)
             sim._batched_episode_rng[row] = sim._episode_rng = np.random.RandomState(seed)
-            sim._initialize_episode(
-                torch.tensor([row], device=sim.device), {"seeds": [seed], **episode}
-            )
+            index = torch.tensor([row], device=sim.device)
+            sim._initialize_episode(index, {"seeds": [seed], **episode})
     if sim.gpu_sim_enabled:
         sim.scene._gpu_apply_all()
         sim.scene.px.gpu_update_articulation_kinematics()
@@ -229,31 +217,36 @@ def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
     sim.scene._reset_mask = torch.ones_like(these)
 
 
+def mask_of(sim, rows: list[int]) -> torch.Tensor:
+    mask = torch.zeros(sim.num_envs, dtype=torch.bool, device=sim.device)
+    mask[torch.tensor(rows, device=sim.device)] = True
+    return mask
+
+
 def squeeze(pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, H, W, 3] uint8 → [N, size, size, 3]: a wide picture becomes narrow, as OpenVLA's
-    preparation has it.
+    """[N, H, W, 3] uint8 → [N, size, size, 3].
+
+    A wide picture becomes narrow, as OpenVLA's preparation has it.
     """
-    small = torch.nn.functional.interpolate(
-        pictures.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True
-    )
+    pixels = pictures.permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class Envs(envs.Envs):
-    """`count` envs of one lane. Simulators are made when a task is first played: on a GPU one per
-    task, else one per task and row.
+    """The envs of one lane. Simulators are made when a task is first played.
 
-    Raises UserError where nothing can draw.
+    On a GPU there is one per task, else one per task and row. Raises UserError where nothing can
+    draw.
     """
 
     def __init__(
         self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device
     ):
-        super().__init__(tasks, image_size, count, device)
-        self.device = torch.device(device)
-        self.tasks = [expand(name)[name] for name in tasks]
+        super().__init__(tasks, image_size, count, torch.device(device))
+        self.known = [expand(name)[name] for name in tasks]
         check_drawing(self.device)
-        self.states = max(task.joints for task in self.tasks)
+        self.joints = max(task.joints for task in self.known)
         self.sims = {}  # by (name,) or (name, row)
         self.playing: dict[tuple, list[int]] = {}  # rows of the lane that each simulator plays
         self.index: dict[tuple, torch.Tensor] = {}  # the same, on the device
@@ -262,19 +255,19 @@ class Envs(envs.Envs):
         """Starts episodes of a task in some rows. seeds: below 2³², one per row."""
         for played in self.playing.values():
             played[:] = [row for row in played if row not in rows]
+        chosen = self.known[task]
         single = self.device.type == "cpu"
-        name = self.tasks[task].simulator
-        for key, own in (
-            [((name, row), [row]) for row in rows] if single else [((name,), list(rows))]
-        ):
+        groups = [((chosen.simulator,), list(rows), seeds)]
+        if single:
+            groups = [
+                ((chosen.simulator, row), [row], [seed])
+                for row, seed in zip(rows, seeds, strict=True)
+            ]
+        for key, own, drawn in groups:
             if key not in self.sims:
-                self.sims[key] = make(name, self.size, 1 if single else self.count, self.device)
-            begin(
-                self.sims[key],
-                [0] if single else own,
-                [seeds[rows.index(row)] for row in own],
-                self.tasks[task].episode,
-            )
+                scenes = 1 if single else self.count
+                self.sims[key] = make(chosen.simulator, self.size, scenes, self.device)
+            begin(self.sims[key], [0] if single else own, drawn, chosen.episode)
             self.playing[key] = sorted(self.playing.get(key, []) + own)
         self.playing = {key: own for key, own in self.playing.items() if own}
         self.index = {
@@ -286,9 +279,7 @@ class Envs(envs.Envs):
         return values if len(values) == len(self.index[key]) else values[self.index[key]]
 
     def step(self, actions: torch.Tensor) -> Step:
-        """actions [N, 7] float32. Returns reward [N] float32 and success [N] bool. Rows never reset
-        stay as they are.
-        """
+        """actions [N, 7] float32. Rows never reset stay as they are."""
         success = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         actions = actions.to(self.device, torch.float32)
         for key, index in self.index.items():
@@ -298,22 +289,17 @@ class Envs(envs.Envs):
         return Step(success.float(), success)
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """images [N, 1, H, W, 3] uint8 and states [N, S] float32, on the device: the only thing
-        that draws.
-        """
-        images = torch.zeros(
-            self.count, 1, self.size, self.size, 3, dtype=torch.uint8, device=self.device
-        )
-        states = torch.zeros(self.count, self.states, device=self.device)
+        """Pictures [N, 1, H, W, 3] and states [N, S], on the device: the only thing that draws."""
+        shape = (self.count, 1, self.size, self.size, 3)
+        images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        states = torch.zeros(self.count, self.joints, device=self.device)
         for key, index in self.index.items():
             sim = self.sims[key]
-            camera = next(task.camera for task in self.tasks if task.simulator == key[0])
+            camera = next(task.camera for task in self.known if task.simulator == key[0])
             pictures = self._at(key, sim._get_obs_sensor_data()[camera]["rgb"])
-            images[index, 0] = (
-                pictures
-                if pictures.shape[1:3] == images.shape[2:4]
-                else squeeze(pictures, self.size)
-            )
+            if pictures.shape[1:3] != images.shape[2:4]:
+                pictures = squeeze(pictures, self.size)
+            images[index, 0] = pictures
             joints = self._at(key, sim.agent.robot.get_qpos()).float()
             states[index, : joints.shape[1]] = joints
         return images, states

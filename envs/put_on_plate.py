@@ -30,27 +30,20 @@ from mani_skill.utils.structs.types import SimConfig
 CAMERA = "3rd_view_camera"
 PICTURE = (480, 640)  # rows, columns: the camera's and the tables'
 ROBOT = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
-JOINTS = (
-    -0.01840777,
-    0.0398835,
-    0.22242722,
-    -0.00460194,
-    1.36524296,
-    0.00153398,
-    0.037,
-    0.037,
-)  # radians; fingers in metres
+ARM = (-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398)  # radians
+JOINTS = (*ARM, 0.037, 0.037)  # fingers in metres
 HEIGHT = 0.90  # metres, from which thing and plate drop onto the table (0.87)
-# places: 6 × 6 within 7.5 cm of the centre,
+# Places are 6 × 6 within REACH of the centre, and of these the pairs farther apart; metres.
 CENTRE = np.array([-0.16, 0.0])
 REACH = 0.075
 GRID = np.linspace(-1.0, 1.0, 6)
-APART = 0.070  # and of these the pairs farther apart, metres
+APART = 0.070
 TURNS = np.pi / 4 * np.arange(4)  # radians, of the thing about the vertical
-# success: metres beyond the plate's rim, metres above it, newtons between the two
-BESIDE = 0.01
-ABOVE = 0.05
-FORCE = 0.03
+UPRIGHT = [1.0, 0.0, 0.0, 0.0]  # quaternion (w, x, y, z)
+# Of a success.
+BESIDE = 0.01  # metres beyond the plate's rim, at most
+ABOVE = 0.05  # metres above it, at most
+FORCE = 0.03  # newtons between the two, more
 
 
 def places() -> np.ndarray:
@@ -61,14 +54,12 @@ def places() -> np.ndarray:
 
 
 def models(folder: Path) -> dict[str, dict]:
-    """Of a folder of things, plates or tables: what its model_db.json says of each, in order."""
+    """Reads what model_db.json says of each thing, plate or table of a folder, in order."""
     return json.loads((folder / "model_db.json").read_text())
 
 
 class PutOnPlate(BaseEnv):
-    """folder: RLinf's assets; stage, robot: ManiSkill's; things, tables: which of RLinf's to play
-    with.
-    """
+    """RLinf's task on ManiSkill's own engine."""
 
     SUPPORTED_OBS_MODES = ("none",)
     SUPPORTED_REWARD_MODES = ("none",)
@@ -76,22 +67,20 @@ class PutOnPlate(BaseEnv):
     def __init__(
         self, folder: Path, stage: Path, robot: Path, things: slice, tables: slice, **kwargs
     ):
+        """folder: RLinf's assets. stage, robot: ManiSkill's. things, tables: which to play with."""
         self.folder = folder
         self.stage = stage
         self.known = dict(list(models(folder / "more_carrot").items())[things])
-        self.known_plates = dict(list(models(folder / "more_plate").items())[:1])
+        pictures = folder / "more_table" / "imgs"
         names = list(models(folder / "more_table"))[tables]
-        self.tables = torch.from_numpy(
-            np.stack(
-                [imageio.imread(folder / "more_table" / "imgs" / name)[..., :3] for name in names]
-            )
-        )
-        if tuple(self.tables.shape[1:3]) != PICTURE:
+        found = np.stack([imageio.imread(pictures / name)[..., :3] for name in names])
+        self.tables = torch.from_numpy(found)
+        if found.shape[1:3] != PICTURE:
             pixels = self.tables.permute(0, 3, 1, 2).float()
-            self.tables = torch.nn.functional.interpolate(
+            pixels = torch.nn.functional.interpolate(
                 pixels, PICTURE, mode="bilinear", antialias=True
             )
-            self.tables = self.tables.round().to(torch.uint8).permute(0, 2, 3, 1)
+            self.tables = pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
         self.places = places()
         WidowX250SBridgeDatasetFlatTable.urdf_path = str(robot)
         super().__init__(robot_uids=WidowX250SBridgeDatasetFlatTable, **kwargs)
@@ -104,29 +93,22 @@ class PutOnPlate(BaseEnv):
         super()._load_agent(options, sapien.Pose([0.127, 0.060, 0.85], [0, 0, 0, 1]))
 
     def _build(self, name: str, facts: dict, folder: Path, aside: list[float]):
-        """A thing or plate. Keeps half of its size, metres."""
+        """Builds a thing or plate. Returns it and half of its size [3], metres."""
         scale = facts.get("scale", [1.0])[0]
         builder = self.scene.create_actor_builder()
-        rough = sapien.physx.PhysxMaterial(
-            static_friction=1.0, dynamic_friction=1.0, restitution=0.0
-        )
         builder.add_multiple_convex_collisions_from_file(
             str(folder / name / "collision.obj"),
             scale=[scale] * 3,
-            material=rough,
+            material=sapien.physx.PhysxMaterial(1.0, 1.0, 0.0),  # two frictions, no restitution
             density=facts.get("density", 1000),
         )
-        looks = next(
-            path
-            for path in (folder / name / f"textured.{kind}" for kind in ("obj", "dae", "glb"))
-            if path.exists()
-        )
+        looks = [folder / name / f"textured.{kind}" for kind in ("obj", "dae", "glb")]
+        looks = next(path for path in looks if path.exists())
         builder.add_visual_from_file(str(looks), scale=[scale] * 3)
         builder.initial_pose = sapien.Pose(aside)
-        half = torch.tensor(
-            np.subtract(facts["bbox"]["max"], facts["bbox"]["min"]) * scale / 2, dtype=torch.float32
-        )
-        return builder.build(name=name), half.to(self.device)
+        half = np.subtract(facts["bbox"]["max"], facts["bbox"]["min"]) * scale / 2
+        half = torch.tensor(half, dtype=torch.float32, device=self.device)
+        return builder.build(name=name), half
 
     def _load_scene(self, options: dict):
         for robot in self.agent.robot._objs:
@@ -137,27 +119,23 @@ class PutOnPlate(BaseEnv):
         builder.add_visual_from_file(str(self.stage), pose=pose)
         builder.initial_pose = sapien.Pose([2.0634, 2.8313, 0.0])
         builder.build_static(name="arena")
-        self.aside = [
-            [1.0, 0.3 * i, 1.0] for i in range(len(self.known))
-        ]  # where the things wait that are not the row's
+        # Where the things wait that are not the row's.
+        self.aside = [[1.0, 0.3 * i, 1.0] for i in range(len(self.known))]
+        folder = self.folder / "more_carrot"
         built = [
-            self._build(name, facts, self.folder / "more_carrot", aside)
+            self._build(name, facts, folder, aside)
             for (name, facts), aside in zip(self.known.items(), self.aside, strict=True)
         ]
-        # [things, 3]
         self.things = [thing for thing, _ in built]
-        self.halves = torch.stack([half for _, half in built])
-        (name, facts) = next(iter(self.known_plates.items()))
-        self.plate, self.plate_half = self._build(
-            name, facts, self.folder / "more_plate", [2.0, 0.0, 1.0]
-        )
-        rows = {"device": self.device, "dtype": torch.long}
-        # [N] which
-        self.thing = torch.zeros(self.num_envs, **rows)
-        self.table = torch.zeros(self.num_envs, **rows)
-        self.thing_half = torch.zeros(
-            self.num_envs, 3, device=self.device
-        )  # [N, 3] of the box around it, along the world's axes
+        self.halves = torch.stack([half for _, half in built])  # [things, 3]
+        folder = self.folder / "more_plate"
+        name, facts = next(iter(models(folder).items()))
+        self.plate, self.plate_half = self._build(name, facts, folder, [2.0, 0.0, 1.0])
+        # Of each row: which thing and table, and half of the box around the thing, along the
+        # world's axes.
+        self.thing = torch.zeros(self.num_envs, device=self.device, dtype=torch.long)
+        self.table = torch.zeros_like(self.thing)
+        self.thing_half = torch.zeros(self.num_envs, 3, device=self.device)
         self.tables = self.tables.to(self.device)
 
     def _load_lighting(self, options: dict):
@@ -171,49 +149,46 @@ class PutOnPlate(BaseEnv):
         self.in_front = torch.tensor(in_front, dtype=torch.int16, device=self.device)
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
-        """One row, or when ManiSkill makes its scenes all of them. options: seeds [rows], thing."""
+        """Begins one row, or when ManiSkill makes its scenes all of them.
+
+        options: seeds [rows], thing. Poses are the same in all rows whose turn it is, which is all
+        that ManiSkill's own first reset needs.
+        """
+        chosen = options.get("thing", 0)
         for row, seed in zip(env_idx.tolist(), options.get("seeds", env_idx.tolist()), strict=True):
             draw = np.random.default_rng(seed)
-            self.thing[row] = options.get("thing", 0)
+            self.thing[row] = chosen
             self.table[row] = int(draw.integers(len(self.tables)))
             (x, y), (plate_x, plate_y) = self.places[draw.integers(len(self.places))]
             turn = TURNS[draw.integers(len(TURNS))]
-        # Poses are the same in all rows whose turn it is, which is all that ManiSkill's own first
-        # reset needs.
         self.agent.reset(init_qpos=np.array([JOINTS]))
         self.agent.robot.set_pose(ROBOT)
-        chosen = options.get("thing", 0)
-        upright = [1.0, 0.0, 0.0, 0.0]
         turned = [float(np.cos(turn / 2)), 0.0, 0.0, float(np.sin(turn / 2))]
         for i, thing in enumerate(self.things):
-            thing.set_pose(
-                sapien.Pose([x, y, HEIGHT], turned)
-                if i == chosen
-                else sapien.Pose(self.aside[i], upright)
-            )
-        self.plate.set_pose(sapien.Pose([plate_x, plate_y, HEIGHT], upright))
+            pose = sapien.Pose(self.aside[i], UPRIGHT)
+            if i == chosen:
+                pose = sapien.Pose([x, y, HEIGHT], turned)
+            thing.set_pose(pose)
+        self.plate.set_pose(sapien.Pose([plate_x, plate_y, HEIGHT], UPRIGHT))
         axes = quaternion_to_matrix(torch.tensor(turned, device=self.device)).abs()
         self.thing_half[env_idx] = axes @ self.halves[chosen]
 
     def evaluate(self) -> dict:
-        """The thing is over the plate, near it, and they touch."""
+        """Finds success: the thing is over the plate, near it, and they touch."""
         rows = torch.arange(self.num_envs, device=self.device)
+        touch = self.scene.get_pairwise_contact_forces
         where = torch.stack([thing.pose.p for thing in self.things])[self.thing, rows]  # [N, 3]
-        force = torch.stack(
-            [self.scene.get_pairwise_contact_forces(thing, self.plate) for thing in self.things]
-        )[self.thing, rows]
+        force = torch.stack([touch(thing, self.plate) for thing in self.things])[self.thing, rows]
         offset = where - self.plate.pose.p
         beside = torch.linalg.norm(offset[:, :2], dim=1) <= self.plate_half.max() + BESIDE
-        above = (offset[:, 2] > 0) & (
-            offset[:, 2] - self.plate_half[2] - self.thing_half[:, 2] <= ABOVE
-        )
+        gap = offset[:, 2] - self.plate_half[2] - self.thing_half[:, 2]
+        above = (offset[:, 2] > 0) & (gap <= ABOVE)
         return {"success": beside & above & (torch.linalg.norm(force, dim=1) > FORCE)}
 
     def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict:
         seen = super()._get_obs_sensor_data(apply_texture_transforms)
         picture = seen[CAMERA]
-        front = torch.isin(
-            picture["segmentation"], self.in_front.to(picture["segmentation"].dtype)
-        )  # [N, H, W, 1]
+        kinds = picture["segmentation"]  # [N, H, W, 1]
+        front = torch.isin(kinds, self.in_front.to(kinds.dtype))
         picture["rgb"] = torch.where(front, picture["rgb"], self.tables[self.table])
         return seen

@@ -4,10 +4,10 @@ lane.
 RoboCasa needs robosuite 1.5 and so an environment of its own, since LIBERO needs 1.4; there, `--env
 robocasa` is all:
 
-    python3 -m venv .venv-robocasa && source .venv-robocasa/bin/activate && pip install -r
-    requirements-robocasa.txt
-    pip install -e ROBOSUITE -e ROBOCASA    # clones of github.com/ARISE-Initiative/robosuite (its
-                                            master) and robocasa/robocasa
+    python3 -m venv .venv-robocasa && source .venv-robocasa/bin/activate
+    pip install -r requirements-robocasa.txt
+    # clones of github.com/ARISE-Initiative/robosuite (its master) and robocasa/robocasa
+    pip install -e ROBOSUITE -e ROBOCASA
     python -m robocasa.scripts.download_kitchen_assets       # about 10 GB
     python train.py --env robocasa --tasks CloseDrawer --image-size 224
 
@@ -30,7 +30,7 @@ import re
 import numpy as np
 
 import envs
-from config import UserError
+from config import UserError, require
 from envs import EnvSpec, Step
 
 for package in ("robosuite", "robocasa"):  # imported where they are used: that takes seconds
@@ -38,116 +38,72 @@ for package in ("robosuite", "robocasa"):  # imported where they are used: that 
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
 
 os.environ.setdefault("MUJOCO_GL", "egl")
-os.environ.setdefault(
-    "LP_NUM_THREADS", "0"
-)  # software rasteriser: processes scale, its threads only fight
+# Of the software rasteriser: processes scale, its threads only fight.
+os.environ.setdefault("LP_NUM_THREADS", "0")
 
 ROBOT = "PandaOmron"
 VIEWS = ("robot0_agentview_left", "robot0_eye_in_hand")
-# robosuite's observations, in RLinf's order; metres, quaternions (x, y, z, w), metres per second
+# robosuite's observations, in RLinf's order, and the lowest and highest usual numbers of each in
+# any kitchen: metres, quaternions (x, y, z, w), metres per second.
 STATE = {
-    "robot0_eef_pos": 3,
-    "robot0_eef_quat": 4,
-    "robot0_gripper_qpos": 2,
-    "robot0_gripper_qvel": 2,
-    "robot0_base_to_eef_pos": 3,
-    "robot0_base_to_eef_quat": 4,
-    "robot0_base_pos": 3,
-    "robot0_base_quat": 4,
+    "robot0_eef_pos": ((0.0, -6.0, 0.5), (6.0, 0.0, 2.0)),
+    "robot0_eef_quat": ((-1.0,) * 4, (1.0,) * 4),
+    "robot0_gripper_qpos": ((-0.05,) * 2, (0.05,) * 2),
+    "robot0_gripper_qvel": ((-0.2,) * 2, (0.2,) * 2),
+    "robot0_base_to_eef_pos": ((-1.0, -1.0, -0.5), (1.0, 1.0, 1.5)),
+    "robot0_base_to_eef_quat": ((-1.0,) * 4, (1.0,) * 4),
+    "robot0_base_pos": ((0.0, -6.0, 0.0), (6.0, 0.0, 1.0)),
+    "robot0_base_quat": ((-1.0,) * 4, (1.0,) * 4),
 }
+LOW, HIGH = (sum(bounds, ()) for bounds in zip(*STATE.values(), strict=True))
 ACTIONS = 12
 HORIZON = 300  # control steps (RLinf), at 20 per second
 DEFAULT_TASKS = ("CloseDrawer",)
-# States that an untrained model takes for -1 and 1: of any kitchen (metres), of fingers and
-# quaternions.
-STATE_RANGE = (
-    (
-        0.0,
-        -6.0,
-        0.5,
-        *(-1.0,) * 4,
-        -0.05,
-        -0.05,
-        -0.2,
-        -0.2,
-        -1.0,
-        -1.0,
-        -0.5,
-        *(-1.0,) * 4,
-        0.0,
-        -6.0,
-        0.0,
-        *(-1.0,) * 4,
-    ),
-    (
-        6.0,
-        0.0,
-        2.0,
-        *(1.0,) * 4,
-        0.05,
-        0.05,
-        0.2,
-        0.2,
-        1.0,
-        1.0,
-        1.5,
-        *(1.0,) * 4,
-        6.0,
-        0.0,
-        1.0,
-        *(1.0,) * 4,
-    ),
-)
-# which ones to draw from: arguments of RoboCasa's environments such as layout_ids,
-# obj_instance_split
+# Kitchens to draw from: arguments of RoboCasa's environments, such as layout_ids and style_ids.
 KITCHENS: dict = {}
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    """Any of RoboCasa's tasks, by the names of their classes: what there is depends on its version,
-    and `Env` says.
+    """Any of RoboCasa's tasks, by the names of their classes.
+
+    What there is depends on its version, and `Env` says.
     """
     tasks = tuple(dict.fromkeys(tasks)) or DEFAULT_TASKS
     for name in tasks:
-        if not re.fullmatch(r"([A-Z][a-z0-9]*)+", name):
-            raise UserError(
-                f"unknown RoboCasa task {name!r}: the names look like {DEFAULT_TASKS[0]} or "
-                "PickPlaceCounterToSink"
-            )
+        require(
+            re.fullmatch(r"([A-Z][a-z0-9]*)+", name),
+            f"unknown RoboCasa task {name!r}: the names look like {DEFAULT_TASKS[0]} or "
+            "PickPlaceCounterToSink",
+        )
     prompts = tuple(" ".join(re.findall(r"[A-Z][a-z0-9]*", name)).lower() for name in tasks)
-    size = sum(STATE.values())
-    return EnvSpec(tasks, prompts, len(VIEWS), image_size, size, ACTIONS, HORIZON, STATE_RANGE)
+    return EnvSpec(tasks, prompts, len(VIEWS), image_size, len(LOW), ACTIONS, HORIZON, (LOW, HIGH))
 
 
 class Env(envs.Env):
-    """One env instance. Another task or episode is another kitchen: some seconds."""
+    """One env. Another task or episode is another kitchen: some seconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
         self.task = -1
         self.sim = None
-        self.prompt = None
 
     def _make(self, name: str):
         import robocasa  # noqa: F401  registers the tasks
         import robosuite
+        from robocasa.environments.kitchen.kitchen import REGISTERED_KITCHEN_ENVS
         from robosuite.controllers import load_composite_controller_config
 
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-        if name not in robosuite.environments.REGISTERED_ENVS:
-            from robocasa.environments.kitchen.kitchen import REGISTERED_KITCHEN_ENVS
-
-            raise UserError(
-                f"this RoboCasa has no task {name!r}: choose among "
-                f"{', '.join(sorted(REGISTERED_KITCHEN_ENVS))}"
-            )
-        controllers = load_composite_controller_config(
-            controller=None, robot=ROBOT
-        )  # the robot's default, as in RoboCasa's data
+        require(
+            name in robosuite.environments.REGISTERED_ENVS,
+            f"this RoboCasa has no task {name!r}: choose among "
+            f"{', '.join(sorted(REGISTERED_KITCHEN_ENVS))}",
+        )
         return robosuite.make(
             env_name=name,
             robots=ROBOT,
-            controller_configs=controllers,
+            # The robot's default, as in RoboCasa's data.
+            controller_configs=load_composite_controller_config(controller=None, robot=ROBOT),
             has_renderer=False,
             has_offscreen_renderer=True,
             use_camera_obs=False,
@@ -167,15 +123,13 @@ class Env(envs.Env):
         self.sim.rng = np.random.default_rng(seed)
         try:
             self.seen = self.sim.reset()
-        except (
-            FileNotFoundError,
-            ValueError,
-        ) as error:  # Python's and MuJoCo's way to say that there is no such file
+        except (FileNotFoundError, ValueError) as error:
+            # Python's and MuJoCo's way to say that there is no such file.
             if "No such file" not in str(error):
                 raise
-            what = "run `python -m robocasa.scripts.download_kitchen_assets`"
             raise UserError(
-                f"assets of RoboCasa's kitchens are missing ({error}): {what}"
+                f"assets of RoboCasa's kitchens are missing ({error}): run `python -m "
+                "robocasa.scripts.download_kitchen_assets`"
             ) from None
         self.prompt = self.sim.get_ep_meta()["lang"]
 
@@ -186,22 +140,17 @@ class Env(envs.Env):
         return Step(float(success), success)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        state = np.concatenate(
-            [
-                np.asarray(self.seen[name], np.float32).reshape(length)
-                for name, length in STATE.items()
-            ]
-        )
-        return np.stack([self._render(view, self.size) for view in VIEWS]), state
+        pictures = np.stack([self._render(view, self.size) for view in VIEWS])
+        numbers = [np.asarray(self.seen[name], np.float32).reshape(-1) for name in STATE]
+        return pictures, np.concatenate(numbers)
 
     def film(self, size: int = 256) -> np.ndarray:
         """A frame for people, [size, size, 3] uint8: the left camera's."""
         return self._render(VIEWS[0], size)
 
     def _render(self, camera: str, size: int) -> np.ndarray:
-        return self.sim.sim.render(width=size, height=size, camera_name=camera)[
-            ::-1
-        ]  # GL's rows run from the bottom up
+        # GL's rows run from the bottom up.
+        return self.sim.sim.render(width=size, height=size, camera_name=camera)[::-1]
 
     def close(self) -> None:
         if self.sim is not None:

@@ -1,30 +1,30 @@
-"""MuJoCo's own word that a simulation has blown up. It would put everything back to where the model
-begins, and go on.
+"""MuJoCo's own word that a simulation has blown up. By itself it would put everything back to where
+the model begins, and go on.
 """
 
 import mujoco
 
-BLOWN_UP = tuple(
-    int(kind)
-    for kind in (
-        mujoco.mjtWarning.mjWARN_BADQPOS,
-        mujoco.mjtWarning.mjWARN_BADQVEL,
-        mujoco.mjtWarning.mjWARN_BADQACC,
-    )
+BLOWN_UP = (
+    mujoco.mjtWarning.mjWARN_BADQPOS,
+    mujoco.mjtWarning.mjWARN_BADQVEL,
+    mujoco.mjtWarning.mjWARN_BADQACC,
 )
 
-mujoco.set_mju_user_warning(
-    lambda _: None
-)  # it would write MUJOCO_LOG.TXT into the user's folder; `check` says it aloud
+
+def be_silent(message: str) -> None:
+    """Takes MuJoCo's warnings, which it would write to MUJOCO_LOG.TXT in the user's folder."""
+
+
+mujoco.set_mju_user_warning(be_silent)  # `check` says it aloud
 
 
 def check(data: mujoco.MjData) -> None:
-    """Raises FloatingPointError if positions, speeds or accelerations have become infinite or
-    absurd since the last reset.
+    """Raises FloatingPointError where a number has become infinite or absurd since the last reset.
+
+    Such numbers are positions, speeds and accelerations.
     """
     for kind in BLOWN_UP:
-        if data.warning[kind].number:
+        if data.warning[int(kind)].number:
             raise FloatingPointError(
-                f"the simulation became unstable ({mujoco.mjtWarning(kind).name}) at "
-                f"{data.time:.2f} s"
+                f"the simulation became unstable ({kind.name}) at {data.time:.2f} s"
             )

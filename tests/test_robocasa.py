@@ -224,7 +224,7 @@ def test_spec_and_mistakes(robocasa, make, monkeypatch):
     spec = robocasa.spec((), 224)
     assert spec.tasks == ("CloseDrawer",) and spec.prompts == ("close drawer",)
     assert (spec.views, spec.state_dim, spec.action_dim, spec.horizon) == (2, 25, 12, 300)
-    assert all(len(bound) == 25 for bound in robocasa.STATE_RANGE)
+    assert all(len(bound) == 25 for bound in robocasa.spec((), 64).state_range)
     with pytest.raises(UserError, match="'close drawer'"):
         robocasa.spec(("close drawer",), 224)
     with pytest.raises(UserError, match="no task 'JuggleKnives'.*CloseDrawer"):
