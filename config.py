@@ -28,6 +28,12 @@ class UserError(Exception):
     """A mistake of the user's. The message is one sentence saying what is wrong and what to do."""
 
 
+def require(condition: object, sentence: str) -> None:
+    """Raises UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turns a UserError into one line on stderr and exit status 2."""

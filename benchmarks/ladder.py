@@ -42,10 +42,10 @@ import torch
 
 import metrics
 from benchmarks.machinery import cpu_seconds
+from benchmarks.plan_against_paper import MAIN
 from config import PRESETS, ROOT, Config, UserError, from_json, parse_ratio
 from envs import emulated, emulated_gr00t, vectorised
 from planning.settings import divisor
-from planning.validate import MAIN
 
 RATIOS = ("1:1", "2:1", "3:1")
 MEANS = (

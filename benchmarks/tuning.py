@@ -24,11 +24,11 @@ from pathlib import Path
 
 import metrics
 from benchmarks import ladder
+from benchmarks.plan_against_paper import emulated_node
 from config import ROOT, UserError
 from envs import emulated
 from planning import Costs, Node
 from planning.events import simulate
-from planning.validate import emulated_node
 
 WARMUP = ladder.warmup("full")  # iterations of a run that are not measured
 QUICK = 0.3  # simulators' time in the setting `quick`, against the ladder's

@@ -1,11 +1,13 @@
-"""What `plan.py` is made of, and the words between its parts: a `Node`, the `Costs` of its work, a
-`Prediction`.
+"""What `plan.py` is made of, and the words between its parts: `Node`, `Costs`, `Prediction`.
 
-settings.py   flags → Node                       costs.py      two measured phases, or a run's trace
-              → Costs
-events.py     Node, Costs → Prediction           validate.py   predictions beside what was measured
+settings.py   a run's settings → Node; the flags of plan.py → a run's settings
+costs.py      two measured phases, or a run's trace → Costs
+events.py     Node, Costs → Prediction
+
+benchmarks/plan_against_paper.py puts predictions beside what was measured.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 STAGES = ("env", "rollout", "actor")
@@ -13,17 +15,20 @@ STAGES = ("env", "rollout", "actor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """What one node runs: workers, and the settings that decide who waits for whom. Names and
-    meaning are config.py's.
+    """One node: its workers, and the settings that decide who waits for whom.
+
+    Names and meaning are those of config.py. `settings.node_of` makes one from a run's settings.
     """
 
     lanes: int
     """what asks for an action: one env, or one vectorised batch of `lane_envs` of them"""
     lane_envs: int = 1
-    """envs of one lane, which step together and whose trajectories begin and end together"""
+    """envs of one lane; they step together, and their trajectories begin and end together"""
+    group: int = 1
+    """envs that GRPO compares; 1 means PPO, whose trajectories end with a last value"""
     env_devices: tuple[str, ...]
-    """of every env worker, as `scheduler.Placement` has them: workers of one device take turns
-    there, except on "cpu" 
+    """of every env worker, as in `scheduler.Placement`; workers of one device take turns on it,
+    except on "cpu"
     """
     rollout_devices: tuple[str, ...]
     actor_devices: tuple[str, ...]
@@ -32,8 +37,8 @@ class Node:
     chunk: float
     """C, control steps of a chunk"""
     coarse: float = 1.0
-    """real chunk steps that one here stands for: `Costs` are then of so many, but a trajectory
-    still has one last value
+    """real chunk steps that one here stands for; `Costs` are of so many, but a trajectory still
+    has one last value
     """
     batch: int
     """trajectories that this node contributes to an iteration; likewise minibatch"""
@@ -46,6 +51,30 @@ class Node:
     batch_wait_s: float | str
     """T_max in seconds, or "auto": half of one inference"""
     stream: bool
+
+    @property
+    def envs(self) -> int:
+        return self.lanes * self.lane_envs
+
+    @property
+    def whole(self) -> int:
+        """Trajectories that one actor rank takes together, as `scheduler.Admission.whole` says."""
+        return max(self.lane_envs, self.group)
+
+    @property
+    def served(self) -> int:
+        """Lanes that ask one rollout worker, at most."""
+        return math.ceil(self.lanes / len(self.rollout_devices))
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of one iteration."""
+        return self.update_epochs * self.batch // self.minibatch
+
+    def can_share(self, minibatch: int) -> bool:
+        """Says whether actor ranks can share this minibatch equally, in whole lanes and groups."""
+        ranks = len(self.actor_devices)
+        return minibatch > 0 and minibatch % (ranks * self.whole if ranks > 1 else self.group) == 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,28 +109,30 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    step_s: float  # seconds of one iteration
-    env_steps_per_s: float  # of all nodes
+    """Means over the iterations that count."""
+
+    step_s: float
+    """seconds of one iteration"""
+    env_steps_per_s: float
+    """of all nodes (RL-VLA³ eq. 2)"""
     bubble_env: float
+    """share of its time that an env worker waits; likewise the next two"""
     bubble_rollout: float
     bubble_actor: float
-    batch_size_mean: float  # samples
+    batch_size_mean: float
+    """samples of one inference"""
     events: int
+    """that were simulated"""
 
 
-def scaled(costs: Costs, factor: float) -> Costs:
-    """Costs of a node that is slower by `factor` in all that it computes."""
-    if factor == 1.0:
-        return costs
-    computes = (
-        "step_s",
-        "infer_fixed_s",
-        "infer_each_s",
-        "train_fixed_s",
-        "train_each_s",
-        "optimizer_s",
-    )
-    samples = tuple(seconds * factor for seconds in costs.step_samples)
+def scaled(costs: Costs, env: float = 1.0, rollout: float = 1.0, actor: float = 1.0) -> Costs:
+    """Multiplies what simulators, inference and training take. Optimizer steps stay."""
     return replace(
-        costs, step_samples=samples, **{name: getattr(costs, name) * factor for name in computes}
+        costs,
+        step_s=costs.step_s * env,
+        step_samples=tuple(seconds * env for seconds in costs.step_samples),
+        infer_fixed_s=costs.infer_fixed_s * rollout,
+        infer_each_s=costs.infer_each_s * rollout,
+        train_fixed_s=costs.train_fixed_s * actor,
+        train_each_s=costs.train_each_s * actor,
     )

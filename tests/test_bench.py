@@ -17,11 +17,11 @@ import metrics
 import models
 import train
 from benchmarks import inference, ladder, machinery, prefix, tracing, tuning
+from benchmarks.plan_against_paper import emulated_node
 from channel import layout
 from config import UserError
 from envs import emulated, vectorised
 from planning.events import simulate
-from planning.validate import emulated_node
 
 
 @pytest.fixture(autouse=True)
