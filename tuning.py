@@ -40,6 +40,7 @@ from channel import Counters
 from config import Config, UserError, parse_ratio, validate
 from metrics import CAUSES, snapshot
 from planning import Costs, Node, scaled
+from planning.costs import shares_of
 from planning.events import simulate
 from planning.settings import node_of
 from scheduler import Placement, divide
@@ -47,18 +48,12 @@ from scheduler import Placement, divide
 Choices = dict[str, tuple[Config, Placement]]  # by ratio
 
 # What is measured.
-PROBES = (
-    1 / 4,
-    1.0,
-    1 / 2,
-)  # B_max while the run warms up, of the lanes served, so that sizes differ
+PROBES = (1 / 4, 1.0, 1 / 2)  # B_max while a run warms up, of the lanes served: sizes must differ
 PROBED = 12  # batches at each of them
-# Chunks of an env worker, on average, before costs are believed: a wait is counted where it ends,
-# so a moment tells nothing.
-CHUNKS = 8
-# Share of an inference that is believed independent of its size while sizes hardly differ
-# (planning/settings.py).
-FIXED = 0.2
+CHUNKS = 8  # of an env worker before costs are believed: a wait is counted where it ends
+FIXED = (
+    0.2  # share of an inference independent of its size, while sizes hardly differ (settings.py)
+)
 MEMORY = 0.6  # what the past weighs against the newest iteration
 
 # What is predicted.
@@ -72,14 +67,10 @@ LARGEST = 8  # ratios that are simulated, of those with the fastest slowest stag
 EQUAL = 0.005  # differences in throughput that random times make
 WORTH = 0.02  # gain for which B_max and T_max change; above EQUAL, or they would wander
 CHANGED = 0.1  # relative change of a cost after which B_max and T_max are looked at again
-# Seconds between two looks, each of which takes the launcher some 0.5 s of processor time (2 s at
-# 256 lanes).
-PAUSE = 30.0
+PAUSE = 30.0  # seconds between two looks, which take 0.5 s of processor time (2 s at 256 lanes)
 RECHECK = 200  # inferences of a rollout worker between two looks; after fewer, costs would wander
 RATIO_WORTH = 0.05  # gain for which all workers start again
-# Seconds that a new ratio must save in the rest of the run, per second until workers that start
-# have an iteration.
-PAYS_BACK = 1.5
+PAYS_BACK = 1.5  # seconds that a new ratio must save, per second that a start takes
 SETTLED = 4  # iterations at a ratio before it is judged: the first one warms up
 
 
@@ -137,21 +128,22 @@ def costs_of(
     )
 
 
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
 def words(costs: Costs) -> str:
     """Says what one inference and one chunk's simulation cost."""
     return (
-        f"an inference takes {1e3 * costs.infer_fixed_s:.3g} ms + "
-        f"{1e3 * costs.infer_each_s:.3g} ms per sample, a chunk's simulation "
-        f"{1e3 * costs.step_s:.3g} ms (σ {costs.step_tail:.0%})"
+        f"an inference takes {ms(costs.infer_fixed_s)} + {ms(costs.infer_each_s)} per sample, a "
+        f"chunk's simulation {ms(costs.step_s)} (σ {costs.step_tail:.0%})"
     )
 
 
 def all_words(costs: Costs) -> str:
     """Says what all stages cost."""
-    return (
-        f"{words(costs)}, training {1e3 * costs.train_each_s:.3g} ms per chunk step, a weight sync "
-        f"{1e3 * costs.fetch_s:.3g} ms"
-    )
+    training = f"training {ms(costs.train_each_s)} per chunk step"
+    return f"{words(costs)}, {training}, a weight sync {ms(costs.fetch_s)}"
 
 
 class Measurement:
@@ -177,10 +169,6 @@ class Measurement:
         self.cpu_s = 0.0  # of all workers
         self.batches_before = 0.0  # when measuring began; likewise chunks
         self.chunks_before = 0.0
-
-    @property
-    def begun(self) -> bool:
-        return self.last is not None
 
     def column(self, stage: str, name: str) -> np.ndarray:
         """Returns one counter of each worker of a stage, as it is now."""
@@ -233,10 +221,6 @@ class Measurement:
         seconds = {stage: self.seconds * len(rows) for stage, rows in self.rows.items()}
         return costs_of(gained, self.fit, seconds, self.trained, self.config)
 
-    def iterations(self) -> float:
-        """Returns how many iterations are remembered."""
-        return self.trained / self.config.actor.batch
-
 
 # ---------------------------------------------------------------- what is predicted
 
@@ -258,28 +242,11 @@ def speeds(config: Config, placement: Placement) -> tuple[float, float]:
     another ratio.
     """
     if config.train.model == "emulated":  # its devices are as many as one likes
-        r, a = parse_ratio(config.train.parts)
-        whole = config.train.placement == "colocated"
-        for_rollout = 1.0 if whole else r / (r + a)
-        for_actor = 1.0 if whole else a / (r + a)
-        rollouts = len(placement.rollout_devices)
-        return for_rollout / rollouts, for_actor / len(placement.actor_devices)
+        rollout, actor = shares_of(config)
+        return rollout / len(placement.rollout_devices), actor / len(placement.actor_devices)
     if placement.actor_devices[0] == "cpu":
         return float(placement.rollout_threads), float(placement.actor_threads)
     return 1.0, 1.0  # a GPU each
-
-
-def ratios(config: Config, gpus: int, cores: int) -> list[str]:
-    """Returns the ratios worth a thought: on GPUs those that use them all; without, all of few
-    parts and those with as many parts as cores.
-    """
-    if gpus and config.train.placement == "colocated":
-        return []
-    totals = [gpus] if gpus else sorted({2, 3, 4, max(4, cores)})
-    pairs = [(r, total - r) for total in totals for r in range(1, total)]
-    if gpus:
-        pairs = [(r // math.gcd(r, a), a // math.gcd(r, a)) for r, a in pairs]
-    return [f"{r}:{a}" for r, a in pairs]
 
 
 def options(
@@ -288,10 +255,17 @@ def options(
     """Returns the ratios that can run here, the present one first, with what they make of the
     settings.
 
-    counts: of env, rollout and actor workers as far as flags say, else 0.
+    On GPUs those that use them all; without, all of few parts and those with as many parts as
+    cores. counts: of env, rollout and actor workers as far as flags say, else 0.
     """
+    totals = [gpus] if gpus else sorted({2, 3, 4, max(4, cores)})
+    pairs = [(r, total - r) for total in totals for r in range(1, total)]
+    if gpus:
+        pairs = [(r // math.gcd(r, a), a // math.gcd(r, a)) for r, a in pairs]
+    if gpus and config.train.placement == "colocated":
+        pairs = []
     found = {}
-    for ratio in dict.fromkeys([config.train.parts, *ratios(config, gpus, cores)]):
+    for ratio in dict.fromkeys([config.train.parts, *(f"{r}:{a}" for r, a in pairs)]):
         changed = copy.deepcopy(config)
         changed.train.ratio_from = ratio
         changed.env.env_workers, changed.rollout.rollout_workers, changed.actor.actor_workers = (
@@ -451,7 +425,7 @@ class Batches:
         if measured.batches() < self.probed + PROBED:
             return False
         ready = False
-        if not measured.begun:  # the first batches are slow
+        if measured.last is None:  # the first batches are slow
             measured.begin()
         elif len(self.probes) > 1 or measured.is_enough():
             self.probes.pop(0)
@@ -511,18 +485,11 @@ class Batches:
 class Ratio:
     """Chooses the ratio that the run goes on at."""
 
-    def __init__(self, choices: Choices, past: Past, cores: int):
-        self.choices = choices
+    def __init__(self, now: str, past: Past):
         self.past = past
-        self.cores = cores
-        self.now = next(iter(choices))
-        self.wanted = self.now
+        self.now = now
+        self.wanted = now
         self.start_s = 0.0  # seconds that the workers took to their first iteration
-
-    def look(self, measured: Measurement, costs: Costs) -> partial:
-        """Returns the prediction that `choose` decides on."""
-        cpu_s = measured.cpu_s / measured.iterations()
-        return partial(seconds_at, self.choices, self.now, costs, cpu_s, self.cores)
 
     def choose(
         self, found: dict[str, float], seconds: float, left: int, costs: Costs, first: bool
@@ -625,15 +592,17 @@ class Tuner:
         iterations: of the whole run.
         """
         self.config, self.placement = next(iter(choices.values()))
+        self.choices = choices
         self.rows = rows
         self.past = past
+        self.cores = cores
         self.iterations = iterations
         self.clock = clock
         self.beside = beside
         self.began = clock()
         self.measured = Measurement(counters, rows, self.config, clock)
         self.batches = Batches(self.config, self.placement, self.measured)
-        self.ratios = Ratio(choices, past, cores)
+        self.ratios = Ratio(self.config.train.parts, past)
         self.lines = 0  # iterations since the workers started
         self.cpu_s = 0.0  # that the workers had used by the last one
         # Predictions under way, and what decides on them.
@@ -654,7 +623,8 @@ class Tuner:
                 return decide(found.result())
             except RuntimeError as error:  # no reason to end a run
                 return f"warning: nothing is tuned now, for in virtual time {error}"
-        if (self.batches.probes or not self.measured.begun) and self.batches.warm_up():
+        warming_up = self.batches.probes or self.measured.last is None
+        if warming_up and self.batches.warm_up():
             self.think(self.batches.look(), self.choose_batches)
         return ""
 
@@ -667,7 +637,7 @@ class Tuner:
             return
         if self.lines == 1:  # it began before the workers were warm
             self.ratios.start_s = self.clock() - self.began
-            if self.measured.begun:
+            if self.measured.last is not None:
                 self.measured.take(0.0)
             self.measured.begin()
             return
@@ -675,18 +645,22 @@ class Tuner:
         train = self.config.train
         again = self.lines > SETTLED and version % train.checkpoint_every == 0
         if train.ratio == "auto" and (self.lines == SETTLED or again):
-            costs = self.measured.costs()
-            decide = partial(
-                self.ratios.choose,
-                seconds=self.measured.seconds / self.measured.iterations(),
-                left=self.iterations - version,
-                costs=costs,
-                first=self.lines == SETTLED,
-            )
-            self.think(self.ratios.look(self.measured, costs), decide)
+            self.think_of_ratio(self.iterations - version)
         idle = not self.batches.probes and not self.thoughts
         if self.batches.tunes and idle and self.batches.need_a_look():
             self.think(self.batches.look(), self.choose_batches)
+
+    def think_of_ratio(self, left: int) -> None:
+        """left: iterations of the run."""
+        costs = self.measured.costs()
+        done = self.measured.trained / self.config.actor.batch  # iterations, as remembered
+        seconds = self.measured.seconds / done
+        cpu_s = self.measured.cpu_s / done
+        first = self.lines == SETTLED
+        self.think(
+            partial(seconds_at, self.choices, self.ratio, costs, cpu_s, self.cores),
+            partial(self.ratios.choose, seconds=seconds, left=left, costs=costs, first=first),
+        )
 
     def think(self, predict: Callable, decide: Callable[..., str]) -> None:
         """Has something predicted, and then decided by `watch`."""

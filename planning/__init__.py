@@ -18,38 +18,25 @@ class Node:
     """One node: its workers, and the settings that decide who waits for whom.
 
     Names and meaning are those of config.py. `settings.node_of` makes one from a run's settings.
+    Workers that name the same device take turns on it, except on "cpu".
     """
 
     lanes: int
-    """what asks for an action: one env, or one vectorised batch of `lane_envs` of them"""
-    lane_envs: int = 1
-    """envs of one lane; they step together, and their trajectories begin and end together"""
-    group: int = 1
-    """envs that GRPO compares; 1 means PPO, whose trajectories end with a last value"""
-    env_devices: tuple[str, ...]
-    """of every env worker, as in `scheduler.Placement`; workers of one device take turns on it,
-    except on "cpu"
-    """
+    lane_envs: int = 1  # that step together, and whose trajectories begin and end together
+    group: int = 1  # envs that GRPO compares; 1 means PPO, whose trajectories end with a value
+    env_devices: tuple[str, ...]  # of every env worker; likewise the next two
     rollout_devices: tuple[str, ...]
     actor_devices: tuple[str, ...]
-    segment: int
-    """T, chunk steps of a trajectory"""
-    chunk: float
-    """C, control steps of a chunk"""
-    coarse: float = 1.0
-    """real chunk steps that one here stands for; `Costs` are of so many, but a trajectory still
-    has one last value
-    """
-    batch: int
-    """trajectories that this node contributes to an iteration; likewise minibatch"""
+    segment: int  # T, chunk steps of a trajectory
+    chunk: float  # C, control steps of a chunk
+    coarse: float = 1.0  # real chunk steps in one of these, whose `Costs` are of so many
+    batch: int  # trajectories of an iteration; likewise minibatch
     minibatch: int
-    micro_batch: int
-    """trajectories of one forward and backward pass of one actor rank"""
+    micro_batch: int  # of one actor rank
     update_epochs: int
     max_staleness: int
     batch_max: int | str
-    batch_wait_s: float | str
-    """T_max in seconds, or "auto": half of one inference"""
+    batch_wait_s: float | str  # T_max in seconds, or "auto": half of one inference
     stream: bool
 
     @property
@@ -81,48 +68,31 @@ class Node:
 class Costs:
     """Seconds that work takes when nothing waits."""
 
-    step_s: float
-    """mean time of an env worker for one chunk of one lane"""
-    step_tail: float = 0.0
-    """σ of its log-normal distribution; the mean stays"""
-    step_samples: tuple[float, ...] = ()
-    """draw from these measured times instead"""
-    infer_fixed_s: float = 0.0
-    """one inference, whatever its size"""
-    infer_each_s: float
-    """and more for each sample (env) in it"""
-    train_fixed_s: float = 0.0
-    """one micro-batch, whatever its size"""
-    train_each_s: float
-    """and more for each chunk step in it"""
-    optimizer_s: float = 0.0
-    """clipping and the optimizer step, per minibatch"""
-    gradient_s: float = 0.0
-    """summing gradients over all actor ranks, once all have arrived, per minibatch"""
-    publish_s: float = 0.0
-    """the actor's part of handing over new weights, per iteration"""
-    fetch_s: float = 0.0
-    """from there until a rollout worker holds them; it goes on serving meanwhile"""
-    message_s: float = 0.0
-    """from one worker's message until another, which waits for it, goes on"""
+    step_s: float  # an env worker's, for one chunk of one lane, on average
+    step_tail: float = 0.0  # σ of its log-normal distribution; the mean stays
+    step_samples: tuple[float, ...] = ()  # draw from these measured times instead
+    infer_fixed_s: float = 0.0  # one inference, whatever its size
+    infer_each_s: float  # and more for each sample (env) in it
+    train_fixed_s: float = 0.0  # one micro-batch, whatever its size
+    train_each_s: float  # and more for each chunk step in it
+    optimizer_s: float = 0.0  # clipping and the optimizer step, per minibatch
+    gradient_s: float = 0.0  # summing gradients once all ranks have arrived, per minibatch
+    publish_s: float = 0.0  # the actor's part of handing over new weights, per iteration
+    fetch_s: float = 0.0  # from there until a rollout worker, which goes on serving, holds them
+    message_s: float = 0.0  # from a message until the worker that waits for it goes on
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Means over the iterations that count."""
 
-    step_s: float
-    """seconds of one iteration"""
-    env_steps_per_s: float
-    """of all nodes (RL-VLA³ eq. 2)"""
-    bubble_env: float
-    """share of its time that an env worker waits; likewise the next two"""
+    step_s: float  # seconds of one iteration
+    env_steps_per_s: float  # of all nodes (RL-VLA³ eq. 2)
+    bubble_env: float  # share of its time that an env worker waits; likewise the next two
     bubble_rollout: float
     bubble_actor: float
-    batch_size_mean: float
-    """samples of one inference"""
-    events: int
-    """that were simulated"""
+    batch_size_mean: float  # samples of one inference
+    events: int  # that were simulated
 
 
 def scaled(costs: Costs, env: float = 1.0, rollout: float = 1.0, actor: float = 1.0) -> Costs:

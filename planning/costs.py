@@ -18,7 +18,7 @@ from config import Config, UserError, existing_run, from_json, parse_ratio, requ
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, override, planned
-from scheduler import Placement
+from scheduler import place
 
 Span = tuple[str, float, float, dict]  # what, start and end in seconds, what of
 TOO_FEW = 7  # lines of metrics.jsonl below which a prediction may be far off
@@ -290,19 +290,15 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
     run, settings, lines, spans = read_run(plan.from_)
 
     # Translate the run, and the run as flags change it.
-    workers = Placement(
-        env_devices=("cpu",) * settings.env.env_workers,
-        rollout_devices=("cpu",) * settings.rollout.rollout_workers,
-        actor_devices=("cpu",) * settings.actor.actor_workers,
-        rollout_threads=1,
-        actor_threads=1,
-        line="",
+    placement = place(
+        *(settings.train.parts, settings.train.placement, 0, 1),  # on "cpu": nobody takes turns
+        *(settings.env.env_workers, settings.rollout.rollout_workers, settings.actor.actor_workers),
     )
-    ran = node_of(settings, workers)
+    ran = node_of(settings, placement)
     changed = copy.deepcopy(settings)
     override(changed, plan.preset, plan)
     changed.train.ratio = plan.ratio or settings.train.parts
-    node = node_of(changed, workers)
+    node = node_of(changed, placement)
     env_steps = lines[-1]["env_steps"] - lines[0]["env_steps"]
     seconds = lines[-1]["time"] - lines[0]["time"]
     chunk_steps = (len(lines) - 1) * node.batch * node.segment

@@ -20,7 +20,7 @@ share, and whatever a stage does inside its time.
 
 import math
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from heapq import heappop, heappush
@@ -386,10 +386,8 @@ class NodeState:
         self.admission = Admission(
             node.batch, node.envs, node.max_staleness, width=node.lane_envs, group=node.group
         )
-        users = Counter((*node.env_devices, *node.rollout_devices, *node.actor_devices))
-        shared = {
-            name: Device(world) for name, count in users.items() if count > 1 and name != "cpu"
-        }
+        devices = {*node.env_devices, *node.rollout_devices, *node.actor_devices} - {"cpu"}
+        shared = {name: Device(world) for name in devices}
         rollouts = len(node.rollout_devices)
         self.envs = [EnvWorker(self, shared.get(name)) for name in node.env_devices]
         self.rollouts = [
@@ -556,16 +554,15 @@ class Draws:
 
 
 def slowness_of(nodes: int, followed: int, spread: float) -> list[float]:
-    """Returns by how much each node that is followed is slower than the median.
+    """Returns how many times slower than the median each node that is followed is.
 
-    The slowest node of all is always followed. The others stand for the rest, at evenly spaced
-    quantiles. spread: σ of the log-normal distribution.
+    The slowest of all is always followed. The others stand for the rest, at evenly spaced
+    quantiles of a log-normal distribution of this σ.
     """
-    quantiles = [1 - 0.5 / nodes]
-    for i in range(followed - 1):
-        quantiles.append((i + 0.5) / (followed - 1) * (1 - 1 / nodes))
-    if not spread or nodes == 1:
-        return [1.0] * followed
+    if nodes == 1:
+        return [1.0]
+    rest = [(i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1)]
+    quantiles = [1 - 0.5 / nodes, *rest]
     return [math.exp(spread * NormalDist().inv_cdf(quantile)) for quantile in quantiles]
 
 

@@ -1,11 +1,8 @@
 """A run's settings → `Node`; and the flags of `plan.py`, which describe a run that need not exist.
 
-    python plan.py --help
-
 `node_of` is the one translation: what `plan.py` predicts, what `tuning.py` chooses between and
-what is put beside the measured ladder all come through it.
-
-Left out: validation of what only a real run needs (files, devices, memory).
+what is put beside the measured ladder all come through it. Left out: validation of what only a
+real run needs (files, devices, memory).
 """
 
 import math

@@ -4,6 +4,8 @@ enough for large clusters.
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -60,6 +62,11 @@ def test_the_classes_are_those_of_a_run():
         and events.Admission is scheduler.Admission
     )
     assert events.Streamer is streamer.Streamer
+
+
+def test_a_plan_imports_neither_torch_nor_benchmarks():
+    code = "import sys, plan; sys.exit('torch' in sys.modules or 'benchmarks' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---------------------------------------------------------------- sums that can be done by hand
@@ -178,6 +185,7 @@ def test_lanes_that_wait_for_a_version_are_not_waited_for():
     assert 1 < found.batch_size_mean < 4  # last values ride along
     late = simulate(replace(node, batch_wait_s=10.0), TAILED, iterations=20)
     assert found.step_s == pytest.approx(late.step_s, rel=0.02)  # 10 s are never waited for
+    assert predicted(batch_max=8, batch_wait_ms=math.inf).step_s > 0
     slow = replace(TAILED, train_each_s=1.0)
     ahead = replace(node, batch_max="all", max_staleness=1)
     assert simulate(ahead, slow, iterations=6).step_s == pytest.approx(16 * 4 * 1.0, rel=0.02)
