@@ -1,20 +1,22 @@
-"""What would this cluster, ratio, placement or preset give? Predicts throughput and bubbles before
+"""Predicts what a cluster, ratio, placement or preset would give: throughput and bubbles, before
 anybody pays for them.
 
     python plan.py --gpus 8 --ratio 1:1 --preset full --rollout-s 1050 --actor-s 861
-                                                two measured phases are enough
-    python plan.py --from NAME --preset train-async  stage costs that runs/NAME measured
+                                            two measured phases are enough
+    python plan.py --from NAME --preset train-async
+                                            stage costs that runs/NAME measured
     python plan.py --rollout-s 1050 --actor-s 861 --sweep --plot sweep.png
-                                                8 … 1024 GPUs, and what breaks first
-    python plan.py --validate                  against the paper, each error
-    python bench.py ladder --setting columns --json L.json && python plan.py --validate --ladder
-    L.json
+                                            8 … 1024 GPUs, and what breaks first
+    python plan.py --validate               against the paper, each error
+    python plan.py --validate --ladder L.json
+                                            and L.json, from `python bench.py ladder
+                                            --setting columns --json L.json`
 
-`planning/events.py` runs the real batcher, admission and streamer in virtual time; here its costs
-are found. `--rollout-s` and `--actor-s` are what a synchronous run shows: seconds that one
-iteration's two phases take alone, on the parts that --ratio gives them, the rollout in lockstep.
-How the rollout divides (simulators' tail, inference's share) no synchronous run shows; the flags
-have defaults, and the result depends on them: `--validate` prints by how much.
+`planning/events.py` runs the real batcher, admission and streamer in virtual time; `costs.py` finds
+what to charge there. `--rollout-s` and `--actor-s` are what a synchronous run shows: seconds that
+one iteration's two phases take alone, on the parts that --ratio gives them, the rollout in
+lockstep. How the rollout divides (simulators' tail, inference's share) no synchronous run shows.
+The flags have defaults, and the result depends on them: `--validate` prints by how much.
 
 Communication: inside a node weights go to the rollout workers at --nvlink-gb-s, beside their work.
 Across nodes only gradients go: a ring all-reduce over n nodes takes 2 (n−1)/n · bytes / bandwidth +
@@ -31,24 +33,30 @@ from pathlib import Path
 
 import tyro
 
-from config import UserError, exit_on_user_error
-from planning import STAGES, Costs, Node, Prediction
-from planning.costs import all_reduce_s, calibrate, from_run, optimizer_steps
+from config import exit_on_user_error, require
+from planning import STAGES, Costs, Node, Prediction, scaled
+from planning.costs import all_reduce_s, calibrate, from_run
 from planning.events import simulate
-from planning.settings import PlanConfig, divisor, node_of, warmup
-from planning.validate import validate
+from planning.settings import PlanConfig, divisor, planned
 
 LARGEST = 1024  # GPUs of the sweep
 BROKEN = 0.9  # share of linear scaling below which it counts as broken
 NOISE = 0.02  # changes of throughput that random times may make
+BATCHES = ("grows", "fixed")  # of a sweep: with the number of nodes, or not
+COLOURS = {"grows": "#3b7dd8", "fixed": "#d9822b"}
 
 
-def predict(config: PlanConfig, node: Node, costs: Costs, nodes: int) -> Prediction:
-    iterations = config.iterations
-    seed = config.seed
-    spread = config.node_spread
+def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Prediction:
+    """Predicts what so many such nodes give."""
     return simulate(
-        node, costs, nodes, config.simulated_nodes, iterations, warmup(config), seed, spread
+        node,
+        costs,
+        nodes,
+        plan.simulated_nodes,
+        plan.iterations,
+        plan.warmup,
+        plan.seed,
+        plan.node_spread,
     )
 
 
@@ -56,91 +64,107 @@ def predict(config: PlanConfig, node: Node, costs: Costs, nodes: int) -> Predict
 
 
 def share_of(node: Node, nodes: int, base: int) -> Node | None:
-    """One of `nodes` nodes when the batch stays that of `base` of them; None where it cannot be cut
-    so far.
+    """Returns one of `nodes` nodes that share the batch of `base` of them, or None where it cannot
+    be cut so far.
     """
     batch = node.batch * base // nodes
     minibatch = node.minibatch * base // nodes
-    ranks = len(node.actor_devices)
-    envs = node.lanes * node.lane_envs
-    if (
-        node.batch * base % nodes
-        or node.minibatch * base % nodes
-        or minibatch % ranks
-        or minibatch < ranks
-    ):
+    whole = node.batch * base % nodes == 0 and node.minibatch * base % nodes == 0
+    if not whole or not node.can_share(minibatch):
         return None
-    if batch < envs:  # fewer envs than before
+    if batch < node.envs:  # fewer envs than before
         if batch % (node.lane_envs * len(node.rollout_devices)):
             return None
         lanes = batch // node.lane_envs
         node = replace(node, lanes=lanes, env_devices=node.env_devices[:lanes])
-    elif batch % envs:
+    elif batch % node.envs:
         return None
-    return replace(
-        node,
-        batch=batch,
-        minibatch=minibatch,
-        micro_batch=divisor(minibatch // ranks, node.micro_batch),
-    )
+    micro_batch = divisor(minibatch // len(node.actor_devices), node.micro_batch)
+    return replace(node, batch=batch, minibatch=minibatch, micro_batch=micro_batch)
 
 
 def at_size(
-    config: PlanConfig, node: Node, costs: Costs, nodes: int, base: int, batch: int
+    plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int, batch: int
 ) -> Prediction:
-    """With the all-reduce of `nodes` instead of `base` nodes. Less than `batch` trajectories, which
-    scatter more, repeat.
+    """Predicts with the all-reduce of `nodes` instead of `base` nodes.
+
+    Fewer trajectories than `batch` scatter more, so they get more iterations.
     """
-    costs = replace(
-        costs,
-        gradient_s=costs.gradient_s - all_reduce_s(config, base) + all_reduce_s(config, nodes),
-    )
-    return predict(
-        replace(config, iterations=config.iterations * min(50, max(1, batch // node.batch))),
-        node,
-        costs,
-        nodes,
-    )
+    gradient_s = costs.gradient_s - all_reduce_s(plan, base) + all_reduce_s(plan, nodes)
+    iterations = plan.iterations * min(50, max(1, batch // node.batch))
+    plan = replace(plan, iterations=iterations)
+    return predict(plan, node, replace(costs, gradient_s=gradient_s), nodes)
 
 
-def sweep(config: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
-    """From one node to 1024 GPUs: with a batch that grows with the nodes, and with one that stays
-    that of `base` nodes.
+def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
+    """Predicts from one node to 1024 GPUs: with a batch that grows with the nodes, and with one
+    that stays that of `base` nodes.
     """
-    per_node = config.gpus // base
+    per_node = plan.gpus // base
     rows = []
     sizes = [n for n in (2**i for i in range(11)) if n * per_node <= LARGEST]
-    for batch in ("grows", "fixed"):
-        first = None
-        for nodes in sizes if batch == "grows" else [n for n in sizes if n >= base]:
+    for batch in BATCHES:
+        first = None  # env steps/s of a GPU, at the smallest size
+        for nodes in sizes:
+            if batch == "fixed" and nodes < base:
+                continue
             mine = node if batch == "grows" else share_of(node, nodes, base)
+            gpus = nodes * per_node
             if mine is None:
-                print(f"batch fixed: {nodes * per_node} GPUs cannot share its minibatches")
+                print(f"batch fixed: {gpus} GPUs cannot share its minibatches")
                 break
-            found = at_size(config, mine, costs, nodes, base, node.batch)
-            first = first or found.env_steps_per_s / (nodes * per_node)
-            row = {"batch": batch, "gpus": nodes * per_node, "nodes": nodes} | asdict(found)
-            row["efficiency"] = found.env_steps_per_s / (nodes * per_node) / first
-            row["gradient_share"] = (
-                all_reduce_s(config, nodes) * optimizer_steps(mine) / found.step_s
-            )
+            found = at_size(plan, mine, costs, nodes, base, node.batch)
+            first = first or found.env_steps_per_s / gpus
+            reducing = all_reduce_s(plan, nodes) * mine.optimizer_steps
+            row = {"batch": batch, "gpus": gpus, "nodes": nodes} | asdict(found)
+            row["efficiency"] = found.env_steps_per_s / gpus / first
+            row["gradient_share"] = reducing / found.step_s
             rows.append(row)
             busy = " ".join(f"{stage} {1 - row[f'bubble_{stage}']:.0%}" for stage in STAGES)
             print(
-                f"batch {batch}: {row['gpus']:5d} GPUs  step {found.step_s:8.2f} s  "
-                f"{found.env_steps_per_s:9.0f} env steps/s  "
-                f"efficiency {row['efficiency']:4.0%}  gradients {row['gradient_share']:5.1%} of "
-                f"the time  busy: {busy}",
+                f"batch {batch}: {gpus:5d} GPUs  step {found.step_s:8.2f} s  "
+                f"{found.env_steps_per_s:9.0f} env steps/s  efficiency {row['efficiency']:4.0%}  "
+                f"gradients {row['gradient_share']:5.1%} of the time  busy: {busy}",
                 flush=True,
             )
     return rows
 
 
-def advise(config: PlanConfig, node: Node, costs: Costs, base: int, rows: list[dict]) -> list[dict]:
-    """Where scaling breaks, and what each single change would give there."""
-    per_node = config.gpus // base
-    out = []
-    for batch in ("grows", "fixed"):
+def changes(plan: PlanConfig, node: Node, costs: Costs) -> dict[str, tuple]:
+    """Returns what could be changed: words → plan, node and costs, of which one differs."""
+    plans = {
+        "half the bytes of gradients, or twice the network": {"gradient_gb": plan.gradient_gb / 2},
+        "network latency halved": {"network_latency_us": plan.network_latency_us / 2},
+        "nodes that differ in speed (σ 5 %)": {"node_spread": 0.05},
+    }
+    nodes = {
+        "half as many optimizer steps": {"minibatch": min(node.batch, 2 * node.minibatch)},
+        "one more version of staleness": {"max_staleness": node.max_staleness + 1},
+        "dynamic batches": {"batch_max": "auto", "batch_wait_s": "auto"},
+        "streaming": {"stream": True},
+    }
+    prices = {
+        "optimizer steps in no time": replace(costs, optimizer_s=0.0),
+        "simulators with half the tail": replace(costs, step_tail=costs.step_tail / 2),
+        "simulators twice as fast": replace(costs, step_s=costs.step_s / 2),
+        "inference twice as fast": scaled(costs, rollout=0.5),
+        "no fixed cost of an inference": replace(costs, infer_fixed_s=0.0),
+        "training twice as fast": scaled(costs, actor=0.5),
+    }
+    found = {what: (replace(plan, **flags), node, costs) for what, flags in plans.items()}
+    found |= {what: (plan, replace(node, **fields), costs) for what, fields in nodes.items()}
+    found |= {what: (plan, node, priced) for what, priced in prices.items()}
+    return {
+        what: change
+        for what, change in found.items()
+        if change != (plan, node, costs) and node.batch % change[1].minibatch == 0
+    }
+
+
+def advise(plan: PlanConfig, node: Node, costs: Costs, base: int, rows: list[dict]) -> list[dict]:
+    """Says where scaling breaks, and what each single change would give there."""
+    advice = []
+    for batch in BATCHES:
         mine = [row for row in rows if row["batch"] == batch]
         broken = next((row for row in mine if row["efficiency"] < BROKEN), None)
         at = broken or mine[-1]
@@ -155,108 +179,45 @@ def advise(config: PlanConfig, node: Node, costs: Costs, base: int, rows: list[d
                 f"({at['efficiency']:.0%}); there"
             )
         here = node if batch == "grows" else share_of(node, at["nodes"], base)
-        half_train = replace(
-            costs, train_fixed_s=costs.train_fixed_s / 2, train_each_s=costs.train_each_s / 2
-        )
-        half_infer = replace(
-            costs, infer_fixed_s=costs.infer_fixed_s / 2, infer_each_s=costs.infer_each_s / 2
-        )
-        changes = {
-            "half the bytes of gradients, or twice the network": (
-                replace(config, gradient_gb=config.gradient_gb / 2),
-                here,
-                costs,
-            ),
-            "network latency halved": (
-                replace(config, network_latency_us=config.network_latency_us / 2),
-                here,
-                costs,
-            ),
-            "half as many optimizer steps": (
-                config,
-                replace(here, minibatch=min(here.batch, 2 * here.minibatch)),
-                costs,
-            ),
-            "optimizer steps in no time": (config, here, replace(costs, optimizer_s=0.0)),
-            "simulators with half the tail": (
-                config,
-                here,
-                replace(costs, step_tail=costs.step_tail / 2),
-            ),
-            "simulators twice as fast": (config, here, replace(costs, step_s=costs.step_s / 2)),
-            "inference twice as fast": (config, here, half_infer),
-            "no fixed cost of an inference": (config, here, replace(costs, infer_fixed_s=0.0)),
-            "training twice as fast": (config, here, half_train),
-            "one more version of staleness": (
-                config,
-                replace(here, max_staleness=here.max_staleness + 1),
-                costs,
-            ),
-            "dynamic batches": (
-                config,
-                replace(here, batch_max="auto", batch_wait_s="auto"),
-                costs,
-            ),
-            "streaming": (config, replace(here, stream=True), costs),
-            "nodes that differ in speed (σ 5 %)": (replace(config, node_spread=0.05), here, costs),
-        }
         gains = []
-        for what, (settings, changed, priced) in changes.items():
-            if (changed, priced, settings) == (
-                here,
-                costs,
-                config,
-            ) or here.batch % changed.minibatch:
-                continue
-            found = at_size(settings, changed, priced, at["nodes"], base, node.batch)
+        for what, change in changes(plan, here, costs).items():
+            found = at_size(*change, at["nodes"], base, node.batch)
             gains.append((found.env_steps_per_s / at["env_steps_per_s"] - 1, what))
         for gain, what in sorted(gains, reverse=True):
-            out.append(
-                {"batch": batch, "gpus": at["nodes"] * per_node, "change": what, "gain": gain}
-            )
+            advice.append({"batch": batch, "gpus": at["gpus"], "change": what, "gain": gain})
             if abs(gain) >= NOISE:
                 print(f"  {gain:+4.0%}  {what}")
-        print(
-            f"  less than {NOISE:.0%}: "
-            + "; ".join(what for gain, what in gains if abs(gain) < NOISE)
-        )
-    return out
+        small = [what for gain, what in gains if abs(gain) < NOISE]
+        print(f"  less than {NOISE:.0%}: {'; '.join(small)}")
+    return advice
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Env steps/s and efficiency against GPUs."""
+    """Draws env steps/s and efficiency against GPUs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (speed, efficient) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for batch, colour in (("grows", "#3b7dd8"), ("fixed", "#d9822b")):
+    for batch, colour in COLOURS.items():
         mine = [row for row in rows if row["batch"] == batch]
         gpus = [row["gpus"] for row in mine]
-        ideal = [mine[0]["env_steps_per_s"] * n / gpus[0] for n in gpus]
-        speed.loglog(
-            gpus,
-            [row["env_steps_per_s"] for row in mine],
-            "o-",
-            color=colour,
-            label=f"batch {batch}",
-        )
-        speed.loglog(gpus, ideal, ":", color=colour, linewidth=1)
-        efficient.semilogx(
-            gpus, [row["efficiency"] for row in mine], "o-", color=colour, label=f"batch {batch}"
-        )
+        rates = [row["env_steps_per_s"] for row in mine]
+        shares = [row["efficiency"] for row in mine]
+        linear = [rates[0] * n / gpus[0] for n in gpus]
+        speed.loglog(gpus, rates, "o-", color=colour, label=f"batch {batch}")
+        speed.loglog(gpus, linear, ":", color=colour, linewidth=1)
+        efficient.semilogx(gpus, shares, "o-", color=colour, label=f"batch {batch}")
+    speed.set_ylabel("env steps/s (dotted: linear)")
+    efficient.set_ylabel("share of linear scaling")
     efficient.axhline(BROKEN, color="#777777", linewidth=0.8)
     efficient.set_ylim(0, 1.1)
     ticks = sorted({row["gpus"] for row in rows})
-    for axes, label in (
-        (speed, "env steps/s (dotted: linear)"),
-        (efficient, "share of linear scaling"),
-    ):
+    for axes in (speed, efficient):
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
         axes.set_xlabel("GPUs")
-        axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -268,59 +229,55 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def show(found: Prediction) -> None:
     bubbles = {stage: getattr(found, f"bubble_{stage}") for stage in STAGES}
+    busy = [f"{stage} {(1 - share) * found.step_s:.4g}" for stage, share in bubbles.items()]
     print(
         f"step_s {found.step_s:.4g}   env_steps_per_s {found.env_steps_per_s:.4g}   "
         f"batch_size_mean {found.batch_size_mean:.3g}"
     )
     print("   ".join(f"bubble_{stage} {share:.3f}" for stage, share in bubbles.items()))
-    busy = ", ".join(
-        f"{stage} {(1 - share) * found.step_s:.4g}" for stage, share in bubbles.items()
+    print(
+        f"busy seconds of an iteration: {', '.join(busy)}; critical stage: "
+        f"{min(bubbles, key=bubbles.get)}"
     )
-    print(f"busy seconds of an iteration: {busy}; critical stage: {min(bubbles, key=bubbles.get)}")
 
 
-def main(config: PlanConfig) -> None:
-    if min(config.iterations, config.simulated_nodes) < 1 or config.rounds < 0:
-        raise UserError(
-            "--iterations and --simulated-nodes must be at least 1, and --rounds not negative"
-        )
-    for file in (config.json, config.plot):
-        if file and not file.absolute().parent.is_dir():
-            raise UserError(
-                f"the folder {file.absolute().parent} does not exist: create it or name another "
-                "file"
-            )
-    if config.validate:
-        rows = validate(config.ladder)
-        if config.json:
-            config.json.write_text(json.dumps({"what": "validate", "rows": rows}, indent=1) + "\n")
-        return
-    if config.from_:
-        node, nodes, costs, line = from_run(config)
+def answer(plan: PlanConfig) -> dict:
+    """Prints what was asked for, and returns it."""
+    if plan.validate:
+        from benchmarks.plan_against_paper import validate
+
+        return {"what": "validate", "rows": validate(plan.ladder)}
+    if plan.from_:
+        node, nodes, costs, line = from_run(plan)
     else:
-        node, nodes, line = node_of(config)
-        costs = calibrate(config)
+        node, nodes, line = planned(plan)
+        costs = calibrate(plan)
     print(line)
-    if config.sweep:
-        rows = sweep(config, node, costs, nodes)
-        result = {
-            "what": "sweep",
-            "rows": rows,
-            "changes": advise(config, node, costs, nodes, rows),
-        }
-        if config.plot:
-            draw(rows, config.plot)
-    else:
-        found = predict(config, node, costs, nodes)
-        show(found)
-        result = {
-            "what": "plan",
-            "preset": config.preset or ("" if config.from_ else "full"),
-            "gpus": config.gpus,
-            "nodes": nodes,
-        } | asdict(found)
-    if config.json:
-        config.json.write_text(json.dumps(result, indent=1) + "\n")
+    if plan.sweep:
+        rows = sweep(plan, node, costs, nodes)
+        return {"what": "sweep", "rows": rows, "changes": advise(plan, node, costs, nodes, rows)}
+    found = predict(plan, node, costs, nodes)
+    show(found)
+    preset = plan.preset or ("" if plan.from_ else "full")
+    about = {"what": "plan", "preset": preset, "gpus": plan.gpus, "nodes": nodes}
+    return about | asdict(found)
+
+
+def main(plan: PlanConfig) -> None:
+    require(
+        min(plan.iterations, plan.simulated_nodes) >= 1 and plan.rounds >= 0,
+        "--iterations and --simulated-nodes must be at least 1, and --rounds not negative",
+    )
+    for file in filter(None, (plan.json, plan.plot)):
+        folder = file.absolute().parent
+        require(
+            folder.is_dir(), f"the folder {folder} does not exist: create it or name another file"
+        )
+    result = answer(plan)
+    if plan.plot and plan.sweep:
+        draw(result["rows"], plan.plot)
+    if plan.json:
+        plan.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -43,9 +43,9 @@ import torch
 import metrics
 from benchmarks.emulated import gr00t, libero, maniskill
 from benchmarks.machinery import cpu_seconds
+from benchmarks.plan_against_paper import MAIN
 from config import PRESETS, ROOT, Config, UserError, from_json, parse_ratio
 from planning.settings import divisor
-from planning.validate import MAIN
 from run_folder import read_metrics
 
 RATIOS = ("1:1", "2:1", "3:1")

@@ -24,10 +24,10 @@ from pathlib import Path
 
 from benchmarks import ladder
 from benchmarks.emulated import libero
+from benchmarks.plan_against_paper import emulated_node
 from config import ROOT, UserError
 from planning import Costs, Node
 from planning.events import simulate
-from planning.validate import emulated_node
 from run_folder import read_metrics
 
 WARMUP = ladder.warmup("full")  # iterations of a run that are not measured

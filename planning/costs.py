@@ -1,39 +1,46 @@
-"""Seconds that work takes: from the two phases of a synchronous iteration (`calibrate`), or from a
-run's trace (`from_run`).
+"""Seconds that work takes: from the two phases of a synchronous iteration, or from a run's trace.
 
-    python plan.py --rollout-s 1050 --actor-s 861
-    python plan.py --from NAME
+    python plan.py --rollout-s 1050 --actor-s 861       `calibrate`
+    python plan.py --from NAME                          `from_run`
 
 Left out: cores and links that stages fight over. What a trace shows contains the contention that
 the run had.
 """
 
+import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from config import Config, UserError, existing_run, from_json, parse_ratio
-from planning import STAGES, Costs, Node
+from config import Config, UserError, existing_run, from_json, parse_ratio, require
+from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
-from planning.settings import PlanConfig, node_of, preset_of
+from planning.settings import PlanConfig, node_of, override, planned
 from run_folder import read_metrics, read_trace
+from scheduler import place
+
+Span = tuple[str, float, float, dict]  # what, start and end in seconds, what of
+TOO_FEW = 7  # lines of metrics.jsonl below which a prediction may be far off
 
 
-def all_reduce_s(config: PlanConfig, nodes: int) -> float:
-    """A ring over the nodes: every byte crosses each link twice, in 2 (n − 1) hops."""
-    transfer = 2 * (nodes - 1) / nodes * config.gradient_gb / config.network_gb_s
-    return transfer + 2 * (nodes - 1) * config.network_latency_us * 1e-6
+def all_reduce_s(plan: PlanConfig, nodes: int) -> float:
+    """Returns the seconds of a ring over the nodes: every byte crosses each link twice, in
+    2 (n − 1) hops.
+    """
+    transfer = 2 * (nodes - 1) / nodes * plan.gradient_gb / plan.network_gb_s
+    return transfer + 2 * (nodes - 1) * plan.network_latency_us * 1e-6
 
 
-def optimizer_steps(node: Node) -> int:
-    """Of one iteration."""
-    return node.update_epochs * node.batch // node.minibatch
+# ---------------------------------------------------------------- two phases
 
 
 def lockstep(node: Node) -> Node:
-    """The same node in the synchronous baseline's rollout, with one vectorised lane per simulating
-    device.
+    """Returns the same node in the synchronous baseline's rollout.
+
+    There, each simulating device has one vectorised lane. Only rollouts are timed, so one actor
+    rank will do for lanes of any width.
     """
     alone = replace(
         node, max_staleness=0, batch_max="all", batch_wait_s=math.inf, stream=False, update_epochs=1
@@ -44,93 +51,88 @@ def lockstep(node: Node) -> Node:
     return replace(
         alone,
         lanes=lanes,
-        lane_envs=node.lanes * node.lane_envs // lanes,
+        lane_envs=node.envs // lanes,
         env_devices=node.env_devices[:lanes],
         rollout_devices=node.rollout_devices[:lanes],
+        actor_devices=node.actor_devices[:1],
     )
 
 
-def calibrate(config: PlanConfig) -> Costs:
-    """Costs with which a synchronous iteration takes --rollout-s and then --actor-s, on the parts
-    that those belong to.
+def check_phases(plan: PlanConfig) -> None:
+    """Raises UserError where the flags of `calibrate` make no sense."""
+    require(
+        plan.rollout_s is not None and plan.actor_s is not None,
+        "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases, or "
+        "--from RUN",
+    )
+    require(
+        plan.rollout_s > 0 and plan.actor_s >= 0,
+        "--rollout-s must be more than 0 and --actor-s not negative",
+    )
+    shares = (plan.infer_share, plan.infer_fixed, plan.step_fixed)
+    require(
+        all(0 <= share <= 1 for share in shares) and plan.tail >= 0,
+        "--infer-share, --infer-fixed and --step-fixed must lie between 0 and 1, and --tail not "
+        "below 0",
+    )
+
+
+def calibrate(plan: PlanConfig) -> Costs:
+    """Returns the costs with which a synchronous iteration takes --rollout-s and then --actor-s, on
+    the parts that those belong to.
 
     The rollout is simulated alone, twice: simulators without inference, to give them their share;
-    then both, to meet --rollout-s exactly.
+    then both, to meet --rollout-s exactly. Raises UserError.
     """
-    if config.rollout_s is None or config.actor_s is None:
-        raise UserError(
-            "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases, "
-            "or --from RUN"
-        )
-    if min(config.rollout_s, config.actor_s) < 0 or config.rollout_s == 0:
-        raise UserError("--rollout-s must be more than 0 and --actor-s not negative")
-    if not (
-        0 <= config.infer_share <= 1
-        and 0 <= config.infer_fixed <= 1
-        and 0 <= config.step_fixed <= 1
-        and config.tail >= 0
-    ):
-        raise UserError(
-            "--infer-share, --infer-fixed and --step-fixed must lie between 0 and 1, and --tail "
-            "not below 0"
-        )
-    measured = replace(
-        config,
-        ratio=config.measured_ratio or config.ratio,
-        placement=config.measured_placement or config.placement,
-    )
-    node, nodes, _ = node_of(measured)
+    check_phases(plan)
+    ratio = plan.measured_ratio or plan.ratio
+    placement = plan.measured_placement or plan.placement
+    node, nodes, _ = planned(replace(plan, ratio=ratio, placement=placement))
     base = lockstep(node)
-    rounds = base.batch // (base.lanes * base.lane_envs) * base.segment
-    most = (
-        math.ceil(base.lanes / len(base.rollout_devices)) * base.lane_envs
-    )  # samples of a full batch
-    free = Costs(step_s=1.0, step_tail=config.tail, infer_each_s=0.0, train_each_s=0.0)
+    runs = (nodes, plan.simulated_nodes, 12, 1, plan.seed)
 
-    def alone(costs: Costs) -> float:
-        return simulate(base, costs, nodes, config.simulated_nodes, 12, 1, config.seed).step_s
-
-    full = config.infer_share * config.rollout_s / rounds  # seconds of a full batch's inference
+    # Share the rollout out between simulators and inference.
+    free = Costs(step_s=1.0, step_tail=plan.tail, infer_each_s=0.0, train_each_s=0.0)
+    rounds = base.batch // base.envs * base.segment
+    full = plan.infer_share * plan.rollout_s / rounds  # seconds of a full batch's inference
     costs = replace(
         free,
-        step_s=(1 - config.infer_share) * config.rollout_s / alone(free),
-        infer_fixed_s=config.infer_fixed * full,
-        infer_each_s=(1 - config.infer_fixed) * full / most,
+        step_s=(1 - plan.infer_share) * plan.rollout_s / simulate(base, free, *runs).step_s,
+        infer_fixed_s=plan.infer_fixed * full,
+        infer_each_s=(1 - plan.infer_fixed) * full / (base.served * base.lane_envs),
     )
-    scale = config.rollout_s / alone(costs)
-    step = costs.step_s * scale
-    if node.lane_envs > 1:  # a smaller vectorised lane
-        step *= config.step_fixed + (1 - config.step_fixed) * node.lane_envs / base.lane_envs
-    steps = optimizer_steps(node)
-    outside = steps * (config.optimizer_s + all_reduce_s(config, nodes))
-    if config.actor_s and outside > config.actor_s:
-        raise UserError(
-            f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s "
-            f"{config.actor_s:g}: "
-            "lower --optimizer-s or --gradient-gb"
-        )
-    micro_s = max(0.0, config.actor_s - outside) / (
-        steps * node.minibatch / len(node.actor_devices) / node.micro_batch
+    scale = plan.rollout_s / simulate(base, costs, *runs).step_s
+    step_s = costs.step_s * scale
+    if node.lane_envs > 1:  # a narrower vectorised lane than in lockstep
+        step_s *= plan.step_fixed + (1 - plan.step_fixed) * node.lane_envs / base.lane_envs
+
+    # What the actor takes besides optimizer steps and communication, micro-batches take.
+    steps = node.optimizer_steps
+    outside = steps * (plan.optimizer_s + all_reduce_s(plan, nodes))
+    require(
+        not plan.actor_s or outside <= plan.actor_s,
+        f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s "
+        f"{plan.actor_s:g}: lower --optimizer-s or --gradient-gb",
     )
+    micro_batches = steps * node.minibatch / len(node.actor_devices) / node.micro_batch
+    micro_s = max(0.0, plan.actor_s - outside) / micro_batches
     return replace(
-        costs,
-        step_s=step,
-        infer_fixed_s=costs.infer_fixed_s * scale,
-        infer_each_s=costs.infer_each_s * scale,
-        train_fixed_s=config.train_fixed * micro_s,
-        train_each_s=(1 - config.train_fixed) * micro_s / (node.micro_batch * node.segment),
-        optimizer_s=config.optimizer_s * (config.actor_s > 0),
-        gradient_s=all_reduce_s(config, nodes) * (config.actor_s > 0),
-        fetch_s=config.weights_gb / config.nvlink_gb_s,
+        scaled(costs, rollout=scale),
+        step_s=step_s,
+        train_fixed_s=plan.train_fixed * micro_s,
+        train_each_s=(1 - plan.train_fixed) * micro_s / (node.micro_batch * node.segment),
+        optimizer_s=plan.optimizer_s * (plan.actor_s > 0),
+        gradient_s=all_reduce_s(plan, nodes) * (plan.actor_s > 0),
+        fetch_s=plan.weights_gb / plan.nvlink_gb_s,
     )
 
 
 # ---------------------------------------------------------------- costs that a run measured
 
 
-def chunk_times(rows: list) -> list[float]:
-    """Of an env worker: seconds of each chunk, its steps and the rendering and resetting that
-    follow them.
+def chunk_times(rows: list[Span]) -> list[float]:
+    """Returns the seconds of each chunk of an env worker: its steps, and the rendering and
+    resetting that follow them.
     """
     times: list[float] = []
     for what, start, end, _ in rows:
@@ -141,18 +143,22 @@ def chunk_times(rows: list) -> list[float]:
     return times
 
 
-def overhead(rows: list, units: int) -> float:
-    """Seconds between a worker's spans, neither work nor waiting, for each unit of its work."""
-    return max(0.0, rows[-1][2] - rows[0][1] - sum(end - start for _, start, end, _ in rows)) / max(
-        units, 1
-    )
+def overhead(rows: list[Span], what: str) -> float:
+    """Returns the seconds between a worker's spans, neither work nor waiting, for each span of this
+    work.
+    """
+    covered = sum(end - start for _, start, end, _ in rows)
+    units = sum(name == what for name, *_ in rows)
+    return max(0.0, rows[-1][2] - rows[0][1] - covered) / max(units, 1)
 
 
-def inference_cost(infers: list, mean_size: float, most: int, fixed: float) -> tuple[float, float]:
-    """Seconds of an inference that do not depend on its size, and those per sample.
+def inference_cost(
+    infers: list[Span], mean_size: float, most: int, fixed: float
+) -> tuple[float, float]:
+    """Returns the seconds of an inference that do not depend on its size, and those per sample.
 
-    A line through the spans where the trace says how large each batch was and sizes differ; else
-    `fixed` is believed.
+    They are a line through the spans where the trace says how large each batch was and sizes
+    differ; else `fixed`, the share of a batch of `most` samples, is believed.
     """
     seconds = np.array([end - start for _, start, end, _ in infers])
     sizes = np.array([args.get("batch", math.nan) for *_, args in infers], float)
@@ -164,183 +170,158 @@ def inference_cost(infers: list, mean_size: float, most: int, fixed: float) -> t
     return fixed / (1 - fixed) * each * most, each
 
 
-def node_of_run(
-    config: PlanConfig, settings: Config, env_steps: float
-) -> tuple[Node, float, float]:
-    """The run's node as --preset and other flags change it, and how much faster rollouts and actors
-    are on their new parts.
-
-    env_steps: of a chunk step, on average (episodes may end within a chunk).
-    """
-    env = settings.env
-    rollout = settings.rollout
-    actor = settings.actor
-    ratio = settings.train.parts
-    placement, staleness, batch_max, wait, stream = preset_of(config)
-
-    def chosen(flag, planned, own):
-        return planned if config.preset or flag not in (None, "") else own
-
-    def parts(ratio: str, placement: str) -> tuple[float, float]:
-        r, a = parse_ratio(ratio)
-        return (1.0, 1.0) if placement == "colocated" else (r / (r + a), a / (r + a))
-
-    old = parts(ratio, settings.train.placement)
-    new = parts(
-        config.ratio or ratio, chosen(config.placement, placement, settings.train.placement)
-    )
-    faster = new[0] / old[0]
-    trains_faster = new[1] / old[1]
-    own_wait = (
-        rollout.batch_wait_ms if rollout.batch_wait_ms == "auto" else rollout.batch_wait_ms / 1e3
-    )
-    node = Node(
-        lanes=env.envs,
-        env_devices=("cpu",) * max(1, min(env.envs, round(env.env_workers * faster))),
-        rollout_devices=("cpu",) * rollout.rollout_workers,
-        actor_devices=("cpu",) * actor.actor_workers,
-        segment=env.segment,
-        chunk=env_steps,
-        batch=actor.batch,
-        minibatch=actor.minibatch,
-        micro_batch=actor.micro_batch,
-        update_epochs=actor.update_epochs,
-        max_staleness=chosen(config.max_staleness, staleness, actor.max_staleness),
-        batch_max=chosen(config.batch_max, batch_max, rollout.batch_max),
-        batch_wait_s=chosen(config.batch_wait_ms, wait, own_wait),
-        stream=chosen(config.stream, stream, actor.stream),
-    )
-    return node, faster, trains_faster
+def message_time(env_rows: list[list[Span]], infers: list[Span]) -> float:
+    """Returns the median seconds from the end of an inference to the end of the wait for it."""
+    ends = np.array([end for _, _, end, _ in infers])
+    found = []
+    for rows in env_rows:
+        for what, start, end, _ in rows:
+            if what == "wait: action":
+                before = np.searchsorted(ends, end, side="right") - 1
+                if start < ends[before] <= end:
+                    found.append(end - ends[before])
+    return float(np.median(found)) if found else 0.0
 
 
-def costs_of_run(
-    spans: dict[str, list], settings: Config, batch_size: float, infer_fixed: float
-) -> Costs:
-    """What the workers' spans show. Time between two spans, which no span covers, belongs to the
-    unit of work before it.
+def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fixed: float):
+    """Returns the Costs that the workers' spans show, for the node that ran.
+
+    Time between two spans, which no span covers, belongs to the unit of work before it.
+    batch_size: mean samples of an inference. fixed: see `inference_cost`.
     """
     envs, rollouts, actors = (
         [rows for name, rows in spans.items() if name.startswith(stage + "-")] for stage in STAGES
     )
-    chunks = []
-    for rows in envs:
-        times = chunk_times(rows)
-        chunks += [seconds + overhead(rows, len(times)) for seconds in times]
-
-    infers = sorted(
-        (row for rows in rollouts for row in rows if row[0] == "infer"), key=lambda row: row[2]
-    )
-    most = math.ceil(settings.env.envs / settings.rollout.rollout_workers)
-    fixed, each = inference_cost(infers, batch_size, most, infer_fixed)
-    fixed += float(
-        np.mean([overhead(rows, sum(what == "infer" for what, *_ in rows)) for rows in rollouts])
-    )
 
     def mean(what: str) -> float:
-        return float(
-            np.mean(
-                [end - start for rows in actors for name, start, end, _ in rows if name == what]
-                or [0.0]
-            )
-        )
+        found = [end - start for rows in actors for name, start, end, _ in rows if name == what]
+        return float(np.mean(found or [0.0]))
 
-    micro_s = mean("train") + np.mean(
-        [overhead(rows, sum(what == "train" for what, *_ in rows)) for rows in actors]
+    # Simulators, whose times are kept one by one.
+    chunks = []
+    for rows in envs:
+        between = overhead(rows, "step")
+        chunks += [seconds + between for seconds in chunk_times(rows)]
+
+    # Inference and training, by their size.
+    infers = [row for rows in rollouts for row in rows if row[0] == "infer"]
+    infers.sort(key=lambda row: row[2])
+    infer_fixed, infer_each = inference_cost(
+        infers, batch_size, node.served * node.lane_envs, fixed
     )
+    micro_s = mean("train") + np.mean([overhead(rows, "train") for rows in actors])
     sums = [
         end - start for rows in actors for what, start, end, _ in rows if what == "wait: gradient"
     ]
-    # A message takes from the end of an inference to the end of the wait that it ends.
-    ends = np.array([end for _, _, end, _ in infers])
-    wakes = []
-    for rows in envs:
-        for what, start, end, _ in rows:
-            answered = (
-                ends[np.searchsorted(ends, end, side="right") - 1]
-                if what == "wait: action"
-                else -math.inf
-            )
-            if start < answered <= end:
-                wakes.append(end - answered)
     return Costs(
         step_s=float(np.mean(chunks)),
         step_samples=tuple(chunks),
-        infer_fixed_s=fixed,
-        infer_each_s=each,
-        train_each_s=float(micro_s) / (settings.actor.micro_batch * settings.env.segment),
+        infer_fixed_s=infer_fixed + float(np.mean([overhead(rows, "infer") for rows in rollouts])),
+        infer_each_s=infer_each,
+        train_each_s=float(micro_s) / (node.micro_batch * node.segment),
         optimizer_s=mean("optimizer"),
-        gradient_s=float(np.percentile(sums, 5))
-        if sums
-        else 0.0,  # the last rank to arrive waits for the sum alone
+        # The last rank to arrive waits for the sum alone.
+        gradient_s=float(np.percentile(sums, 5)) if sums else 0.0,
         publish_s=mean("publish"),
-        message_s=float(np.median(wakes)) if wakes else 0.0,
+        message_s=message_time(envs, infers),
     )
 
 
-def from_run(config: PlanConfig) -> tuple[Node, int, Costs, str]:
-    """Node, number of nodes and costs of a run, changed as flags say; and what the run itself
-    reached. Raises UserError.
+# ---------------------------------------------------------------- a run, and what is changed
+
+
+def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
+    """Returns a run's folder, settings, lines of metrics that count, and spans. Raises
+    UserError.
     """
-    if config.rollout_s is not None or config.actor_s is not None:
-        raise UserError("--from takes the costs from the run: leave out --rollout-s and --actor-s")
-    run = existing_run(config.from_)
-    if not (run / "trace.json").is_file() or not (run / "metrics.jsonl").is_file():
-        raise UserError(
-            f"{run} has no trace.json and metrics.jsonl: --from takes a finished run that was "
-            "traced"
-        )
-    if not 0 <= config.infer_fixed < 1:
-        raise UserError(f"--infer-fixed {config.infer_fixed} must be at least 0 and less than 1")
+    run = existing_run(name)
+    require(
+        (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file(),
+        f"{run} has no trace.json and metrics.jsonl: --from takes a finished run that was traced",
+    )
     settings = from_json(run / "config.json")
     try:
         lines = read_metrics(run)
         spans = read_trace(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read what run {run} left behind: {error!r}") from None
-    if settings.train.ratio == "auto" and any("ratio" in line.get("tuning", {}) for line in lines):
-        parts = settings.train.parts
-        raise UserError(
-            f"{run} came to ratio {parts} on its way, and its trace has both: resume it with "
-            f"--ratio {parts} first"
-        )
-    lines = (
-        lines[2:-1] if len(lines) > 4 else lines
-    )  # the first iterations warm up, the last one stops
-    worked = {(name.split("-")[0], what) for name, rows in spans.items() for what, *_ in rows}
-    if len(lines) < 2 or not {("env", "step"), ("rollout", "infer"), ("actor", "train")} <= worked:
-        raise UserError(
-            f"{run} is too short: it takes two iterations in which every stage has worked"
-        )
+    parts = settings.train.parts
+    changed = any("ratio" in line.get("tuning", {}) for line in lines)
+    require(
+        settings.train.ratio != "auto" or not changed,
+        f"{run} came to ratio {parts} on its way, and its trace has both: resume it with --ratio "
+        f"{parts} first",
+    )
+    if len(lines) > 4:  # the first iterations warm up, the last one stops
+        lines = lines[2:-1]
+    worked = {(worker.split("-")[0], what) for worker, rows in spans.items() for what, *_ in rows}
+    require(
+        len(lines) >= 2 and {("env", "step"), ("rollout", "infer"), ("actor", "train")} <= worked,
+        f"{run} is too short: it takes two iterations in which every stage has worked",
+    )
+    return run, settings, lines, spans
 
+
+def shares_of(config: Config) -> tuple[float, float]:
+    """Returns which part of all devices rollouts have, and which part actors have."""
+    if config.train.placement == "colocated":
+        return 1.0, 1.0
+    r, a = parse_ratio(config.train.parts)
+    return r / (r + a), a / (r + a)
+
+
+def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
+    """Returns node, number of nodes and costs of a run, changed as flags say; and, in words, what
+    the run itself reached. Raises UserError.
+
+    Lanes stay as wide as they were: other parts mean other numbers of env workers, and faster or
+    slower rollouts and actors.
+    """
+    require(
+        plan.rollout_s is None and plan.actor_s is None,
+        "--from takes the costs from the run: leave out --rollout-s and --actor-s",
+    )
+    require(
+        0 <= plan.infer_fixed < 1,
+        f"--infer-fixed {plan.infer_fixed} must be at least 0 and less than 1",
+    )
+    run, settings, lines, spans = read_run(plan.from_)
+
+    # Translate the run, and the run as flags change it.
+    placement = place(
+        *(settings.train.parts, settings.train.placement, 0, 1),  # on "cpu": nobody takes turns
+        *(settings.env.env_workers, settings.rollout.rollout_workers, settings.actor.actor_workers),
+    )
+    ran = node_of(settings, placement)
+    changed = copy.deepcopy(settings)
+    override(changed, plan.preset, plan)
+    changed.train.ratio = plan.ratio or settings.train.parts
+    node = node_of(changed, placement)
     env_steps = lines[-1]["env_steps"] - lines[0]["env_steps"]
     seconds = lines[-1]["time"] - lines[0]["time"]
-    chunk_steps = (len(lines) - 1) * settings.actor.batch * settings.env.segment
-    node, faster, trains_faster = node_of_run(config, settings, env_steps / chunk_steps)
-    costs = costs_of_run(
-        spans,
-        settings,
-        float(np.mean([line["batch_size_mean"] for line in lines])),
-        config.infer_fixed,
+    chunk_steps = (len(lines) - 1) * node.batch * node.segment
+    rollout, actor = (
+        now / then for now, then in zip(shares_of(changed), shares_of(settings), strict=True)
     )
+    envs = max(1, min(node.lanes, round(settings.env.env_workers * rollout)))
+    # Episodes may end within a chunk, so a chunk step has fewer env steps than C.
+    node = replace(node, chunk=env_steps / chunk_steps, env_devices=("cpu",) * envs)
+
+    # Measure what the run paid, and scale it to the new parts.
+    batch_size = float(np.mean([line["batch_size_mean"] for line in lines]))
+    costs = costs_of_run(spans, ran, batch_size, plan.infer_fixed)
     line = (
         f"{run}: a chunk takes {costs.step_s * 1e3:.3g} ms, an inference "
-        f"{costs.infer_fixed_s * 1e3:.3g} + "
-        f"{costs.infer_each_s * 1e3:.3g} ms per sample, a chunk step's training "
-        f"{costs.train_each_s * 1e3:.3g} ms; "
-        f"the run reached {env_steps / seconds:.0f} env steps/s"
-        + (
-            "; of so few iterations predictions may be far off: ten and more are within 3 %"
-            if len(lines) < 7
-            else ""
-        )
+        f"{costs.infer_fixed_s * 1e3:.3g} + {costs.infer_each_s * 1e3:.3g} ms per sample, a chunk "
+        f"step's training {costs.train_each_s * 1e3:.3g} ms; the run reached "
+        f"{env_steps / seconds:.0f} env steps/s"
     )
-    nodes = max(1, config.gpus // config.gpus_per_node)
+    if len(lines) < TOO_FEW:
+        line += "; of so few iterations predictions may be far off: ten and more are within 3 %"
+    nodes = max(1, plan.gpus // plan.gpus_per_node)
     costs = replace(
-        costs,
-        infer_fixed_s=costs.infer_fixed_s / faster,
-        infer_each_s=costs.infer_each_s / faster,
-        train_each_s=costs.train_each_s / trains_faster,
+        scaled(costs, rollout=1 / rollout, actor=1 / actor),
         fetch_s=lines[-1]["weight_sync_s"],
-        gradient_s=costs.gradient_s + all_reduce_s(config, nodes),
+        gradient_s=costs.gradient_s + all_reduce_s(plan, nodes),
     )
     return node, nodes, costs, line

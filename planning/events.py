@@ -1,31 +1,31 @@
-"""The pipeline in virtual time: the real `DynamicBatcher`, `Admission` and `Streamer`, with workers
-that are events on a clock.
+"""The pipeline in virtual time: the deciders of a run, with workers that are events on a clock.
 
-    world = World()                              nothing sleeps: the clock jumps from event to event
-    run = simulate(node, costs, nodes=32, iterations=20, warmup=5)
+    found = simulate(node, costs, nodes=32, iterations=20, warmup=5)
 
-What decides who waits for whom is imported from `scheduler.py` and `streamer.py` and acts here as
-it does in a run: requests queue in the batcher of the lane's rollout worker, trajectories start
-when admission lets them, micro-batches come from the streamer of the actor rank that owns the slot.
-What only takes time is a number in `Costs`. The workers below follow the loops of `env_worker.run`,
-`rollout_worker.run` and `actor_worker.run`, down to the order in which an env worker meets its
-replies.
+Whatever decides who waits for whom is imported from `scheduler.py` and `streamer.py` and acts here
+as in a run. Requests queue in the `DynamicBatcher` of the lane's rollout worker, `Admission` lets
+trajectories start, and the `Streamer` of the actor rank that owns a slot gives out micro-batches.
+Whatever only takes time is a number in `Costs`. The workers below follow the loops of
+`env_worker.run`, `rollout_worker.run` and `actor_worker.run`, down to the order in which an env
+worker meets its replies. Nothing sleeps: the clock jumps from event to event.
 
-Nodes meet only where gradients are summed. Of many nodes, which are all alike, `simulated` are
-followed event by event. What the others would add, the wait for the slowest of all, is drawn: so
-many times, how late a followed node has been against their mean at the same gradient of earlier
-iterations (a mean field). So 256 GPUs cost as many events as 32.
+Nodes meet only where gradients are summed. Many nodes are all alike, so a few of them, `simulated`,
+are followed event by event. The others would add a wait for the slowest of all. That wait is drawn:
+for each node that is not followed, how late a followed one has been against their mean, at the same
+gradient of earlier iterations (a mean field). So 256 GPUs cost as many events as 32.
 
-Left out: evaluation lanes, failures, checkpoints, cores that several workers share, and whatever a
-stage does inside its time.
+Left out: evaluation lanes, failures, checkpoints, filtered groups, cores that several workers
+share, and whatever a stage does inside its time.
 """
 
 import math
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from heapq import heappop, heappush
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,22 +33,20 @@ from planning import STAGES, Costs, Node, Prediction, scaled
 from scheduler import Admission, DynamicBatcher
 from streamer import Streamer
 
-ACT, VALUE, LAST = range(
-    3
-)  # what a lane asks for, as in channel.py: an action; the last value, alone or beside an action
+# What a lane asks for: an action; the last value of a trajectory, alone or beside an action.
+ACT, VALUE, LAST = range(3)
 HISTORY = 2048  # arrivals at one gradient that the mean field remembers
 QUANTILES = 4096  # values that stand for a distribution
 BLOCK = 256  # random numbers drawn at a time
+SOON = 1e-9  # seconds that count as now
 
 
 class World:
-    """Virtual time, called as a clock. Events at the same time happen in the order in which they
-    were planned.
-    """
+    """Virtual time, called as a clock. Events at the same time happen in the order planned."""
 
     def __init__(self):
-        self.now = 0.0
-        self.heap = []
+        self.now = 0.0  # seconds
+        self.heap = []  # (time, place in the order, function, its argument)
         self.planned = 0
         self.running = True
 
@@ -56,11 +54,12 @@ class World:
         return self.now
 
     def after(self, seconds: float, function: Callable, argument=None) -> None:
+        """Calls the function so many seconds from now."""
         self.planned += 1
         heappush(self.heap, (self.now + seconds, self.planned, function, argument))
 
     def run(self) -> None:
-        """Until somebody sets `running` to False."""
+        """Lets events happen until somebody sets `running` to False."""
         heap = self.heap
         while self.running:
             if not heap:
@@ -70,10 +69,9 @@ class World:
 
 
 class Device:
-    """Work of several workers on one device: one after another, first come first served. `after` is
-    used like World's.
+    """Does the work of several workers one after another, first come first served.
 
-    Who queues for a device counts as busy, as a worker does whose kernel waits for another's.
+    A worker in the queue counts as busy, as one whose kernel waits for another's does.
     """
 
     def __init__(self, world: World):
@@ -82,6 +80,7 @@ class Device:
         self.busy = False
 
     def after(self, seconds: float, function: Callable, argument=None) -> None:
+        """Calls the function once so many seconds of work are done; used like World's."""
         if self.busy:
             self.queue.append((seconds, function, argument))
         else:
@@ -94,21 +93,23 @@ class Device:
             self.world.after(seconds, self.done, following)
         else:
             self.busy = False
-        job[0](job[1])
+        function, argument = job
+        function(argument)
 
 
 class Worker:
-    """What all have in common: whether it works, how long it has not, and where (`work` is `after`
-    of a device).
-    """
+    """What all workers have in common: whether one works, and how long it has not."""
 
-    def __init__(self, world: World, device: Device | None):
-        self.world = world
+    def __init__(self, state: "NodeState", device: Device | None):
+        self.state = state
+        self.node = state.node
+        self.costs = state.costs
+        self.world = state.world
+        self.work = (device or self.world).after
         self.busy = False
-        self.idle_s = 0.0
-        self.idle_since = world.now
-        self.work = device.after if device else world.after
-        self.waking = False  # a message is on its way to one that waits
+        self.idle_s = 0.0  # until it last began
+        self.idle_since = self.world.now
+        self.waking = False  # a message is on its way to it, and it waits
 
     def begin(self) -> None:
         self.busy = True
@@ -119,12 +120,12 @@ class Worker:
         self.idle_since = self.world.now
 
     def wake(self) -> None:
-        """A message has been sent to this worker."""
+        """Sends this worker a message, which only matters if it waits."""
         if self.busy or self.waking:
             return
-        if self.node.costs.message_s:
+        if self.costs.message_s:
             self.waking = True
-            self.world.after(self.node.costs.message_s, self.woken)
+            self.world.after(self.costs.message_s, self.woken)
         else:
             self.proceed()
 
@@ -134,149 +135,185 @@ class Worker:
             self.proceed()
 
     def waited(self) -> float:
-        """Seconds of waiting so far."""
+        """Returns the seconds of waiting so far."""
         return self.idle_s if self.busy else self.idle_s + self.world.now - self.idle_since
 
 
 class Lane:
-    __slots__ = ("envs", "rollout", "t", "trajectory", "worker")
+    """What asks for actions: one env, or several that step together."""
+
+    __slots__ = ("envs", "known", "rollout", "t", "trajectory", "worker")
 
     def __init__(self, envs: range, worker: "EnvWorker", rollout: "RolloutWorker"):
         self.envs = envs
         self.worker = worker
         self.rollout = rollout
-        self.trajectory = self.t = 0
+        self.trajectory = 0  # the one that it plays, or waits to begin
+        self.known = 0  # the same as far as the rollout worker knows
+        self.t = 0  # chunk steps into it
+
+
+Request = tuple[Lane, int, int]  # lane, kind, trajectory
 
 
 class EnvWorker(Worker):
-    """Meets its replies one by one; steps a lane for those that bring actions."""
+    """Meets its replies one by one; steps a lane for each that brings actions."""
 
-    def __init__(self, world: World, device: Device | None, node: "NodeState"):
-        super().__init__(world, device)
-        self.node = node
-        self.step_time = node.step_time()
-        self.ready: deque = deque()  # replies: (lane, kind, trajectory)
+    def __init__(self, state: "NodeState", device: Device | None):
+        super().__init__(state, device)
+        node = self.node
+        chunks = node.batch // node.lane_envs * node.segment // len(node.env_devices)
+        strata = max(1, chunks) if node.coarse > 1 else 1  # chunks of this worker in an iteration
+        self.chunk_times = Draws(state.chunk_times, strata, state.rng)
+        self.replies: deque[Request] = deque()
         self.parked: list[Lane] = []  # lanes that may not start a trajectory yet
 
     def proceed(self) -> None:
-        """The top of the worker's loop."""
+        """Passes through the worker's loop once."""
         if self.parked:
             self.parked = [lane for lane in self.parked if not self.begin_trajectory(lane)]
-        while self.ready:
-            lane, kind, trajectory = self.ready.popleft()
+        while self.replies:
+            lane, kind, trajectory = self.replies.popleft()
             if kind == ACT:
                 if not self.busy:
                     self.begin()
-                self.work(self.step_time(), self.stepped, lane)
+                self.work(self.chunk_times.next(), self.stepped, lane)
                 return
-            self.node.finish(lane, trajectory)
+            self.state.finish(lane, trajectory)
             if kind == VALUE and not self.begin_trajectory(lane):
                 self.parked.append(lane)
         if self.busy:
             self.end()
 
     def begin_trajectory(self, lane: Lane) -> bool:
-        if not self.node.admission.admits(lane.trajectory, self.node.version):
+        """Asks for the first action of a trajectory, if that may start."""
+        if not self.state.admission.admits(lane.trajectory, self.state.version):
             return False
         lane.t = 0
         lane.rollout.request((lane, ACT, lane.trajectory))
         return True
 
     def stepped(self, lane: Lane) -> None:
-        node = self.node
         lane.t += 1
-        if lane.t < node.node.segment:
+        if lane.t < self.node.segment:
             lane.rollout.request((lane, ACT, lane.trajectory))
         else:
-            ended = lane.trajectory
-            lane.trajectory = lane.trajectory + 1
+            self.end_trajectory(lane)
+        self.proceed()
+
+    def end_trajectory(self, lane: Lane) -> None:
+        """PPO asks for the last value, if it can beside the next trajectory's first action."""
+        ended = lane.trajectory
+        lane.trajectory += 1
+        if self.node.group == 1:
             kind = LAST if self.begin_trajectory(lane) else VALUE
             lane.rollout.request((lane, kind, ended))
-        self.proceed()
+            return
+        self.state.finish(lane, ended)
+        if not self.begin_trajectory(lane):
+            self.parked.append(lane)
+            lane.rollout.waits(lane, lane.trajectory)
+            lane.rollout.proceed()  # a batch may be due without this lane
 
 
 class RolloutWorker(Worker):
     """Serves what its batcher lets through; fetches weights on the side."""
 
-    def __init__(self, world: World, device: Device | None, node: "NodeState", served: int):
-        super().__init__(world, device)
-        settings = node.node
-        batch_max = {"all": served, "auto": max(1, served // 2)}.get(
-            settings.batch_max, settings.batch_max
-        )
-        self.node = node
-        self.auto = settings.batch_wait_s == "auto"
-        self.batcher = DynamicBatcher(
-            min(batch_max, served), 0.01 if self.auto else settings.batch_wait_s, world
-        )
-        self.version = self.published = 0  # of the weights in use, and the newest there are
+    def __init__(self, state: "NodeState", device: Device | None, lanes: int):
+        super().__init__(state, device)
+        node = self.node
+        size = {"all": lanes, "auto": max(1, lanes // 2)}.get(node.batch_max, node.batch_max)
+        self.auto = node.batch_wait_s == "auto"
+        self.batcher = DynamicBatcher(size, 0.01 if self.auto else node.batch_wait_s, self.world)
+        self.lanes: list[Lane] = []  # that ask this worker
+        self.version = 0  # of the weights in use
+        self.published = 0  # the newest there are
         self.fetching = False
-        self.stalled = None
-        self.alarm = math.inf
-        self.batches = self.samples = 0
+        self.stalled: list[Request] | None = None  # a batch that waits for newer weights
+        self.alarm = math.inf  # when it is to look at its queue again
+        self.batches = 0
+        self.samples = 0
 
-    def request(self, record: tuple) -> None:
-        self.batcher.add(record, record[1] != LAST)
-        if (
-            self.node.costs.message_s
-        ):  # each message arrives for itself: the last one of a batch matters
-            self.world.after(self.node.costs.message_s, self.proceed)
+    def request(self, request: Request) -> None:
+        lane, kind, trajectory = request
+        self.batcher.add(request, kind != LAST)
+        if kind == ACT:
+            lane.known = trajectory
+        if self.costs.message_s:  # the last message of a batch completes it
+            self.world.after(self.costs.message_s, self.proceed)
         elif not self.busy:
             self.proceed()
 
+    def waits(self, lane: Lane, trajectory: int) -> None:
+        """Notes that a lane asks for nothing until this trajectory is admitted."""
+        lane.known = trajectory
+        self.count_lanes()
+
+    def count_lanes(self) -> None:
+        """Tells the batcher how many lanes may ask: the others wait for a newer version."""
+        admission = self.state.admission
+        version = self.state.version
+        self.batcher.expect_at_most(sum(admission.admits(x.known, version) for x in self.lanes))
+
     def proceed(self, _=None) -> None:
-        """Serve now, or be called again when the oldest request will have waited long enough."""
+        """Serves now, or plans to look again when the oldest request has waited long enough."""
         if self.busy or self.stalled is not None:
             return
         remaining = self.batcher.remaining()
         if remaining is None or remaining == math.inf:
             return
-        if remaining > 1e-9:  # an alarm for a request served since only looks again
+        if remaining > SOON:  # the alarm may be for a request that is served by then
             due = self.world.now + remaining
             if not self.world.now < self.alarm <= due:
                 self.alarm = due
                 self.world.after(remaining, self.proceed)
             return
         batch, _ = self.batcher.take()
-        if self.version < self.node.version:
-            admission = self.node.admission
-            newest = max((admission.batch_of(j) for _, kind, j in batch if kind == ACT), default=0)
-            if (
-                newest - admission.max_staleness > self.version
-            ):  # admitted on a version that is still being copied
-                self.stalled = batch
-                return
-        self.serve(batch)
+        for lane, kind, trajectory in batch:
+            if kind == VALUE:
+                self.waits(lane, trajectory + 1)
+        if self.holds(batch):
+            self.serve(batch)
+        else:
+            self.stalled = batch
 
-    def serve(self, batch: list) -> None:
-        self.begin()
-        costs = self.node.costs
-        node = self.node.node
-        self.batches = self.batches + 1
-        self.samples = self.samples + len(batch) * node.lane_envs
-        acts = [kind for _, kind, _ in batch].count(ACT)
-        samples = (acts + (len(batch) - acts) / node.coarse) * node.lane_envs
-        seconds = (
-            costs.infer_fixed_s / (1.0 if acts else node.coarse) + samples * costs.infer_each_s
+    def holds(self, batch: list[Request]) -> bool:
+        """Says whether the weights in use are new enough for every trajectory of a batch."""
+        admits = self.state.admission.admits
+        return self.version == self.state.version or all(
+            admits(trajectory, self.version) for _, kind, trajectory in batch if kind == ACT
         )
+
+    def serve(self, batch: list[Request]) -> None:
+        self.begin()
+        node = self.node
+        self.batches += 1
+        self.samples += len(batch) * node.lane_envs
+        acts = [kind for _, kind, _ in batch].count(ACT)
+        # A coarse action stands for many inferences, a last value never does.
+        samples = (acts + (len(batch) - acts) / node.coarse) * node.lane_envs
+        fixed = self.costs.infer_fixed_s / (1.0 if acts else node.coarse)
+        seconds = fixed + samples * self.costs.infer_each_s
         if self.auto:
             self.batcher.wait_s = 0.8 * self.batcher.wait_s + 0.2 * 0.5 * seconds
         self.work(seconds, self.served, batch)
 
-    def served(self, batch: list) -> None:
+    def served(self, batch: list[Request]) -> None:
         self.end()
-        for record in batch:
-            record[0].worker.ready.append(record)
+        for request in batch:
+            request[0].worker.replies.append(request)
         for lane, _, _ in batch:
             if not lane.worker.busy:
                 lane.worker.wake()
         self.proceed()
 
     def publish(self, version: int) -> None:
+        """There are new weights; one fetch at a time."""
         self.published = version
+        self.count_lanes()
         if not self.fetching:
             self.fetching = True
-            self.world.after(self.node.costs.fetch_s, self.fetched, version)
+            self.world.after(self.costs.fetch_s, self.fetched, version)
 
     def fetched(self, version: int) -> None:
         self.version = version
@@ -292,45 +329,45 @@ class RolloutWorker(Worker):
 class ActorRank(Worker):
     """Trains what its streamer gives out."""
 
-    def __init__(self, world: World, device: Device | None, node: "NodeState", rank: int):
-        super().__init__(world, device)
-        n = node.node
-        # arrived: waits for the gradients of others
-        self.node = node
-        self.arrived = False
+    def __init__(self, state: "NodeState", device: Device | None, rank: int):
+        super().__init__(state, device)
+        node = self.node
+        self.arrived = False  # waits for the gradients of others
         self.streamer = Streamer(
-            batch=n.batch,
-            minibatch=n.minibatch,
-            micro_batch=n.micro_batch,
-            ring=n.max_staleness + 1,
-            epochs=n.update_epochs,
-            stream=n.stream,
+            batch=node.batch,
+            minibatch=node.minibatch,
+            micro_batch=node.micro_batch,
+            ring=node.max_staleness + 1,
+            epochs=node.update_epochs,
+            stream=node.stream,
             rank=rank,
-            ranks=len(n.actor_devices),
+            ranks=len(node.actor_devices),
             seed=0,
             version=0,
+            width=node.whole,
+            group=node.group,
         )
-        costs = node.costs
-        self.seconds = costs.train_fixed_s + n.micro_batch * n.segment * costs.train_each_s
+        steps = node.micro_batch * node.segment  # chunk steps of a micro-batch
+        self.seconds = self.costs.train_fixed_s + steps * self.costs.train_each_s
 
     def proceed(self) -> None:
-        """The top of the worker's loop."""
+        """Passes through the worker's loop once."""
         if self.arrived:
             return
-        micro = self.streamer.next()
-        if micro is None:
+        micro_batch = self.streamer.next()
+        if micro_batch is None:
             if self.busy:
                 self.end()
             return
         if not self.busy:
             self.begin()
-        self.work(self.seconds, self.trained, micro)
+        self.work(self.seconds, self.trained, micro_batch)
 
-    def trained(self, micro) -> None:
-        if micro.last:
+    def trained(self, micro_batch) -> None:
+        if micro_batch.last:
             self.end()
             self.arrived = True
-            self.node.barrier.arrive(self)
+            self.state.barrier.arrive(self)
         else:
             self.proceed()
 
@@ -338,54 +375,44 @@ class ActorRank(Worker):
 class NodeState:
     """One node's workers, and what they share."""
 
-    def __init__(
-        self, world: World, node: Node, costs: Costs, barrier: "Barrier", rng: np.random.Generator
-    ):
+    def __init__(self, world: World, node: Node, costs: Costs, barrier: "Barrier", rng):
+        self.world = world
         self.node = node
         self.costs = costs
         self.barrier = barrier
-        chunks = (
-            node.batch // node.lane_envs * node.segment // len(node.env_devices)
-        )  # of an env worker in an iteration
-        times = quantiles_of(costs)
-        self.step_time = lambda: draws(times, max(1, chunks) if node.coarse > 1 else 1, rng)
-        self.admission = Admission(node.batch, node.lanes * node.lane_envs, node.max_staleness)
-        self.version = 0
-        users = Counter((*node.env_devices, *node.rollout_devices, *node.actor_devices))
-        devices = {
-            name: Device(world) for name, count in users.items() if count > 1 and name != "cpu"
-        }
-        on = devices.get
-        shares = [
-            range(rank, node.lanes, len(node.rollout_devices))
-            for rank in range(len(node.rollout_devices))
-        ]
-        self.envs = [EnvWorker(world, on(name), self) for name in node.env_devices]
+        self.rng = rng
+        self.version = 0  # the newest one published
+        self.chunk_times = quantiles_of(costs)
+        self.admission = Admission(
+            node.batch, node.envs, node.max_staleness, width=node.lane_envs, group=node.group
+        )
+        devices = {*node.env_devices, *node.rollout_devices, *node.actor_devices} - {"cpu"}
+        shared = {name: Device(world) for name in devices}
+        rollouts = len(node.rollout_devices)
+        self.envs = [EnvWorker(self, shared.get(name)) for name in node.env_devices]
         self.rollouts = [
-            RolloutWorker(world, on(d), self, len(mine))
-            for d, mine in zip(node.rollout_devices, shares, strict=True)
+            RolloutWorker(self, shared.get(name), len(range(rank, node.lanes, rollouts)))
+            for rank, name in enumerate(node.rollout_devices)
         ]
         self.actors = [
-            ActorRank(world, on(name), self, rank) for rank, name in enumerate(node.actor_devices)
+            ActorRank(self, shared.get(name), rank) for rank, name in enumerate(node.actor_devices)
         ]
         for i in range(node.lanes):
             worker = self.envs[i % len(self.envs)]
+            rollout = self.rollouts[i % rollouts]
             envs = range(i * node.lane_envs, (i + 1) * node.lane_envs)
-            worker.parked.append(Lane(envs, worker, self.rollouts[i % len(self.rollouts)]))
-
-    def workers(self, stage: str) -> list[Worker]:
-        return {"env": self.envs, "rollout": self.rollouts, "actor": self.actors}[stage]
+            lane = Lane(envs, worker, rollout)
+            worker.parked.append(lane)
+            rollout.lanes.append(lane)
+        self.workers = {"env": self.envs, "rollout": self.rollouts, "actor": self.actors}
 
     def finish(self, lane: Lane, trajectory: int) -> None:
-        """The trajectories of a lane are complete: their slots go to the ranks that own them."""
-        owners = {}
-        for env in lane.envs:
-            slot = self.admission.slot(env, trajectory)
-            owner = self.actors[slot % self.node.batch % len(self.actors)]
+        """Hands the slots of a lane's complete trajectories to the rank that owns them all."""
+        slots = [self.admission.slot(env, trajectory) for env in lane.envs]
+        owner = self.actors[self.admission.owner(slots[0], len(self.actors))]
+        for slot in slots:
             owner.streamer.add(slot)
-            owners[owner] = True
-        for owner in owners:
-            owner.wake()
+        owner.wake()
 
     def publish(self, version: int) -> None:
         self.version = version
@@ -395,51 +422,65 @@ class NodeState:
             worker.wake()
 
 
+class Look(NamedTuple):
+    """What has happened up to a moment, in all nodes that are followed."""
+
+    now: float  # seconds
+    batches: int
+    samples: int
+    waited: dict[str, float]  # by stage: mean seconds of a worker
+
+
 class Barrier:
-    """Where gradients are summed: ranks of all nodes wait for the last one. Ends an iteration after
-    its last minibatch.
+    """Sums gradients once the ranks of all nodes are there; ends an iteration after its last
+    minibatch.
     """
 
-    def __init__(
-        self, world: World, nodes: int, rng: np.random.Generator, finished: Callable[[], None]
-    ):
+    def __init__(self, world: World, nodes: int, rng: np.random.Generator, looks_at: tuple):
         self.world = world
         self.nodes = nodes
         self.rng = rng
-        self.finished = finished
-        self.states: list[NodeState] = []  # those that are followed
-        self.present: dict[ActorRank, float] = {}
-        self.lateness: dict[
-            int, list[float]
-        ] = {}  # by minibatch of the iteration: of one node against their mean, sorted
-        self.index = self.version = 0
+        self.looks_at = looks_at  # the versions at which to look; the last one ends it all
+        self.looks: list[Look] = []
+        self.states: list[NodeState] = []  # of the nodes that are followed
+        self.present: dict[ActorRank, float] = {}  # when each rank came
+        # By minibatch of the iteration: how late one node was against their mean, sorted.
+        self.lateness: dict[int, list[float]] = {}
+        self.index = 0  # minibatches of this iteration that are over
+        self.version = 0
 
     def arrive(self, rank: ActorRank) -> None:
+        """The last rank to come has the gradients summed."""
         self.present[rank] = self.world.now
         if len(self.present) < sum(len(state.actors) for state in self.states):
             return
         arrivals = [max(self.present[rank] for rank in state.actors) for state in self.states]
-        slowest = max(arrivals)
+        slowest = max(max(arrivals), self.drawn(arrivals))
+        wait_s = slowest - self.world.now + self.states[0].costs.gradient_s
+        self.world.after(wait_s, self.reduced)
+
+    def drawn(self, arrivals: list[float]) -> float:
+        """Returns when the slowest of the nodes that are not followed arrives."""
         others = self.nodes - len(arrivals)
         typical = arrivals[1:]  # the first node is the slowest of all, where they differ
-        if others and len(typical) > 1:
-            mean = sum(typical) / len(typical)
-            late = self.lateness.setdefault(self.index, [])
-            if late:  # the largest of so many draws
-                slowest = max(
-                    slowest, mean + late[int(self.rng.random() ** (1.0 / others) * len(late))]
-                )
-            if (
-                self.version > self.states[0].node.max_staleness + 1
-            ):  # before that, pipelines are still filling
-                for arrival in typical:  # made wider, because their own mean is taken off
-                    insort(late, (arrival - mean) * math.sqrt(len(typical) / (len(typical) - 1)))
-            while len(late) > HISTORY:
-                del late[self.rng.integers(len(late))]
-        costs = self.states[0].costs
-        self.world.after(slowest - self.world.now + costs.gradient_s, self.reduced)
+        if not others or len(typical) < 2:
+            return 0.0
+        mean = sum(typical) / len(typical)
+        late = self.lateness.setdefault(self.index, [])
+        found = 0.0
+        if late:  # the largest of so many draws
+            found = mean + late[int(self.rng.random() ** (1.0 / others) * len(late))]
+        # Before that version, pipelines are still filling.
+        if self.version > self.states[0].node.max_staleness + 1:
+            wider = math.sqrt(len(typical) / (len(typical) - 1))  # their own mean is taken off
+            for arrival in typical:
+                insort(late, (arrival - mean) * wider)
+        while len(late) > HISTORY:
+            del late[self.rng.integers(len(late))]
+        return found
 
     def reduced(self, _) -> None:
+        """All ranks take their optimizer step, and publish after the last one of a batch."""
         costs = self.states[0].costs
         for rank in self.present:
             rank.begin()
@@ -453,18 +494,31 @@ class Barrier:
         for rank in ranks:
             rank.arrived = False
         if done:
-            for rank in ranks:
-                self.version = rank.streamer.finish_batch()
+            self.version = [rank.streamer.finish_batch() for rank in ranks][-1]
             self.index = 0
             for state in self.states:
                 state.publish(self.version)
-            self.finished()
+            self.look()
         for rank in ranks:
             rank.proceed()
 
+    def look(self) -> None:
+        """Takes stock at the versions in `looks_at`."""
+        if self.version not in self.looks_at:
+            return
+        rollouts = [rollout for state in self.states for rollout in state.rollouts]
+        waited = {}
+        for stage in STAGES:
+            found = [worker.waited() for state in self.states for worker in state.workers[stage]]
+            waited[stage] = sum(found) / len(found)
+        batches = sum(rollout.batches for rollout in rollouts)
+        samples = sum(rollout.samples for rollout in rollouts)
+        self.looks.append(Look(self.world.now, batches, samples, waited))
+        self.world.running = self.version < self.looks_at[-1]
+
 
 def quantiles_of(costs: Costs) -> np.ndarray:
-    """Times of a chunk, sorted, all equally likely."""
+    """Returns the times of a chunk in seconds, sorted, all equally likely."""
     if costs.step_samples:
         return np.sort(costs.step_samples)
     normal = NormalDist()
@@ -474,29 +528,42 @@ def quantiles_of(costs: Costs) -> np.ndarray:
     return times * (costs.step_s / times.mean())
 
 
-def draws(times: np.ndarray, strata: int, rng: np.random.Generator) -> Callable[[], float]:
-    """Draws one of `times` after another; of every `strata` draws each falls into another part of
+class Draws:
+    """Draws one of `times` after another; of every `strata` draws, each falls into another part of
     the distribution.
 
-    A coarse chunk stands for many, whose mean scatters less than one of them, yet the slowest of a
-    round must be as slow as ever: stratified draws have the distribution of single ones, and sums
-    over an iteration that hardly scatter.
+    A coarse chunk stands for many, and their mean scatters less than one of them. Yet the slowest
+    of a round must be as slow as ever. Stratified draws have the distribution of single ones, and
+    their sum over an iteration hardly scatters.
     """
-    block: list[float] = []
 
-    def draw() -> float:
-        if not block:
-            parts = rng.permuted(
-                np.tile(np.arange(strata), (max(1, BLOCK // strata), 1)), axis=1
-            ).ravel()
-            block.extend(
-                times[
-                    ((parts + rng.random(len(parts))) * (len(times) / strata)).astype(int)
-                ].tolist()
-            )
-        return block.pop()
+    def __init__(self, times: np.ndarray, strata: int, rng: np.random.Generator):
+        self.times = times
+        self.strata = strata
+        self.rng = rng
+        self.block: list[float] = []  # drawn, and not yet given out
 
-    return draw
+    def next(self) -> float:
+        if not self.block:
+            rounds = max(1, BLOCK // self.strata)
+            parts = self.rng.permuted(np.tile(np.arange(self.strata), (rounds, 1)), axis=1).ravel()
+            part = len(self.times) / self.strata
+            chosen = ((parts + self.rng.random(len(parts))) * part).astype(int)
+            self.block = self.times[chosen].tolist()
+        return self.block.pop()
+
+
+def slowness_of(nodes: int, followed: int, spread: float) -> list[float]:
+    """Returns how many times slower than the median each node that is followed is.
+
+    The slowest of all is always followed. The others stand for the rest, at evenly spaced
+    quantiles of a log-normal distribution of this σ.
+    """
+    if nodes == 1:
+        return [1.0]
+    rest = [(i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1)]
+    quantiles = [1 - 0.5 / nodes, *rest]
+    return [math.exp(spread * NormalDist().inv_cdf(quantile)) for quantile in quantiles]
 
 
 def simulate(
@@ -509,58 +576,39 @@ def simulate(
     seed: int = 0,
     spread: float = 0.0,
 ) -> Prediction:
-    """Runs `iterations` after `warmup` and takes means over them. spread: σ of the log-normal
-    slowness of whole nodes.
+    """Runs `iterations` after `warmup` in virtual time and returns means over them.
+
+    simulated: nodes that are followed event by event. spread: σ of the log-normal slowness of whole
+    nodes. Raises RuntimeError when every worker waits for another.
     """
+    # Build the nodes.
     world = World()
     rng = np.random.default_rng(seed)
-    followed = min(nodes, simulated)
-    # The slowest node is always followed; the others stand for the rest at evenly spaced quantiles.
-    quantiles = [
-        1 - 0.5 / nodes,
-        *((i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1)),
-    ]
-    slowness = [
-        math.exp(spread * NormalDist().inv_cdf(q)) if spread and nodes > 1 else 1.0
-        for q in quantiles
-    ]
-    snapshots: list[tuple] = []
+    barrier = Barrier(world, nodes, rng, (warmup, warmup + iterations))
+    for slow in slowness_of(nodes, min(nodes, simulated), spread):
+        slower = replace(scaled(costs, slow, slow, slow), optimizer_s=costs.optimizer_s * slow)
+        barrier.states.append(NodeState(world, node, slower, barrier, rng))
 
-    def snapshot() -> None:
-        if barrier.version not in (warmup, warmup + iterations):
-            return
-        world.running = barrier.version < warmup + iterations
-        waits = {
-            stage: [w.waited() for state in barrier.states for w in state.workers(stage)]
-            for stage in STAGES
-        }
-        rollouts = [r for state in barrier.states for r in state.rollouts]
-        means = {stage: sum(w) / len(w) for stage, w in waits.items()}
-        snapshots.append(
-            (world.now, sum(r.batches for r in rollouts), sum(r.samples for r in rollouts), means)
-        )
-
-    barrier = Barrier(world, nodes, rng, snapshot)
-    for slow in slowness:
-        barrier.states.append(NodeState(world, node, scaled(costs, slow), barrier, rng))
-    if warmup == 0:
-        snapshot()
+    # Start all lanes and let time pass.
+    barrier.look()
     for state in barrier.states:
+        for rollout in state.rollouts:
+            rollout.count_lanes()
         for worker in state.envs:
             worker.proceed()
     world.run()
-    (t0, batches0, samples0, waits0), (t1, batches1, samples1, waits1) = snapshots
-    seconds = t1 - t0
-    bubbles = {f"bubble_{stage}": (waits1[stage] - waits0[stage]) / seconds for stage in STAGES}
+
+    # Take means between the two looks.
+    first, last = barrier.looks
+    seconds = last.now - first.now
+    waits = {stage: (last.waited[stage] - first.waited[stage]) / seconds for stage in STAGES}
+    env_steps = nodes * node.batch * node.segment * node.chunk * iterations
     return Prediction(
         step_s=seconds / iterations,
-        env_steps_per_s=nodes
-        * node.batch
-        * node.segment
-        * node.chunk
-        * iterations
-        / seconds,  # RL-VLA³ eq. 2
-        batch_size_mean=(samples1 - samples0) / max(1, batches1 - batches0),
+        env_steps_per_s=env_steps / seconds,
+        bubble_env=waits["env"],
+        bubble_rollout=waits["rollout"],
+        bubble_actor=waits["actor"],
+        batch_size_mean=(last.samples - first.samples) / max(1, last.batches - first.batches),
         events=world.planned,
-        **bubbles,
     )

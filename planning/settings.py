@@ -1,23 +1,26 @@
-"""Flags of `plan.py`, and the node that they describe.
+"""A run's settings → `Node`; and the flags of `plan.py`, which describe a run that need not exist.
 
-    python plan.py --help
-
-Left out: validation of what only a real run needs (files, devices, memory).
+`node_of` is the one translation: what `plan.py` predicts, what `tuning.py` chooses between and
+what is put beside the measured ladder all come through it. Left out: validation of what only a
+real run needs (files, devices, memory).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from config import PRESETS, UserError, parse_ratio
+from config import PRESETS, Config, parse_ratio, require
 from planning import Node
-from scheduler import place
+from scheduler import Admission, Placement, place
 
-AFFORDED = (
-    400_000  # chunk steps of lanes to simulate for one prediction, where nothing else is said
+# Chunk steps of lanes to simulate for one prediction, where nothing else is said.
+AFFORDED = 400_000
+POSITIVE = (
+    *("gpus", "gpus_per_node", "envs", "rollout_epochs"),
+    *("episode_steps", "chunk", "update_epochs", "lane_envs"),
 )
 
 
@@ -83,11 +86,11 @@ class PlanConfig:
     """
 
     tail: float = 0.27
-    """σ of the log-normal time of a chunk (envs/emulated.py, from RL-VLA³'s LIBERO rows)"""
+    """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
     infer_share: float = 0.2
-    """inference's share of the lockstep rollout (envs/emulated.py)"""
+    """inference's share of the lockstep rollout (as in the emulated simulator)"""
     infer_fixed: float = 0.2
-    """share of a full batch's inference that does not depend on its size (envs/emulated.py)"""
+    """share of a full batch's inference that does not depend on its size (likewise)"""
     step_fixed: float = 0.0
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
     train_fixed: float = 0.0
@@ -130,140 +133,174 @@ class PlanConfig:
     json: Path | None = None
     """also write the result to this file"""
 
+    @property
+    def warmup(self) -> int:
+        """Iterations before those that count."""
+        return max(4, min(20, self.iterations // 5))
 
-def preset_of(config: PlanConfig) -> tuple[str, int, int | str, float | str, bool]:
-    """Placement, staleness, B_max, T_max in seconds and streaming: the preset's, as far as flags
-    say nothing else.
+
+# ---------------------------------------------------------------- a run's settings → Node
+
+
+def node_of(config: Config, placement: Placement) -> Node:
+    """Translates a run's settings into what is simulated, chunk step by chunk step.
+
+    Simulators on CPUs run beside each other; vectorised ones share their GPUs with inference.
     """
-    placement, staleness, batch_max, wait, stream = PRESETS[config.preset or "full"]
-    wait = wait if config.batch_wait_ms is None else config.batch_wait_ms
-    batch_max = config.batch_max or batch_max
-    if wait == math.inf and batch_max not in ("all", 1):
-        raise UserError(
-            f"--batch-wait-ms inf with --batch-max {batch_max} may wait for ever: give --batch-max "
-            "all"
-        )
-    return (
-        config.placement or placement,
-        staleness if config.max_staleness is None else config.max_staleness,
-        batch_max,
-        wait if wait == "auto" else wait / 1e3,
-        stream if config.stream is None else config.stream,
+    wait = config.rollout.batch_wait_ms
+    vectorised = config.env.lanes > 0
+    workers = placement.env_devices
+    return Node(
+        lanes=config.env.envs // config.env.width,
+        lane_envs=config.env.width,
+        group=Admission.of(config).group,
+        env_devices=workers if vectorised else ("cpu",) * len(workers),
+        rollout_devices=placement.rollout_devices,
+        actor_devices=placement.actor_devices,
+        segment=config.env.segment,
+        chunk=config.rollout.chunk,
+        batch=config.actor.batch,
+        minibatch=config.actor.minibatch,
+        micro_batch=config.actor.micro_batch,
+        update_epochs=config.actor.update_epochs,
+        max_staleness=config.actor.max_staleness,
+        batch_max=config.rollout.batch_max,
+        batch_wait_s=wait if wait == "auto" else wait / 1e3,
+        stream=config.actor.stream,
     )
 
 
-def warmup(config: PlanConfig) -> int:
-    """Iterations before those that count."""
-    return max(4, min(20, config.iterations // 5))
+def override(config: Config, preset: str, plan: PlanConfig) -> None:
+    """Writes a preset, if one is named, and then the flags that replace its parts."""
+    stages = {
+        "placement": config.train,
+        "max_staleness": config.actor,
+        "batch_max": config.rollout,
+        "batch_wait_ms": config.rollout,
+        "stream": config.actor,
+    }
+    if preset:
+        for (name, stage), value in zip(stages.items(), PRESETS[preset], strict=True):
+            setattr(stage, name, value)
+    for name, stage in stages.items():
+        if getattr(plan, name) not in (None, ""):
+            setattr(stage, name, getattr(plan, name))
+
+
+# ---------------------------------------------------------------- flags → a run's settings
 
 
 def divisor(whole: int, most: int) -> int:
-    """The largest divisor of `whole` that is not above `most`."""
+    """Returns the largest divisor of `whole` that is not above `most`."""
     return max(d for d in range(1, min(whole, most) + 1) if whole % d == 0)
 
 
-def node_of(config: PlanConfig) -> tuple[Node, int, str]:
-    """The settings of one node, how many nodes there are, and what was decided. Raises
-    UserError.
+def planned(plan: PlanConfig) -> tuple[Node, int, str]:
+    """Returns one node of the cluster, how many nodes there are, and what was decided, in words.
+
+    Raises UserError.
     """
-    for name in (
-        "gpus",
-        "gpus_per_node",
-        "envs",
-        "rollout_epochs",
-        "episode_steps",
-        "chunk",
-        "update_epochs",
-        "lane_envs",
-    ):
-        if getattr(config, name) < 1:
-            raise UserError(
-                f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1"
-            )
-    placement, staleness, batch_max, wait, stream = preset_of(config)
-    per_node = min(config.gpus, config.gpus_per_node)
-    nodes, rest = divmod(config.gpus, per_node)
-    if rest:
-        raise UserError(
-            f"--gpus {config.gpus} is no multiple of --gpus-per-node {per_node}: every node must "
-            "be whole"
-        )
-    r, a = parse_ratio(config.ratio or "1:1")
+    # Check the flags by themselves.
+    for name in POSITIVE:
+        value = getattr(plan, name)
+        require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+    require(
+        plan.envs % plan.lane_envs == 0,
+        f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}: choose --envs as a "
+        "multiple of it",
+    )
+
+    # Cut a node's GPUs into parts.
+    config = Config()
+    override(config, plan.preset or "full", plan)
+    per_node = min(plan.gpus, plan.gpus_per_node)
+    nodes, rest = divmod(plan.gpus, per_node)
+    require(
+        rest == 0,
+        f"--gpus {plan.gpus} is no multiple of --gpus-per-node {per_node}: every node must be "
+        "whole",
+    )
+    r, a = parse_ratio(plan.ratio or "1:1")
     if r + a > per_node:  # 16:16 of several nodes is 1:1 of each
-        r, a = r // math.gcd(r, a), a // math.gcd(r, a)
-    if config.envs % config.lane_envs:
-        raise UserError(
-            f"--envs {config.envs} is not divisible by --lane-envs {config.lane_envs}: choose "
-            "--envs as a multiple of it"
+        common = math.gcd(r, a)
+        r //= common
+        a //= common
+    placed = place(f"{r}:{a}", config.train.placement, per_node, per_node, 0, 0, 0)
+
+    # Divide the envs among simulator processes.
+    lanes = plan.envs // plan.lane_envs
+    gpus = placed.env_devices
+    if plan.lane_envs > 1:
+        workers = plan.env_workers or lanes
+        require(
+            lanes % len(gpus) == 0 and lanes % workers == 0,
+            f"{lanes} lanes cannot be spread evenly over {len(gpus)} GPUs and {workers} env "
+            "workers: change --lane-envs or --envs",
         )
-    placed = place(f"{r}:{a}", placement, per_node, per_node, 0, 0, 0)
-    lanes = config.envs // config.lane_envs
-    vectorised = config.lane_envs > 1
-    rollouts = placed.rollout_devices[:lanes]
-    actors = placed.actor_devices
-    workers = config.env_workers or round(config.envs * len(placed.env_devices) / per_node)
-    if vectorised and config.envs % (config.lane_envs * len(placed.env_devices)):
-        raise UserError(
-            f"{lanes} lanes cannot be spread evenly over {len(placed.env_devices)} GPUs: change "
-            "--lane-envs or --envs"
-        )
-    if vectorised:
-        envs = tuple(
-            placed.env_devices[i % len(placed.env_devices)]
-            for i in range(config.env_workers or lanes)
-        )
+        config.env.lanes = lanes // workers
     else:
-        envs = ("cpu",) * max(1, min(workers, lanes))
-    batch = config.envs * config.rollout_epochs
-    ranks = len(actors)
-    fitting = [m for m in range(ranks, batch + 1, ranks) if batch % m == 0]
-    if not fitting:
-        raise UserError(
-            f"{batch} trajectories cannot be shared by {ranks} actor workers: choose --envs as a "
-            f"multiple of {ranks}"
-        )
-    minibatch = config.minibatch or min(fitting, key=lambda m: abs(m - config.envs))
-    if minibatch not in fitting:
-        raise UserError(
-            f"--minibatch {minibatch} must divide {batch} trajectories and be a multiple of "
-            f"{ranks} actor workers"
-        )
-    micro = config.micro_batch or divisor(minibatch // ranks, 4)
-    if micro < 1 or minibatch % (ranks * micro):
-        raise UserError(
-            f"--minibatch {minibatch} is not divisible by --micro-batch {micro} × {ranks} actor "
-            "workers"
-        )
-    segment = -(-config.episode_steps // config.chunk)  # chunk steps of a trajectory
-    if config.rounds:
-        simulated = config.rounds // config.rollout_epochs
-    else:
-        followed = (
-            config.simulated_nodes * 3 if config.sweep else min(nodes, config.simulated_nodes)
-        )
-        iterations = config.iterations + warmup(config)
-        simulated = max(4, AFFORDED // (lanes * config.rollout_epochs * followed * iterations))
-    simulated = max(1, min(segment, simulated))
-    node = Node(
-        lanes=lanes,
-        lane_envs=config.lane_envs,
-        env_devices=envs,
-        rollout_devices=rollouts,
-        actor_devices=actors,
-        segment=simulated,
-        chunk=config.episode_steps / simulated,
-        coarse=segment / simulated,
-        batch=batch,
-        minibatch=minibatch,
-        micro_batch=micro,
-        update_epochs=config.update_epochs,
-        max_staleness=staleness,
-        batch_max=batch_max,
-        batch_wait_s=wait,
-        stream=stream,
+        workers = plan.env_workers or round(plan.envs * len(gpus) / per_node)
+        workers = max(1, min(workers, lanes))
+    config.env.env_workers = workers
+    placed = replace(
+        placed,
+        env_devices=tuple(gpus[i % len(gpus)] for i in range(workers)),
+        rollout_devices=placed.rollout_devices[:lanes],
     )
+
+    # Complete the settings, and translate them.
+    config.env.envs = plan.envs
+    config.env.segment = -(-plan.episode_steps // plan.chunk)
+    config.rollout.chunk = plan.chunk
+    config.actor.batch = plan.envs * plan.rollout_epochs
+    config.actor.update_epochs = plan.update_epochs
+    node = share_batch(node_of(config, placed), plan)
     line = (
-        f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {len(envs)} env workers for "
-        f"{config.envs} envs on each"
+        f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {workers} env workers for {plan.envs} "
+        "envs on each"
     )
-    return node, nodes, line
+    return coarsened(node, plan, nodes), nodes, line
+
+
+def share_batch(node: Node, plan: PlanConfig) -> Node:
+    """Cuts the batch into minibatches and micro-batches that the actor ranks can share."""
+    ranks = len(node.actor_devices)
+    fitting = [m for m in range(1, node.batch + 1) if node.batch % m == 0 and node.can_share(m)]
+    unit = f"{ranks} actor workers" + f" × {node.whole} envs of a lane" * (node.whole > 1)
+    require(
+        fitting,
+        f"{node.batch} trajectories cannot be shared by {unit}: choose --envs as a multiple of "
+        f"{ranks * node.whole}",
+    )
+    minibatch = plan.minibatch or min(fitting, key=lambda size: abs(size - node.envs))
+    require(
+        minibatch in fitting,
+        f"--minibatch {minibatch} must divide {node.batch} trajectories and be a multiple of "
+        f"{unit}",
+    )
+    micro_batch = plan.micro_batch or divisor(minibatch // ranks, 4)
+    require(
+        micro_batch >= 1 and minibatch % (ranks * micro_batch) == 0,
+        f"--minibatch {minibatch} is not divisible by --micro-batch {micro_batch} × {ranks} actor "
+        "workers",
+    )
+    return replace(node, minibatch=minibatch, micro_batch=micro_batch)
+
+
+def coarsened(node: Node, plan: PlanConfig, nodes: int) -> Node:
+    """Lets one chunk step stand for several, so that a prediction takes no longer than is said."""
+    if plan.rounds:
+        steps = plan.rounds // plan.rollout_epochs
+    else:
+        followed = plan.simulated_nodes
+        followed = followed * 3 if plan.sweep else min(nodes, followed)
+        iterations = plan.iterations + plan.warmup
+        steps = AFFORDED // (node.lanes * plan.rollout_epochs * followed * iterations)
+        steps = max(4, steps)
+    steps = max(1, min(node.segment, steps))
+    return replace(
+        node,
+        segment=steps,
+        chunk=plan.episode_steps / steps,
+        coarse=node.segment / steps,
+    )

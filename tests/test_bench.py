@@ -17,10 +17,10 @@ import models
 import train
 from benchmarks import inference, ladder, machinery, measuring, prefix, tracing, tuning
 from benchmarks.emulated import libero, maniskill
+from benchmarks.plan_against_paper import emulated_node
 from channel import layout
 from config import UserError
 from planning.events import simulate
-from planning.validate import emulated_node
 
 
 @pytest.fixture(autouse=True)

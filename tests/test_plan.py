@@ -4,6 +4,8 @@ enough for large clusters.
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,12 +14,14 @@ import metrics
 import plan
 import scheduler
 import streamer
+from benchmarks import plan_against_paper
 from config import PRESETS, ROOT, Config, UserError, to_json
-from planning import Costs, Node, events, validate
+from planning import Costs, Node, events
 from planning.costs import all_reduce_s, calibrate, from_run, inference_cost
-from planning.events import Device, World, simulate
-from planning.settings import PlanConfig, node_of
+from planning.events import Device, NodeState, World, simulate
+from planning.settings import PlanConfig, node_of, planned
 from run_folder import read_metrics, write_trace
+from scheduler import Admission, place
 
 ONE = Node(
     lanes=1,
@@ -49,7 +53,7 @@ def as_preset(node: Node, preset: str) -> Node:
 
 def predicted(**flags):
     config = PlanConfig(**{"rollout_s": 1050, "actor_s": 861, "rounds": 8, "iterations": 8} | flags)
-    node, nodes, _ = node_of(config)
+    node, nodes, _ = planned(config)
     return plan.predict(config, node, calibrate(config), nodes)
 
 
@@ -59,6 +63,11 @@ def test_the_classes_are_those_of_a_run():
         and events.Admission is scheduler.Admission
     )
     assert events.Streamer is streamer.Streamer
+
+
+def test_a_plan_imports_neither_torch_nor_benchmarks():
+    code = "import sys, plan; sys.exit('torch' in sys.modules or 'benchmarks' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ---------------------------------------------------------------- sums that can be done by hand
@@ -128,6 +137,73 @@ def test_a_vectorised_lane_is_one_request_of_many_samples():
     rollout = 8 * 3.0 + 7 * 2.5 + 4.0 + 2.5
     assert found.step_s == pytest.approx(rollout + 6 * 4 * 0.25 + 0.1)
     assert found.env_steps_per_s == pytest.approx(3 * 2 * 4 * 10 / found.step_s)
+
+
+# ---------------------------------------------------------------- who owns what, who may ask
+
+
+@pytest.mark.parametrize("width, group, ranks", [(1, 1, 2), (4, 1, 2), (2, 8, 2), (4, 2, 2)])
+def test_a_lane_or_group_belongs_to_one_rank_as_in_a_run(width, group, ranks):
+    """Every trajectory of two batches goes to the rank that `Admission.owner` of a run names."""
+    config = Config()
+    config.train.algorithm = "grpo" if group > 1 else "ppo"
+    config.algorithm.group_size = group
+    config.env.envs = 32
+    config.env.env_workers = 2
+    config.env.lanes = 32 // (2 * width) if width > 1 else 0
+    config.env.segment = 2
+    config.actor.batch = 64
+    config.actor.minibatch = 32
+    config.actor.micro_batch = group
+    placement = place("1:1", "disaggregated", 0, 2, 2, 1, ranks)
+    node = node_of(config, placement)
+    assert (node.lane_envs, node.group, node.lanes) == (width, group, 32 // width)
+    real = Admission.of(config)
+    owners = {}
+
+    class Noted(streamer.Streamer):
+        def add(self, slot):
+            owners[slot] = self.rank
+            super().add(slot)  # raises where the slot belongs to another rank
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "Streamer", Noted)
+        found = simulate(node, PRICES, iterations=3)
+    assert owners == {slot: real.owner(slot, ranks) for slot in range(real.slots)}
+    assert found.env_steps_per_s == pytest.approx(64 * 2 * 10 / found.step_s)
+
+
+def test_a_group_ends_without_a_last_value():
+    found = simulate(replace(ONE, lanes=2, group=2, batch=4, micro_batch=2), PRICES, iterations=4)
+    # Both lanes ask in step, 4 times in each of two trajectories, and one env worker steps them.
+    assert found.step_s == pytest.approx(8 * (2.0 + 2 * 3.0) + 4 * 4 * 0.25 + 2 * 0.1)
+
+
+def test_lanes_that_wait_for_a_version_are_not_waited_for():
+    """B_max of every lane with T_max = ∞ goes on when some lanes have ended their batch."""
+    node = replace(MANY, batch_max=3, batch_wait_s=math.inf)
+    found = simulate(node, TAILED, iterations=20)
+    assert 1 < found.batch_size_mean < 4  # last values ride along
+    late = simulate(replace(node, batch_wait_s=10.0), TAILED, iterations=20)
+    assert found.step_s == pytest.approx(late.step_s, rel=0.02)  # 10 s are never waited for
+    assert predicted(batch_max=8, batch_wait_ms=math.inf).step_s > 0
+    slow = replace(TAILED, train_each_s=1.0)
+    ahead = replace(node, batch_max="all", max_staleness=1)
+    assert simulate(ahead, slow, iterations=6).step_s == pytest.approx(16 * 4 * 1.0, rel=0.02)
+
+
+def test_the_batcher_knows_how_many_lanes_may_ask():
+    world = World()
+    node = replace(MANY, batch_max="all", max_staleness=0)
+    state = NodeState(world, node, PRICES, events.Barrier(world, 1, None, (0, 1)), None)
+    (rollout,) = state.rollouts
+    rollout.count_lanes()
+    assert rollout.batcher.limit == 8
+    rollout.waits(rollout.lanes[0], state.admission.per_lane)
+    assert rollout.batcher.limit == 7
+    state.version = 1
+    rollout.count_lanes()
+    assert rollout.batcher.limit == 8
 
 
 def test_ring_all_reduce():
@@ -234,7 +310,7 @@ def test_a_few_nodes_stand_for_many(preset, spread):
 
 def test_large_clusters_cost_no_more_events():
     config = PlanConfig(gpus=256, rollout_s=1050, actor_s=861, iterations=1000)
-    node, nodes, _ = node_of(config)
+    node, nodes, _ = planned(config)
     few, many = (simulate(node, TAILED, n, config.simulated_nodes, 3, 0).events for n in (3, nodes))
     assert nodes == 32 and many < 1.2 * few
     assert many / 3 * 1020 < 15e6  # of 1000 iterations: half a minute at 2 µs each
@@ -252,7 +328,7 @@ BUSY_PHASES = {"rollout_s": 4.643, "actor_s": 2.094}  # of its sync-disaggregate
 
 @pytest.mark.parametrize("preset, measured", list(zip(PRESETS, MEASURED, strict=True)))
 def test_emulated_ladder_from_nominal_times(preset, measured):
-    found = simulate(*validate.emulated_node(preset, "1:1"), iterations=40)
+    found = simulate(*plan_against_paper.emulated_node(preset, "1:1"), iterations=40)
     assert found.env_steps_per_s == pytest.approx(measured, rel=0.05)
 
 
@@ -270,14 +346,15 @@ def test_emulated_ladder_from_its_synchronous_row(capsys):
         for preset, measured in zip(PRESETS, BUSY, strict=True)
     ]
     rows[1] |= BUSY_PHASES
-    for row, measured in zip(validate.ladder(rows), BUSY, strict=True):
+    for row, measured in zip(plan_against_paper.ladder(rows), BUSY, strict=True):
         assert row["calibrated"] == pytest.approx(measured, rel=0.05)
     assert "1:1 full" in capsys.readouterr().out
 
 
 def test_the_papers_other_placements_from_its_rows_at_1_1(monkeypatch, capsys):
-    monkeypatch.setattr(validate, "PARTS", [part for part in validate.PARTS if part[2] == 8])
-    for row in validate.other_parts():
+    parts = [part for part in plan_against_paper.PARTS if part.gpus == 8]
+    monkeypatch.setattr(plan_against_paper, "PARTS", parts)
+    for row in plan_against_paper.other_parts():
         assert abs(row["error"]) < 0.13  # OFT 3:1 is the worst
 
 
@@ -357,6 +434,24 @@ def test_a_run_predicts_itself(tmp_path):
     )
     assert plan.predict(config, node, costs, nodes).step_s == pytest.approx(iteration, rel=0.01)
     assert f"reached {20 / iteration:.0f} env steps/s" in line
+
+
+def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
+    """Lanes ask, samples are inferred, and a lane's trajectories go to one rank."""
+    traced_run(tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["env"] |= {"envs": 8, "env_workers": 1, "lanes": 2}
+    saved["actor"] |= {"batch": 8, "minibatch": 8, "actor_workers": 2}
+    saved["rollout"]["batch_wait_ms"] = 1.0
+    path.write_text(json.dumps(saved))
+    node, nodes, costs, _ = from_run(PlanConfig(from_=str(tmp_path / "run")))
+    assert (node.lanes, node.lane_envs, node.batch, len(node.env_devices)) == (2, 4, 8, 1)
+    # Without sizes in the trace the fixed share is of a full batch: 8 samples.
+    assert costs.infer_fixed_s == pytest.approx(0.25 * 8 * costs.infer_each_s, rel=1e-3)
+    assert plan.predict(PlanConfig(iterations=4), node, costs, nodes).batch_size_mean >= 4
+    faster, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), ratio="3:1"))
+    assert (faster.lanes, faster.lane_envs, len(faster.env_devices)) == (2, 4, 2)
 
 
 def test_a_run_under_another_preset(tmp_path):
@@ -473,7 +568,6 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
         ({"micro_batch": 5}, "--micro-batch 5"),
         ({"envs": 64, "lane_envs": 5}, "--lane-envs 5"),
         ({"envs": 64, "lane_envs": 32}, "spread evenly"),
-        ({"batch_max": 3, "batch_wait_ms": math.inf}, "for ever"),
         ({"rollout_s": -1.0}, "--rollout-s"),
         ({"infer_share": 2.0}, "--infer-share"),
         ({"optimizer_s": 1000.0}, "--optimizer-s"),

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -24,7 +25,16 @@ from envs import metaworld
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import divide
-from tuning import Past, Tuner, best_batches, costs_of, line_through, options, seconds_at
+from tuning import (
+    Past,
+    Tuner,
+    best_batches,
+    costs_of,
+    line_through,
+    miniature,
+    options,
+    seconds_at,
+)
 
 NONE = (0, 0, 0)  # worker counts that no flag gives
 NODE = Node(
@@ -112,12 +122,8 @@ def test_costs_of_a_stretch():
         ("actor", "wait_trajectory_s"): 3.6,
     }
 
-    def total(stage, *names):
-        return sum(gained.get((stage, name), 0.0) for name in names)
-
-    costs = costs_of(
-        total, sums([2, 6], [0.3, 0.7]), {"env": 20.0, "rollout": 10.0, "actor": 10.0}, 16, config
-    )
+    seconds = {"env": 20.0, "rollout": 10.0, "actor": 10.0}
+    costs = costs_of(Counter(gained), sums([2, 6], [0.3, 0.7]), seconds, 16, config)
     assert costs.step_s == pytest.approx((20.0 - 8.0) / 40)  # what is no waiting is work
     assert costs.step_tail == pytest.approx(math.sqrt(math.log(1.04)))
     assert (costs.infer_fixed_s, costs.infer_each_s) == pytest.approx(
@@ -350,9 +356,8 @@ def test_warm_up_serves_several_sizes_then_chooses():
     run.serve([4, 5] * 6, 5.0)
     assert run.tuner.watch() == "" and run.tuner.past.news == {}  # now it is being thought of
     said = run.tuner.watch()
-    size, wait, _ = best_batches(
-        tuning.node_of(run.config, run.tuner.placement), replace(COSTS, train_each_s=0.0)
-    )
+    costs = replace(COSTS, train_each_s=0.0)
+    size, wait, _ = best_batches(*miniature(run.config, run.tuner.placement, costs))
     assert run.told() == (size, pytest.approx(wait))
     assert said.startswith(
         f"rollout: batches of at most {size} of 8 lanes, waiting at most {1e3 * wait:.3g} ms: "
@@ -379,14 +384,14 @@ def test_nothing_is_chosen_from_the_moment_after_the_first_iteration():
     assert (
         [run.tuner.watch() for _ in range(3)] == [""] * 3
         and run.told() == (4.0, 0.0)
-        and run.tuner.chosen_at is None
+        and run.tuner.batches.chosen_at is None
     )
     said = []
     for _ in range(6):
         run.serve([4, 5] * 6, 5.0)
         said.append(run.tuner.watch())
     assert len(list(filter(None, said))) == 1 and run.told() != (4.0, 0.0)
-    assert 0.04 < run.tuner.chosen_at.step_s <= COSTS.step_s  # that wait weighs little now
+    assert 0.04 < run.tuner.batches.chosen_at.step_s <= COSTS.step_s  # that wait weighs little now
 
 
 def test_batches_are_looked_at_again_when_costs_change(monkeypatch):
@@ -557,6 +562,32 @@ def test_ratios_on_gpus_differ_in_workers_alone():
     train_bound = Costs(step_s=0.001, infer_fixed_s=0.0, infer_each_s=0.0001, train_each_s=0.1)
     found = seconds_at(choices, "1:1", train_bound, 0.0, 16)
     assert found["3:1"] / found["1:3"] == pytest.approx(3.0, rel=0.05)
+
+
+def test_what_is_remembered_survives_a_start():
+    """A run that goes on at another ratio is another process: nothing may be tried twice."""
+    past = Past("3:1", {"3:1": 12.8, "1:1": 1 / 3}, {"1:2", "2:1"}, {"batch_wait_ms": "inf"})
+    again = Past.from_json(past.to_json())
+    assert again == past and again.to_json() == past.to_json()
+    assert Past.from_json(Past().to_json()) == Past()
+    assert again.go_back("1:1") == "3:1" and again.rejected == {"1:1", "1:2", "2:1"}
+    for text in (
+        "",
+        "[]",
+        '{"left": "", "more": 1}',
+        '{"rejected": 3}',
+        '{"measured": {"1:1": []}}',
+    ):
+        with pytest.raises(UserError, match="cannot read what the tuner remembered"):
+            Past.from_json(text)
+
+
+def test_a_vectorised_run_is_predicted_with_lanes_as_wide_as_its_own():
+    config = config_of(model="pi05", env="maniskill", envs=32, batch=32, minibatch=32, lanes=2)
+    config.env.env_workers = 2
+    node, _ = miniature(config, divide(config, metaworld, 4, 8), COSTS)
+    assert (node.lanes, node.lane_envs, node.env_devices) == (4, 8, ("cuda:0", "cuda:1"))
+    assert best_batches(node, COSTS).env_steps_per_s > 0
 
 
 # ---------------------------------------------------------------- settings

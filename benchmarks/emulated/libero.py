@@ -119,6 +119,9 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(tasks, ("wait",) * len(tasks), VIEWS, image_size, 4, 4, EPISODE * CHUNK)
 
 
+NOTHING = Step(0.0, False)  # what every control step brings
+
+
 class Env(envs.Env):
     """One env: every CHUNK steps it sleeps for a random time whose mean is the task's."""
 
@@ -142,7 +145,7 @@ class Env(envs.Env):
             factor = float(self.random.lognormal(-0.5 * self.tail**2, self.tail))  # of mean 1
             time.sleep(self.mean * factor)
         self.steps += 1
-        return Step(0.0, False)
+        return NOTHING
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         return self.image, np.zeros(4, np.float32)
