@@ -37,9 +37,9 @@ FIXED = (0.0, 0.5, 1.0)  # part of a vectorised step that does not depend on the
 PASS_S = 442.2 / 4 / 24576  # seconds of the actor per chunk step and pass, on 4 GPUs (1:1)
 GPUS = (8, 16, 32)
 EMULATED = {  # settings of the ladder, and where their times are
-    "emulated": "envs.emulated",
-    "gr00t": "envs.emulated_gr00t",
-    "vectorised": "envs.vectorised",
+    "emulated": "benchmarks.emulated.libero",
+    "gr00t": "benchmarks.emulated.gr00t",
+    "vectorised": "benchmarks.emulated.maniskill",
 }
 
 # RL-VLA³, main comparison: env steps/s at 8, 16 and 32 GPUs, in the order of PRESETS.
