@@ -225,7 +225,8 @@ def fill(queue: IndexQueue, at_once: int) -> list[Record]:
 @pytest.mark.parametrize("at_once", [1, 7, 100, ATOMIC - 1, ATOMIC])
 def test_a_full_queue_names_its_stuck_reader_and_nothing_in_it_is_torn(at_once):
     """The reader takes as many bytes as a full pipe may hold: they must end between two records."""
-    assert READ % RECORD.size == 0 and 65536 - READ < RECORD.size
+    left = 65536 - READ
+    assert READ % RECORD.size == 0 and 0 <= left < RECORD.size
     queue = IndexQueue()
     for _ in range(2):  # the second time pages are in use that the first reading has left behind
         taken = fill(queue, at_once)
