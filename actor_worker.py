@@ -156,9 +156,11 @@ class Inbox:
         first_slots = np.arange(0, admission.slots, admission.width)
         owner = admission.owner(first_slots, len(channels.finished))
         self.slots = first_slots[owner == rank]  # the first ones of this rank's lanes
-        self.seen = self.arrays["done"][self.slots]  # the marks, as of the last look
+        # The marks, as of the last look. The pool was made for this start of the workers, so at
+        # first there were none; the first rank may publish, and lanes finish, before this one looks.
+        self.seen = np.zeros_like(self.arrays["done"][self.slots])
         # Chunk steps of every slot that are accounted for, of all that were ever stepped in it.
-        self.settled = self.arrays["collected"].copy()
+        self.settled = np.zeros_like(self.arrays["collected"])
         self.accounts = {"restart": 0, "after_end": 0}
 
     def receive(self, wait_s: float) -> None:

@@ -2,6 +2,7 @@
 what must always hold.
 """
 
+import json
 import math
 from itertools import pairwise
 
@@ -11,10 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import algorithms
 from algorithms import (
     STALENESS,
     AdvantageScale,
+    Algorithm,
+    Grpo,
     PolicyLoss,
+    Ppo,
+    Samples,
     by_staleness,
     explained_variance,
     gae,
@@ -23,6 +29,8 @@ from algorithms import (
     units,
     value_loss,
 )
+from config import Config
+from envs import EnvSpec
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 10**6)
@@ -296,7 +304,7 @@ def test_the_objective_matches_its_definition(low, high, dual, most, mode, u, of
     wanted = by_loop(new.detach(), old, prox, advantages, low, high, dual, most, mode)
     assert found.item() == pytest.approx(wanted, abs=1e-9)
     above = ((prox - old).exp() > most).sum().item() / u
-    assert stats["masked"].item() == pytest.approx(above if mode == "mask" else 0.0)
+    assert stats["masked_fraction"].item() == pytest.approx(above if mode == "mask" else 0.0)
     (gradient,) = torch.autograd.grad(found, new)
     # away from the kinks, autograd's gradient is the definition's, with prox and w held fixed
     h = 1e-6
@@ -326,9 +334,11 @@ def test_staleness_zero_is_ppo():
     (expected,) = torch.autograd.grad(plain, again)
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradient, expected)
-    assert stats["masked"] == 0 and stats["ratio_max"] == ratio.max()
+    assert stats["masked_fraction"] == 0
     assert stats["clip_fraction"] == ((ratio < 0.8) | (ratio > 1.2)).sum() > 0
-    torch.testing.assert_close(stats["approx_kl"], (ratio - 1 - ratio.log()).sum().detach())
+    distance = by_staleness(new, old, torch.zeros(64))
+    assert distance["ratio_max"] == ratio.max()
+    torch.testing.assert_close(distance["approx_kl"], (ratio - 1 - ratio.log()).sum().detach())
 
 
 def test_inside_the_clip_the_action_is_corrected_in_full():
@@ -383,7 +393,8 @@ def test_decoupled_objective_by_hand():
     assert new.grad.flatten().tolist() == pytest.approx(
         [0.0, 1.2 * 1.2 * 2.0]
     )  # w and prox carry no gradient
-    assert stats["ratio_max"].item() == pytest.approx(1.44) and stats["clip_fraction"] == 2
+    distance = by_staleness(new, torch.zeros(2, 1), torch.ones(2))
+    assert distance["ratio_max"].item() == pytest.approx(1.44) and stats["clip_fraction"] == 2
 
 
 def test_dual_clip_bounds_what_a_bad_action_costs():
@@ -420,7 +431,7 @@ def test_a_masked_sample_cannot_poison_the_batch():
     loss, stats = PolicyLoss()(new, torch.zeros(2, 1), prox, torch.tensor([-1.0, -1.0]))
     alone = PolicyLoss()(new[1:], torch.zeros(1, 1), prox[1:], torch.tensor([-1.0]))[0]
     loss.backward()
-    assert stats["masked"] == 1 and loss.item() == pytest.approx(alone.item())
+    assert stats["masked_fraction"] == 1 and loss.item() == pytest.approx(alone.item())
     assert new.grad[0] == 0.0 and new.grad[1] != 0.0 and math.isfinite(new.grad[1])
 
 
@@ -435,8 +446,14 @@ def test_losses_are_sums_so_micro_batches_add_up(u, seed):
         for part in zip(*(x.split(16) for x in (new, old, prox, advantages)), strict=True)
     ]
     torch.testing.assert_close(whole, sum(loss for loss, _ in quarters))
-    for name in ("approx_kl", "clip_fraction", "masked"):
+    for name in ("clip_fraction", "masked_fraction"):
         torch.testing.assert_close(stats[name], sum(part[name] for _, part in quarters))
+    distance = by_staleness(new, old, staleness)
+    split = [x.split(16) for x in (new, old, staleness)]
+    parts = [by_staleness(*part) for part in zip(*split, strict=True)]
+    assert distance.pop("ratio_max") == max(part["ratio_max"] for part in parts)
+    for name, whole_sum in distance.items():
+        torch.testing.assert_close(whole_sum, sum(part[name] for part in parts))
     # Units that are all alike weigh as one.
     torch.testing.assert_close(
         PolicyLoss()(*(x.repeat(1, 4) for x in (new, old, prox)), advantages)[0], whole
@@ -499,3 +516,121 @@ def test_explained_variance(n, seed):
     assert (
         explained_variance(2.0 * n, 4.0 * n, 1.0, 1.0, n) == 0.0
     )  # returns that are all alike leave nothing to explain
+
+
+# ---------------------------------------------------------------- what the learner asks of a loss
+
+SPEC = EnvSpec(("push",), ("push the puck",), 1, 16, 4, 4, 60)
+
+
+def test_the_value_of_an_episode_s_last_observation_counts_where_the_time_limit_cut_it():
+    """γ = 0.5, λ = 1. Of three steps the second is the last of its episode: cut in one row,
+    successful in the other.
+    """
+    config = Config()
+    config.algorithm.gamma = 0.5
+    config.algorithm.gae_lambda = 1.0
+    assert Ppo.slot_fields(config) == {}
+    data = {
+        "reward": torch.tensor([[0.0, 0, 0], [0, 1, 0]]),
+        "value": torch.tensor([[1.0, 2, 3, 4]] * 2),
+        "terminated": torch.tensor([[False] * 3, [False, True, False]]),
+        "truncated": torch.tensor([[False, True, False], [False] * 3]),
+    }
+    played = torch.ones(2, 3, dtype=torch.bool)
+    ppo = Ppo(config, SPEC)
+    advantages, returns, kept = ppo.targets(data, played)
+    assert returns.tolist() == [[0, 0, 2], [0.5, 1, 2]]  # the time limit is worth 0
+    assert kept.all()
+    config.algorithm.bootstrap_truncated = True
+    assert Ppo.slot_fields(config) == {"final": ((), torch.float32)}
+    data["final"] = torch.full((2, 3), 8.0)
+    advantages, returns, _ = ppo.targets(data, played)
+    # Worth γ·8 a step before; success is worth its reward and no more.
+    assert returns.tolist() == [[2, 4, 2], [0.5, 1, 2]]
+    assert advantages.tolist() == [[1, 2, -1], [-0.5, -1, -1]]
+
+
+def test_grpo_gives_every_played_step_its_member_s_advantage():
+    """Groups of two: one with a success, one without, of which nothing is kept."""
+    grpo = Grpo(Config(), SPEC)
+    data = {
+        "outcomes": torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]),
+        "member": torch.tensor([0, 1, 1]),
+    }
+    played = torch.tensor([[True, False], [True, True], [True, True]])
+    advantages, returns, kept = grpo.targets(data, played)
+    assert returns is None and kept.tolist() == [[True, False], [True, True], [False, False]]
+    assert advantages.tolist() == [
+        pytest.approx([1.0, 1.0], abs=1e-5),
+        pytest.approx([-1.0, -1.0], abs=1e-5),
+        [0.0, 0.0],
+    ]
+
+
+def test_grpo_compares_summed_rewards_where_the_simulator_says_so():
+    """Dense rewards have no natural bounds: whatever their mean, groups are kept that have some
+    spread, and those without any are filtered.
+    """
+    config = Config()
+    dense = Grpo(config, SPEC._replace(compares="reward"))
+    data = {
+        "outcomes": torch.tensor([[40.0, 42.0], [-3.0, -5.0], [0.95, 0.95], [7.0, 7.0]]),
+        "member": torch.tensor([0, 0, 0, 1]),
+    }
+    played = torch.ones(4, 3, dtype=torch.bool)
+    advantages, _, kept = dense.targets(data, played)
+    assert kept[:, 0].tolist() == [True, True, False, False]
+    assert advantages[:, 0].tolist() == pytest.approx([-1.0, 1.0, 0.0, 0.0], abs=1e-5)
+    # Compared by success, means outside [--group-low, --group-high] are filtered.
+    _, _, kept = Grpo(config, SPEC).targets(data, played)
+    assert not kept.any()
+
+
+def test_advantages_are_scaled_and_the_scale_outlives_a_checkpoint():
+    config = Config()
+    config.actor.batch = 2
+    config.env.segment = 5
+    ppo = Ppo(config, SPEC)
+    assert ppo.scale(torch.tensor([3.0])).tolist() == pytest.approx([3.0], rel=1e-5)
+    ppo.finish_batch({"advantage_square": 40.0}, first=True)  # of 10 chunk steps
+    assert ppo.scale(torch.tensor([3.0])).tolist() == pytest.approx([1.5], rel=1e-5)
+    ppo.finish_batch({"advantage_square": 90.0}, first=False)
+    again = Ppo(config, SPEC)
+    again.load(json.loads(json.dumps(ppo.state())))
+    assert again.advantage_scale == AdvantageScale(0.8, 0.8 * 4.0 + 0.2 * 9.0)
+    grpo = Grpo(config, SPEC)  # it scales within its groups
+    grpo.finish_batch({"advantage_square": 40.0}, first=True)
+    assert grpo.scale(torch.tensor([3.0])).tolist() == pytest.approx([3.0], rel=1e-5)
+
+
+def test_ppo_adds_the_weighted_value_loss_to_the_policy_s():
+    new, old, advantages, staleness = samples(u=1)
+    prox = interpolated_proximal(new, old, staleness.double())
+    value, returns, before = torch.randn(3, 64, dtype=torch.float64)
+    config = Config()
+    config.algorithm.value_weight = 0.25
+    mine = Samples(new, old, prox, advantages, value, returns, {"value": before})
+    loss, numbers = Ppo(config, SPEC).loss(mine)
+    of_policy, _ = PolicyLoss()(new, old, prox, advantages)
+    of_values = value_loss(value, before, returns, config.algorithm.value_clip, 10.0)
+    torch.testing.assert_close(loss, of_policy + 0.25 * of_values)
+    torch.testing.assert_close(numbers["loss_policy"], of_policy.detach())
+    torch.testing.assert_close(numbers["loss_value"], of_values)
+    alone, numbers = Grpo(config, SPEC).loss(mine._replace(returns=None))
+    torch.testing.assert_close(alone, of_policy)
+    assert "loss_value" not in numbers and not any(x.requires_grad for x in numbers.values())
+
+
+def test_a_loss_that_does_not_keep_the_contract_is_named_with_what_it_lacks(monkeypatch):
+    class Half(Algorithm):
+        groups = False
+
+    monkeypatch.setitem(algorithms.ALGORITHMS, "half", Half)
+    config = Config()
+    config.train.algorithm = "half"
+    with pytest.raises(TypeError, match="loss Half in algorithms.py lacks critic, targets"):
+        algorithms.load(config, SPEC)
+    for name, kind in (("ppo", Ppo), ("grpo", Grpo)):
+        config.train.algorithm = name
+        assert type(algorithms.load(config, SPEC)) is kind

@@ -20,6 +20,7 @@ from benchmarks.emulated import libero, maniskill
 from benchmarks.plan_against_paper import emulated_node
 from channel import layout
 from config import UserError
+from envs import Step
 from planning.events import simulate
 
 
@@ -485,7 +486,7 @@ def test_a_task_of_zero_takes_no_time(monkeypatch):
     env = libero.Env(spec.tasks, 8)
     model = models.load("emulated").build(config, spec)
     env.reset(0, 1)
-    assert [env.step(None) for _ in range(20)] == [(0.0, False)] * 20
+    assert [env.step(None) for _ in range(20)] == [Step(0.0, False)] * 20
     assert model.act({"image": torch.zeros(3, 1)}, {})["actions"].shape == (
         3,
         config.rollout.chunk,

@@ -1,4 +1,4 @@
-"""Slots, queues and weights under fire: killed writers, hammering readers, every way to start a
+"""Slots, queues and the lane table under fire: killed writers, full pipes, every way to start a
 process.
 """
 
@@ -17,15 +17,19 @@ from channel import (
     ACT,
     ALIGN,
     ATOMIC,
+    READ,
     RECORD,
-    VERSION,
+    WAKE,
+    Channels,
     Counters,
     IndexQueue,
+    LaneTable,
     Record,
     SlotPool,
-    WeightPlane,
     layout,
 )
+from config import Config
+from weights import WeightPlane
 
 SPEC = {
     "image": ((3, 5), torch.uint8),
@@ -36,8 +40,8 @@ SPEC = {
 fork = get_context("fork")
 
 
-def records(count: int, sender: int = 0, first: int = 0) -> list[Record]:
-    return [Record(first + i, i % 65536, ACT, sender) for i in range(count)]
+def records(count: int, sender: int = 0) -> list[Record]:
+    return [Record(i, i % 65536, ACT, sender, 7) for i in range(count)]
 
 
 def open_files() -> int:
@@ -47,26 +51,30 @@ def open_files() -> int:
 # ---------------------------------------------------------------- SlotPool
 
 
-def touch(pool: SlotPool, counters: Counters, queue: IndexQueue) -> None:
+def touch(pool: SlotPool, counters: Counters, lanes: LaneTable, queue: IndexQueue) -> None:
     assert pool["value"][1].tolist() == [1.0, 2.0, 3.0, 4.0]
     pool["image"][2] = 7
     counters.add(1, "b", 2.5)
-    queue.put([Record(1, 2, VERSION, 3)])
+    lanes.trajectory[2] = 2**40
+    lanes.generation[1] = 5
+    queue.put([Record(1, 2, WAKE, 3, 4)])
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_every_process_sees_the_same_slots(method):
     pool = SlotPool(SPEC, 3)
     counters = Counters(2, ("a", "b"))
+    lanes = LaneTable(3, 2)
     queue = IndexQueue()
     pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    process = get_context(method).Process(target=touch, args=(pool, counters, queue))
+    process = get_context(method).Process(target=touch, args=(pool, counters, lanes, queue))
     process.start()
     process.join(60)
     assert process.exitcode == 0
     assert (pool["image"][2] == 7).all() and (pool["image"][:2] == 0).all()
     assert counters.get(1, "b") == 2.5 and counters.get(0, "b") == 0.0
-    assert queue.get(0) == [Record(1, 2, VERSION, 3)]
+    assert lanes.trajectory.tolist() == [0, 0, 2**40] and lanes.generation.tolist() == [0, 5]
+    assert queue.get(0) == [Record(1, 2, WAKE, 3, 4)]
 
 
 def test_slots_are_aligned_apart_and_without_a_name():
@@ -128,12 +136,13 @@ def test_some_fields_on_a_device_and_the_others_in_shared_memory():
 def test_another_process_sees_slots_in_gpu_memory():
     pool = SlotPool(SPEC, 3, "cuda:0", ("image",))
     counters = Counters(2, ("a", "b"))
+    lanes = LaneTable(3, 2)
     queue = IndexQueue()
     pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    process = get_context("forkserver").Process(target=touch, args=(pool, counters, queue))
+    process = get_context("forkserver").Process(target=touch, args=(pool, counters, lanes, queue))
     process.start()
     process.join(60)
-    assert process.exitcode == 0 and queue.get(0) == [Record(1, 2, VERSION, 3)]
+    assert process.exitcode == 0 and queue.get(0) == [Record(1, 2, WAKE, 3, 4)]
     assert (
         (pool["image"][2] == 7).all()
         and pool["image"].is_cuda
@@ -154,12 +163,14 @@ def test_nothing_stays_open():
         pool = SlotPool(SPEC, 3)
         plane = WeightPlane(SPEC)
         counters = Counters(2, ("a",))
+        lanes = LaneTable(3, 2)
         queue = IndexQueue()
         queue.put(records(3))
         queue.get(0)
         plane.publish({"value": torch.zeros(4)}, 0)
         counters.add(0, "a", 1.0)
         pool["value"].zero_()
+        lanes.trajectory[:] = 1
         queue.close_writer()
         queue.close_writer()
         queue.close_reader()
@@ -176,8 +187,9 @@ def test_nothing_stays_open():
 
 def test_records_keep_every_field_and_their_order():
     queue = IndexQueue()
-    sent = [Record(2**32 - 1, 65535, VERSION, 255), Record(0, 0, ACT, 0), Record(7, 8, 1, 9)]
-    assert RECORD.size == 8
+    largest = Record(2**32 - 1, 65535, 255, 255, 65535)
+    sent = [largest, Record(0, 0, ACT, 0, 0), Record(7, 8, 1, 9, 10)]
+    assert RECORD.size == 10
     queue.put(sent[:1])
     queue.put(sent[1:])
     assert queue.get(0) == sent and queue.get(0) == []
@@ -199,12 +211,44 @@ def test_an_empty_queue_waits_as_long_as_it_is_told():
     assert queue.get(0) == []
 
 
-def test_a_full_queue_names_its_stuck_reader():
-    queue = IndexQueue()
+def fill(queue: IndexQueue, at_once: int) -> list[Record]:
+    """Writes until the pipe takes no more of so many records. Returns what it took."""
+    taken = []
     with pytest.raises(TimeoutError, match="reader is stuck"):
-        for _ in range(100):
-            queue.put(records(ATOMIC), timeout=0.1)
-    assert len(queue.get(0)) == 65536 // RECORD.size  # the pipe was full, and nothing in it is torn
+        while True:
+            some = [Record(len(taken) + i, 1, ACT, 2, 3) for i in range(at_once)]
+            queue.put(some, timeout=0.1)
+            taken += some
+    return taken
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100, ATOMIC - 1, ATOMIC])
+def test_a_full_queue_names_its_stuck_reader_and_nothing_in_it_is_torn(at_once):
+    """The reader takes as many bytes as a full pipe may hold: they must end between two records."""
+    left = 65536 - READ
+    assert READ % RECORD.size == 0 and 0 <= left < RECORD.size
+    queue = IndexQueue()
+    for _ in range(2):  # the second time pages are in use that the first reading has left behind
+        taken = fill(queue, at_once)
+        assert len(taken) > 1000
+        got = []
+        while more := queue.get(0):
+            got += more
+        assert got == taken
+
+
+def test_a_queue_read_while_it_is_full_keeps_records_whole():
+    """The writer fills up again as soon as there is room, and the reader never sees it empty."""
+    queue = IndexQueue()
+    writer = fork.Process(target=write_for_ever, args=(queue, 3), daemon=True)
+    writer.start()
+    count = 0
+    while count < 200_000:
+        for record in queue.get(20.0):
+            assert record == (count // ATOMIC, count % ATOMIC, ACT, 3, 9)
+            count += 1
+    writer.kill()
+    writer.join()
 
 
 def test_the_reader_learns_that_the_last_writer_is_gone():
@@ -223,7 +267,7 @@ def test_the_reader_learns_that_the_last_writer_is_gone():
 def write_for_ever(queue: IndexQueue, sender: int) -> None:
     block = 0
     while True:
-        queue.put([Record(block, i, ACT, sender) for i in range(ATOMIC)])
+        queue.put([Record(block, i, ACT, sender, 9) for i in range(ATOMIC)])
         block += 1
 
 
@@ -247,12 +291,12 @@ def test_writers_killed_while_writing_neither_tear_nor_block():
             got = queue.get(20.0)
             assert got, "the queue blocked"
             for record in got:
-                if position == 0:  # a new block of 512: whole, in one piece and the writer's next
+                if position == 0:  # a new block of 409: whole, in one piece and the writer's next
                     sender = record.sender
                     block = record.slot
                     assert block == blocks[sender]
                     blocks[sender] += 1
-                assert record == (block, position, ACT, sender)
+                assert record == (block, position, ACT, sender, 9)
                 position = (position + 1) % ATOMIC
             if killed < count and time.monotonic() - begun > 0.3 + 0.07 * killed:
                 os.kill(writers[killed].pid, signal.SIGKILL)
@@ -261,136 +305,6 @@ def test_writers_killed_while_writing_neither_tear_nor_block():
     for writer in writers:
         writer.join()
         assert writer.exitcode == -signal.SIGKILL
-
-
-# ---------------------------------------------------------------- WeightPlane
-
-WEIGHTS = {
-    "a": ((40_000,), torch.float32),
-    "b": ((3, 50), torch.float32),
-    "c": ((20_000,), torch.float64),
-}
-
-
-def filled(value: float) -> dict[str, torch.Tensor]:
-    return {name: torch.full(shape, value, dtype=dtype) for name, (shape, dtype) in WEIGHTS.items()}
-
-
-def room(plane: WeightPlane) -> torch.Tensor:
-    """A block for one set of weights, all of them −1."""
-    block = torch.zeros(plane.bytes, dtype=torch.uint8)
-    for tensor in plane.tensors(block).values():
-        tensor.fill_(-1.0)
-    return block
-
-
-def values(plane: WeightPlane, block: torch.Tensor) -> list[float]:
-    return sorted(
-        {value for tensor in plane.tensors(block).values() for value in tensor.unique().tolist()}
-    )
-
-
-def test_a_reader_gets_the_newest_version():
-    plane = WeightPlane(WEIGHTS)
-    mine = room(plane)
-    for version in range(5):
-        plane.publish(filled(version), version)
-        assert (
-            plane.version == version
-            and plane.fetch(mine) == version
-            and values(plane, mine) == [version]
-        )
-    assert (
-        plane.bytes == (40_000 + 160) * 4 + 20_000 * 8
-    )  # the 600 bytes of b padded to a cache line
-
-
-@pytest.mark.parametrize("start", [0, 5])
-def test_there_is_nothing_to_fetch_before_the_first_publish(start):
-    plane = WeightPlane(WEIGHTS, version=start)
-    mine = room(plane)
-    with pytest.raises(TimeoutError, match="no weights came"):
-        plane.fetch(mine, timeout=0.1)
-    plane.publish(filled(start), start)
-    assert plane.fetch(mine) == start and values(plane, mine) == [start]
-
-
-class Overtaken(torch.Tensor):
-    """A tensor whose first copy takes so long that the writer publishes two versions meanwhile."""
-
-    def copy_(self, source, non_blocking=False):
-        super().copy_(source)
-        while self.events:
-            self.events.pop(0)()
-        return self
-
-
-def test_a_reader_that_is_overtaken_twice_tries_again():
-    plane = WeightPlane(WEIGHTS)
-    mine = room(plane)
-    mine = mine.as_subclass(Overtaken)
-    mine.events = [lambda: plane.publish(filled(1.0), 1), lambda: plane.publish(filled(2.0), 2)]
-    plane.publish(filled(0.0), 0)
-    assert plane.fetch(mine) == 2 and values(plane, mine) == [2.0]
-
-
-def test_a_reader_that_is_overtaken_once_keeps_what_it_has():
-    plane = WeightPlane(WEIGHTS)
-    mine = room(plane)
-    mine = mine.as_subclass(Overtaken)
-    mine.events = [lambda: plane.publish(filled(1.0), 1)]
-    plane.publish(filled(0.0), 0)
-    assert plane.fetch(mine) == 0 and values(plane, mine) == [0.0]
-
-
-def test_weights_of_a_writer_that_died_while_writing_are_never_fetched():
-    plane = WeightPlane(WEIGHTS)
-    mine = room(plane)
-    plane.publish(filled(0.0), 0)
-    with pytest.raises(KeyError):  # version 1 fails half way, in the other buffer
-        plane.publish({"a": torch.ones(40_000), "unknown": torch.ones(1)}, 1)
-    assert plane.fetch(mine) == 0 and values(plane, mine) == [0.0]
-
-
-def publish_for(seconds: float, plane: WeightPlane) -> None:
-    torch.set_num_threads(1)
-    weights = filled(0.0)
-    end = time.monotonic() + seconds
-    version = 0
-    while time.monotonic() < end:
-        for tensor in weights.values():
-            tensor.fill_(version)
-        plane.publish(weights, version)
-        version += 1
-
-
-def fetch_for(seconds: float, plane: WeightPlane, answer) -> None:
-    torch.set_num_threads(1)
-    mine = room(plane)
-    end = time.monotonic() + seconds
-    versions = []
-    mixed = 0
-    while time.monotonic() < end:
-        version = plane.fetch(mine, timeout=30.0)
-        versions.append(version)
-        mixed += values(plane, mine) != [version]
-    answer.send((mixed, len(versions), versions == sorted(versions), versions[-1] > versions[0]))
-
-
-def test_hammered_weights_are_never_mixed():
-    plane = WeightPlane(WEIGHTS)
-    pipes = [fork.Pipe(duplex=False) for _ in range(3)]
-    processes = [fork.Process(target=fetch_for, args=(2.0, plane, send)) for _, send in pipes]
-    processes.append(fork.Process(target=publish_for, args=(2.5, plane)))
-    for process in processes:
-        process.start()
-    for receive, _ in pipes:
-        assert receive.poll(60)
-        mixed, fetches, monotone, moved = receive.recv()
-        assert mixed == 0 and fetches > 10 and monotone and moved
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
 
 
 # ---------------------------------------------------------------- Counters
@@ -403,3 +317,20 @@ def test_counters():
     counters.set(1, "b", -3.0)
     assert (counters.get(0, "a"), counters.get(0, "b"), counters.get(1, "b")) == (2.5, 0.0, -3.0)
     np.testing.assert_array_equal(counters.table, [[2.5, 0.0], [0.0, -3.0]])
+
+
+# ---------------------------------------------------------------- what connects the stages
+
+
+@pytest.mark.parametrize("lanes, count", [(0, 12), (2, 6)])
+def test_there_is_a_queue_for_every_worker_and_a_row_for_every_lane(lanes, count):
+    config = Config()
+    config.env.envs = 12
+    config.env.env_workers = 3
+    config.env.lanes = lanes  # of every env worker, where the simulator is vectorised
+    config.rollout.rollout_workers = 2
+    config.actor.actor_workers = 4
+    channels = Channels.create(config, None, None, Counters(9, ("a",)))
+    assert (len(channels.requests), len(channels.replies), len(channels.finished)) == (2, 3, 4)
+    assert channels.lanes.trajectory.tolist() == [0] * count
+    assert channels.lanes.generation.tolist() == [0] * 3

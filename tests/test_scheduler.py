@@ -98,21 +98,84 @@ def test_an_uncounted_request_alone_is_served_after_t_max():
     assert batcher.remaining() <= 0.0 and batcher.take()[0] == ["eval"]
 
 
-def test_what_a_dead_worker_had_asked_is_forgotten():
-    batcher = DynamicBatcher(3, 10.0, clock := Clock())
-    for request, counted in (
-        ("dead 0", True),
-        ("alive 0", True),
-        ("dead 1", False),
-        ("alive 1", False),
-    ):
-        batcher.add(request, counted)
-        clock.now += 1.0
-    batcher.drop(lambda request: request.startswith("dead"))
-    assert (
-        batcher.counted == 1 and batcher.remaining() == 7.0
-    )  # the oldest one left has its own clock
-    assert batcher.take()[0] == ["alive 0", "alive 1"] and batcher.remaining() is None
+def test_a_batch_is_due_once_all_who_may_ask_have_asked():
+    """Lanes that wait for weights ask for nothing, and nobody waits for them."""
+    batcher = DynamicBatcher(4, math.inf, Clock())
+    batcher.add("lane 0")
+    batcher.add("lane 1")
+    assert batcher.limit == 4 and batcher.remaining() == math.inf
+    batcher.expect_at_most(3)
+    assert batcher.limit == 3 and batcher.remaining() == math.inf
+    batcher.add("a last value", counted=False)
+    assert batcher.remaining() == math.inf
+    batcher.expect_at_most(2)  # the third lane has finished its trajectory meanwhile
+    assert batcher.limit == 2 and batcher.remaining() == 0.0
+    assert batcher.take()[0] == ["lane 0", "lane 1", "a last value"]
+
+    batcher.expect_at_most(9)  # weights have come: B_max counts again
+    assert batcher.limit == 4
+    for lane in range(5):
+        batcher.add(lane)
+    assert batcher.remaining() == 0.0 and batcher.take()[0] == [0, 1, 2, 3]
+
+
+def test_riders_alone_are_due_at_once_when_nobody_may_ask():
+    batcher = DynamicBatcher(2, math.inf, clock := Clock())
+    batcher.expect_at_most(0)
+    assert batcher.limit == 0 and batcher.remaining() is None
+    batcher.add("a last value", counted=False)
+    batcher.add("eval", counted=False)
+    clock.now = 3.0
+    assert batcher.remaining() == 0.0
+    assert batcher.take() == (["a last value", "eval"], 3.0) and batcher.remaining() is None
+    # A dead worker's lane may not ask and yet has asked: its request leaves with a batch too.
+    batcher.add("dead")
+    batcher.add("eval", counted=False)
+    assert batcher.remaining() == 0.0 and batcher.take()[0] == ["dead", "eval"]
+    assert batcher.counted == 0 and batcher.remaining() is None
+
+
+def test_a_request_s_wait_begins_when_it_was_sent():
+    batcher = DynamicBatcher(2, 10.0, clock := Clock())
+    clock.now = 7.0
+    batcher.add("sent during an inference", queued=1.0)
+    assert batcher.remaining() == 4.0
+    clock.now = 11.0
+    assert batcher.remaining() == 0.0
+    assert batcher.take() == (["sent during an inference"], 10.0)
+
+
+@fast
+@given(
+    lanes=st.integers(1, 5),
+    batch_max=st.integers(1, 6),
+    choices=st.lists(st.integers(0, 11), max_size=80),
+)
+def test_lanes_that_come_and_go_never_wait_for_each_other_without_end(lanes, batch_max, choices):
+    """With an endless T_max nothing is left queued once every lane that may ask has asked, or
+    nobody may.
+    """
+    batcher = DynamicBatcher(batch_max, math.inf, Clock())
+    may_ask = [True] * lanes
+    asked = [False] * lanes
+    for choice in choices:
+        lane = choice % lanes
+        if choice >= 6 and not asked[lane]:  # it is parked, or weights for it have come
+            may_ask[lane] = not may_ask[lane]
+            batcher.add(("rider", lane), counted=False)
+        elif may_ask[lane] and not asked[lane]:
+            asked[lane] = True
+            batcher.add(("lane", lane))
+        batcher.expect_at_most(sum(may_ask))
+        while (remaining := batcher.remaining()) is not None and remaining <= 0:
+            batch, _ = batcher.take()
+            of_lanes = [lane for kind, lane in batch if kind == "lane"]
+            assert batch and len(of_lanes) <= batch_max
+            for lane in of_lanes:
+                asked[lane] = False
+        if asked == may_ask:
+            assert not batcher.queue
+        assert sum(asked) == batcher.counted < max(1, batch_max)
 
 
 def test_the_last_batch_is_the_last():
