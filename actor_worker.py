@@ -156,9 +156,11 @@ class Inbox:
         first_slots = np.arange(0, admission.slots, admission.width)
         owner = admission.owner(first_slots, len(channels.finished))
         self.slots = first_slots[owner == rank]  # the first ones of this rank's lanes
-        self.seen = self.arrays["done"][self.slots]  # the marks, as of the last look
+        # Both begin at 0, as the slots did: env workers may have finished trajectories already
+        # when this rank comes to make its inbox.
+        self.seen = np.zeros_like(self.slots)  # the marks, as of the last look
         # Chunk steps of every slot that are accounted for, of all that were ever stepped in it.
-        self.settled = self.arrays["collected"].copy()
+        self.settled = np.zeros_like(self.arrays["collected"])
         self.accounts = {"restart": 0, "after_end": 0}
 
     def receive(self, wait_s: float) -> None:
