@@ -115,6 +115,7 @@ class Shard:
         self.replies.close_writer()
         self.generation = meter.restarts()  # how often this worker was replaced
         self.lanes.generation[rank] = self.generation
+        self.awaited: set[Record] = set()  # requests without an answer yet
         self.answers: deque[Record] = deque()  # read, and not yet acted on
         self.outbox: dict[int, list[Record]] = {}  # requests to be sent, by rollout worker
         self.sent = 0.0  # monotonic seconds: when the outbox was last emptied
@@ -207,6 +208,7 @@ class Shard:
         """Asks the lane's rollout worker about its first slot, which stands for the whole lane."""
         self.arrays["asked"][slots.start] = time.monotonic()
         record = Record(slots.start, t, kind, self.rank, self.generation)
+        self.awaited.add(record)
         self.outbox.setdefault(lane.index % len(self.requests), []).append(record)
 
     def wake_rollout(self, lane: Lane) -> None:
@@ -225,12 +227,15 @@ class Shard:
         self.sent = now
 
     def next_answer(self, waiting_for: str) -> Record | None:
-        """Waits up to a second. What was meant for a worker that this one replaces is left out."""
+        """Waits up to a second. Leaves out what nobody waits for: an answer that comes twice, or
+        that was meant for a worker that this one replaces.
+        """
         if not self.answers:
             with self.meter.wait(waiting_for):
                 records = self.replies.get(1.0)
             for record in records:
-                if record.kind != WAKE and record.generation == self.generation:
+                if record in self.awaited:
+                    self.awaited.remove(record)
                     self.answers.append(record)
         return self.answers.popleft() if self.answers else None
 

@@ -46,7 +46,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         for record in receive(requests, batcher.remaining(), meter):
             if record.kind == WAKE:
                 fetcher.look()
-            else:
+            elif not lanes.is_repeated(record):
                 batcher.add(record, record.kind in (ACT, FINAL), lanes.asked.item(record.slot))
 
         # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
@@ -91,6 +91,7 @@ class LanesServed:
         self.count = len(self.trajectory)
         self.asked = channels.pool.arrays["asked"]
         self.trajectory_in_slot = channels.pool.arrays["trajectory"]
+        self.newest: dict[int, tuple[int, Record]] = {}  # slot → its last request, of a trajectory
 
     def that_may_ask(self) -> int:
         """Returns how many lanes play a trajectory that the published version admits. The others
@@ -101,6 +102,15 @@ class LanesServed:
     def is_stale(self, record: Record) -> bool:
         """Whether the env worker that asked this has died since."""
         return record.generation != self.generation.item(record.sender)
+
+    def is_repeated(self, record: Record) -> bool:
+        """Whether this request came before. If newer weights served it again, its row would hold
+        other actions than those that were executed.
+        """
+        request = self.trajectory_in_slot.item(record.slot), record
+        repeated = self.newest.get(record.slot) == request
+        self.newest[record.slot] = request
+        return repeated
 
     def oldest_version(self, batch: list[Record], version: int) -> int:
         """Returns the oldest version that may serve a batch. version: of the weights in use.

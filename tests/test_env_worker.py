@@ -3,233 +3,78 @@ selects what is trained.
 """
 
 import math
-import time
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
-from stacked import Stacked
+from scripted import (
+    HORIZON,
+    LANES,
+    SEGMENT,
+    answer,
+    asks,
+    assert_finished,
+    counted,
+    drive,
+    name,
+    plan,
+    publish,
+    records,
+    requests,
+    seen,
+    spec,
+    worker_starter,
+)
 
 import envs
-import metrics
-from channel import (
-    ACT,
-    DONE,
-    EVAL,
-    FINAL,
-    LAST,
-    RESTART,
-    VALUE,
-    VERSION,
-    Channels,
-    Counters,
-    IndexQueue,
-    Record,
-    SlotPool,
-    WeightPlane,
-)
-from config import ASSETS, Config
-from env_worker import EVAL_SEEDS, episode_seed, run
-from envs import EnvSpec, Step
+from channel import ACT, FINAL, VALUE, WAKE
+from envs import Step
 from envs.lanes import SingleLane
-from models.checkpoint import Header
-from scheduler import Admission
-
-CHUNK = 3
-HORIZON = 6
-SEGMENT = 4
-LANES = 2
-
-# ---------------------------------------------------------------- this file is a simulator: the
-# test decides who succeeds
-
-
-def spec(tasks, image_size) -> EnvSpec:
-    prompts = {"one": "push the puck", "two": "open the door", "three": "close the box"}
-    tasks = tuple(tasks) or ("one", "two")
-    return EnvSpec(tasks, tuple(prompts[task] for task in tasks), 1, 2, 4, 4, HORIZON)
-
-
-class Env(envs.Env):
-    """Succeeds when action[0] is 1, and takes action[1] seconds. Its picture says which episode
-    this is, how far along, and of which task.
-    """
-
-    def reset(self, task, seed):
-        self.task = task
-        self.seed = seed
-        self.steps = 0
-
-    def observe(self):
-        image = np.zeros((1, 2, 2, 3), np.uint8)
-        image.flat[:3] = self.seed % 251, self.steps, self.task
-        return image, np.full(4, 0.1 * self.steps, np.float32)
-
-    def step(self, action):
-        self.steps += 1
-        time.sleep(float(action[1]))
-        success = bool(action[0] == 1.0)
-        action[:] = -1.0  # as a simulator may do with what it is given
-        return Step(float(success), success)
-
-
-class Envs(Stacked):
-    kind = Env
-
-
-def seen(pool: SlotPool, slot: int, row: int) -> tuple[int, int, int]:
-    """Episode (its seed mod 251), step and task of a stored picture."""
-    return tuple(pool["image"][slot, row].flatten()[:3].tolist())
-
-
-def plan(success_at: int | None = None) -> torch.Tensor:
-    actions = torch.zeros(CHUNK, 4)
-    if success_at is not None:
-        actions[success_at, 0] = 1.0
-    return actions
-
-
-# ---------------------------------------------------------------- the worker
+from evaluation import EVAL_SEEDS
+from scheduler import Admission, Trajectories
 
 
 @pytest.fixture
 def worker(monkeypatch):
-    """Starts env worker 0 over both lanes; the test plays rollout worker and actor."""
-    monkeypatch.setitem(envs.SIMULATORS, "metaworld", (__name__, ""))
-    processes = []
-
-    def start(
-        version: int = 0,
-        replaces: Channels | None = None,
-        ranks: int = 1,
-        tasks=(),
-        group: int = 0,
-        **settings,
-    ) -> Channels:
-        """With `replaces`, in place of the last one started, which is killed."""
-        config = Config()
-        config.env.envs = config.actor.batch = settings.get("envs", LANES)
-        config.env.env_workers = 1
-        config.env.eval_every = 0
-        config.train.tasks = tasks
-        config.train.tokenizer = ASSETS / "tokenizer.model"
-        if group:
-            config.train.algorithm = "grpo"
-            config.algorithm.group_size = group
-        for name, value in settings.items():
-            setattr(config.algorithm if name == "bootstrap_truncated" else config.env, name, value)
-        f = torch.float32
-        fields = {
-            "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8),
-            "tokens": ((SEGMENT + 1, 24), torch.int32),
-            "actions": ((SEGMENT, CHUNK, 4), f),
-            "reward": ((SEGMENT,), f),
-            "terminated": ((SEGMENT,), torch.bool),
-            "truncated": ((SEGMENT,), torch.bool),
-            "lane": ((), torch.int32),
-            "asked": ((), torch.float64),
-            "trajectory": ((), torch.int32),
-            "received": ((), torch.int32),
-            "task": ((), torch.int32),
-            "collected": ((), torch.int64),
-        }
-        slots = Admission.of(config).slots + config.env.eval_envs
-        channels = replaces or Channels(
-            SlotPool(fields, slots),
-            WeightPlane({"w": ((1,), f)}, version=version),
-            Counters(1, metrics.columns(config.env.eval_episodes)),
-            (IndexQueue(),),
-            (IndexQueue(),),
-            tuple(IndexQueue() for _ in range(ranks)),
-        )
-        if replaces:
-            processes[-1].kill()
-            processes[-1].join()
-            channels.counters.add(0, "restarts", 1)
-        header = Header(
-            "pi05", {"image_size": 2}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4}
-        )
-        meter = metrics.Meter("env-0", 0, channels.counters, None)
-        process = get_context("fork").Process(
-            target=run, args=(0, config, header, "cpu", channels, version, meter), daemon=True
-        )
-        process.start()
-        processes.append(process)
-        return channels
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def requests(channels: Channels, count: int | None) -> list[Record]:
-    """The next requests, which must be so many (None: one or two), in the order of their slots."""
-    got = []
-    while len(got) < (count or 1) and count != 0:
-        more = channels.requests[0].get(10.0)
-        assert more, f"only {got} came"
-        got += more
-    got += channels.requests[0].get(0.1)
-    assert len(got) == count if count is not None else len(got) in (1, 2)
-    return sorted(got)
-
-
-def answer(channels: Channels, record: Record, actions: torch.Tensor | None = None) -> None:
-    if actions is not None:
-        channels.pool["actions"][record.slot, 0 if record.kind == EVAL else record.t] = actions
-    channels.replies[0].put([record])
-
-
-def publish(channels: Channels, version: int) -> None:
-    channels.plane.publish({"w": torch.zeros(1)}, version)
-    channels.replies[0].put([Record(0, 0, VERSION, 0)])
-
-
-def name(*where: int) -> int:
-    return episode_seed(1, *where) % 251
+    with worker_starter(monkeypatch) as start:
+        yield start
 
 
 def test_a_trajectory_from_request_to_request(worker):
     channels = worker()
     pool = channels.pool
     zero, one = requests(channels, 2)
-    assert (zero, one) == (Record(0, 0, ACT, 0), Record(1, 0, ACT, 0))
+    assert (zero, one) == (asks(0, 0, ACT), asks(1, 0, ACT))
     assert seen(pool, 0, 0) == (name(0, 0, 0), 0, 0) and seen(pool, 1, 0) == (name(1, 0, 0), 0, 1)
     assert not torch.equal(pool["tokens"][0, 0], pool["tokens"][1, 0])  # two tasks, two prompts
 
     # Lane 1 is left waiting for its action all the while: nobody else minds.
     answer(channels, zero, plan())
     (zero,) = requests(channels, 1)
-    assert zero == Record(0, 1, ACT, 0) and seen(pool, 0, 1) == (name(0, 0, 0), 3, 0)
+    assert zero == asks(0, 1, ACT) and seen(pool, 0, 1) == (name(0, 0, 0), 3, 0)
     assert not torch.equal(pool["tokens"][0, 0], pool["tokens"][0, 1])  # the state is in the prompt
-    answer(
-        channels, zero, plan(success_at=1)
-    )  # in the middle of a chunk: the rest of it is not executed
+
+    # Success in the middle of a chunk: the rest of it is not executed, and what is trained on is
+    # what was sampled.
+    answer(channels, zero, plan(success_at=1))
     (zero,) = requests(channels, 1)
-    assert zero == Record(0, 2, ACT, 0) and seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)
-    assert torch.equal(
-        pool["actions"][0, 1], plan(success_at=1)
-    )  # what is trained on is what was sampled
+    assert zero == asks(0, 2, ACT) and seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)
+    assert torch.equal(pool["actions"][0, 1], plan(success_at=1))
     for _ in (3, 4):
         answer(channels, zero, plan())
         (zero,) = requests(channels, 1)
-    assert (
-        zero == Record(0, 4, VALUE, 0) and seen(pool, 0, 4)[1] == 0
-    )  # a new episode after the time limit
+
+    # A new episode after the time limit. The trajectory is complete once its last value has come.
+    assert zero == asks(0, 4, VALUE) and seen(pool, 0, 4)[1] == 0
     assert pool["reward"][0].tolist() == [0, 1, 0, 0]
+    assert pool["success"][0].tolist() == [False, True, False, False]
     assert pool["terminated"][0].tolist() == [False, True, False, False]
     assert pool["truncated"][0].tolist() == [False, False, False, True]
-    assert channels.finished[0].get(0) == []
-    answer(channels, zero)  # the value of the last observation has come
-    assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)] and pool["collected"][
-        :2
-    ].tolist() == [SEGMENT, 0]
-    counted = [
-        channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")
-    ]
-    assert counted == [3 + 2 + 3 + 3, 2, 1]
+    assert channels.finished[0].get(0) == [] and pool["done"][0] == 0
+    answer(channels, zero)
+    assert_finished(channels, 0, trajectory=0, lengths=[SEGMENT])
+    assert pool["collected"][:2].tolist() == [SEGMENT, 0] and pool["done"][1] == 0
+    assert counted(channels, "env_steps", "episodes", "successes") == [3 + 2 + 3 + 3, 2, 1]
 
 
 @pytest.mark.parametrize("width", [1, 2])
@@ -241,26 +86,19 @@ def test_the_time_limit_can_ask_for_the_value_of_the_last_observation(worker, wi
     pool = channels.pool
     record = requests(channels, LANES // width)[0]
     for t in range(SEGMENT):
-        assert record == Record(0, t, ACT, 0)
-        pool["actions"][:LANES, t] = plan(
-            success_at=1 if t == 2 else None
-        )  # too late after t = 1; success; not over
+        assert record == asks(0, t, ACT)
+        # Episodes are cut after t = 1, succeed at t = 2, and are not over at t = 3.
+        pool["actions"][:LANES, t] = plan(success_at=1 if t == 2 else None)
         answer(channels, record)
         (record,) = requests(channels, 1)
         if t == 1:
-            assert record == Record(0, 2, FINAL, 0) and seen(pool, 0, 2) == (
-                name(0, 0, 0),
-                HORIZON,
-                0,
-            )
+            assert record == asks(0, 2, FINAL)
+            assert seen(pool, 0, 2) == (name(0, 0, 0), HORIZON, 0)
             answer(channels, record)
             (record,) = requests(channels, 1)
-            assert seen(pool, 0, 2) == (
-                name(0, 0, 2),
-                0,
-                0,
-            )  # of which the next action is asked for
-    assert record == Record(0, SEGMENT, VALUE, 0)
+            # The next action is asked for of the new episode.
+            assert seen(pool, 0, 2) == (name(0, 0, 2), 0, 0)
+    assert record == asks(0, SEGMENT, VALUE)
     assert pool["truncated"][0].tolist() == [False, True, False, False]
     assert pool["terminated"][0].tolist() == [False, False, True, False]
 
@@ -281,50 +119,69 @@ def test_no_request_waits_for_another_lane_s_step(worker):
 def test_a_slot_says_whose_it_is(worker):
     channels = worker()
     requests(channels, 2)
-    assert [
-        [channels.pool[n][slot].item() for n in ("lane", "trajectory", "task")] for slot in (0, 1)
-    ] == [[0, 0, 0], [1, 0, 1]]
-
-
-def drive(channels: Channels, record: Record) -> Record | None:
-    """Answers one lane's requests to the end of its trajectory, without success. Returns the next
-    one's first request, if any.
-    """
-    slot = record.slot
-    begun = None
-    for t in range(SEGMENT):
-        assert record == Record(slot, t, ACT, 0)
-        answer(channels, record, plan())
-        record, *more = sorted(
-            requests(channels, 1 if t + 1 < SEGMENT else None), key=lambda r: r.slot != slot
-        )
-        begun = more[0] if more else None
-    # The value of the last observation: waited for, unless the next trajectory has begun and its
-    # first request takes it along.
-    assert record == Record(slot, SEGMENT, VALUE if begun is None else LAST, 0)
-    answer(channels, record)
-    assert channels.finished[0].get(10.0)[0].slot == slot
-    return begun
+    for slot, labels in ((0, [0, 0, 0]), (1, [1, 0, 1])):
+        found = [channels.pool[field][slot].item() for field in ("lane", "trajectory", "task")]
+        assert found == labels
 
 
 def test_a_trajectory_starts_when_its_version_allows_and_goes_on_where_the_last_ended(worker):
     channels = worker()
     pool = channels.pool
+    table = channels.lanes.trajectory
     zero, one = requests(channels, 2)
-    assert drive(channels, zero) is None
+    assert table.tolist() == [0, 0] and channels.lanes.generation.tolist() == [0]
+    assert drive(channels, zero, begins_next=False) is None
     assert requests(channels, 0) == []  # before version 0, only batch 0 may start (K = 1)
+    assert table.tolist() == [1, 0]  # which lane 0 waits to leave
     publish(channels, 0)
     (zero,) = requests(channels, 1)
-    assert zero == Record(2, 0, ACT, 0) and pool["trajectory"][2] == 1  # the other half of the ring
-    assert seen(pool, 2, 0) == seen(pool, 0, SEGMENT) and torch.equal(
-        pool["tokens"][2, 0], pool["tokens"][0, SEGMENT]
-    )
-    assert drive(channels, zero) is None
+    # It begins in the other half of the ring, with the observation that ended the last trajectory.
+    assert zero == asks(2, 0, ACT) and pool["trajectory"][2] == 1
+    assert seen(pool, 2, 0) == seen(pool, 0, SEGMENT)
+    assert torch.equal(pool["tokens"][2, 0], pool["tokens"][0, SEGMENT])
+    drive(channels, zero, begins_next=False)
     assert requests(channels, 0) == []  # lane 1's first trajectory still waits: version 1 cannot be
-    assert drive(channels, one) == Record(3, 0, ACT, 0)  # admitted at once
+    assert table.tolist() == [2, 0]
+    assert drive(channels, one, begins_next=True) == asks(3, 0, ACT)  # admitted at once
+    assert table.tolist() == [2, 1]
     publish(channels, 1)
     (zero,) = requests(channels, 1)
-    assert zero == Record(0, 0, ACT, 0) and pool["trajectory"][0] == 2
+    assert zero == asks(0, 0, ACT) and pool["trajectory"][0] == 2
+
+
+def test_the_value_of_a_trajectory_is_asked_for_beside_the_next_one_s_first_actions(worker):
+    """The two are sent together, so that the lane waits for one inference instead of two."""
+    channels = worker()
+    publish(channels, 0)
+    zero, _ = requests(channels, 2)
+    for _ in range(SEGMENT - 1):
+        answer(channels, zero, plan())
+        (zero,) = requests(channels, 1)
+    answer(channels, zero, plan())
+    assert channels.requests[0].get(10.0) == [asks(2, 0, ACT), asks(0, SEGMENT, VALUE)]
+
+    # Whichever is answered first, the other is still waited for.
+    answer(channels, asks(2, 0, ACT), plan())
+    assert requests(channels, 1) == [asks(2, 1, ACT)] and channels.pool["done"][0] == 0
+    answer(channels, asks(0, SEGMENT, VALUE))
+    assert_finished(channels, 0, trajectory=0, lengths=[SEGMENT])
+
+
+def test_an_answer_that_comes_twice_steps_once(worker):
+    channels = worker()
+    pool = channels.pool
+    zero, one = requests(channels, 2)
+    pool["actions"][0, 0] = plan()
+    channels.replies[0].put([zero, zero])
+    (zero,) = requests(channels, 1)
+    assert zero == asks(0, 1, ACT) and seen(pool, 0, 1)[1] == 3
+    assert pool["collected"][:2].tolist() == [1, 0]
+    channels.replies[0].put([asks(0, 0, ACT), asks(0, 2, ACT), asks(1, 1, ACT)])
+    assert requests(channels, 0) == []  # nobody waits for any of these
+    assert pool["collected"][:2].tolist() == [1, 0]
+    drive(channels, one, begins_next=False)
+    answer(channels, asks(1, SEGMENT, VALUE))
+    assert channels.finished[0].get(0.5) == []  # and nothing is finished twice
 
 
 def test_tasks_that_do_not_divide_the_lanes_take_turns(worker):
@@ -333,10 +190,10 @@ def test_tasks_that_do_not_divide_the_lanes_take_turns(worker):
     zero, one = requests(channels, 2)
     publish(channels, 0)
     for lane, first, second in ((0, zero, 2), (1, one, 0)):
-        after = drive(channels, first)
+        after = drive(channels, first, begins_next=True)
         assert after.slot == 2 + lane and seen(pool, after.slot, 0) == (name(lane, 1, 0), 0, second)
         assert [pool["task"][slot].item() for slot in (lane, 2 + lane)] == [lane, second]
-    assert channels.counters.get(0, "episodes") == 4
+    assert counted(channels, "episodes") == [4]
 
 
 def test_the_lanes_of_a_group_meet_one_state_and_their_trajectories_end_with_their_episodes(worker):
@@ -346,334 +203,74 @@ def test_the_lanes_of_a_group_meet_one_state_and_their_trajectories_end_with_the
     assert seen(pool, zero.slot, 0) == seen(pool, one.slot, 0) == (name(0, 0, 0), 0, 0)
     publish(channels, 0)
     answer(channels, zero, plan(success_at=1))
-    (third,) = requests(
-        channels, 1
-    )  # the next trajectory, at once: nobody asks for the value of an end
-    assert channels.finished[0].get(5.0) == [Record(zero.slot, 1, DONE, 0)]  # of one chunk step
+    # The next trajectory begins at once: nobody asks for the value of an end.
+    (third,) = requests(channels, 1)
+    assert_finished(channels, zero.slot, trajectory=0, lengths=[1])
     assert third.kind == ACT and third.t == 0 and seen(pool, third.slot, 0) == (name(0, 1, 0), 0, 1)
-    answer(channels, one, plan())  # the other one goes on until its time limit, two chunks
+
+    # The other one goes on until its time limit, two chunks.
+    answer(channels, one, plan())
     (one,) = requests(channels, 1)
     assert one.t == 1 and channels.finished[0].get(0.0) == []
     answer(channels, one, plan())
     (one,) = requests(channels, 1)
-    assert channels.finished[0].get(5.0) == [Record(1, 2, DONE, 0)] and pool["collected"][
-        :4
-    ].tolist() == [1, 2, 0, 0]
-    assert one.t == 0 and seen(pool, one.slot, 0) == seen(
-        pool, third.slot, 0
-    )  # the same state again
+    assert_finished(channels, 1, trajectory=0, lengths=[2])
+    assert pool["collected"][:4].tolist() == [1, 2, 0, 0]
+    # The same state again.
+    assert one.t == 0 and seen(pool, one.slot, 0) == seen(pool, third.slot, 0)
+
+
+def test_a_lane_of_a_group_that_must_wait_wakes_its_rollout_worker(worker):
+    """Its trajectory has ended without a request, so nothing else says that it will not ask."""
+    channels = worker(group=2)
+    zero, one = requests(channels, 2)
+    answer(channels, zero, plan(success_at=0))
+    assert records(channels, 1) == [asks(0, 0, WAKE)]
+    assert channels.lanes.trajectory.tolist() == [1, 0]
+    assert not Admission(LANES, LANES, 1, group=2).admits(1, channels.plane.version)
+    assert_finished(channels, 0, trajectory=0, lengths=[1])
+
+    # One that may go on asks at once, which wakes as well.
+    publish(channels, 0)
+    assert records(channels, 1) == [asks(2, 0, ACT)]
+    answer(channels, one, plan(success_at=0))
+    assert records(channels, 1) == [asks(3, 0, ACT)]
+    assert channels.lanes.trajectory.tolist() == [1, 1]
 
 
 def test_a_resumed_run_meets_the_same_episodes(worker):
     whole = worker()
     resumed = worker(version=1)
     zero, _ = requests(whole, 2)
-    drive(whole, zero)
+    drive(whole, zero, begins_next=False)
     # 4 chunks of 3 steps: two episodes end by the time limit, the next begins with the next
-    # trajectory
+    # trajectory.
     publish(whole, 0)
     (again,) = requests(whole, 1)
     first, _ = requests(resumed, 2)
+    assert resumed.lanes.trajectory.tolist() == [1, 1]
     assert resumed.pool["trajectory"][first.slot] == whole.pool["trajectory"][again.slot] == 1
     assert seen(resumed.pool, first.slot, 0) == seen(whole.pool, again.slot, 0)
-
-
-def begin_round(channels: Channels, number: int) -> None:
-    channels.counters.set(0, "eval_round", number)
-    channels.replies[0].put([Record(0, 0, VERSION, 0)])
-
-
-def test_evaluation_has_its_own_slots_seeds_and_pace(worker):
-    channels = worker(eval_envs=1, eval_episodes=3, eval_every=2)
-    slot = 2 * LANES
-    requests(channels, 2)  # the training lanes' are never answered
-    publish(channels, 0)
-    assert requests(channels, 0) == []  # rounds are the launcher's to begin
-    for number, successes in enumerate(([True, False, True], [False, False, True]), 1):
-        begin_round(channels, number)
-        for episode, success in enumerate(successes):
-            (record,) = requests(channels, 1)
-            assert (
-                record == Record(slot, 0, EVAL, 0) and channels.pool["trajectory"][slot] == episode
-            )
-            assert seen(channels.pool, slot, 0) == ((EVAL_SEEDS + episode) % 251, 0, episode % 2)
-            answer(channels, record, plan())
-            (record,) = requests(channels, 1)
-            assert record == Record(slot, 1, EVAL, 0) and seen(channels.pool, slot, 0)[1] == 3
-            answer(channels, record, plan(success_at=2 if success else None))
-        assert requests(channels, 0) == []
-        assert [
-            channels.counters.get(0, f"outcome_{e}") - 2 * number for e in range(3)
-        ] == successes
-    assert channels.counters.get(0, "env_steps") == 0
-
-
-# ---------------------------------------------------------------- vectorised lanes
-
-
-def plans(*success_at: int | None) -> torch.Tensor:
-    return torch.stack([plan(at) for at in success_at])
-
-
-def answer_lane(channels: Channels, record: Record, actions: torch.Tensor) -> None:
-    row = 0 if record.kind == EVAL else record.t
-    channels.pool["actions"][record.slot : record.slot + len(actions), row] = actions
-    channels.replies[0].put([record])
-
-
-def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
-    channels = worker(envs=6, lanes=2)  # two lanes of three envs
-    pool = channels.pool
-    zero, one = requests(channels, 2)
-    assert (zero, one) == (Record(0, 0, ACT, 0), Record(3, 0, ACT, 0))
-    assert [seen(pool, slot, 0) for slot in range(6)] == [
-        (name(slot, 0, 0), 0, slot // 3) for slot in range(6)
-    ]  # a task per lane
-    assert [pool[n][:6].tolist() for n in ("lane", "trajectory", "task")] == [
-        [0, 1, 2, 3, 4, 5],
-        [0] * 6,
-        [0, 0, 0, 1, 1, 1],
-    ]
-
-    # Lane 1 is left waiting. In lane 0 the second env succeeds in the first chunk: it alone begins
-    # another episode.
-    answer_lane(channels, zero, plans(None, 1, None))
-    (zero,) = requests(channels, 1)
-    assert zero == Record(0, 1, ACT, 0)
-    assert [seen(pool, slot, 1) for slot in range(3)] == [
-        (name(0, 0, 0), 3, 0),
-        (name(1, 0, 1), 0, 0),
-        (name(2, 0, 0), 3, 0),
-    ]
-    for t in (1, 2, 3):
-        answer_lane(channels, zero, plans(None, None, None))
-        (zero,) = requests(channels, 1)
-        assert zero == Record(0, t + 1, ACT if t < 3 else VALUE, 0)
-    assert pool["terminated"][:3].int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert pool["truncated"][:3].int().tolist() == [[0, 1, 0, 1], [0, 0, 1, 0], [0, 1, 0, 1]]
-    assert pool["reward"][:3].sum().item() == 1.0
-    counted = [
-        channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")
-    ]
-    assert counted == [
-        3 * 12 - 1,
-        6,
-        1,
-    ]  # the step that the second env took after its success counts for nothing
-    answer(channels, zero)
-    assert channels.finished[0].get(10.0) == [Record(0, SEGMENT, DONE, 0)]
-    assert pool["collected"][:6].tolist() == [SEGMENT] * 3 + [0] * 3
-    publish(channels, 0)
-    (zero,) = requests(channels, 1)
-    assert zero == Record(6, 0, ACT, 0) and all(
-        seen(pool, 6 + i, 0) == seen(pool, i, SEGMENT) for i in range(3)
-    )
-
-
-def test_an_episode_of_a_group_that_plays_on_with_its_lane_counts_once(worker):
-    channels = worker(envs=2, lanes=1, group=2)
-    (record,) = requests(channels, 1)
-    answer_lane(channels, record, plans(1, None))
-    (record,) = requests(channels, 1)
-    answer_lane(
-        channels, record, plans(0, None)
-    )  # the first one has ended, whatever it does now; the other one runs out of time
-    assert channels.finished[0].get(5.0) == [Record(0, 2, DONE, 0)]
-    pool = channels.pool
-    assert pool["terminated"][:2, :2].int().tolist() == [[1, 0], [0, 0]] and pool["reward"][
-        :2, :2
-    ].tolist() == [[1, 0], [0, 0]]
-    assert pool["truncated"][:2, :2].int().tolist() == [[0, 0], [0, 1]]
-    counted = [
-        channels.counters.get(0, column) for column in ("env_steps", "episodes", "successes")
-    ]
-    assert counted == [2 + 6, 2, 1]
-
-
-def test_a_replaced_lane_of_several_envs_plays_again_with_all_of_them(worker):
-    channels = worker(envs=4, lanes=2, ranks=2)
-    zero, one = requests(channels, 2)
-    answer_lane(channels, zero, plans(None, 0))
-    requests(channels, 1)
-    channels.pool["received"][2:4] = (
-        1  # as if lane 1, whose trajectories both go to rank 1, had finished
-    )
-    worker(replaces=channels, envs=4, lanes=2, ranks=2)
-    restarted(channels, 1, 2, echo=[0, 1, 2])
-    publish(channels, 0)
-    assert requests(channels, 2) == [Record(0, 0, ACT, 0), Record(6, 0, ACT, 0)]
-    assert [seen(channels.pool, slot, 0)[1:] for slot in (0, 1)] == [(0, 0), (0, 0)]
-
-
-def test_evaluation_of_several_envs_in_one_lane(worker):
-    channels = worker(envs=2, lanes=1, eval_envs=2, eval_episodes=5, eval_every=1)
-    pool = channels.pool
-    slot = 4
-    requests(channels, 1)
-    begin_round(channels, 1)
-    (record,) = requests(channels, 1)
-    assert record == Record(slot, 0, EVAL, 0) and pool["trajectory"][slot : slot + 2].tolist() == [
-        0,
-        1,
-    ]
-    # Episode 0 succeeds at once and 1 never does; then 2 and so on: each env plays at its own pace.
-    for outcome, playing in (
-        ((0, None), [2, 1]),
-        ((None, None), [2, 3]),
-        ((0, None), [4, 3]),
-        ((0, None), [6, 5]),
-    ):
-        answer_lane(channels, record, plans(*outcome))
-        more = requests(channels, 0 if min(playing) >= 5 else 1)
-        if more:
-            (record,) = more
-            assert pool["trajectory"][slot : slot + 2].tolist() == playing and record.kind == EVAL
-    assert [channels.counters.get(0, f"outcome_{e}") for e in range(5)] == [3, 2, 3, 2, 3]
-
-
-# ---------------------------------------------------------------- a worker that replaces a dead one
-
-
-def restarted(channels: Channels, generation: int, ranks: int, echo: list[int]) -> list[Record]:
-    """What a replacement writes first: RESTART to everyone. `echo`: who answers, 0 for the rollout
-    worker, 1 … for actors.
-    """
-    words = []
-    for queue in (*channels.requests, *channels.finished):
-        records = queue.get(10.0)
-        while records[-1].kind != RESTART:  # what the dead one wrote lies before it
-            records = queue.get(10.0)
-        words.append(records[-1])
-    assert words == [Record(i, generation, RESTART, 0) for i in range(1 + ranks)]
-    for i in echo:
-        channels.replies[0].put([words[i]])
-    return words
-
-
-def test_a_replacement_plays_again_what_nobody_has_received(worker):
-    channels = worker()
-    pool = channels.pool
-    received = channels.pool["received"]
-    zero, one = requests(channels, 2)
-    publish(channels, 0)
-    zero = drive(
-        channels, zero
-    )  # lane 0 has finished its first trajectory, and is in the second of which one row is there
-    answer(channels, zero, plan())
-    (stale,) = requests(channels, 1)
-    assert stale == Record(2, 1, ACT, 0) and pool["trajectory"][2] == 1
-    assert pool["collected"][:4].tolist() == [SEGMENT, 0, 1, 0]
-    answer(
-        channels, stale, plan(success_at=0)
-    )  # an answer that the dead one does not live to read, or does not live to use
-
-    worker(replaces=channels)
-    words = restarted(channels, 1, 1, echo=[])
-    assert requests(channels, 0) == []  # it waits: answers to the dead one may still come
-    answer(channels, one, plan(success_at=0))  # such as this one
-    channels.replies[0].put(
-        [Record(0, 0, RESTART, 0), Record(1, 0, RESTART, 0)]
-    )  # an echo that an earlier generation asked for
-    assert requests(channels, 0) == []
-    received[0] = 1  # the actor takes in slot 0 before it echoes
-    channels.replies[0].put([words[0]])
-    assert requests(channels, 0) == []  # what the actor has received is not known yet
-    channels.replies[0].put([words[1]])
-    zero, one = sorted(requests(channels, 2), key=lambda record: -record.slot)
-    assert (zero, one) == (
-        Record(2, 0, ACT, 0),
-        Record(1, 0, ACT, 0),
-    )  # lane 0 goes on at its second, lane 1 at its first
-    assert [pool["trajectory"][slot].item() for slot in (2, 1)] == [1, 0]
-    # Other episodes than the first time, from their beginning.
-    names = [episode_seed(1, *where, 1) % 251 for where in ((0, 1, 0), (1, 0, 0))]
-    assert (
-        seen(pool, 2, 0) == (names[0], 0, 0)
-        and seen(pool, 1, 0) == (names[1], 0, 1)
-        and names[1] != name(1, 0, 0)
-    )
-    # One whole trajectory was received: one chunk step is lost, or two, had the dead one used its
-    # last answer.
-    lost = int(pool["collected"][2])
-    assert pool["collected"][:4].tolist() == [SEGMENT, 0, lost, 0] and lost in (1, 2)
-
-    # It goes on as any other: received at the end, and then the next.
-    assert drive(channels, one) == Record(3, 0, ACT, 0)
-    assert (
-        drive(channels, zero) is None and requests(channels, 0) == []
-    )  # trajectory 2 waits for version 1
-    assert pool["collected"][:4].tolist() == [
-        SEGMENT,
-        SEGMENT,
-        lost + SEGMENT,
-        0,
-    ]  # the slot remembers what was lost in it
-
-
-def test_a_replacement_does_not_wait_for_an_actor_that_may_be_waiting_for_it(worker):
-    """Rank 0 has had its share, marked as received, and waits for rank 1, which waits for lane
-    1.
-    """
-    channels = worker(ranks=2)
-    zero, one = requests(channels, 2)
-    assert drive(channels, zero) is None
-    channels.pool["received"][0] = 1
-    publish(channels, 0)
-    requests(channels, 1)
-    worker(replaces=channels, ranks=2)
-    words = restarted(channels, 1, 2, echo=[0, 2])
-    assert requests(channels, 1) == [Record(1, 0, ACT, 0)]
-    channels.replies[0].put([words[1]])
-    assert requests(channels, 1) == [Record(2, 0, ACT, 0)] and channels.pool["trajectory"][2] == 1
-
-
-def test_a_round_of_evaluation_outlives_its_worker(worker):
-    channels = worker(eval_envs=2, eval_episodes=6, eval_every=2)
-    slot = 2 * LANES  # of the first evaluator; the second plays episodes 1, 3 and 5
-    requests(channels, 2)  # of lanes: their answers do not come
-    begin_round(channels, 1)
-    records = requests(channels, 2)
-    answer(channels, records[0], plan(success_at=0))  # episode 0 is won, episode 2 begins
-    assert (
-        requests(channels, 1) == [Record(slot, 0, EVAL, 0)]
-        and channels.pool["trajectory"][slot] == 2
-    )
-    worker(replaces=channels, eval_envs=2, eval_episodes=6, eval_every=2)
-    restarted(channels, 1, 1, echo=[0, 1])
-    *_, record, other = requests(channels, 4)  # two lanes and two evaluators
-    waiting = [record, other]
-    played = []
-    while waiting:
-        record = waiting.pop()
-        played.append(int(channels.pool["trajectory"][record.slot]))
-        answer(channels, record, plan(success_at=0))
-        waiting += requests(channels, 1 if played[-1] < 4 else 0)
-    assert sorted(played) == [1, 2, 3, 4, 5]
-    assert [channels.counters.get(0, f"outcome_{episode}") for episode in range(6)] == [3.0] * 6
 
 
 # ---------------------------------------------------------------- its parts
 
 
 def test_episodes_have_names_of_their_own():
-    seeds = [
-        episode_seed(s, lane, j, t)
-        for s in (0, 1)
-        for lane in range(6)
-        for j in range(20)
-        for t in range(5)
-    ]
+    def names() -> list[int]:
+        return [
+            Trajectories(seed, 1).episode_seed(env, trajectory, t)
+            for seed in (0, 1)
+            for env in range(6)
+            for trajectory in range(20)
+            for t in range(5)
+        ]
+
+    seeds = names()
     assert len(set(seeds)) == len(seeds)
-    assert seeds == [
-        episode_seed(s, lane, j, t)
-        for s in (0, 1)
-        for lane in range(6)
-        for j in range(20)
-        for t in range(5)
-    ]
-    assert all(
-        2**30 <= seed < 2**31 for seed in seeds
-    )  # never an evaluation's (5·10⁵) nor a demonstration's (10⁷)
+    assert seeds == names()
+    # Never an evaluation's (5·10⁵) nor a demonstration's (10⁷).
+    assert all(2**30 <= seed < 2**31 for seed in seeds)
     assert EVAL_SEEDS + 100_000 < 10_000_000 < 2**30
 
 
