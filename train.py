@@ -14,7 +14,6 @@ the purpose (`start_again`). Left out: several machines.
 import json
 import os
 import shutil
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -49,7 +48,15 @@ from config import (
     to_json,
 )
 from prepare import Setup, memory_report, prepare
-from processes import INTERRUPTS, Crew, Job, WorkerFailed, note_interrupts, replace_this_process
+from processes import (
+    Crew,
+    Job,
+    WorkerFailed,
+    keep_interrupts,
+    note_interrupts,
+    replace_this_process,
+    was_interrupted,
+)
 
 # ---------------------------------------------------------------- the command line
 
@@ -407,6 +414,7 @@ class Legacy:
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
     tracker: str | None = None  # id of the W&B run
+    heard: int = -1  # the pipe of `keep_interrupts`
 
     def write(self, folder: metrics.RunFolder) -> None:
         known = asdict(self)
@@ -431,13 +439,13 @@ def start_again(
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
-    It returns only if Ctrl-C came. What comes later is blocked until the new start can hear it.
+    It returns only if Ctrl-C came before. The new start hears what comes later.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    heard = keep_interrupts()
     if interrupts:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         return
-    Legacy(past=past, appended=folder.appended, tracker=tracker and tracker.id).write(folder)
+    left = Legacy(past=past, appended=folder.appended, tracker=tracker and tracker.id, heard=heard)
+    left.write(folder)
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--ratio-from")
@@ -458,6 +466,8 @@ def main(config: Config) -> int:
     legacy = Legacy.take(path)
     folder = metrics.RunFolder(path, resume=bool(train.resume), keep_spans=legacy is not None)
     interrupts = note_interrupts()
+    if legacy and was_interrupted(legacy.heard):
+        interrupts.append(time.monotonic())
     tracker = mirror(setup, folder, legacy and legacy.tracker)
     folder.appended = legacy and legacy.appended
     past = legacy.past if legacy else tuning.Past()
