@@ -175,8 +175,7 @@ def note_interrupts() -> list[float]:
     """From here on Ctrl-C and SIGTERM only leave their time in the list that is returned.
 
     Starts the fork server too. Interrupts may reach it before it has handlers (Ctrl-C in a
-    terminal, a scheduler's SIGTERM), so it inherits that they are blocked. `start_again` leaves
-    them blocked as well: what came meanwhile is heard here.
+    terminal, a scheduler's SIGTERM), so it inherits that they are blocked.
     """
     # Threads that wait must sleep: where cores are shared, spinning at every barrier is several
     # times slower than waking up.
@@ -204,11 +203,34 @@ def note_interrupts() -> list[float]:
     return interrupts
 
 
+def keep_interrupts() -> int:
+    """Lets a pipe note interrupts from here on, also for the program that replaces this one.
+
+    Returns its end to read from. The mask of a thread is not enough: other threads are interrupted.
+    """
+    heard, noted = os.pipe()
+    os.set_blocking(heard, False)
+    os.set_blocking(noted, False)
+    os.set_inheritable(heard, True)
+    signal.set_wakeup_fd(noted)
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, INTERRUPTS
+    )  # until `note_interrupts`, after the change
+    return heard
+
+
+def was_interrupted(heard: int) -> bool:
+    """Reads and closes what `keep_interrupts` has returned to the program before this one."""
+    noted = os.read(heard, 1)
+    os.close(heard)
+    return bool(noted)
+
+
 def replace_this_process(flags: list[str]) -> None:
     """Starts this process's program anew, with other flags. It keeps its number.
 
     What Python does at its end is done first: the fork server ends, temporary files go. Open files
-    close by themselves. The caller has blocked INTERRUPTS, which stay blocked.
+    close by themselves.
     """
     forkserver._forkserver._stop()
     atexit._run_exitfuncs()

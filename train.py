@@ -13,10 +13,9 @@ the purpose (`start_again`). Left out: several machines.
 
 import json
 import os
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -46,7 +45,15 @@ from config import (
 )
 from follow import End, Follower
 from prepare import Setup, memory_report, prepare
-from processes import INTERRUPTS, Crew, Job, WorkerFailed, note_interrupts, replace_this_process
+from processes import (
+    Crew,
+    Job,
+    WorkerFailed,
+    keep_interrupts,
+    note_interrupts,
+    replace_this_process,
+    was_interrupted,
+)
 from report import batch_line, mirror
 from run_folder import RunFolder
 from weights import WeightPlane
@@ -194,7 +201,7 @@ def in_words(value: object) -> object:
 
 
 @dataclass
-class Legacy:
+class Handover:
     """What a run that starts again at another ratio leaves to itself, in tuning.json.
 
     `process` tells a file of an earlier start apart: the process keeps its number.
@@ -204,22 +211,21 @@ class Legacy:
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
     tracker: str | None = None  # id of the W&B run
+    heard: int = -1  # the pipe of `keep_interrupts`
 
     def write(self, folder: RunFolder) -> None:
-        known = asdict(self)
-        known["past"]["rejected"] = sorted(self.past.rejected)
+        known = vars(self) | {"past": self.past.to_json()}
         folder.write("tuning.json", json.dumps(known))
 
     @classmethod
-    def take(cls, path: Path) -> "Legacy | None":
+    def take(cls, path: Path) -> "Handover | None":
         """Reads and removes the file, if the run in this folder has just started again."""
         file = path / "tuning.json"
         if not file.is_file():
             return None
         known = json.loads(file.read_text())
         file.unlink()
-        past = known["past"] | {"rejected": set(known["past"]["rejected"])}
-        found = cls(**known | {"past": tuning.Past(**past)})
+        found = cls(**known | {"past": tuning.Past.from_json(known["past"])})
         return found if found.process == os.getpid() else None
 
 
@@ -228,13 +234,13 @@ def start_again(
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
-    It returns only if Ctrl-C came. What comes later is blocked until the new start can hear it.
+    It returns only if Ctrl-C came before. The new start hears what comes later.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    heard = keep_interrupts()
     if interrupts:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
         return
-    Legacy(past=past, appended=folder.appended, tracker=tracker and tracker.id).write(folder)
+    tracker_id = tracker and tracker.id
+    Handover(past=past, appended=folder.appended, tracker=tracker_id, heard=heard).write(folder)
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--ratio-from")
@@ -252,15 +258,17 @@ def main(config: Config) -> int:
         memory_report(setup)
         return 0
     path = run_path(train.resume or train.run or time.strftime("%Y%m%d-%H%M%S"))
-    legacy = Legacy.take(path)
-    folder = RunFolder(path, resume=bool(train.resume), keep_spans=legacy is not None)
+    handover = Handover.take(path)
+    folder = RunFolder(path, resume=bool(train.resume), keep_spans=handover is not None)
     interrupts = note_interrupts()
-    tracker = mirror(setup.config, folder, legacy and legacy.tracker)
-    folder.appended = legacy and legacy.appended
-    past = legacy.past if legacy else tuning.Past()
+    if handover and was_interrupted(handover.heard):
+        interrupts.append(time.monotonic())
+    tracker = mirror(setup.config, folder, handover and handover.tracker)
+    folder.appended = handover and handover.appended
+    past = handover.past if handover else tuning.Past()
     if setup.resume:
         folder.truncate(setup.version)
-    announce(setup, folder, again=legacy is not None)
+    announce(setup, folder, again=handover is not None)
     folder.write("config.json", setup.saved)
 
     end = run_crew(setup, folder, interrupts, tracker, past)

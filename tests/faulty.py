@@ -1,12 +1,14 @@
 """`train.py` on a simulator with a fault: the emulated one, without its sleeps, until FAULT strikes
 in one of its processes.
 
-FAULT is a key of FAULTS; it strikes once, in the process that makes the file MARK, or without MARK
-again and again. AFTER: control steps of a process before it may. WINS: half of all episodes
-succeed, at any step. Workers import this file too, and register its simulator in place of the
-emulated one, and `faulty_lanes.py` in place of the vectorised one.
+FAULT is a key of FAULTS, or the name of an error, which `step` raises. It strikes once, in the
+process that makes the file MARK, or without MARK again and again. AFTER: control steps of a process
+before it may. WINS: half of all episodes succeed, at any step. Workers import this file too, and
+register its simulator in place of the emulated one, and `faulty_lanes.py` in place of the
+vectorised one.
 """
 
+import builtins
 import multiprocessing
 import os
 import signal
@@ -23,6 +25,8 @@ from evaluation import EVAL_SEEDS
 envs.SIMULATORS |= {"emulated": ("faulty", ""), "vectorised": ("faulty_lanes", "")}
 spec = libero.spec
 FAULTS = {
+    "none": "",
+    "start": "",
     "raise": "step",
     "segfault": "observe",
     "exit": "observe",
@@ -40,7 +44,7 @@ made = 0
 
 def strikes(where: str) -> bool:
     """Whether the fault happens here and now."""
-    if FAULTS.get(os.environ["FAULT"]) != where or taken < int(os.environ["AFTER"]):
+    if FAULTS.get(os.environ["FAULT"], "step") != where or taken < int(os.environ["AFTER"]):
         return False
     try:
         return "MARK" not in os.environ or bool(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
@@ -75,7 +79,7 @@ class Env(libero.Env):
         if strikes("step"):
             if os.environ["FAULT"] == "reward":
                 return Step(float("inf"), False)
-            raise RuntimeError("the simulator broke")
+            raise getattr(builtins, os.environ["FAULT"], RuntimeError)("the simulator broke")
         return Step(float(self.steps == self.win), self.steps == self.win)
 
     def observe(self):

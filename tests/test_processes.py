@@ -5,6 +5,7 @@ And it does not end where a simulator fails: real faults in real env workers, wi
 by signals.
 """
 
+import builtins
 import json
 import os
 import re
@@ -13,14 +14,16 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
 
 from channel import Counters, IndexQueue, SlotPool
-from config import ROOT, run_path
+from config import ROOT, UserError, run_path
 from metrics import Meter, columns
-from processes import Crew, Job, WorkerFailed
+from processes import Crew, Failure, Job, WorkerFailed, may_pass
 from run_folder import read_metrics
 
 QUICK = (
@@ -325,6 +328,64 @@ def test_a_simulator_that_always_fails_ends_the_run(faulty, tmp_path, fault, wor
     ), output
 
 
+# ---------------------------------------------------------------- errors of wrong code
+
+WRONG = ("SyntaxError", "NameError", "UnboundLocalError", "AttributeError", "TypeError", "KeyError")
+WRONG += ("IndexError", "ImportError", "ValueError", "AssertionError", "NotImplementedError")
+PASSING = ("FloatingPointError", "RuntimeError", "OSError", "MemoryError", "ZeroDivisionError")
+
+
+def test_what_may_pass():
+    for name in WRONG:
+        assert not may_pass(getattr(builtins, name)("x")), name
+    for name in PASSING:
+        assert may_pass(getattr(builtins, name)("x")), name
+    assert may_pass(np.linalg.LinAlgError("a singular matrix of a simulation"))
+    assert may_pass(torch.OutOfMemoryError("a GPU is full"))
+    assert not may_pass(UserError("a mistake"))
+
+
+def step_once(meter: Meter) -> None:
+    """What an env worker does, without the rest of a run."""
+    import faulty
+
+    meter.ready()
+    env = faulty.Env(("emulated",), 8)
+    env.reset(0, 0)
+    env.step(np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("error", [*WRONG, *PASSING])
+def test_an_error_is_tried_again_only_where_it_may_pass(monkeypatch, tmp_path, error):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    counters = Counters(1, columns(0))
+    meter = Meter("env-0", 0, counters, None)
+    environment = {"FAULT": error, "AFTER": "0"}
+    job = Job("env-0", step_once, (meter,), 1, meter, environment, replaceable=True)
+    crew = Crew([job], counters, tmp_path, restarts=1, timeout=60.0)
+    news, _ = get_context("forkserver").Pipe(duplex=False)
+    crew.start_all()
+    with pytest.raises(WorkerFailed) as failed:
+        while True:
+            crew.watch(news)
+    crew.stop()
+    said = str(failed.value)
+    tries = (tmp_path / "error.txt").read_text().count("Traceback")
+    if error in PASSING:
+        assert tries == 2 and "after 1 restarts" in said, said
+    else:
+        place = rf"at tests/faulty.py:\d+ \(details in {tmp_path}/error.txt\)"
+        words = rf"worker env-0 failed: {error}: .*the simulator broke.*, {place}"
+        assert tries == 1 and re.fullmatch(words, said), said
+
+
+def test_an_error_in_a_simulator_s_code_ends_the_run_at_once(faulty, tmp_path):
+    status, output = faulty("KeyError", 20, "").finish()
+    assert status == 1 and "starting it again" not in output, output
+    words = r"error: worker env-\d failed: KeyError: 'the simulator broke', at tests/faulty.py:\d+ "
+    assert re.search(words, output.splitlines()[-1]), output
+
+
 def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
     class Gone:
         """In place of a process that has died."""
@@ -340,7 +401,7 @@ def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
     counters.set(0, "ready", 1)
     for later in (0.0, 100.0, 3550.0, 3500.0):  # never more than two within an hour
         clock[0] += later
-        crew.replace("env-0", "died", False)
+        crew.replace(Failure("env-0", "died", True))
     said = [line.split("again ")[1] for line in capsys.readouterr().out.splitlines()]
     assert said == [f"in {n} s ({n} of 2 in 60 min)" for n in (1, 2, 2, 2)]
     assert (
@@ -349,7 +410,7 @@ def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
     with pytest.raises(
         WorkerFailed, match="env-0 died, after 2 restarts in 60 min: --restarts allows no more"
     ):
-        crew.replace("env-0", "died", False)
+        crew.replace(Failure("env-0", "died", True))
 
 
 def test_killed_simulators_are_replaced_and_ctrl_c_ends_a_run_without_them(endless, tmp_path):

@@ -771,3 +771,75 @@ def test_a_run_goes_on_at_the_ratio_before_where_the_new_one_cannot_start(cli, t
     )
     assert re.search(words, output), output
     assert [line["tuning"]["ratio"] for line in lines if "ratio" in line["tuning"]][-1] == "3:1"
+
+
+CHANGES = """
+import os
+import signal
+import sys
+import train
+import tuning
+from config import exit_on_user_error
+
+iteration = tuning.Tuner.iteration
+replace = train.replace_this_process
+connect = train.connect
+
+def decides(self, version, cpu_s):
+    iteration(self, version, cpu_s)
+    if version >= 3 and self.ratio == "3:1":
+        self.past.left = self.ratio
+        self.past.measured["3:1"] = 1.0
+        self.past.rejected.add("2:2")
+        self.ratio = self.past.news["ratio"] = "1:1"
+
+def interrupted(flags):
+    if "CTRL_C" in os.environ:
+        os.kill(os.getpid(), signal.SIGINT)
+    replace(flags)
+
+def counts(setup):
+    print("connects with", len(os.listdir("/proc/self/fd")), "files")
+    return connect(setup)
+
+tuning.Tuner.iteration = decides
+train.connect = counts
+train.replace_this_process = interrupted
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(train.main(train.parse(sys.argv[1:])))
+"""
+
+
+def test_ctrl_c_while_a_run_starts_again_is_heard(cli, tmp_path):
+    run = tmp_path / "x"
+    (tmp_path / "changes.py").write_text(CHANGES)
+    process = cli(tmp_path / "changes.py", f"{AUTO} --run {run}", PYTHONPATH=str(ROOT), CTRL_C="")
+    status, output = process.finish(timeout=240)
+    process.assert_nothing_left()
+    advice = f"interrupted; continue with: python train.py --resume {run}"
+    assert status == 130 and output.count(advice) == 1 and "Traceback" not in output, output
+
+
+def test_a_run_that_starts_again_keeps_what_it_knew_and_no_open_file(cli, tmp_path):
+    """Also its trace, its clock and its W&B run."""
+    run = tmp_path / "x"
+    (tmp_path / "changes.py").write_text(CHANGES)
+    flags = AUTO.replace("--iterations 100000", "--iterations 9")
+    process = cli(
+        tmp_path / "changes.py", f"{flags} --run {run} --wandb offline", PYTHONPATH=str(ROOT)
+    )
+    status, output = process.finish(timeout=240)
+    process.assert_nothing_left()
+    assert status == 0 and "9 iterations done" in output and "Traceback" not in output, output
+    assert "other settings" not in output and output.count("run folder") == 1
+    before, after = re.findall(r"connects with (\d+) files", output)
+    assert before == after
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, 10))
+    assert [line["tuning"]["ratio"] for line in lines if "ratio" in line["tuning"]] == ["1:1"]
+    assert not (run / "tuning.json").exists()
+    rows = (run / "trace.json").read_text()
+    assert rows.count('"name": "publish"') == 9 + 2  # of both starts
+    ids = {folder.name.rpartition("-")[2] for folder in run.glob("wandb/offline-run-*")}
+    assert len(ids) == 1

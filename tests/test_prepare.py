@@ -1,0 +1,87 @@
+"""What flags become on this machine, before anything starts."""
+
+import pytest
+import torch
+
+import models
+import prepare
+import train
+from config import UserError, completed, embedded_files, to_json
+from envs import EnvSpec, emulated
+
+QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
+
+
+def settings(*flags: str):
+    return train.parse([*QUICK.split(), *flags])
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--ratio auto --env-workers 2", "--env vectorised --env-workers 2", "--segment 4"],
+)
+def test_the_settings_that_are_given_stay_as_they_are(flags):
+    config = settings(*flags.split())
+    before = to_json(config)
+    complete = prepare.prepare(config).config
+    assert to_json(config) == before
+    assert complete.env.env_workers > 0 and complete.rollout.rollout_workers > 0
+    assert complete.actor.actor_workers > 0 and complete.env.segment > 0
+
+
+def test_a_completed_copy_shares_nothing():
+    config = settings()
+    config.train.workers_given = (1, 0, 0)  # no flag, so easily lost
+    copied = completed(config, envs=16, seed=5)
+    assert (copied.env.envs, copied.train.seed, copied.train.workers_given) == (16, 5, (1, 0, 0))
+    copied.actor.batch = 1
+    assert (config.env.envs, config.train.seed, config.actor.batch) == (8, 1, 16)
+
+
+def test_a_checkpoint_is_shipped_for_one_simulator():
+    for family in ("pi0", "pi05", "gr00t", "oft"):
+        assert embedded_files(family, "metaworld")[0].is_file()
+        assert not embedded_files(family, "emulated")[0].exists()
+    assert embedded_files("oft", "metaworld")[1] != embedded_files("pi05", "metaworld")[1]
+
+
+def test_a_new_simulator_starts_from_random_weights(monkeypatch, tmp_path):
+    """Even one with Meta-World's four actions that says nothing of its states."""
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    like_metaworld = EnvSpec(("reach",), ("reach",), 1, 64, 4, 4, 100)
+    monkeypatch.setattr(emulated, "spec", lambda tasks, image_size: like_metaworld)
+    flags = "--model pi05 --env emulated --envs 8 --batch 16 --minibatch 8"
+    setup = prepare.prepare(train.parse(flags.split()))
+    assert setup.config.train.checkpoint.parent == tmp_path / "runs"
+    assert setup.config.train.checkpoint.name.startswith("untrained_pi05_")
+    said = "no checkpoint is given and none shipped for emulated: a small pi05 of random weights"
+    assert said in setup.note
+
+    shipped = embedded_files("pi05", "metaworld")[0]
+    named = prepare.prepare(train.parse([*flags.split(), "--checkpoint", str(shipped)]))
+    assert named.config.train.checkpoint == shipped and "random weights" not in named.note
+
+
+@pytest.mark.parametrize("where", ["observation_fields", "slot_fields"])
+@pytest.mark.parametrize("name", ["task", "version", "final", "image"])
+def test_a_field_may_not_have_the_name_of_another(monkeypatch, where, name):
+    family = models.load("emulated")
+    fields = getattr(family.Emulated, where)
+    if name == "image" and where == "observation_fields":
+        name = "reward"
+    extra = {name: ((2,), torch.float32)}
+    monkeypatch.setattr(family.Emulated, where, lambda model: fields(model) | extra)
+    with pytest.raises(UserError, match=f"calls one of its fields '{name}', which is taken"):
+        prepare.prepare(settings())
+
+
+def test_the_flags_of_a_run_that_starts_again():
+    own = ["--run", "x", "--resume=y", "--ratio_from", "1:2"]
+    others = ["--ratio", "auto", "--tasks", "a", "b", "--seed=3", "--no-trace"]
+    for given in ([*own, *others], [*others, *own]):
+        assert train.without(given, "--run", "--resume", "--ratio-from") == others
