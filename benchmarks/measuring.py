@@ -120,7 +120,7 @@ def matmul(device: str, dtype: torch.dtype) -> tuple[Callable, float]:
 
 
 def flops_of(function: Callable) -> int:
-    """Counts the FLOPs of all matrix products in one call. A multiplication and an addition are two.
+    """Counts the FLOPs of all matrix products in one call: multiplications and additions.
 
     Attention runs as plain products: the counter does not know the fused kernel for CPUs.
     """

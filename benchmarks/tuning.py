@@ -1,10 +1,10 @@
-"""`--ratio auto --batch-max auto --batch-wait-ms auto` beside the best of all settings: emulated
-stages, the real command.
+"""Measures what `--ratio auto --batch-max auto --batch-wait-ms auto` chooses, beside the best of
+all settings: emulated stages, the real command.
 
     python bench.py tuning          13 minutes
 
-Settings: `emulated` is the ladder's (emulated/libero.py, calibrated on LIBERO + π0.5), where
-simulators are the slowest stage; in `quick` the same simulators take QUICK of the time, so that
+The setting `emulated` is the ladder's (emulated/libero.py, calibrated on LIBERO + π0.5), where
+simulators are the slowest stage. In `quick` the same simulators take QUICK of the time, so that
 another ratio and other batches are best.
 
 The search is exhaustive in virtual time: every ratio of RATIOS × B_max × T_max, from the nominal
@@ -131,7 +131,7 @@ def rate(lines: list[dict], first: int, last: int = -2) -> float:
 
 
 def rates(lines: list[dict], first: int) -> dict:
-    """Computes a row's two rates: from line `first` on, and over everything after the first line."""
+    """Computes a row's two rates: from line `first` on, and from the very first line on."""
     return {"env_steps_per_s": rate(lines, first), "whole_env_steps_per_s": rate(lines, 0)}
 
 
