@@ -1,28 +1,29 @@
-"""The five presets, RL-VLA³'s Table 1, as users run them: `train.py --preset …`, one after another
-on the same work.
+"""Measures the five presets, RL-VLA³'s Table 1, as users run them: `train.py --preset …`, one after
+another on the same work.
 
     python bench.py ladder                       all of it: the three columns, then both real
                                                  settings
     python bench.py ladder --setting columns     the paper's three columns at 1:1, 2:1 and 3:1
     python bench.py ladder --setting gr00t --ratio 1:1
 
-emulated    LIBERO + π0.5         all stages sleep for times calibrated on the paper's rows, so that
-            cores hardly matter; processes,
-gr00t       LIBERO + GR00T N1.5   queues, batcher, streamer and weight plane are those of every run
-vectorised  ManiSkill + π0        envs step together, in one lane per GPU where all wait for all,
-            which is best there, else in two;
-                                  at 1:1 also split into single envs, as in the paper
-embedded    Meta-World, small π0.5, everything real
-libero      LIBERO, small untrained π0.5, everything real
+    emulated    LIBERO + π0.5         the paper's columns: all stages sleep for times calibrated on
+    gr00t       LIBERO + GR00T N1.5   the paper's rows, so cores hardly matter; processes, queues,
+    vectorised  ManiSkill + π0        batcher, streamer and weight plane are those of every run
+    embedded    Meta-World, small π0.5, everything real
+    libero      LIBERO, small untrained π0.5, everything real
 
-Where no GPU is, the real ones' stages share the cores, and hiding one behind another gains only
-what is idle.
+In `vectorised`, envs step together: in one lane per GPU where all wait for all, which is best
+there, else in two. At 1:1 they are also split into single envs, as in the paper. Emulated,
+colocated is the same at every ratio, so that row is measured once. Where no GPU is, the stages of
+the real settings share the cores, and hiding one behind another gains only what is idle.
 
-`env_steps_per_s`: what passed the stage that bounds a row, in steady state (`steady`).
-`bound_env_steps_per_s`: `emulated_bound`, `real_bound`. `rollout_s`, `actor_s`: the two phases of a
-synchronous iteration. `working`: workers that work at the same time, on average; more of them than
-cores in a real row means that they fight over cores. Emulated, colocated is the same at every
-ratio, so that row is measured once. Left out: several nodes.
+    env_steps_per_s          what passed the stage that bounds a row, in steady state (`steady`)
+    bound_env_steps_per_s    `emulated_bound`, `real_bound`
+    rollout_s, actor_s       the two phases of a synchronous iteration
+    working                  workers that work at the same time, on average; more of them than cores
+                             in a real row means that they fight over cores
+
+Left out: several nodes.
 """
 
 import contextlib
@@ -44,17 +45,18 @@ import metrics
 from benchmarks.emulated import gr00t, libero, maniskill
 from benchmarks.machinery import cpu_seconds
 from benchmarks.plan_against_paper import MAIN
-from config import PRESETS, ROOT, Config, UserError, from_json, parse_ratio
+from config import PRESETS, ROOT, Config, from_json, parse_ratio, require
 from planning.settings import divisor
 from run_folder import read_metrics
 
 RATIOS = ("1:1", "2:1", "3:1")
+# Of metrics.jsonl: a row holds their means.
 MEANS = (
     *(f"bubble_{stage}" for stage in metrics.STAGES),
     "batch_size_mean",
     "weight_sync_s",
     "weight_stall_s",
-)  # in a row
+)
 TARGET = 0.97  # share of the bound, at the best ratio
 
 
@@ -69,8 +71,19 @@ class Column:
     paper: dict[str, float]  # env steps/s of its presets on 8 GPUs at 1:1
 
 
+@dataclass(frozen=True)
+class Real:
+    """A setting in which nothing sleeps."""
+
+    title: str
+    ratio: str
+    iterations: int  # that are measured
+    flags: tuple[str, ...]  # of train.py
+
+
 def paper(column: str) -> dict[str, float]:
-    return dict(zip(PRESETS, (row[0] for row in MAIN[column]), strict=True))
+    """Reads the paper's env steps/s of all presets at 8 GPUs."""
+    return {preset: row[0] for preset, row in zip(PRESETS, MAIN[column], strict=True)}
 
 
 SINGLE_ENVS = "rollout-async, single envs"  # the split that costs RL-VLA³ what it costs
@@ -80,37 +93,17 @@ COLUMNS = {
     "vectorised": Column("ManiSkill + π0", "vectorised", maniskill, 2, paper("ManiSkill π0")),
 }
 COLUMNS["vectorised"].paper[SINGLE_ENVS] = COLUMNS["vectorised"].paper["rollout-async"]
-REAL = {  # title, ratio, iterations that are measured, flags
-    "embedded": ("Meta-World, small π0.5", "3:1", 4, ()),
-    "libero": (
-        "LIBERO, small untrained π0.5",
-        "3:1",
-        4,
-        (
-            "--env",
-            "libero",
-            "--tasks",
-            "turn_on_the_stove",
-            "put_the_bowl_on_the_plate",
-            "open_the_middle_drawer_of_the_cabinet",
-            "--envs",
-            "6",
-            "--segment",
-            "4",
-            "--batch",
-            "12",
-            "--minibatch",
-            "12",
-            "--micro-batch",
-            "2",
-            "--update-epochs",
-            "1",
-        ),
-    ),
+LIBERO_FLAGS = (
+    "--env libero "
+    "--tasks turn_on_the_stove put_the_bowl_on_the_plate open_the_middle_drawer_of_the_cabinet "
+    "--envs 6 --segment 4 --batch 12 --minibatch 12 --micro-batch 2 --update-epochs 1"
+)
+REAL = {
+    "embedded": Real("Meta-World, small π0.5", "3:1", 4, ()),
+    "libero": Real("LIBERO, small untrained π0.5", "3:1", 4, tuple(LIBERO_FLAGS.split())),
 }
-SETTINGS = {"all": (*COLUMNS, *REAL), "columns": tuple(COLUMNS)} | {
-    name: (name,) for name in (*COLUMNS, *REAL)
-}
+SINGLE = {name: (name,) for name in (*COLUMNS, *REAL)}
+SETTINGS = {"all": (*COLUMNS, *REAL), "columns": tuple(COLUMNS)} | SINGLE
 COMMON = ("--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "1000000")
 
 
@@ -118,21 +111,24 @@ COMMON = ("--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "100000
 
 
 def settings_of(preset: str) -> tuple[str, int, bool]:
-    """Placement, staleness, and whether all wait for all."""
+    """Looks up placement, staleness, and whether all wait for all."""
     placement, staleness, batch_max, *_ = PRESETS[preset.partition(",")[0]]
     return placement, staleness, batch_max == "all"
 
 
 def warmup(preset: str) -> int:
-    """Iterations that are not measured: after so many, as many batches are under way as staleness
-    lets there be.
+    """Counts the iterations that are not measured.
+
+    After so many, as many batches are under way as staleness lets there be.
     """
-    return settings_of(preset)[1] + 1
+    _, staleness, _ = settings_of(preset)
+    return staleness + 1
 
 
 def lanes(preset: str, ratio: str) -> int:
-    """Of each env worker, in the vectorised setting. A second one has nothing to hide behind while
-    all wait for all.
+    """Counts the lanes of each env worker in the vectorised setting.
+
+    A second lane has nothing to hide behind while all wait for all.
     """
     placement, _, lockstep = settings_of(preset)
     if preset == SINGLE_ENVS:
@@ -142,14 +138,16 @@ def lanes(preset: str, ratio: str) -> int:
 
 
 def flags(setting: str, preset: str, ratio: str) -> list[str]:
+    """Writes the flags of train.py for one row."""
     args = ["--preset", preset.partition(",")[0], "--ratio", ratio, *COMMON]
     if setting in REAL:
-        return [*args, *REAL[setting][3]]
+        return [*args, *REAL[setting].flags]
     column = COLUMNS[setting]
-    costs = COLUMNS[setting].costs
-    workers, envs = libero.sizes(costs, ratio, settings_of(preset)[0])
+    costs = column.costs
+    placement, _, _ = settings_of(preset)
+    workers, envs = libero.sizes(costs, ratio, placement)
     batch = costs.TRAJECTORIES * envs
-    minibatch = costs.TRAJECTORIES * envs // costs.MINIBATCHES
+    minibatch = batch // costs.MINIBATCHES
     numbers = {
         "--env-workers": workers,
         "--envs": envs,
@@ -163,39 +161,30 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
     }
     if costs is maniskill:
         numbers["--lanes"] = lanes(preset, ratio)
-    return [
-        *args,
-        "--model",
-        "emulated",
-        "--env",
-        column.env,
-        *(str(x) for item in numbers.items() for x in item),
-    ]
+    args += ["--model", "emulated", "--env", column.env]
+    for flag, number in numbers.items():
+        args += [flag, str(number)]
+    return args
 
 
 def run_preset(
     setting: str, preset: str, ratio: str, iterations: int, trace: Path | None
 ) -> tuple[list[dict], dict[int, float], Config]:
-    """One run of the real command, ended once it has written `iterations` lines of metrics.jsonl,
-    before it begins to drain.
+    """Runs the real command until it has written `iterations` lines of metrics.jsonl.
 
-    Returns the lines, the CPU seconds it had used when there were n of them, and its settings.
-    trace: where its trace is to go.
+    It is ended before it begins to drain. Returns the lines, the CPU seconds it had used when there
+    were n of them, and its settings. trace: where its trace is to go.
     """
-    more = (
-        settings_of(preset)[1] + 2
-    )  # iterations: so many batches are under way, and what comes after the last never starts
-    args = [
-        *flags(setting, preset, ratio),
-        "--iterations",
-        str(iterations + more),
-        *([] if trace else ["--no-trace"]),
-    ]
-    without = (
-        setting in COLUMNS or sum(parse_ratio(ratio)) > torch.cuda.device_count()
-    )  # fewer GPUs than parts: use none
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if without else {})
-    used = {}
+    # So many batches are under way, and what comes after the last one never starts.
+    _, staleness, _ = settings_of(preset)
+    total = iterations + staleness + 2
+    args = [*flags(setting, preset, ratio), "--iterations", str(total)]
+    if trace is None:
+        args.append("--no-trace")
+    environment = dict(os.environ)
+    if setting in COLUMNS or sum(parse_ratio(ratio)) > torch.cuda.device_count():
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # with fewer GPUs than parts, use none
+
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         run = Path(folder) / "run"
         log = Path(folder) / "log"
@@ -205,31 +194,44 @@ def run_preset(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
             )
         try:
-            while process.poll() is None and max(used, default=0) < iterations:
-                time.sleep(0.05)
-                file = run / "metrics.jsonl"
-                count = file.read_bytes().count(b"\n") if file.is_file() else 0
-                if count not in used:
-                    used[count] = sum(cpu_seconds(process.pid).values())
+            used = watch(process, run, iterations)
         finally:
             stop(process, wanted=trace is not None)
         lines = read_metrics(run)[:iterations]
-        if len(lines) < iterations:
-            raise UserError(f"`train.py {' '.join(args)}` failed: {log.read_text().strip()[-300:]}")
-        if (
-            trace and (run / "trace.json").is_file()
-        ):  # a machine too busy to write it within a minute has shown enough
+        require(
+            len(lines) == iterations,
+            f"`train.py {' '.join(args)}` failed: {log.read_text().strip()[-300:]}",
+        )
+        # A machine that is too busy to write the trace within a minute has shown enough.
+        if trace and (run / "trace.json").is_file():
             shutil.copy(run / "trace.json", trace)
         return lines, used, from_json(run / "config.json")
 
 
-def stop(process: subprocess.Popen, wanted: bool) -> None:
-    """Ends a run, and its workers with it. wanted: its trace is; told twice to end, it writes that
-    without finishing its batch.
+def watch(process: subprocess.Popen, run: Path, iterations: int) -> dict[int, float]:
+    """Waits for so many lines of metrics.jsonl, or the end of the run.
+
+    Returns the CPU seconds that the run had used when there were n lines.
     """
-    for _ in range(2 if wanted else 0):
-        process.terminate()
-        time.sleep(0.6)  # two words in less than half a second count as one
+    used = {}
+    while process.poll() is None and max(used, default=0) < iterations:
+        time.sleep(0.05)
+        file = run / "metrics.jsonl"
+        count = file.read_bytes().count(b"\n") if file.is_file() else 0
+        if count not in used:
+            used[count] = sum(cpu_seconds(process.pid).values())
+    return used
+
+
+def stop(process: subprocess.Popen, wanted: bool) -> None:
+    """Ends a run, and its workers with it. wanted: its trace is.
+
+    Told twice to end, it writes the trace without finishing its batch.
+    """
+    if wanted:
+        for _ in range(2):
+            process.terminate()
+            time.sleep(0.6)  # two words in less than half a second count as one
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(60.0 if wanted else 0.0)
     process.kill()
@@ -240,25 +242,24 @@ def stop(process: subprocess.Popen, wanted: bool) -> None:
 
 
 def emulated_bounds(setting: str, ratio: str, preset: str) -> dict[str, float]:
-    """Env steps/s that each stage alone allows, from the calibration."""
-    placement = settings_of(preset)[0]
+    """Computes the env steps/s that each stage alone allows, from the calibration."""
+    placement, _, _ = settings_of(preset)
     costs = COLUMNS[setting].costs
-    (for_rollout, for_actor) = libero.devices(ratio, placement)
-    (workers, envs) = libero.sizes(costs, ratio, placement)
-    if (
-        costs is maniskill
-    ):  # seconds of an env worker per chunk of all its lanes, which it steps one after another
+    for_rollout, for_actor = libero.devices(ratio, placement)
+    workers, envs = libero.sizes(costs, ratio, placement)
+    steps = envs * costs.CHUNK  # env steps of one chunk of every env
+    share = envs / costs.ENVS
+
+    # An env worker steps its lanes one after another: seconds per chunk of them all.
+    if costs is maniskill:
         busy = lanes(preset, ratio) * costs.FIXED + envs / workers * costs.EACH
     else:
         busy = math.ceil(envs / workers) * costs.MEAN
+
     # The largest batch holds every env. A trajectory of EPISODE chunks asks for one value besides.
-    infer = (
-        costs.INFER_ALL
-        * (costs.INFER_FIXED + (1 - costs.INFER_FIXED) * envs / costs.ENVS)
-        * (1 + 1 / costs.EPISODE)
-    )
-    steps = envs * costs.CHUNK  # env steps of one chunk of every env
-    train = costs.TRAIN_ALL * envs / costs.ENVS
+    batch = costs.INFER_ALL * (costs.INFER_FIXED + (1 - costs.INFER_FIXED) * share)
+    infer = batch * (1 + 1 / costs.EPISODE)
+    train = costs.TRAIN_ALL * share
     return {
         "env": steps / busy,
         "rollout": steps / infer * for_rollout,
@@ -267,23 +268,24 @@ def emulated_bounds(setting: str, ratio: str, preset: str) -> dict[str, float]:
 
 
 def emulated_bound(setting: str, ratio: str, preset: str) -> float:
-    """Env steps/s if the slowest stage never waited.
+    """Computes env steps/s if the slowest stage never waited.
 
     Stages with devices of their own overlap, so the smallest counts. Colocated ones take turns:
     their times per env step add up.
     """
     bounds = emulated_bounds(setting, ratio, preset)
-    if settings_of(preset)[0] == "colocated":
+    placement, _, _ = settings_of(preset)
+    if placement == "colocated":
         return 1.0 / (1.0 / min(bounds["env"], bounds["rollout"]) + 1.0 / bounds["actor"])
     return min(bounds.values())
 
 
 def real_bound(env_steps: float, cpu_s: float) -> float:
-    """Env steps/s if this run kept every core busy: cores / (CPU seconds per env step).
+    """Computes env steps/s if this run kept every core busy: cores / (CPU seconds per env step).
 
     Without GPUs all stages draw on the same cores, so their sum limits a pipeline that never waits,
-    however it is cut. It is the run's own CPU time over the measured iterations. Other programs on
-    the machine lower the rate and not the bound.
+    however it is cut. `cpu_s` is the run's own CPU time over the measured iterations. Other
+    programs on the machine lower the rate and not the bound.
     """
     return len(os.sched_getaffinity(0)) * env_steps / cpu_s
 
@@ -292,102 +294,106 @@ def real_bound(env_steps: float, cpu_s: float) -> float:
 
 
 def steady(setting: str, ratio: str, preset: str, lines: list[dict]) -> float:
-    """Env steps between the last line of the warm-up and the last of all, counted at the stage that
-    bounds the pipeline.
+    """Counts env steps after the warm-up, at the stage that bounds the pipeline.
 
-    Where the actor does, trajectories pile up before it until admission stops the simulators, and
-    steps that are collected meanwhile would let a row exceed its bound; so steps count when they
-    are trained. Elsewhere they count when they are collected: lanes drift apart by as much as
+    Where the actor does, steps count when they are trained: trajectories pile up before it until
+    admission stops the simulators, and steps that are collected meanwhile would let a row exceed
+    its bound. Elsewhere steps count when they are collected: lanes drift apart by as much as
     staleness allows, and a batch is trained only when the slowest of them is there.
     """
-    if (
-        setting in COLUMNS
-        and min(bounds := emulated_bounds(setting, ratio, preset), key=bounds.get) == "actor"
-    ):
-        costs = COLUMNS[setting].costs
-        batch = libero.sizes(costs, ratio, settings_of(preset)[0])[1] * costs.TRAJECTORIES
-        return (len(lines) - warmup(preset)) * batch * costs.EPISODE * costs.CHUNK
-    return lines[-1]["env_steps"] - lines[warmup(preset) - 1]["env_steps"]
+    before = warmup(preset)
+    if setting in COLUMNS:
+        bounds = emulated_bounds(setting, ratio, preset)
+        if min(bounds, key=bounds.get) == "actor":
+            costs = COLUMNS[setting].costs
+            placement, _, _ = settings_of(preset)
+            _, envs = libero.sizes(costs, ratio, placement)
+            batch = envs * costs.TRAJECTORIES * costs.EPISODE * costs.CHUNK
+            return (len(lines) - before) * batch
+    return lines[-1]["env_steps"] - lines[before - 1]["env_steps"]
 
 
 def measure_preset(
     setting: str, preset: str, ratio: str, iterations: int, trace: Path | None
 ) -> dict:
-    lines, used, config = run_preset(setting, preset, ratio, warmup(preset) + iterations, trace)
-    window = lines[warmup(preset) :]
+    """Runs one preset. Returns its row."""
+    before = warmup(preset)
+    lines, used, config = run_preset(setting, preset, ratio, before + iterations, trace)
+    window = lines[before:]
     env_steps = steady(setting, ratio, preset, lines)
-    seconds = window[-1]["time"] - lines[warmup(preset) - 1]["time"]
-    mean = {
-        name: statistics.mean(line[name] for line in window) for name in window[0] if name in MEANS
-    }
-    row = {
-        "setting": setting,
-        "ratio": ratio,
-        "preset": preset,
-        "env_steps_per_s": env_steps / seconds,
-    }
+    seconds = window[-1]["time"] - lines[before - 1]["time"]
+    rate = env_steps / seconds
+    names = [name for name in window[0] if name in MEANS]
+    mean = {name: statistics.mean(line[name] for line in window) for name in names}
     if setting in COLUMNS:
-        row["bound_env_steps_per_s"] = emulated_bound(setting, ratio, preset)
-        working = None
+        bound = emulated_bound(setting, ratio, preset)
     else:
-        row["bound_env_steps_per_s"] = real_bound(
-            env_steps, used[len(lines)] - used[warmup(preset)]
-        )
-        workers = config.env.env_workers, config.rollout.rollout_workers, config.actor.actor_workers
-        working = sum(
-            n * (1.0 - mean[f"bubble_{stage}"])
-            for n, stage in zip(workers, metrics.STAGES, strict=True)
-        )
-    row |= {"share_of_bound": row["env_steps_per_s"] / row["bound_env_steps_per_s"]} | mean
-    row |= {"working": working, "rollout_s": None, "actor_s": None}
-    if settings_of(preset)[1] == 0:  # while the actor waits, the rollout phase runs
-        row["rollout_s"] = row["bubble_actor"] * seconds / iterations
-        row["actor_s"] = (1.0 - row["bubble_actor"]) * seconds / iterations
-    print(f"{setting} {ratio} {preset}: {row['env_steps_per_s']:.0f} env steps/s", flush=True)
+        bound = real_bound(env_steps, used[len(lines)] - used[before])
+    row = {"setting": setting, "ratio": ratio, "preset": preset, "env_steps_per_s": rate}
+    row |= {"bound_env_steps_per_s": bound, "share_of_bound": rate / bound} | mean
+    row["working"] = working(config, mean) if setting in REAL else None
+    # While the actor waits, the rollout phase of a synchronous iteration runs.
+    _, staleness, _ = settings_of(preset)
+    waits = mean["bubble_actor"]
+    row["rollout_s"] = waits * seconds / iterations if staleness == 0 else None
+    row["actor_s"] = (1.0 - waits) * seconds / iterations if staleness == 0 else None
+    print(f"{setting} {ratio} {preset}: {rate:.0f} env steps/s", flush=True)
     return row
+
+
+def working(config: Config, mean: dict[str, float]) -> float:
+    """Adds up how many workers work at the same time, on average."""
+    counts = {
+        "env": config.env.env_workers,
+        "rollout": config.rollout.rollout_workers,
+        "actor": config.actor.actor_workers,
+    }
+    return sum(n * (1.0 - mean[f"bubble_{stage}"]) for stage, n in counts.items())
 
 
 def climb(
     setting: str, ratio: str, iterations: int, colocated: dict | None, traces: Path | None
 ) -> list[dict]:
-    """One row per preset of one setting. colocated: that row, where it is known from another
-    ratio.
+    """Measures every preset of one setting. Returns a row for each.
+
+    colocated: that row, where it is known from another ratio.
     """
-    presets = [*PRESETS, *([SINGLE_ENVS] if setting == "vectorised" and ratio == "1:1" else [])]
+    presets = list(PRESETS)
+    if setting == "vectorised" and ratio == "1:1":
+        presets.append(SINGLE_ENVS)
     rows = {}
     for preset in presets:
-        if settings_of(preset)[0] == "colocated" and colocated:
+        placement, _, _ = settings_of(preset)
+        if placement == "colocated" and colocated:
             rows[preset] = colocated | {"ratio": ratio}
             continue
-        trace = (
-            traces.with_name(f"{traces.stem}_{setting}_{preset}_trace.json")
-            if traces and setting in REAL
-            else None
-        )
+        trace = None
+        if traces and setting in REAL:
+            trace = traces.with_name(f"{traces.stem}_{setting}_{preset}_trace.json")
         rows[preset] = measure_preset(setting, preset, ratio, iterations, trace)
+
     known = COLUMNS[setting].paper if setting in COLUMNS and ratio == "1:1" else None
     for preset, row in rows.items():
         for base in ("sync-colocated", "sync-disaggregated"):
-            row[f"ratio_to_{base.replace('-', '_')}"] = (
-                row["env_steps_per_s"] / rows[base]["env_steps_per_s"]
-            )
-        row["paper_ratio_to_sync_disaggregated"] = (
-            known and known[preset] / known["sync-disaggregated"]
-        )
+            relation = row["env_steps_per_s"] / rows[base]["env_steps_per_s"]
+            row[f"ratio_to_{base.replace('-', '_')}"] = relation
+        of_paper = known[preset] / known["sync-disaggregated"] if known else None
+        row["paper_ratio_to_sync_disaggregated"] = of_paper
     return list(rows.values())
 
 
 def measure(setting: str, ratio: str, iterations: int, traces: Path | None = None) -> list[dict]:
-    """Rows of a key of SETTINGS; an empty ratio and 0 iterations mean the setting's own. traces:
-    beside this file, of real ones.
+    """Measures a key of SETTINGS. An empty ratio and 0 iterations mean the setting's own.
+
+    traces: a file beside which those of the real settings go.
     """
     rows = []
     for name in SETTINGS[setting]:
-        ratios = RATIOS if name in COLUMNS else (REAL[name][1],)
-        count = iterations or (COLUMNS[name].iterations if name in COLUMNS else REAL[name][2])
+        kind = COLUMNS.get(name) or REAL[name]
+        ratios = RATIOS if name in COLUMNS else (kind.ratio,)
         colocated = None
         for each in (ratio,) if ratio else ratios:
-            found = climb(name, each, count, colocated, traces)
+            found = climb(name, each, iterations or kind.iterations, colocated, traces)
             colocated = found[0] if name in COLUMNS else None
             rows += found
     return rows
@@ -397,21 +403,18 @@ def measure(setting: str, ratio: str, iterations: int, traces: Path | None = Non
 
 
 def report(rows: list[dict]) -> str:
-    """A table and the verdict of every setting, as docs/performance.md has them."""
+    """Writes a table and the verdict of every setting, as docs/performance.md has them."""
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]
-        title = COLUMNS[setting].title if setting in COLUMNS else REAL[setting][0]
-        parts += [
-            f"{setting}: {title}",
-            table(mine),
-            "\n".join(verdict(mine) if setting in COLUMNS else contention(mine)),
-        ]
+        kind = COLUMNS.get(setting) or REAL[setting]
+        told = verdict(mine) if setting in COLUMNS else contention(mine)
+        parts += [f"{setting}: {kind.title}", table(mine), "\n".join(told)]
     return "\n\n".join(parts)
 
 
 def table(rows: list[dict]) -> str:
-    """Of one setting, in Markdown."""
+    """Writes the rows of one setting as a table in Markdown."""
     head = [
         "preset",
         "ratio",
@@ -421,63 +424,67 @@ def table(rows: list[dict]) -> str:
         "of the bound",
         "waits: env / rollout / actor",
     ]
-    out = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
+        placement, _, _ = settings_of(row["preset"])
+        is_same = placement == "colocated" and row["setting"] in COLUMNS  # at every ratio
+        if is_same and row is not rows[0]:
+            continue
         of_paper = row["paper_ratio_to_sync_disaggregated"]
-        waits = " / ".join(f"{row[f'bubble_{stage}']:.0%}" for stage in metrics.STAGES)
-        colocated = settings_of(row["preset"])[0] == "colocated" and row["setting"] in COLUMNS
-        if colocated and row is not rows[0]:
-            continue  # the same again
         cells = [
             row["preset"],
-            "all" if colocated else row["ratio"],
+            "all" if is_same else row["ratio"],
             f"{row['env_steps_per_s']:.0f}",
             f"{row['ratio_to_sync_disaggregated']:.2f}",
             f"{of_paper:.2f}" if of_paper else "",
             f"{row['share_of_bound']:.1%}",
-            waits,
+            " / ".join(f"{row[f'bubble_{stage}']:.0%}" for stage in metrics.STAGES),
         ]
-        out.append("| " + " | ".join(cells) + " |")
+        out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out)
 
 
 def verdict(rows: list[dict]) -> list[str]:
-    """Which targets a column meets, and where its `full` is behind."""
+    """Tells which targets a column meets, and where its `full` is behind."""
     full = {row["ratio"]: row for row in rows if row["preset"] == "full"}
     sync = [row for row in rows if settings_of(row["preset"])[1] == 0]
     best = max(full.values(), key=speed)
     rival = max(sync, key=speed)
 
-    def mark(met):
-        return "met:     " if met else "not met: "
-
+    # The targets: faster than any synchronous row, the paper's ratio, and close to the bound.
     out = [
         mark(speed(best) > speed(rival))
         + f"full ({best['ratio']}, {speed(best):.0f}) against the best synchronous row "
         f"({rival['preset']}, {speed(rival):.0f} env steps/s)"
     ]
-    for row in (row for row in full.values() if row["paper_ratio_to_sync_disaggregated"]):
+    for row in full.values():
         ours = row["ratio_to_sync_disaggregated"]
         papers = row["paper_ratio_to_sync_disaggregated"]
-        out.append(
-            mark(ours >= papers)
-            + f"full / sync-disaggregated {ours:.2f} at {row['ratio']}, the paper's {papers:.2f}"
-        )
+        if papers:
+            words = f"full / sync-disaggregated {ours:.2f} at {row['ratio']}, the paper's"
+            out.append(f"{mark(ours >= papers)}{words} {papers:.2f}")
+    share = best["share_of_bound"]
     out.append(
-        mark(best["share_of_bound"] >= TARGET) + f"{best['share_of_bound']:.1%} of the bound "
-        f"({best['bound_env_steps_per_s']:.0f}) at the best ratio, {best['ratio']}; to reach: "
-        f"{TARGET:.0%}"
+        mark(share >= TARGET) + f"{share:.1%} of the bound ({best['bound_env_steps_per_s']:.0f}) "
+        f"at the best ratio, {best['ratio']}; to reach: {TARGET:.0%}"
     )
+
+    # What does not fit.
     for row in sync:
         ahead = full[row["ratio"]]
         if speed(row) >= speed(ahead):
-            behind = (
-                f"at {row['ratio']} full ({speed(ahead):.0f}) is behind {row['preset']} "
-                f"({speed(row):.0f})"
+            out.append(
+                f"         at {row['ratio']} full ({speed(ahead):.0f}) is behind {row['preset']} "
+                f"({speed(row):.0f}); its bound is {ahead['bound_env_steps_per_s']:.0f}"
             )
-            out.append(f"         {behind}; its bound is {ahead['bound_env_steps_per_s']:.0f}")
     over = [f"{row['ratio']} {row['preset']}" for row in rows if row["share_of_bound"] > 1.0]
-    return out + ([f"         above the bound: {', '.join(over)}"] if over else [])
+    if over:
+        out.append(f"         above the bound: {', '.join(over)}")
+    return out
+
+
+def mark(is_met: bool) -> str:
+    return "met:     " if is_met else "not met: "
 
 
 def speed(row: dict) -> float:
@@ -485,12 +492,11 @@ def speed(row: dict) -> float:
 
 
 def contention(rows: list[dict]) -> list[str]:
-    """Of a real setting: whether workers fight over cores."""
-    out = []
+    """Tells of a real setting whether workers fight over cores."""
     cores = len(os.sched_getaffinity(0))
+    out = []
     for row in rows:
         busy = f"{cores} cores, which this run keeps {row['share_of_bound']:.0%} busy"
-        out.append(
-            f"{row['preset']}: {row['working']:.1f} workers work at the same time, on {busy}"
-        )
+        words = f"{row['working']:.1f} workers work at the same time"
+        out.append(f"{row['preset']}: {words}, on {busy}")
     return out

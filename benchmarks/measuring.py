@@ -1,4 +1,4 @@
-"""What `bench.py` measures, one file each, and what several of them need."""
+"""What several measurements need: times, FLOPs, bytes, processes, models with random weights."""
 
 import os
 import signal
@@ -18,56 +18,60 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from config import ROOT, UserError, embedded_files
+from config import ROOT, embedded_files, require
 
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices that `matmul` multiplies
 
 
 def context(module: str):
-    """Where processes come from: a server that has imported `module` already, so that one starts in
-    milliseconds.
-    """
-    # That server looks for the module here alone, and says nothing when it fails: each process
-    # would import torch itself.
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )
+    """Makes a fork server that has imported `module`, so that a process starts in milliseconds."""
+    # The server looks for the module in PYTHONPATH alone. It says nothing when it does not find it,
+    # and each process would import torch itself.
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     server = mp.get_context("forkserver")
     server.set_forkserver_preload([module])
     return server
 
 
 def end_on_sigterm() -> None:
-    """As on Ctrl-C: what was started ends too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Makes SIGTERM do what Ctrl-C does: what was started ends, too."""
+    signal.signal(signal.SIGTERM, leave)
+
+
+def leave(*_) -> None:
+    sys.exit(143)  # 128 + SIGTERM, as shells have it
 
 
 def where(size: str) -> tuple[str, str]:
-    """Device and size to measure; "auto" is full where there is a GPU. Raises UserError for full on
-    a CPU.
+    """Chooses device and size; "auto" is full where there is a GPU, else small.
+
+    Raises UserError for full on a CPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if size == "full" and device == "cpu":
-        raise UserError("--size full needs a GPU and none was found: use --size small")
-    return device, size if size != "auto" else "full" if device == "cuda" else "small"
+    has_gpu = torch.cuda.is_available()
+    require(
+        has_gpu or size != "full", "--size full needs a GPU and none was found: use --size small"
+    )
+    if size == "auto":
+        size = "full" if has_gpu else "small"
+    return "cuda" if has_gpu else "cpu", size
 
 
 def random_model(name: str, size: str, device: str, dtype: torch.dtype, **changes) -> nn.Module:
-    """A family's small or full model with random weights, made on `device` in `dtype`; `changes`
-    are fields of its configuration.
+    """Makes a family's small or full model with random weights on `device`, in `dtype`.
 
-    The same weights for the same shape.
+    `changes` are fields of its configuration. Models of the same shape get the same weights.
     """
-    small = models.files(name).embedded(
-        name, str(embedded_files("pi05", "metaworld")[1])
-    )  # any vocabulary will do
+    _, vocabulary = embedded_files("pi05", "metaworld")  # any will do
+    small = models.files(name).embedded(name, str(vocabulary))
     shape = small.config
     if size == "full":
         full = models.load(name).FULL
         shape = full[name] if isinstance(full, dict) else full
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a full model in fp32 first would take twice the memory
+    # Made in `dtype` at once: a full model in fp32 first would take twice the memory.
+    torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
             return type(small)(replace(shape, **changes)).to(device)
@@ -76,61 +80,72 @@ def random_model(name: str, size: str, device: str, dtype: torch.dtype, **change
 
 
 def seconds_of(functions: list[Callable], device: str, seconds: float) -> list[float]:
-    """Median time of one call of each, after one that warms up. They take turns, so that what
-    disturbs one disturbs all.
+    """Measures the median time of one call of each function, after one call that warms up.
 
-    At least 3 calls each and `seconds` for each. Waits for the GPU after every call.
+    They take turns, so that what disturbs one disturbs all. Each is called at least 3 times and for
+    `seconds`. A call lasts until the GPU is done.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for function in functions:
-        function()
-        wait()
+        time_of(function, device)
     times = [[] for _ in functions]
     end = time.perf_counter() + seconds * len(functions)
     while len(times[0]) < 3 or time.perf_counter() < end:
         for taken, function in zip(times, functions, strict=True):
-            start = time.perf_counter()
-            function()
-            wait()
-            taken.append(time.perf_counter() - start)
+            taken.append(time_of(function, device))
     return [statistics.median(taken) for taken in times]
 
 
+def time_of(function: Callable, device: str) -> float:
+    """Measures the seconds of one call."""
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def matmul(device: str, dtype: torch.dtype) -> tuple[Callable, float]:
-    """A large matrix product, whose rate is taken for the most that this machine reaches in this
-    type, and its FLOPs.
+    """Makes a large matrix product, and counts its FLOPs.
+
+    Its rate is taken for the most that this machine reaches in this type.
     """
-    a, b = (torch.randn(MATMUL[device], MATMUL[device], device=device).to(dtype) for _ in range(2))
-    return lambda: a @ b, 2.0 * MATMUL[device] ** 3
+    side = MATMUL[device]
+    a = torch.randn(side, side, device=device).to(dtype)
+    b = torch.randn(side, side, device=device).to(dtype)
+
+    def product() -> Tensor:
+        return a @ b
+
+    return product, 2.0 * side**3
 
 
 def flops_of(function: Callable) -> int:
-    """FLOPs of all matrix products in one call: a multiplication and an addition are two."""
-    # Attention as plain products: the counter does not know the fused kernel for CPUs.
+    """Counts the FLOPs of all matrix products in one call: multiplications and additions.
+
+    Attention runs as plain products: the counter does not know the fused kernel for CPUs.
+    """
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
 
 
 class PeakBytes(TorchDispatchMode):
-    """`peak`: the most bytes that tensors made under it held at one time. What one operation
-    allocates inside does not count.
+    """Counts the bytes of the tensors that are made under it.
+
+    What one operation allocates inside does not count.
     """
 
     def __init__(self):
         super().__init__()
-        self.now = 0
-        self.peak = 0
-        self.seen = weakref.WeakValueDictionary()
+        self.now = 0  # bytes that tensors hold
+        self.peak = 0  # the most that they held at one time
+        self.seen = weakref.WeakValueDictionary()  # storages by id, each counted once
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {
-            id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
-        }
+        given = {id(storage) for storage in storages((args, kwargs))}
         out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is None or id(storage) in given or id(storage) in self.seen:
+        for storage in storages(out):
+            if id(storage) in given or id(storage) in self.seen:
                 continue
             self.seen[id(storage)] = storage
             weakref.finalize(storage, self.free, storage.nbytes())
@@ -142,8 +157,13 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
+def storages(tree) -> list:
+    """Lists the memory behind all tensors in a nest of lists and dicts."""
+    return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor)]
+
+
 def peak_bytes_of(function: Callable, device: str) -> int:
-    """Memory that one call takes at most, beyond what was taken before it."""
+    """Measures the memory that one call takes at most, beyond what was taken before it."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

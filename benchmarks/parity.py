@@ -2,10 +2,11 @@
 
     python -m benchmarks.parity FOLDER
 
-The folder holds config.json (with "family"), weights.safetensors under the original's names,
-inputs.safetensors and outputs.safetensors. The family's `parity(folder)` returns what it makes of
-them; here every output is compared. One line each; exit status 1 if any misses, 2 if the folder
-cannot be read. Left out: preprocessing.json, whose cases the tests go through.
+FOLDER is one of tests/golden: it holds config.json (with "family"), weights.safetensors under the
+original's names, inputs.safetensors and outputs.safetensors. The family's `parity(folder)` returns
+what our model makes of them. Here every output is compared, and one line printed for each. The exit
+status is 1 if any misses, and 2 if the folder cannot be read. Left out: preprocessing.json, whose
+cases the tests go through.
 """
 
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import models
-from config import UserError, exit_on_user_error
+from config import UserError, exit_on_user_error, require
 
 FAMILIES = [name for name in models.MODELS if name != "emulated"]
 BOUND = 1e-4  # absolute; for `grad.*` relative to the largest element of the reference
@@ -32,20 +33,20 @@ class Line(NamedTuple):
 
 
 def family(folder: Path):
-    """The module that reads a reference folder. Raises UserError."""
+    """Finds the module that reads a reference folder. Raises UserError."""
     try:
         name = json.loads((folder / "config.json").read_text()).get("family")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
-    if name not in FAMILIES:
-        raise UserError(
-            f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}"
-        )
+    require(
+        name in FAMILIES,
+        f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}",
+    )
     return models.files(name)
 
 
 def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line]:
-    """One line per output of the reference, in its order of names."""
+    """Compares every output of the reference, in the order of their names."""
     lines = []
     for name, theirs in sorted(reference.items()):
         ours = found.get(name)
@@ -61,6 +62,7 @@ def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line
 
 
 def check(folder: Path) -> list[Line]:
+    """Compares a family with a reference folder. Raises UserError where it cannot be read."""
     try:
         reference = load_file(folder / "outputs.safetensors")
         return compare(family(folder).parity(folder), reference)
@@ -71,8 +73,8 @@ def check(folder: Path) -> list[Line]:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        raise UserError("python -m benchmarks.parity takes one folder")
+    one = len(arguments) == 1 and not arguments[0].startswith("-")
+    require(one, "python -m benchmarks.parity takes one folder")
     torch.set_num_threads(1)
     lines = check(Path(arguments[0]))
     for line in lines:

@@ -1,5 +1,5 @@
-"""What recording spans costs: the same run with --trace and with --no-trace, and one span by
-itself.
+"""Measures what recording spans costs: the same run with --trace and with --no-trace, and one span
+by itself.
 
     python bench.py tracing --setting emulated
     python bench.py tracing --setting embedded
@@ -17,9 +17,9 @@ traced to untraced, after WARMUP iterations:
     cost_fraction_of_cpu  us_per_span × spans_per_s of the CPU time that the run uses
 
 On a machine that other programs use as well, ratios between runs scatter by more than tracing
-costs; the last two do not. They hold for spans in a row, whose code and counters lie in caches;
-after a unit of work that has used the caches up a span takes longer. Left out: writing trace.json
-and drawing swimlane.png, which come after a run.
+costs; the last two figures do not. They hold for spans in a row, whose code and counters lie in
+caches; after a unit of work that has used the caches up, a span takes longer. Left out: writing
+trace.json and drawing swimlane.png, which come after a run.
 """
 
 import statistics
@@ -39,8 +39,8 @@ ARGS = {"batch": 12, "version": 34}  # as an inference's
 
 
 def span_us(repeats: int) -> tuple[float, float]:
-    """Microseconds of a span that is not recorded, and how many more it takes where it is. Medians
-    over repetitions.
+    """Measures the microseconds of a span that is not recorded, and how many more it takes where it
+    is. Medians over repetitions.
     """
     counters = Counters(1, metrics.columns(0))
     taken = {False: [], True: []}
@@ -54,8 +54,8 @@ def span_us(repeats: int) -> tuple[float, float]:
                         pass
                 meter.flush()
                 taken[trace].append((time.process_time() - start) / SPANS * 1e6)
-    plain, traced = (statistics.median(taken[trace]) for trace in (False, True))
-    return plain, traced - plain
+    plain = statistics.median(taken[False])
+    return plain, statistics.median(taken[True]) - plain
 
 
 class Run(NamedTuple):
@@ -67,6 +67,7 @@ class Run(NamedTuple):
 
 
 def run_once(setting: str, ratio: str, iterations: int, trace: bool) -> Run:
+    """Runs the preset once, with or without a trace."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         file = Path(folder) / "trace.json" if trace else None
         lines, used, _ = ladder.run_preset(setting, "full", ratio, WARMUP + iterations, file)
@@ -74,9 +75,7 @@ def run_once(setting: str, ratio: str, iterations: int, trace: bool) -> Run:
 
 
 def rates(run: Run) -> tuple[float, float, float]:
-    """Env steps/s, CPU seconds per env step and CPU seconds per second of the iterations after the
-    warm-up.
-    """
+    """Computes env steps/s, CPU seconds per env step and per second, after the warm-up."""
     first = run.lines[WARMUP - 1]
     last = run.lines[-1]
     env_steps = last["env_steps"] - first["env_steps"]
@@ -86,65 +85,64 @@ def rates(run: Run) -> tuple[float, float, float]:
 
 
 def spans_per_s(run: Run) -> tuple[float, float]:
-    """Of all workers, and of the one that records most. A fetch is recorded by the worker that it
-    was for, but is rare.
+    """Counts spans of all workers, and of the one that records most.
+
+    A worker's fetches of weights have a row of their own in the trace; they are rare.
     """
     counts = [len(rows) for rows in run.spans.values()]
-    seconds = max(rows[-1][2] for rows in run.spans.values()) - min(
-        rows[0][1] for rows in run.spans.values()
-    )
+    begin = min(rows[0][1] for rows in run.spans.values())
+    end = max(rows[-1][2] for rows in run.spans.values())
+    seconds = end - begin
     return sum(counts) / seconds, max(counts) / seconds
 
 
+def medians(tuples: list[tuple[float, ...]]) -> list[float]:
+    """Takes the median of each place."""
+    return [statistics.median(place) for place in zip(*tuples, strict=True)]
+
+
 def row(setting: str, traced: list[Run], untraced: list[Run], us: float, meter_us: float) -> dict:
-    """us, meter_us: of `span_us`."""
-
-    def middle(runs, figure):
-        return statistics.median(rates(run)[figure] for run in runs)
-
-    every, busiest = (
-        statistics.median(spans_per_s(run)[figure] for run in traced) for figure in (0, 1)
-    )
+    """Makes the row of one setting. us, meter_us: of `span_us`."""
+    speed, cpu, load = medians([rates(run) for run in traced])
+    speed_without, cpu_without, _ = medians([rates(run) for run in untraced])
+    every, busiest = medians([spans_per_s(run) for run in traced])
     return {
         "setting": setting,
-        "env_steps_per_s": middle(traced, 0),
-        "env_steps_per_s_untraced": middle(untraced, 0),
-        "rate_ratio": middle(traced, 0) / middle(untraced, 0),
-        "cpu_ms_per_env_step": 1e3 * middle(traced, 1),
-        "cpu_ms_per_env_step_untraced": 1e3 * middle(untraced, 1),
-        "cpu_ratio": middle(traced, 1) / middle(untraced, 1),
+        "env_steps_per_s": speed,
+        "env_steps_per_s_untraced": speed_without,
+        "rate_ratio": speed / speed_without,
+        "cpu_ms_per_env_step": 1e3 * cpu,
+        "cpu_ms_per_env_step_untraced": 1e3 * cpu_without,
+        "cpu_ratio": cpu / cpu_without,
         "us_per_span": us,
         "meter_us": meter_us,
         "spans_per_s": every,
         "spans_per_s_busiest": busiest,
         "cost_fraction": us * 1e-6 * busiest,
-        "cost_fraction_of_cpu": us * 1e-6 * every / middle(traced, 2),
+        "cost_fraction_of_cpu": us * 1e-6 * every / load,
     }
 
 
 def measure(setting: str, ratio: str, iterations: int, repeats: int) -> list[dict]:
-    """One row per setting; an empty ratio and 0 iterations mean the setting's own, as on the
-    ladder.
+    """Measures every setting. Returns a row for each.
+
+    An empty ratio and 0 iterations mean the setting's own, as on the ladder.
     """
     meter_us, us = span_us(4 * repeats)
     print(f"a span takes {meter_us:.2f} us, recorded {us:.2f} us more", flush=True)
     rows = []
     for name in ("emulated", "embedded") if setting == "all" else ladder.SETTINGS[setting]:
-        real = ladder.REAL.get(name)
+        kind = ladder.COLUMNS.get(name) or ladder.REAL[name]
+        own = kind.ratio if name in ladder.REAL else "1:1"
         runs: dict[bool, list[Run]] = {True: [], False: []}
         for turn in range(2 * repeats):
-            trace = turn % 4 in (
-                0,
-                3,
-            )  # with, without, without, with, …: neither is always the first of a pair
-            count = iterations or (real[2] if real else ladder.COLUMNS[name].iterations)
-            runs[trace].append(run_once(name, ratio or (real[1] if real else "1:1"), count, trace))
-            speed, cpu, _ = rates(runs[trace][-1])
-            how = "with" if trace else "without"
-            print(
-                f"{name}, {how} trace: {speed:.0f} env steps/s, {1e3 * cpu:.3g} CPU ms per env "
-                "step",
-                flush=True,
-            )
+            # With, without, without, with, …: neither is always the first of a pair.
+            trace = turn % 4 in (0, 3)
+            run = run_once(name, ratio or own, iterations or kind.iterations, trace)
+            runs[trace].append(run)
+            speed, cpu, _ = rates(run)
+            how = f"{name}, {'with' if trace else 'without'} trace"
+            told = f"{speed:.0f} env steps/s, {1e3 * cpu:.3g} CPU ms per env step"
+            print(f"{how}: {told}", flush=True)
         rows.append(row(name, runs[True], runs[False], us, meter_us))
     return rows
