@@ -181,6 +181,7 @@ def train_micro_batch(
         found = target.sum(), target.square().sum(), error.sum(), error.square().sum()
         sums |= dict(zip(ERRORS, found, strict=True))
     (total / samples).backward()
+    entropy = out.get("entropy", torch.tensor(math.nan))  # not a number where nothing is learned
     return (
         sums
         | stats
@@ -188,7 +189,7 @@ def train_micro_batch(
         | {
             "loss_policy": loss.detach(),
             "loss_value": values.detach(),
-            "entropy_or_noise": out["entropy"].detach() * len(kept),
+            "entropy_or_noise": entropy.detach() * len(kept),
             "staleness": staleness.sum(),
             "staleness_max": staleness.max(),
         }
@@ -305,7 +306,7 @@ def save_checkpoint(
     """folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}: written beside, then renamed
     into place.
 
-    idle: the weights that `model` left out (`models.checkpoint.Part`).
+    idle: the weights that `model` left out (`models.formats.source.Part`).
     """
     path = folder / f"{state['version']:06d}"
     partial = folder / f".{path.name}.partial"
@@ -358,20 +359,20 @@ def run(
             "nccl" if device != "cpu" else "gloo", store=store, rank=rank, world_size=ranks
         )
     torch.manual_seed(config.train.seed)
-    build = models.load(config.train.model).build
-    model = build(config, spec, device, "training")
+    model = models.build(config, spec, device, "training")
     idle = {}
     if (
         rank == 0 and model.idle()
     ):  # a frozen VLM: no use for it here but to save it, so it stays in the host's memory
-        whole = build(config, spec, weights="idle").state_dict()
+        whole = models.build(config, spec, weights="idle").state_dict()
         idle = {name: tensor for name, tensor in whole.items() if name.startswith(model.idle())}
     trainable = model.trainable()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
+    critic = model.critic()
     groups = {False: [], True: []}
     for name, parameter in trainable.items():
-        groups[name.startswith("value_head")].append(parameter)
+        groups[name in critic].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": groups[False], "lr": actor.lr}, {"params": groups[True], "lr": actor.value_lr}],
         betas=(0.9, 0.95),
@@ -666,7 +667,9 @@ def iteration_metrics(
         "reward": sums["reward"] / actor.batch,
         "loss_policy": sums["loss_policy"] / n,
         "loss_value": sums["loss_value"] / n,
-        "entropy_or_noise": sums["entropy_or_noise"] / n if sums["samples"] else None,
+        "entropy_or_noise": None
+        if not sums["samples"] or math.isnan(sums["entropy_or_noise"])
+        else sums["entropy_or_noise"] / n,
         "approx_kl": sums["approx_kl"] / n,
         "clip_fraction": sums["clip_fraction"] / n,
         "ratio_max": maxima["ratio_max"],

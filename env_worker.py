@@ -226,9 +226,7 @@ def run(
     generation = int(meter.counters.get(meter.row, "restarts"))
     grouped = config.train.algorithm == "grpo"  # then a trajectory is one episode
     segment = pool["actions"].shape[1]  # T
-    preparation = models.files(config.train.model).preparation(
-        header, str(config.train.tokenizer or "")
-    )
+    preparation = models.preparation(config.train.model, header, str(config.train.tokenizer or ""))
     actions, reward, terminated, truncated, collected = (
         pool.arrays[n] for n in ("actions", "reward", "terminated", "truncated", "collected")
     )

@@ -210,9 +210,9 @@ def main(config: EvaluateConfig) -> dict:
     run = checkpoint.run_of(path)
     tasks = tuple(filter(None, (config.suite, *config.tasks))) or tasks_of(run, config.env)
     spec = envs.load(config.env).spec(tasks, config.image_size or checkpoint.frame_size(path))
-    model = models.load(family).build(settings, spec, device).eval()
+    model = models.build(settings, spec, device).eval()
     tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, embedded_files(family)[1])
-    preparation = models.files(family).preparation(model.header, tokenizer)
+    preparation = models.preparation(family, model.header, tokenizer)
     print(f"{path}: {config.episodes} episodes of {config.env}", flush=True)
     outcomes, films = run_episodes(model, spec, preparation, config, settings.rollout.chunk, device)
 

@@ -35,7 +35,7 @@ from channel import (
     synchronize,
 )
 from config import Config
-from models import compiled
+from models import compiled, contract
 from scheduler import Admission, DynamicBatcher
 
 
@@ -156,6 +156,7 @@ def serve(
         return {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
 
     out = model.act(to(obs), to(noise))
+    contract.check_acted(model, out, size(n))
 
     def of(*kinds):
         return [i for i, r in enumerate(samples) if r.kind in kinds]
@@ -194,7 +195,7 @@ def run(
     if device != "cpu":
         torch.cuda.set_device(device)
         pool.pin()
-    model = models.load(config.train.model).build(config, spec, device).eval()
+    model = models.build(config, spec, device).eval()
     fetcher = WeightFetcher(plane, model.trainable(), config.train.timeout_s)
     compiles = model.COMPILED and (
         device != "cpu" if config.rollout.compile is None else config.rollout.compile

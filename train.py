@@ -60,7 +60,7 @@ from config import (
     to_json,
     validate,
 )
-from models import checkpoint, untrained
+from models import checkpoint, contract, untrained
 from processes import Crew, Job, WorkerFailed, note_interrupts
 from scheduler import Admission, Placement, divide
 
@@ -236,15 +236,15 @@ def prepare(config: Config) -> Setup:
     config.train.checkpoint = saved_checkpoint
     saved = to_json(config)
     config.train.checkpoint = now
-    model = models.load(name).build(config, spec, weights="none")
-    preparation = models.files(name).preparation(model.header, str(config.train.tokenizer or ""))
+    model = models.build(config, spec, weights="none")
+    preparation = models.preparation(name, model.header, str(config.train.tokenizer or ""))
     nothing = (
         np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8),
         np.zeros(spec.state_dim, np.float32),
     )
     # pictures, states or prompts that do not suit the model are better named now than by a worker
     for prompt in spec.prompts:
-        preparation.observe(*nothing, prompt)
+        contract.check_observed(model, preparation.observe(*nothing, prompt))
     on_gpu: tuple[str, ...] = ()
     # what a vectorised simulator draws on a GPU stays there, if the model takes pictures as they
     # are

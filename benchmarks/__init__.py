@@ -63,8 +63,7 @@ def random_model(name: str, size: str, device: str, dtype: torch.dtype, **change
     )  # any vocabulary will do
     shape = small.config
     if size == "full":
-        full = models.load(name).FULL
-        shape = full[name] if isinstance(full, dict) else full
+        shape = models.load(name).FULL[name]
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # a full model in fp32 first would take twice the memory

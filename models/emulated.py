@@ -22,6 +22,9 @@ COSTS = {
 }  # of a simulator; emulated.py's for all others
 
 
+FORMATS = None  # nothing of it lies on disk
+
+
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     costs = COSTS.get(config.train.env, emulated)
@@ -59,6 +62,7 @@ class Preparation:
 
 class Emulated(nn.Module):
     COMPILED = ()
+    config = None
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
     def __init__(
@@ -102,14 +106,13 @@ class Emulated(nn.Module):
         n = len(batch["actions"])
         wait(n * self.train_each)
         zero = self.action.sum() * 0.0
-        return {
-            "logprob": zero.expand(n, *self.action.shape),
-            "value": zero.expand(n),
-            "entropy": zero,
-        }
+        return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n)}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())
+
+    def critic(self) -> dict[str, nn.Parameter]:
+        return {}
 
     def idle(self) -> tuple[str, ...]:
         return ()

@@ -26,6 +26,7 @@ from algorithms import AdvantageScale, gae
 from channel import SlotPool
 from config import Config
 from models import checkpoint
+from models.formats import source
 from streamer import Streamer
 
 BATCH = 8
@@ -498,7 +499,7 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     state = json.loads((path / "state.json").read_text())
     assert state["version"] == 3 and AdvantageScale(**state["scale"]) == AdvantageScale(0.8, 0.25)
     other = tiny_pi()
-    checkpoint.load_source(other, path, checkpoint.ours(other.state_dict()), "cpu", None)
+    source.load(other, path, checkpoint.own(path, other), "cpu", None)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )

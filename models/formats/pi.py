@@ -1,5 +1,5 @@
-"""π0 and π0.5 as they lie on users' disks: names of weights, statistics, prompts, images, actions;
-and the parity check.
+"""π0 and π0.5 as they lie on users' disks: names of weights, statistics, prompts; and the parity
+check.
 
     layout    weights                                         statistics
     openpi    model.safetensors (examples/convert_jax_…)      assets/…/norm_stats.json
@@ -7,9 +7,7 @@ and the parity check.
     lerobot   model.safetensors, every key behind "model."    policy_preprocessor.json,
               policy_postprocessor.json + safetensors
 
-`Preparation` stands between a simulator and the model: observations in, actions out, from the
-statistics that a checkpoint ships. Sources: openpi src/openpi/{transforms.py, models/tokenizer.py,
-policies/libero_policy.py, shared/image_tools.py} and openpi_client/image_tools.py; LeRobot
+Sources: openpi src/openpi/{transforms.py, models/tokenizer.py, policies/libero_policy.py}; LeRobot
 policies/{pi0, pi05}/processor_*.py and processor/normalize_processor.py. Left out: augmentation,
 LoRA and FAST checkpoints, real-time chunking, robots other than those whose state the caller lays
 out.
@@ -17,134 +15,77 @@ out.
 
 import math
 from dataclasses import replace
-from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError
-from models import checkpoint, tokenize
-from models.checkpoint import Source, Stored
-from models.flow import normal_logprob
-from models.pi import SMALL, Pi, PiConfig, bounded, denoise_times, flow_sde_step, ode_step
+from models import tokenize
+from models.checkpoint import Header
+from models.flow import flow_sde_step, normal_entropy, normal_logprob, ode_step
+from models.formats import pictures, source
+from models.formats.names import Rules, siglip
+from models.formats.preparation import PreparationBase, padded
+from models.formats.source import Found, Source, Stored, read_json, understood
+from models.pi import SMALL, Pi, PiConfig, bounded, denoise_times
+
+MARKS = ("paligemma_with_expert.",)
 
 # ---------------------------------------------------------------- names of weights
 
 VLM = "paligemma_with_expert.paligemma.model."
 EXPERT = "paligemma_with_expert.gemma_expert.model."
+VISION = VLM + "vision_tower.vision_model"
 # openpi ties it to the embedding and saves it under this name alone
 LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
 EMBEDDING = VLM + "language_model.embed_tokens.weight"  # LeRobot unties them and reads this one
 UNUSED = (
     # the expert predicts no words
     r"(model\.)?paligemma_with_expert\.gemma_expert\.lm_head\.weight",
-    r"noise_head\.logvar_(min|max)",  # constants of Flow-Noise: PiConfig.noise_range
+    # Flow-Noise's network, for a model without one; its `logvar_*` are PiConfig.noise_range
+    r"noise_head\..*",
+)
+NETWORK: Rules = (
+    (r"vision\.projector\.(.*)", VLM + r"multi_modal_projector.linear.\1"),
+    *siglip(VISION),
+    (r"language\.(\d+)\.([qkvo]_proj.*)", VLM + r"language_model.layers.\1.self_attn.\2"),
+    (r"language\.(\d+)\.(.*)", VLM + r"language_model.layers.\1.\2"),
+    (r"language_norm\.(.*)", VLM + r"language_model.norm.\1"),
+    (r"expert\.(\d+)\.([qkvo]_proj.*)", EXPERT + r"layers.\1.self_attn.\2"),
+    (r"expert\.(\d+)\.(.*)", EXPERT + r"layers.\1.\2"),
+    (r"expert_norm\.(.*)", EXPERT + r"norm.\1"),
+    (r"(action|time|state)_.*", r"\g<0>"),
+)
+# RLinf's heads. Its Flow-Noise keeps no activations in the list, so places count half.
+VALUE: Rules = ((r"value_head\.(.*)", r"value_head.mlp.\1"),)
+NOISE: Rules = tuple(
+    (rf"noise_head\.{2 * i}\.(.*)", rf"noise_head.mlp_logvar.moduleList.{i}.linear_1.\1")
+    for i in range(10)
 )
 
 
-def names(
-    c: PiConfig, prefix: str, embedding: str, value: bool, noise: bool
-) -> dict[str, str | tuple[str, ...]]:
-    """Our parameter → their key, or keys whose tensors stand in ours one below the other. value,
-    noise: with RLinf's heads.
-    """
-    vision = VLM + "vision_tower.vision_model."
-    table = {}
-
-    def put(ours: str, *theirs: str, leaves: tuple[str, ...] = ("weight", "bias")) -> None:
-        for leaf in leaves:
-            keys = tuple(f"{prefix}{key}.{leaf}" for key in theirs)
-            table[f"{ours}.{leaf}"] = keys if len(keys) > 1 else keys[0]
-
-    def decoder(ours: str, theirs: str, adaptive: bool) -> None:
-        for i in range(c.depth):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                rms(f"{ours}.{i}.{norm}", f"{theirs}layers.{i}.{norm}", adaptive)
-            for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                put(
-                    f"{ours}.{i}.{part}", f"{theirs}layers.{i}.self_attn.{part}", leaves=("weight",)
-                )
-            for part in ("gate_proj", "up_proj", "down_proj"):
-                put(f"{ours}.{i}.mlp.{part}", f"{theirs}layers.{i}.mlp.{part}", leaves=("weight",))
-        rms(f"{ours}_norm", f"{theirs}norm", adaptive)
-
-    def rms(ours: str, theirs: str, adaptive: bool) -> None:
-        if adaptive:
-            put(f"{ours}.dense", f"{theirs}.dense")
-        else:
-            put(ours, theirs, leaves=("weight",))
-
-    put("vision.patch_embedding", vision + "embeddings.patch_embedding")
-    table["vision.position_embedding"] = f"{prefix}{vision}embeddings.position_embedding.weight"
-    for i in range(c.vision_depth):
-        ours = f"vision.layers.{i}"
-        theirs = f"{vision}encoder.layers.{i}"
-        put(f"{ours}.layer_norm1", f"{theirs}.layer_norm1")
-        put(f"{ours}.layer_norm2", f"{theirs}.layer_norm2")
-        put(
-            f"{ours}.qkv",
-            *(f"{theirs}.self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj")),
-        )
-        put(f"{ours}.out_proj", f"{theirs}.self_attn.out_proj")
-        put(f"{ours}.fc1", f"{theirs}.mlp.fc1")
-        put(f"{ours}.fc2", f"{theirs}.mlp.fc2")
-    put("vision.post_layernorm", vision + "post_layernorm")
-    put("vision.projector", VLM + "multi_modal_projector.linear")
-    table["embed_tokens.weight"] = prefix + embedding
-    decoder("language", VLM + "language_model.", False)
-    decoder("expert", EXPERT, c.pi05)
-    time = (
-        ("time_mlp_in", "time_mlp_out")
-        if c.pi05
-        else ("state_proj", "action_time_mlp_in", "action_time_mlp_out")
-    )
-    for part in ("action_in_proj", "action_out_proj", *time):
-        put(part, part)
-    for i in range(len(c.value_widths) + 1 if value else 0):
-        put(f"value_head.{2 * i}", f"value_head.mlp.{2 * i}")
-    for i in range(len(c.noise_widths) + 1 if noise else 0):
-        put(f"noise_head.{2 * i}", f"noise_head.mlp_logvar.moduleList.{i}.linear_1")
-    return table
-
-
-def source(
-    prefix: str = "", value: bool = False, noise: bool = False, lerobot: bool = False
-) -> Source:
-    first, other = (EMBEDDING, LM_HEAD) if lerobot else (LM_HEAD, EMBEDDING)
-    table = partial(names, prefix=prefix, embedding=first, value=value, noise=noise)
-    return Source(table, UNUSED, ((prefix + first, prefix + other),))
+def layout(embedding: str, alias: str, heads: Rules = (), prefix: str = "") -> Source:
+    """embedding: the key that is read; alias: the other name of the same tensor."""
+    rules = ((r"embed_tokens\.weight", embedding), *NETWORK, *heads)
+    return Source(rules, UNUSED, ((prefix + embedding, prefix + alias),), prefix)
 
 
 SOURCES = {
-    "openpi": source(),
-    "rlinf": source(value=True),
-    "rlinf_noise": source(value=True, noise=True),
-    "lerobot": source("model.", lerobot=True),
-    "lerobot_base": source(lerobot=True),  # as lerobot/pi0_base is stored
+    "openpi": layout(LM_HEAD, EMBEDDING),
+    "rlinf": layout(LM_HEAD, EMBEDDING, VALUE),
+    "rlinf_noise": layout(LM_HEAD, EMBEDDING, VALUE + NOISE),
+    "lerobot": layout(EMBEDDING, LM_HEAD, prefix="model."),
+    "lerobot_base": layout(EMBEDDING, LM_HEAD),  # as lerobot/pi0_base is stored
 }
 
 
-def source_of(layout: str, c: PiConfig) -> Source:
-    """As `SOURCES[layout]`, but a noise network in the file is left alone by a model without
-    one.
-    """
-    if layout != "rlinf_noise" or c.noise == "network":
-        return SOURCES[layout]
-    plain = SOURCES["rlinf"]
-    return plain._replace(unused=(*plain.unused, r"noise_head\..*"))
-
-
-def save(model: Pi, folder: str | Path, like: str | Path) -> None:
-    """A trained policy in the layout of the checkpoint `like` that it began from, for the original
-    tools to load.
-    """
-    layout = which(like, checkpoint.layout(like))
-    checkpoint.save_source(model, folder, source_of(layout, model.config), like)
+def save(model: Pi, folder: Path, like: Path) -> None:
+    """Writes a trained policy in the layout of the checkpoint `like` that it began from."""
+    source.save(model, folder, SOURCES[which(like, source.layout(like))], like)
 
 
 def which(path: str | Path, stored: dict[str, Stored]) -> str:
@@ -184,7 +125,7 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
     Neither tells the heads of the image tower where config.json is silent: SigLIP's are 72 wide.
     """
     prefix = "model." if which(path, stored) == "lerobot" else ""
-    vision = VLM + "vision_tower.vision_model."
+    vision = VISION + "."
     language = VLM + "language_model.layers."
     expert = EXPERT + "layers."
 
@@ -259,21 +200,17 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
     return PiConfig(**shape | {"sde_steps": shape["denoise_steps"]})
 
 
-def published(
-    path: Path, family: str, chosen: dict, config, env_spec
-) -> tuple[PiConfig, Source, dict]:
-    """Shape, names and statistics of another project's checkpoint, for `models.pi.build`. Raises
-    UserError.
+def published(path: Path, family: str, config, spec) -> Found:
+    """What another project's checkpoint says of itself, made to fit the run. Raises UserError.
 
     The simulator may show pictures of another size: `Preparation` resizes them.
     """
     folder = path if path.is_dir() else path.parent
-    stored = checkpoint.layout(path)
-    layout = which(path, stored)
-    says = (
-        checkpoint.read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    )
-    with checkpoint.understood(folder / "config.json"):
+    stored = source.layout(path)
+    kind = which(path, stored)
+    file = folder / "config.json"
+    says = read_json(file) if file.is_file() else {}
+    with understood(file):
         shape = shape_of(path, stored, says)
     if shape.pi05 != (family == "pi05"):
         has = "pi05" if shape.pi05 else "pi0"
@@ -282,17 +219,21 @@ def published(
         )
     for what, wanted, most in (
         ("actions per inference (--chunk)", config.rollout.chunk, shape.chunk),
-        ("action dimensions", env_spec.action_dim, shape.action_dim),
-        ("cameras", env_spec.views, 3),
+        ("action dimensions", spec.action_dim, shape.action_dim),
+        ("cameras", spec.views, 3),
     ):
-        with checkpoint.understood(folder / "config.json"):
+        with understood(file):
             if wanted > most:
                 raise UserError(
                     f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
                 )
-    executed = {"executed_steps": config.rollout.chunk, "executed_dims": env_spec.action_dim}
-    shape = replace(shape, views=env_spec.views, **executed, **chosen)
-    if layout.startswith("lerobot"):
+    shape = replace(
+        shape,
+        views=spec.views,
+        executed_steps=config.rollout.chunk,
+        executed_dims=spec.action_dim,
+    )
+    if kind.startswith("lerobot"):
         stats = read_processors(folder)
     else:
         stats = read_norm_stats(
@@ -302,28 +243,24 @@ def published(
             config.train.statistics,
             says.get("discrete_state_input"),
         )
-    dims = {
-        name: len(next((x for x in stats[name].values() if isinstance(x, list)), []))
-        for name in ("state", "actions")
-    }
-    for name, has, fits in (  # 0: not normalised; statistics may be padded, to 32 for instance
-        (
-            "state",
-            env_spec.state_dim,
-            dims["state"] in (0, env_spec.state_dim) or dims["state"] >= 14,
-        ),
-        (
-            "actions",
-            env_spec.action_dim,
-            dims["actions"] == 0 or dims["actions"] >= env_spec.action_dim,
-        ),
+    # None: not normalised. Statistics may be padded, to 32 for instance.
+    state = dimensions(stats["state"])
+    actions = dimensions(stats["actions"])
+    for name, has, wanted, fits in (
+        ("state", state, spec.state_dim, state in (None, spec.state_dim) or state >= 14),
+        ("actions", actions, spec.action_dim, actions is None or actions >= spec.action_dim),
     ):
         if not fits:
             raise UserError(
-                f"the statistics of checkpoint {path} are of {dims[name]} dimensions of {name}, "
-                f"the simulator has {has}"
+                f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the "
+                f"simulator has {wanted}"
             )
-    return shape, source_of(layout, shape), stats
+    return Found(shape, SOURCES[kind], stats)
+
+
+def dimensions(stats: dict) -> int | None:
+    """Dimensions that statistics of `normalise` are of, or None."""
+    return next((len(x) for x in stats.values() if isinstance(x, list)), None)
 
 
 # ---------------------------------------------------------------- statistics
@@ -351,7 +288,7 @@ def read_norm_stats(
             f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has "
             f"{what}; choose with --statistics"
         )
-    stats = checkpoint.read_json(found[0]).get("norm_stats", {})
+    stats = read_json(found[0]).get("norm_stats", {})
     places = {env, *str(found[0].relative_to(folder).parent).lower().replace("_", "/").split("/")}
     libero = "libero" in places
     simulated = bool(places & {"libero", "metaworld", "maniskill", "robocasa"})
@@ -360,7 +297,7 @@ def read_norm_stats(
     needed = ("q01", "q99") if pi05 else ("mean", "std")
     kinds = {}
     for name in ("state", "actions"):
-        with checkpoint.understood(found[0]):
+        with understood(found[0]):
             values = stats.get(name, {})
             if any(values.get(key) is None for key in needed):
                 raise UserError(
@@ -385,10 +322,10 @@ def read_processors(folder: Path) -> dict:
         ("state", "policy_preprocessor.json", "normalizer_processor", "observation.state", "STATE"),
         ("actions", "policy_postprocessor.json", "unnormalizer_processor", "action", "ACTION"),
     ):
-        with checkpoint.understood(folder / file):
+        with understood(folder / file):
             by_name = {
                 step.get("registry_name"): step
-                for step in checkpoint.read_json(folder / file).get("steps", [])
+                for step in read_json(folder / file).get("steps", [])
             }
             relative = (
                 by_name.get("relative_actions_processor", {}).get("config", {}).get("enabled")
@@ -492,133 +429,30 @@ def prompt(task: str, state: np.ndarray | None, layout: str = "openpi") -> tuple
     return clean(task), "\n"
 
 
-def encode(tokenizer, texts: tuple[str, ...], length: int) -> np.ndarray:
-    """Token ids [length] int32: BOS, the texts, padding. Raises UserError when they do not fit."""
-    ids = [tokenizer.bos_id(), *(token for text in texts for token in tokenizer.encode(text))]
-    if len(ids) > length:
-        raise UserError(
-            f"the prompt {''.join(texts)!r} needs {len(ids)} tokens and the model has room for "
-            f"{length}: give --tokens"
-        )
-    return np.array(ids + [tokenize.PAD] * (length - len(ids)), np.int32)
-
-
-# ---------------------------------------------------------------- images
-
-
-def fitted(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width of a picture scaled to touch the sides of a square of `size`."""
-    ratio = max(width / size, height / size)
-    return int(height / ratio), int(width / ratio)
-
-
-@lru_cache
-def triangle_weights(old: int, new: int) -> np.ndarray:
-    """Pillow's bilinear filter as a matrix [new, old] of whole multiples of 2⁻²² (Pillow
-    src/libImaging/Resample.c).
-    """
-    scale = old / new
-    reach = max(scale, 1.0)  # a smaller picture averages over the pixels it merges
-    weights = np.zeros((new, old))
-    for i in range(new):
-        centre = (i + 0.5) * scale
-        first = max(0, int(centre - reach + 0.5))
-        last = min(old, int(centre + reach + 0.5))
-        w = np.maximum(0.0, 1.0 - np.abs((np.arange(first, last) - centre + 0.5) / reach))
-        weights[i, first:last] = np.floor(w / w.sum() * 2**22 + 0.5)
-    return weights
-
-
-def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
-    """image [H, W, 3] uint8 → [size, size, 3] uint8, centred on black: openpi's, bit for bit,
-    without Pillow.
-
-    First across, then down, rounded to 8 bits after each: sums of products below 2³¹, exact in
-    fp64.
-    """
-    if image.shape[:2] == (size, size):
-        return image
-    height, width = fitted(*image.shape[:2], size)
-
-    def along(x: np.ndarray, new: int) -> np.ndarray:  # [n, old, 3] → [n, new, 3]
-        if x.shape[1] == new:
-            return x
-        sums = np.einsum(
-            "ab,nbc->nac", triangle_weights(x.shape[1], new), x.astype(np.float64), optimize=True
-        )
-        return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255).astype(np.uint8)
-
-    small = along(along(image, width).transpose(1, 0, 2), height).transpose(1, 0, 2)
-    out = np.zeros((size, size, 3), np.uint8)
-    top = (size - height) // 2
-    left = (size - width) // 2
-    out[top : top + height, left : left + width] = small
-    return out
-
-
-def resize_torch(image: Tensor, size: int, black: float) -> Tensor:
-    """image [n, H, W, 3] fp32 in [black, 1] → [n, size, size, 3], openpi's resize_with_pad_torch
-    (black −1) and LeRobot's (0).
-    """
-    height, width = fitted(*image.shape[1:3], size)
-    small = F.interpolate(
-        image.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
-    )
-    top = (size - height) // 2
-    left = (size - width) // 2
-    sides = (left, size - width - left, top, size - height - top)
-    return F.pad(small.clamp(black, 1.0), sides, value=black).permute(0, 2, 3, 1)
-
-
 # ---------------------------------------------------------------- between simulator and model
 
 
-class Preparation:
-    """Observations to what `Pi.act` reads, and its actions to what the robot executes.
+class Preparation(PreparationBase):
+    """stats: `read_norm_stats`, `read_processors`, or the two quantiles of our own small models.
 
-    stats: `read_norm_stats`, `read_processors`, or the two quantiles of our own small models.
+    A camera that the robot lacks is left out (`PiConfig.views`), which equals masking it. LeRobot
+    keeps a resized picture in fp32; here it is rounded to 8 bits, at most 0.004 off.
     """
 
-    def __init__(self, config: PiConfig, stats: dict, tokenizer):
-        self.config = config
-        self.stats = stats
-        self.tokenizer = tokenizer
-        self.own = "state_low" in stats
-        self.layout = stats.get("layout", "own")
-
-    def observe(self, images: np.ndarray, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
-        """images [V, H, W, 3] uint8, state [S], task → image [V, size, size, 3] uint8, tokens [L]
-        int32, for π0 state [32] fp32.
-
-        A camera that the robot lacks is left out (`PiConfig.views`), which equals masking it.
-        LeRobot keeps a resized picture in fp32; here it is rounded to 8 bits, at most 0.004 off.
-        Raises UserError.
-        """
+    def words(self, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
+        """tokens [L] int32, for π0 state [S'] fp32, padded."""
         c = self.config
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or images.shape[0] != c.views
-            or images.shape[3] != 3
-        ):
-            raise UserError(
-                f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
-                "height, width, 3] uint8"
-            )
-        if not np.isfinite(state).all():
-            raise UserError(
-                "the state of the robot is not a number in dimension "
-                f"{int(np.argmin(np.isfinite(state)))}: {state}"
-            )
         if self.own:
-            normal = tokenize.normalise(
-                state, np.array(self.stats["state_low"]), np.array(self.stats["state_high"])
-            )
+            ends = (np.array(self.stats[f"state_{end}"]) for end in ("low", "high"))
+            normal = tokenize.normalise(state, *ends)
             texts = (tokenize.prompt(task, normal),) if c.pi05 else prompt(task, None)
         else:
             normal = normalise(state, self.stats["state"])
             texts = prompt(task, normal if self.stats["prompt"] == "state" else None, self.layout)
-        out = {"image": self.resize(images), "tokens": encode(self.tokenizer, texts, c.tokens)}
+        ids = [self.tokenizer.bos_id()]
+        for text in texts:
+            ids += self.tokenizer.encode(text)
+        out = {"tokens": padded(ids, c.tokens, tokenize.PAD, "".join(texts))}
         if not c.pi05:
             if len(normal) > c.state_dim:
                 raise UserError(
@@ -632,14 +466,11 @@ class Preparation:
         if images.shape[1:3] == (size, size):
             return images
         if self.layout != "lerobot":
-            return np.stack([resize_pil(image, size) for image in images])
-        pixels = resize_torch(torch.from_numpy(images).float() / 255.0, size, 0.0)
+            return np.stack([pictures.resize_pil(image, size) for image in images])
+        pixels = pictures.resize_torch(torch.from_numpy(images).float() / 255.0, size, 0.0)
         return pixels.mul(255.0).round().to(torch.uint8).numpy()
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """What the model returned [C, A] → what the robot executes [C, A]; state [S] as the
-        simulator gave it.
-        """
         if self.own:
             return actions
         out = normalise(actions, self.stats["actions"], inverse=True)
@@ -649,11 +480,10 @@ class Preparation:
         return out.astype(np.float32)
 
 
-def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:
+def preparation(header: Header, tokenizer: str) -> Preparation:
     c = PiConfig(**header.shape)
-    return Preparation(
-        c, header.stats, tokenize.load_for(tokenizer, int(0.95 * c.vocabulary), c.vocabulary)
-    )  # published: padded
+    least = int(0.95 * c.vocabulary)  # the table of a published model is padded
+    return Preparation(c, header.stats, tokenize.load_for(tokenizer, least, c.vocabulary))
 
 
 def wording(task: str) -> str:
@@ -673,15 +503,14 @@ def parity(folder: Path) -> dict[str, Tensor]:
     outputs.safetensors.
     """
     file = folder / "weights.safetensors"
-    stored = checkpoint.layout(file)
-    source = SOURCES[which(file, stored)]
-    c = shape_of(file, stored, checkpoint.read_json(folder / "config.json"))
-    with torch.device("meta"), checkpoint.Uninitialised():
-        model = Pi(c)
+    stored = source.layout(file)
+    weights = SOURCES[which(file, stored)]
+    c = shape_of(file, stored, read_json(folder / "config.json"))
+    model = source.sketch(Pi, c)
     model.value_head.to_empty(
         device="cpu"
     )  # in case the folder has none; then nothing asks for a value
-    checkpoint.load_source(model, file, source, "cpu", torch.float32)
+    source.load(model, file, weights, "cpu", torch.float32)
     given = load_file(folder / "inputs.safetensors")
     image = given["images"].permute(0, 1, 3, 4, 2)
     tokens = given["lang_tokens"]
@@ -727,9 +556,7 @@ def parity(folder: Path) -> dict[str, Tensor]:
             out[f"{name}.logprob"] = normal_logprob(
                 crop(given[f"{name}.x_next"]), crop(mean), crop(std)
             ).sum((1, 2))
-            out[f"{name}.entropy"] = (
-                crop(std).log() + 0.5 * math.log(2.0 * math.pi * math.e)
-            ).mean()
+            out[f"{name}.entropy"] = normal_entropy(crop(std))
     actions = given["actions"]
     noise = given["noise"]
     t = given["time"][:, None, None]
@@ -738,4 +565,4 @@ def parity(folder: Path) -> dict[str, Tensor]:
     out["loss_each"] = (velocity - (noise - actions)).square()
     out["loss"] = model.imitation_loss(cache, real, actions, given["time"], noise, state)
     out["loss"].backward()
-    return {name: x.detach() for name, x in out.items()} | checkpoint.gradients(model, file, source)
+    return {name: x.detach() for name, x in out.items()} | source.gradients(model, file, weights)
