@@ -29,7 +29,6 @@ FILES = {
     "preparation": "(header, tokenizer) → what stands between simulator and model",
     "embedded": "(family, tokenizer) → the small model with random weights",
     "wording": "(task) → the words that the embedded vocabulary must hold",
-    "parity": "(folder) → {name: tensor}, to compare with the original's",
 }
 NETWORK = {
     "HEADS": "names of the modules that reinforcement learning adds, which a file may lack",

@@ -47,11 +47,8 @@ class OftConfig:
     patch: int = 8  # pixels; 14
     # keep the middle 0.9 of the area and resize it back; True, as at the originals' evaluation
     center_crop: bool = False
-    dino_mean: tuple[float, ...] = (
-        0.484375,
-        0.455078125,
-        0.40625,
-    )  # ImageNet's, rounded to bf16 as in preprocessor_config.json
+    # ImageNet's, rounded to bf16 as in preprocessor_config.json
+    dino_mean: tuple[float, ...] = (0.484375, 0.455078125, 0.40625)
     dino_std: tuple[float, ...] = (0.228515625, 0.2236328125, 0.224609375)
     dino_width: int = 64  # 1024
     dino_depth: int = 2  # 23: the tower has 24 blocks and the output of the 23rd is read
@@ -84,9 +81,8 @@ class OftConfig:
     stop_token: bool = True
     temperature: float = 1.0  # 1.6 in RLinf's LIBERO recipes
     value_widths: tuple[int, ...] = (128, 64)  # (512, 128)
-    train: Literal["lora", "full"] = (
-        "lora"  # what reinforcement learning updates, beside the value head
-    )
+    # what reinforcement learning updates, beside the value head
+    train: Literal["lora", "full"] = "lora"
     lora_rank: int = 32
 
     @property

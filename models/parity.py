@@ -3,8 +3,8 @@
     python -m models.parity FOLDER
 
 The folder holds config.json (with "family"), weights.safetensors under the original's names,
-inputs.safetensors and outputs.safetensors. The family's `parity(folder)` returns what it makes of
-them; here every output is compared. One line each; exit status 1 if any misses, 2 if the folder
+inputs.safetensors and outputs.safetensors. `originals.py` says what our code makes of them;
+here every output is compared. One line each; exit status 1 if any misses, 2 if the folder
 cannot be read. Left out: preprocessing.json, whose cases the tests go through.
 """
 
@@ -18,10 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import models
+from benchmarks.originals import OUTPUTS
 from config import UserError, exit_on_user_error
 
-FAMILIES = [name for name in models.MODELS if name != "emulated"]
 BOUND = 1e-4  # absolute; for `grad.*` relative to the largest element of the reference
 
 
@@ -32,16 +31,16 @@ class Line(NamedTuple):
 
 
 def family(folder: Path):
-    """The module that reads a reference folder. Raises UserError."""
+    """The function that reads a reference folder. Raises UserError."""
     try:
         name = json.loads((folder / "config.json").read_text()).get("family")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
-    if name not in FAMILIES:
+    if name not in OUTPUTS:
         raise UserError(
-            f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}"
+            f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(OUTPUTS)}"
         )
-    return models.files(name)
+    return OUTPUTS[name]
 
 
 def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line]:
@@ -63,7 +62,7 @@ def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line
 def check(folder: Path) -> list[Line]:
     try:
         reference = load_file(folder / "outputs.safetensors")
-        return compare(family(folder).parity(folder), reference)
+        return compare(family(folder)(folder), reference)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {folder}: {error}") from None
     except KeyError as error:

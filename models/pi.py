@@ -32,7 +32,18 @@ from torch import Tensor, nn
 
 from config import UserError
 from models.flow import FlowPolicy, Shape, ode_step
-from models.layers import Siglip, frequencies, mlp, rotary, rotate, scaled, silent, wide
+from models.layers import (
+    Siglip,
+    frequencies,
+    join_heads,
+    mlp,
+    rotary,
+    rotate,
+    scaled,
+    silent,
+    split_heads,
+    wide,
+)
 from models.tokenize import PAD
 
 
@@ -70,18 +81,14 @@ class PiConfig:
     denoise_steps: int = 4  # N
     noise: Literal["sde", "network"] = "sde"  # Flow-SDE or Flow-Noise
     noise_level: float = 1.0  # a of Flow-SDE; 0.5
-    noise_range: tuple[float, float] = (
-        0.08,
-        0.16,
-    )  # Flow-Noise: bounds of the standard deviation (RLinf)
+    noise_range: tuple[float, float] = (0.08, 0.16)  # of Flow-Noise's deviation (RLinf)
     noise_widths: tuple[int, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
     sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one
     train_vlm: bool = False  # False: reinforcement learning updates only expert and heads
     # with the VLM frozen: slots keep keys and values; False recomputes them, for want of memory
     cache_prefix: bool = True
-    prefix_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of a frozen VLM's weights and of the stored keys and values
-    )
+    # of a frozen VLM's weights and of the stored keys and values
+    prefix_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def played(self) -> tuple[int, int]:
@@ -127,6 +134,8 @@ PI0_FULL = replace(
 )
 SMALL = {"pi0": PI0_SMALL, "pi05": PiConfig()}
 FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
+
+
 # ---------------------------------------------------------------- blocks, bottom up
 
 
@@ -144,9 +153,8 @@ class RMSNorm(nn.Module):
             nn.init.zeros_(self.dense.weight)
             nn.init.zeros_(self.dense.bias)
             with torch.no_grad():
-                self.dense.bias[2 * width :] = (
-                    1.0  # gates start open: at small width this trains in minutes, not hours
-                )
+                # Gates start open: at small width this trains in minutes, not hours.
+                self.dense.bias[2 * width :] = 1.0
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         dtype = x.dtype
@@ -179,19 +187,11 @@ class GemmaLayer(nn.Module):
     own.
     """
 
-    def __init__(
-        self,
-        width: int,
-        mlp: int,
-        heads: int,
-        head_dim: int,
-        condition: int | None = None,
-        kv_heads: int = 1,
-    ):
+    def __init__(self, width, mlp, heads, head_dim, condition=None, kv_heads=1):
+        """condition: width of what adaRMS is conditioned on, if it is that."""
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = head_dim
         self.input_layernorm = RMSNorm(width, condition)
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
@@ -204,23 +204,19 @@ class GemmaLayer(nn.Module):
         """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x
         and this layer's own keys and values [n, 2·kv, S, d].
         """
-        n, length, _ = x.shape
         h, gate = self.input_layernorm(x, condition)
-        q = self.q_proj(h).view(n, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
+        k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
+        v = split_heads(self.v_proj(h), self.kv_heads)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
         # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv,
         # heads/kv·S, d].
-        folded = q.reshape(n, self.kv_heads, -1, self.head_dim)
+        folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])
         keys = both[:, : self.kv_heads]
         values = both[:, self.kv_heads :]
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        out = out.view(n, self.heads, length, self.head_dim).transpose(1, 2).reshape(n, length, -1)
-        x = gated(x, self.o_proj(out), gate)
+        x = gated(x, self.o_proj(join_heads(out.view(q.shape))), gate)
         h, gate = self.post_attention_layernorm(x, condition)
         return gated(x, self.mlp(h), gate), own
 
@@ -251,9 +247,8 @@ class Pi(FlowPolicy):
         c = config
         self.prefix_length = c.views * (c.image_size // c.patch) ** 2 + c.tokens  # P
         self.vision = VisionTower(c)
-        self.embed_tokens = nn.Embedding(
-            c.vocabulary, c.width, padding_idx=PAD
-        )  # padding learns nothing, as in the original
+        # Padding learns nothing, as in the original.
+        self.embed_tokens = nn.Embedding(c.vocabulary, c.width, padding_idx=PAD)
         nn.init.normal_(self.embed_tokens.weight, std=c.width**-0.5)
         self.language = nn.ModuleList(
             GemmaLayer(c.width, c.mlp, c.heads, c.head_dim, kv_heads=c.kv_heads)
@@ -332,10 +327,8 @@ class Pi(FlowPolicy):
 
     def real(self, tokens: Tensor) -> Tensor:
         """Which prefix positions are not padding: [n, P] bool."""
-        pictures = tokens.new_ones(
-            tokens.shape[0], self.prefix_length - tokens.shape[1], dtype=torch.bool
-        )
-        return torch.cat([pictures, tokens != PAD], dim=1)
+        pictures = self.prefix_length - tokens.shape[1]
+        return F.pad(tokens != PAD, (pictures, 0), value=True)
 
     def suffix(
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
@@ -492,9 +485,8 @@ def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 def additive(real: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, S] bool → attention mask [n, 1, 1, S]: 0 to attend, −∞ not to."""
-    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, -math.inf)[
-        :, None, None
-    ]
+    mask = torch.zeros(real.shape, dtype=dtype, device=real.device)
+    return mask.masked_fill(~real, -math.inf)[:, None, None]
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from conftest import slopes
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 
+from benchmarks import originals
 from models.flow import flow_sde_step
 from models.formats import gr00t as gr00t_files
 from models.formats import source
@@ -128,7 +129,7 @@ def golden_model(folder: Path, **changes) -> Gr00t:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_every_output_and_gradient_is_the_original_s(folder):
     wanted = load_file(folder / "outputs.safetensors")
-    found = gr00t_files.parity(folder)
+    found = originals.gr00t(folder)
     assert (
         wanted.keys() <= found.keys()
         and {"velocity", "actions", "loss", "backbone_features"} <= wanted.keys()
@@ -147,7 +148,7 @@ def test_a_changed_weight_is_noticed(tmp_path):
     weights["backbone.eagle_model.language_model.model.layers.1.self_attn.k_norm.weight"][0] += 0.05
     save_file(weights, tmp_path / "g" / "weights.safetensors")
     wanted = load_file(GOLDEN / "outputs.safetensors")
-    found = gr00t_files.parity(tmp_path / "g")
+    found = originals.gr00t(tmp_path / "g")
     assert all(
         (found[name] - wanted[name]).abs().max() > 1e-4
         for name in ("backbone_features", "actions", "loss")

@@ -13,6 +13,7 @@ import torch
 from conftest import slopes
 from safetensors.torch import load_file, save_file
 
+from benchmarks import originals
 from config import Config, UserError
 from envs import EnvSpec
 from models import build, checkpoint, tokenize
@@ -87,7 +88,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_every_output_of_the_originals(folder):
     wanted = load_file(folder / "outputs.safetensors")
-    found = oft_files.parity(folder)
+    found = originals.oft(folder)
     for name, tensor in wanted.items():
         assert found[name].shape == tensor.shape, name
         bound = 1e-4 * tensor.abs().max().item() if name.startswith("grad.") else 1e-4
@@ -106,10 +107,10 @@ def test_parity_fails_where_the_original_does_something_else(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if "num_images_in_input" in change:
         with pytest.raises(UserError, match="images"):
-            oft_files.parity(tmp_path)
+            originals.oft(tmp_path)
         return
     wanted = load_file(tmp_path / "outputs.safetensors")
-    assert largest(oft_files.parity(tmp_path)["logits"], wanted["logits"]) > 1e-2
+    assert largest(originals.oft(tmp_path)["logits"], wanted["logits"]) > 1e-2
 
 
 def test_the_published_configuration_is_the_full_size(tmp_path):

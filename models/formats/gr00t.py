@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from config import UserError
 from models import tokenize
 from models.checkpoint import Header
-from models.flow import flow_sde_step, normal_logprob, ode_step
 from models.formats import bins, pictures, source
 from models.formats.names import Rules, each, siglip
 from models.formats.preparation import PreparationBase, padded
@@ -556,75 +553,3 @@ def wording(task: str) -> str:
 def embedded(family: str, tokenizer: str) -> Gr00t:
     """The small model with random weights."""
     return Gr00t(Gr00tConfig(train_vlm=True))
-
-
-# ---------------------------------------------------------------- parity with the original
-
-
-def parity(folder: Path) -> dict[str, Tensor]:
-    """Everything that a reference folder's outputs.safetensors may ask for, from its config.json,
-    weights and inputs.
-
-    Gradients are of `loss` and named `grad.<original key>`.
-    """
-    file = folder / "weights.safetensors"
-    cfg = read_json(folder / "config.json")
-    given = load_file(folder / "inputs.safetensors")
-    attention = eagle_of(cfg).get("_attn_implementation") or cfg.get("attn_implementation")
-    rows = {"flash_attention_2": "flash", "sdpa": "sdpa"}.get(attention, "eager")
-    c = replace(config_of(cfg), mask_padding=False, padded_rows=rows, train_vlm=True)
-    weights = SOURCES[which(file)]
-    model = source.sketch(Gr00t, c)
-    source.load(model, file, weights, "cpu", torch.float32)
-
-    ids = given["eagle_input_ids"]
-    real = given["eagle_attention_mask"].bool()
-    pixels = given["eagle_pixel_values"]
-    robot = given["embodiment_id"]
-    noise = given["noise"]
-    time = given["time"]
-    action = given["action"]
-    out = {"vision_features": model.vision(pixels)}
-    out["image_embeds"] = model.projector(out["vision_features"])
-    out["backbone_features"] = features = model.backbone(pixels, ids, real)
-    context = model.context(features, real)
-    out["vl_features"] = context[0]
-    out["state_features"] = state = model.encode_state(given["state"][:, 0], robot)
-    x_t = (1.0 - time[:, None, None]) * noise + time[:, None, None] * action
-    bucket = (time * c.time_buckets).long()
-    out["action_features"] = model.action_encoder(x_t, bucket, robot)
-    out["velocity"] = model.velocity(context, state, x_t, bucket, robot)
-    out["loss"] = model.imitation_loss(
-        context, state, action, time, noise, given["action_mask"], robot
-    )
-    out["actions"] = sample(model, context, state, noise, robot)
-    if "denoise_index" in given:
-        # GR00T's own time and velocity are the reverse of `models/flow.py`'s.
-        x_t = given["x_t"]
-        step = given["denoise_index"]
-        t, t_next = model.at(step, torch.tensor(model.times()))
-        v = -model.velocity(context, state, x_t, model.bucket(step), robot)
-        mean, std = flow_sde_step(x_t, v, t, t_next, c.noise_level)
-        out |= {
-            "sde_mean": mean,
-            "sde_std": std.expand_as(mean),
-            "ode_mean": ode_step(x_t, v, t, t_next),
-        }
-        x_next = model.executed(given["x_next"])
-        out["logprob"] = normal_logprob(x_next, model.executed(mean), std).sum((1, 2))
-        if not model.value_head[0].weight.is_meta:
-            out["value"] = model.value(context[0], real, state)
-
-    out["loss"].backward()
-    found = {name: value.detach() for name, value in out.items()}
-    return found | source.gradients(model, file, weights)
-
-
-@torch.no_grad()
-def sample(model: Gr00t, context, state: Tensor, x: Tensor, robot: int | Tensor) -> Tensor:
-    """The deterministic flow from noise x [n, H, A'] to data, N Euler steps."""
-    for i in range(model.config.denoise_steps):
-        bucket = model.bucket(torch.full((len(x),), i, device=x.device))
-        v = model.velocity(context, state, x, bucket, robot)
-        x = x + v / model.config.denoise_steps
-    return x

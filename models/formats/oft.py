@@ -17,13 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from config import UserError
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import bins, pictures, source
+from models.formats import pictures, source
 from models.formats.names import Rules
 from models.formats.preparation import PreparationBase, require_room
 from models.formats.source import Found, Source, read_json, understood
@@ -338,63 +337,3 @@ def wording(task: str) -> str:
 def embedded(family: str, tokenizer: str) -> Oft:
     """The small model with random weights, all of them trainable."""
     return Oft(OftConfig(words=tokenize.load(tokenizer).vocab_size(), train="full"))
-
-
-# ---------------------------------------------------------------- parity with the originals
-
-
-def parity(folder: Path) -> dict[str, Tensor]:
-    """Every output of a reference folder by our code: features, logits, log-probs, values, actions,
-    loss, grad.<original key>.
-
-    See tests/golden/oft/README.md for the inputs. Gradients are of `loss`, which is RLinf's kind
-    (log-probs and values against `weights` and `returns`) where the inputs hold those, else the
-    fine-tuning loss on `actions`.
-    """
-    file = folder / "weights.safetensors"
-    inputs = load_file(folder / "inputs.safetensors")
-    config = config_of(folder)
-    model = Oft(config)
-    layout = source_of(file, config)
-    source.load(model, file, layout, "cpu", torch.float32)
-    key = read_json(folder / "config.json").get("unnorm_key", "")
-    stats = read_statistics(folder, key)
-    model.set_actions(bins.action_table(stats, config.action_dim, config.bins))
-
-    image = inputs["image"]
-    tokens = inputs["tokens"]
-    out = {
-        "pixel_values": torch.stack(model.pixels(image), 1)
-        .flatten(1, 2)
-        .unflatten(0, image.shape[:2])
-        .flatten(1, 2)
-    }
-    out["features"] = model.features(image)
-    out["pictures"] = model.projector(out["features"])
-    hidden = out["hidden"] = model.hidden(image, tokens)
-    out["logits"] = model.lm_head(hidden).float()
-    obs = {"image": image, "tokens": tokens}
-    greedy = model.act(
-        obs,
-        {
-            "uniform": torch.zeros(hidden.shape[:2]),
-            "explore": torch.zeros(len(image), dtype=torch.bool),
-        },
-    )
-    out["greedy_tokens"] = greedy["action_tokens"].long()
-    out["greedy_actions"] = greedy["actions"]
-    if "action_tokens" in inputs:
-        found = model.evaluate(obs | {"action_tokens": inputs["action_tokens"]})
-        out["logprobs"] = found["logprob"]
-        out["logprob"] = found["logprob"].sum((1, 2))
-        out["entropy"] = found["entropy"]
-        out["values"] = found["value"][:, None]
-        out["loss"] = (
-            -(inputs["weights"] * out["logprobs"]).mean()
-            + (out["values"] - inputs["returns"]).square().mean()
-        )
-    else:
-        out["loss"] = model.imitation_loss(image, tokens, inputs["actions"])
-    out["loss"].backward()
-    found = {name: x.detach() for name, x in out.items()}
-    return found | source.gradients(model, file, layout)

@@ -21,17 +21,15 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from config import UserError
 from models import tokenize
 from models.checkpoint import Header
-from models.flow import flow_sde_step, normal_entropy, normal_logprob, ode_step
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
 from models.formats.preparation import PreparationBase, padded
 from models.formats.source import Found, Source, Stored, read_json, understood
-from models.pi import SMALL, Pi, PiConfig, bounded, denoise_times
+from models.pi import SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)
 
@@ -493,76 +491,3 @@ def wording(task: str) -> str:
 def embedded(family: str, tokenizer: str) -> Pi:
     """The small model with random weights."""
     return Pi(SMALL[family])
-
-
-# ---------------------------------------------------------------- parity with the original
-
-
-def parity(folder: Path) -> dict[str, Tensor]:
-    """Every output of a reference folder (tests/golden/pi0/README.md), by the names of its
-    outputs.safetensors.
-    """
-    file = folder / "weights.safetensors"
-    stored = source.layout(file)
-    weights = SOURCES[which(file, stored)]
-    c = shape_of(file, stored, read_json(folder / "config.json"))
-    model = source.sketch(Pi, c)
-    model.value_head.to_empty(
-        device="cpu"
-    )  # in case the folder has none; then nothing asks for a value
-    source.load(model, file, weights, "cpu", torch.float32)
-    given = load_file(folder / "inputs.safetensors")
-    image = given["images"].permute(0, 1, 3, 4, 2)
-    tokens = given["lang_tokens"]
-    state = given.get("state")
-    tokens_per_view = (c.image_size // c.patch) ** 2
-    real = torch.cat(
-        [given["image_masks"].repeat_interleave(tokens_per_view, dim=1), given["lang_masks"]], dim=1
-    )
-    out: dict[str, Tensor] = {}
-    with torch.no_grad():
-        cache, feature, _ = model.prefix(image, tokens, real)
-        out["image_features"] = model.vision(image).unflatten(1, (c.views, tokens_per_view))
-        out["prefix_out"] = (
-            model.prefix_features(image, tokens, real)[0] * real[..., None]
-        )  # of what is not real, nothing is used
-        x_t = given["x_t"]
-        time = given["time"]
-        out["suffix_out"] = model.suffix(cache, real, x_t, time, state)
-        out["velocity"] = model.velocity(cache, real, x_t, time, state)
-        x = given["start"]
-        t = torch.ones(())
-        delta = torch.tensor(-1.0 / c.denoise_steps)
-        for _ in range(c.denoise_steps):  # openpi's sample_actions, which adds up its times in fp32
-            x = x + delta * model.velocity(cache, real, x, t.expand(len(x)), state)
-            t = t + delta
-        out["sample"] = x
-        times = denoise_times(c.denoise_steps)
-        index = given["denoise_index"]
-        t = torch.tensor(times)[index][:, None, None]
-        t_next = torch.tensor(times)[index + 1][:, None, None]
-        h = model.suffix(cache, real, x_t, t[:, 0, 0], state)
-        v = model.action_out_proj(h)
-        out["value"] = model.value(feature if c.pi05 else h.mean(1))
-        steps = {"flow_sde": flow_sde_step(x_t, v, t, t_next, c.noise_level)}
-        if c.noise == "network":
-            steps["flow_noise"] = (
-                ode_step(x_t, v, t, t_next),
-                bounded(model.noise_head(h), c.noise_range),
-            )
-        for name, (mean, std) in steps.items():
-            crop = model.executed
-            out |= {f"{name}.mean": mean, f"{name}.std": std.expand_as(mean)}
-            out[f"{name}.logprob"] = normal_logprob(
-                crop(given[f"{name}.x_next"]), crop(mean), crop(std)
-            ).sum((1, 2))
-            out[f"{name}.entropy"] = normal_entropy(crop(std))
-    actions = given["actions"]
-    noise = given["noise"]
-    t = given["time"][:, None, None]
-    cache, _, _ = model.prefix(image, tokens, real)
-    velocity = model.velocity(cache, real, t * noise + (1.0 - t) * actions, given["time"], state)
-    out["loss_each"] = (velocity - (noise - actions)).square()
-    out["loss"] = model.imitation_loss(cache, real, actions, given["time"], noise, state)
-    out["loss"].backward()
-    return {name: x.detach() for name, x in out.items()} | source.gradients(model, file, weights)
