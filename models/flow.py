@@ -12,6 +12,8 @@ Time and velocity have openpi's direction here: the velocity points from data to
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -56,6 +58,20 @@ def flow_sde_step(
     return mean, delta.sqrt() * sigma
 
 
+@dataclass(kw_only=True, frozen=True)
+class FlowConfig:
+    """Of the chain, and of what is trained. In the comments what RLinf has on LIBERO."""
+
+    denoise_steps: int = 4  # N
+    noise_level: float = 1.0  # a of Flow-SDE; 0.5
+    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; all
+    train_vlm: bool = False  # False: reinforcement learning updates only the heads
+    # with the VLM frozen: slots keep what it gave; False recomputes that, for want of memory
+    cache_prefix: bool = True
+    # of a frozen VLM's weights and of what slots keep; bfloat16
+    prefix_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
 class FlowPolicy(nn.Module):
     """The policy around a flow network. A family derives it, and offers
 
@@ -80,7 +96,7 @@ class FlowPolicy(nn.Module):
     learns_noise = False
     """whether the transition's deviation depends on the weights"""
 
-    def __init__(self, config):
+    def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
         if not 1 <= config.sde_steps <= config.denoise_steps:

@@ -25,17 +25,18 @@ reads its checkpoints.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.flow import FlowPolicy, Shape
+from models.flow import FlowConfig, FlowPolicy, Shape
 from models.layers import (
+    SO400M,
     RMSNorm,
     Siglip,
+    SiglipConfig,
     frequencies,
     join_heads,
     mlp,
@@ -52,18 +53,11 @@ PAD = -1
 
 
 @dataclass(kw_only=True, frozen=True)
-class Gr00tConfig:
-    """Widths and depths. The defaults are the embedded default; in the comments GR00T-N1.5-3B,
-    LIBERO settings as in RLinf.
+class Gr00tConfig(SiglipConfig, FlowConfig):
+    """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO settings as in
+    RLinf.
     """
 
-    views: int = 1  # cameras; 2
-    image_size: int = 64  # pixels; 224
-    patch: int = 8  # pixels; 14
-    vision_width: int = 96  # 1152
-    vision_depth: int = 3  # 27
-    vision_heads: int = 4  # 16
-    vision_mlp: int = 384  # 4304
     vocabulary: int = 400  # tokens; 151680
     image_token: int = 399  # <IMG_CONTEXT>; 151669
     pad_token: int = 0  # what padding is embedded as: 0 in RLinf, 151643 in NVIDIA's own collation
@@ -91,26 +85,12 @@ class Gr00tConfig:
     chunk: int = 10  # C of them are executed, and only those count in the log-prob; 10
     action_dim: int = 4  # A of the simulator, likewise; 7
     value_widths: tuple[int, ...] = (128, 64)  # (1024, 512, 256)
-    denoise_steps: int = 4  # N
     time_buckets: int = 1000  # the network sees ⌊t·1000⌋
-    noise_level: float = 1.0  # a of Flow-SDE; 0.5
-    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; RLinf: all
     # False: the blocks after the language model see padding, as the original's do in a padded batch
     mask_padding: bool = True
-    task_as_list: bool = (
-        False  # whether the prompt says `str([task])` or the task: see `prompt` in
-        # `models/formats/gr00t.py`
-    )
+    # whether the prompt says `str([task])` or the task: `prompt` in `models/formats/gr00t.py`
+    task_as_list: bool = False
     padded_rows: str = "flash"  # what attention gives a padded position: see `causal_mask`
-    train_vlm: bool = (
-        False  # False: reinforcement learning updates the action head and the value head only
-    )
-    cache_prefix: bool = (
-        True  # with a frozen VLM: slots hold its features, and no update epoch computes them again
-    )
-    prefix_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of a frozen VLM's weights and of those features; bfloat16
-    )
 
     @property
     def image_tokens(self) -> int:
@@ -140,12 +120,7 @@ class Gr00tConfig:
 FULL = {
     "gr00t": Gr00tConfig(
         views=2,
-        image_size=224,
-        patch=14,
-        vision_width=1152,
-        vision_depth=27,
-        vision_heads=16,
-        vision_mlp=4304,
+        **SO400M,
         vocabulary=151680,
         image_token=151669,
         pad_token=0,

@@ -4,6 +4,7 @@ Qwen, small heads, and SigLIP, the image tower of π0, π0.5 and GR00T N1.5.
 Left out: OpenVLA-OFT's towers, which follow timm and end in another way (`models/oft.py`).
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -74,6 +75,29 @@ def silent(head: nn.Sequential) -> nn.Sequential:
     return head
 
 
+@dataclass(kw_only=True, frozen=True)
+class SiglipConfig:
+    """Pictures and their tower. In the comments So400m/14, which all released models have."""
+
+    views: int = 1  # cameras
+    image_size: int = 64  # pixels; 224
+    patch: int = 8  # pixels; 14
+    vision_width: int = 96  # 1152
+    vision_depth: int = 3  # 27
+    vision_heads: int = 4  # 16
+    vision_mlp: int = 384  # 4304
+
+
+SO400M = {
+    "image_size": 224,
+    "patch": 14,
+    "vision_width": 1152,
+    "vision_depth": 27,
+    "vision_heads": 16,
+    "vision_mlp": 4304,
+}
+
+
 class VisionLayer(nn.Module):
     def __init__(self, width: int, hidden: int, heads: int):
         super().__init__()
@@ -95,11 +119,9 @@ class VisionLayer(nn.Module):
 
 
 class Siglip(nn.Module):
-    """Patches, learned positions, pre-norm layers, one last norm. c: image_size, patch,
-    vision_width, _depth, _heads, _mlp.
-    """
+    """Patches, learned positions, pre-norm layers, one last norm."""
 
-    def __init__(self, c):
+    def __init__(self, c: SiglipConfig):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
         patches = (c.image_size // c.patch) ** 2

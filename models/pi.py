@@ -31,9 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from models.flow import FlowPolicy, Shape, ode_step
+from models.flow import FlowConfig, FlowPolicy, Shape, ode_step
 from models.layers import (
+    SO400M,
     Siglip,
+    SiglipConfig,
     frequencies,
     join_heads,
     mlp,
@@ -48,19 +50,12 @@ from models.tokenize import PAD
 
 
 @dataclass(kw_only=True, frozen=True)
-class PiConfig:
-    """Widths and depths. The defaults are the embedded default; openpi's π0.5 is in the
-    comments.
+class PiConfig(SiglipConfig, FlowConfig):
+    """The defaults are the embedded π0.5; openpi's is in the comments. A camera of openpi's three
+    that is left out equals a masked one.
     """
 
     pi05: bool = True  # False: π0
-    views: int = 1  # cameras; openpi 3, of which LIBERO has 2: a view left out equals a masked one
-    image_size: int = 64  # pixels; 224
-    patch: int = 8  # pixels; 14
-    vision_width: int = 96  # 1152
-    vision_depth: int = 3  # 27
-    vision_heads: int = 4  # 16
-    vision_mlp: int = 384  # 4304
     vocabulary: int = 399  # tokens; 257152
     tokens: int = 24  # prompt length; 200
     width: int = 128  # 2048
@@ -78,17 +73,9 @@ class PiConfig:
     state_dim: int = 4  # 32 with padding; only π0 has a state token
     executed_steps: int = 0  # of the chunk, by the robot: what the log-prob counts; 0 means all
     executed_dims: int = 0  # of the action, the rest is padding; 0 means all
-    denoise_steps: int = 4  # N
     noise: Literal["sde", "network"] = "sde"  # Flow-SDE or Flow-Noise
-    noise_level: float = 1.0  # a of Flow-SDE; 0.5
     noise_range: tuple[float, float] = (0.08, 0.16)  # of Flow-Noise's deviation (RLinf)
     noise_widths: tuple[int, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
-    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one
-    train_vlm: bool = False  # False: reinforcement learning updates only expert and heads
-    # with the VLM frozen: slots keep keys and values; False recomputes them, for want of memory
-    cache_prefix: bool = True
-    # of a frozen VLM's weights and of the stored keys and values
-    prefix_dtype: Literal["float32", "bfloat16"] = "float32"
 
     @property
     def played(self) -> tuple[int, int]:
@@ -99,12 +86,7 @@ class PiConfig:
 PI0_SMALL = PiConfig(pi05=False, value_widths=(64, 32))
 PI05_FULL = PiConfig(
     views=3,
-    image_size=224,
-    patch=14,
-    vision_width=1152,
-    vision_depth=27,
-    vision_heads=16,
-    vision_mlp=4304,
+    **SO400M,
     vocabulary=257_152,
     tokens=200,
     width=2048,
