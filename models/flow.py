@@ -75,8 +75,7 @@ class FlowConfig:
 class FlowPolicy(nn.Module):
     """The policy around a flow network. A family derives it, and offers
 
-    config            denoise_steps, sde_steps, noise_level, train_vlm, cache_prefix,
-                      prefix_dtype
+    config            a `FlowConfig`, and more
     FROZEN            beginnings of the names of the VLM's parameters
     .value_head       the critic
     .noise_shape()    (H, A) of what the flow denoises, padding included

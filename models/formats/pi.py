@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from config import UserError
 from models import tokenize
@@ -136,14 +137,9 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
         return stored[prefix + key].shape[axis]
 
     def depth(layers: str) -> int:
-        return 1 + max(
-            (
-                int(k.removeprefix(prefix + layers).split(".")[0])
-                for k in stored
-                if k.startswith(prefix + layers)
-            ),
-            default=-1,
-        )
+        start = prefix + layers
+        numbers = [int(k[len(start) :].split(".")[0]) for k in stored if k.startswith(start)]
+        return 1 + max(numbers, default=-1)
 
     def widths(head: str, step: int) -> tuple[int, ...]:
         found = [
@@ -341,12 +337,7 @@ def read_processors(folder: Path) -> dict:
         config = by_name[step_name].get("config", {})
         state_file = by_name[step_name].get("state_file")
         mode = config.get("norm_map", {}).get(feature, "IDENTITY")
-        needed = {
-            "IDENTITY": (),
-            "MEAN_STD": ("mean", "std"),
-            "QUANTILES": ("q01", "q99"),
-            "MIN_MAX": ("min", "max"),
-        }.get(mode)
+        needed = ENDS.get(mode.lower())
         if needed is None:
             raise UserError(f"{folder / file} normalises {key} by {mode}, which is not supported")
         try:
@@ -360,6 +351,14 @@ def read_processors(folder: Path) -> dict:
     return kinds
 
 
+ENDS = {  # what each normalisation goes by
+    "identity": (),
+    "mean_std": ("mean", "std"),
+    "quantiles": ("q01", "q99"),
+    "min_max": ("min", "max"),
+}
+
+
 def normalise(x: np.ndarray, stats: dict, inverse: bool = False) -> np.ndarray:
     """x [..., D] to the model's units, or back. Each original computes in its own order and
     precision, and so does this.
@@ -368,42 +367,35 @@ def normalise(x: np.ndarray, stats: dict, inverse: bool = False) -> np.ndarray:
     the statistics lack left alone. LeRobot (NormalizerProcessorStep): in fp32, with `eps` in the
     spread's place only where that is 0.
     """
-    kind = stats["kind"]
-    if kind == "lerobot_identity":
+    project, _, mode = stats["kind"].partition("_")
+    if mode == "identity":
         return np.asarray(x)
-    if kind.startswith("openpi"):
-        a, b = (
-            np.array(stats[key], np.float64)
-            for key in (("q01", "q99") if kind.endswith("quantiles") else ("mean", "std"))
-        )
-        n = min(len(a), x.shape[-1])
+    ends = [stats[key] for key in ENDS[mode]]
+    if project == "openpi":
+        n = min(len(ends[0]), x.shape[-1])
         x = np.array(x, np.float64)
-        a = a[:n]
-        b = b[:n]
-        part = x[..., :n]
-        if kind == "openpi_quantiles":
-            part = (
-                (part + 1.0) / 2.0 * (b - a + 1e-6) + a
-                if inverse
-                else (part - a) / (b - a + 1e-6) * 2.0 - 1.0
-            )
-        else:
-            part = part * (b + 1e-6) + a if inverse else (part - a) / (b + 1e-6)
+        a, b = (np.array(end[:n], np.float64) for end in ends)
+        part = openpi_scaled(x[..., :n], a, b, mode, inverse)
         return np.concatenate([part, x[..., n:]], axis=-1)
-    keys = {
-        "lerobot_mean_std": ("mean", "std"),
-        "lerobot_quantiles": ("q01", "q99"),
-        "lerobot_min_max": ("min", "max"),
-    }[kind]
-    a, b = (torch.tensor(stats[key], dtype=torch.float32) for key in keys)
-    x = torch.as_tensor(np.asarray(x, np.float32))
-    eps = stats["eps"]
-    if kind == "lerobot_mean_std":
-        return (x * b + a if inverse else (x - a) / (b + eps)).numpy()
+    a, b = (torch.tensor(end, dtype=torch.float32) for end in ends)
+    return lerobot_scaled(torch.tensor(x).float(), a, b, mode, inverse, stats["eps"]).numpy()
+
+
+def openpi_scaled(x: np.ndarray, a: np.ndarray, b: np.ndarray, mode: str, inverse: bool):
+    if mode == "mean_std":
+        return x * (b + 1e-6) + a if inverse else (x - a) / (b + 1e-6)
+    if inverse:
+        return (x + 1.0) / 2.0 * (b - a + 1e-6) + a
+    return (x - a) / (b - a + 1e-6) * 2.0 - 1.0
+
+
+def lerobot_scaled(x: Tensor, a: Tensor, b: Tensor, mode: str, inverse: bool, eps: float):
+    if mode == "mean_std":
+        return x * b + a if inverse else (x - a) / (b + eps)
     spread = torch.where(b - a == 0, torch.tensor(eps), b - a)
-    if kind == "lerobot_quantiles":
-        return ((x + 1.0) * spread / 2.0 + a if inverse else 2.0 * (x - a) / spread - 1.0).numpy()
-    return ((x + 1) / 2 * spread + a if inverse else 2 * (x - a) / spread - 1).numpy()
+    if not inverse:
+        return 2.0 * (x - a) / spread - 1.0
+    return (x + 1.0) * spread / 2.0 + a if mode == "quantiles" else (x + 1.0) / 2.0 * spread + a
 
 
 # ---------------------------------------------------------------- prompts
