@@ -181,7 +181,7 @@ def train_micro_batch(
         found = target.sum(), target.square().sum(), error.sum(), error.square().sum()
         sums |= dict(zip(ERRORS, found, strict=True))
     (total / samples).backward()
-    entropy = out.get("entropy", torch.tensor(math.nan))  # not a number where nothing is learned
+    entropy = out.get("entropy", torch.zeros(()))  # zero where exploration is not learned
     return (
         sums
         | stats
@@ -667,9 +667,7 @@ def iteration_metrics(
         "reward": sums["reward"] / actor.batch,
         "loss_policy": sums["loss_policy"] / n,
         "loss_value": sums["loss_value"] / n,
-        "entropy_or_noise": None
-        if not sums["samples"] or math.isnan(sums["entropy_or_noise"])
-        else sums["entropy_or_noise"] / n,
+        "entropy_or_noise": sums["entropy_or_noise"] / n if sums["entropy_or_noise"] else None,
         "approx_kl": sums["approx_kl"] / n,
         "clip_fraction": sums["clip_fraction"] / n,
         "ratio_max": maxima["ratio_max"],
