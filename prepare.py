@@ -34,7 +34,7 @@ from config import (
     to_json,
     validate,
 )
-from models import checkpoint, untrained
+from models import checkpoint, contract, untrained
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
@@ -108,7 +108,8 @@ def prepare(config: Config) -> Setup:
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
     dark = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
     for prompt in spec.prompts:
-        preparation.observe(dark, np.zeros(spec.state_dim, np.float32), prompt)
+        nowhere = np.zeros(spec.state_dim, np.float32)
+        contract.check_observed(model, preparation.observe(dark, nowhere, prompt))
 
     slots = slot_spec(config, spec, model)
     drawn_on_gpu = vectorised and workers.placement.env_devices[0] != "cpu"

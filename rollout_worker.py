@@ -19,7 +19,7 @@ import models
 from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool, synchronize
 from config import Config
 from metrics import HISTOGRAM, Meter
-from models import compiled
+from models import compiled, contract
 from scheduler import Admission, DynamicBatcher
 from weights import WeightFetcher
 
@@ -263,6 +263,7 @@ def serve(
         observed = compiled.pad(observed, padded(n))
         noise = compiled.pad(noise, padded(n))
     out = model.act(to_device(observed, device), to_device(noise, device))
+    contract.check_acted(model, out, padded(n))
 
     def write(names: tuple[str, ...], *kinds: int) -> None:
         """Puts results into the rows of those samples that are of these kinds."""

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-import models
 from benchmarks.measuring import flops_of, matmul, random_model, seconds_of, where
 from models.compiled import compile_parts, random_noise, random_observations
 
@@ -64,13 +63,13 @@ def pieces(name: str, model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callabl
     return once, lambda: model.velocity(cache, real, x_t, t, obs.get("state"))
 
 
-def dtype_in_rollout(name: str, config, key: str) -> torch.dtype:
+def dtype_in_rollout(name: str, model: nn.Module, key: str) -> torch.dtype:
     """As a run on a GPU with a frozen VLM in bf16 holds it: what is trained in fp32. OFT's files
     are in bf16.
     """
     if name == "oft":
         return torch.float32 if key.startswith("value_head.") or "lora_" in key else torch.bfloat16
-    return models.load(name).dtype_of(config, key)
+    return model.dtype_of(key)
 
 
 @torch.inference_mode()
@@ -106,7 +105,7 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
     changes = {"prefix_dtype": "bfloat16"} if device == "cuda" and name != "oft" else {}
     model = random_model(name, size, device, torch.float32, **changes).eval().requires_grad_(False)
     for key, parameter in model.named_parameters() if device == "cuda" else ():
-        parameter.data = parameter.data.to(dtype_in_rollout(name, model.config, key))
+        parameter.data = parameter.data.to(dtype_in_rollout(name, model, key))
     one = random_observations(model, 1, device)
     noise = random_noise(model, 1, device)
     flops = flops_of(lambda: model.act(one, noise))  # counted before anything is compiled

@@ -3,10 +3,10 @@
     python -m benchmarks.parity FOLDER
 
 FOLDER is one of tests/golden: it holds config.json (with "family"), weights.safetensors under the
-original's names, inputs.safetensors and outputs.safetensors. The family's `parity(folder)` returns
-what our model makes of them. Here every output is compared, and one line printed for each. The exit
-status is 1 if any misses, and 2 if the folder cannot be read. Left out: preprocessing.json, whose
-cases the tests go through.
+original's names, inputs.safetensors and outputs.safetensors. `originals.py` says what our code
+makes of them. Here every output is compared, and one line printed for each. The exit status is 1 if
+any misses, and 2 if the folder cannot be read. Left out: preprocessing.json, whose cases the tests
+go through.
 """
 
 import json
@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import models
+from benchmarks.originals import OUTPUTS
 from config import UserError, exit_on_user_error, require
 
-FAMILIES = [name for name in models.MODELS if name != "emulated"]
 BOUND = 1e-4  # absolute; for `grad.*` relative to the largest element of the reference
 
 
@@ -33,16 +32,16 @@ class Line(NamedTuple):
 
 
 def family(folder: Path):
-    """Finds the module that reads a reference folder. Raises UserError."""
+    """Finds the function that reads a reference folder. Raises UserError."""
     try:
         name = json.loads((folder / "config.json").read_text()).get("family")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {folder / 'config.json'}: {error}") from None
     require(
-        name in FAMILIES,
-        f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(FAMILIES)}",
+        name in OUTPUTS,
+        f"{folder / 'config.json'} is of family {name!r}: known are {', '.join(OUTPUTS)}",
     )
-    return models.files(name)
+    return OUTPUTS[name]
 
 
 def compare(found: dict[str, Tensor], reference: dict[str, Tensor]) -> list[Line]:
@@ -65,7 +64,7 @@ def check(folder: Path) -> list[Line]:
     """Compares a family with a reference folder. Raises UserError where it cannot be read."""
     try:
         reference = load_file(folder / "outputs.safetensors")
-        return compare(family(folder).parity(folder), reference)
+        return compare(family(folder)(folder), reference)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {folder}: {error}") from None
     except KeyError as error:

@@ -58,7 +58,7 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
     """
     torch.set_num_threads(1)
     config, env_spec = embedded()
-    model = models.load("pi05").build(config, env_spec).eval()
+    model = models.build(config, env_spec).eval()
     obs = {
         "image": torch.zeros(
             (BATCH, env_spec.views, env_spec.image_size, env_spec.image_size, 3), dtype=torch.uint8
@@ -150,7 +150,7 @@ def weights_row(name: str, spec: Spec, versions: int) -> dict:
 
 def measure(repeats: int) -> list[dict]:
     settings, env_spec = embedded()
-    trainable = models.load("pi05").build(settings, env_spec, weights="none").trainable()
+    trainable = models.build(settings, env_spec, weights="none").trainable()
     small = {name: (tuple(p.shape), p.dtype) for name, p in trainable.items()}
     big = {f"layer_{i}": ((4096, 4096), torch.float32) for i in range(4)}
     return [weights_row("embedded", small, 6 * repeats), weights_row("256MB", big, 3 * repeats)]

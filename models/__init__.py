@@ -1,57 +1,23 @@
-"""Model families, one file each and one beside it. A new family is those two, a line in `MODELS`
-and a name in `config.Family`.
+"""Model families, one file each and one in `formats/`. A new family is those two, a line in
+`MODELS` and a name in `config.Family`. What they must offer: `contract.py`.
 
-A model file offers `build(config, env_spec, device="cpu", weights="all") -> module` (weights:
-`checkpoint.Part`), which offers
+No stage knows which family it serves:
 
-    .header                                     models.checkpoint.Header, for the checkpoints of a
-                                                run
-    .observation_fields() -> {name: (shape, dtype)}  what the policy sees: "image" and what else its
-                                                     `preparation` makes
-    .slot_fields() -> {name: (shape, dtype)}    what one chunk step stores beyond the common fields,
-                                                per chunk step
-    .draw(keys, explore) -> {name: tensor}      all randomness of one inference, counter-based: see
-                                                `generator`
-    .act(obs, noise) -> {name: tensor}          "actions" and "logprob" [n, C, A], "value" [n], slot
-                                                fields
-    .training_fields() -> (name, …)             the slot fields that `evaluate` reads
-    .evaluate(batch) -> {"logprob" [n, C, A], "value" [n], "entropy" []}
-                                              differentiable, from slot fields
-    .COMPILED                                   names of the methods that `models/compiled.py`
-                                                compiles
-    .trainable() -> {name: parameter}           what reinforcement learning updates and the weight
-                                                plane carries
-    .idle() -> (prefix, …)                      beginnings of the names of parameters that
-                                                `evaluate` has no use for
-
-    .imitation_draw(n), .imitate(obs, actions, draw) -> loss []      for `pretrain.py`
-
-Beside it, `<family>_files.py` knows files and the world: the layouts of other projects' checkpoints
-(`SOURCES`), their statistics and prompts, and
-
-    preparation(header, tokenizer)                   what env workers use, an object with
-        .observe(images, state, task) -> {name: array}   what the simulator shows → the observation
-                                                         fields of one slot row
-        .actions(actions, state) -> actions              what the model returned [C, A] → what the
-                                                         simulator executes [C, A]
-    embedded(name, tokenizer) -> module              the small model with random weights, for
-                                                     `pretrain.py`
-    wording(task) -> text                            the words that the embedded vocabulary must
-                                                     hold
-    save(model, folder, like)                        another project's layout again, see
-                                                     `models/export.py`
-    parity(folder) -> {name: tensor}                 see `benchmarks/parity.py`
-
-so that no stage knows which family it serves.
+    load(name)                                the family's module
+    build(config, spec, device, weights)      the model of `config.train.checkpoint`
+    preparation(name, header, tokenizer)      what stands between a simulator and it
+    files(name)                               the family's module in `formats/`
 """
 
 import importlib
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-import numpy as np
+import torch
 
-from config import UserError
-from models import checkpoint
+from config import Config, UserError
+from models import checkpoint, contract
+from models.formats import source
 
 MODELS = {
     "pi0": "models.pi",
@@ -60,37 +26,130 @@ MODELS = {
     "oft": "models.oft",
     "emulated": "benchmarks.emulated.policy",
 }
-FILES = {
-    name: module if name == "emulated" else f"{module}_files" for name, module in MODELS.items()
-}
 
 
 def load(name: str):
-    """The module of a model family. Raises UserError when it is unknown."""
+    """Loads the module of a model family. Raises UserError when it is unknown or lacks anything."""
     if name not in MODELS:
         raise UserError(f"unknown --model {name!r}: choose one of {', '.join(MODELS)}")
-    return importlib.import_module(MODELS[name])
+    family = importlib.import_module(MODELS[name])
+    what = f"the model family {name!r} ({family.__name__})"
+    contract.check(family, what, contract.FAMILY)
+    if family.FORMATS is None:
+        contract.check(family, what, contract.ALONE)
+        return family
+    contract.check(family, what, contract.WITH_FILES)
+    contract.check(family.NETWORK, f"{what} in its NETWORK", contract.NETWORK)
+    return family
 
 
 def files(name: str):
-    """What stands between a model family and the world; `name` is a key of MODELS."""
-    return importlib.import_module(FILES[name])
+    """Loads what stands between a model family and the world. Raises UserError as `load`."""
+    family = load(name)
+    if family.FORMATS is None:
+        return family
+    module = importlib.import_module(family.FORMATS)
+    contract.check(module, f"the files of model family {name!r}", contract.FILES)
+    return module
 
 
-def build(config, spec, device: str = "cpu", weights: str = "all"):
-    return load(config.train.model).build(config, spec, device, weights)
+def preparation(name: str, header: checkpoint.Header, tokenizer: Path | str | None):
+    """Makes what env workers use between a simulator and a model: `contract.PREPARATION`."""
+    made = files(name).preparation(header, str(tokenizer or ""))
+    contract.check(made, f"the preparation of model family {name!r}", contract.PREPARATION)
+    return made
 
 
-def preparation(name: str, header, tokenizer):
-    return files(name).preparation(header, str(tokenizer or ""))
+def build(
+    config: Config, spec, device: str = "cpu", weights: source.Part = "all"
+) -> torch.nn.Module:
+    """Makes the model of `config.train.checkpoint`, ours or another project's, with those `weights`
+    on `device`: `contract.MODEL`.
+
+    spec: envs.EnvSpec. Raises UserError when the checkpoint is of another model or does not suit
+    the simulator.
+    """
+    name = config.train.model
+    family = load(name)
+    if family.FORMATS is None:
+        model = family.build(config, spec, device, weights)
+        contract.check_model(model, name)
+        return model
+
+    # Ask the checkpoint what it holds
+    path = Path(config.train.checkpoint)
+    ours = checkpoint.is_ours(path)
+    if ours:
+        path = checkpoint.find(path)
+        header = checkpoint.of_family(path, name)
+        stored = family.CONFIG(**header.shape)
+        stats = header.stats
+    else:
+        stored, layout, stats = files(name).published(path, name, config, spec)
+    shape = replace(stored, **chosen(config, stored))
+    check_fit(path, shape, stats, config, spec)
+
+    # Make the network and read its weights
+    model = source.sketch(family.NETWORK, shape)
+    for key, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(model.dtype_of(key) or parameter.dtype)
+    if ours:
+        layout = checkpoint.own(path, model, family.NETWORK.HEADS)
+    source.load(model, path, layout, device, model.dtype_of, weights)
+
+    # Begin anew what the checkpoint does not have, alike in every process
+    torch.manual_seed(config.train.seed)
+    missing = {key.partition(".")[0] for key, p in model.named_parameters() if p.is_meta}
+    if weights in ("all", "training") and missing & set(model.HEADS):
+        for key, head in model.heads(shape).items():
+            if key in missing:
+                model.add_module(key, head.to(device))
+    model.begin(config, stats)
+    model.header = checkpoint.Header(name, asdict(model.config), stats)
+    contract.check_model(model, name)
+    return model
 
 
-MARKS = {  # what the names of other projects' tensors contain, and whose they are
-    "paligemma_with_expert.": ("pi0", "pi05"),
-    "eagle_model.": ("gr00t",),
-    "vision_backbone.": ("oft",),
-    "base_model.model.": ("oft",),
-}
+def chosen(config: Config, shape) -> dict:
+    """What the run's flags say of a family's configuration; None means as the checkpoint says."""
+    rollout = config.rollout
+    flags = {
+        "tokens": rollout.tokens,
+        "denoise_steps": rollout.denoise_steps,
+        "noise_level": rollout.noise_level,
+        "sde_steps": rollout.sde_steps,
+        "noise": rollout.noise,
+        "prefix_dtype": rollout.prefix_dtype,
+        "temperature": rollout.temperature,
+        "train_vlm": config.actor.train_vlm,
+        "cache_prefix": config.actor.cache_prefix,
+    }
+    known = {field.name for field in fields(shape)}
+    return {name: value for name, value in flags.items() if value is not None and name in known}
+
+
+def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
+    """Raises UserError unless a checkpoint suits the simulator and the run's chunks."""
+    chunk, action_dim = shape.played
+    agree = {
+        "views": (shape.views, spec.views),
+        "action_dim": (action_dim, spec.action_dim),
+        "chunk": (chunk, config.rollout.chunk),
+    }
+    if "layout" not in stats:
+        agree["image_size"] = (shape.image_size, spec.image_size)
+    for name, (has, wanted) in agree.items():
+        if has != wanted:
+            raise UserError(
+                f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them "
+                "agree"
+            )
+    known = len(stats.get("state_low", range(spec.state_dim)))
+    if known != spec.state_dim:
+        raise UserError(
+            f"checkpoint {path} knows a state of {known} dimensions and the simulator has "
+            f"{spec.state_dim}: they do not fit"
+        )
 
 
 def check_family(name: str, path: Path) -> None:
@@ -99,26 +158,20 @@ def check_family(name: str, path: Path) -> None:
     """
     if checkpoint.is_ours(path):
         return
-    keys = checkpoint.layout(path)
-    found = {families for mark, families in MARKS.items() if any(mark in key for key in keys)}
+    keys = source.layout(path)
+    marks: dict[str, list[str]] = {}
+    for family in MODELS:
+        if load(family).FORMATS is not None:
+            for mark in files(family).MARKS:
+                marks.setdefault(mark, []).append(family)
+    found = [families for mark, families in marks.items() if any(mark in key for key in keys)]
     if not found:
         raise UserError(
             f"checkpoint {path} is of no family known here: none of its tensors is named "
-            f"{', '.join(MARKS)}"
+            f"{', '.join(marks)}"
         )
     if not any(name in families for families in found):
         raise UserError(
-            f"checkpoint {path} is of the family {' or '.join(found.pop())}, not {name}: give "
+            f"checkpoint {path} is of the family {' or '.join(found[0])}, not {name}: give "
             "another checkpoint, or the --model"
         )
-
-
-def generator(key: tuple[int, int, int, int]) -> np.random.Generator:
-    """Random numbers named by (seed, lane, trajectory, chunk step) and by nothing else.
-
-    Which requests share a batch is a matter of timing; the noise each one gets must not be.
-    """
-    seed, lane, trajectory, t = key
-    return np.random.Generator(
-        np.random.Philox(key=[seed, lane << 32 | trajectory], counter=[0, 0, 0, t])
-    )

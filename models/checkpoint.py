@@ -1,30 +1,24 @@
-"""Weights on disk. Nothing is ever unpickled.
+"""Our own checkpoints: one safetensors file each, whose header says what is in it.
 
-Our own: one safetensors file whose header (metadata, JSON strings) says what is in it: `family` (a
-key of `models.MODELS`), `shape` (the family's configuration) and `stats` (for the embedded models
-`state_low`, `state_high`: the quantiles that map the robot's state to [-1, 1]; for published ones
-what their family's file reader made of their statistics).
-
-Other projects': a file or folder in their layout, described by a `Source`: `load_source` reads it,
-`save_source` writes it back. Both stream: tensors travel in pieces of `BLOCK` bytes, so the host
-never holds more than the model itself, in the type it is wanted in, and one piece.
+The header's metadata are JSON strings: `family` (a key of `models.MODELS`), `shape` (the family's
+configuration) and `stats` (for the embedded models `state_low`, `state_high`: the quantiles that
+map the robot's state to [-1, 1]; for published ones what their family's file reader made of their
+statistics). Nothing is ever unpickled. Other projects' files: `models/formats/`.
 """
 
 import contextlib
 import json
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 
 from config import ROOT, UserError
+from models.formats.source import Source, layout, read_json, weight_files
 
 
 class Header(NamedTuple):
@@ -95,18 +89,6 @@ def of_family(path: str | Path, family: str) -> Header:
     return header
 
 
-def agree(path: str | Path, both: dict[str, tuple]) -> None:
-    """both: name → (what the checkpoint has, what the run asks for). Raises UserError naming the
-    first pair that differs.
-    """
-    for name, (has, wanted) in both.items():
-        if has != wanted:
-            raise UserError(
-                f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them "
-                "agree"
-            )
-
-
 def is_ours(path: str | Path) -> bool:
     """Whether a checkpoint is in our own layout, rather than another project's. Raises UserError
     where there is none.
@@ -169,32 +151,6 @@ def frame_size(path: Path) -> int:
     return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError."""
-    try:
-        found = json.loads(path.read_text())
-    except OSError:
-        raise UserError(
-            f"{path.parent} has no {path.name}, which such a checkpoint needs"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it is not a JSON object")
-    return found
-
-
-@contextlib.contextmanager
-def understood(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside with the contents of another project's file becomes one
-    sentence.
-    """
-    try:
-        yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not say what such a file says: {error!r}") from None
-
-
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:
     """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
     path = Path(path)
@@ -208,350 +164,10 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
     os.replace(partial, path)
 
 
-class Uninitialised(TorchFunctionMode):
-    """Modules built in this context keep whatever memory holds, for `load_source` to fill: drawing
-    random weights for nothing takes a minute for billions of them, and on the meta device its first
-    use imports half a compiler (2 s).
-    """
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-# ---------------------------------------------------------------- other projects' layouts
-
-BLOCK = 64 * 2**20  # bytes moved at once
-SMALL = 64 * 2**20
-# bytes; files of a checkpoint folder up to this size (statistics, configuration, tokeniser) are
-# copied along
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class Source(NamedTuple):
-    """One layout of another project's checkpoints."""
-
-    names: Callable[[Any], dict[str, str | tuple[str, ...]]]
-    """the model's configuration → {our parameter: their key}; a tuple: their tensors, concatenated
-    on dim 0, are ours
-    """
-    unused: tuple[str, ...]
-    """regular expressions that match (in full) the keys knowingly left unread"""
-    tied: tuple[tuple[str, str], ...] = ()
-    """pairs (key in `names`, alias): one tensor under two names; a file may hold either or both,
-    and what we save agrees in both
-    """
-
-
-def ours(names: Iterable[str]) -> Source:
-    """The layout of our own files: every tensor under our name."""
-    table = {name: name for name in names}
-    return Source(lambda _: table, ())
-
-
-Part = Literal["all", "none", "training", "idle"]
-"""which weights a process reads: `idle` are those that training, with a frozen prefix in the slots,
-has no use for
-"""
-
-
-def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
-    return part == "all" or (part != "none" and name.startswith(model.idle()) == (part == "idle"))
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies on disk."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int  # bytes from the start of the file
-    end: int
-
-
-def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, a folder's shards, or its
-    model.safetensors.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
-        for name in names:
-            if not (path / name).is_file():
-                raise UserError(
-                    f"checkpoint {path} lacks its file {name}, which {index.name} lists"
-                )
-        return [path / name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if shards := sorted(
-        path.glob("model-*-of-*.safetensors")
-    ):  # without an index, as some were uploaded
-        return shards
-    raise UserError(
-        f"no checkpoint at {path}: expected model.safetensors, or its shards with "
-        "model.safetensors.index.json"
-    )
-
-
-def raw_header(file: Path) -> bytes:
-    """The first bytes of a safetensors file, up to its tensors: a length (8 bytes, little-endian)
-    and as much JSON.
-    """
-    try:
-        with file.open("rb") as stream:
-            length = stream.read(8)
-            text = stream.read(min(int.from_bytes(length, "little"), 100_000_000))
-    except OSError as error:
-        raise UserError(f"cannot read checkpoint {file}: {error}") from None
-    return length + text
-
-
-def layout(path: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, read from the headers alone. Raises UserError when a
-    file is damaged.
-    """
-    found = {}
-    for file in weight_files(path):
-        head = raw_header(file)
-        try:
-            entries = json.loads(head[8:])
-            entries.pop("__metadata__", None)
-            for key, entry in entries.items():
-                begin, end = entry["data_offsets"]
-                found[key] = Stored(
-                    file,
-                    DTYPES[entry["dtype"]],
-                    tuple(entry["shape"]),
-                    len(head) + begin,
-                    len(head) + end,
-                )
-            complete = file.stat().st_size == max(
-                (found[key].end for key in entries), default=len(head)
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
-            ) from None
-        if not complete:
-            raise UserError(
-                f"cannot read checkpoint {file}: it is truncated, or its size is not what its "
-                "header says"
-            )
-    index = Path(path) / "model.safetensors.index.json"
-    for key, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
-        if key not in found or found[key].file.name != name:
-            raise UserError(
-                f"checkpoint {path} has no tensor {key!r} in {name}, where {index.name} says it is"
-            )
-    return found
-
-
-class Place(NamedTuple):
-    """Rows of one of our tensors that are, whole, one of theirs."""
-
-    name: str
-    begin: int
-    end: int
-
-
-def match(
-    model: torch.nn.Module, path: str | Path, source: Source, stored: dict[str, Stored]
-) -> dict[str, Place]:
-    """Their key → where it belongs in ours. Raises UserError naming a key that is missing, extra or
-    of another shape.
-    """
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    other_name = dict(source.tied)
-    parts: dict[str, Place] = {}
-    for name, keys in source.names(model.config).items():
-        rows = 0
-        shapes = []
-        for key in (keys,) if isinstance(keys, str) else keys:
-            if key not in stored and other_name.get(key) in stored:
-                key = other_name[key]
-            if key not in stored:
-                raise UserError(
-                    f"checkpoint {path} has no tensor {key!r}: it is of another model or layout"
-                )
-            shapes.append(stored[key].shape)
-            parts[key] = Place(name, rows, rows + (shapes[-1] or (1,))[0])
-            rows = parts[key].end
-        whole = shapes[0] if len(shapes) == 1 else (rows, *shapes[0][1:])
-        if whole != ours[name] or any(shape[1:] != whole[1:] for shape in shapes):
-            found = " + ".join(str(list(shape)) for shape in shapes)
-            raise UserError(
-                f"checkpoint {path}: {keys!r} is {found}, the model needs {list(ours[name])} for "
-                f"{name!r}"
-            )
-    known = set(parts).union(*source.tied)
-    extra = [
-        key
-        for key in stored
-        if key not in known and not any(re.fullmatch(pattern, key) for pattern in source.unused)
-    ]
-    if extra:
-        raise UserError(
-            f"checkpoint {path} has a tensor {extra[0]!r} that the model does not know "
-            f"({len(extra)} such in all)"
-        )
-    return parts
-
-
-def pieces(stored: Stored) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of at most `BLOCK` bytes (but at least a row) that cover a tensor."""
-    rows = stored.shape[0] if stored.shape else 1
-    step = max(1, rows * BLOCK // max(1, stored.end - stored.begin))
-    for begin in range(0, rows, step):
-        yield begin, min(begin + step, rows)
-
-
-def load_source(
-    model: torch.nn.Module,
-    path: str | Path,
-    source: Source,
-    device: str | torch.device,
-    dtype: torch.dtype | Callable[[str], torch.dtype] | None,
-    part: Part = "all",
-) -> None:
-    """Puts a checkpoint's weights, or a part, into `model`, which may be on `meta`, straight to
-    `device`. Every key is checked.
-
-    path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function
-    of our parameter's name, or None to keep the file's. Our parameters that `source` does not name
-    (heads of our own) stay as they are and where they are, as do those that are not of `part`.
-    Raises UserError naming the key that is missing, extra or of another shape.
-    """
-    stored = layout(path)
-    places = match(model, path, source, stored)
-    wanted: dict[str, list[str]] = {}
-    for key, place in places.items():
-        if includes(part, model, place.name):
-            wanted.setdefault(place.name, []).append(key)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, keys in wanted.items():
-        old = tensors[name]
-        kind = dtype(name) if callable(dtype) else dtype
-        new = torch.empty(old.shape, device=device, dtype=kind or stored[keys[0]].dtype)
-        for key in keys:
-            rows = new[places[key].begin : places[key].end] if stored[key].shape else new.reshape(1)
-            for begin, end in pieces(stored[key]):
-                # Opened anew for each piece: closing the file lets its mapped pages go, which
-                # otherwise count as memory in use.
-                with safe_open(stored[key].file, framework="pt") as file:
-                    piece = (
-                        file.get_slice(key)[begin:end]
-                        if stored[key].shape
-                        else file.get_tensor(key)
-                    )
-                    rows[begin:end].copy_(piece)
-                    del piece
-        owner = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        if isinstance(old, torch.nn.Parameter):
-            setattr(owner, leaf, torch.nn.Parameter(new, requires_grad=old.requires_grad))
-        else:
-            owner.register_buffer(leaf, new, persistent=True)
-
-
-def gradients(model: torch.nn.Module, path: str | Path, source: Source) -> dict[str, torch.Tensor]:
-    """{"grad." + their key: our gradient of what is theirs}, to compare with the original's."""
-    found = {}
-    ours = dict(model.named_parameters())
-    for key, part in match(model, path, source, layout(path)).items():
-        gradient = ours[part.name].grad if part.name in ours else None
-        if gradient is not None:
-            found[f"grad.{key}"] = gradient[part.begin : part.end] if gradient.ndim else gradient
-    return found
-
-
-def save_source(
-    model: torch.nn.Module, folder: str | Path, source: Source, like: str | Path
-) -> None:
-    """Writes `model` as the checkpoint `like` it was loaded from: same files, keys, shapes, dtypes
-    and order.
-
-    Tensors that we do not read are copied, and so is whatever else the folder `like` holds that is
-    small. `folder` appears at once: a crash leaves the old one. With a file as `like`, `folder` is
-    a file too.
-    """
-    folder = Path(folder)
-    like = Path(like)
-    stored = layout(like)
-    parts = match(model, like, source, stored)
-    for pair in source.tied:
-        for key, alias in (pair, pair[::-1]):
-            if key in parts and alias in stored:
-                parts[alias] = parts[key]
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if like.is_file():
-        write_like(model, partial, like, stored, parts)
-        os.replace(partial, folder)
-        return
-    files = weight_files(like)
-    for file in sorted(like.rglob("*")):
-        inside = file.relative_to(like)
-        hidden = any(name.startswith(".") for name in inside.parts)
-        if file.is_file() and not hidden and file not in files and file.stat().st_size <= SMALL:
-            (partial / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, partial / inside)
-    partial.mkdir(exist_ok=True)
-    for file in files:
-        write_like(model, partial / file.name, file, stored, parts)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_like(
-    model: torch.nn.Module,
-    out: Path,
-    like: Path,
-    stored: dict[str, Stored],
-    parts: dict[str, Place],
-) -> None:
-    """One file: the header of `like` as it stands, then its tensors in their order, ours where we
-    have them.
-    """
-    tensors = model.state_dict()
-    here = sorted(
-        (key for key in stored if stored[key].file == like), key=lambda key: stored[key].begin
-    )
-    with out.open("wb") as stream, like.open("rb") as original:
-        stream.write(raw_header(like))
-        for key in here:
-            entry = stored[key]
-            if key not in parts:
-                original.seek(entry.begin)
-                for left in range(entry.end - entry.begin, 0, -BLOCK):
-                    stream.write(original.read(min(BLOCK, left)))
-                continue
-            ours = tensors[parts[key].name].detach()
-            rows = ours[parts[key].begin : parts[key].end] if entry.shape else ours.reshape(1)
-            for begin, end in pieces(entry):
-                piece = rows[begin:end].to("cpu", entry.dtype).contiguous()
-                stream.write(piece.flatten().view(torch.uint8).numpy())
+def own(path: Path, model: torch.nn.Module, heads: Iterable[str] = ()) -> Source:
+    """The layout of a file of ours, which may lack some of the model's `heads` or have others."""
+    keys = layout(path)
+    missing = [name for name in heads if not any(key.startswith(f"{name}.") for key in keys)]
+    foreign = [name for name in heads if name not in dict(model.named_children())]
+    rules = tuple((rf"{name}\..*", None) for name in missing)
+    return Source((*rules, (r".*", r"\g<0>")), tuple(rf"{name}\..*" for name in foreign))

@@ -10,12 +10,12 @@ tokeniser) come along. Left out: value and noise heads that ORIGINAL has no room
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 import models
 from config import UserError, exit_on_user_error
 from models import checkpoint
+from models.formats import source
 
 
 @dataclass(kw_only=True)
@@ -48,17 +48,14 @@ def main(config: ExportConfig) -> None:
             "began from"
         )
     family = models.load(header.family)
-    if not hasattr(family, "NETWORK"):
+    if family.FORMATS is None:
         raise UserError(
             f"checkpoint {path} is of the family {header.family!r}, which no other project knows"
         )
     models.check_family(header.family, config.like)
-    with torch.device("meta"), checkpoint.Uninitialised():
-        model = family.NETWORK(family.CONFIG(**header.shape))
-    stored = checkpoint.layout(path)
-    checkpoint.load_source(
-        model, path, checkpoint.ours(n for n in model.state_dict() if n in stored), "cpu", None
-    )
+    model = source.sketch(family.NETWORK, family.CONFIG(**header.shape))
+    layout = checkpoint.own(path, model, family.NETWORK.HEADS)
+    source.load(model, path, layout, "cpu", None)
     models.files(header.family).save(model, config.out, config.like)
     print(f"wrote {config.out}")
 

@@ -1,47 +1,250 @@
-"""What flow policies (π0, π0.5, GR00T) share beside their networks: their noise, and the density of
-a stochastic denoise step.
+"""Flow matching as a stochastic policy: what π0, π0.5 and GR00T share beside their networks.
+
+    noise x [n, H, A] ──► N denoise steps ──► actions          time: the share of noise, from 1 to 0
+
+One denoise step, drawn from the last `sde_steps`, is a Gaussian transition (Flow-SDE, πRL arXiv
+2510.25889); the others follow the ODE. The log-prob is that transition's, over the steps and
+dimensions that the robot executes. πRL draws from all N; the flow contracts early noise, so its
+samples say little about the action: the default draws the last.
+
+Time and velocity have openpi's direction here: the velocity points from data to noise. Left out:
+πRL's joint log-prob over the whole chain, several stochastic steps per sample.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import UserError
-from models import generator
+from models.noise import Key, generator
 
-
-def check_steps(config) -> None:
-    """config: denoise_steps and sde_steps. Raises UserError."""
-    if not 1 <= config.sde_steps <= config.denoise_steps:
-        raise UserError(
-            f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps "
-            f"{config.denoise_steps}"
-        )
-
-
-def flow_noise(
-    keys: list[tuple[int, int, int, int]],
-    explore: list[bool],
-    shape: tuple[int, ...],
-    denoise_steps: int,
-    sde_steps: int,
-) -> tuple[Tensor, Tensor]:
-    """Of a flow policy's inference: noise [n, *shape], and which denoise step is stochastic [n],
-    drawn from the last `sde_steps`; −1 where `explore` is False.
-    """
-    noise = np.empty((len(keys), *shape), np.float32)
-    index = np.full(len(keys), -1, np.int64)
-    for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
-        rng = generator(key)
-        noise[i] = rng.standard_normal(shape, np.float32)
-        if stochastic:
-            index[i] = denoise_steps - 1 - rng.integers(sde_steps)
-    return torch.from_numpy(noise), torch.from_numpy(index)
+Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 def normal_logprob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(x; mean, std²) of every number of a chunk: [n, C, A]."""
     z = (x - mean) / std
     return -0.5 * z**2 - std.log() - 0.5 * math.log(2.0 * math.pi)
+
+
+def normal_entropy(std: Tensor) -> Tensor:
+    """Mean entropy per dimension of Normals with these standard deviations: []."""
+    return (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
+
+
+def ode_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+    """x̂0·(1 − t') + x̂1·t' with x̂0 = x − v·t and x̂1 = x + v·(1 − t), which is x + v·(t' − t)."""
+    return x + v * (t_next - t)
+
+
+def flow_sde_step(
+    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of one Flow-SDE transition t → t' = t − δ.
+
+    σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' −
+    σ²δ/(2t)); std = √δ·σ. x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H, A], std [n, 1,
+    1].
+    """
+    delta = t - t_next
+    sigma = a * torch.sqrt(t / (1.0 - torch.where(t >= 1.0, t_next, t)))
+    data_end = x - v * t
+    noise_end = x + v * (1.0 - t)
+    mean = data_end * (1.0 - t_next) + noise_end * (t_next - sigma**2 * delta / (2.0 * t))
+    return mean, delta.sqrt() * sigma
+
+
+@dataclass(kw_only=True, frozen=True)
+class FlowConfig:
+    """Of the chain, and of what is trained. In the comments what RLinf has on LIBERO."""
+
+    denoise_steps: int = 4  # N
+    noise_level: float = 1.0  # a of Flow-SDE; 0.5
+    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; all
+    train_vlm: bool = False  # False: reinforcement learning updates only the heads
+    # with the VLM frozen: slots keep what it gave; False recomputes that, for want of memory
+    cache_prefix: bool = True
+    # of a frozen VLM's weights and of what slots keep; bfloat16
+    prefix_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class FlowPolicy(nn.Module):
+    """The policy around a flow network. A family derives it, and offers
+
+    config            a `FlowConfig`, and more
+    FROZEN            beginnings of the names of the VLM's parameters
+    .value_head       the critic
+    .noise_shape()    (H, A) of what the flow denoises, padding included
+    .times()          N + 1 shares of noise, from 1 to 0
+    .cache_fields()   what of `look` a slot keeps while the VLM is frozen: {name: (shape,
+                      dtype)}
+    .look(obs)        the part of the network that does not see the actions → {name: tensor or
+                      tuple of tensors}; from the fields of `cache_fields`, where obs has them
+    .denoise(seen, x, t, step)  the part that does: x [n, H, A], t [n] share of noise, step [n]
+                      number of the denoise step → features [n, H, E]
+    .direction(h, x)  those features → velocity from data to noise [n, H, A], in x's type
+    .value_of(seen, h)   → value [n]
+    .executed(x)      [n, H, A] → [n, C, A], what the robot executes
+    """
+
+    FROZEN: tuple[str, ...] = ()
+    learns_noise = False
+    """whether the transition's deviation depends on the weights"""
+
+    def __init__(self, config: FlowConfig):
+        super().__init__()
+        self.config = config
+        if not 1 <= config.sde_steps <= config.denoise_steps:
+            raise UserError(
+                f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps "
+                f"{config.denoise_steps}"
+            )
+
+    def begin(self, config, stats: dict) -> None:
+        """Follows the run's flags once the weights are read; the configuration says it all."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
+        frozen = name.startswith(self.FROZEN) and not self.config.train_vlm
+        return getattr(torch, self.config.prefix_dtype) if frozen else torch.float32
+
+    # ------------------------------------------------------------ fields
+
+    @property
+    def cached(self) -> bool:
+        """Whether slots keep what `look` saw: a frozen VLM sees the same at rollout and at every
+        epoch.
+        """
+        return self.config.cache_prefix and not self.config.train_vlm
+
+    def slot_fields(self) -> dict[str, Shape]:
+        shape = self.noise_shape()
+        fields: dict[str, Shape] = {
+            "x_t": (shape, torch.float32),
+            "x_next": (shape, torch.float32),
+            "denoise_index": ((), torch.int32),
+        }
+        return fields | (self.cache_fields() if self.cached else {})
+
+    def training_fields(self) -> tuple[str, ...]:
+        """What `evaluate` reads from a slot."""
+        observed = self.observation_fields()
+        if self.cached:
+            del observed["image"]
+        return (*observed, *self.slot_fields())
+
+    # ------------------------------------------------------------ parameters
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        frozen = () if self.config.train_vlm else self.FROZEN
+        return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
+
+    def critic(self) -> dict[str, nn.Parameter]:
+        return dict(self.value_head.named_parameters(prefix="value_head"))
+
+    def idle(self) -> tuple[str, ...]:
+        """Without a use where the slots hold what the VLM gives."""
+        return self.FROZEN if self.cached else ()
+
+    # ------------------------------------------------------------ the chain
+
+    def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
+        """noise and epsilon [n, H, A], and the stochastic denoise step's index [n], −1 where
+        `explore` is False (all steps follow the ODE).
+        """
+        c = self.config
+        noise = np.empty((len(keys), 2, *self.noise_shape()), np.float32)
+        index = np.full(len(keys), -1, np.int64)
+        for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
+            rng = generator(key)
+            noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
+            if stochastic:
+                index[i] = c.denoise_steps - 1 - rng.integers(c.sde_steps)
+        both = torch.from_numpy(noise)
+        return {
+            "noise": both[:, 0],
+            "epsilon": both[:, 1],
+            "denoise_index": torch.from_numpy(index),
+        }
+
+    def transition(
+        self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ODE's step and the stochastic one's mean and standard deviation, from the expert's
+        features h [n, H, E].
+
+        x [n, H, A], t and t_next [n, 1, 1] → [n, H, A], [n, H, A], and [n, 1, 1] or [n, H, A].
+        """
+        v = self.direction(h, x)
+        mean, std = flow_sde_step(x, v, t, t_next, self.config.noise_level)
+        return ode_step(x, v, t, t_next), mean, std
+
+    def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        """Of what the robot executes, not of the flow's padding: [n, C, A]."""
+        return normal_logprob(self.executed(x), self.executed(mean), self.executed(std))
+
+    def at(self, step: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Times before and after denoise step [n], each [n, 1, 1]."""
+        return times[step][:, None, None], times[step + 1][:, None, None]
+
+    @torch.inference_mode()
+    def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value,
+        slot fields.
+        """
+        seen = self.look(obs)
+        # The flow itself stays in fp32. A copy like what later steps make of it: compiled code
+        # tells tensors made in inference mode and their strides apart.
+        x = noise["noise"].clone(memory_format=torch.contiguous_format)
+        times = torch.tensor(self.times(), device=x.device, dtype=x.dtype)
+        index = noise["denoise_index"][:, None, None]
+        x_t = torch.zeros_like(x)
+        x_next = torch.zeros_like(x)
+        logprob = torch.zeros_like(self.executed(x))
+        kept = None
+        for i in range(self.config.denoise_steps):
+            step = torch.full((len(x),), i, device=x.device)
+            t, t_next = self.at(step, times)
+            h = self.denoise(seen, x, t[:, 0, 0], step)
+            following, mean, std = self.transition(x, h, t, t_next)
+            chosen = index == i
+            after = torch.where(chosen, mean + std * noise["epsilon"], following)
+            x_t = torch.where(chosen, x, x_t)
+            x_next = torch.where(chosen, after, x_next)
+            logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
+            # The value belongs to the step that `evaluate` will see.
+            kept = h if kept is None else torch.where(chosen, h, kept)
+            x = after
+        out = {
+            "actions": self.executed(x),
+            "logprob": logprob,
+            "value": self.value_of(seen, kept),
+            "x_t": x_t,
+            "x_next": x_next,
+            "denoise_index": noise["denoise_index"].to(torch.int32),
+        }
+        return out | {name: seen[name] for name in (self.cache_fields() if self.cached else ())}
+
+    def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Log-prob and value of stored chunk steps under today's weights, differentiable.
+
+        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A] and value
+        [n], and where the transition's deviation is learned its entropy []: Flow-SDE's deviation is
+        a constant of time.
+        """
+        seen = self.look(batch)
+        x_t = batch["x_t"]
+        step = batch["denoise_index"].long()
+        times = torch.tensor(self.times(), device=x_t.device, dtype=x_t.dtype)
+        t, t_next = self.at(step, times)
+        h = self.denoise(seen, x_t, t[:, 0, 0], step)
+        _, mean, std = self.transition(x_t, h, t, t_next)
+        logprob = self.logprob(batch["x_next"], mean, std)
+        out = {"logprob": logprob, "value": self.value_of(seen, h)}
+        if self.learns_noise:
+            out["entropy"] = normal_entropy(self.executed(std))
+        return out

@@ -9,8 +9,8 @@ Of Eagle 2.5 only what N1.5 uses is here: SigLIP without its pooling head, one L
 pixel shuffle), 12 of Qwen3's 28 layers, causal, with its last norm. Flow time runs from noise at t
 = 0 to data at t = 1, openpi's direction reversed.
 
-As a stochastic policy (Flow-SDE, πRL arXiv 2510.25889): one denoise step is a Gaussian transition,
-the others follow the ODE. The value head reads the mean feature and the encoded state (RLinf
+As a stochastic policy: `models/flow.py`, whose time and velocity are this one's reversed. The value
+head reads the mean feature and the encoded state (RLinf
 rlinf/models/embodiment/gr00t/gr00t_n1d5), without gradient.
 
 Padding is part of the original's function: only the language model masks it, the blocks after it
@@ -18,46 +18,46 @@ attend to it. Which is why `mask_padding` and `padded_rows` are settings: on, th
 the prompt alone, as the original computes it unpadded.
 
 Left out: dropout (RLinf trains without it), tiling of large images, the original's unused loss
-terms. Sources: NVIDIA/Isaac-GR00T gr00t/model/action_head and backbone; `models/gr00t_files.py`
+terms. Sources: NVIDIA/Isaac-GR00T gr00t/model/action_head and backbone; `models/formats/gr00t.py`
 reads its checkpoints.
 """
 
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from config import UserError
-from models import checkpoint
-from models.flow import check_steps, flow_noise, normal_logprob
-from models.rotary import rotary, rotate
-from models.siglip import Siglip
+from models.flow import FlowConfig, FlowPolicy, Shape
+from models.layers import (
+    SO400M,
+    RMSNorm,
+    Siglip,
+    SiglipConfig,
+    frequencies,
+    join_heads,
+    mlp,
+    rotary,
+    rotate,
+    scaled,
+    silent,
+    split_heads,
+)
 
-Shape = tuple[tuple[int, ...], torch.dtype]
 # in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the
 # network embeds there
 PAD = -1
 
 
 @dataclass(kw_only=True, frozen=True)
-class Gr00tConfig:
-    """Widths and depths. The defaults are the embedded default; in the comments GR00T-N1.5-3B,
-    LIBERO settings as in RLinf.
+class Gr00tConfig(SiglipConfig, FlowConfig):
+    """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO settings as in
+    RLinf.
     """
 
-    views: int = 1  # cameras; 2
-    image_size: int = 64  # pixels; 224
-    patch: int = 8  # pixels; 14
-    vision_width: int = 96  # 1152
-    vision_depth: int = 3  # 27
-    vision_heads: int = 4  # 16
-    vision_mlp: int = 384  # 4304
     vocabulary: int = 400  # tokens; 151680
     image_token: int = 399  # <IMG_CONTEXT>; 151669
     pad_token: int = 0  # what padding is embedded as: 0 in RLinf, 151643 in NVIDIA's own collation
@@ -85,25 +85,12 @@ class Gr00tConfig:
     chunk: int = 10  # C of them are executed, and only those count in the log-prob; 10
     action_dim: int = 4  # A of the simulator, likewise; 7
     value_widths: tuple[int, ...] = (128, 64)  # (1024, 512, 256)
-    denoise_steps: int = 4  # N
     time_buckets: int = 1000  # the network sees ⌊t·1000⌋
-    noise_level: float = 1.0  # a of Flow-SDE; 0.5
-    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; RLinf: all
     # False: the blocks after the language model see padding, as the original's do in a padded batch
     mask_padding: bool = True
-    task_as_list: bool = (
-        False  # whether the prompt says `str([task])` or the task: see `gr00t_files.prompt`
-    )
+    # whether the prompt says `str([task])` or the task: `prompt` in `models/formats/gr00t.py`
+    task_as_list: bool = False
     padded_rows: str = "flash"  # what attention gives a padded position: see `causal_mask`
-    train_vlm: bool = (
-        False  # False: reinforcement learning updates the action head and the value head only
-    )
-    cache_prefix: bool = (
-        True  # with a frozen VLM: slots hold its features, and no update epoch computes them again
-    )
-    prefix_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of a frozen VLM's weights and of those features; bfloat16
-    )
 
     @property
     def image_tokens(self) -> int:
@@ -124,172 +111,51 @@ class Gr00tConfig:
     def dit_width(self) -> int:
         return self.dit_heads * self.dit_head_dim
 
-
-FULL = Gr00tConfig(
-    views=2,
-    image_size=224,
-    patch=14,
-    vision_width=1152,
-    vision_depth=27,
-    vision_heads=16,
-    vision_mlp=4304,
-    vocabulary=151680,
-    image_token=151669,
-    pad_token=0,
-    tokens=60,
-    width=2048,
-    mlp=6144,
-    depth=12,
-    heads=16,
-    kv_heads=8,
-    head_dim=128,
-    vl_depth=4,
-    vl_heads=32,
-    dit_depth=16,
-    dit_heads=32,
-    dit_head_dim=48,
-    hidden=1024,
-    future_tokens=32,
-    positions=1024,
-    embodiments=32,
-    embodiment=31,
-    max_state_dim=64,
-    max_action_dim=32,
-    horizon=16,
-    chunk=10,
-    action_dim=7,
-    value_widths=(1024, 512, 256),
-    noise_level=0.5,
-    sde_steps=4,
-    mask_padding=False,
-    prefix_dtype="bfloat16",
-)
+    @property
+    def played(self) -> tuple[int, int]:
+        """(C, A) that the robot executes."""
+        return self.chunk, self.action_dim
 
 
-FROZEN = (
-    "vision.",
-    "projector.",
-    "embed_tokens.",
-    "language.",
-    "language_norm.",
-    "eagle_linear.",
-)  # the VLM
-
-
-def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Gr00t":
-    """The model of `config.train.checkpoint`, ours or one of `gr00t_files.SOURCES`, with those
-    `weights` on `device`.
-
-    Raises UserError when the checkpoint is of another model or does not suit the simulator.
-    """
-    from models import gr00t_files  # reads other projects' folders, and imports this file
-
-    path = config.train.checkpoint
-    source = None
-    wanted = {"views": env_spec.views, "action_dim": env_spec.action_dim}
-    if gr00t_files.is_folder(path):
-        found = gr00t_files.describe(path, config.train.statistics or None)
-        shape = asdict(found.config)
-        source = found.source
-        stats = found.stats | {"gripper": "libero" if config.train.env == "libero" else ""}
-        shape |= {"chunk": config.rollout.chunk}  # for the run to choose
-    else:
-        path = checkpoint.find(path)
-        header = checkpoint.of_family(path, "gr00t")
-        shape = header.shape
-        stats = header.stats
-        wanted |= {"chunk": config.rollout.chunk}
-        wanted |= {} if header.published else {"image_size": env_spec.image_size}
-    from_rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "prefix_dtype")
-    chosen = {
-        name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None
-    }
-    chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
-    c = Gr00tConfig(**shape | chosen)
-    check_steps(c)
-    checkpoint.agree(path, {name: (getattr(c, name), value) for name, value in wanted.items()})
-    if len(stats["state_low"]) != env_spec.state_dim or env_spec.state_dim > c.max_state_dim:
-        found = f"a state of {len(stats['state_low'])} dimensions"
-        raise UserError(
-            f"checkpoint {path} knows {found} and the simulator has {env_spec.state_dim}: they do "
-            "not fit"
-        )
-    if c.chunk > c.horizon:
-        raise UserError(
-            f"--chunk {c.chunk} is longer than the {c.horizon} actions that checkpoint {path} "
-            "produces"
-        )
-    with torch.device("meta"), checkpoint.Uninitialised():
-        model = Gr00t(c)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype_of(c, name))
-    source = source or checkpoint.ours(model.state_dict())
-    checkpoint.load_source(model, path, source, device, partial(dtype_of, c), weights)
-    if (
-        weights in ("all", "training") and model.value_head[0].weight.is_meta
-    ):  # of other projects, only RLinf's files have one
-        model.value_head = value_head(c).to(device)
-    model.header = checkpoint.Header("gr00t", asdict(c), stats)
-    return model
-
-
-def dtype_of(c: Gr00tConfig, name: str) -> torch.dtype:
-    """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
-    return (
-        getattr(torch, c.prefix_dtype)
-        if name.startswith(FROZEN) and not c.train_vlm
-        else torch.float32
+FULL = {
+    "gr00t": Gr00tConfig(
+        views=2,
+        **SO400M,
+        vocabulary=151680,
+        image_token=151669,
+        pad_token=0,
+        tokens=60,
+        width=2048,
+        mlp=6144,
+        depth=12,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        vl_depth=4,
+        vl_heads=32,
+        dit_depth=16,
+        dit_heads=32,
+        dit_head_dim=48,
+        hidden=1024,
+        future_tokens=32,
+        positions=1024,
+        embodiments=32,
+        embodiment=31,
+        max_state_dim=64,
+        max_action_dim=32,
+        horizon=16,
+        chunk=10,
+        action_dim=7,
+        value_widths=(1024, 512, 256),
+        noise_level=0.5,
+        sde_steps=4,
+        mask_padding=False,
+        prefix_dtype="bfloat16",
     )
-
-
-# ---------------------------------------------------------------- the flow as a policy
-
-
-def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: 0, 1/N, …, 1 (GR00T's direction; openpi's time is 1 minus
-    this).
-    """
-    return [i / steps for i in range(steps + 1)]
-
-
-def flow_sde_step(
-    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of one Flow-SDE transition t → t' = t + δ.
-
-    With v pointing from noise to data, the noise end is x̂0 = x − v·t and the data end x̂1 = x +
-    v·(1 − t); σ = a·√((1 − t)/t), at t = 0 with t' in the denominator; mean = x̂0·(1 − t' −
-    σ²δ/(2(1 − t))) + x̂1·t'; std = √δ·σ. x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H,
-    A], std [n, 1, 1].
-    """
-    delta = t_next - t
-    sigma = a * torch.sqrt((1.0 - t) / torch.where(t <= 0.0, t_next, t))
-    noise_end = x - v * t
-    data_end = x + v * (1.0 - t)
-    mean = noise_end * (1.0 - t_next - sigma**2 * delta / (2.0 * (1.0 - t))) + data_end * t_next
-    return mean, delta.sqrt() * sigma
+}
 
 
 # ---------------------------------------------------------------- backbone, bottom up
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[n, S, heads·d] → [n, heads, S, d]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-class RMSNorm(nn.Module):
-    """Qwen's: x/rms(x)·w, the root mean square in fp32."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(
-            x.dtype
-        )
 
 
 def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -341,11 +207,7 @@ class QwenLayer(nn.Module):
         v = split_heads(v, self.kv_heads)
         q = rotate(self.q_norm(q), cos, sin)
         k = rotate(self.k_norm(k), cos, sin)
-        out = (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        out = join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
         x = x + self.o_proj(out.masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -394,7 +256,7 @@ class Block(nn.Module):
             h = self.norm1(x)
         k, v = self.keys(h) if keys is None else keys
         h = F.scaled_dot_product_attention(split_heads(self.q(h), self.heads), k, v, attn_mask=mask)
-        x = x + self.out(h.transpose(1, 2).flatten(2))
+        x = x + self.out(join_heads(h))
         h = F.layer_norm(x, x.shape[-1:]) if self.adaptive else self.norm3(x)
         return x + self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
 
@@ -450,24 +312,21 @@ def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-def value_head(c: Gr00tConfig) -> nn.Sequential:
-    """An MLP that starts at value 0, which is what nothing is known of."""
-    widths = (c.features + c.dit_width, *c.value_widths)
-    hidden = [
-        m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.ReLU())
-    ]
-    head = nn.Sequential(*hidden, nn.Linear(widths[-1], 1))
-    nn.init.zeros_(head[-1].weight)
-    nn.init.zeros_(head[-1].bias)
-    return head
-
-
-class Gr00t(nn.Module):
-    COMPILED = ("backbone", "context", "velocity")  # `models/compiled.py`
+class Gr00t(FlowPolicy):
+    HEADS = ("value_head",)
+    COMPILED = ("backbone", "context", "velocity")
+    FROZEN = (
+        "vision.",
+        "projector.",
+        "embed_tokens.",
+        "language.",
+        "language_norm.",
+        "eagle_linear.",
+    )  # the VLM
 
     def __init__(self, config: Gr00tConfig):
-        super().__init__()
-        c = self.config = config
+        super().__init__(config)
+        c = config
         self.vision = Siglip(c)
         self.projector = nn.Linear(c.vision_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
@@ -495,7 +354,13 @@ class Gr00t(nn.Module):
         )
         self.proj_out_1 = nn.Linear(c.dit_width, 2 * c.dit_width)
         self.proj_out_2 = nn.Linear(c.dit_width, c.hidden)
-        self.value_head = value_head(c)
+        self.value_head = self.heads(c)["value_head"]
+
+    @staticmethod
+    def heads(c: Gr00tConfig) -> dict[str, nn.Module]:
+        """An MLP that starts at value 0, which is what nothing is known of."""
+        widths = (c.features + c.dit_width, *c.value_widths, 1)
+        return {"value_head": silent(mlp(widths, nn.ReLU))}
 
     # ------------------------------------------------------------ the network
 
@@ -519,12 +384,9 @@ class Gr00t(nn.Module):
         pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
         x = self.embed_tokens(ids)
         x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
-        cos, sin = rotary(
-            torch.arange(ids.shape[1], device=x.device)[None],
-            self.config.head_dim,
-            x.dtype,
-            theta=1e6,
-        )
+        positions = torch.arange(ids.shape[1], device=x.device)[None]
+        frequency = frequencies(self.config.head_dim, x.device, theta=1e6)
+        cos, sin = rotary(positions, frequency, x.dtype)
         mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
         # The fused kernels' gradients lose the cancelling numbers of "eager".
         with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():
@@ -579,154 +441,68 @@ class Gr00t(nn.Module):
         mean = (features * seen).sum(1) / seen.sum(1)
         return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
 
-    def buckets(self) -> list[int]:
-        return [
-            int(t * self.config.time_buckets) for t in denoise_times(self.config.denoise_steps)[:-1]
-        ]
+    def bucket(self, step: Tensor) -> Tensor:
+        """What the network sees of the time of denoise step [n]: ⌊t·1000⌋."""
+        return step * self.config.time_buckets // self.config.denoise_steps
 
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
         c = self.config
-        fields = {
+        return {
             "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
             "tokens": ((c.tokens,), torch.int32),
+            "state": ((c.max_state_dim,), torch.float32),
         }
-        return fields | {"state": ((c.max_state_dim,), torch.float32)}
 
-    @property
-    def stores_features(self) -> bool:
-        return self.config.cache_prefix and not self.config.train_vlm
-
-    def slot_fields(self) -> dict[str, Shape]:
+    def cache_fields(self) -> dict[str, Shape]:
         c = self.config
-        f = torch.float32
-        fields = {
-            "x_t": ((c.horizon, c.max_action_dim), f),
-            "x_next": ((c.horizon, c.max_action_dim), f),
-        }
-        fields["denoise_index"] = ((), torch.int32)
-        if self.stores_features:  # frozen: the same at rollout and at every epoch
-            fields["vl_features"] = ((c.length, c.features), getattr(torch, c.prefix_dtype))
-        return fields
+        return {"vl_features": ((c.length, c.features), getattr(torch, c.prefix_dtype))}
 
-    def training_fields(self) -> tuple[str, ...]:
-        """What `evaluate` reads from a slot: `state` [max_state_dim], normalised, is written beside
-        `image` and `tokens`.
-        """
-        return (
-            "tokens",
-            "state",
-            *self.slot_fields(),
-            *(() if self.stores_features else ("image",)),
-        )
+    def noise_shape(self) -> tuple[int, int]:
+        return self.config.horizon, self.config.max_action_dim
 
-    def features(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """image [n, V, H, W, 3] uint8 and tokens [n, L] → features [n, P, D] and which positions
-        are real [n, P].
+    def times(self) -> list[float]:
+        """Shares of noise. GR00T's own time runs from 0, which is noise, to 1 in steps of 1/N."""
+        steps = self.config.denoise_steps
+        return [1.0 - i / steps for i in range(steps + 1)]
+
+    def look(self, obs: dict[str, Tensor]) -> dict:
+        """Features of pictures and prompt, or what a slot keeps of them; their keys and values in
+        the action head; the state's token.
         """
+        c = self.config
         ids, real = self.spread(obs["tokens"])
-        if "vl_features" in obs:
-            return obs["vl_features"].to(self.vlln.weight.dtype), real
-        pixels = (
-            obs["image"].flatten(0, 1).permute(0, 3, 1, 2).to(self.projector.weight.dtype) / 127.5
-            - 1.0
-        )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
-            return self.backbone(pixels, ids, real).to(self.vlln.weight.dtype), real
-
-    def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
-        """x₀ and ε [n, H, A'], and the stochastic denoise step's index [n], −1 where `explore` is
-        False (all ODE).
-        """
-        c = self.config
-        noise, index = flow_noise(
-            keys, explore, (2, c.horizon, c.max_action_dim), c.denoise_steps, c.sde_steps
-        )
-        return {"x0": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": index}
-
-    @torch.inference_mode()
-    def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
-        """obs: image [n, V, H, W, 3] uint8, tokens [n, L], state [n, S']; noise from `draw`.
-
-        Returns actions [n, C, A] in [−1, 1] (see `gr00t_files.denormalise`), logprob, value and the
-        slot fields.
-        """
-        c = self.config
-        features, real = self.features(obs)
-        context = self.context(features, real)
-        state = self.encode_state(obs["state"].to(features.dtype), c.embodiment)
-        # The flow itself stays in fp32. A copy like what later steps make of it: compiled code
-        # tells tensors made in inference mode and their strides apart.
-        x = noise["x0"].clone(memory_format=torch.contiguous_format)
-        index = noise["denoise_index"][:, None, None]
-        x_t = torch.zeros_like(x)
-        x_next = torch.zeros_like(x)
-        logprob = x.new_zeros(len(x), c.chunk, c.action_dim)
-        times = denoise_times(c.denoise_steps)
-        for i, (now, later, bucket) in enumerate(
-            zip(times, times[1:], self.buckets(), strict=False)
-        ):
-            t = x.new_full((len(x), 1, 1), now)
-            t_next = x.new_full((len(x), 1, 1), later)
-            bucket = torch.full((len(x),), bucket, device=x.device)
-            v = self.velocity(context, state, x.to(features.dtype), bucket, c.embodiment).to(
-                x.dtype
-            )
-            mean, std = flow_sde_step(x, v, t, t_next, c.noise_level)
-            chosen = index == i
-            after = torch.where(chosen, mean + std * noise["epsilon"], x + v * (t_next - t))
-            x_t = torch.where(chosen, x, x_t)
-            x_next = torch.where(chosen, after, x_next)
-            logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
-            x = after
-        out = {
-            "actions": x[:, : c.chunk, : c.action_dim],
-            "logprob": logprob,
-            "x_t": x_t,
-            "x_next": x_next,
+        stored = obs.get("vl_features")
+        if stored is None:
+            pixels = scaled(obs["image"], self.projector.weight.dtype)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and c.train_vlm):
+                stored = self.backbone(pixels, ids, real)
+        features = stored.to(self.vlln.weight.dtype)
+        return {
+            "vl_features": features.to(getattr(torch, c.prefix_dtype)),
+            "real": real,
+            "context": self.context(features, real),
+            "state": self.encode_state(obs["state"].to(features.dtype), c.embodiment),
         }
-        out |= {
-            "value": self.value(context[0], real, state),
-            "denoise_index": noise["denoise_index"].to(torch.int32),
-        }
-        return out | (
-            {"vl_features": features.to(getattr(torch, c.prefix_dtype))}
-            if self.stores_features
-            else {}
+
+    def denoise(self, seen: dict, x: Tensor, t: Tensor, step: Tensor) -> Tensor:
+        """The velocity itself, from noise to data [n, H, A']."""
+        state = seen["state"]
+        bucket = self.bucket(step)
+        return self.velocity(
+            seen["context"], state, x.to(state.dtype), bucket, self.config.embodiment
         )
 
-    def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C,
-        A].
-        """
-        executed = slice(None), slice(self.config.chunk), slice(self.config.action_dim)
-        return normal_logprob(x[executed], mean[executed], std)
+    def direction(self, h: Tensor, x: Tensor) -> Tensor:
+        return -h.to(x.dtype)
 
-    def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Log-prob and value of stored chunk steps under today's weights, differentiable.
+    def value_of(self, seen: dict, h: Tensor) -> Tensor:
+        return self.value(seen["context"][0], seen["real"], seen["state"])
 
-        batch: slot fields [n, …] with tokens and state; without a cache also image. Returns logprob
-        [n, C, A], value [n] and entropy [], the mean per dimension of the transition's Normal.
-        """
-        c = self.config
-        features, real = self.features(batch)
-        context = self.context(features, real)
-        state = self.encode_state(batch["state"].to(features.dtype), c.embodiment)
-        x_t = batch["x_t"]
-        index = batch["denoise_index"].long()
-        times = torch.tensor(denoise_times(c.denoise_steps), device=x_t.device, dtype=x_t.dtype)
-        t = times[index][:, None, None]
-        t_next = times[index + 1][:, None, None]
-        bucket = torch.tensor(self.buckets(), device=x_t.device)[index]
-        v = self.velocity(context, state, x_t.to(features.dtype), bucket, c.embodiment).to(
-            x_t.dtype
-        )
-        mean, std = flow_sde_step(x_t, v, t, t_next, c.noise_level)
-        entropy = (std.log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
-        logprob = self.logprob(batch["x_next"], mean, std)
-        value = self.value(context[0], real, state)
-        return {"logprob": logprob, "value": value, "entropy": entropy}
+    def executed(self, x: Tensor) -> Tensor:
+        """C steps and A dimensions of the H and A' that the flow produces."""
+        return x[:, : self.config.chunk, : self.config.action_dim]
 
     def imitation_loss(
         self,
@@ -762,30 +538,15 @@ class Gr00t(nn.Module):
         `imitation_draw` drew.
         """
         c = self.config
-        wide = F.pad(actions, (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk))
-        shown = F.pad(
-            torch.ones_like(actions, dtype=torch.bool),
-            (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk),
-        )
+        room = (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk)
+        padded = F.pad(actions, room)
+        shown = F.pad(torch.ones_like(actions, dtype=torch.bool), room)
         with torch.enable_grad():
             ids, real = self.spread(obs["tokens"])
-            pixels = obs["image"].flatten(0, 1).permute(0, 3, 1, 2) / 127.5 - 1.0
+            pixels = scaled(obs["image"], torch.float32)
             context = self.context(self.backbone(pixels, ids, real), real)
             state = self.encode_state(obs["state"], c.embodiment)
-            return self.imitation_loss(context, state, wide, draw["t"], draw["noise"], shown)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        frozen = () if self.config.train_vlm else FROZEN
-        return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
-
-    def critic(self):
-        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
-
-    def idle(self) -> tuple[str, ...]:
-        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots
-        hold what they give.
-        """
-        return FROZEN if self.stores_features else ()
+            return self.imitation_loss(context, state, padded, draw["t"], draw["noise"], shown)
 
 
 def training_time(n: int) -> Tensor:
@@ -795,6 +556,7 @@ def training_time(n: int) -> Tensor:
     return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
 
 
-# what a checkpoint's header describes, and makes of it
+# the family: `contract.py`
 CONFIG = Gr00tConfig
 NETWORK = Gr00t
+FORMATS = "models.formats.gr00t"

@@ -21,7 +21,7 @@ in next-word prediction, so the first comes from "▁". Left out: key/value cach
 both ways, so nothing is a prefix), activation checkpointing.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from models import checkpoint, generator, oft_files
-
-Shape = tuple[tuple[int, ...], torch.dtype]
+from models.flow import Shape
+from models.formats import bins, pictures
+from models.layers import RMSNorm, join_heads, mlp, rotary, rotate, split_heads, wide
+from models.noise import Key, generator
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -46,11 +47,8 @@ class OftConfig:
     patch: int = 8  # pixels; 14
     # keep the middle 0.9 of the area and resize it back; True, as at the originals' evaluation
     center_crop: bool = False
-    dino_mean: tuple[float, ...] = (
-        0.484375,
-        0.455078125,
-        0.40625,
-    )  # ImageNet's, rounded to bf16 as in preprocessor_config.json
+    # ImageNet's, rounded to bf16 as in preprocessor_config.json
+    dino_mean: tuple[float, ...] = (0.484375, 0.455078125, 0.40625)
     dino_std: tuple[float, ...] = (0.228515625, 0.2236328125, 0.224609375)
     dino_width: int = 64  # 1024
     dino_depth: int = 2  # 23: the tower has 24 blocks and the output of the 23rd is read
@@ -83,9 +81,8 @@ class OftConfig:
     stop_token: bool = True
     temperature: float = 1.0  # 1.6 in RLinf's LIBERO recipes
     value_widths: tuple[int, ...] = (128, 64)  # (512, 128)
-    train: Literal["lora", "full"] = (
-        "lora"  # what reinforcement learning updates, beside the value head
-    )
+    # what reinforcement learning updates, beside the value head
+    train: Literal["lora", "full"] = "lora"
     lora_rank: int = 32
 
     @property
@@ -102,106 +99,43 @@ class OftConfig:
         """Action tokens of a chunk."""
         return self.chunk * self.action_dim
 
-
-FULL = OftConfig(
-    image_size=224,
-    patch=14,
-    center_crop=True,
-    dino_width=1024,
-    dino_depth=23,
-    dino_heads=16,
-    dino_mlp=4096,
-    siglip_width=1152,
-    siglip_depth=26,
-    siglip_heads=16,
-    siglip_mlp=4304,
-    width=4096,
-    depth=32,
-    heads=32,
-    kv_heads=32,
-    mlp=11008,
-    words=31744,
-    spare=64,
-    pad=32000,
-    tokens=128,
-    action_dim=7,
-    chunk=8,
-    temperature=1.6,
-    value_widths=(512, 128),
-)
+    @property
+    def played(self) -> tuple[int, int]:
+        """(C, A) that the robot executes."""
+        return self.chunk, self.action_dim
 
 
-def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Oft":
-    """The model of `config.train.checkpoint`, ours or an OpenVLA-OFT folder, with those `weights`
-    on `device`.
-
-    Raises UserError when the checkpoint is of another model or does not suit the simulator.
-    """
-    path = config.train.checkpoint
-    foreign = oft_files.is_folder(config.train.checkpoint)
-    chosen = {
-        "train": config.actor.oft_train,
-        "temperature": config.rollout.temperature,
-        "tokens": config.rollout.tokens,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if foreign:
-        saved = config_of(oft_files.read_config(path) | {"train": "full"})
-        stats = oft_files.read_statistics(path, config.train.statistics)
-        if not oft_files.says_views(path):  # nor do the weights: positions alone tell tokens apart
-            saved = replace(saved, views=env_spec.views)
-        saved = replace(saved, action_dim=len(stats["q01"]))
-        stats |= {"layout": "openvla", "gripper": "libero" if config.train.env == "libero" else ""}
-        chosen = {"train": OftConfig.train} | chosen
-        layout = oft_files.source(path, saved)
-    else:
-        path = checkpoint.find(path)
-        header = checkpoint.of_family(path, "oft")
-        saved = OftConfig(**header.shape)
-        stats = header.stats
-        layout = None
-    shape = replace(saved, **chosen)
-    about = checkpoint.Header("oft", asdict(shape), stats)
-    wanted = {
-        "views": env_spec.views,
-        "action_dim": env_spec.action_dim,
-        "chunk": config.rollout.chunk,
-    }
-    wanted |= {} if about.published else {"image_size": env_spec.image_size}
-    checkpoint.agree(path, {name: (getattr(shape, name), value) for name, value in wanted.items()})
-    with torch.device("meta"), checkpoint.Uninitialised():
-        model = Oft(saved)
-    checkpoint.load_source(
-        model, path, layout or checkpoint.ours(model.state_dict()), device, None, weights
+FULL = {
+    "oft": OftConfig(
+        image_size=224,
+        patch=14,
+        center_crop=True,
+        dino_width=1024,
+        dino_depth=23,
+        dino_heads=16,
+        dino_mlp=4096,
+        siglip_width=1152,
+        siglip_depth=26,
+        siglip_heads=16,
+        siglip_mlp=4304,
+        width=4096,
+        depth=32,
+        heads=32,
+        kv_heads=32,
+        mlp=11008,
+        words=31744,
+        spare=64,
+        pad=32000,
+        tokens=128,
+        action_dim=7,
+        chunk=8,
+        temperature=1.6,
+        value_widths=(512, 128),
     )
-    torch.manual_seed(
-        config.train.seed
-    )  # value head and adapters may be new: alike in every process
-    if weights in ("all", "training"):
-        model.settle(device, torch.float32 if shape.train == "full" else None)
-    model.train_as(shape.train)
-    model.config = shape
-    model.set_actions(oft_files.action_table(stats, shape.action_dim, shape.bins))
-    model.header = about
-    return model
-
-
-def config_of(shape: dict) -> OftConfig:
-    """What a JSON file says, whose tuples have become lists."""
-    return OftConfig(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in shape.items()
-        }
-    )
+}
 
 
 # ---------------------------------------------------------------- blocks, bottom up
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least fp32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Lora:
@@ -347,36 +281,11 @@ class Projector(nn.Module):
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = wide(x)
-        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        )
-
-
-def rotary(positions: Tensor, d: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [n, 1, S, d] of rotary embedding, computed in fp32. positions [n, S]."""
-    frequency = 1.0 / theta ** (torch.arange(0, d, 2, device=positions.device).float() / d)
-    angle = (positions[:, None, :, None].float() * frequency).repeat(1, 1, 1, 2)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [n, heads, S, d], halves rotated as in Llama."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-
 class LlamaLayer(nn.Module):
     def __init__(self, c: OftConfig):
         super().__init__()
-        self.d = c.width // c.heads
+        self.heads = c.heads
+        self.kv_heads = c.kv_heads
         kv_width = c.width // c.heads * c.kv_heads
         self.input_layernorm = RMSNorm(c.width, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
@@ -392,35 +301,20 @@ class LlamaLayer(nn.Module):
         """x [n, S, D], mask [n, 1, 1, S] bool: everyone may look at everything that is not
         padding.
         """
-        n, length, width = x.shape
         h = self.input_layernorm(x)
-        q, k, v = (
-            f(h).view(n, length, -1, self.d).transpose(1, 2)
-            for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
-        h = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        x = x + self.o_proj(h.transpose(1, 2).reshape(n, length, width))
+        q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
+        k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
+        v = split_heads(self.v_proj(h), self.kv_heads)
+        grouped = self.heads != self.kv_heads
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        x = x + self.o_proj(join_heads(h))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
-def value_network(c: OftConfig) -> nn.Sequential:
-    """RLinf's `ValueHead`: GELU between, no bias at the end."""
-    widths = (c.width, *c.value_widths)
-    hidden = [
-        m for i, o in zip(widths, widths[1:], strict=False) for m in (nn.Linear(i, o), nn.GELU())
-    ]
-    last = nn.Linear(widths[-1], 1, bias=False)
-    nn.init.normal_(last.weight, std=0.02)
-    return nn.Sequential(*hidden, last)
-
-
 class Oft(nn.Module):
-    COMPILED = ("hidden",)  # `models/compiled.py`
+    HEADS = ("value_head",)
+    COMPILED = ("hidden",)
 
     def __init__(self, config: OftConfig):
         super().__init__()
@@ -438,27 +332,44 @@ class Oft(nn.Module):
         self.language = nn.ModuleList(LlamaLayer(c) for _ in range(c.depth))
         self.language_norm = RMSNorm(c.width, c.norm_eps)
         self.lm_head = Linear(c.width, c.vocabulary, False)
-        self.value_head = value_network(c)
-        table = torch.from_numpy(oft_files.action_table({}, c.action_dim, c.bins))
+        self.value_head = self.heads(c)["value_head"]
+        table = torch.from_numpy(bins.action_table({}, c.action_dim, c.bins))
         self.register_buffer("action_table", table, persistent=False)
         if c.train == "lora":
             self.train_as("lora")
 
+    @staticmethod
+    def heads(c: OftConfig) -> dict[str, nn.Module]:
+        """RLinf's `ValueHead`: GELU between, no bias at the end."""
+        head = mlp((c.width, *c.value_widths, 1), nn.GELU, bias=False)
+        nn.init.normal_(head[-1].weight, std=0.02)
+        return {"value_head": head}
+
+    def begin(self, config, stats: dict) -> None:
+        """Trains what --oft-train says, or as the checkpoint does; of another project's, adapters.
+        Actions leave the model in the units of `stats`.
+
+        Adapters, the value head and, where all is trained, everything are in fp32. Half precision
+        is for files alone.
+        """
+        own = "layout" not in stats
+        train = config.actor.oft_train or (self.config.train if own else OftConfig.train)
+        critic = self.critic()
+        for name, p in self.named_parameters():
+            if train == "full" or name in critic or "lora_" in name or p.dtype == torch.float16:
+                p.data = p.data.to(torch.float32)
+        self.train_as(train)
+        self.config = replace(self.config, train=train)
+        self.set_actions(bins.action_table(stats, self.config.action_dim, self.config.bins))
+
+    def dtype_of(self, name: str) -> None:
+        """As the file has it; `begin` decides what is widened."""
+
     def set_actions(self, table: np.ndarray) -> None:
         """table [A, bins] float32: what the simulator executes for each bin of each dimension
-        (`oft_files.action_table`).
+        (`formats/bins.py`).
         """
         self.action_table = torch.from_numpy(table).to(self.lm_head.weight.device)
-
-    def settle(self, device: str, dtype: torch.dtype | None) -> None:
-        """After loading: a value head that the file lacked is made; weights take `dtype` (None: as
-        stored; half only stores).
-        """
-        if self.value_head[0].weight.is_meta:
-            self.value_head = value_network(self.config).to(device)
-        for name, p in self.named_parameters():
-            wide = name.startswith("value_head.") or "lora_" in name or p.dtype == torch.float16
-            p.data = p.data.to(torch.float32 if wide else dtype or p.dtype)
 
     def train_as(self, train: str) -> None:
         """Gives every linear layer adapters, or adds those it has into the weights. The function
@@ -494,7 +405,7 @@ class Oft(nn.Module):
             )
         image = image.flatten(0, 1)
         if c.center_crop:
-            image = oft_files.center_crop(image)
+            image = pictures.center_crop(image)
         x = image.permute(0, 3, 1, 2).float() / 255.0
         mean, std = (x.new_tensor(v)[:, None, None] for v in (c.dino_mean, c.dino_std))
         return ((x - mean) / std).to(f), ((x - 0.5) / 0.5).to(f)
@@ -529,7 +440,9 @@ class Oft(nn.Module):
         real = torch.cat(
             [tokens[:, :1] != c.pad, always[0], tokens[:, 1:] != c.pad, always[1]], dim=1
         )
-        cos, sin = rotary(real.cumsum(1) - 1, c.width // c.heads, c.rope_theta, x.dtype)
+        d = c.width // c.heads
+        frequency = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=x.device).float() / d)
+        cos, sin = rotary(real.cumsum(1) - 1, frequency, x.dtype)
         for layer in self.language:
             x = layer(x, cos, sin, real[:, None, None])
         start = c.pictures + tokens.shape[1] - 1  # the position of "▁"
@@ -566,7 +479,7 @@ class Oft(nn.Module):
         """What `evaluate` reads from a slot."""
         return ("image", "tokens", "action_tokens")
 
-    def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
+    def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
         """One uniform number per action token [n, C·A], and whether to sample [n]; where not, the
         likeliest bin is taken.
         """
@@ -616,10 +529,10 @@ class Oft(nn.Module):
         """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A
         action tokens and </s>.
 
-        actions [n, C, A] in [-1, 1] as `oft_files.normalise_actions` makes them.
+        actions [n, C, A] in [-1, 1] as `bins.normalise_actions` makes them.
         """
         c = self.config
-        targets = oft_files.encode_actions(actions, c.words, c.bins).flatten(1)
+        targets = bins.encode_actions(actions, c.words, c.bins).flatten(1)
         if c.stop_token:
             targets = F.pad(targets, (0, 1), value=c.stop)
         logits = wide(self.lm_head(self.hidden(image, tokens, targets.shape[1])))
@@ -636,15 +549,14 @@ class Oft(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything, or adapters and value head."""
-        full = self.config.train == "full"
-        return {
-            n: p
-            for n, p in self.named_parameters()
-            if full or "lora_" in n or n.startswith("value_head.")
-        }
+        everything = dict(self.named_parameters())
+        if self.config.train == "full":
+            return everything
+        adapters = {name: p for name, p in everything.items() if "lora_" in name}
+        return adapters | self.critic()
 
-    def critic(self):
-        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
+    def critic(self) -> dict[str, nn.Parameter]:
+        return dict(self.value_head.named_parameters(prefix="value_head"))
 
     def idle(self) -> tuple[str, ...]:
         """Training needs every parameter: attention goes both ways, so there is no prefix to
@@ -653,6 +565,7 @@ class Oft(nn.Module):
         return ()
 
 
-# what a checkpoint's header describes, and makes of it
+# the family: `contract.py`
 CONFIG = OftConfig
 NETWORK = Oft
+FORMATS = "models.formats.oft"

@@ -6,34 +6,24 @@ action expert → value.
 
 One configuration field, `pi05`, tells the two apart:
 
-    π0      a state token before the action tokens, which it does not see; an MLP fuses time with
-            each action; the value head reads
-            the expert's mean action feature
-    π0.5    the state, if any, stands in the prompt; time modulates every norm of the expert
-            (adaRMS); the value head reads the
-            prefix's mean feature
+    π0      A state token stands before the action tokens, which it does not see. An MLP fuses time
+            with each action. The value head reads the expert's mean action feature.
+    π0.5    The state, if any, stands in the prompt. Time modulates every norm of the expert
+            (adaRMS). The value head reads the prefix's mean feature.
 
-The prefix never sees the actions, so it runs once per frame; with the VLM frozen (`train_vlm =
-False`, the published recipe) its keys and values are stored in the slot and every update epoch
+The prefix never sees the actions, so it runs once per frame. With the VLM frozen (`train_vlm =
+False`, the published recipe) its keys and values are stored in the slot, and every update epoch
 costs only the expert.
 
-As a stochastic policy (πRL arXiv 2510.25889): one denoise step, drawn from the last `sde_steps`, is
-a Gaussian transition; the others follow the ODE; the log-prob is that transition's, over the steps
-and dimensions the robot executes. Its mean and standard deviation come from `flow_sde_step` (`noise
-= "sde"`, Flow-SDE) or are the ODE step and a learned, bounded deviation per element (`noise =
-"network"`, Flow-Noise). πRL draws from all N; the flow contracts early noise, so its samples say
-little about the action: the default draws the last.
+As a stochastic policy: `models/flow.py`. The transition is Flow-SDE's (`noise = "sde"`), or its
+deviation is learned, bounded and one per element (`noise = "network"`, Flow-Noise).
 
-`PiConfig()` is the embedded small π0.5, `PI0_SMALL` its π0; `PI0_FULL` and `PI05_FULL` are the
-released models (openpi), the same code, exact with the original (`models/pi_files.py`, `python -m
-models.parity`). Left out: πRL's joint log-prob over the whole denoise chain, training with several
-stochastic steps per sample.
+`PiConfig()` is the embedded small π0.5, `PI0_SMALL` its π0. `PI0_FULL` and `PI05_FULL` are the
+released models (openpi): the same code, exact with the original (`models/formats/pi.py`).
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,29 +31,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import UserError
-from models import checkpoint
-from models.flow import check_steps, flow_noise, normal_logprob
-from models.rotary import rotary, rotate
-from models.siglip import Siglip
+from models.flow import FlowConfig, FlowPolicy, Shape, ode_step
+from models.layers import (
+    SO400M,
+    Siglip,
+    SiglipConfig,
+    frequencies,
+    join_heads,
+    mlp,
+    rotary,
+    rotate,
+    scaled,
+    silent,
+    split_heads,
+    wide,
+)
 from models.tokenize import PAD
-
-Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(kw_only=True, frozen=True)
-class PiConfig:
-    """Widths and depths. The defaults are the embedded default; openpi's π0.5 is in the
-    comments.
+class PiConfig(SiglipConfig, FlowConfig):
+    """The defaults are the embedded π0.5; openpi's is in the comments. A camera of openpi's three
+    that is left out equals a masked one.
     """
 
     pi05: bool = True  # False: π0
-    views: int = 1  # cameras; openpi 3, of which LIBERO has 2: a view left out equals a masked one
-    image_size: int = 64  # pixels; 224
-    patch: int = 8  # pixels; 14
-    vision_width: int = 96  # 1152
-    vision_depth: int = 3  # 27
-    vision_heads: int = 4  # 16
-    vision_mlp: int = 384  # 4304
     vocabulary: int = 399  # tokens; 257152
     tokens: int = 24  # prompt length; 200
     width: int = 128  # 2048
@@ -81,32 +73,20 @@ class PiConfig:
     state_dim: int = 4  # 32 with padding; only π0 has a state token
     executed_steps: int = 0  # of the chunk, by the robot: what the log-prob counts; 0 means all
     executed_dims: int = 0  # of the action, the rest is padding; 0 means all
-    denoise_steps: int = 4  # N
     noise: Literal["sde", "network"] = "sde"  # Flow-SDE or Flow-Noise
-    noise_level: float = 1.0  # a of Flow-SDE; 0.5
-    noise_range: tuple[float, float] = (
-        0.08,
-        0.16,
-    )  # Flow-Noise: bounds of the standard deviation (RLinf)
+    noise_range: tuple[float, float] = (0.08, 0.16)  # of Flow-Noise's deviation (RLinf)
     noise_widths: tuple[int, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
-    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one
-    train_vlm: bool = False  # False: reinforcement learning updates only expert and heads
-    # with the VLM frozen: slots keep keys and values; False recomputes them, for want of memory
-    cache_prefix: bool = True
-    prefix_dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of a frozen VLM's weights and of the stored keys and values
-    )
+
+    @property
+    def played(self) -> tuple[int, int]:
+        """(C, A) that the robot executes."""
+        return self.executed_steps or self.chunk, self.executed_dims or self.action_dim
 
 
 PI0_SMALL = PiConfig(pi05=False, value_widths=(64, 32))
 PI05_FULL = PiConfig(
     views=3,
-    image_size=224,
-    patch=14,
-    vision_width=1152,
-    vision_depth=27,
-    vision_heads=16,
-    vision_mlp=4304,
+    **SO400M,
     vocabulary=257_152,
     tokens=200,
     width=2048,
@@ -136,113 +116,6 @@ PI0_FULL = replace(
 )
 SMALL = {"pi0": PI0_SMALL, "pi05": PiConfig()}
 FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
-FROZEN = (
-    "vision.",
-    "embed_tokens.",
-    "language.",
-    "language_norm.",
-)  # the VLM: what its freezing leaves alone
-
-
-def build(config, env_spec, device: str = "cpu", weights: checkpoint.Part = "all") -> "Pi":
-    """The model of `config.train.checkpoint`, ours or one of `pi_files.SOURCES`, with those
-    `weights` on `device`.
-
-    Raises UserError when the checkpoint is of another model or does not suit the simulator.
-    """
-    path = config.train.checkpoint
-    family = config.train.model
-    from_rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
-    chosen = {
-        name: value for name in from_rollout if (value := getattr(config.rollout, name)) is not None
-    }
-    chosen |= {"train_vlm": config.actor.train_vlm, "cache_prefix": config.actor.cache_prefix}
-    if checkpoint.is_ours(path):
-        path = checkpoint.find(path)
-        shape, source, stats = ours(path, family, chosen, config, env_spec)
-    else:
-        from models import pi_files  # which reads their files, and knows this module
-
-        shape, source, stats = pi_files.published(Path(path), family, chosen, config, env_spec)
-    check_steps(shape)
-    with torch.device("meta"), checkpoint.Uninitialised():
-        model = Pi(shape)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype_of(shape, name))
-    checkpoint.load_source(model, path, source, device, partial(dtype_of, shape), weights)
-    given = source.names(shape)
-    for name, head in heads(shape).items() if weights in ("all", "training") else ():
-        if not any(
-            key.startswith(name) for key in given
-        ):  # one that the checkpoint does not have begins as new
-            model.add_module(name, head.to(device))
-    model.header = checkpoint.Header(family, asdict(shape), stats)
-    return model
-
-
-def ours(
-    path: Path, family: str, chosen: dict, config, env_spec
-) -> tuple[PiConfig, checkpoint.Source, dict]:
-    """Shape, names and statistics of a checkpoint of our own. Raises UserError."""
-    header = checkpoint.of_family(path, family)
-    shape = PiConfig(**header.shape | chosen)
-    agree = {
-        "views": (shape.views, env_spec.views),
-        "action_dim": (shape.executed_dims or shape.action_dim, env_spec.action_dim),
-        "chunk": (shape.executed_steps or shape.chunk, config.rollout.chunk),
-    }
-    if not header.published:
-        agree |= {"image_size": (shape.image_size, env_spec.image_size)}
-    checkpoint.agree(path, agree)
-    with torch.device("meta"), checkpoint.Uninitialised():
-        names = Pi(shape).state_dict()
-    if not any(key.startswith("noise_head.") for key in checkpoint.layout(path)):
-        names = [name for name in names if not name.startswith("noise_head.")]
-    return shape, checkpoint.ours(names)._replace(unused=(r"noise_head\..*",)), header.stats
-
-
-def dtype_of(c: PiConfig, name: str) -> torch.dtype:
-    """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
-    return (
-        getattr(torch, c.prefix_dtype)
-        if name.startswith(FROZEN) and not c.train_vlm
-        else torch.float32
-    )
-
-
-# ---------------------------------------------------------------- the flow as a policy
-
-
-def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: linspace(1, 1/N, N) in fp32, then 0 (RLinf, openpi's
-    direction).
-
-    In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of
-    1e-4.
-    """
-    return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
-
-
-def ode_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-    """x̂0·(1 − t') + x̂1·t' with x̂0 = x − v·t and x̂1 = x + v·(1 − t), which is x + v·(t' − t)."""
-    return x + v * (t_next - t)
-
-
-def flow_sde_step(
-    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of one Flow-SDE transition t → t' = t − δ.
-
-    σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' −
-    σ²δ/(2t)); std = √δ·σ. x, v [n, C, A]; t, t_next [n, 1, 1]; returns mean [n, C, A], std [n, 1,
-    1].
-    """
-    delta = t - t_next
-    sigma = a * torch.sqrt(t / (1.0 - torch.where(t >= 1.0, t_next, t)))
-    data_end = x - v * t
-    noise_end = x + v * (1.0 - t)
-    mean = data_end * (1.0 - t_next) + noise_end * (t_next - sigma**2 * delta / (2.0 * t))
-    return mean, delta.sqrt() * sigma
 
 
 # ---------------------------------------------------------------- blocks, bottom up
@@ -262,9 +135,8 @@ class RMSNorm(nn.Module):
             nn.init.zeros_(self.dense.weight)
             nn.init.zeros_(self.dense.bias)
             with torch.no_grad():
-                self.dense.bias[2 * width :] = (
-                    1.0  # gates start open: at small width this trains in minutes, not hours
-                )
+                # Gates start open: at small width this trains in minutes, not hours.
+                self.dense.bias[2 * width :] = 1.0
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         dtype = x.dtype
@@ -297,19 +169,11 @@ class GemmaLayer(nn.Module):
     own.
     """
 
-    def __init__(
-        self,
-        width: int,
-        mlp: int,
-        heads: int,
-        head_dim: int,
-        condition: int | None = None,
-        kv_heads: int = 1,
-    ):
+    def __init__(self, width, mlp, heads, head_dim, condition=None, kv_heads=1):
+        """condition: width of what adaRMS is conditioned on, if it is that."""
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = head_dim
         self.input_layernorm = RMSNorm(width, condition)
         self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
@@ -322,23 +186,19 @@ class GemmaLayer(nn.Module):
         """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x
         and this layer's own keys and values [n, 2·kv, S, d].
         """
-        n, length, _ = x.shape
         h, gate = self.input_layernorm(x, condition)
-        q = self.q_proj(h).view(n, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.k_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.v_proj(h).view(n, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
+        k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
+        v = split_heads(self.v_proj(h), self.kv_heads)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
         # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv,
         # heads/kv·S, d].
-        folded = q.reshape(n, self.kv_heads, -1, self.head_dim)
+        folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])
         keys = both[:, : self.kv_heads]
         values = both[:, self.kv_heads :]
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        out = out.view(n, self.heads, length, self.head_dim).transpose(1, 2).reshape(n, length, -1)
-        x = gated(x, self.o_proj(out), gate)
+        x = gated(x, self.o_proj(join_heads(out.view(q.shape))), gate)
         h, gate = self.post_attention_layernorm(x, condition)
         return gated(x, self.mlp(h), gate), own
 
@@ -354,50 +214,23 @@ class VisionTower(Siglip):
         """image [n, V, H, W, 3] uint8 (or already scaled to [-1, 1]) → tokens [n, V·(H/patch)²,
         D].
         """
-        n, views = image.shape[:2]
-        pixels = image.flatten(0, 1).permute(0, 3, 1, 2).to(self.patch_embedding.weight.dtype)
-        pixels = pixels if image.is_floating_point() else pixels / 127.5 - 1.0
-        return self.projector(super().forward(pixels)).unflatten(0, (n, views)).flatten(1, 2)
+        pixels = scaled(image, self.patch_embedding.weight.dtype)
+        found = self.projector(super().forward(pixels))
+        return found.unflatten(0, image.shape[:2]).flatten(1, 2)
 
 
-def heads(c: PiConfig) -> dict[str, nn.Module]:
-    """What reinforcement learning adds to the released model: the value head, and Flow-Noise's
-    network.
-    """
-
-    def mlp(widths: tuple[int, ...], activation: type[nn.Module]) -> nn.Sequential:
-        hidden = [
-            m
-            for i, o in zip(widths, widths[1:], strict=False)
-            for m in (nn.Linear(i, o), activation())
-        ]
-        return nn.Sequential(*hidden[:-1])
-
-    feature = c.width if c.pi05 else c.expert_width
-    found = {
-        "value_head": mlp(
-            (feature, *c.value_widths, 1), {"silu": nn.SiLU, "relu": nn.ReLU}[c.value_activation]
-        )
-    }
-    if c.noise == "network":
-        found["noise_head"] = mlp((c.expert_width, *c.noise_widths, c.action_dim), nn.Tanh)
-    for head in found.values():  # value 0, and the middle of the noise's range
-        nn.init.zeros_(head[-1].weight)
-        nn.init.zeros_(head[-1].bias)
-    return found
-
-
-class Pi(nn.Module):
-    COMPILED = ("prefix", "suffix")  # `models/compiled.py`
+class Pi(FlowPolicy):
+    COMPILED = ("prefix", "suffix")
+    HEADS = ("value_head", "noise_head")
+    FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
 
     def __init__(self, config: PiConfig):
-        super().__init__()
-        c = self.config = config
+        super().__init__(config)
+        c = config
         self.prefix_length = c.views * (c.image_size // c.patch) ** 2 + c.tokens  # P
         self.vision = VisionTower(c)
-        self.embed_tokens = nn.Embedding(
-            c.vocabulary, c.width, padding_idx=PAD
-        )  # padding learns nothing, as in the original
+        # Padding learns nothing, as in the original.
+        self.embed_tokens = nn.Embedding(c.vocabulary, c.width, padding_idx=PAD)
         nn.init.normal_(self.embed_tokens.weight, std=c.width**-0.5)
         self.language = nn.ModuleList(
             GemmaLayer(c.width, c.mlp, c.heads, c.head_dim, kv_heads=c.kv_heads)
@@ -420,8 +253,19 @@ class Pi(nn.Module):
         )
         self.expert_norm = RMSNorm(e, condition)
         self.action_out_proj = nn.Linear(e, c.action_dim)
-        for name, head in heads(c).items():
+        for name, head in self.heads(c).items():
             self.add_module(name, head)
+
+    @staticmethod
+    def heads(c: PiConfig) -> dict[str, nn.Module]:
+        """The value head begins at 0, Flow-Noise's network at the middle of its range."""
+        feature = c.width if c.pi05 else c.expert_width
+        activation = {"silu": nn.SiLU, "relu": nn.ReLU}[c.value_activation]
+        found = {"value_head": silent(mlp((feature, *c.value_widths, 1), activation))}
+        if c.noise == "network":
+            widths = (c.expert_width, *c.noise_widths, c.action_dim)
+            found["noise_head"] = silent(mlp(widths, nn.Tanh))
+        return found
 
     # ------------------------------------------------------------ the network
 
@@ -453,7 +297,8 @@ class Pi(nn.Module):
         pictures = self.vision(image)
         words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
         x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
-        cos, sin = rotary(real.cumsum(1) - 1, c.head_dim, x.dtype)
+        frequency = frequencies(c.head_dim, x.device)
+        cos, sin = rotary(real.cumsum(1) - 1, frequency, x.dtype)
         mask = additive(real, x.dtype)
         cache = []
         for layer in self.language:
@@ -464,10 +309,8 @@ class Pi(nn.Module):
 
     def real(self, tokens: Tensor) -> Tensor:
         """Which prefix positions are not padding: [n, P] bool."""
-        pictures = tokens.new_ones(
-            tokens.shape[0], self.prefix_length - tokens.shape[1], dtype=torch.bool
-        )
-        return torch.cat([pictures, tokens != PAD], dim=1)
+        pictures = self.prefix_length - tokens.shape[1]
+        return F.pad(tokens != PAD, (pictures, 0), value=True)
 
     def suffix(
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
@@ -488,9 +331,8 @@ class Pi(nn.Module):
             x = torch.cat([self.state_proj(state.to(dtype))[:, None], x], dim=1)
         x = x.to(self.expert[0].q_proj.weight.dtype)
         length = x.shape[1]  # S: C, and one for π0's state
-        cos, sin = rotary(
-            real.sum(1, keepdim=True) + torch.arange(length, device=x.device), c.head_dim, x.dtype
-        )
+        positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
+        cos, sin = rotary(positions, frequencies(c.head_dim, x.device), x.dtype)
         mask = additive(F.pad(real, (0, length), value=True), x.dtype)
         # the state token sees the prefix and itself; every folded query head needs its own copy of
         # the rows
@@ -518,9 +360,6 @@ class Pi(nn.Module):
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
-        """What `act` needs to know of the world, per chunk step; `models/pi_files.py` prepares
-        it.
-        """
         c = self.config
         fields = {
             "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
@@ -528,141 +367,57 @@ class Pi(nn.Module):
         }
         return fields if c.pi05 else fields | {"state": ((c.state_dim,), torch.float32)}
 
-    def slot_fields(self) -> dict[str, Shape]:
+    def cache_fields(self) -> dict[str, Shape]:
         c = self.config
-        f = torch.float32
-        fields = {"x_t": ((c.chunk, c.action_dim), f), "x_next": ((c.chunk, c.action_dim), f)}
-        fields["denoise_index"] = ((), torch.int32)
-        if self.cached:
-            shape = (c.depth, 2 * c.kv_heads, self.prefix_length, c.head_dim)
-            fields["prefix_cache"] = (shape, getattr(torch, c.prefix_dtype))
-            if c.pi05:
-                fields["prefix_feature"] = ((c.width,), f)
-        return fields
+        shape = (c.depth, 2 * c.kv_heads, self.prefix_length, c.head_dim)
+        fields = {"prefix_cache": (shape, getattr(torch, c.prefix_dtype))}
+        return fields | ({"prefix_feature": ((c.width,), torch.float32)} if c.pi05 else {})
+
+    def noise_shape(self) -> tuple[int, int]:
+        return self.config.chunk, self.config.action_dim
+
+    def times(self) -> list[float]:
+        return denoise_times(self.config.denoise_steps)
 
     @property
-    def cached(self) -> bool:
-        """Whether slots keep the prefix's keys and values: a frozen VLM gives the same ones at
-        rollout and at every epoch.
-        """
-        return self.config.cache_prefix and not self.config.train_vlm
+    def learns_noise(self) -> bool:
+        return self.config.noise == "network"
 
-    def training_fields(self) -> tuple[str, ...]:
-        """What `evaluate` reads from a slot."""
-        observed = [
-            name for name in self.observation_fields() if name != "image" or not self.cached
-        ]
-        return (*observed, *self.slot_fields())
+    def look(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The prefix, or what a slot keeps of it, and for π0 the state."""
+        seen = {
+            name: obs[name] for name in ("state", "prefix_cache", "prefix_feature") if name in obs
+        }
+        if "prefix_cache" in obs:
+            return seen | {"real": self.real(obs["tokens"])}
+        with torch.set_grad_enabled(self.config.train_vlm and torch.is_grad_enabled()):
+            cache, feature, real = self.prefix(obs["image"], obs["tokens"])
+        return seen | {"prefix_cache": cache, "prefix_feature": feature, "real": real}
 
-    def draw(self, keys: list[tuple[int, int, int, int]], explore: list[bool]) -> dict[str, Tensor]:
-        """x₁ and ε [n, C, A], and the stochastic denoise step's index [n], −1 where `explore` is
-        False (all ODE).
-        """
-        c = self.config
-        noise, index = flow_noise(
-            keys, explore, (2, c.chunk, c.action_dim), c.denoise_steps, c.sde_steps
-        )
-        return {"x1": noise[:, 0], "epsilon": noise[:, 1], "denoise_index": index}
+    def denoise(self, seen: dict[str, Tensor], x: Tensor, t: Tensor, step: Tensor) -> Tensor:
+        return self.suffix(seen["prefix_cache"], seen["real"], x, t, seen.get("state"))
+
+    def direction(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.action_out_proj(h).to(x.dtype)
+
+    def value_of(self, seen: dict[str, Tensor], h: Tensor) -> Tensor:
+        return self.value(seen["prefix_feature"] if self.config.pi05 else h.mean(1))
 
     def transition(
         self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The ODE's step and the stochastic one's mean and standard deviation, from the expert's
-        features h [n, C, E].
-
-        x [n, C, A], t and t_next [n, 1, 1] → [n, C, A], [n, C, A], [n, 1, 1] (Flow-SDE) or [n, C,
-        A] (Flow-Noise).
+        """As `FlowPolicy.transition`; Flow-Noise: the ODE's step is the mean, the network's bounded
+        answer the deviation [n, C, A].
         """
-        v = self.action_out_proj(h).to(x.dtype)
-        step = ode_step(x, v, t, t_next)
-        if self.config.noise == "sde":
-            return step, *flow_sde_step(x, v, t, t_next, self.config.noise_level)
+        if not self.learns_noise:
+            return super().transition(x, h, t, t_next)
+        step = ode_step(x, self.direction(h, x), t, t_next)
         return step, step, bounded(self.noise_head(h).to(x.dtype), self.config.noise_range)
 
     def executed(self, x: Tensor) -> Tensor:
-        """What the robot executes of a chunk [n, C, A]: its first steps, without the padding of the
-        action.
-        """
-        return x[:, : self.config.executed_steps or None, : self.config.executed_dims or None]
-
-    def logprob(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Of what the robot executes: C steps and A dimensions, not the flow's padding. [n, C,
-        A].
-        """
-        return normal_logprob(self.executed(x), self.executed(mean), self.executed(std))
-
-    @torch.inference_mode()
-    def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
-        """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value,
-        slot fields.
-        """
-        cache, feature, real = self.prefix(obs["image"], obs["tokens"])
-        # A copy like what later steps make of it: compiled code tells tensors made in inference
-        # mode and their strides apart.
-        x = noise["x1"].clone(memory_format=torch.contiguous_format)
-        index = noise["denoise_index"][:, None, None]
-        state = obs.get("state")
-        x_t = torch.zeros_like(x)
-        x_next = torch.zeros_like(x)
-        logprob = torch.zeros_like(self.executed(x))
-        value = None
-        times = denoise_times(self.config.denoise_steps)
-        for i, (now, later) in enumerate(zip(times, times[1:], strict=False)):
-            t = x.new_full((len(x), 1, 1), now)
-            t_next = x.new_full((len(x), 1, 1), later)
-            h = self.suffix(cache, real, x, t[:, 0, 0], state)
-            step, mean, std = self.transition(x, h, t, t_next)
-            chosen = index == i
-            after = torch.where(chosen, mean + std * noise["epsilon"], step)
-            x_t = torch.where(chosen, x, x_t)
-            x_next = torch.where(chosen, after, x_next)
-            logprob = torch.where(chosen, self.logprob(after, mean, std), logprob)
-            if not self.config.pi05:  # the value belongs to the step that `evaluate` will see
-                here = self.value(h.mean(1))
-                value = here if value is None else torch.where(chosen[:, 0, 0], here, value)
-            x = after
-        value = self.value(feature) if self.config.pi05 else value
-        out = {
-            "actions": self.executed(x),
-            "logprob": logprob,
-            "value": value,
-            "x_t": x_t,
-            "x_next": x_next,
-        }
-        out["denoise_index"] = noise["denoise_index"].to(torch.int32)
-        if self.cached:
-            out |= {"prefix_cache": cache, "prefix_feature": feature}
-        return out
-
-    def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Log-prob and value of stored chunk steps under today's weights, differentiable.
-
-        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A], value [n]
-        and entropy [], the mean per dimension of the transition's Normal.
-        """
-        if self.cached:
-            cache = batch["prefix_cache"]
-            feature = batch.get("prefix_feature")
-            real = self.real(batch["tokens"])
-        else:
-            with torch.set_grad_enabled(self.config.train_vlm and torch.is_grad_enabled()):
-                cache, feature, real = self.prefix(batch["image"], batch["tokens"])
-        x_t = batch["x_t"]
-        index = batch["denoise_index"].long()
-        times = torch.tensor(
-            denoise_times(self.config.denoise_steps), device=x_t.device, dtype=x_t.dtype
-        )
-        t = times[index][:, None, None]
-        t_next = times[index + 1][:, None, None]
-        h = self.suffix(cache, real, x_t, t[:, 0, 0], batch.get("state"))
-        _, mean, std = self.transition(x_t, h, t, t_next)
-        entropy = (self.executed(std).log() + 0.5 * math.log(2.0 * math.pi * math.e)).mean()
-        value = self.value(feature if self.config.pi05 else h.mean(1))
-        return {
-            "logprob": self.logprob(batch["x_next"], mean, std),
-            "value": value,
-            "entropy": entropy,
-        }
+        """The first steps, without the padding of the action."""
+        chunk, action_dim = self.config.played
+        return x[:, :chunk, :action_dim]
 
     def imitation_loss(
         self,
@@ -691,23 +446,15 @@ class Pi(nn.Module):
         cache, _, real = self.prefix(obs["image"], obs["tokens"])
         return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        frozen = () if self.config.train_vlm else FROZEN
-        return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
-    def critic(self):
-        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
+def denoise_times(steps: int) -> list[float]:
+    """N + 1 times from noise to data: linspace(1, 1/N, N) in fp32, then 0 (RLinf, openpi's
+    direction).
 
-    def idle(self) -> tuple[str, ...]:
-        """Of which parameters `evaluate` has no use, by the beginnings of their names: the slots
-        hold what they give.
-        """
-        return FROZEN if self.cached else ()
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least fp32: what sums many terms is not done in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+    In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of
+    1e-4.
+    """
+    return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
 
 def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
@@ -720,9 +467,8 @@ def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
 
 def additive(real: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, S] bool → attention mask [n, 1, 1, S]: 0 to attend, −∞ not to."""
-    return torch.zeros(real.shape, dtype=dtype, device=real.device).masked_fill(~real, -math.inf)[
-        :, None, None
-    ]
+    mask = torch.zeros(real.shape, dtype=dtype, device=real.device)
+    return mask.masked_fill(~real, -math.inf)[:, None, None]
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
@@ -732,6 +478,7 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-# what a checkpoint's header describes, and makes of it
+# the family: `contract.py`
 CONFIG = PiConfig
 NETWORK = Pi
+FORMATS = "models.formats.pi"

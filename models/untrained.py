@@ -1,9 +1,9 @@
 """Somewhere to start from where nothing was trained yet: a family's small model with random
 weights, and a vocabulary of its own.
 
-Meta-World has an embedded checkpoint; another simulator has other cameras, actions and words.
-Weights and vocabulary are a function of these alone and lie in `runs/`, beside the runs that resume
-from them.
+Meta-World has an embedded checkpoint; another simulator has other cameras, actions and words, so
+its runs begin here unless they name a checkpoint for it. Weights and vocabulary are a function of
+the arguments alone and lie in `runs/`, beside the runs that resume from them.
 
     python train.py --env libero --suite libero_10
 
@@ -30,54 +30,49 @@ def start(
     spec: envs.EnvSpec; state_range: lowest and highest usual state [S] each; chunk: actions per
     inference; tokens: least length of prompts.
     """
+    named = hashlib.sha1(repr((spec, state_range, chunk, tokens)).encode()).hexdigest()[:10]
+    weights = folder / f"untrained_{model}_{named}.safetensors"
+    vocabulary = folder / f"untrained_{model}_{named}.model"
     family = models.files(model)
-    named = (
-        f"untrained_{model}_"
-        + hashlib.sha1(repr((spec, state_range, chunk, tokens)).encode()).hexdigest()[:10]
-    )
-    weights = folder / f"{named}.safetensors"
-    vocabulary = folder / f"{named}.model"
     texts = [family.wording(prompt) for prompt in spec.prompts]
     if not vocabulary.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         partial = vocabulary.with_suffix(f".{os.getpid()}")
         tokenize.train_vocabulary(texts, partial)
         os.replace(partial, vocabulary)
-    tokenizer = tokenize.load(str(vocabulary))
-    # Beside the task: π0.5's state, a token per dimension, GR00T's views, and at most eight of
-    # punctuation and the like.
-    tokens = max(
-        tokens, max(len(tokenizer.encode(text)) for text in texts) + spec.state_dim + spec.views + 8
-    )
     if not weights.is_file():
         torch.manual_seed(0)
         small = family.embedded(model, str(vocabulary))
-        known = {field.name for field in fields(small.config)}
-        size = tokenizer.vocab_size()
-        wanted = {
-            "views": spec.views,
-            "image_size": spec.image_size,
-            "action_dim": spec.action_dim,
-            "max_action_dim": spec.action_dim,
-            "state_dim": spec.state_dim,
-            "max_state_dim": spec.state_dim,
-            "chunk": chunk,
-            "horizon": chunk,
-            "tokens": tokens,
-            "positions": max(16, chunk),
-            "vocabulary": size,
-            "words": size,
-        }
-        if "image_token" in known:
-            wanted |= {"vocabulary": size + 1, "image_token": size}
-        small = type(small)(
-            replace(
-                small.config, **{name: value for name, value in wanted.items() if name in known}
-            )
-        )
+        words = tokenize.load(str(vocabulary))
+        # Beside the task: π0.5's state, a token per dimension, GR00T's views, and at most eight of
+        # punctuation and the like.
+        longest = max(len(words.encode(text)) for text in texts)
+        tokens = max(tokens, longest + spec.state_dim + spec.views + 8)
+        config = fitted(small.config, spec, chunk, tokens, words.vocab_size())
         low, high = state_range
-        header = checkpoint.Header(
-            model, asdict(small.config), {"state_low": list(low), "state_high": list(high)}
-        )
-        checkpoint.save(weights, header, small.half().state_dict())
+        stats = {"state_low": list(low), "state_high": list(high)}
+        header = checkpoint.Header(model, asdict(config), stats)
+        checkpoint.save(weights, header, type(small)(config).half().state_dict())
     return weights, vocabulary
+
+
+def fitted(config, spec, chunk: int, tokens: int, words: int):
+    """A family's small configuration, for a simulator. words: size of the vocabulary."""
+    known = {field.name for field in fields(config)}
+    wanted = {
+        "views": spec.views,
+        "image_size": spec.image_size,
+        "action_dim": spec.action_dim,
+        "max_action_dim": spec.action_dim,
+        "state_dim": spec.state_dim,
+        "max_state_dim": spec.state_dim,
+        "chunk": chunk,
+        "horizon": chunk,
+        "tokens": tokens,
+        "positions": max(16, chunk),
+        "vocabulary": words,
+        "words": words,
+    }
+    if "image_token" in known:
+        wanted |= {"vocabulary": words + 1, "image_token": words}
+    return replace(config, **{name: value for name, value in wanted.items() if name in known})

@@ -18,9 +18,11 @@ import envs
 import models
 from envs import EnvSpec, Step
 from models.checkpoint import Header
+from models.noise import generator
 
 envs.SIMULATORS["emulated"] = ("exact", "")
-models.MODELS["emulated"] = models.FILES["emulated"] = "exact"
+models.MODELS["emulated"] = "exact"
+FORMATS = None
 # of an action; control steps of an episode
 DEVIATION = 0.5
 HORIZON = 60
@@ -69,6 +71,7 @@ def build(config, env_spec, device="cpu", weights="all"):
 
 class Exact(nn.Module):
     COMPILED = ()
+    config = None
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
     def __init__(self, chunk: int, image_size: int):
@@ -93,7 +96,7 @@ class Exact(nn.Module):
 
     def draw(self, keys, explore):
         noise = np.stack(
-            [models.generator(key).standard_normal((self.chunk, 4), np.float32) for key in keys]
+            [generator(key).standard_normal((self.chunk, 4), np.float32) for key in keys]
         )
         return {"epsilon": torch.from_numpy(noise) * torch.tensor(explore)[:, None, None]}
 
@@ -109,13 +112,13 @@ class Exact(nn.Module):
         return {"actions": actions} | self.found(obs["state"], actions)
 
     def evaluate(self, batch):
-        return self.found(batch["state"], batch["actions"]) | {"entropy": torch.zeros(())}
+        return self.found(batch["state"], batch["actions"])
 
     def trainable(self):
         return dict(self.named_parameters())
 
     def critic(self):
-        return {n: p for n, p in self.trainable().items() if n.startswith("value_head")}
+        return {"value_head": self.value_head}
 
     def idle(self):
         return ()

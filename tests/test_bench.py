@@ -484,7 +484,7 @@ def test_a_task_of_zero_takes_no_time(monkeypatch):
     )
     spec = libero.spec(config.train.tasks, 8)
     env = libero.Env(spec.tasks, 8)
-    model = models.load("emulated").build(config, spec)
+    model = models.build(config, spec)
     env.reset(0, 1)
     assert [env.step(None) for _ in range(20)] == [Step(0.0, False)] * 20
     assert model.act({"image": torch.zeros(3, 1)}, {})["actions"].shape == (

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from config import ASSETS, UserError
 from models import MODELS, checkpoint
 from models.checkpoint import Header
+from models.formats import source
 
 
 def test_roundtrip(tmp_path):
@@ -44,9 +45,7 @@ def test_roundtrip(tmp_path):
 
 
 def fill(model, path, part="all"):
-    checkpoint.load_source(
-        model, path, checkpoint.ours(model.state_dict()), "cpu", torch.float32, part
-    )
+    source.load(model, path, checkpoint.own(path, model), "cpu", torch.float32, part)
 
 
 def test_a_part_of_the_weights_is_read_and_the_rest_only_checked(tiny_checkpoint):

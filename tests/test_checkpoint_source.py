@@ -14,15 +14,16 @@ from torch import nn
 
 from config import ROOT, UserError
 from models import checkpoint
-from models.checkpoint import Source
+from models.formats import source
+from models.formats.source import Source
 
 SOURCE = Source(
-    lambda config: {
-        "linear.weight": ("q", "k", "v"),
-        "linear.bias": "b",
-        "words.weight": "head",
-        "scale": "s",
-    },
+    (
+        (r"linear\.weight", ("q", "k", "v")),
+        (r"linear\.bias", "b"),
+        (r"words\.weight", "head"),
+        (r"scale", "s"),
+    ),
     (r"junk\..*",),
     (("head", "emb"),),
 )
@@ -82,7 +83,7 @@ def on_disk(folder, shards: int, tensors: dict) -> None:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(checkpoint, "BLOCK", 8)  # bytes: a row at a time
+    monkeypatch.setattr(source, "BLOCK", 8)  # bytes: a row at a time
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -91,7 +92,7 @@ def test_roundtrip(tmp_path, shards):
     with torch.device("meta"):
         model = Model()
     model.own = nn.Linear(2, 2)
-    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
+    source.load(model, tmp_path / "theirs", SOURCE, "cpu", None)
     w = weights()
     assert (
         torch.equal(model.linear.weight, torch.cat([w["q"], w["k"], w["v"]]))
@@ -105,7 +106,7 @@ def test_roundtrip(tmp_path, shards):
 
     saved = tmp_path / "ours"
     for _ in range(2):  # the second time in place of the first
-        checkpoint.save_source(model, saved, SOURCE, tmp_path / "theirs")
+        source.save(model, saved, SOURCE, tmp_path / "theirs")
     theirs = {
         f.relative_to(tmp_path / "theirs"): f.read_bytes()
         for f in (tmp_path / "theirs").rglob("*")
@@ -119,7 +120,7 @@ def test_roundtrip(tmp_path, shards):
 
     with torch.no_grad():
         model.linear.weight[2] = 9.0
-    checkpoint.save_source(model, saved, SOURCE, tmp_path / "theirs")
+    source.save(model, saved, SOURCE, tmp_path / "theirs")
     again = {k: x for file in saved.glob("*.safetensors") for k, x in load_file(file).items()}
     assert (again["k"] == 9.0).all() and all(
         torch.equal(again[key], w[key]) for key in w if key != "k"
@@ -132,7 +133,7 @@ def test_shards_without_an_index(tmp_path):
     (tmp_path / "theirs" / "model.safetensors.index.json").unlink()
     assert not checkpoint.is_ours(tmp_path / "theirs")
     model = Model()
-    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
+    source.load(model, tmp_path / "theirs", SOURCE, "cpu", None)
     assert torch.equal(model.words.weight, weights()["head"])
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.is_ours(tmp_path)
@@ -141,9 +142,9 @@ def test_shards_without_an_index(tmp_path):
 def test_dtype_is_chosen_by_the_caller(tmp_path):
     on_disk(tmp_path / "theirs", 1, weights())
     model = Model()
-    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
+    source.load(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
     assert model.linear.weight.dtype == model.words.weight.dtype == torch.float32
-    checkpoint.load_source(
+    source.load(
         model,
         tmp_path / "theirs",
         SOURCE,
@@ -152,7 +153,7 @@ def test_dtype_is_chosen_by_the_caller(tmp_path):
     )
     assert model.words.weight.dtype == torch.float16 and model.linear.bias.dtype == torch.float32
     file = tmp_path / "theirs" / "model.safetensors"
-    checkpoint.save_source(model, tmp_path / "one.safetensors", SOURCE, file)  # a file for a file
+    source.save(model, tmp_path / "one.safetensors", SOURCE, file)  # a file for a file
     assert load_file(tmp_path / "one.safetensors")["head"].dtype == torch.float32  # as theirs
 
 
@@ -160,7 +161,7 @@ def test_checking_reads_nothing(tmp_path):
     on_disk(tmp_path / "theirs", 1, weights())
     with torch.device("meta"):
         model = Model()
-    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "meta", None)
+    source.load(model, tmp_path / "theirs", SOURCE, "meta", None)
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -170,10 +171,10 @@ def test_a_tied_tensor_may_stand_under_either_name_or_both(tmp_path):
     for i, held in enumerate(({"head": head}, {"emb": head}, {"head": head, "emb": head.clone()})):
         on_disk(tmp_path / str(i), 1, w | held)
         model = Model()
-        checkpoint.load_source(model, tmp_path / str(i), SOURCE, "cpu", None)
+        source.load(model, tmp_path / str(i), SOURCE, "cpu", None)
         with torch.no_grad():
             model.words.weight.mul_(2.0)
-        checkpoint.save_source(model, tmp_path / f"saved{i}", SOURCE, tmp_path / str(i))
+        source.save(model, tmp_path / f"saved{i}", SOURCE, tmp_path / str(i))
         saved = load_file(tmp_path / f"saved{i}" / "model.safetensors")
         assert saved.keys() == (w | held).keys() and all(
             torch.equal(saved[key], 2.0 * head) for key in held
@@ -183,9 +184,9 @@ def test_a_tied_tensor_may_stand_under_either_name_or_both(tmp_path):
 def test_gradients_go_by_their_names(tmp_path):
     on_disk(tmp_path / "theirs", 1, weights())
     model = Model()
-    checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
+    source.load(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
     (model.linear.weight * torch.arange(6.0)[:, None]).sum().backward()
-    found = checkpoint.gradients(model, tmp_path / "theirs", SOURCE)
+    found = source.gradients(model, tmp_path / "theirs", SOURCE)
     assert {key: x[:, 0].tolist() for key, x in found.items()} == {
         "grad.q": [0, 1],
         "grad.k": [2],
@@ -223,7 +224,7 @@ def test_a_key_that_does_not_fit_is_named(tmp_path, how, words, shards):
     model = Model()
     before = model.linear.bias.clone()
     with pytest.raises(UserError, match=words) as error:
-        checkpoint.load_source(model, tmp_path / "theirs", SOURCE, "cpu", None)
+        source.load(model, tmp_path / "theirs", SOURCE, "cpu", None)
     assert "\n" not in str(error.value) and torch.equal(
         model.linear.bias, before
     )  # nothing is half loaded
@@ -243,15 +244,15 @@ def test_damaged_files_are_refused(tmp_path):
     ):
         first.write_bytes(damaged)
         with pytest.raises(UserError, match=words):
-            checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+            source.load(Model(), folder, SOURCE, "cpu", None)
     first.unlink()
     with pytest.raises(UserError, match=f"lacks its file {first.name}"):
-        checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+        source.load(Model(), folder, SOURCE, "cpu", None)
     (folder / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(UserError, match="no weight_map"):
-        checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+        source.load(Model(), folder, SOURCE, "cpu", None)
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.load_source(Model(), tmp_path / "nowhere", SOURCE, "cpu", None)
+        source.load(Model(), tmp_path / "nowhere", SOURCE, "cpu", None)
 
 
 def test_the_index_must_agree_with_the_shards(tmp_path):
@@ -262,27 +263,27 @@ def test_the_index_must_agree_with_the_shards(tmp_path):
     said["weight_map"]["lost"] = said["weight_map"]["q"]
     index.write_text(json.dumps(said))
     with pytest.raises(UserError, match="no tensor 'lost'"):
-        checkpoint.load_source(Model(), folder, SOURCE, "cpu", None)
+        source.load(Model(), folder, SOURCE, "cpu", None)
 
 
 MEMORY = """
 import sys
 import torch
 from torch import nn
-from models import checkpoint
+from models.formats import source
 def high_water():
     lines = open("/proc/self/status")
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-checkpoint.BLOCK = 4 * 2**20
+source.BLOCK = 4 * 2**20
 with torch.device("meta"):
     model = nn.Linear(5000, 8000)
 model.config = None
-source = checkpoint.Source(lambda config: {"weight": ("a", "b"), "bias": "c"}, ())
+layout = source.Source((("weight", ("a", "b")), ("bias", "c")))
 torch.zeros(10).sum()
 start = high_water()
-checkpoint.load_source(model, sys.argv[1], source, "cpu", None)
+source.load(model, sys.argv[1], layout, "cpu", None)
 loaded = high_water()
-checkpoint.save_source(model, sys.argv[1] + ".saved", source, sys.argv[1])
+source.save(model, sys.argv[1] + ".saved", layout, sys.argv[1])
 print(loaded - start, high_water() - start, float(model.weight.sum()))
 """
 

@@ -5,8 +5,7 @@ import torch
 from safetensors.torch import load_file
 from test_pi_files import SPEC, published, settings
 
-from models import checkpoint
-from models.pi import build
+from models import build, checkpoint
 
 
 @pytest.fixture

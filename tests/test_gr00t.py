@@ -11,17 +11,19 @@ from conftest import slopes
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 
-from models import checkpoint, gr00t_files
+from benchmarks import originals
+from models.flow import flow_sde_step
+from models.formats import gr00t as gr00t_files
+from models.formats import source
+from models.formats.source import read_json
 from models.gr00t import (
     FULL,
     PAD,
     Gr00t,
     Gr00tConfig,
-    denoise_times,
-    dtype_of,
-    flow_sde_step,
     training_time,
 )
+from models.layers import scaled
 
 GOLDEN = Path(__file__).parent / "golden" / "gr00t"
 FOLDERS = [
@@ -107,11 +109,17 @@ def stored(model: Gr00t, obs: dict, out: dict) -> dict:
     return {name: (obs | out)[name].clone() for name in model.training_fields()}
 
 
+def features(model: Gr00t, obs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the action head is given, and which positions are real."""
+    ids, real = model.spread(obs["tokens"])
+    return model.backbone(scaled(obs["image"], torch.float32), ids, real), real
+
+
 def golden_model(folder: Path, **changes) -> Gr00t:
-    c = replace(gr00t_files.config_of(checkpoint.read_json(folder / "config.json")), **changes)
+    c = replace(gr00t_files.config_of(read_json(folder / "config.json")), **changes)
     model = Gr00t(c)
-    source = gr00t_files.SOURCES[gr00t_files.source_of(folder / "weights.safetensors")]
-    checkpoint.load_source(model, folder / "weights.safetensors", source, "cpu", torch.float32)
+    layout = gr00t_files.SOURCES[gr00t_files.which(folder / "weights.safetensors")]
+    source.load(model, folder / "weights.safetensors", layout, "cpu", torch.float32)
     return model
 
 
@@ -121,7 +129,7 @@ def golden_model(folder: Path, **changes) -> Gr00t:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_every_output_and_gradient_is_the_original_s(folder):
     wanted = load_file(folder / "outputs.safetensors")
-    found = gr00t_files.parity(folder)
+    found = originals.gr00t(folder)
     assert (
         wanted.keys() <= found.keys()
         and {"velocity", "actions", "loss", "backbone_features"} <= wanted.keys()
@@ -140,7 +148,7 @@ def test_a_changed_weight_is_noticed(tmp_path):
     weights["backbone.eagle_model.language_model.model.layers.1.self_attn.k_norm.weight"][0] += 0.05
     save_file(weights, tmp_path / "g" / "weights.safetensors")
     wanted = load_file(GOLDEN / "outputs.safetensors")
-    found = gr00t_files.parity(tmp_path / "g")
+    found = originals.gr00t(tmp_path / "g")
     assert all(
         (found[name] - wanted[name]).abs().max() > 1e-4
         for name in ("backbone_features", "actions", "loss")
@@ -181,17 +189,15 @@ def test_padding_is_seen_unless_masked():
 
 def test_published_parameter_count_and_every_parameter_has_a_key():
     with torch.device("meta"):
-        model = Gr00t(FULL)
+        model = Gr00t(FULL["gr00t"])
     used = sum(
         p.numel() for name, p in model.named_parameters() if not name.startswith("value_head.")
     )
     assert abs(used / 2.40e9 - 1.0) < 0.005
-    assert FULL.length == 570  # RLinf's padding_value
-    table = gr00t_files.names(FULL, value_head=True)
+    assert FULL["gr00t"].length == 570  # RLinf's padding_value
+    table = gr00t_files.SOURCES["rlinf"].keys(model.state_dict())
     assert table.keys() == dict(model.named_parameters()).keys()
-    keys = [
-        key for value in table.values() for key in ((value,) if isinstance(value, str) else value)
-    ]
+    keys = [key for keys in table.values() for key in keys]
     assert len(set(keys)) == len(keys)
     assert 1e6 < sum(p.numel() for p in Gr00t(Gr00tConfig()).parameters()) < 4e6
 
@@ -203,7 +209,7 @@ def test_published_parameter_count_and_every_parameter_has_a_key():
 def test_flow_sde_is_openpi_s_with_time_reversed(step):
     times = [0.0, 0.25, 0.5, 0.75, 1.0]
     a = 0.5
-    assert denoise_times(4) == times
+    assert tiny(denoise_steps=4).times() == [1.0 - t for t in times]
     # the published formulas, in openpi's time and with its velocity
     tau = 1.0 - times[step]
     tau_next = 1.0 - times[step + 1]
@@ -214,13 +220,13 @@ def test_flow_sde_is_openpi_s_with_time_reversed(step):
     x0 = x + v * tau
     x1 = x - v * (1 - tau)
     mean = x0 * (1 - (tau - delta)) + x1 * (tau - delta - sigma**2 * delta / (2 * tau))
-    found = flow_sde_step(
-        *(
-            torch.full((1, 1, 1), z, dtype=torch.float64)
-            for z in (x, v, times[step], times[step + 1])
-        ),
-        a,
+    # the policy's, whose network has the velocity v in its own time
+    model = tiny(denoise_steps=4, noise_level=a)
+    x, v, tau_, next_ = (
+        torch.full((1, 1, 1), z, dtype=torch.float64) for z in (x, v, tau, tau_next)
     )
+    ode, *found = model.transition(x, v, tau_, next_)
+    torch.testing.assert_close(ode, x + v * (times[step + 1] - times[step]))
     assert found[0].item() == pytest.approx(mean, abs=1e-12)
     assert found[1].item() == pytest.approx(delta**0.5 * sigma, abs=1e-12)
 
@@ -252,9 +258,9 @@ def test_logprob_is_of_the_one_stochastic_transition_and_of_what_is_executed():
     noise = model.draw(KEYS, [True] * 5)
     out = model.act(obs, noise)
     with torch.no_grad():
-        context = model.context(*model.features(obs))
+        context = model.context(*features(model, obs))
         state = model.encode_state(obs["state"], c.embodiment)
-        x = noise["x0"]
+        x = noise["noise"]
         times = [0.0, 0.25, 0.5, 0.75, 1.0]
         expected = torch.zeros(5)
         for i in range(4):
@@ -263,7 +269,11 @@ def test_logprob_is_of_the_one_stochastic_transition_and_of_what_is_executed():
             for k in range(5):
                 if noise["denoise_index"][k] == i:
                     mean, std = flow_sde_step(
-                        x[k], v[k], torch.tensor(times[i]), torch.tensor(times[i + 1]), 0.5
+                        x[k],
+                        -v[k],
+                        torch.tensor(1.0 - times[i]),
+                        torch.tensor(1.0 - times[i + 1]),
+                        0.5,
                     )
                     after[k] = mean + std * noise["epsilon"][k]
                     expected[k] = Normal(mean, std).log_prob(after[k])[:4, :3].sum()
@@ -352,9 +362,9 @@ def test_noise_is_named_by_its_key_alone():
     together = model.draw(KEYS, [True] * 5)
     alone = model.draw(KEYS[3:4], [True])
     assert all(torch.equal(together[name][3:4], alone[name]) for name in together)
-    assert not torch.equal(together["x0"][2], together["x0"][3])
+    assert not torch.equal(together["noise"][2], together["noise"][3])
     quiet = model.draw(KEYS, [False] * 5)
-    assert torch.equal(quiet["x0"], together["x0"]) and (quiet["denoise_index"] == -1).all()
+    assert torch.equal(quiet["noise"], together["noise"]) and (quiet["denoise_index"] == -1).all()
     assert (tiny(sde_steps=1).draw(KEYS, [True] * 5)["denoise_index"] == 3).all()
     a, b = (
         model.act(observations(TINY, 5), quiet | {"epsilon": quiet["epsilon"] + one})
@@ -388,7 +398,7 @@ def test_imitation_learns_a_few_examples():
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(80):
-        context = model.context(*model.features(obs))
+        context = model.context(*features(model, obs))
         state = model.encode_state(obs["state"], TINY.embodiment)
         loss = model.imitation_loss(
             context, state, actions, training_time(6), torch.randn(6, 7, 5), real
@@ -424,7 +434,7 @@ def test_a_frozen_vlm_in_half_precision():
     full = tiny()
     half = tiny(prefix_dtype="bfloat16")
     for name, parameter in half.named_parameters():
-        parameter.data = parameter.data.to(dtype_of(half.config, name))
+        parameter.data = parameter.data.to(half.dtype_of(name))
     assert {p.dtype for n, p in half.named_parameters() if n in half.trainable()} == {torch.float32}
     obs = observations(TINY, 5)
     noise = half.draw(KEYS, [True] * 5)

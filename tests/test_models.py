@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import models
 from config import Config, UserError
 from envs import metaworld
-from models import checkpoint, gr00t_files, oft_files, pi_files, tokenize
+from models import checkpoint, tokenize
+from models.formats import pictures
 
 FAMILIES = [name for name in models.MODELS if name != "emulated"]
 SPEC = metaworld.spec(("handle-press",), 64)
@@ -54,8 +55,8 @@ def built(made, name: str):
     config = Config()
     config.train.model = name
     (config.train.checkpoint, vocabulary) = made(name)
-    model = models.load(name).build(config, SPEC)
-    return model, models.files(name).preparation(model.header, str(vocabulary))
+    model = models.build(config, SPEC)
+    return model, models.preparation(name, model.header, str(vocabulary))
 
 
 def observed(preparation, n: int) -> dict[str, torch.Tensor]:
@@ -76,10 +77,7 @@ def test_what_is_observed_acted_and_stored_fits_the_slots(made, name):
     obs = observed(preparation, 4)
     fields = model.observation_fields()
     assert {key: (tuple(x.shape[1:]), x.dtype) for key, x in obs.items()} == fields
-    assert (
-        fields.keys() <= {"image", "tokens", "state"}
-        and set(model.training_fields()) <= fields.keys() | model.slot_fields().keys()
-    )
+    assert set(model.training_fields()) <= fields.keys() | model.slot_fields().keys()
     out = model.act(obs, model.draw([(1, i, 0, 0) for i in range(n)], [True] * n))
     assert out["actions"].shape == out["logprob"].shape == (n, 10, 4) and out["value"].shape == (n,)
     for key, (shape, dtype) in model.slot_fields().items():
@@ -102,7 +100,7 @@ def test_evaluating_reproduces_the_behaviour_and_moves_with_the_weights(made, na
     (again["logprob"].sum() + again["value"].sum()).backward()
     trained = model.trainable()
     moved = [key for key, p in trained.items() if p.grad is not None and p.grad.abs().sum() > 0]
-    assert len(moved) > 0.8 * len(trained) and any(key.startswith("value_head") for key in moved)
+    assert len(moved) > 0.8 * len(trained) and any(key in model.critic() for key in moved)
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -156,7 +154,7 @@ def test_a_checkpoint_of_another_family_is_named(made, name):
     config.train.model = name
     config.train.checkpoint = made(other)[0]
     with pytest.raises(UserError, match=f"'{other}' model: give --model {other}"):
-        models.load(name).build(config, SPEC, weights="none")
+        models.build(config, SPEC, weights="none")
 
 
 def test_other_projects_checkpoints_tell_their_family(tmp_path):
@@ -191,11 +189,11 @@ def test_frames_of_the_simulator_are_what_every_family_prepares(made):
         assert preparation.observe(image, state, SPEC.prompts[0])["image"].shape == (1, 64, 64, 3)
     # Other projects' models resize them, each in its own way.
     small = (
-        pi_files.resize_pil(image[0], 56),
-        pi_files.resize_torch(torch.from_numpy(image).float() / 255, 56, 0.0),
+        pictures.resize_pil(image[0], 56),
+        pictures.resize_torch(torch.from_numpy(image).float() / 255, 56, 0.0),
     )
-    small += gr00t_files.crop_and_resize(image, 56), gr00t_files.resize_bicubic(image, 56)
-    small += (oft_files.resize_bicubic(torch.from_numpy(image), 56),)
+    small += pictures.crop_and_resize(image, 56), pictures.resize_eagle(image, 56)
+    small += (pictures.resize_bicubic(torch.from_numpy(image), 56),)
     assert all(tuple(x.shape)[-3:-1] == (56, 56) for x in small)
 
 

@@ -13,10 +13,13 @@ import torch
 from conftest import slopes
 from safetensors.torch import load_file, save_file
 
+from benchmarks import originals
 from config import Config, UserError
 from envs import EnvSpec
-from models import checkpoint, oft_files, tokenize
-from models.oft import FULL, Oft, OftConfig, build, config_of
+from models import build, checkpoint, tokenize
+from models.formats import bins, pictures, source
+from models.formats import oft as oft_files
+from models.oft import FULL, Oft, OftConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "oft"
 FOLDERS = [GOLDEN, GOLDEN / "lora", GOLDEN / "official"]
@@ -85,7 +88,7 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_every_output_of_the_originals(folder):
     wanted = load_file(folder / "outputs.safetensors")
-    found = oft_files.parity(folder)
+    found = originals.oft(folder)
     for name, tensor in wanted.items():
         assert found[name].shape == tensor.shape, name
         bound = 1e-4 * tensor.abs().max().item() if name.startswith("grad.") else 1e-4
@@ -104,10 +107,10 @@ def test_parity_fails_where_the_original_does_something_else(tmp_path, change):
     (tmp_path / "config.json").write_text(json.dumps(config))
     if "num_images_in_input" in change:
         with pytest.raises(UserError, match="images"):
-            oft_files.parity(tmp_path)
+            originals.oft(tmp_path)
         return
     wanted = load_file(tmp_path / "outputs.safetensors")
-    assert largest(oft_files.parity(tmp_path)["logits"], wanted["logits"]) > 1e-2
+    assert largest(originals.oft(tmp_path)["logits"], wanted["logits"]) > 1e-2
 
 
 def test_the_published_configuration_is_the_full_size(tmp_path):
@@ -129,15 +132,15 @@ def test_the_published_configuration_is_the_full_size(tmp_path):
         "text_config": text,
     }
     (tmp_path / "config.json").write_text(json.dumps(published))
-    assert config_of(oft_files.read_config(tmp_path)) == replace(FULL, train="full")
-    pictures = {"means": [[0.1, 0.2, 0.3], [0.5] * 3], "stds": [[0.4, 0.5, 0.6], [0.5] * 3]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pictures))
-    assert config_of(oft_files.read_config(tmp_path)).dino_std == (0.4, 0.5, 0.6)
+    assert oft_files.config_of(tmp_path) == replace(FULL["oft"], train="full")
+    statistics = {"means": [[0.1, 0.2, 0.3], [0.5] * 3], "stds": [[0.4, 0.5, 0.6], [0.5] * 3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))
+    assert oft_files.config_of(tmp_path).dino_std == (0.4, 0.5, 0.6)
 
 
 def test_parameter_count_at_full_size():
     with torch.device("meta"):
-        model = Oft(FULL)
+        model = Oft(FULL["oft"])
 
     def count(keep):
         return sum(p.numel() for n, p in model.named_parameters() if keep(n))
@@ -175,15 +178,14 @@ def test_prompts(case):
 def test_bins():
     case = CASES["encode_actions"]
     assert (
-        oft_files.encode_actions(torch.tensor(case["actions"], dtype=torch.float64), 31744).tolist()
+        bins.encode_actions(torch.tensor(case["actions"], dtype=torch.float64), 31744).tolist()
         == case["tokens"]
     )
     case = CASES["decode_tokens"]
-    assert oft_files.decode_tokens(case["tokens"], 31744).tolist() == case["actions"]
-    centers = torch.from_numpy(oft_files.bin_centers(256))
+    assert bins.decode_tokens(case["tokens"], 31744).tolist() == case["actions"]
+    centers = torch.from_numpy(bins.bin_centers(256))
     assert (
-        oft_files.decode_tokens(oft_files.encode_actions(centers, 31744).numpy(), 31744)
-        == centers.numpy()
+        bins.decode_tokens(bins.encode_actions(centers, 31744).numpy(), 31744) == centers.numpy()
     ).all()
 
 
@@ -192,20 +194,18 @@ def test_statistics_and_grippers(tmp_path):
     (tmp_path / "dataset_statistics.json").write_text(json.dumps(case["statistics"]))
     stats = oft_files.read_statistics(tmp_path, case["unnorm_key"])
     assert stats == oft_files.read_statistics(tmp_path)
-    raw = oft_files.unnormalise_actions(np.array(case["normalised"]), stats)
+    raw = bins.unnormalise_actions(np.array(case["normalised"]), stats)
     assert raw.tolist() == case["actions"]
-    np.testing.assert_allclose(
-        oft_files.normalise_actions(raw, stats), case["normalised"], atol=1e-7
-    )
+    np.testing.assert_allclose(bins.normalise_actions(raw, stats), case["normalised"], atol=1e-7)
     case = CASES["gripper"]
-    assert oft_files.libero_gripper(np.array(case["raw"])).tolist() == case["libero"]
+    assert bins.libero_gripper(np.array(case["raw"])).tolist() == case["libero"]
     np.testing.assert_allclose(
-        oft_files.widowx_gripper(np.array(case["raw"])), case["widowx"], atol=1e-7
+        bins.widowx_gripper(np.array(case["raw"])), case["widowx"], atol=1e-7
     )
-    table = oft_files.action_table(stats | {"gripper": "libero"}, 7)
+    table = bins.action_table(stats | {"gripper": "libero"}, 7)
     for token in (31744, 31800, 31999):
-        normalised = np.full(7, oft_files.decode_tokens(token, 31744))
-        wanted = oft_files.libero_gripper(oft_files.unnormalise_actions(normalised, stats))
+        normalised = np.full(7, bins.decode_tokens(token, 31744))
+        wanted = bins.libero_gripper(bins.unnormalise_actions(normalised, stats))
         np.testing.assert_allclose(table[:, token - 31744], wanted, atol=1e-6)
 
 
@@ -214,20 +214,28 @@ def test_pictures():
         return torch.tensor(x, dtype=torch.uint8)[None]
 
     case = CASES["center_crop"]
-    assert torch.equal(oft_files.center_crop(as_tensor(case["image"])), as_tensor(case["out"]))
+    assert torch.equal(pictures.center_crop(as_tensor(case["image"])), as_tensor(case["out"]))
     case = CASES["resize_bicubic"]
     assert torch.equal(
-        oft_files.resize_bicubic(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
+        pictures.resize_bicubic(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
     )
     for name in ("lanczos_16_14", "lanczos_10_14"):
         case = CASES[name]
         assert torch.equal(
-            oft_files.resize_lanczos(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
+            pictures.resize_lanczos(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
         )
     case = CASES["pixel_values"]
     with torch.device("meta"):
         model = Oft(
-            replace(FULL, image_size=14, center_crop=False, width=32, depth=0, heads=1, kv_heads=1)
+            replace(
+                FULL["oft"],
+                image_size=14,
+                center_crop=False,
+                width=32,
+                depth=0,
+                heads=1,
+                kv_heads=1,
+            )
         )
     model.lm_head.weight = torch.nn.Parameter(torch.zeros(1))
     found = torch.cat(model.pixels(as_tensor(case["image"])[None]), 1).flatten(2)[0]
@@ -279,11 +287,11 @@ def test_logprobs_are_of_a_tempered_softmax_over_the_action_words_alone():
     expected = every.log_prob(out["action_tokens"].flatten(1).long()).view(4, c.chunk, c.action_dim)
     torch.testing.assert_close(out["logprob"], expected, atol=1e-5, rtol=0)
     assert out["action_tokens"].min() >= c.words and out["action_tokens"].max() < c.words + c.bins
-    bins = torch.distributions.Categorical(logits=logits[..., c.words : c.words + c.bins] / 1.6)
+    words = torch.distributions.Categorical(logits=logits[..., c.words : c.words + c.bins] / 1.6)
     torch.testing.assert_close(
-        model.evaluate(stored(model, obs, out))["entropy"], bins.entropy().mean()
+        model.evaluate(stored(model, obs, out))["entropy"], words.entropy().mean()
     )
-    decoded = oft_files.decode_tokens(out["action_tokens"].numpy(), c.words)
+    decoded = bins.decode_tokens(out["action_tokens"].numpy(), c.words)
     np.testing.assert_allclose(out["actions"].numpy(), decoded, atol=1e-7)
 
 
@@ -476,6 +484,7 @@ def spec(**changes) -> EnvSpec:
 
 def settings(path: Path, chunk: int = 3, tokens: int = 9) -> Config:
     config = Config()
+    config.train.model = "oft"
     config.train.checkpoint = path
     config.rollout.chunk = chunk
     config.rollout.tokens = tokens
@@ -543,7 +552,7 @@ def test_trained_adapters_go_back_into_the_folder(tmp_path, value_head):
         < 1e-4
     )
     assert value_head == (largest(again.value_head[0].weight, model.value_head[0].weight) < 1e-6)
-    theirs, ours = (checkpoint.layout(f) for f in (folder, tmp_path / "ours"))
+    theirs, ours = (source.layout(f) for f in (folder, tmp_path / "ours"))
     assert {k: (s.shape, s.dtype) for k, s in theirs.items()} == {
         k: (s.shape, s.dtype) for k, s in ours.items()
     }
@@ -590,8 +599,8 @@ def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
         "language_model.lm_head.weight"
     ]
     save_file(adapters, tmp_path / "adapter_model.safetensors")
-    model = Oft(config_of(oft_files.read_config(GOLDEN / "lora")))
-    checkpoint.load_source(
+    model = Oft(oft_files.config_of(GOLDEN / "lora"))
+    source.load(
         model, tmp_path / "adapter_model.safetensors", oft_files.SOURCES["peft"], "cpu", None
     )
     key = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"
@@ -616,17 +625,17 @@ def test_a_missing_extra_or_misshapen_key_is_named(tmp_path, changes, named):
 
 
 def test_a_published_model_takes_pictures_of_any_size_and_ours_only_its_own(tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
+    frame = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8)
     words = tokenize.load(str(GOLDEN / "tokenizer.model"))
     config = settings(write_folder(tmp_path / "theirs"))
     config.rollout.tokens = 24
     model = build(config, spec(image_size=32))
     ready = oft_files.Preparation(model.config, model.header.stats, words)
-    found = ready.observe(pictures, np.zeros(3), "go")["image"]
-    assert np.array_equal(found, oft_files.resize_bicubic(torch.from_numpy(pictures), 16).numpy())
+    found = ready.observe(frame, np.zeros(3), "go")["image"]
+    assert np.array_equal(found, pictures.resize_bicubic(torch.from_numpy(frame), 16).numpy())
     assert np.array_equal(ready.observe(found, np.zeros(3), "go")["image"], found)
     with pytest.raises(UserError, match=r"the model needs \[1, 16, 16, 3\]"):
-        oft_files.Preparation(model.config, {}, words).observe(pictures, np.zeros(3), "go")
+        oft_files.Preparation(model.config, {}, words).observe(frame, np.zeros(3), "go")
 
 
 def test_chunk_and_views_are_what_the_checkpoint_was_trained_with(tmp_path):
@@ -657,7 +666,7 @@ def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
         build(settings(folder), spec())
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read"):
-        oft_files.read_config(folder)
+        oft_files.config_of(folder)
 
 
 def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
@@ -672,7 +681,7 @@ def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
     with pytest.raises(UserError, match="config.json"):
         oft_files.read_statistics(tmp_path / "nothing")
     with pytest.raises(UserError, match="2 action dimensions"):
-        oft_files.action_table({"q01": [0, 0], "q99": [1, 1], "mask": [True, True]}, 7)
+        bins.action_table({"q01": [0, 0], "q99": [1, 1], "mask": [True, True]}, 7)
 
 
 @pytest.mark.parametrize(
@@ -694,8 +703,9 @@ def test_a_wrong_prompt_or_state_is_refused(tmp_path):
     tokenizer = tokenize.load(str(GOLDEN / "tokenizer.model"))
     with pytest.raises(UserError, match="needs 24 tokens and the model has room for 23"):
         oft_files.encode(tokenizer, "open the middle drawer of the cabinet", 23, 0)
-    with pytest.raises(UserError, match="not finite"):
-        oft_files.encode(tokenizer, "open", 40, 0, np.array([0.1, np.nan]))
+    ready = oft_files.Preparation(OftConfig(tokens=40), {}, tokenizer)
+    with pytest.raises(UserError, match="not a number in dimension 1"):
+        ready.observe(np.zeros((1, 64, 64, 3), np.uint8), np.array([0.1, np.nan]), "open")
 
 
 def test_the_embedded_vocabulary_holds_a_prompt(tmp_path):

@@ -12,22 +12,10 @@ from torch.distributions import Normal
 
 from config import Config, UserError
 from envs import EnvSpec
-from models import checkpoint
-from models.pi import (
-    FULL,
-    SMALL,
-    GemmaLayer,
-    Pi,
-    bounded,
-    build,
-    denoise_times,
-    flow_sde_step,
-    normal_logprob,
-    ode_step,
-    rotary,
-    rotate,
-    time_embedding,
-)
+from models import build, checkpoint
+from models.flow import flow_sde_step, normal_logprob, ode_step
+from models.layers import frequencies, rotary, rotate
+from models.pi import FULL, SMALL, GemmaLayer, Pi, bounded, denoise_times, time_embedding
 
 SMALL_PICTURE = {"image_size": 16, "patch": 8, "chunk": 4}
 KEYS = [(1, lane, 2, 3) for lane in range(5)]
@@ -121,16 +109,15 @@ def test_ratio_is_one_at_staleness_zero(kind, how):
     assert out["logprob"].sum((1, 2)).abs().min() > 0.1 and out["value"].abs().min() > 1e-4
 
 
-def test_logprob_and_entropy_are_of_the_one_stochastic_transition():
+def test_logprob_is_of_the_one_stochastic_transition():
     model = tiny_pi()
     obs = observations(model, 5)
     noise = model.draw(KEYS, [True] * 5)
     out = model.act(obs, noise)
     cache, _, real = model.prefix(obs["image"], obs["tokens"])
-    x = noise["x1"]
+    x = noise["noise"]
     times = [1.0, 0.75, 0.5, 0.25, 0.0]
     expected = torch.zeros(5)
-    entropy = torch.zeros(5)
     for i in range(4):
         v = model.velocity(cache, real, x, torch.full((5,), times[i]))
         after = x + v * (times[i + 1] - times[i])
@@ -141,11 +128,24 @@ def test_logprob_and_entropy_are_of_the_one_stochastic_transition():
                 mean, std = flow_sde_step(x[k], v[k], t, t_next, 0.5)
                 after[k] = mean + std * noise["epsilon"][k]
                 expected[k] = Normal(mean, std).log_prob(after[k]).sum()
-                entropy[k] = Normal(mean, std).entropy().mean()
         x = after
     torch.testing.assert_close(out["actions"], x, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out["logprob"].sum((1, 2)), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.evaluate(stored(model, obs, out))["entropy"], entropy.mean())
+    # Its deviation is a constant of time: there is no entropy to watch.
+    assert "entropy" not in model.evaluate(stored(model, obs, out))
+
+
+def test_the_entropy_is_of_the_learned_deviation():
+    model = tiny_pi(noise="network")
+    obs = observations(model, 5)
+    out = model.act(obs, model.draw(KEYS, [True] * 5))
+    batch = stored(model, obs, out)
+    cache, _, real = model.prefix(obs["image"], obs["tokens"])
+    times = torch.tensor([1.0, 0.75, 0.5, 0.25])[batch["denoise_index"].long()]
+    h = model.suffix(cache, real, batch["x_t"], times)
+    std = bounded(model.noise_head(h), model.config.noise_range)
+    entropy = Normal(torch.zeros_like(std), std).entropy().mean()
+    torch.testing.assert_close(model.evaluate(batch)["entropy"], entropy)
 
 
 @every_kind
@@ -199,11 +199,11 @@ def test_noise_is_named_by_seed_lane_trajectory_and_step():
         (1, 3, 2, 4),
     ]
     noise = model.draw(keys, [True] * 7)
-    assert torch.equal(noise["x1"][0], noise["x1"][1]) and torch.equal(
+    assert torch.equal(noise["noise"][0], noise["noise"][1]) and torch.equal(
         noise["epsilon"][0], noise["epsilon"][1]
     )
-    assert len(noise["x1"][:, 0, 0].unique()) == 6 and not torch.equal(
-        noise["x1"], noise["epsilon"]
+    assert len(noise["noise"][:, 0, 0].unique()) == 6 and not torch.equal(
+        noise["noise"], noise["epsilon"]
     )
     index = model.draw([(0, 0, 0, t) for t in range(400)], [True] * 400)["denoise_index"]
     assert index.bincount(minlength=4).min() > 60  # uniform over 4 steps: 100 each
@@ -222,7 +222,7 @@ def test_without_exploration_acting_is_the_deterministic_ode():
     other = model.act(obs, noise | {"epsilon": torch.randn(4, 10, 4)})
     assert torch.equal(out["actions"], other["actions"]) and (out["logprob"] == 0).all()
     cache, _, real = model.prefix(obs["image"], obs["tokens"])
-    x = noise["x1"]
+    x = noise["noise"]
     for t in (1.0, 0.75, 0.5, 0.25):
         x = x - 0.25 * model.velocity(cache, real, x, torch.full((4,), t))
     torch.testing.assert_close(out["actions"], x, atol=1e-5, rtol=1e-5)
@@ -257,14 +257,15 @@ def test_a_stored_prefix_gives_the_losses_and_gradients_of_a_recomputed_one(kind
         (
             (result["logprob"].sum((1, 2)) * weight).mean()
             + (result["value"] - weight).square().mean()
-            + 0.1 * result["entropy"]
+            + 0.1 * result.get("entropy", 0.0)
         ).backward()
         results.append(result)
         gradients.append(
             {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         )
     for result, gradient in zip(results[1:], gradients[1:], strict=True):
-        for name in ("logprob", "value", "entropy"):
+        assert ("entropy" in result) == ("noise" in kind)
+        for name in result:
             torch.testing.assert_close(results[0][name], result[name], atol=1e-5, rtol=0)
         for name in gradients[0]:
             torch.testing.assert_close(gradients[0][name], gradient[name], atol=1e-5, rtol=1e-5)
@@ -437,7 +438,9 @@ def test_one_key_value_head_serves_every_query_head():
     layer = GemmaLayer(16, 32, heads, d).double()
     x = torch.randn(n, length, 16, dtype=torch.float64)
     past = torch.randn(n, 2, past_length, d, dtype=torch.float64)
-    waves = rotary(past_length + torch.arange(length).expand(n, length), d, torch.float64)
+    waves = rotary(
+        past_length + torch.arange(length).expand(n, length), frequencies(d, "cpu"), torch.float64
+    )
     mask = torch.zeros(n, 1, 1, past_length + length, dtype=torch.float64)
     mask[0, 0, 0, 1] = -math.inf
     found, own = layer(x, *waves, mask, past)
@@ -464,7 +467,7 @@ def test_rotary_depends_on_relative_positions_only():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).unbind()
 
     def at(x, i):
-        return rotate(x, *rotary(torch.tensor([[i]]), 8, x.dtype))
+        return rotate(x, *rotary(torch.tensor([[i]]), frequencies(8, "cpu"), x.dtype))
 
     def dot(i, j):
         return (at(q, i) * at(k, j)).sum().item()

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from config import ROOT, Config, UserError
 from envs import EnvSpec
-from models import checkpoint, pi_files, tokenize
-from models.pi import SMALL, Pi, PiConfig, build
-from models.pi_files import SOURCES, Preparation
+from models import build, checkpoint, tokenize
+from models.formats import pi as pi_files
+from models.formats import pictures
+from models.formats.pi import SOURCES, Preparation
+from models.pi import SMALL, Pi, PiConfig
 
 GOLDEN = ROOT / "tests" / "golden"
 FAMILIES = ("pi0", "pi05")
@@ -90,10 +92,10 @@ def test_pictures_are_resized_as_openpi_and_its_torch_port_do(family):
     for case in cases(family)["images"]:
         image = np.array(case["image"], np.uint8)
         assert np.array_equal(
-            pi_files.resize_pil(image, case["size"]), np.array(case["resized"], np.uint8)
+            pictures.resize_pil(image, case["size"]), np.array(case["resized"], np.uint8)
         )  # to the last bit
         scaled = torch.from_numpy(image)[None].float() / 127.5 - 1.0
-        found = pi_files.resize_torch(scaled, case["size"], -1.0)[0]
+        found = pictures.resize_torch(scaled, case["size"], -1.0)[0]
         torch.testing.assert_close(found, torch.tensor(case["resized_torch"]), atol=2e-6, rtol=0)
 
 
@@ -119,7 +121,7 @@ def test_lerobot_s_observations_and_actions(family):
     for case in found["images"]:
         image = np.array(case["image"], np.uint8)
         pixels = (
-            pi_files.resize_torch(torch.from_numpy(image)[None].float() / 255.0, case["size"], 0.0)
+            pictures.resize_torch(torch.from_numpy(image)[None].float() / 255.0, case["size"], 0.0)
             * 2.0
             - 1.0
         )
@@ -479,7 +481,7 @@ def test_every_parameter_has_its_key():
         shape = PiConfig(**TINY | {"pi05": family == "pi05", "noise": "network"})
         with torch.device("meta"):
             ours = set(Pi(shape).state_dict())
-        table = SOURCES[layout].names(shape)
+        table = SOURCES[layout].keys(ours)
         heads = {"rlinf": ("noise_head",), "rlinf_noise": ()}.get(
             layout, ("value_head", "noise_head")
         )

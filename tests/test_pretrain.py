@@ -7,8 +7,8 @@ import torch
 import pretrain
 from config import Config, UserError
 from envs import metaworld
-from models import checkpoint, tokenize
-from models.pi import PiConfig, build
+from models import build, checkpoint, tokenize
+from models.pi import PiConfig
 from pretrain import PretrainConfig
 
 

@@ -102,8 +102,8 @@ def test_every_family_starts_from_random_weights(tmp_path, model):
     config.train.model = model
     config.train.checkpoint = weights
     config.train.env = "libero"
-    policy = models.load(model).build(config, spec)
-    preparation = models.files(model).preparation(policy.header, str(vocabulary))
+    policy = models.build(config, spec)
+    preparation = models.preparation(model, policy.header, str(vocabulary))
     picture = np.zeros((2, 32, 32, 3), np.uint8)
     state = np.array(libero.STATE_RANGE[1], np.float32)
     for prompt in spec.prompts:  # all of them fit

@@ -29,6 +29,9 @@ class Times(NamedTuple):
     train_each: float  # of training one sample, a chunk step
 
 
+FORMATS = None  # nothing of it lies on disk
+
+
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     costs = COSTS.get(config.train.env, libero)
     for_rollout, for_actor = libero.devices(config.train.parts, config.train.placement)
@@ -69,6 +72,7 @@ class Emulated(nn.Module):
     """A policy that returns zeros, after a while."""
 
     COMPILED = ()
+    config = None
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
     def __init__(
@@ -104,11 +108,7 @@ class Emulated(nn.Module):
         n = len(batch["actions"])
         wait(n * self.times.train_each)
         zero = self.action.sum() * 0.0
-        return {
-            "logprob": zero.expand(n, *self.action.shape),
-            "value": zero.expand(n),
-            "entropy": zero,
-        }
+        return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n)}
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return dict(self.named_parameters())

@@ -1,7 +1,7 @@
-"""GR00T N1.5 as it lies on users' disks: checkpoint layouts, statistics, prompts, images; and
-parity with the original code.
+"""GR00T N1.5 as it lies on users' disks: names of weights, statistics, prompts; and parity with the
+original code.
 
-Three layouts, told apart by their keys (`source_of`): NVIDIA's (config.json, shards,
+Three layouts, told apart by their keys (`which`): NVIDIA's (config.json, shards,
 experiment_cfg/metadata.json), the same with RLinf's value head, and LeRobot's (one file with the
 prefix `_groot_model.`, statistics beside policy_preprocessor.json). None of them says the widths of
 its backbone, which is always Eagle 2.5's with Qwen3-1.7B; what they say overrides `FULL`.
@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
 from config import UserError
-from models import checkpoint, tokenize
-from models.checkpoint import Source
-from models.flow import normal_logprob
-from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig, denoise_times, flow_sde_step
+from models import tokenize
+from models.checkpoint import Header
+from models.formats import bins, pictures, source
+from models.formats.names import Rules, each, siglip
+from models.formats.preparation import PreparationBase, padded
+from models.formats.source import Found, Source, read_json, understood
+from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
+
+MARKS = ("eagle_model.",)
 
 # Which rows of the per-embodiment weights a robot uses: NVIDIA's four
 # (gr00t/data/embodiment_tags.py), LeRobot's two more (processor_groot.py) and RLinf's
@@ -59,112 +61,74 @@ def embodiment_number(tag: str, table: dict[str, int] = EMBODIMENTS) -> int:
 
 EAGLE = "backbone.eagle_model"
 HEAD = "action_head"
+LANGUAGE = f"{EAGLE}.language_model.model"
+LAYER = rf"{LANGUAGE}.layers.\1"
+TIME = f"{HEAD}.model.timestep_encoder.timestep_embedder"
 
 
-def names(
-    c: Gr00tConfig, prefix: str = "", value_head: bool = False
-) -> dict[str, str | tuple[str, ...]]:
-    """Our parameter → the original's key; a tuple of keys is concatenated on dim 0."""
-    table: dict[str, str | tuple[str, ...]] = {}
-
-    def add(ours: str, *theirs: str, leaves: tuple[str, ...] = ("weight", "bias")) -> None:
-        for leaf in leaves:
-            keys = tuple(f"{prefix}{key}.{leaf}" for key in theirs)
-            table[f"{ours}.{leaf}"] = keys[0] if len(keys) == 1 else keys
-
-    vision = f"{EAGLE}.vision_model.vision_model"
-    add("vision.patch_embedding", f"{vision}.embeddings.patch_embedding")
-    table["vision.position_embedding"] = f"{prefix}{vision}.embeddings.position_embedding.weight"
-    for i in range(c.vision_depth):
-        ours = f"vision.layers.{i}"
-        theirs = f"{vision}.encoder.layers.{i}"
-        add(f"{ours}.layer_norm1", f"{theirs}.layer_norm1")
-        add(f"{ours}.layer_norm2", f"{theirs}.layer_norm2")
-        add(f"{ours}.qkv", *(f"{theirs}.self_attn.{x}_proj" for x in "qkv"))
-        add(f"{ours}.out_proj", f"{theirs}.self_attn.out_proj")
-        add(f"{ours}.fc1", f"{theirs}.mlp.fc1")
-        add(f"{ours}.fc2", f"{theirs}.mlp.fc2")
-    add("vision.post_layernorm", f"{vision}.post_layernorm")
-    add("projector", f"{EAGLE}.mlp1.0")
-
-    language = f"{EAGLE}.language_model.model"
-    weight = ("weight",)
-    add("embed_tokens", f"{language}.embed_tokens", leaves=weight)
-    for i in range(c.depth):
-        ours = f"language.{i}"
-        theirs = f"{language}.layers.{i}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            add(f"{ours}.{norm}", f"{theirs}.{norm}", leaves=weight)
-        add(f"{ours}.qkv", *(f"{theirs}.self_attn.{x}_proj" for x in "qkv"), leaves=weight)
-        for part in ("q_norm", "k_norm", "o_proj"):
-            add(f"{ours}.{part}", f"{theirs}.self_attn.{part}", leaves=weight)
-        add(f"{ours}.gate_up", f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj", leaves=weight)
-        add(f"{ours}.down_proj", f"{theirs}.mlp.down_proj", leaves=weight)
-    add("language_norm", f"{language}.norm", leaves=weight)
-    if c.project:
-        add("eagle_linear", "backbone.eagle_linear")
-
-    def add_block(ours: str, theirs: str) -> None:
-        add(f"{ours}.q", f"{theirs}.attn1.to_q")
-        add(f"{ours}.out", f"{theirs}.attn1.to_out.0")
-        add(f"{ours}.kv", f"{theirs}.attn1.to_k", f"{theirs}.attn1.to_v")
-        add(f"{ours}.ff_in", f"{theirs}.ff.net.0.proj")
-        add(f"{ours}.ff_out", f"{theirs}.ff.net.2")
-
-    add("vlln", f"{HEAD}.vlln")
-    for i in range(c.vl_depth):
-        theirs = f"{HEAD}.vl_self_attention.transformer_blocks.{i}"
-        add_block(f"vl_blocks.{i}", theirs)
-        add(f"vl_blocks.{i}.norm1", f"{theirs}.norm1")
-        add(f"vl_blocks.{i}.norm3", f"{theirs}.norm3")
-    for part in (
-        "state_encoder.layer1",
-        "state_encoder.layer2",
-        "action_decoder.layer1",
-        "action_decoder.layer2",
-    ):
-        add(part, f"{HEAD}.{part}", leaves=("W", "b"))
-    for part in ("W1", "W2", "W3"):
-        add(f"action_encoder.{part}", f"{HEAD}.action_encoder.{part}", leaves=("W", "b"))
-    add("future_tokens", f"{HEAD}.future_tokens", leaves=weight)
-    add("position_embedding", f"{HEAD}.position_embedding", leaves=weight)
-    add("time_in", f"{HEAD}.model.timestep_encoder.timestep_embedder.linear_1")
-    add("time_out", f"{HEAD}.model.timestep_encoder.timestep_embedder.linear_2")
-    for i in range(c.dit_depth):
-        theirs = f"{HEAD}.model.transformer_blocks.{i}"
-        add_block(f"dit.{i}", theirs)
-        add(f"dit.{i}.ada", f"{theirs}.norm1.linear")
-    add("proj_out_1", f"{HEAD}.model.proj_out_1")
-    add("proj_out_2", f"{HEAD}.model.proj_out_2")
-    for i in range(0, 2 * len(c.value_widths) + 1, 2) if value_head else ():
-        add(f"value_head.{i}", f"{HEAD}.value_head.mlp.{i}")
-    return table
+def block(ours: str, theirs: str) -> Rules:
+    """Rules of one kind of `Block`."""
+    ours = rf"{ours}\.(\d+)"
+    theirs = rf"{theirs}.transformer_blocks.\1"
+    return (
+        (rf"{ours}\.q\.(.*)", rf"{theirs}.attn1.to_q.\2"),
+        (rf"{ours}\.kv\.(.*)", each(rf"{theirs}.attn1.to_*.\2", ("k", "v"))),
+        (rf"{ours}\.out\.(.*)", rf"{theirs}.attn1.to_out.0.\2"),
+        (rf"{ours}\.ff_in\.(.*)", rf"{theirs}.ff.net.0.proj.\2"),
+        (rf"{ours}\.ff_out\.(.*)", rf"{theirs}.ff.net.2.\2"),
+        (rf"{ours}\.ada\.(.*)", rf"{theirs}.norm1.linear.\2"),
+        (rf"{ours}\.(.*)", rf"{theirs}.\2"),
+    )
 
 
-def source(prefix: str = "", value_head: bool = False) -> Source:
+VALUE: Rules = ((r"value_head\.(.*)", rf"{HEAD}.value_head.mlp.\1"),)
+NO_VALUE: Rules = ((r"value_head\..*", None),)
+NETWORK: Rules = (
+    *siglip(f"{EAGLE}.vision_model.vision_model"),
+    (r"projector\.(.*)", rf"{EAGLE}.mlp1.0.\1"),
+    (r"embed_tokens.*", rf"{LANGUAGE}.\g<0>"),
+    (r"language\.(\d+)\.qkv\.(.*)", each(rf"{LAYER}.self_attn.*_proj.\2", ("q", "k", "v"))),
+    (r"language\.(\d+)\.gate_up\.(.*)", each(rf"{LAYER}.mlp.*_proj.\2", ("gate", "up"))),
+    (r"language\.(\d+)\.(down_proj.*)", rf"{LAYER}.mlp.\2"),
+    (r"language\.(\d+)\.([qk]_norm.*|o_proj.*)", rf"{LAYER}.self_attn.\2"),
+    (r"language\.(\d+)\.(.*)", rf"{LAYER}.\2"),
+    (r"language_norm\.(.*)", rf"{LANGUAGE}.norm.\1"),
+    (r"eagle_linear.*", r"backbone.\g<0>"),
+    *block("vl_blocks", f"{HEAD}.vl_self_attention"),
+    *block("dit", f"{HEAD}.model"),
+    (r"time_in\.(.*)", rf"{TIME}.linear_1.\1"),
+    (r"time_out\.(.*)", rf"{TIME}.linear_2.\1"),
+    (r"proj_out_[12].*", rf"{HEAD}.model.\g<0>"),
+    (r".*", rf"{HEAD}.\g<0>"),
+)
+
+
+def layout(value: Rules, prefix: str = "") -> Source:
     # SigLIP's pooling head is never run. The unused output projection is tied to the embedding:
     # files hold one, the other or both.
     pooling = rf"{prefix}{EAGLE}.vision_model.vision_model.head.".replace(".", r"\.") + ".*"
     language = f"{prefix}{EAGLE}.language_model"
     tied = ((f"{language}.model.embed_tokens.weight", f"{language}.lm_head.weight"),)
-    return Source(lambda c: names(c, prefix, value_head), (pooling,), tied)
+    return Source(value + NETWORK, (pooling,), tied, prefix)
 
 
-SOURCES = {"isaac": source(), "rlinf": source(value_head=True), "lerobot": source("_groot_model.")}
+SOURCES = {
+    "isaac": layout(NO_VALUE),
+    "rlinf": layout(VALUE),
+    "lerobot": layout(NO_VALUE, "_groot_model."),
+}
 
 
-def save(model, folder: str | Path, like: str | Path) -> None:
-    """A trained policy in the layout of the checkpoint `like` that it began from, for the original
-    tools to load.
-    """
-    checkpoint.save_source(model, folder, SOURCES[source_of(like)], like)
+def save(model: Gr00t, folder: Path, like: Path) -> None:
+    """Writes a trained policy in the layout of the checkpoint `like` that it began from."""
+    source.save(model, folder, SOURCES[which(like)], like)
 
 
-def source_of(path: str | Path) -> str:
+def which(path: str | Path) -> str:
     """The name in `SOURCES` of a checkpoint's layout. Raises UserError when it is not GR00T
     N1.5's.
     """
-    keys = checkpoint.layout(path)
+    keys = source.layout(path)
     if any(key.startswith("_groot_model.backbone.eagle_model.") for key in keys):
         return "lerobot"
     if any(key.startswith(f"{EAGLE}.") for key in keys):
@@ -186,7 +150,7 @@ def eagle_of(cfg: dict) -> dict:
     )
 
 
-def config_of(cfg: dict, base: Gr00tConfig = FULL) -> Gr00tConfig:
+def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
     """Configuration from the original's fields; what they do not say is as in `base`.
 
     cfg: a checkpoint's config.json (`backbone_cfg`, `action_head_cfg`); in reference folders also
@@ -284,7 +248,7 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statis
     The parts are joined in the file's order, which must be the order in which state and actions are
     given. Returns tag, statistics and number of cameras.
     """
-    metadata = checkpoint.read_json(path)
+    metadata = read_json(path)
     if tag is None and len(metadata) != 1:
         raise UserError(
             f"{path} describes several embodiments ({', '.join(metadata)}): say which one"
@@ -314,7 +278,7 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
     try:
         step = next(
             s
-            for s in checkpoint.read_json(path)["steps"]
+            for s in read_json(path)["steps"]
             if s.get("registry_name", "").startswith("groot_pack_inputs")
         )
         tensors = load_file(folder / step["state_file"])
@@ -325,24 +289,9 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
         raise UserError(f"cannot read GR00T's statistics from {path}: {error!r}") from None
 
 
-class Folder(NamedTuple):
-    config: Gr00tConfig
-    source: Source
-    stats: dict  # of a checkpoint.Header
-    embodiment: str
-
-
-def is_folder(path: str | Path) -> bool:
-    """Whether a checkpoint is another project's folder: ours hold weights or config.json, never
-    both at once.
-    """
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    return (Path(path) / "config.json").is_file() and any(
-        (Path(path) / name).is_file() for name in weights
-    )
-
-
-def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FULL) -> Folder:
+def describe(
+    folder: str | Path, tag: str | None = None, base: Gr00tConfig = FULL["gr00t"]
+) -> Found:
     """What a checkpoint folder of NVIDIA, RLinf or LeRobot says of itself. tag: the embodiment,
     where the folder has several.
 
@@ -351,20 +300,20 @@ def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FUL
     views its policies need 60 prompt tokens to act as they did.
     """
     folder = Path(folder)
-    cfg = checkpoint.read_json(folder / "config.json")
+    cfg = read_json(folder / "config.json")
     family = cfg.get("model_type") or cfg.get("type") or cfg.get("architectures")
     if family not in ("gr00t_n1_5", "groot"):
         raise UserError(
             f"checkpoint {folder} is a {family!r} model, not GR00T N1.5: give another --model or "
             "another checkpoint"
         )
-    which = source_of(folder)
-    with checkpoint.understood(folder / "config.json"):
+    kind = which(folder)
+    with understood(folder / "config.json"):
         c = config_of(cfg, base)
-    if which == "lerobot":
+    if kind == "lerobot":
         said, table, stats = lerobot_statistics(folder)
         number = embodiment_number(tag or said, table)
-        with checkpoint.understood(folder / "config.json"):
+        with understood(folder / "config.json"):
             cameras = [
                 f for f in (cfg.get("input_features") or {}).values() if f.get("type") == "VISUAL"
             ]
@@ -383,9 +332,23 @@ def describe(folder: str | Path, tag: str | None = None, base: Gr00tConfig = FUL
             f"{c.embodiments}"
         )
     c = replace(c, embodiment=number, action_dim=len(stats.action_low), views=views)
-    c = replace(c, mask_padding=which != "rlinf", task_as_list=which != "rlinf")
+    c = replace(c, mask_padding=kind != "rlinf", task_as_list=kind != "rlinf")
     lists = {name: value.tolist() for name, value in stats._asdict().items()}
-    return Folder(c, SOURCES[which], lists | {"layout": which}, tag or said)
+    return Found(c, SOURCES[kind], lists | {"layout": kind})
+
+
+def published(path: Path, family: str, config, spec) -> Found:
+    """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
+    found = describe(path, config.train.statistics or None)
+    chunk = config.rollout.chunk
+    if chunk > found.shape.horizon:
+        raise UserError(
+            f"--chunk {chunk} is longer than the {found.shape.horizon} actions that checkpoint "
+            f"{path} produces"
+        )
+    gripper = "libero" if config.train.env == "libero" else ""
+    shape = replace(found.shape, chunk=chunk)
+    return found._replace(shape=shape, stats=found.stats | {"gripper": gripper})
 
 
 # ---------------------------------------------------------------- state and action
@@ -402,49 +365,6 @@ def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
 def denormalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """The inverse; the constant in a dimension that never varied."""
     return ((x + 1.0) / 2.0 * (high - low) + low).astype(np.float32)
-
-
-def libero_gripper(actions: np.ndarray) -> np.ndarray:
-    """RLinf's LIBERO checkpoints say 0 (close) to 1 (open) in the last dimension, the simulator
-    takes 1 and −1: sign(1 − 2a).
-    """
-    return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
-
-
-# ---------------------------------------------------------------- images
-
-
-def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.ndarray:
-    """NVIDIA's evaluation transform: centre crop of `scale`, bilinear with antialiasing, truncated
-    to 8 bits.
-
-    image [V, H, W, 3] uint8 → [V, size, size, 3] uint8.
-    """
-    x = torch.tensor(image).permute(0, 3, 1, 2).float() / 255.0
-    high = int(x.shape[2] * scale)
-    wide = int(x.shape[3] * scale)
-    top = round((x.shape[2] - high) / 2.0)
-    left = round((x.shape[3] - wide) / 2.0)
-    x = x[:, :, top : top + high, left : left + wide]
-    if x.shape[2:] != (size, size):
-        x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
-    return (x * 255.0).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def resize_bicubic(image: np.ndarray, size: int) -> np.ndarray:
-    """What Eagle's image processor makes of a picture, as one tile: [V, H, W, 3] uint8 → [V, size,
-    size, 3] uint8.
-    """
-    if image.shape[1:3] == (size, size):
-        return image
-    x = torch.tensor(image).permute(
-        0, 3, 1, 2
-    )  # in 8 bits throughout: torch rounds after each of the two directions
-    return (
-        F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
-        .permute(0, 2, 3, 1)
-        .numpy()
-    )
 
 
 # ---------------------------------------------------------------- prompts
@@ -481,9 +401,21 @@ def prompt(task: str, views: int, image_tokens: int = 1, as_list: bool = True) -
     )
 
 
+class Tokeniser:
+    """Qwen's words. encoding: of tiktoken; image_token: what stands for a picture."""
+
+    def __init__(self, encoding, image_token: int):
+        self.encoding = encoding
+        self.image_token = image_token
+
+    def encode(self, text: str) -> list[int]:
+        text = unicodedata.normalize("NFC", text)
+        return self.encoding.encode(text, allowed_special="all", disallowed_special=())
+
+
 @lru_cache
-def tokeniser(path: str = ""):
-    """Qwen's byte-pair encoding: an object with `encode(text) -> [id]`.
+def tokeniser(path: str = "") -> Tokeniser:
+    """Qwen's byte-pair encoding.
 
     path: a `.tiktoken` file, or a folder with vocab.json and merges.txt (Isaac-GR00T's
     eagle2_hg_model, LeRobot's processor assets); empty takes the vocabulary of the installed
@@ -526,16 +458,7 @@ def tokeniser(path: str = ""):
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read Qwen's vocabulary from {file} ({error!r}): {hint}") from None
 
-    class Tokeniser:
-        image_token = special[IMAGE]
-
-        @staticmethod
-        def encode(text: str) -> list[int]:
-            return encoding.encode(
-                unicodedata.normalize("NFC", text), allowed_special="all", disallowed_special=()
-            )
-
-    return Tokeniser
+    return Tokeniser(encoding, special[IMAGE])
 
 
 def byte_letters() -> dict[int, str]:
@@ -558,7 +481,7 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
     tokenizer: `tokeniser(...)`, or a SentencePiece processor for the embedded default, whose prompt
     is the views and the task. Raises UserError when it does not fit.
     """
-    if hasattr(tokenizer, "image_token"):
+    if isinstance(tokenizer, Tokeniser):
         ids = tokenizer.encode(prompt(task, c.views, as_list=c.task_as_list))
         ids = [c.image_token if token == tokenizer.image_token else token for token in ids]
     else:
@@ -570,93 +493,57 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
         )
     if ids.count(c.image_token) != c.views:
         raise UserError(f"the task {task!r} contains the image placeholder {IMAGE}")
-    if len(ids) > c.tokens:
-        raise UserError(
-            f"the prompt of {task!r} needs {len(ids)} tokens and the model has room for "
-            f"{c.tokens}: give --tokens"
-        )
-    return np.array(ids + [PAD] * (c.tokens - len(ids)), np.int32)
+    return padded(ids, c.tokens, PAD, task)
 
 
 # ---------------------------------------------------------------- between simulator and model
 
 
-class Preparation:
-    """Observations to what `Gr00t.act` reads, and its actions to what the robot executes.
+class Preparation(PreparationBase):
+    """stats: of `describe`, or our own small models' `state_low` and `state_high` alone.
 
-    stats: of `describe`, or our own small models' `state_low` and `state_high` alone.
+    NVIDIA's and RLinf's policies crop a frame before they resize it, LeRobot's only resizes.
     """
 
-    def __init__(self, config: Gr00tConfig, stats: dict, tokenizer):
-        self.config = config
-        self.tokenizer = tokenizer
-        self.layout = stats.get("layout", "own")
-        self.gripper = stats.get("gripper", "")  # "libero" where a published model plays LIBERO
-        self.low, self.high = (
-            np.array(stats[f"state_{end}"], np.float32) for end in ("low", "high")
-        )
-        self.action_ends = [
-            np.array(stats[f"action_{end}"], np.float32)
-            for end in ("low", "high")
-            if f"action_{end}" in stats
-        ]
+    def ends(self, what: str) -> list[np.ndarray]:
+        """Minimum and maximum of "state" or "action"; none where they are not scaled."""
+        keys = [f"{what}_{end}" for end in ("low", "high")]
+        return [np.array(self.stats[key], np.float32) for key in keys if key in self.stats]
 
-    def observe(self, images: np.ndarray, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
-        """images [V, H, W, 3] uint8, state [S], task → image [V, size, size, 3] uint8, tokens [L]
-        int32, state [max_state_dim].
-
-        NVIDIA's and RLinf's policies crop a frame before they resize it, LeRobot's only resizes;
-        our own take theirs as it is.
-        """
+    def words(self, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
+        """tokens [L] int32, state [max_state_dim] fp32, padded."""
         c = self.config
-        wanted = (
-            (c.views, c.image_size, c.image_size, 3)
-            if self.layout == "own"
-            else (c.views, *images.shape[1:3], 3)
-        )
-        if images.dtype != np.uint8 or images.shape != wanted:
-            sizes = f"{c.image_size}, {c.image_size}" if self.layout == "own" else "height, width"
+        low, high = self.ends("state")
+        if state.shape != low.shape or len(state) > c.max_state_dim:
             raise UserError(
-                f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
-                f"{sizes}, 3] uint8"
-            )
-        if state.shape != self.low.shape or len(state) > c.max_state_dim:
-            raise UserError(
-                f"the state has shape {list(state.shape)}: the statistics are of {len(self.low)} "
+                f"the state has shape {list(state.shape)}: the statistics are of {len(low)} "
                 "dimensions"
             )
-        if not np.isfinite(state).all():
-            raise UserError(
-                "the state of the robot is not a number in dimension "
-                f"{int(np.argmin(np.isfinite(state)))}: {state}"
-            )
-        resize = {"own": lambda image, _: image, "lerobot": resize_bicubic}.get(
-            self.layout, crop_and_resize
-        )
-        padding = (0, c.max_state_dim - len(state))
         return {
-            "image": resize(images, c.image_size),
             "tokens": encode(c, self.tokenizer, task),
-            "state": np.pad(normalise(state, self.low, self.high), padding),
+            "state": np.pad(normalise(state, low, high), (0, c.max_state_dim - len(state))),
         }
 
+    def resize(self, images: np.ndarray) -> np.ndarray:
+        if self.own:
+            return images
+        if self.layout == "lerobot":
+            return pictures.resize_eagle(images, self.config.image_size)
+        return pictures.crop_and_resize(images, self.config.image_size)
+
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """What the model returned [C, A] → what the robot executes [C, A]. The state is not needed:
-        actions are absolute.
-        """
-        actions = denormalise(actions, *self.action_ends) if self.action_ends else actions
-        return libero_gripper(actions) if self.gripper == "libero" else actions
+        """The state is not needed: actions are absolute."""
+        ends = self.ends("action")
+        actions = denormalise(actions, *ends) if ends else actions
+        return bins.GRIPPERS[self.stats.get("gripper", "")](actions)
 
 
-def preparation(header: checkpoint.Header, tokenizer: str) -> Preparation:
+def preparation(header: Header, tokenizer: str) -> Preparation:
     c = Gr00tConfig(**header.shape)
-    own = (
-        header.stats.get("layout", "own") == "own"
-    )  # our small models share one SentencePiece vocabulary
-    words = (
-        tokenize.load_for(tokenizer, c.image_token, c.image_token) if own else tokeniser(tokenizer)
-    )
-    return Preparation(c, header.stats, words)
+    if header.published:
+        return Preparation(c, header.stats, tokeniser(tokenizer))
+    # Our small models share one SentencePiece vocabulary.
+    return Preparation(c, header.stats, tokenize.load_for(tokenizer, c.image_token, c.image_token))
 
 
 def wording(task: str) -> str:
@@ -666,87 +553,3 @@ def wording(task: str) -> str:
 def embedded(family: str, tokenizer: str) -> Gr00t:
     """The small model with random weights."""
     return Gr00t(Gr00tConfig(train_vlm=True))
-
-
-# ---------------------------------------------------------------- parity with the original
-
-
-def parity(folder: Path) -> dict[str, Tensor]:
-    """Everything that a reference folder's outputs.safetensors may ask for, from its config.json,
-    weights and inputs.
-
-    Gradients are of `loss` and named `grad.<original key>`.
-    """
-    folder = Path(folder)
-    cfg = checkpoint.read_json(folder / "config.json")
-    given = load_file(folder / "inputs.safetensors")
-    attention = eagle_of(cfg).get("_attn_implementation") or cfg.get("attn_implementation")
-    rows = {"flash_attention_2": "flash", "sdpa": "sdpa"}.get(attention, "eager")
-    c = replace(config_of(cfg), mask_padding=False, padded_rows=rows, train_vlm=True)
-    which = SOURCES[source_of(folder / "weights.safetensors")]
-    with torch.device("meta"):
-        model = Gr00t(c)
-    checkpoint.load_source(model, folder / "weights.safetensors", which, "cpu", torch.float32)
-
-    ids = given["eagle_input_ids"]
-    real = given["eagle_attention_mask"].bool()
-    pixels = given["eagle_pixel_values"]
-    robot = given["embodiment_id"]
-    noise = given["noise"]
-    time = given["time"]
-    action = given["action"]
-    out = {"vision_features": model.vision(pixels)}
-    out["image_embeds"] = model.projector(out["vision_features"])
-    out["backbone_features"] = features = model.backbone(pixels, ids, real)
-    context = model.context(features, real)
-    out["vl_features"] = context[0]
-    out["state_features"] = state = model.encode_state(given["state"][:, 0], robot)
-    x_t = (1.0 - time[:, None, None]) * noise + time[:, None, None] * action
-    bucket = (time * c.time_buckets).long()
-    out["action_features"] = model.action_encoder(x_t, bucket, robot)
-    out["velocity"] = model.velocity(context, state, x_t, bucket, robot)
-    out["loss"] = model.imitation_loss(
-        context, state, action, time, noise, given["action_mask"], robot
-    )
-    out["actions"] = sample(model, context, state, noise, robot)
-    if "denoise_index" in given:
-        times = torch.tensor(denoise_times(c.denoise_steps))
-        index = given["denoise_index"]
-        t = times[index][:, None, None]
-        t_next = times[index + 1][:, None, None]
-        v = model.velocity(
-            context, state, given["x_t"], torch.tensor(model.buckets())[index], robot
-        )
-        mean, std = flow_sde_step(given["x_t"], v, t, t_next, c.noise_level)
-        out |= {
-            "sde_mean": mean,
-            "sde_std": std.expand_as(mean),
-            "ode_mean": given["x_t"] + v * (t_next - t),
-        }
-        executed = slice(None), slice(c.chunk), slice(c.action_dim)
-        out["logprob"] = normal_logprob(given["x_next"][executed], mean[executed], std).sum((1, 2))
-        if not model.value_head[0].weight.is_meta:
-            out["value"] = model.value(context[0], real, state)
-
-    parameters = dict(model.named_parameters())
-    table = {
-        name: keys for name, keys in which.names(c).items() if not name.startswith("value_head.")
-    }
-    gradients = torch.autograd.grad(out["loss"], [parameters[name] for name in table])
-    sizes = checkpoint.layout(folder / "weights.safetensors")
-    for keys, gradient in zip(table.values(), gradients, strict=True):
-        keys = (keys,) if isinstance(keys, str) else keys
-        parts = (
-            gradient.split([sizes[key].shape[0] for key in keys]) if len(keys) > 1 else (gradient,)
-        )
-        out |= {f"grad.{key}": part for key, part in zip(keys, parts, strict=True)}
-    return {name: value.detach() for name, value in out.items()}
-
-
-@torch.no_grad()
-def sample(model: Gr00t, context, state: Tensor, x: Tensor, which: int | Tensor) -> Tensor:
-    """The deterministic flow from noise x [n, H, A'] to data, N Euler steps."""
-    for bucket in model.buckets():
-        v = model.velocity(context, state, x, torch.full((len(x),), bucket, device=x.device), which)
-        x = x + v / model.config.denoise_steps
-    return x

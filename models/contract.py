@@ -1,0 +1,134 @@
+"""What a model family, its files and its preparation must offer. Checked when they are loaded.
+
+n samples, C actions per chunk of A dimensions. A *field* is a name with a shape and a torch dtype.
+"""
+
+import torch
+from torch import Tensor
+
+from config import UserError
+
+FAMILY = {
+    "FORMATS": "the name of the module that knows its files, or None: then it offers `build` and "
+    "`preparation` itself",
+}
+ALONE = {
+    "build": "(config, spec, device, weights) → the model",
+    "preparation": "(header, tokenizer) → what stands between simulator and model",
+}
+WITH_FILES = {
+    "CONFIG": "a frozen dataclass, the shape in a checkpoint's header: `views`, `image_size`, "
+    "`played` (C, A) and what is its own",
+    "NETWORK": "the class of the model, made from a CONFIG alone",
+    "FULL": "{family: CONFIG} of the published models",
+}
+FILES = {
+    "MARKS": "what the names of its tensors contain, in other projects' files",
+    "published": "(path, family, config, spec) → `formats.source.Found`, of another project's file",
+    "save": "(model, path, like): writes that project's layout again",
+    "preparation": "(header, tokenizer) → what stands between simulator and model",
+    "embedded": "(family, tokenizer) → the small model with random weights",
+    "wording": "(task) → the words that the embedded vocabulary must hold",
+}
+NETWORK = {
+    "HEADS": "names of the modules that reinforcement learning adds, which a file may lack",
+    "heads": "(config) → {name: module}, new ones of them",
+    "dtype_of": "(name of a parameter) → its dtype, or None to keep the file's",
+    "begin": "(config, stats): called once, after the weights were read",
+    "imitation_draw": "(n) → {name: tensor}, what one imitation step draws",
+    "imitate": "(observations, actions [n, C, A], drawn) → loss []",
+}
+MODEL = {
+    "header": "`checkpoint.Header`, for the checkpoints of a run",
+    "config": "its configuration",
+    "COMPILED": "names of the methods that `models/compiled.py` compiles",
+    "observation_fields": "() → {name: (shape, dtype)}, what the policy sees, of one chunk step",
+    "slot_fields": "() → {name: (shape, dtype)}, what a slot keeps of a chunk step beside that",
+    "training_fields": "() → the names of the slot fields that `evaluate` reads",
+    "draw": "(keys, explore) → {name: tensor}, all randomness of one inference (`noise.generator`)",
+    "act": "(observations, drawn) → actions, logprob [n, C, A], value [n] and the slot fields",
+    "evaluate": "(slot fields) → logprob [n, C, A] and value [n], differentiable, and entropy [] "
+    "where exploration is learned",
+    "trainable": "() → {name: parameter}, what reinforcement learning updates",
+    "critic": "() → {name: parameter}, the part of `trainable` that --value-lr is for",
+    "idle": "() → beginnings of the names of parameters that `evaluate` has no use for",
+}
+PREPARATION = {
+    "observe": "(images [V, H, W, 3] uint8, state [S], task) → {name: array}, the observation "
+    "fields",
+    "actions": "(actions [C, A], state [S]) → what the simulator executes [C, A]",
+}
+# Slot fields that every model has (`prepare.slot_spec`), so that none may call its own so.
+COMMON = frozenset(
+    ["actions", "logprob", "value", "reward", "success", "terminated", "truncated", "version"]
+)
+COMMON |= frozenset(["final", "lane", "trajectory", "task", "asked", "collected", "length", "done"])
+
+
+def check(thing: object, what: str, contract: dict[str, str]) -> None:
+    """Raises UserError naming what `thing`, called `what`, lacks of a contract."""
+    for name, says in contract.items():
+        if not hasattr(thing, name):
+            raise UserError(f"{what} lacks {name}: {says}")
+
+
+def check_model(model: torch.nn.Module, family: str) -> None:
+    """Raises UserError naming what a model lacks, or what is wrong with a field."""
+    what = f"the model of family {family!r}"
+    check(model, what, MODEL)
+    observed = model.observation_fields()
+    stored = model.slot_fields()
+    for name, field in [*observed.items(), *stored.items()]:
+        check_field(what, name, field)
+    for name in stored:
+        if name in observed:
+            raise UserError(f"{what} has {name!r} both as an observation and as a slot field")
+    for name, (_, dtype) in observed.items():
+        if dtype is torch.bfloat16:
+            raise UserError(f"{what} observes {name!r} as bfloat16, which simulators cannot write")
+    for name in model.training_fields():
+        if name not in observed | stored and name not in COMMON:
+            raise UserError(f"{what} trains on {name!r}, which is no field of a slot")
+    strangers = model.critic().keys() - model.trainable().keys()
+    if strangers:
+        raise UserError(f"{what} has {min(strangers)!r} in its critic and does not train it")
+
+
+def check_field(what: str, name: str, field) -> None:
+    """Raises UserError unless `field` is a shape and a torch dtype, under a name of its own."""
+    if name in COMMON:
+        raise UserError(
+            f"{what} calls a field {name!r}, as every slot has one: give it another name"
+        )
+    shape, dtype = field
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{what} gives its field {name!r} the dtype {dtype!r}, not one of torch's")
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise UserError(f"{what} gives its field {name!r} the shape {shape!r}, not whole numbers")
+
+
+def check_tensors(
+    who: str, fields: dict, tensors: dict[str, Tensor], rows: tuple[int, ...]
+) -> None:
+    """Raises UserError unless every field is there, [*rows, *shape] and of its dtype."""
+    for name, (shape, dtype) in fields.items():
+        if name not in tensors:
+            raise UserError(f"{who} does not give {name!r}")
+        found = tensors[name]
+        if (tuple(found.shape), found.dtype) != ((*rows, *shape), dtype):
+            raise UserError(
+                f"{who} gives {name!r} as {list(found.shape)} {found.dtype}: its field is "
+                f"{[*rows, *shape]} {dtype}"
+            )
+
+
+def check_observed(model: torch.nn.Module, row: dict) -> None:
+    """Raises UserError unless what a preparation observed, one row, is what the model sees."""
+    found = {name: torch.as_tensor(x) for name, x in row.items()}
+    check_tensors("the preparation's observe", model.observation_fields(), found, ())
+
+
+def check_acted(model: torch.nn.Module, out: dict[str, Tensor], n: int) -> None:
+    """Raises UserError unless what `act` returned for n samples can be stored."""
+    fields = model.slot_fields() | {"value": ((), torch.float32)}
+    check_tensors("the model's act", fields, out, (n,))

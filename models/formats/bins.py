@@ -1,0 +1,95 @@
+"""OpenVLA's actions as words, and what a gripper's number means to a simulator.
+
+An action dimension is one of `bins` words at the end of the vocabulary; later words are lower bins.
+Sources: moojink/openvla-oft `prismatic/vla/action_tokenizer.py`; RLinf
+`rlinf/envs/action_utils.py`; SimpleVLA-RL `verl/workers/rollout/rob_rollout.py`.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import UserError
+
+
+def bin_centers(bins: int) -> np.ndarray:
+    """[bins − 1] float64: the middles between `bins` points from −1 to 1."""
+    edges = np.linspace(-1.0, 1.0, bins)
+    return (edges[:-1] + edges[1:]) / 2.0
+
+
+def decode_tokens(tokens: np.ndarray, words: int, bins: int = 256) -> np.ndarray:
+    """Action token ids → normalised actions. Later words are lower bins; the first word and the
+    second mean the highest.
+    """
+    index = np.clip(words + bins - np.asarray(tokens) - 1, 0, bins - 2)
+    return bin_centers(bins)[index]
+
+
+def encode_actions(actions: Tensor, words: int, bins: int = 256) -> Tensor:
+    """Normalised actions, clipped to [-1, 1] → token ids int64 (`ActionTokenizer`: np.digitize)."""
+    edges = torch.from_numpy(np.linspace(-1.0, 1.0, bins)).to(
+        actions.device
+    )  # torch.linspace differs in the last bit
+    return words + bins - torch.bucketize(actions.double().clamp(-1.0, 1.0), edges, right=True)
+
+
+def quantiles(stats: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q01, q99 and which dimensions they scale, each [A]."""
+    return np.array(stats["q01"]), np.array(stats["q99"]), np.array(stats["mask"], dtype=bool)
+
+
+def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
+    """[-1, 1] → the data's units by the quantiles, where the mask says so. actions [..., A]
+    float64.
+    """
+    low, high, mask = quantiles(stats)
+    return np.where(mask, 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions)
+
+
+def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
+    """The inverse, clipped to [-1, 1] where the mask says so: how demonstrations are prepared
+    (`BOUNDS_Q99`).
+    """
+    low, high, mask = quantiles(stats)
+    scaled = 2.0 * (actions - low) / (high - low + 1e-8) - 1.0
+    return np.where(mask, np.clip(scaled, -1.0, 1.0), actions)
+
+
+def libero_gripper(actions: np.ndarray) -> np.ndarray:
+    """The data has the gripper, the last dimension, in [0, 1] with 1 open; LIBERO wants 1 closed
+    and −1 open: sign(1 − 2a).
+    """
+    return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
+
+
+def widowx_gripper(actions: np.ndarray) -> np.ndarray:
+    """ManiSkill's WidowX: 1 open, −1 closed."""
+    grip = 2.0 * (actions[..., -1:] > 0.5) - 1.0
+    return np.concatenate([actions[..., :-1], grip], axis=-1)
+
+
+def as_it_is(actions: np.ndarray) -> np.ndarray:
+    return actions
+
+
+GRIPPERS = {"": as_it_is, "libero": libero_gripper, "widowx": widowx_gripper}
+
+
+def action_table(stats: dict, action_dim: int, bins: int = 256) -> np.ndarray:
+    """[A, bins] float32: what the simulator executes for the k-th action word of each dimension.
+
+    stats: as `read_statistics` returns, with "gripper" naming one of `GRIPPERS`; without quantiles
+    actions stay in [-1, 1].
+    """
+    actions = np.repeat(
+        decode_tokens(np.arange(bins), 0, bins)[:, None], action_dim, axis=1
+    )  # [bins, A]
+    if "q01" in stats:
+        if len(stats["q01"]) != action_dim:
+            raise UserError(
+                f"the statistics are of {len(stats['q01'])} action dimensions and the model has "
+                f"{action_dim}"
+            )
+        actions = unnormalise_actions(actions, stats)
+    return GRIPPERS[stats.get("gripper", "")](actions).T.astype(np.float32)

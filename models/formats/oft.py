@@ -1,0 +1,339 @@
+"""OpenVLA-OFT as it lies on users' disks: names of weights, configuration, statistics, prompts; and
+parity with the originals.
+
+A folder as Hugging Face tools write it: `config.json`, `model.safetensors.index.json` with its
+shards (or one `model.safetensors`), `dataset_statistics.json`, perhaps `preprocessor_config.json`,
+`tokenizer.model`.
+
+Sources: moojink/openvla-oft `prismatic/extern/hf/`, `prismatic/vla/`,
+`experiments/robot/openvla_utils.py`; RLinf `rlinf/models/embodiment/openvla_oft`,
+`rlinf/models/embodiment/prismatic`. Everything here is exact; before they resize a picture, the
+originals pass it through JPEG. Pictures rendered at the model's size need neither.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import UserError
+from models import tokenize
+from models.checkpoint import Header
+from models.formats import pictures, source
+from models.formats.names import Rules
+from models.formats.preparation import PreparationBase, require_room
+from models.formats.source import Found, Source, read_json, understood
+from models.oft import FULL, Lora, Oft, OftConfig
+
+MARKS = ("vision_backbone.", "base_model.model.")
+
+# ---------------------------------------------------------------- names of weights
+
+TOWERS = {"dino": "vision_backbone.featurizer", "siglip": "vision_backbone.fused_featurizer"}
+LLAMA = "language_model.model"
+PEFT = "base_model.model."
+
+
+def linears(leaf: str, their_leaf: str, before: str = "") -> Rules:
+    """Rules of one tensor of every linear layer and patch embedding, the layers that have adapters.
+
+    leaf: a pattern of its name; their_leaf: theirs; before: what stands before their keys.
+    """
+    rules: Rules = ()
+    for ours, theirs in TOWERS.items():
+        tower = f"{before}{theirs}"
+        rules += (
+            (rf"{ours}\.patch_embed\.{leaf}", f"{tower}.patch_embed.proj.{their_leaf}"),
+            (
+                rf"{ours}\.blocks\.(\d+)\.(qkv|proj)\.{leaf}",
+                rf"{tower}.blocks.\1.attn.\2.{their_leaf}",
+            ),
+            (
+                rf"{ours}\.blocks\.(\d+)\.(fc\d)\.{leaf}",
+                rf"{tower}.blocks.\1.mlp.\2.{their_leaf}",
+            ),
+        )
+    layer = rf"{before}{LLAMA}.layers.\1"
+    return rules + (
+        (rf"(projector\.fc\d)\.{leaf}", rf"{before}\1.{their_leaf}"),
+        (rf"language\.(\d+)\.([qkvo]_proj)\.{leaf}", rf"{layer}.self_attn.\2.{their_leaf}"),
+        (rf"language\.(\d+)\.(\w+_proj)\.{leaf}", rf"{layer}.mlp.\2.{their_leaf}"),
+        (rf"lm_head\.{leaf}", f"{before}language_model.lm_head.{their_leaf}"),
+    )
+
+
+def others(ours: str, theirs: str) -> Rules:
+    """Rules of what else an image tower has."""
+    return (
+        (rf"{ours}\.(pos_embed|cls_token|reg_token)", rf"{theirs}.\1"),
+        (rf"{ours}\.blocks\.(\d+)\.scale(\d)", rf"{theirs}.blocks.\1.ls\2.scale_factor"),
+        (rf"{ours}\.(blocks\.\d+\.norm.*)", rf"{theirs}.\1"),
+    )
+
+
+NETWORK: Rules = (
+    *linears("(?P<leaf>weight|bias)", r"\g<leaf>"),
+    *others("dino", TOWERS["dino"]),
+    *others("siglip", TOWERS["siglip"]),
+    (r"language\.(\d+)\.(\w+_layernorm.*)", rf"{LLAMA}.layers.\1.\2"),
+    (r"language_norm\.(.*)", rf"{LLAMA}.norm.\1"),
+    (r"embed_tokens.*", rf"{LLAMA}.\g<0>"),
+)
+# RLinf's trained policies hold a value head, with activations at odd places, as ours.
+VALUE: Rules = ((r"value_head\.(.*)", r"value_head.mlp.\1"),)
+# PEFT's adapter_model.safetensors
+ADAPTERS: Rules = (
+    *linears("lora_a", "lora_A.weight", PEFT),
+    *linears("lora_b", "lora_B.weight", PEFT),
+)
+
+
+def unused(last_dino: int | str = r"\d+", last_siglip: int | str = r"\d+") -> tuple[str, ...]:
+    """Keys that a published folder holds and nobody reads. Arguments: the number of each tower's
+    last block, if it is known.
+    """
+    return (
+        # the tower's last block: the output before it is read
+        rf"vision_backbone\.featurizer\.blocks\.{last_dino}\..*",
+        rf"vision_backbone\.fused_featurizer\.blocks\.{last_siglip}\..*",  # likewise
+        r"vision_backbone\.(fused_)?featurizer\.norm\.(weight|bias)",  # the last norm: likewise
+        # SigLIP's pooling into one vector: patches are read
+        r"vision_backbone\.fused_featurizer\.attn_pool\..*",
+        # a constant that older tools saved
+        r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    )
+
+
+def adapters_unused(*last: int | str) -> tuple[str, ...]:
+    """Adapters of the same layers, and the copy of lm_head itself that PEFT saves along whenever it
+    adapts that.
+    """
+    copy = r"base_model\.model\.language_model\.lm_head\.base_layer\.weight"
+    return (*(rf"base_model\.model\.{pattern}" for pattern in unused(*last)[:4]), copy)
+
+
+SOURCES = {
+    "openvla-oft": Source(NETWORK, unused()),
+    "rlinf": Source(NETWORK + VALUE, unused()),
+    "peft": Source(ADAPTERS, adapters_unused()),
+}
+
+
+def source_of(path: str | Path, config: OftConfig) -> Source:
+    """The layout of a folder or file, which tells by its keys, and strict about the number of
+    vision blocks.
+    """
+    keys = source.layout(path)
+    last = (config.dino_depth, config.siglip_depth)
+    found = Source(())
+    if any(key.startswith("vision_backbone.") for key in keys):
+        value = VALUE if any(key.startswith("value_head.") for key in keys) else ()
+        found = Source(NETWORK + value, unused(*last))
+    if any(key.startswith(PEFT) for key in keys):
+        found = Source(found.rules + ADAPTERS, found.unused + adapters_unused(*last))
+    return found
+
+
+def folded(model: Oft, name: str) -> Tensor:
+    """A weight with its adapter added into it."""
+    layer = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(layer, Lora) and name.endswith(".weight"):
+        return layer.folded()
+    return model.get_parameter(name)
+
+
+def save(model: Oft, folder: Path, like: Path) -> None:
+    """Writes the policy as the folder `like` it came from, adapters added into the weights."""
+    source.save(model, folder, source_of(like, model.config), like, partial(folded, model))
+
+
+# ---------------------------------------------------------------- configuration and statistics
+
+FIELDS = {  # of config.json, as RLinf sets them: ours ← theirs
+    "action_dim": "action_dim",
+    "chunk": "num_action_chunks",
+    "views": "num_images_in_input",
+    "tokens": "max_prompt_length",
+    "temperature": "temperature",
+    "center_crop": "center_crop",
+    "lora_rank": "lora_rank",
+    "bins": "n_action_bins",
+    "spare": "pad_to_multiple_of",
+    "pad": "pad_token_id",
+}
+TEXT = {  # of its `text_config`
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+
+
+def config_of(folder: str | Path) -> OftConfig:
+    """The configuration that config.json (and preprocessor_config.json) of a folder say. Raises
+    UserError.
+
+    The published files leave widths to the tools' defaults, which `FULL` repeats. Folders of other
+    sizes say theirs under `text_config` and, for the towers, under `vision`: {"featurizer" |
+    "fused_featurizer": timm's arguments}.
+    """
+    folder = Path(folder)
+    found = read_json(folder / "config.json")
+    with understood(folder / "config.json"):
+        backbone = found.get("vision_backbone_id")
+        if backbone != "dinosiglip-vit-so-224px":
+            raise UserError(
+                f"{folder} has the vision backbone {backbone!r}: OpenVLA-OFT's is "
+                "'dinosiglip-vit-so-224px'"
+            )
+        text = found.get("text_config") or {}
+        given = {ours: found.get(theirs) for ours, theirs in FIELDS.items()}
+        given |= {ours: text.get(theirs) for ours, theirs in TEXT.items()}
+        shape = {name: value for name, value in given.items() if value is not None}
+        for tower, prefix in (("featurizer", "dino"), ("fused_featurizer", "siglip")):
+            shape |= tower_of(found.get("vision", {}).get(tower), prefix)
+        c = replace(FULL["oft"], **shape)
+        c = replace(
+            c,
+            kv_heads=text.get("num_key_value_heads", c.heads),
+            words=text.get("vocab_size", 32064) - c.spare - c.bins,
+            value_widths=tuple(found.get("value_head_sizes", c.value_widths)),
+            image_size=found.get("image_sizes", [c.image_size])[0],
+            stop_token=found.get("implement_version", "official") != "rlinf",
+            train="lora" if found.get("is_lora", False) else "full",
+        )
+        if (folder / "preprocessor_config.json").is_file():
+            says = read_json(folder / "preprocessor_config.json")
+            mean, std = says["means"][0], says["stds"][0]
+            c = replace(c, dino_mean=tuple(mean), dino_std=tuple(std))
+    return c
+
+
+def tower_of(timm: dict | None, prefix: str) -> dict:
+    """Fields of `OftConfig` from timm's arguments of one tower, which may be left out."""
+    if timm is None:
+        return {}
+    width = timm["embed_dim"]
+    fields = {
+        f"{prefix}_width": width,
+        f"{prefix}_depth": timm["depth"] - 1,
+        f"{prefix}_heads": timm["num_heads"],
+        f"{prefix}_mlp": int(width * timm.get("mlp_ratio", 4.0)),
+        "patch": timm["patch_size"],
+    }
+    return fields | ({"dino_registers": timm["reg_tokens"]} if "reg_tokens" in timm else {})
+
+
+def read_statistics(folder: str | Path, key: str = "") -> dict:
+    """One data set's action statistics, from dataset_statistics.json or else config.json's
+    `norm_stats`.
+
+    `key` is the originals' `unnorm_key`; "" takes the only one there is, and `key` also stands for
+    `key_no_noops`. Returns {"q01": [A], "q99": [A], "mask": [A] bool} as lists. Raises UserError.
+    """
+    path = Path(folder) / "dataset_statistics.json"
+    found = (
+        read_json(path)
+        if path.is_file()
+        else read_json(Path(folder) / "config.json").get("norm_stats") or {}
+    )
+    if not key and len(found) != 1:
+        raise UserError(
+            f"{folder} has statistics of {len(found)} data sets: choose one of "
+            f"{', '.join(found) or 'none'}"
+        )
+    key = (
+        next((k for k in (key, f"{key}_no_noops") if k in found), key) if key else next(iter(found))
+    )
+    if key not in found:
+        raise UserError(f"{folder} has no statistics of {key!r}: choose one of {', '.join(found)}")
+    with understood(path):
+        action = found[key].get("action", {})
+        if not {"q01", "q99"} <= action.keys():
+            raise UserError(f"the statistics of {key!r} in {folder} lack the actions' q01 and q99")
+        stats = {end: [float(x) for x in action[end]] for end in ("q01", "q99")}
+        stats["mask"] = [bool(x) for x in action.get("mask", [True] * len(stats["q01"]))]
+    if len({len(x) for x in stats.values()}) != 1:
+        raise UserError(
+            f"the statistics of {key!r} in {folder} have q01, q99 and mask of different lengths"
+        )
+    return stats
+
+
+def published(path: Path, family: str, config, spec) -> Found:
+    """What an OpenVLA-OFT folder says of itself, made to fit the run. Raises UserError."""
+    c = replace(config_of(path), train="full")
+    stats = read_statistics(path, config.train.statistics)
+    if "num_images_in_input" not in read_json(Path(path) / "config.json"):
+        # Nor do the weights say how many cameras there are: positions alone tell tokens apart.
+        c = replace(c, views=spec.views)
+    c = replace(c, action_dim=len(stats["q01"]))
+    gripper = "libero" if config.train.env == "libero" else ""
+    return Found(c, source_of(path, c), stats | {"layout": "openvla", "gripper": gripper})
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def prompt(task: str) -> str:
+    return f"In: What action should the robot take to {task.lower()}?\nOut:"
+
+
+def encode(tokenizer, task: str, length: int, pad: int) -> np.ndarray:
+    """Token ids [length] int32: BOS, padding, the prompt, "▁". Raises UserError when the prompt
+    does not fit.
+
+    Padding stands between BOS and the prompt, because pictures go right after BOS (RLinf
+    `processing_prismatic.py`). "▁" is 29871 in Llama's vocabulary.
+    """
+    ids = tokenizer.encode(prompt(task))
+    blank = tokenizer.piece_to_id("▁")
+    if blank == tokenizer.unk_id():
+        raise UserError(
+            "the SentencePiece file has no token '▁', which ends every prompt: it is not one for "
+            "OpenVLA-OFT"
+        )
+    if ids[-1] != blank:
+        ids.append(blank)
+    require_room([tokenizer.bos_id(), *ids], length, prompt(task))
+    return np.array([tokenizer.bos_id(), *[pad] * (length - 1 - len(ids)), *ids], np.int32)
+
+
+# ---------------------------------------------------------------- between simulator and model
+
+
+class Preparation(PreparationBase):
+    """Its actions are the simulator's already (`bins.action_table`); its prompts hold no state.
+
+    Pictures are resized as RLinf does; openvla-oft's own evaluation first compresses them as JPEG.
+    """
+
+    def resize(self, images: np.ndarray) -> np.ndarray:
+        size = self.config.image_size
+        if images.shape[1:3] == (size, size):
+            return images
+        return pictures.resize_bicubic(torch.from_numpy(images), size).numpy()
+
+    def words(self, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
+        """tokens [L] int32."""
+        c = self.config
+        return {"tokens": encode(self.tokenizer, task, c.tokens, c.pad)}
+
+
+def preparation(header: Header, tokenizer: str) -> Preparation:
+    c = OftConfig(**header.shape)  # a published vocabulary ends with the words that mean actions
+    return Preparation(c, header.stats, tokenize.load_for(tokenizer, c.words, c.words + c.bins))
+
+
+def wording(task: str) -> str:
+    return prompt(task)
+
+
+def embedded(family: str, tokenizer: str) -> Oft:
+    """The small model with random weights, all of them trainable."""
+    return Oft(OftConfig(words=tokenize.load(tokenizer).vocab_size(), train="full"))

@@ -1,0 +1,485 @@
+"""π0 and π0.5 as they lie on users' disks: names of weights, statistics, prompts; and the parity
+check.
+
+    layout    weights                                         statistics
+    openpi    model.safetensors (examples/convert_jax_…)      assets/…/norm_stats.json
+    rlinf     the same, plus the heads of its RL training     …/norm_stats.json
+    lerobot   model.safetensors, every key behind "model."    policy_preprocessor.json,
+              policy_postprocessor.json + safetensors
+
+Sources: openpi src/openpi/{transforms.py, models/tokenizer.py, policies/libero_policy.py}; LeRobot
+policies/{pi0, pi05}/processor_*.py and processor/normalize_processor.py. Left out: augmentation,
+LoRA and FAST checkpoints, real-time chunking, robots other than those whose state the caller lays
+out.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from config import UserError
+from models import tokenize
+from models.checkpoint import Header
+from models.formats import pictures, source
+from models.formats.names import Rules, siglip
+from models.formats.preparation import PreparationBase, padded
+from models.formats.source import Found, Source, Stored, read_json, understood
+from models.pi import SMALL, Pi, PiConfig
+
+MARKS = ("paligemma_with_expert.",)
+
+# ---------------------------------------------------------------- names of weights
+
+VLM = "paligemma_with_expert.paligemma.model."
+EXPERT = "paligemma_with_expert.gemma_expert.model."
+VISION = VLM + "vision_tower.vision_model"
+# openpi ties it to the embedding and saves it under this name alone
+LM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
+EMBEDDING = VLM + "language_model.embed_tokens.weight"  # LeRobot unties them and reads this one
+UNUSED = (
+    # the expert predicts no words
+    r"(model\.)?paligemma_with_expert\.gemma_expert\.lm_head\.weight",
+    # Flow-Noise's network, for a model without one; its `logvar_*` are PiConfig.noise_range
+    r"noise_head\..*",
+)
+NETWORK: Rules = (
+    (r"vision\.projector\.(.*)", VLM + r"multi_modal_projector.linear.\1"),
+    *siglip(VISION),
+    (r"language\.(\d+)\.([qkvo]_proj.*)", VLM + r"language_model.layers.\1.self_attn.\2"),
+    (r"language\.(\d+)\.(.*)", VLM + r"language_model.layers.\1.\2"),
+    (r"language_norm\.(.*)", VLM + r"language_model.norm.\1"),
+    (r"expert\.(\d+)\.([qkvo]_proj.*)", EXPERT + r"layers.\1.self_attn.\2"),
+    (r"expert\.(\d+)\.(.*)", EXPERT + r"layers.\1.\2"),
+    (r"expert_norm\.(.*)", EXPERT + r"norm.\1"),
+    (r"(action|time|state)_.*", r"\g<0>"),
+)
+# RLinf's heads. Its Flow-Noise keeps no activations in the list, so places count half.
+VALUE: Rules = ((r"value_head\.(.*)", r"value_head.mlp.\1"),)
+NOISE: Rules = tuple(
+    (rf"noise_head\.{2 * i}\.(.*)", rf"noise_head.mlp_logvar.moduleList.{i}.linear_1.\1")
+    for i in range(10)
+)
+
+
+def layout(embedding: str, alias: str, heads: Rules = (), prefix: str = "") -> Source:
+    """embedding: the key that is read; alias: the other name of the same tensor."""
+    rules = ((r"embed_tokens\.weight", embedding), *NETWORK, *heads)
+    return Source(rules, UNUSED, ((prefix + embedding, prefix + alias),), prefix)
+
+
+SOURCES = {
+    "openpi": layout(LM_HEAD, EMBEDDING),
+    "rlinf": layout(LM_HEAD, EMBEDDING, VALUE),
+    "rlinf_noise": layout(LM_HEAD, EMBEDDING, VALUE + NOISE),
+    "lerobot": layout(EMBEDDING, LM_HEAD, prefix="model."),
+    "lerobot_base": layout(EMBEDDING, LM_HEAD),  # as lerobot/pi0_base is stored
+}
+
+
+def save(model: Pi, folder: Path, like: Path) -> None:
+    """Writes a trained policy in the layout of the checkpoint `like` that it began from."""
+    source.save(model, folder, SOURCES[which(like, source.layout(like))], like)
+
+
+def which(path: str | Path, stored: dict[str, Stored]) -> str:
+    """The layout of a checkpoint, a key of `SOURCES`, by the keys it holds."""
+    if any(key.startswith("model.paligemma_with_expert.") for key in stored):
+        return "lerobot"
+    if not any(key.startswith("paligemma_with_expert.") for key in stored):
+        raise UserError(
+            f"checkpoint {path} is no π0 or π0.5: none of its tensors is named "
+            "paligemma_with_expert.…"
+        )
+    if (Path(path) / "policy_preprocessor.json").is_file():
+        return "lerobot_base"
+    if not any(key.startswith("value_head.") for key in stored):
+        return "openpi"
+    return "rlinf_noise" if any(key.startswith("noise_head.") for key in stored) else "rlinf"
+
+
+# ---------------------------------------------------------------- configuration
+
+FIELDS = {  # of a config.json, ours ← theirs: openpi's, then LeRobot's name
+    "chunk": ("action_horizon", "chunk_size"),
+    "tokens": ("max_token_len", "tokenizer_max_length"),
+    "denoise_steps": ("num_steps", "num_inference_steps"),
+    "views": ("num_images",),
+    "noise_level": ("noise_level",),
+    "noise_range": ("noise_logvar_range",),
+    "executed_steps": ("action_chunk",),
+    "executed_dims": ("action_env_dim",),
+}
+
+
+def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiConfig:
+    """A checkpoint's configuration: widths and depths from its tensors, which cannot lie, the rest
+    from its config.json.
+
+    Neither tells the heads of the image tower where config.json is silent: SigLIP's are 72 wide.
+    """
+    prefix = "model." if which(path, stored) == "lerobot" else ""
+    vision = VISION + "."
+    language = VLM + "language_model.layers."
+    expert = EXPERT + "layers."
+
+    def size(key: str, axis: int) -> int:
+        if prefix + key not in stored:
+            raise UserError(
+                f"checkpoint {path} has no tensor {prefix + key!r}: it is of another model or "
+                "layout"
+            )
+        return stored[prefix + key].shape[axis]
+
+    def depth(layers: str) -> int:
+        start = prefix + layers
+        numbers = [int(k[len(start) :].split(".")[0]) for k in stored if k.startswith(start)]
+        return 1 + max(numbers, default=-1)
+
+    def widths(head: str, step: int) -> tuple[int, ...]:
+        found = [
+            stored[key].shape[0] for i in range(0, 20, step) if (key := head.format(i)) in stored
+        ]
+        return tuple(found[:-1])
+
+    pi05 = f"{prefix}time_mlp_in.weight" in stored
+    attention = config.get("paligemma", {})
+    tower = config.get("vision", {})
+    kv_heads = attention.get("num_kv_heads", 1)
+    head_dim = size(language + "0.self_attn.k_proj.weight", 0) // kv_heads
+    patch = size(vision + "embeddings.patch_embedding.weight", -1)
+    vision_width = size(vision + "post_layernorm.weight", 0)
+    shape = {
+        "pi05": pi05,
+        "patch": patch,
+        "vision_width": vision_width,
+        "vision_depth": depth(vision + "encoder.layers."),
+        "image_size": patch * math.isqrt(size(vision + "embeddings.position_embedding.weight", 0)),
+        "vision_heads": tower.get("num_attention_heads", max(1, vision_width // 72)),
+        "vision_mlp": size(vision + "encoder.layers.0.mlp.fc1.weight", 0),
+        "width": size(VLM + "multi_modal_projector.linear.weight", 0),
+        "mlp": size(language + "0.mlp.gate_proj.weight", 0),
+        "depth": depth(language),
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "heads": size(language + "0.self_attn.q_proj.weight", 0) // head_dim,
+        "expert_width": size("action_in_proj.weight", 0),
+        "expert_mlp": size(expert + "0.mlp.gate_proj.weight", 0),
+        "action_dim": size("action_in_proj.weight", 1),
+        "state_dim": size("action_in_proj.weight" if pi05 else "state_proj.weight", 1),
+        "views": 3,
+        "chunk": 10 if pi05 else 50,
+        "tokens": 200 if pi05 else 48,
+        "denoise_steps": 5 if pi05 else 4,
+        "noise_level": 0.5,
+        "value_widths": (1024, 512, 256) if pi05 else (512, 256, 128),
+        "value_activation": "relu",
+    }
+    shape["vocabulary"] = size(EMBEDDING if prefix + EMBEDDING in stored else LM_HEAD, 0)
+    if found := widths("value_head.mlp.{}.weight", 2):
+        shape["value_widths"] = found
+    if found := widths("noise_head.mlp_logvar.moduleList.{}.linear_1.weight", 1):
+        shape |= {"noise": "network", "noise_widths": found}
+    for ours, theirs in FIELDS.items():
+        for name in theirs:
+            if config.get(name) is not None:
+                shape[ours] = (
+                    tuple(config[name]) if isinstance(config[name], list) else config[name]
+                )
+    return PiConfig(**shape | {"sde_steps": shape["denoise_steps"]})
+
+
+def published(path: Path, family: str, config, spec) -> Found:
+    """What another project's checkpoint says of itself, made to fit the run. Raises UserError.
+
+    The simulator may show pictures of another size: `Preparation` resizes them.
+    """
+    folder = path if path.is_dir() else path.parent
+    stored = source.layout(path)
+    kind = which(path, stored)
+    file = folder / "config.json"
+    says = read_json(file) if file.is_file() else {}
+    with understood(file):
+        shape = shape_of(path, stored, says)
+    if shape.pi05 != (family == "pi05"):
+        has = "pi05" if shape.pi05 else "pi0"
+        raise UserError(
+            f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint"
+        )
+    for what, wanted, most in (
+        ("actions per inference (--chunk)", config.rollout.chunk, shape.chunk),
+        ("action dimensions", spec.action_dim, shape.action_dim),
+        ("cameras", spec.views, 3),
+    ):
+        with understood(file):
+            if wanted > most:
+                raise UserError(
+                    f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
+                )
+    shape = replace(
+        shape,
+        views=spec.views,
+        executed_steps=config.rollout.chunk,
+        executed_dims=spec.action_dim,
+    )
+    if kind.startswith("lerobot"):
+        stats = read_processors(folder)
+    else:
+        stats = read_norm_stats(
+            folder,
+            shape.pi05,
+            config.train.env,
+            config.train.statistics,
+            says.get("discrete_state_input"),
+        )
+    # None: not normalised. Statistics may be padded, to 32 for instance.
+    state = dimensions(stats["state"])
+    actions = dimensions(stats["actions"])
+    for name, has, wanted, fits in (
+        ("state", state, spec.state_dim, state in (None, spec.state_dim) or state >= 14),
+        ("actions", actions, spec.action_dim, actions is None or actions >= spec.action_dim),
+    ):
+        if not fits:
+            raise UserError(
+                f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the "
+                f"simulator has {wanted}"
+            )
+    return Found(shape, SOURCES[kind], stats)
+
+
+def dimensions(stats: dict) -> int | None:
+    """Dimensions that statistics of `normalise` are of, or None."""
+    return next((len(x) for x in stats.values() if isinstance(x, list)), None)
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def read_norm_stats(
+    folder: Path, pi05: bool, env: str = "", chosen: str = "", state_in_prompt: bool | None = None
+) -> dict:
+    """openpi's and RLinf's statistics, and what their file does not say: which normalisation,
+    prompt and actions go with them.
+
+    π0 goes by mean and deviation, π0.5 by quantiles (openpi training/config.py). In LIBERO, π0's
+    actions are deltas on state[:6]. π0.5's prompt holds the state of real robots but not of
+    simulators (`discrete_state_input` in both projects' configurations), if config.json does not
+    say. Of several robots' statistics the path names `chosen`, else `env`, the simulator.
+    """
+    everything = sorted(folder.rglob("norm_stats.json"))
+    word = chosen or env
+    found = everything
+    if chosen or len(everything) > 1:
+        found = [file for file in everything if word and word in str(file.relative_to(folder))]
+    if len(found) != 1:
+        what = ", ".join(str(file.relative_to(folder)) for file in everything) or "none"
+        raise UserError(
+            f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has "
+            f"{what}; choose with --statistics"
+        )
+    stats = read_json(found[0]).get("norm_stats", {})
+    places = {env, *str(found[0].relative_to(folder).parent).lower().replace("_", "/").split("/")}
+    libero = "libero" in places
+    simulated = bool(places & {"libero", "metaworld", "maniskill", "robocasa"})
+    if state_in_prompt is None:
+        state_in_prompt = not simulated
+    needed = ("q01", "q99") if pi05 else ("mean", "std")
+    kinds = {}
+    for name in ("state", "actions"):
+        with understood(found[0]):
+            values = stats.get(name, {})
+            if any(values.get(key) is None for key in needed):
+                raise UserError(
+                    f"{found[0]} lacks {' or '.join(needed)} of {name!r}, which "
+                    f"{'π0.5' if pi05 else 'π0'} goes by"
+                )
+            numbers = {key: [float(x) for x in values[key]] for key in needed}
+        kinds[name] = {"kind": "openpi_quantiles" if pi05 else "openpi_mean_std", **numbers}
+    return kinds | {
+        "layout": "openpi",
+        "prompt": "state" if pi05 and state_in_prompt else "newline",
+        "delta": [not pi05 and libero and i < 6 for i in range(7)],
+    }
+
+
+def read_processors(folder: Path) -> dict:
+    """LeRobot's statistics: the (un)normaliser steps of policy_preprocessor.json and
+    policy_postprocessor.json.
+    """
+    kinds: dict = {"layout": "lerobot", "prompt": "newline", "delta": []}
+    for name, file, step_name, key, feature in (
+        ("state", "policy_preprocessor.json", "normalizer_processor", "observation.state", "STATE"),
+        ("actions", "policy_postprocessor.json", "unnormalizer_processor", "action", "ACTION"),
+    ):
+        with understood(folder / file):
+            by_name = {
+                step.get("registry_name"): step
+                for step in read_json(folder / file).get("steps", [])
+            }
+            relative = (
+                by_name.get("relative_actions_processor", {}).get("config", {}).get("enabled")
+            )
+        if relative:
+            raise UserError(
+                f"{folder / file} makes actions relative to the state, which is not supported"
+            )
+        if step_name not in by_name:
+            raise UserError(
+                f"{folder / file} has no step {step_name!r}: it is no π0 or π0.5 of LeRobot"
+            )
+        if "pi05_prepare_state_tokenizer_processor_step" in by_name:
+            kinds["prompt"] = "state"
+        config = by_name[step_name].get("config", {})
+        state_file = by_name[step_name].get("state_file")
+        mode = config.get("norm_map", {}).get(feature, "IDENTITY")
+        needed = ENDS.get(mode.lower())
+        if needed is None:
+            raise UserError(f"{folder / file} normalises {key} by {mode}, which is not supported")
+        try:
+            tensors = load_file(folder / state_file) if needed else {}
+            values = {stat: tensors[f"{key}.{stat}"].tolist() for stat in needed}
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder / file}: no {' and '.join(needed)} of {key} in {state_file} ({error!r})"
+            ) from None
+        kinds[name] = {"kind": f"lerobot_{mode.lower()}", "eps": config.get("eps", 1e-8), **values}
+    return kinds
+
+
+ENDS = {  # what each normalisation goes by
+    "identity": (),
+    "mean_std": ("mean", "std"),
+    "quantiles": ("q01", "q99"),
+    "min_max": ("min", "max"),
+}
+
+
+def normalise(x: np.ndarray, stats: dict, inverse: bool = False) -> np.ndarray:
+    """x [..., D] to the model's units, or back. Each original computes in its own order and
+    precision, and so does this.
+
+    openpi (transforms.Normalize, Unnormalize): in fp64, 1e-6 added to the spread, dimensions that
+    the statistics lack left alone. LeRobot (NormalizerProcessorStep): in fp32, with `eps` in the
+    spread's place only where that is 0.
+    """
+    project, _, mode = stats["kind"].partition("_")
+    if mode == "identity":
+        return np.asarray(x)
+    ends = [stats[key] for key in ENDS[mode]]
+    if project == "openpi":
+        n = min(len(ends[0]), x.shape[-1])
+        x = np.array(x, np.float64)
+        a, b = (np.array(end[:n], np.float64) for end in ends)
+        part = openpi_scaled(x[..., :n], a, b, mode, inverse)
+        return np.concatenate([part, x[..., n:]], axis=-1)
+    a, b = (torch.tensor(end, dtype=torch.float32) for end in ends)
+    return lerobot_scaled(torch.tensor(x).float(), a, b, mode, inverse, stats["eps"]).numpy()
+
+
+def openpi_scaled(x: np.ndarray, a: np.ndarray, b: np.ndarray, mode: str, inverse: bool):
+    if mode == "mean_std":
+        return x * (b + 1e-6) + a if inverse else (x - a) / (b + 1e-6)
+    if inverse:
+        return (x + 1.0) / 2.0 * (b - a + 1e-6) + a
+    return (x - a) / (b - a + 1e-6) * 2.0 - 1.0
+
+
+def lerobot_scaled(x: Tensor, a: Tensor, b: Tensor, mode: str, inverse: bool, eps: float):
+    if mode == "mean_std":
+        return x * b + a if inverse else (x - a) / (b + eps)
+    spread = torch.where(b - a == 0, torch.tensor(eps), b - a)
+    if not inverse:
+        return 2.0 * (x - a) / spread - 1.0
+    return (x + 1.0) * spread / 2.0 + a if mode == "quantiles" else (x + 1.0) / 2.0 * spread + a
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def clean(task: str) -> str:
+    return task.strip().replace("_", " ").replace("\n", " ")
+
+
+def prompt(task: str, state: np.ndarray | None, layout: str = "openpi") -> tuple[str, ...]:
+    """The texts whose tokens, one after the other, are the prompt. state [S] normalised, or None to
+    leave it out.
+
+    A state below -1 falls into bin -1, as in the original; one above 1 into bin 255.
+    """
+    if state is not None:
+        bins = np.digitize(state, np.linspace(-1.0, 1.0, 257)[:-1]) - 1
+        return (f"Task: {clean(task)}, State: {' '.join(map(str, bins))};\nAction: ",)
+    if layout == "lerobot":  # one text, the task as it is
+        return (task if task.endswith("\n") else task + "\n",)
+    return clean(task), "\n"
+
+
+# ---------------------------------------------------------------- between simulator and model
+
+
+class Preparation(PreparationBase):
+    """stats: `read_norm_stats`, `read_processors`, or the two quantiles of our own small models.
+
+    A camera that the robot lacks is left out (`PiConfig.views`), which equals masking it. LeRobot
+    keeps a resized picture in fp32; here it is rounded to 8 bits, at most 0.004 off.
+    """
+
+    def words(self, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
+        """tokens [L] int32, for π0 state [S'] fp32, padded."""
+        c = self.config
+        if self.own:
+            ends = (np.array(self.stats[f"state_{end}"]) for end in ("low", "high"))
+            normal = tokenize.normalise(state, *ends)
+            texts = (tokenize.prompt(task, normal),) if c.pi05 else prompt(task, None)
+        else:
+            normal = normalise(state, self.stats["state"])
+            texts = prompt(task, normal if self.stats["prompt"] == "state" else None, self.layout)
+        ids = [self.tokenizer.bos_id()]
+        for text in texts:
+            ids += self.tokenizer.encode(text)
+        out = {"tokens": padded(ids, c.tokens, tokenize.PAD, "".join(texts))}
+        if not c.pi05:
+            if len(normal) > c.state_dim:
+                raise UserError(
+                    f"the state has {len(normal)} dimensions and the model room for {c.state_dim}"
+                )
+            out["state"] = np.pad(normal, (0, c.state_dim - len(normal))).astype(np.float32)
+        return out
+
+    def resize(self, images: np.ndarray) -> np.ndarray:
+        size = self.config.image_size
+        if images.shape[1:3] == (size, size):
+            return images
+        if self.layout != "lerobot":
+            return np.stack([pictures.resize_pil(image, size) for image in images])
+        pixels = pictures.resize_torch(torch.from_numpy(images).float() / 255.0, size, 0.0)
+        return pixels.mul(255.0).round().to(torch.uint8).numpy()
+
+    def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        if self.own:
+            return actions
+        out = normalise(actions, self.stats["actions"], inverse=True)
+        delta = np.array(self.stats["delta"][: out.shape[-1]], bool)
+        if delta.any():  # openpi's AbsoluteActions
+            out[..., : len(delta)] += np.where(delta, state[: len(delta)], 0.0)
+        return out.astype(np.float32)
+
+
+def preparation(header: Header, tokenizer: str) -> Preparation:
+    c = PiConfig(**header.shape)
+    least = int(0.95 * c.vocabulary)  # the table of a published model is padded
+    return Preparation(c, header.stats, tokenize.load_for(tokenizer, least, c.vocabulary))
+
+
+def wording(task: str) -> str:
+    return task
+
+
+def embedded(family: str, tokenizer: str) -> Pi:
+    """The small model with random weights."""
+    return Pi(SMALL[family])

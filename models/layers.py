@@ -1,0 +1,148 @@
+"""Layers that several families share: rotary embedding, the root-mean-square norm of Llama and
+Qwen, small heads, and SigLIP, the image tower of π0, π0.5 and GR00T N1.5.
+
+Left out: OpenVLA-OFT's towers, which follow timm and end in another way (`models/oft.py`).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def wide(x: Tensor) -> Tensor:
+    """Gives x at least fp32: what sums many terms is not done in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[n, S, heads·d] → [n, heads, S, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[n, heads, S, d] → [n, S, heads·d]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def frequencies(d: int, device: torch.device, theta: float = 1e4) -> Tensor:
+    """Angles per position of the rotary embedding of Gemma (θ = 10⁴) and Qwen3: [d/2] fp32."""
+    half = d // 2
+    return theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+
+
+def rotary(positions: Tensor, frequency: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [n, 1, S, d/2], computed in fp32. positions [n, S], frequency [d/2]."""
+    angle = positions[:, None, :, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [n, heads, S, d], its halves rotated."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """x/rms(x)·w, the root mean square in fp32: Llama's and Qwen's, not Gemma's."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def mlp(widths: tuple[int, ...], activation: type[nn.Module], bias: bool = True) -> nn.Sequential:
+    """Linear layers with an activation between them. bias: whether the last one has one."""
+    layers: list[nn.Module] = []
+    for inner, outer in pairwise(widths[:-1]):
+        layers.append(nn.Linear(inner, outer))
+        layers.append(activation())
+    return nn.Sequential(*layers, nn.Linear(*widths[-2:], bias=bias))
+
+
+def silent(head: nn.Sequential) -> nn.Sequential:
+    """Zeroes the last layer, so that a new head begins at 0."""
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    return head
+
+
+@dataclass(kw_only=True, frozen=True)
+class SiglipConfig:
+    """Pictures and their tower. In the comments So400m/14, which all released models have."""
+
+    views: int = 1  # cameras
+    image_size: int = 64  # pixels; 224
+    patch: int = 8  # pixels; 14
+    vision_width: int = 96  # 1152
+    vision_depth: int = 3  # 27
+    vision_heads: int = 4  # 16
+    vision_mlp: int = 384  # 4304
+
+
+SO400M = {
+    "image_size": 224,
+    "patch": 14,
+    "vision_width": 1152,
+    "vision_depth": 27,
+    "vision_heads": 16,
+    "vision_mlp": 4304,
+}
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, width: int, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        qkv = self.qkv(self.layer_norm1(x)).view(n, length, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
+        x = x + self.out_proj(out)
+        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+
+
+class Siglip(nn.Module):
+    """Patches, learned positions, pre-norm layers, one last norm."""
+
+    def __init__(self, c: SiglipConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
+        patches = (c.image_size // c.patch) ** 2
+        self.position_embedding = nn.init.normal_(
+            nn.Parameter(torch.empty(patches, c.vision_width)), std=0.02
+        )
+        self.layers = nn.ModuleList(
+            VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth)
+        )
+        self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [m, 3, H, W] in [-1, 1] → [m, (H/patch)², D]."""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
+        x = x.to(self.layers[0].qkv.weight.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return self.post_layernorm(x)
+
+
+def scaled(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """image [n, V, H, W, 3] uint8 → [n·V, 3, H, W] in [-1, 1]; one of floats is so already."""
+    pixels = image.flatten(0, 1).permute(0, 3, 1, 2).to(dtype)
+    return pixels if image.is_floating_point() else pixels / 127.5 - 1.0
