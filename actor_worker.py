@@ -37,8 +37,7 @@ def run(
     meter: Meter,
 ) -> None:
     """Trains until the last version. resume: state.json of the checkpoint that training goes on
-    from, or None; report: the first rank tells the launcher through it.
-    """
+    from, or None; report: the first rank tells the launcher through it."""
     if device != "cpu":
         torch.cuda.set_device(device)
         channels.pool.pin()
@@ -114,8 +113,7 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
 
 def wait_to_be_ended() -> None:
     """The launcher ends this worker. Leaving first would fail the other ranks before the launcher
-    has read that all is saved.
-    """
+    has read that all is saved."""
     while True:
         time.sleep(1.0)
 
@@ -130,8 +128,7 @@ class Inbox:
 
     An env worker marks its lane's first slot as done, and then wakes the actor. The mark is what
     counts: a record that is lost with a worker is made up for by the next look, and one that comes
-    twice changes nothing.
-    """
+    twice changes nothing."""
 
     def __init__(
         self,
@@ -178,8 +175,7 @@ class Inbox:
 
     def account(self, lane: slice) -> None:
         """Says where the chunk steps that were stepped in a lane's slots went: into a trajectory,
-        past the end of an episode whose lane played on, or to a worker that has died since.
-        """
+        past the end of an episode whose lane played on, or to a worker that has died since."""
         stepped = int((self.arrays["collected"][lane] - self.settled[lane]).sum())
         length = self.arrays["length"][lane]
         together = int(length.max()) * self.width  # a lane plays until its last episode has ended
@@ -209,8 +205,7 @@ class Inbox:
 
 def group_outcomes(pool: SlotPool, slots: np.ndarray, size: int, compares: str) -> Tensor:
     """Returns how every member of each trajectory's group ended [n, G]: success as 1 or 0, or where
-    the simulator says so its summed reward. The members of a group have slots in a row.
-    """
+    the simulator says so its summed reward. The members of a group have slots in a row."""
     first = slots - slots % size
     members = (first[:, None] + np.arange(size)).flatten()
     reward = pool.arrays["reward"][members]

@@ -47,8 +47,7 @@ def gae(
 
     reward, terminated, truncated [n, T]; value [n, T+1]; a step is a chunk step or, at the action
     level, a control step with a value of its own: [n, T·C], of which `unflatten(1, (T, C))` are the
-    advantages of every chunk's actions. Returns advantages and returns A + V, both [n, T].
-    """
+    advantages of every chunk's actions. Returns advantages and returns A + V, both [n, T]."""
     done = terminated.bool() | truncated.bool()
     following = torch.where(done, 0.0, value[:, 1:])
     if final is not None:
@@ -69,8 +68,7 @@ def group_advantages(outcome: Tensor, low: float, high: float) -> tuple[Tensor, 
 
     outcome [g, G], one per trajectory. Groups whose mean lies outside [low, high] teach nothing
     (all alike: A = 0) or little, and are filtered (RLinf: success rates in [0.1, 0.9]). Returns
-    advantages [g, G], 0 in filtered groups, and which groups are kept [g].
-    """
+    advantages [g, G], 0 in filtered groups, and which groups are kept [g]."""
     mean = outcome.mean(dim=1, keepdim=True)
     spread = (outcome - mean).square().mean(dim=1, keepdim=True).sqrt()
     kept = (mean[:, 0] >= low) & (mean[:, 0] <= high)
@@ -86,8 +84,7 @@ class AdvantageScale:
     of earlier batches (exponential moving average; the first batch uses 1) are the same with and
     without streaming. Their mean is not subtracted: centring is the value head's work, and the mean
     of earlier batches, whose value head knew less, is biased (measured: it turned the average
-    advantage negative for twenty iterations).
-    """
+    advantage negative for twenty iterations)."""
 
     decay: float
     square: float = 1.0
@@ -106,8 +103,7 @@ class AdvantageScale:
 
 def units(logprob: Tensor, granularity: str) -> Tensor:
     """Log-probs of every number or token of a chunk [n, C, A] → of every unit [n, U]: "chunk" sums
-    all, "action" each action's.
-    """
+    all, "action" each action's."""
     if granularity == "chunk":
         return logprob.sum(dim=(1, 2))[:, None]
     return logprob.sum(dim=2) if granularity == "action" else logprob.flatten(1)
@@ -118,8 +114,7 @@ def interpolated_proximal(new: Tensor, old: Tensor, staleness: Tensor) -> Tensor
     no gradient.
 
     new, old [n, U]; staleness d [n]. The exact one is the log-prob under the weights that the
-    batch's first update begins from.
-    """
+    batch's first update begins from."""
     alpha = (staleness / (staleness + 1.0))[:, None]
     return (old + alpha * (new - old)).detach()
 
@@ -135,8 +130,7 @@ class PolicyLoss:
         where A < 0 and c > 0:  objective = max(objective, w·c·A)
 
     ε_low ≠ ε_high is clip-higher (DAPO, arXiv 2503.14476), c is dual clip (arXiv 1912.09729). Units
-    with w above `weight_max` are masked, or w is truncated there (`weight_mode`).
-    """
+    with w above `weight_max` are masked, or w is truncated there (`weight_mode`)."""
 
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -148,8 +142,7 @@ class PolicyLoss:
         self, new: Tensor, old: Tensor, prox: Tensor, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and
-        numbers for the metrics, all of them sums over samples.
-        """
+        numbers for the metrics, all of them sums over samples."""
         per_unit = 1.0 / new.shape[1]
         weight = (prox - old).exp()
         kept = (weight <= self.weight_max) | (self.weight_mode == "truncate")
@@ -177,8 +170,7 @@ def by_staleness(new: Tensor, old: Tensor, staleness: Tensor) -> dict[str, Tenso
 
     new, old [n, U]; staleness [n]. Returns sums over samples: `samples_at_…`, `kl_at_…` (KL by
     http://joschu.net/blog/kl-approx.html) and `ratio_at_…` (new / old) of every bucket, and
-    `approx_kl`; and a maximum, `ratio_max`.
-    """
+    `approx_kl`; and a maximum, `ratio_max`."""
     log_ratio = new.detach() - old
     kl = (log_ratio.exp() - 1.0 - log_ratio).mean(1)
     ratio = log_ratio.exp().mean(1)
@@ -206,8 +198,7 @@ def explained_variance(
     returns: float, returns_square: float, error: float, error_square: float, count: float
 ) -> float:
     """1 − Var(R − V) / Var(R) from sums over a batch: 1 is a perfect critic, 0 one that knows the
-    mean, below 0 a harmful one.
-    """
+    mean, below 0 a harmful one."""
     variance = returns_square / count - (returns / count) ** 2
     left = error_square / count - (error / count) ** 2
     return 1.0 - left / variance if variance > 1e-12 else 0.0
@@ -239,8 +230,7 @@ class Samples(NamedTuple):
 class Algorithm:
     """The contract of a loss, with what PPO and GRPO share.
 
-    A subclass must define `groups`, `critic` and `targets`; the rest has defaults.
-    """
+    A subclass must define `groups`, `critic` and `targets`; the rest has defaults."""
 
     groups: bool  # trajectories are episodes, compared within groups that begin in the same state
     critic: bool  # there is a value head to be trained
@@ -262,8 +252,7 @@ class Algorithm:
     @classmethod
     def slot_fields(cls, config: Config) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Returns name → (shape, dtype) of what this loss needs stored of every chunk step, beyond
-        the common fields. Whoever computes it writes it into the slots.
-        """
+        the common fields. Whoever computes it writes it into the slots."""
         return {}
 
     def targets(self, data: dict[str, Tensor], played: Tensor) -> Targets:
@@ -271,8 +260,7 @@ class Algorithm:
 
         data: slot fields [n, T or T + 1, …]; with `groups` also "outcomes" [n, G], how each member
         of a trajectory's group ended, and "member" [n], its own place in the group. played [n, T]:
-        the chunk steps that belong to the trajectory.
-        """
+        the chunk steps that belong to the trajectory."""
         raise NotImplementedError
 
     def scale(self, advantages: Tensor) -> Tensor:
@@ -281,8 +269,7 @@ class Algorithm:
 
     def loss(self, samples: Samples) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss [], a sum over samples, and numbers for metrics.jsonl by name, which are
-        sums over samples too and appear there as means.
-        """
+        sums over samples too and appear there as means."""
         loss, numbers = self.policy_loss(
             samples.new, samples.old, samples.proximal, samples.advantages
         )
@@ -362,8 +349,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": Ppo, "grpo": Grpo}  # what --al
 
 def load(config: Config, spec) -> Algorithm:
     """Makes the loss of a run. Raises TypeError, naming what is missing, where a class does not
-    keep the contract.
-    """
+    keep the contract."""
     kind = ALGORITHMS[config.train.algorithm]
     missing = [
         name for name in ("groups", "critic") if not isinstance(getattr(kind, name, None), bool)

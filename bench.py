@@ -54,8 +54,7 @@ from processes import keep_freed_memory
 @dataclass(kw_only=True)
 class BenchConfig:
     """Measured comparisons: transport, weights, presets, prefix cache, inference, simulators,
-    tracing, machinery, tuning.
-    """
+    tracing, machinery, tuning."""
 
     what: tyro.conf.Positional[
         Literal[
@@ -75,43 +74,35 @@ class BenchConfig:
     """also write the result to this file"""
     repeats: int = 5
     """transport, machinery: repetitions behind each median; weights: tens of versions; tracing:
-    runs with and without
-    """
+    runs with and without"""
     seconds: float = 1.0
     """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each
-    median
-    """
+    median"""
     setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = (
         "all"
     )
     """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill +
     π0), which sleep; embedded (the default model and simulator) and libero, all real; columns is
-    the first three. tracing: all is emulated and embedded
-    """
+    the first three. tracing: all is emulated and embedded"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that
-    --setting
-    """
+    --setting"""
     iterations: int = 0
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
-    vectorised, 4 real, 10 tuning
-    """
+    vectorised, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and
-    3:1 of the real settings
-    """
+    3:1 of the real settings"""
     model: Family = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
     """prefix, inference: the embedded default or the published model; full needs a GPU, auto is
-    full where there is one
-    """
+    full where there is one"""
     peer: str = ""
     """machinery: a Python that has TorchRL, to be measured in turns with ours"""
     against: Path | None = None
     """machinery: the folder of another checkout of this project, to be measured in turns with this
-    one
-    """
+    one"""
 
 
 def check(config: BenchConfig) -> None:

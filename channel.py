@@ -62,8 +62,7 @@ class Arena:
 
     def pin(self) -> None:
         """Page-locks the mapping for fast copies to and from the GPU. Called by processes that own
-        a CUDA context.
-        """
+        a CUDA context."""
         address = np.frombuffer(self.memory, np.uint8).ctypes.data
         error = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
         if int(error) != 0:
@@ -107,8 +106,7 @@ _LOCK = threading.Lock()
 
 def fence() -> None:
     """A full memory barrier: taking and releasing any lock is one, on every architecture CPython
-    runs on.
-    """
+    runs on."""
     with _LOCK:
         pass
 
@@ -124,8 +122,7 @@ class SlotPool:
     spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is
     used (`pin`). "cuda:k": the fields `on_device` (none given: all) are one allocation each, shared
     by CUDA IPC when the pool is passed to a process; the others, which processes read and write
-    element by element, stay in shared memory.
-    """
+    element by element, stay in shared memory."""
 
     def __init__(
         self, spec: Spec, slots: int, device: str = "cpu", on_device: tuple[str, ...] = ()
@@ -159,8 +156,7 @@ class SlotPool:
 
     def gather(self, name: str, slots: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
         """A copy of whole slots [n, rows, …], or of one row of each [n, …]: page-locked where the
-        pool is.
-        """
+        pool is."""
         if name in self.arrays and not self.pinned:
             found = torch.from_numpy(self.arrays[name][slots if rows is None else (slots, rows)])
             return found if found.dtype is self.spec[name][1] else found.view(self.spec[name][1])
@@ -227,8 +223,7 @@ class IndexQueue:
 
     Writes of at most 4096 bytes are atomic, so a writer killed at any moment can neither hold a
     lock nor tear a record. The reader sees the end of the file once the last writer is gone
-    (`Closed`).
-    """
+    (`Closed`)."""
 
     class Closed(Exception):
         """Every writer of this queue is gone."""
@@ -243,8 +238,7 @@ class IndexQueue:
 
     def put(self, records: list[Record], timeout: float = 60.0) -> None:
         """Writes records; those of one call of at most 409 stay together. Raises TimeoutError when
-        the reader is stuck.
-        """
+        the reader is stuck."""
         deadline = time.monotonic() + timeout
         for start in range(0, len(records), ATOMIC):
             data = b"".join(RECORD.pack(*record) for record in records[start : start + ATOMIC])
@@ -266,8 +260,7 @@ class IndexQueue:
 
     def get(self, timeout: float | None) -> list[Record]:
         """Every queued record; waits up to `timeout` seconds for the first and returns [] when none
-        came.
-        """
+        came."""
         try:
             data = os.read(self.reader, READ)
         except BlockingIOError:
@@ -308,8 +301,7 @@ class IndexQueue:
 
 class Counters:
     """A table of float64 in shared memory, one row per worker, each row written by its worker alone
-    and read by anyone.
-    """
+    and read by anyone."""
 
     def __init__(self, rows: int, columns: tuple[str, ...]):
         self.columns = columns

@@ -50,37 +50,30 @@ class RunConfig:
     env: str = "metaworld"
     """simulator: metaworld, libero, maniskill, robocasa, or a new one (envs/__init__.py);
     `emulated`, `emulated_gr00t` and `vectorised` sleep for calibrated times, to measure the
-    pipeline alone
-    """
+    pipeline alone"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
     suite: str = ""
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     algorithm: Literal["ppo", "grpo"] = "ppo"
     """decoupled PPO, which is PPO when the staleness is 0; or GRPO, which has no critic and
-    compares trajectories within groups
-    """
+    compares trajectories within groups"""
     preset: Preset = "full"
     """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and
-    stream
-    """
+    stream"""
     ratio: str = "3:1"
     """R:A: R parts of the machine for env and rollout workers, A parts for actor workers. Parts are
     GPUs, or without them worker processes and threads. auto measures what stages cost, chooses,
-    and chooses again as costs change
-    """
+    and chooses again as costs change"""
     ratio_from: str = ""
     """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json holds the one
-    that a run uses last
-    """
+    that a run uses last"""
     workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
     """no flag: the env, rollout and actor workers that flags gave beside --ratio auto, kept for a
-    resumed run; 0 where the ratio decides
-    """
+    resumed run; 0 where the ratio decides"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates
-    env from rollout
-    """
+    env from rollout"""
     iterations: int = 60
     """optimizer iterations: batches trained; a resumed run counts from its start"""
     seed: int = 1
@@ -91,16 +84,13 @@ class RunConfig:
     """run folder (name or path) to continue from its newest checkpoint; its saved settings apply"""
     checkpoint: Path | None = None
     """weights to start from, ours or another project's: a .safetensors file or a folder. None means
-    those shipped for the simulator, or random ones where none are shipped
-    """
+    those shipped for the simulator, or random ones where none are shipped"""
     tokenizer: Path | None = None
     """SentencePiece file (published GR00T: Qwen's vocabulary); none means the one that belongs to
-    the checkpoint
-    """
+    the checkpoint"""
     statistics: str = ""
     """which statistics of a checkpoint folder to use, where it has several: OFT's unnorm key,
-    GR00T's embodiment tag, π's folder
-    """
+    GR00T's embodiment tag, π's folder"""
     checkpoint_every: int = 20
     """iterations between checkpoints; there is always one at the end"""
     wandb: Literal["online", "offline", "off"] = "off"
@@ -111,8 +101,7 @@ class RunConfig:
     """print the size of each memory pool, then exit"""
     timeout_s: float = 120.0
     """seconds without a sign of life after which a worker counts as hung. An env worker is then
-    replaced; another worker ends the run
-    """
+    replaced; another worker ends the run"""
 
     @property
     def parts(self) -> str:
@@ -124,32 +113,26 @@ class RunConfig:
 class EnvConfig:
     envs: int = 24
     """simulators that ask for actions; each keeps its task if the number of tasks divides --envs,
-    else they take turns
-    """
+    else they take turns"""
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
     lanes: int = 0
     """lanes per env worker of a vectorised simulator; the envs of a lane step together. 0 means 2,
-    so that one lane steps while the other waits
-    """
+    so that one lane steps while the other waits"""
     image_size: int = 0
     """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (256
-    for another project's, which resizes them)
-    """
+    for another project's, which resizes them)"""
     render_quality: Literal["fast", "full"] = "fast"
     """full draws the simulator's own picture; fast leaves out shadows, smooth edges and details
-    that are too small to see (LIBERO)
-    """
+    that are too small to see (LIBERO)"""
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     restarts: int = 5
     """how often in an hour each env worker is replaced, 1, 2, 4 … seconds after it failed, before
-    the run ends; 0 means never
-    """
+    the run ends; 0 means never"""
     eval_envs: int = 4
     """lanes that only evaluate, on seeds never trained on; they never hold up the others before the
-    run ends
-    """
+    run ends"""
     eval_episodes: int = 24
     """episodes of one evaluation, spread evenly over tasks"""
     eval_every: int = 10
@@ -169,8 +152,7 @@ class EnvConfig:
         """Envs of an evaluation lane.
 
         With a vectorised simulator every env worker has one such lane; where the envs do not divide
-        among the workers, the first worker has them all.
-        """
+        among the workers, the first worker has them all."""
         if not self.lanes:
             return 1
         if self.eval_envs % self.env_workers:
@@ -184,38 +166,32 @@ class RolloutConfig:
     """inference processes; 0 derives it from --ratio"""
     batch_max: int | Literal["auto", "all"] = "auto"
     """B_max of eq. 1: infer when this many requests are queued. all is lockstep; auto begins with
-    half of the lanes, then measures and chooses (tuning.py)
-    """
+    half of the lanes, then measures and chooses (tuning.py)"""
     batch_wait_ms: float | Literal["auto"] = "auto"
     """T_max of eq. 1: infer this many milliseconds after the first request was queued (inf: no
-    limit). auto begins with half of one inference, then measures and chooses
-    """
+    limit). auto begins with half of one inference, then measures and chooses"""
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: int | None = None
     """L, prompt length in tokens. None, here and below, means what the checkpoint says (24 in those
-    that are shipped)
-    """
+    that are shipped)"""
     denoise_steps: int | None = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
     noise_level: float | None = None
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
     sde_steps: int | None = None
     """one denoise step of each sample is stochastic, drawn from this many last ones (RLinf: all;
-    shipped: 1)
-    """
+    shipped: 1)"""
     temperature: float | None = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
     noise: Literal["sde", "network"] = "sde"
     """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
-    learns (πRL, arXiv 2510.25889)
-    """
+    learns (πRL, arXiv 2510.25889)"""
     prefix_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of a frozen VLM, and of what slots keep of it (OFT's is the checkpoint's)"""
     compile: bool | None = None
     """compile inference with torch.compile, which takes minutes at start-up and pads batches to
-    powers of two; none means where there is a GPU
-    """
+    powers of two; none means where there is a GPU"""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -240,42 +216,36 @@ class ActorConfig:
     """AdamW learning rate of the action expert"""
     warmup: int = 5
     """iterations over which learning rates rise from 0, because Adam's first steps are as large as
-    its later ones and less right
-    """
+    its later ones and less right"""
     value_lr: float = 1e-3
     """AdamW learning rate of the value head"""
     anneal: bool = True
     """lower learning rates linearly to 0 over the second half of --iterations, so that the last
-    policy is a settled one
-    """
+    policy is a settled one"""
     weight_decay: float = 0.01
     """AdamW (RLinf: 0.01)"""
     grad_clip: float = 1.0
     """largest gradient norm (RLinf: 1.0)"""
     train_vlm: bool = False
     """also update the image tower and the prefix. False is the published recipe, and lets slots
-    hold their keys and values
-    """
+    hold their keys and values"""
     oft_train: Literal["lora", "full"] | None = None
     """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
     cache_prefix: bool = True
     """keep the keys and values of a frozen VLM in the slots; False saves their memory and computes
-    them again in every epoch
-    """
+    them again in every epoch"""
 
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
     gamma: float = 0.9
     """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so that every chunk matters
-    and not only an episode's end
-    """
+    and not only an episode's end"""
     gae_lambda: float = 0.95
     """λ of GAE"""
     bootstrap_truncated: bool = False
     """do not count the time limit as a failure: the return of an episode that it cuts goes on with
-    the value of its last observation (RLinf: on)
-    """
+    the value of its last observation (RLinf: on)"""
     granularity: Literal["chunk", "action", "token"] = "chunk"
     """unit of the policy ratio: a whole chunk (π0.5), an action, or a number or token (OFT)"""
     clip_low: float = 0.2
@@ -287,16 +257,14 @@ class AlgorithmConfig:
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
     """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact,
     under the weights before a batch's first update; or behaviour, that of the policy that acted,
-    which is plain PPO. auto is exact where samples may be more than 2 versions old
-    """
+    which is plain PPO. auto is exact where samples may be more than 2 versions old"""
     behaviour_weight_max: float = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
     """what happens to samples above it"""
     kl_stop: float = 0.0
     """stop the epochs over a batch once a minibatch's KL from the policy that acted is above this;
-    0 means never
-    """
+    0 means never"""
     critic_warmup: int = 0
     """iterations in which only the value head learns"""
     value_clip: float = 0.2
@@ -320,8 +288,7 @@ class Config:
     """RL post-training of vision-language-action models that never waits.
 
     Without flags: a small π0.5 learns Meta-World tasks from camera images by asynchronous PPO, on
-    this machine.
-    """
+    this machine."""
 
     train: RunConfig = field(default_factory=RunConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -334,8 +301,7 @@ class Config:
         """Whether another forward pass gives the proximal log-prob.
 
         Of five runs held back by 4 versions, three with the interpolated one ended below 80 %, and
-        none with the exact one (benchmarks/results/equivalence.md).
-        """
+        none with the exact one (benchmarks/results/equivalence.md)."""
         stale = self.actor.max_staleness + self.actor.extra_staleness > 2
         return self.algorithm.proximal == "exact" or self.algorithm.proximal == "auto" and stale
 
@@ -387,8 +353,7 @@ def setting(config: Config, name: str) -> Any:
 def completed(config: Config, **settings: Any) -> Config:
     """Returns a copy in which these settings have these values: completed(config, envs=8).
 
-    The given settings stay as they are.
-    """
+    The given settings stay as they are."""
     copied = copy.deepcopy(config)
     for name, value in settings.items():
         setattr(getattr(copied, STAGE_OF[name]), name, value)
@@ -412,8 +377,7 @@ def embedded_files(model: str, env: str) -> tuple[Path, Path]:
     """Returns where the shipped checkpoint of a family for this simulator and its vocabulary lie.
 
     A simulator for which none is shipped has no such checkpoint file. OFT's prompts have words of
-    their own.
-    """
+    their own."""
     vocabulary = "tokenizer_oft.model" if model == "oft" else "tokenizer.model"
     return ASSETS / f"{model}_{env}.safetensors", ASSETS / vocabulary
 

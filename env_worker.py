@@ -42,8 +42,7 @@ def run(
     meter: Meter,
 ) -> None:
     """Works until the launcher ends it. header: the model's; version: where training starts or
-    resumes.
-    """
+    resumes."""
     shard = Shard(rank, config, header, device, channels, meter)
     begin = version * shard.admission.per_lane
     lanes = {i: TrainingLane(shard, lane, begin) for i, lane in shard.training_lanes().items()}
@@ -135,8 +134,7 @@ class Shard:
 
     def make_lanes(self, first: int, count: int, width: int) -> dict[int, Lane]:
         """Makes every n-th of the lanes that `count` envs from number `first` on are divided
-        into.
-        """
+        into."""
         made = {}
         for index in range(self.rank, count // width, self.config.env.env_workers):
             numbers = range(first + index * width, first + (index + 1) * width)
@@ -228,8 +226,7 @@ class Shard:
 
     def next_answer(self, waiting_for: str) -> Record | None:
         """Waits up to a second. Leaves out what nobody waits for: an answer that comes twice, or
-        that was meant for a worker that this one replaces.
-        """
+        that was meant for a worker that this one replaces."""
         if not self.answers:
             with self.meter.wait(waiting_for):
                 records = self.replies.get(1.0)
@@ -242,8 +239,7 @@ class Shard:
     def finish(self, slots: slice, trajectory: int, lengths: int | list[int]) -> None:
         """Says that the trajectories in a lane's slots are complete, of so many chunk steps each.
 
-        The mark in the lane's first slot is what counts; the record only wakes the actor.
-        """
+        The mark in the lane's first slot is what counts; the record only wakes the actor."""
         self.arrays["length"][slots] = lengths
         fence()
         self.arrays["done"][slots.start] = trajectory + 1
@@ -254,8 +250,7 @@ class Shard:
 class TrainingLane:
     """One lane, which plays its trajectories one after the other.
 
-    parked ──admitted──► begin ──► ACT ──► advance ──► ACT ──► … ──► VALUE ──► finished
-    """
+    parked ──admitted──► begin ──► ACT ──► advance ──► ACT ──► … ──► VALUE ──► finished"""
 
     def __init__(self, shard: Shard, lane: Lane, trajectory: int):
         self.shard = shard
@@ -269,8 +264,7 @@ class TrainingLane:
 
     def move_to(self, trajectory: int) -> None:
         """Makes this the trajectory that the lane plays, or waits to begin; rollout workers read
-        it.
-        """
+        it."""
         self.trajectory = trajectory
         self.shard.lanes.trajectory[self.lane.index] = trajectory
 
@@ -307,8 +301,7 @@ class TrainingLane:
 
     def begin_or_park(self) -> bool:
         """Moves into the next slots if admission allows, else waits for the next version. Returns
-        whether it has begun.
-        """
+        whether it has begun."""
         shard = self.shard
         if not shard.admission.admits(self.trajectory, shard.version.version):
             shard.parked.append(self)
@@ -397,8 +390,7 @@ class TrainingLane:
 
     def rows_that_need_an_episode(self, before: slice | None) -> list[int]:
         """All at the very beginning and where trajectories are episodes; else those whose task
-        changes.
-        """
+        changes."""
         if before is None or self.shard.trajectories.are_episodes:
             return list(range(len(self.lane.envs)))
         return [

@@ -12,10 +12,9 @@ store. So a replaced worker sees what is left to play, and nothing counts twice.
 import math
 from collections.abc import Iterable
 
-from envs.lanes import Lane
-
 from channel import EVAL, Counters, Record
 from config import Config
+from envs.lanes import Lane
 
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
 
@@ -23,8 +22,7 @@ EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 
 class EvaluationLanes:
     """Plays an env worker's share of every round.
 
-    Episode e runs on evaluation env e % eval_envs, always in row 0 of that env's own slot.
-    """
+    Episode e runs on evaluation env e % eval_envs, always in row 0 of that env's own slot."""
 
     def __init__(self, shard, lanes: dict[int, Lane]):
         """shard: the `env_worker.Shard` that lends slots, queues and meter; lanes: by index."""
@@ -101,8 +99,7 @@ class Evaluations:
     simulator touches.
 
     A round begins when all of the one before has been played, so that rounds never mix: every
-    `eval_every`-th version, as far as there is time, and always the last one.
-    """
+    `eval_every`-th version, as far as there is time, and always the last one."""
 
     def __init__(
         self,
@@ -113,8 +110,7 @@ class Evaluations:
         lines: Iterable[dict] = (),
     ):
         """lines: metrics of earlier workers whose schedule goes on; a round that they only began is
-        played again.
-        """
+        played again."""
         self.config = config
         self.tasks = tasks
         self.counters = counters

@@ -31,8 +31,7 @@ class End:
 class Follower:
     """Follows a run to its end: writes metrics, watches workers, hears Ctrl-C.
 
-    The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder.
-    """
+    The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder."""
 
     def __init__(
         self,

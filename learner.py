@@ -82,8 +82,7 @@ class Learner:
         data: `fields` of the micro-batch's trajectories [n, T or T + 1, …].
 
         The loss is divided by the chunk steps of the whole minibatch over all ranks, trained on or
-        not, so that it depends neither on how the minibatch is cut nor on outcomes.
-        """
+        not, so that it depends neither on how the minibatch is cut nor on outcomes."""
         segment = data["reward"].shape[1]
         self.tally.first_epoch = micro.epoch == 0
         played = torch.arange(segment, device=self.device) < data["length"][:, None]
@@ -117,8 +116,7 @@ class Learner:
 
     def fields_of_steps(self) -> tuple[str, ...]:
         """Returns the fields that have a row per chunk step, which is all but a trajectory's
-        own.
-        """
+        own."""
         return tuple(name for name in self.fields if name not in ("task", "length"))
 
     def proximal_logprob(self, stored, logprob, new, old, staleness, micro, kept) -> Tensor:
@@ -199,8 +197,7 @@ class Learner:
 
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all
-        ranks.
-        """
+        ranks."""
         kl = self.kl
         self.kl = [0.0, 0.0]
         limit = self.config.algorithm.kl_stop
@@ -219,8 +216,7 @@ class Learner:
     def finish_batch(self) -> dict:
         """Ends version v and begins v + 1. Returns the learner's part of a line of metrics.jsonl.
 
-        Raises RuntimeError where chunk steps were trained more or less often than once an epoch.
-        """
+        Raises RuntimeError where chunk steps were trained more or less often than once an epoch."""
         self.tally.add("skipped", sum(self.rows[slot] for slot in self.spared))
         tally = self.ranks.combine(self.tally)
         uses = self.config.actor.update_epochs * tally.get("trained_once")
@@ -251,8 +247,7 @@ class Learner:
 
     def save(self, folder: Path) -> Path:
         """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
-        once. Returns its path.
-        """
+        once. Returns its path."""
         path = folder / f"{self.version:06d}"
         partial = folder / f".{path.name}.partial"
         partial.mkdir(exist_ok=True)
@@ -275,8 +270,7 @@ class Learner:
 
     def load(self, resume: dict) -> None:
         """Continues from a checkpoint of this run. Raises UserError if optimizer.pt is
-        unreadable.
-        """
+        unreadable."""
         self.version = resume["version"]
         self.algorithm.load(resume["scale"])
         saved = Path(self.config.train.checkpoint) / "optimizer.pt"
@@ -294,8 +288,7 @@ class Learner:
 
 def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:
     """Returns the weights that training has no use for, to be saved with the others: a frozen VLM
-    stays in the host's memory.
-    """
+    stays in the host's memory."""
     if not model.idle():
         return {}
     whole = models.build(config, spec, weights="idle").state_dict()
@@ -337,8 +330,7 @@ def schedule(version: int, config: Config) -> float:
 
 class ExactProximal:
     """Log-probs under the weights that a batch's first update begins from: computed once per
-    trajectory, and kept for later epochs.
-    """
+    trajectory, and kept for later epochs."""
 
     def __init__(self, model, parameters: list[Tensor]):
         self.model = model
@@ -366,8 +358,7 @@ class ExactProximal:
         """Returns the proximal log-probs [m, C, A] of a micro-batch's rows.
 
         rows: slot fields [m, …]; new: today's log-probs [m, C, A]; kept [m]: their places among the
-        chunk steps of `slots`.
-        """
+        chunk steps of `slots`."""
         trajectory = kept // segment
         row = kept % segment
         if not self.stored.keys() >= set(slots):

@@ -132,8 +132,7 @@ class Meter:
 
 class Stretch:
     """Measures the time of a `with` block. It is in every worker's hot loop, so it is a class:
-    contextlib's generators take twice as long.
-    """
+    contextlib's generators take twice as long."""
 
     __slots__ = ("meter", "name", "column", "waiting", "args", "start")
 
@@ -183,8 +182,7 @@ def snapshot(counters: Counters) -> np.ndarray:
 
 def count_wait(row: np.ndarray, column: dict[str, int], now: float) -> None:
     """Adds the wait that a worker is in to its row [columns]. A worker that died in a wait will
-    never add it, so the launcher does that with this function too.
-    """
+    never add it, so the launcher does that with this function too."""
     if waiting := int(row[column["waiting"]]):
         row[column[f"wait_{CAUSES[waiting - 1]}_s"]] += max(0.0, now - row[column["since"]])
 
@@ -192,8 +190,7 @@ def count_wait(row: np.ndarray, column: dict[str, int], now: float) -> None:
 class Interval:
     """Tells what the counters gained since it was last asked: the launcher asks once an iteration.
 
-    rows: for each stage, the rows of its workers.
-    """
+    rows: for each stage, the rows of its workers."""
 
     def __init__(self, counters: Counters, rows: dict[str, list[int]]):
         self.counters = counters
@@ -248,8 +245,7 @@ class Interval:
 
 def cpu_fraction() -> float:
     """Returns the share of time since the last call in which the cores that this process may use
-    were busy, with whatever program.
-    """
+    were busy, with whatever program."""
     cores = psutil.cpu_percent(percpu=True)
     mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
     return sum(mine) / max(len(mine), 1) / 100
@@ -265,13 +261,11 @@ class Ledger:
        trained, or skipped by --kl-stop:
            trained + skipped = update epochs · (gain of trained_once)
 
-    `add` raises RuntimeError where one of them does not hold.
-    """
+    `add` raises RuntimeError where one of them does not hold."""
 
     def __init__(self, earlier: dict, epochs: int):
         """earlier: the last line of the run that is resumed, or {}. What was in flight then will
-        never be trained. epochs: --update-epochs.
-        """
+        never be trained. epochs: --update-epochs."""
         self.epochs = epochs
         self.collected = earlier.get("collected", 0)
         self.trained_once = earlier.get("trained_once", 0)
@@ -283,8 +277,7 @@ class Ledger:
         """Returns the totals after one more batch.
 
         line: the actor's, whose `trained`, `skipped`, `trained_once` and `discarded_by` are of this
-        batch; collected: chunk steps since the workers started.
-        """
+        batch; collected: chunk steps since the workers started."""
         self.trained_once += line["trained_once"]
         for reason, steps in line["discarded_by"].items():
             self.discarded_by[reason] += steps

@@ -75,8 +75,7 @@ def group_of(row: str) -> str:
 
 def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     """Draws a row per worker, by stage: work is a full bar, a wait a thin one in the colour of whom
-    it waits for. spans: of `read_trace`.
-    """
+    it waits for. spans: of `read_trace`."""
     plt = plotting()
     first, last = window(spans)
 
@@ -114,8 +113,7 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
 
 def window(spans: dict[str, list]) -> tuple[float, float]:
     """Returns where the swimlane looks, in seconds: at some 40 inferences around a publication a
-    little after the middle of the run.
-    """
+    little after the middle of the run."""
     everything = [span for rows in spans.values() for span in rows]
     begin = min(start for _, start, _, _ in everything)
     end = max(end for _, _, end, _ in everything)

@@ -65,8 +65,7 @@ def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Predictio
 
 def share_of(node: Node, nodes: int, base: int) -> Node | None:
     """Returns one of `nodes` nodes that share the batch of `base` of them, or None where it cannot
-    be cut so far.
-    """
+    be cut so far."""
     batch = node.batch * base // nodes
     minibatch = node.minibatch * base // nodes
     whole = node.batch * base % nodes == 0 and node.minibatch * base % nodes == 0
@@ -88,8 +87,7 @@ def at_size(
 ) -> Prediction:
     """Predicts with the all-reduce of `nodes` instead of `base` nodes.
 
-    Fewer trajectories than `batch` scatter more, so they get more iterations.
-    """
+    Fewer trajectories than `batch` scatter more, so they get more iterations."""
     gradient_s = costs.gradient_s - all_reduce_s(plan, base) + all_reduce_s(plan, nodes)
     iterations = plan.iterations * min(50, max(1, batch // node.batch))
     plan = replace(plan, iterations=iterations)
@@ -98,8 +96,7 @@ def at_size(
 
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
     """Predicts from one node to 1024 GPUs: with a batch that grows with the nodes, and with one
-    that stays that of `base` nodes.
-    """
+    that stays that of `base` nodes."""
     per_node = plan.gpus // base
     rows = []
     sizes = [n for n in (2**i for i in range(11)) if n * per_node <= LARGEST]

@@ -278,8 +278,7 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
     """Lists the fields of a slot: the common ones, then what the model sees and what it stores.
 
     Rows are the T chunk steps of a trajectory. What is asked for at the end of the last one too has
-    T + 1. Raises UserError where two fields have one name.
-    """
+    T + 1. Raises UserError where two fields have one name."""
     segment = config.env.segment
     action = (segment, config.rollout.chunk, spec.action_dim)
     slots: Spec = {

@@ -52,8 +52,7 @@ class PretrainConfig:
     """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside"""
     tasks: tuple[str, ...] = ()
     """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes
-    make better features
-    """
+    make better features"""
     demos: int = 25
     """demonstrations per task"""
     pace: float = 0.6
@@ -91,8 +90,7 @@ def check(config: PretrainConfig) -> None:
 def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> list[tuple]:
     """Makes one worker's demonstrations of one task: tuples (task, image, state, actions [C, A]).
 
-    job: all tasks, which of them, the first seed, how many, settings.
-    """
+    job: all tasks, which of them, the first seed, how many, settings."""
     from metaworld.policies import ENV_POLICY_MAP
 
     tasks, task, first, count, config = job
@@ -140,8 +138,7 @@ def fit(
 
     On a CPU one thread in each of two processes is nearly twice as fast as two threads in one.
     model: in shared memory, where rank 0 trains it. data: observation fields [frames, …] and
-    "actions" [frames, C, A].
-    """
+    "actions" [frames, C, A]."""
     torch.set_num_threads(1)
     keep_freed_memory()
     store = dist.FileStore(rendezvous, PROCESSES)

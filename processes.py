@@ -88,8 +88,7 @@ def may_pass(error: BaseException) -> bool:
 
     It may after what depends on the moment or on the state of a simulation: FloatingPointError of
     an unstable one, LinAlgError of a singular one, RuntimeError, OSError, MemoryError, and every
-    error that is not known here. It may not after a user's mistake or where the code is wrong.
-    """
+    error that is not known here. It may not after a user's mistake or where the code is wrong."""
     if isinstance(error, np.linalg.LinAlgError):  # it is a ValueError
         return True
     return not isinstance(error, (UserError, *WRONG_CODE))
@@ -124,8 +123,7 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that tensors leave, for the next ones.
 
     An inference on a CPU, which would get its memory anew from the kernel, takes 17 % less (small
-    π0.5, 12 samples).
-    """
+    π0.5, 12 samples)."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc; bytes
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
         # M_MMAP_THRESHOLD: it would be 2¹⁷ for ever once the other is set, and larger tensors would
@@ -175,8 +173,7 @@ def note_interrupts() -> list[float]:
     """From here on Ctrl-C and SIGTERM only leave their time in the list that is returned.
 
     Starts the fork server too. Interrupts may reach it before it has handlers (Ctrl-C in a
-    terminal, a scheduler's SIGTERM), so it inherits that they are blocked.
-    """
+    terminal, a scheduler's SIGTERM), so it inherits that they are blocked."""
     # Threads that wait must sleep: where cores are shared, spinning at every barrier is several
     # times slower than waking up.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -230,8 +227,7 @@ def replace_this_process(flags: list[str]) -> None:
     """Starts this process's program anew, with other flags. It keeps its number.
 
     What Python does at its end is done first: the fork server ends, temporary files go. Open files
-    close by themselves.
-    """
+    close by themselves."""
     forkserver._forkserver._stop()
     atexit._run_exitfuncs()
     resource_tracker._resource_tracker._stop()
@@ -287,8 +283,7 @@ class Crew:
     def watch(self, news: connection.Connection) -> bool:
         """Waits at most 0.25 s, and returns whether there is news.
 
-        Replaces the workers that may be replaced. Raises WorkerFailed for the others.
-        """
+        Replaces the workers that may be replaced. Raises WorkerFailed for the others."""
         for name in [name for name, due in self.due.items() if due <= time.monotonic()]:
             del self.due[name]
             self.start(name)
@@ -333,8 +328,7 @@ class Crew:
         """Whether a worker that was ready has given no sign of life for too long.
 
         While a run starts up, `check_progress` alone counts the time. An actor worker waits for
-        other ranks' gradients silently.
-        """
+        other ranks' gradients silently."""
         if not self.was_ready(name) or self.waits_for(name) == "gradient":
             return False
         ready = self.counter(name, "ready")
@@ -344,8 +338,7 @@ class Crew:
     def replace(self, failure: Failure) -> None:
         """Ends what is left of a worker and decides when its successor starts.
 
-        Raises WorkerFailed where there is to be none.
-        """
+        Raises WorkerFailed where there is to be none."""
         name = failure.name
         said = f"worker {name} {failure.cause}"
         if not (failure.passes and self.jobs[name].replaceable and self.was_ready(name)):

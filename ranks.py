@@ -18,8 +18,7 @@ class Ranks:
 
     def __init__(self, rank: int, count: int, device: str, folder: Path, version: int):
         """folder: where the ranks meet; version: of this start of the workers. One file serves one
-        meeting.
-        """
+        meeting."""
         self.rank = rank
         self.count = count
         self.device = device
@@ -66,8 +65,7 @@ def sum_gradients(parameters: list[Tensor]) -> None:
 
     A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then keeps
     none. It may have one on some ranks only, where others' groups were all filtered (GRPO): theirs
-    counts as 0.
-    """
+    counts as 0."""
     has = parameters[0].new_tensor([p.grad is not None for p in parameters])
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([has, *(gradient.flatten() for gradient in gradients)])

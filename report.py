@@ -54,8 +54,7 @@ class Beginning:
 
     def news(self, collected: int) -> str:
         """Returns a sentence, or "" where nothing is new: when all workers are ready, and every
-        SAY_S seconds. collected: chunk steps since the workers started.
-        """
+        SAY_S seconds. collected: chunk steps since the workers started."""
         now = time.monotonic()
         ready = int(self.counters.table[:, self.counters.index["ready"]].sum())
         workers = len(self.counters.table)
@@ -193,8 +192,7 @@ def progress(iterations: int, interactive: bool) -> Display:
 def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
     """Returns the run of Weights & Biases that metrics are logged to, or None. Raises UserError.
 
-    run_id: of the one that goes on, where this run has started again.
-    """
+    run_id: of the one that goes on, where this run has started again."""
     if config.train.wandb == "off":
         return None
     import wandb
@@ -220,8 +218,7 @@ def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
 
 def flatten(line: dict, above: str = "") -> dict[str, float]:
     """Returns every number of a nested line by its path, such as `waits/env:action`. Texts and
-    nulls are left out: a chart cannot show them.
-    """
+    nulls are left out: a chart cannot show them."""
     out = {}
     for name, value in line.items():
         if isinstance(value, dict):

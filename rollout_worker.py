@@ -95,8 +95,7 @@ class LanesServed:
 
     def that_may_ask(self) -> int:
         """Returns how many lanes play a trajectory that the published version admits. The others
-        wait for weights and ask for nothing.
-        """
+        wait for weights and ask for nothing."""
         return int(np.count_nonzero(self.trajectory < self.admission.admitted(self.plane.version)))
 
     def is_stale(self, record: Record) -> bool:
@@ -105,8 +104,7 @@ class LanesServed:
 
     def is_repeated(self, record: Record) -> bool:
         """Whether this request came before. If newer weights served it again, its row would hold
-        other actions than those that were executed.
-        """
+        other actions than those that were executed."""
         request = self.trajectory_in_slot.item(record.slot), record
         repeated = self.newest.get(record.slot) == request
         self.newest[record.slot] = request
@@ -116,8 +114,7 @@ class LanesServed:
         """Returns the oldest version that may serve a batch. version: of the weights in use.
 
         A trajectory that was admitted on version v must not be played with older weights. Once all
-        is trained, only the last evaluation is left, which is of the last weights.
-        """
+        is trained, only the last evaluation is left, which is of the last weights."""
         newest = self.plane.version
         if newest >= self.iterations:
             return newest
@@ -140,8 +137,7 @@ class LanesServed:
 
 def first_limits(config: Config, lanes: int) -> tuple[int, float]:
     """Returns B_max and T_max in seconds to begin with. auto: half the lanes, and 10 ms until an
-    inference was measured.
-    """
+    inference was measured."""
     chosen = config.rollout.batch_max
     batch_max = {"all": lanes, "auto": max(1, lanes // 2)}.get(chosen, chosen)
     wait_ms = config.rollout.batch_wait_ms
@@ -192,8 +188,7 @@ def take_first_weights(fetcher: WeightFetcher, meter: Meter) -> None:
 
 def take_new_weights(fetcher: WeightFetcher, oldest: int, config: Config, meter: Meter) -> None:
     """Takes the newest weights that are here. Waits for them only if those in use are older than
-    `oldest`, because the version that admitted a trajectory is still being copied.
-    """
+    `oldest`, because the version that admitted a trajectory is still being copied."""
     start = time.monotonic()
     swap(fetcher, 0.0, meter)
     while fetcher.version < oldest:
@@ -247,8 +242,7 @@ def serve(
     kind of request asked for.
 
     version: what is noted beside the actions. padded: the number of samples that the model is given
-    in place of n.
-    """
+    in place of n."""
     slots = np.array([r.slot for r in samples])
     rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
     n = len(samples)

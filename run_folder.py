@@ -30,8 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, resume: bool, keep_spans: bool = False):
         """Creates or opens the folder and locks it. Raises UserError.
 
-        keep_spans: the run has just started again at another ratio, and its trace goes on.
-        """
+        keep_spans: the run has just started again at another ratio, and its trace goes on."""
         self.path = path
         self.spans = path / ".spans"
         # What --resume takes.
@@ -105,8 +104,7 @@ class RunFolder:
 
 def read_metrics(run: Path) -> list[dict]:
     """Returns the whole lines of metrics.jsonl. The last one may be torn: it is being written just
-    now, or its writer was killed.
-    """
+    now, or its writer was killed."""
     file = run / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -119,8 +117,7 @@ def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
     """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker.
 
     A side thread fetches weights while its worker infers, so fetches get rows of their own, in the
-    group "weights".
-    """
+    group "weights"."""
     rows: dict[tuple[int, int, str], list[Span]] = {}  # by group, number and name
     for worker, mixed in spans.items():
         stage, _, number = worker.partition("-")
@@ -138,8 +135,7 @@ def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
 
 def trace_events(rows: dict[tuple[int, int, str], list[Span]]) -> Iterator[dict]:
     """Yields names and order ("M"), then one complete event ("X") per span, in microseconds since
-    the first one. Perfetto takes process 0 and thread 0 for the kernel's, so numbers begin at 1.
-    """
+    the first one. Perfetto takes process 0 and thread 0 for the kernel's, so numbers begin at 1."""
     begin = min((span[1] for row in rows.values() for span in row), default=0.0)
     for group in sorted({group for group, _, _ in rows}):
         process = {"ph": "M", "pid": group + 1}
@@ -159,8 +155,7 @@ def trace_events(rows: dict[tuple[int, int, str], list[Span]]) -> Iterator[dict]
 
 def read_trace(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
     """Returns the rows of a run's trace.json by name: spans (what, start, end, args) in order, in
-    seconds. Rows without spans are left out.
-    """
+    seconds. Rows without spans are left out."""
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     spans: dict[str, list] = {name: [] for name in names.values()}

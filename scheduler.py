@@ -25,8 +25,7 @@ class DynamicBatcher:
     but it does not help to fill one, so that B_max = every lane is lockstep.
 
     Lanes that wait for new weights ask for nothing, so a batch is due at once when nobody else may
-    ask: see `expect_at_most`.
-    """
+    ask: see `expect_at_most`."""
 
     def __init__(self, batch_max: int, wait_s: float, clock: Callable[[], float] = time.monotonic):
         self.batch_max = batch_max  # B_max, requests
@@ -43,23 +42,20 @@ class DynamicBatcher:
     @property
     def limit(self) -> int:
         """How many counted requests make a batch now: B_max, or all that can still come. 0 where
-        nobody may ask: what rides along then has nothing to wait for.
-        """
+        nobody may ask: what rides along then has nothing to wait for."""
         return min(self.batch_max, self.most)
 
     def add(self, request, counted: bool = True, queued: float | None = None) -> None:
         """Queues a request.
 
         queued: when it was sent, where that is known; a request may have waited unread during an
-        inference.
-        """
+        inference."""
         self.queue.append((request, counted, self.clock() if queued is None else queued))
         self.counted += counted
 
     def remaining(self) -> float | None:
         """Returns the seconds until the queue must be served: at most 0 when a batch is due now,
-        and None when the queue is empty, so that there is nothing to wait for.
-        """
+        and None when the queue is empty, so that there is nothing to wait for."""
         if not self.queue:
             return None
         if self.counted >= self.limit:
@@ -68,8 +64,7 @@ class DynamicBatcher:
 
     def take(self) -> tuple[list, float]:
         """Returns the oldest requests, at most `limit` of them counted, and how many seconds the
-        oldest has waited.
-        """
+        oldest has waited."""
         waited = self.clock() - self.queue[0][2]
         batch = []
         room = max(1, self.limit)
@@ -99,8 +94,7 @@ class Admission:
     batch always holds. Its slot is a function of (b, env, j) alone: batches b and b + K + 1 share
     slots, and the later one may start only when the earlier one has been trained on. What would
     come after the last batch never starts. The envs of a lane, `width` of them, have slots side by
-    side.
-    """
+    side."""
 
     batch: int
     envs: int
@@ -123,8 +117,7 @@ class Admission:
     @property
     def whole(self) -> int:
         """Envs whose trajectories go to one actor rank: those of a lane, which finish together, and
-        those of a group.
-        """
+        those of a group."""
         return max(self.width, self.group)
 
     @property
@@ -153,8 +146,7 @@ class Admission:
 
     def owner(self, slot: int, ranks: int) -> int:
         """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one rank.
-        For an array of slots, an array.
-        """
+        For an array of slots, an array."""
         return slot % self.batch // self.whole % ranks
 
     def task(self, env: int, trajectory: int, tasks: int) -> int:
@@ -163,8 +155,7 @@ class Admission:
 
         So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its
         simulators are. Where `tasks` divides the lanes, a whole lane plays one task and keeps it,
-        which saves it from building another scene. So does a group.
-        """
+        which saves it from building another scene. So does a group."""
         lanes = self.envs // self.width
         unit = self.whole if self.group > 1 or lanes % tasks == 0 else 1
         return (trajectory * self.envs + env) // unit % tasks
@@ -175,8 +166,7 @@ class Trajectories:
     """Says what a trajectory is made of, and names its episodes.
 
     PPO: T chunk steps, with new episodes inside, so that success never changes when it ends. GRPO:
-    one episode, which may end early, because whole groups are trained whatever their outcomes.
-    """
+    one episode, which may end early, because whole groups are trained whatever their outcomes."""
 
     seed: int  # of the run
     group: int  # G of GRPO, else 1
@@ -195,8 +185,7 @@ class Trajectories:
 
         generation: of the worker. A replaced one plays other episodes, or a fault that depends on
         the seed would come again. The envs of a group share their episodes, so there it is left out
-        and the group's first env stands for all.
-        """
+        and the group's first env stands for all."""
         if self.are_episodes:
             env -= env % self.group
             generation = 0
@@ -226,8 +215,7 @@ class Placement:
 def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
     """Places the workers of `config` on the parts of the machine. Raises UserError.
 
-    simulator: an emulated one says itself how many env workers there are.
-    """
+    simulator: an emulated one says itself how many env workers there are."""
     ratio = config.train.parts
     placement = config.train.placement
     env_workers = config.env.env_workers

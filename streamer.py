@@ -31,8 +31,7 @@ class MicroBatch:
 
 class Streamer:
     """Feed it finished slots with `add`; `next` gives the next micro-batch, or None while none is
-    complete.
-    """
+    complete."""
 
     def __init__(
         self,
@@ -51,8 +50,7 @@ class Streamer:
     ):
         """batch, minibatch, micro_batch: trajectories, the first two over all ranks; ring: batches
         that the slots hold; version: the batch to begin with; width: envs whose trajectories go to
-        one rank; group: trajectories that are trained as a whole.
-        """
+        one rank; group: trajectories that are trained as a whole."""
         self.batch = batch
         self.minibatch = minibatch
         self.micro_batch = micro_batch
@@ -93,8 +91,7 @@ class Streamer:
 
     def add(self, slot: int) -> None:
         """Takes in a complete trajectory. Raises RuntimeError when it was already given, or is
-        another rank's.
-        """
+        another rank's."""
         if slot in self.finished or slot in self.consumed:
             raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
         owner = self._owner(slot)
@@ -125,8 +122,7 @@ class Streamer:
 
     def next(self) -> MicroBatch | None:
         """Returns the next micro-batch of the current minibatch. The caller trains it before it
-        asks again.
-        """
+        asks again."""
         if self.done:
             return None
         # Without streaming nothing is trained before the whole batch is there.
@@ -154,8 +150,7 @@ class Streamer:
 
     def stop(self) -> list[int]:
         """Leaves out all epochs after the first one, which every trajectory gets. Returns the slots
-        that are spared, once for each epoch.
-        """
+        that are spared, once for each epoch."""
         if self.stopping:
             return []
         self.stopping = True
@@ -189,8 +184,7 @@ class Streamer:
 
     def _begin_epoch(self) -> None:
         """Shuffles the same trajectories again, once every minibatch of the epoch is out. The
-        shuffle is named by seed, version, epoch and rank.
-        """
+        shuffle is named by seed, version, epoch and rank."""
         self.step = 0
         self.epoch = self.epochs if self.stopping else self.epoch + 1
         if not self.done:
@@ -200,8 +194,7 @@ class Streamer:
 
     def finish_batch(self) -> int:
         """Moves on to the next batch, and returns its version. Raises RuntimeError unless every
-        trajectory of the batch was consumed.
-        """
+        trajectory of the batch was consumed."""
         if self.consumed != self.mine:
             raise RuntimeError(
                 f"batch {self.version} consumed {len(self.consumed)} of {self.local} trajectories"

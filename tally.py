@@ -16,8 +16,7 @@ class Tally:
     """Collects numbers by name, nowhere registered: `add` is enough to have one in metrics.jsonl.
 
     how: "sum" and "max" appear as they are, "mean" is a sum that appears divided by the chunk steps
-    trained, and "part" is a sum that `line` makes other numbers from.
-    """
+    trained, and "part" is a sum that `line` makes other numbers from."""
 
     first_epoch: bool = True  # whether the running micro-batch is of the batch's first epoch
     values: dict[str, float] = field(default_factory=dict)
@@ -56,8 +55,7 @@ class Tally:
     def line(self, version: int, config: Config, tasks: tuple[str, ...]) -> dict:
         """Returns what was tallied of a batch, under the names of the run folder's interface.
 
-        version: the one that the batch made. docs/metrics.md says what each number means.
-        """
+        version: the one that the batch made. docs/metrics.md says what each number means."""
         trained = max(1.0, self.get("trained"))  # chunk steps, over all epochs
         once = max(1.0, self.get("trained_once"))  # and in the first
         line = {"iteration": version, "version": version}
@@ -89,8 +87,7 @@ class Tally:
 
     def successes(self, tasks: tuple[str, ...]) -> dict:
         """Returns episodes and success rates. The mean is over tasks: trajectories have a fixed
-        length, so pooled episodes would count the quick tasks more often.
-        """
+        length, so pooled episodes would count the quick tasks more often."""
         rates = {}
         for k, task in enumerate(tasks):
             if episodes := self.get(f"episodes_{k}"):

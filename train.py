@@ -72,8 +72,7 @@ class FirstLook:
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
 
-    A preset or a resumed run's config.json supplies the defaults, which flags override.
-    """
+    A preset or a resumed run's config.json supplies the defaults, which flags override."""
     known = [word for word in args if word not in ("-h", "--help")]
     look, _ = tyro.cli(FirstLook, args=known, return_unknown_args=True)
     # A wrong preset is named by the second look.
@@ -204,8 +203,7 @@ def in_words(value: object) -> object:
 class Handover:
     """What a run that starts again at another ratio leaves to itself, in tuning.json.
 
-    `process` tells a file of an earlier start apart: the process keeps its number.
-    """
+    `process` tells a file of an earlier start apart: the process keeps its number."""
 
     process: int = field(default_factory=os.getpid)
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
@@ -234,8 +232,7 @@ def start_again(
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
-    It returns only if Ctrl-C came before. The new start hears what comes later.
-    """
+    It returns only if Ctrl-C came before. The new start hears what comes later."""
     heard = keep_interrupts()
     if interrupts:
         return

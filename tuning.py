@@ -79,8 +79,7 @@ SETTLED = 4  # iterations at a ratio before it is judged: the first one warms up
 def line_through(n: float, x: float, xx: float, y: float, xy: float) -> tuple[float, float]:
     """Returns a and b, both ≥ 0 as costs are, of the least squares y = a + b·x of n points.
 
-    The points are given as n, Σx, Σx², Σy and Σxy.
-    """
+    The points are given as n, Σx, Σx², Σy and Σxy."""
     if n <= 0 or x <= 0:
         return 0.0, 0.0
     spread = n * xx - x * x
@@ -104,8 +103,7 @@ def costs_of(
 
     gained: by stage and column, what the counters of its workers gained together; fit: n, Σsize,
     Σsize², Σseconds and Σsize·seconds of inferences; seconds: that passed, times a stage's workers;
-    trained: trajectories, 0 if none was yet.
-    """
+    trained: trajectories, 0 if none was yet."""
     busy = {
         stage: max(0.0, total - sum(gained[stage, f"wait_{cause}_s"] for cause in CAUSES))
         for stage, total in seconds.items()
@@ -186,8 +184,7 @@ class Measurement:
 
     def begin(self) -> None:
         """Measures costs from here on. Inferences, whose times are their own, may have been
-        before.
-        """
+        before."""
         self.last = snapshot(self.counters)
         self.taken = self.clock()
         self.batches_before = self.batches()
@@ -226,8 +223,7 @@ class Measurement:
 
 def miniature(config: Config, placement: Placement, costs: Costs) -> tuple[Node, Costs]:
     """Returns what is simulated: as many lanes, but a short iteration, so that a prediction takes a
-    moment.
-    """
+    moment."""
     node = node_of(config, placement)
     iterations = sum(SIMULATE.values())
     rounds = SIMULATED // (node.lanes * iterations * (node.batch // node.envs))
@@ -238,8 +234,7 @@ def miniature(config: Config, placement: Placement, costs: Costs) -> tuple[Node,
 
 def speeds(config: Config, placement: Placement) -> tuple[float, float]:
     """Returns the speed of one rollout worker and of one actor rank, to be compared with those at
-    another ratio.
-    """
+    another ratio."""
     if config.train.model == "emulated":  # its devices are as many as one likes
         rollout, actor = shares_of(config)
         return rollout / len(placement.rollout_devices), actor / len(placement.actor_devices)
@@ -255,8 +250,7 @@ def options(
     settings.
 
     On GPUs those that use them all; without, all of few parts and those with as many parts as
-    cores. counts: of env, rollout and actor workers as far as flags say, else 0.
-    """
+    cores. counts: of env, rollout and actor workers as far as flags say, else 0."""
     totals = [gpus] if gpus else sorted({2, 3, 4, max(4, cores)})
     pairs = [(r, total - r) for total in totals for r in range(1, total)]
     if gpus:
@@ -288,8 +282,7 @@ class Batching(NamedTuple):
 def best_batches(node: Node, costs: Costs) -> Batching:
     """Returns the B_max and T_max with the highest throughput. What `node` fixes stays.
 
-    Of equal ones, those whose batches are largest: they leave the device most time for others.
-    """
+    Of equal ones, those whose batches are largest: they leave the device most time for others."""
     sizes = [node.batch_max]
     if node.batch_max == "auto":
         sizes = sorted({max(1, round(share * node.served)) for share in SHARES})
@@ -337,8 +330,7 @@ def seconds_at(
     """Predicts the seconds of an iteration at each ratio worth a look, from costs measured at
     `now`.
 
-    cpu_s: CPU seconds of an iteration, which all cores together cannot go below.
-    """
+    cpu_s: CPU seconds of an iteration, which all cores together cannot go below."""
     rollout_now, actor_now = speeds(*choices[now])
     rough = {}
     small = {}
@@ -398,8 +390,7 @@ class Past:
 
 class Batches:
     """Chooses B_max and T_max: serves batches of several sizes first, then the best, and looks
-    again when costs change.
-    """
+    again when costs change."""
 
     def __init__(self, config: Config, placement: Placement, measured: Measurement):
         self.config = config
@@ -495,8 +486,7 @@ class Ratio:
         to tell.
 
         found: predicted seconds of an iteration at each ratio; seconds: measured ones at the
-        present; left: iterations of the run; first: whether it is judged for the first time.
-        """
+        present; left: iterations of the run; first: whether it is judged for the first time."""
         # Go back where the present ratio turns out slower than the one before.
         past = self.past
         past.measured[self.now] = seconds
@@ -571,8 +561,7 @@ class Tuner:
     """Follows a run from the first batches on.
 
     The launcher calls `watch` often and `iteration` after every iteration. Once `ratio` is another
-    one than that in use, the run is to start again with it.
-    """
+    one than that in use, the run is to start again with it."""
 
     def __init__(
         self,
@@ -586,8 +575,7 @@ class Tuner:
         beside: Callable[[Callable], Future] = beside,
     ):
         """choices: of `options`, the first one being in use; rows: of the counters, by stage;
-        iterations: of the whole run.
-        """
+        iterations: of the whole run."""
         self.config, self.placement = next(iter(choices.values()))
         self.choices = choices
         self.rows = rows
@@ -612,8 +600,7 @@ class Tuner:
 
     def watch(self) -> str:
         """Decides as soon as what a decision needs has been predicted. Returns what to tell, mostly
-        nothing.
-        """
+        nothing."""
         if self.thoughts and self.thoughts[0][0].done():
             found, decide = self.thoughts.popleft()
             try:

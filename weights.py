@@ -33,8 +33,7 @@ class WeightPlane:
     A set of weights is one block of bytes with the tensors as views on it, so that fetching is a
     single copy at memcpy's speed: tensor by tensor it takes 1.7 times as long.
 
-    spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds.
-    """
+    spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds."""
 
     def __init__(self, spec: Spec, device: str = "cpu", version: int = 0):
         self.spec = spec
@@ -88,8 +87,7 @@ class WeightPlane:
 
     def publish(self, weights: dict[str, Tensor], version: int) -> None:
         """Copies `weights` into the older buffer and makes it the newest. Only one process may call
-        this.
-        """
+        this."""
         side = version % 2
         self.stamps[
             side
@@ -107,8 +105,7 @@ class WeightPlane:
         a mixture of two.
 
         into: a numpy array where it and the plane are on the CPU, which is a plain memcpy; else a
-        tensor.
-        """
+        tensor."""
         deadline = time.monotonic() + timeout
         while True:
             version = self.version
@@ -143,8 +140,7 @@ class WeightPlane:
 class WeightFetcher:
     """Keeps the newest version in spare memory; `swap` makes it the model's.
 
-    Two blocks of memory take turns: one serves while a thread of its own fills the other.
-    """
+    Two blocks of memory take turns: one serves while a thread of its own fills the other."""
 
     def __init__(self, plane: WeightPlane, parameters: dict[str, Tensor], timeout_s: float):
         """timeout_s: for one copy; waiting for the first version has no limit of its own."""
@@ -199,8 +195,7 @@ class WeightFetcher:
 
     def swap(self, wait_s: float = 0.0) -> bool:
         """Uses the staged weights, if there are any within `wait_s` seconds; called between two
-        batches. Returns whether there were.
-        """
+        batches. Returns whether there were."""
         if not (self.full.wait(wait_s) if wait_s else self.full.is_set()):
             return False
         if self.error is not None:

@@ -144,8 +144,7 @@ NAIVE = {"libero": NaiveLibero, "metaworld": NaiveMetaworld}
 def serve(pipe, naive: bool, name: str, size: int, quality: str, count: int) -> None:
     """Runs a process with one player: does what it is told, and answers with how long it took.
 
-    The answer is (seconds, processor seconds); to "memory" it is the private MB in use, twice.
-    """
+    The answer is (seconds, processor seconds); to "memory" it is the private MB in use, twice."""
     os.environ["LP_NUM_THREADS"] = "0"
     # LIBERO talks while it is imported.
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -222,8 +221,7 @@ def started(*kinds: tuple) -> Iterator[list[Player]]:
 def in_turns(players: list[Player], what: str, seconds: float) -> np.ndarray:
     """Measures the median milliseconds of each, and of the processor [players, 2].
 
-    At least 3 turns and for `seconds` each, after one turn that warms up.
-    """
+    At least 3 turns and for `seconds` each, after one turn that warms up."""
     for player in players:
         player.ask(what)
     taken = []

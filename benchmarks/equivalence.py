@@ -107,8 +107,7 @@ class EquivalenceConfig:
     """run the arms that are missing, or analyse what there is"""
     study: Literal["equivalence", "default", "algorithms"] = "equivalence"
     """asynchronous against synchronous, the default alone against it, or the algorithms against
-    each other
-    """
+    each other"""
     seeds: int = 5
     """seeds of every arm"""
     first: int = 1
@@ -151,8 +150,7 @@ def command(words: str) -> None:
 def rows(study: str, flags: str) -> list[dict]:
     """Reads the runs with these flags.
 
-    Raises UserError where an arm has a seed twice or runs differ in length.
-    """
+    Raises UserError where an arm has a seed twice or runs differ in length."""
     raw = file(study, "jsonl")
     found = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
     found = [row for row in found if row["flags"] == flags]
@@ -209,8 +207,7 @@ MEASURED = {"final": operator.itemgetter("final"), "area": area}
 def bootstrap(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
     """Computes the 95 % bootstrap-t interval of the mean of shares in [0, 1], by resampling seeds.
 
-    Percentiles alone would cover 85 % at five seeds. NaN below FEWEST.
-    """
+    Percentiles alone would cover 85 % at five seeds. NaN below FEWEST."""
     n = len(values)
     if n < FEWEST:
         return np.nan, np.nan
@@ -250,8 +247,7 @@ def holm(p: list[float]) -> list[float]:
 def power(deviation: float, seeds: int, arms: int, studies: int = 400) -> float:
     """Computes how often an arm that is truly equal is found equivalent.
 
-    At the strictest step of Holm's correction, p · arms < 0.05. deviation: of seeds.
-    """
+    At the strictest step of Holm's correction, p · arms < 0.05. deviation: of seeds."""
     drawn = np.random.default_rng(0).normal(0.0, deviation, (studies, 2, seeds))
     return float(np.mean([tost(a, b, MARGIN) * arms < 0.05 for a, b in drawn]))
 
@@ -343,8 +339,7 @@ def plot(study: str, found: list[dict]) -> None:
     """Plots the success of a version's episodes, five batches smoothed.
 
     Against the env steps trained until it (in proportion to versions), and against the minutes
-    until it was published. The mean over seeds and, thin, where there are few arms, each seed.
-    """
+    until it was published. The mean over seeds and, thin, where there are few arms, each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -377,8 +372,7 @@ def smoothed(rows: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Smooths an arm's curves over five versions.
 
     Returns thousand env steps [versions], minutes of the quickest run [versions], and success
-    [versions, seeds].
-    """
+    [versions, seeds]."""
     length = len(rows[0]["time"])
     versions = np.arange(max(1, length - LAST))
     curves = np.array([np.interp(versions, *curve(row)) for row in rows])

@@ -65,8 +65,7 @@ def pieces(name: str, model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callabl
 
 def dtype_in_rollout(name: str, model: nn.Module, key: str) -> torch.dtype:
     """As a run on a GPU with a frozen VLM in bf16 holds it: what is trained in fp32. OFT's files
-    are in bf16.
-    """
+    are in bf16."""
     if name == "oft":
         return torch.float32 if key.startswith("value_head.") or "lora_" in key else torch.bfloat16
     return model.dtype_of(key)
@@ -99,8 +98,7 @@ def inference_row(
 
 def measure(name: str, size: str, seconds: float) -> list[dict]:
     """A row per batch size, and on a GPU again compiled. Raises UserError for the full size on a
-    CPU.
-    """
+    CPU."""
     device, size = where(size)
     changes = {"prefix_dtype": "bfloat16"} if device == "cuda" and name != "oft" else {}
     model = random_model(name, size, device, torch.float32, **changes).eval().requires_grad_(False)

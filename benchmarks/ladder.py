@@ -119,8 +119,7 @@ def settings_of(preset: str) -> tuple[str, int, bool]:
 def warmup(preset: str) -> int:
     """Counts the iterations that are not measured.
 
-    After so many, as many batches are under way as staleness lets there be.
-    """
+    After so many, as many batches are under way as staleness lets there be."""
     _, staleness, _ = settings_of(preset)
     return staleness + 1
 
@@ -128,8 +127,7 @@ def warmup(preset: str) -> int:
 def lanes(preset: str, ratio: str) -> int:
     """Counts the lanes of each env worker in the vectorised setting.
 
-    A second lane has nothing to hide behind while all wait for all.
-    """
+    A second lane has nothing to hide behind while all wait for all."""
     placement, _, lockstep = settings_of(preset)
     if preset == SINGLE_ENVS:
         workers, envs = libero.sizes(maniskill, ratio, placement)
@@ -173,8 +171,7 @@ def run_preset(
     """Runs the real command until it has written `iterations` lines of metrics.jsonl.
 
     It is ended before it begins to drain. Returns the lines, the CPU seconds it had used when there
-    were n of them, and its settings. trace: where its trace is to go.
-    """
+    were n of them, and its settings. trace: where its trace is to go."""
     # So many batches are under way, and what comes after the last one never starts.
     _, staleness, _ = settings_of(preset)
     total = iterations + staleness + 2
@@ -211,8 +208,7 @@ def run_preset(
 def watch(process: subprocess.Popen, run: Path, iterations: int) -> dict[int, float]:
     """Waits for so many lines of metrics.jsonl, or the end of the run.
 
-    Returns the CPU seconds that the run had used when there were n lines.
-    """
+    Returns the CPU seconds that the run had used when there were n lines."""
     used = {}
     while process.poll() is None and max(used, default=0) < iterations:
         time.sleep(0.05)
@@ -226,8 +222,7 @@ def watch(process: subprocess.Popen, run: Path, iterations: int) -> dict[int, fl
 def stop(process: subprocess.Popen, wanted: bool) -> None:
     """Ends a run, and its workers with it. wanted: its trace is.
 
-    Told twice to end, it writes the trace without finishing its batch.
-    """
+    Told twice to end, it writes the trace without finishing its batch."""
     if wanted:
         for _ in range(2):
             process.terminate()
@@ -271,8 +266,7 @@ def emulated_bound(setting: str, ratio: str, preset: str) -> float:
     """Computes env steps/s if the slowest stage never waited.
 
     Stages with devices of their own overlap, so the smallest counts. Colocated ones take turns:
-    their times per env step add up.
-    """
+    their times per env step add up."""
     bounds = emulated_bounds(setting, ratio, preset)
     placement, _, _ = settings_of(preset)
     if placement == "colocated":
@@ -285,8 +279,7 @@ def real_bound(env_steps: float, cpu_s: float) -> float:
 
     Without GPUs all stages draw on the same cores, so their sum limits a pipeline that never waits,
     however it is cut. `cpu_s` is the run's own CPU time over the measured iterations. Other
-    programs on the machine lower the rate and not the bound.
-    """
+    programs on the machine lower the rate and not the bound."""
     return len(os.sched_getaffinity(0)) * env_steps / cpu_s
 
 
@@ -299,8 +292,7 @@ def steady(setting: str, ratio: str, preset: str, lines: list[dict]) -> float:
     Where the actor does, steps count when they are trained: trajectories pile up before it until
     admission stops the simulators, and steps that are collected meanwhile would let a row exceed
     its bound. Elsewhere steps count when they are collected: lanes drift apart by as much as
-    staleness allows, and a batch is trained only when the slowest of them is there.
-    """
+    staleness allows, and a batch is trained only when the slowest of them is there."""
     before = warmup(preset)
     if setting in COLUMNS:
         bounds = emulated_bounds(setting, ratio, preset)
@@ -356,8 +348,7 @@ def climb(
 ) -> list[dict]:
     """Measures every preset of one setting. Returns a row for each.
 
-    colocated: that row, where it is known from another ratio.
-    """
+    colocated: that row, where it is known from another ratio."""
     presets = list(PRESETS)
     if setting == "vectorised" and ratio == "1:1":
         presets.append(SINGLE_ENVS)
@@ -385,8 +376,7 @@ def climb(
 def measure(setting: str, ratio: str, iterations: int, traces: Path | None = None) -> list[dict]:
     """Measures a key of SETTINGS. An empty ratio and 0 iterations mean the setting's own.
 
-    traces: a file beside which those of the real settings go.
-    """
+    traces: a file beside which those of the real settings go."""
     rows = []
     for name in SETTINGS[setting]:
         kind = COLUMNS.get(name) or REAL[name]

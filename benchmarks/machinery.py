@@ -86,8 +86,7 @@ INSTALL = "python3 -m venv ~/peers && ~/peers/bin/pip install torch==2.13.0 torc
 def part_of(process: str) -> str:
     """Names what the processor time of a process counts as, one of PARTS.
 
-    Workers are named "env-0". The rest is the launcher and its fork server.
-    """
+    Workers are named "env-0". The rest is the launcher and its fork server."""
     stage = process.partition("-")[0]
     return stage if stage in metrics.STAGES else "launcher"
 
@@ -129,8 +128,7 @@ def follow(
 
     FOLDER in the command stands for a new folder, where the command writes. Its output is the
     file "log" there. The command runs in the folder `checkout`. Raises UserError when it ends
-    before there is a result, or takes longer than `limit_s`.
-    """
+    before there is a result, or takes longer than `limit_s`."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         deadline = time.monotonic() + limit_s
@@ -206,8 +204,7 @@ def run_pipeline(
 ) -> dict:
     """Runs `train.py` of a checkout once, over `seconds` or three iterations, whichever is longer.
 
-    Returns its row.
-    """
+    Returns its row."""
     size = ["--envs", str(envs), "--image-size", str(pixels)]
     command = [sys.executable, "train.py", *FLAGS, *flags, *size, "--run", "FOLDER/run"]
     found = follow(command, Watch(seconds), checkout=checkout)
@@ -274,8 +271,7 @@ def measure_against(
 ) -> list[dict]:
     """Measures ours and another checkout in turns. Returns a row per number of envs and size.
 
-    Who begins alternates from round to round. Raises UserError where `other` is no checkout.
-    """
+    Who begins alternates from round to round. Raises UserError where `other` is no checkout."""
     other = other.absolute()
     require(
         (other / "train.py").is_file(),
@@ -322,8 +318,7 @@ def compare(
 ) -> list[dict]:
     """Measures ours and TorchRL in turns. Returns a row for each of OURS and of TorchRL's ways.
 
-    Raises UserError where `python` has no TorchRL.
-    """
+    Raises UserError where `python` has no TorchRL."""
     require(
         has_torchrl(python),
         f"{python} has no TorchRL: make one with `{INSTALL}` and give --peer ~/peers/bin/python",

@@ -46,8 +46,7 @@ def leave(*_) -> None:
 def where(size: str) -> tuple[str, str]:
     """Chooses device and size; "auto" is full where there is a GPU, else small.
 
-    Raises UserError for full on a CPU.
-    """
+    Raises UserError for full on a CPU."""
     has_gpu = torch.cuda.is_available()
     require(
         has_gpu or size != "full", "--size full needs a GPU and none was found: use --size small"
@@ -60,8 +59,7 @@ def where(size: str) -> tuple[str, str]:
 def random_model(name: str, size: str, device: str, dtype: torch.dtype, **changes) -> nn.Module:
     """Makes a family's small or full model with random weights on `device`, in `dtype`.
 
-    `changes` are fields of its configuration. Models of the same shape get the same weights.
-    """
+    `changes` are fields of its configuration. Models of the same shape get the same weights."""
     _, vocabulary = embedded_files("pi05", "metaworld")  # any will do
     small = models.files(name).embedded(name, str(vocabulary))
     shape = small.config
@@ -83,8 +81,7 @@ def seconds_of(functions: list[Callable], device: str, seconds: float) -> list[f
     """Measures the median time of one call of each function, after one call that warms up.
 
     They take turns, so that what disturbs one disturbs all. Each is called at least 3 times and for
-    `seconds`. A call lasts until the GPU is done.
-    """
+    `seconds`. A call lasts until the GPU is done."""
     for function in functions:
         time_of(function, device)
     times = [[] for _ in functions]
@@ -107,8 +104,7 @@ def time_of(function: Callable, device: str) -> float:
 def matmul(device: str, dtype: torch.dtype) -> tuple[Callable, float]:
     """Makes a large matrix product, and counts its FLOPs.
 
-    Its rate is taken for the most that this machine reaches in this type.
-    """
+    Its rate is taken for the most that this machine reaches in this type."""
     side = MATMUL[device]
     a = torch.randn(side, side, device=device).to(dtype)
     b = torch.randn(side, side, device=device).to(dtype)
@@ -122,8 +118,7 @@ def matmul(device: str, dtype: torch.dtype) -> tuple[Callable, float]:
 def flops_of(function: Callable) -> int:
     """Counts the FLOPs of all matrix products in one call: multiplications and additions.
 
-    Attention runs as plain products: the counter does not know the fused kernel for CPUs.
-    """
+    Attention runs as plain products: the counter does not know the fused kernel for CPUs."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops()
@@ -132,8 +127,7 @@ def flops_of(function: Callable) -> int:
 class PeakBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made under it.
 
-    What one operation allocates inside does not count.
-    """
+    What one operation allocates inside does not count."""
 
     def __init__(self):
         super().__init__()

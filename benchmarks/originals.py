@@ -25,8 +25,7 @@ from models.pi import Pi, bounded, denoise_times
 
 def pi(folder: Path) -> dict[str, Tensor]:
     """Every output of a reference folder (tests/golden/pi0/README.md), by the names of its
-    outputs.safetensors.
-    """
+    outputs.safetensors."""
     file = folder / "weights.safetensors"
     stored = source.layout(file)
     weights = pi_files.SOURCES[pi_files.which(file, stored)]
@@ -96,8 +95,7 @@ def gr00t(folder: Path) -> dict[str, Tensor]:
     """Everything that a reference folder's outputs.safetensors may ask for, from its config.json,
     weights and inputs.
 
-    Gradients are of `loss` and named `grad.<original key>`.
-    """
+    Gradients are of `loss` and named `grad.<original key>`."""
     file = folder / "weights.safetensors"
     cfg = read_json(folder / "config.json")
     given = load_file(folder / "inputs.safetensors")
@@ -168,8 +166,7 @@ def oft(folder: Path) -> dict[str, Tensor]:
 
     See tests/golden/oft/README.md for the inputs. Gradients are of `loss`, which is RLinf's kind
     (log-probs and values against `weights` and `returns`) where the inputs hold those, else the
-    fine-tuning loss on `actions`.
-    """
+    fine-tuning loss on `actions`."""
     file = folder / "weights.safetensors"
     inputs = load_file(folder / "inputs.safetensors")
     config = oft_files.config_of(folder)

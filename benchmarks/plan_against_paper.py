@@ -251,8 +251,7 @@ def on_other_parts(part: Part) -> Prediction:
 
 def tail_for(column: str, share: float) -> float:
     """Returns the σ with which the lockstep rollout shortens as the column's synchronous rows do,
-    disaggregated to colocated, on one node.
-    """
+    disaggregated to colocated, on one node."""
     setup = SETUPS[column]
     plan = replace(column_plan(column, 8, "sync-disaggregated"), infer_share=share)
     colocated, disaggregated = (setup.env_steps(8) / row[0] for row in MAIN[column][:2])
@@ -381,8 +380,7 @@ What the paper's figures do not determine, and so no plan can predict:
 
 def emulated_node(preset: str, ratio: str, setting: str = "emulated") -> tuple[Node, Costs]:
     """Returns what `benchmarks/ladder.py` runs: sleeps of a simulator and a model that only take
-    time. setting: of EMULATED.
-    """
+    time. setting: of EMULATED."""
     costs = importlib.import_module(EMULATED[setting])
     vectorised = hasattr(costs, "Envs")
     config = from_preset(preset)
@@ -432,8 +430,7 @@ def read_ladder(file: Path) -> list[dict]:
 
 def calibrated_on(base: dict, node: Node, costs: Costs) -> float:
     """Predicts with the seconds that a synchronous row measured for its two phases, which contain
-    what this machine adds to a sleep.
-    """
+    what this machine adds to a sleep."""
     there = emulated_node("sync-disaggregated", base["ratio"], base["setting"])
     sync = simulate(*there, iterations=40)
     # While the actor waits, the rollout phase runs.
@@ -445,8 +442,7 @@ def calibrated_on(base: dict, node: Node, costs: Costs) -> float:
 
 def ladder(measured: list[dict]) -> list[dict]:
     """Compares every measured row with two predictions: from the nominal sleeps, and calibrated on
-    the ladder's own synchronous row.
-    """
+    the ladder's own synchronous row."""
     print(
         "\nemulated ladder, env steps/s                        measured   nominal   error   "
         "calibrated on sync-disaggregated"

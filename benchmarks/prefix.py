@@ -150,8 +150,7 @@ def rule(cached: dict, recomputed: dict) -> str:
 
 def measure(name: str, size: str, seconds: float) -> list[dict]:
     """The two rows. Raises UserError where there is no prefix or the size does not suit the
-    machine.
-    """
+    machine."""
     if name == "oft":
         raise UserError(
             "oft has no prefix to cache, its attention goes both ways: give --model pi05, pi0 or "

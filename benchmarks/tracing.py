@@ -40,8 +40,7 @@ ARGS = {"batch": 12, "version": 34}  # as an inference's
 
 def span_us(repeats: int) -> tuple[float, float]:
     """Measures the microseconds of a span that is not recorded, and how many more it takes where it
-    is. Medians over repetitions.
-    """
+    is. Medians over repetitions."""
     counters = Counters(1, metrics.columns(0))
     taken = {False: [], True: []}
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -87,8 +86,7 @@ def rates(run: Run) -> tuple[float, float, float]:
 def spans_per_s(run: Run) -> tuple[float, float]:
     """Counts spans of all workers, and of the one that records most.
 
-    A worker's fetches of weights have a row of their own in the trace; they are rare.
-    """
+    A worker's fetches of weights have a row of their own in the trace; they are rare."""
     counts = [len(rows) for rows in run.spans.values()]
     begin = min(rows[0][1] for rows in run.spans.values())
     end = max(rows[-1][2] for rows in run.spans.values())
@@ -126,8 +124,7 @@ def row(setting: str, traced: list[Run], untraced: list[Run], us: float, meter_u
 def measure(setting: str, ratio: str, iterations: int, repeats: int) -> list[dict]:
     """Measures every setting. Returns a row for each.
 
-    An empty ratio and 0 iterations mean the setting's own, as on the ladder.
-    """
+    An empty ratio and 0 iterations mean the setting's own, as on the ladder."""
     meter_us, us = span_us(4 * repeats)
     print(f"a span takes {meter_us:.2f} us, recorded {us:.2f} us more", flush=True)
     rows = []

@@ -42,8 +42,7 @@ BYTES = math.prod(IMAGE) + 4 * math.prod(STATE)
 
 def reply_to(images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """Every server's work on a batch [n, …]: reads a byte of each image row, returns actions [n,
-    10, 7].
-    """
+    10, 7]."""
     seen = images[:, :, :, 0, 0].sum(dim=(1, 2), dtype=torch.float32) + states.sum(dim=1)
     return seen[:, None, None].expand(-1, *ACTION)
 
@@ -82,8 +81,7 @@ def slots_env(
 
 def queue_server(tensors: bool, requests, replies: list, table: Counters) -> None:
     """`tensors`: images and actions are torch tensors, each in fresh shared memory; else numpy
-    arrays, which travel pickled.
-    """
+    arrays, which travel pickled."""
     torch.set_num_threads(1)
     while not table.get(0, "stop"):
         try:
@@ -117,8 +115,7 @@ def queue_env(rank: int, tensors: bool, requests, replies: list, table: Counters
 
 def round_trips(name: str, n: int, seconds: float) -> float:
     """Round trips/s of one repetition: starts server and envs, counts for `seconds` once every env
-    is going, stops them.
-    """
+    is going, stops them."""
     if name == "ray":
         return ray_round_trips(n, seconds)
     server = context("benchmarks.transport")
@@ -160,8 +157,7 @@ def round_trips(name: str, n: int, seconds: float) -> float:
 
 def ray_round_trips(n: int, seconds: float) -> float:
     """The same through Ray: the server is an actor and a request is a call, so that each batch
-    holds one observation.
-    """
+    holds one observation."""
     import ray
 
     ray.init(

@@ -46,8 +46,7 @@ AUTO = 40  # iterations of the run that tunes itself
 def priced(setting: str, ratio: str) -> tuple[Node, Costs]:
     """Makes what is simulated: the envs and batches of 1:1, on the devices of another ratio.
 
-    A user's envs and batches do not change with the ratio either.
-    """
+    A user's envs and batches do not change with the ratio either."""
     node, costs = emulated_node("full", ratio)
     same, _ = emulated_node("full", "1:1")
     node = replace(same, env_devices=node.env_devices, actor_devices=node.actor_devices)
@@ -81,8 +80,7 @@ def predicted(row: dict) -> float:
 def worth_running(rows: list[dict]) -> list[dict]:
     """Chooses what really runs. rows: all settings, the best first.
 
-    That is the best row of each of the best ratios, and of other B_max at the very best ratio.
-    """
+    That is the best row of each of the best ratios, and of other B_max at the very best ratio."""
     ratios = list(dict.fromkeys(row["ratio"] for row in rows))[:TRIED]
     chosen = [next(row for row in rows if row["ratio"] == ratio) for ratio in ratios]
     at_best = [row for row in rows if row["ratio"] == ratios[0]]

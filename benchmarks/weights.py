@@ -54,8 +54,7 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
     follows inference meanwhile.
 
     Sends (seconds of the fetch, of the swap, moment after it, seconds of a memcpy) per version; at
-    the end the seconds of batches without and with a fetch beside them.
-    """
+    the end the seconds of batches without and with a fetch beside them."""
     torch.set_num_threads(1)
     config, env_spec = embedded()
     model = models.build(config, env_spec).eval()

@@ -82,8 +82,7 @@ class Step(NamedTuple):
     """What one control step brought: numbers, or of `Envs` tensors [N] each.
 
     An episode ends with success, or without it where it failed (a dropped object, a fall, a safety
-    limit). One that failed has not succeeded, whatever `success` says.
-    """
+    limit). One that failed has not succeeded, whatever `success` says."""
 
     reward: "float | Tensor"
     success: "bool | Tensor"
@@ -144,8 +143,7 @@ class Envs(ABC):
     def step(self, actions: "Tensor") -> Step:
         """Takes one control step in every env, also in those never reset; actions [N, A] float32.
 
-        Draws nothing.
-        """
+        Draws nothing."""
 
     def film(self, size: int = 256) -> np.ndarray:
         """Draws a frame of the first env for people, [size, size, 3] uint8."""

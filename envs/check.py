@@ -204,8 +204,7 @@ def play(
 ) -> tuple[list[np.ndarray], float, str]:
     """Plays one episode, or the first `config.steps` of it.
 
-    Returns three frames, seconds per step, and how it ended.
-    """
+    Returns three frames, seconds per step, and how it ended."""
     env.reset(task, config.seed)
     frames = [env.observe()[0].copy()]
     took = 0.0

@@ -34,8 +34,7 @@ FEWEST = 100  # triangles that must be left of it
 def forget_missing_device() -> None:
     """Lets MuJoCo take the first EGL device where the one that is asked for does not exist.
 
-    A container may show fewer EGL devices than CUDA ones; MuJoCo by itself would fail.
-    """
+    A container may show fewer EGL devices than CUDA ones; MuJoCo by itself would fail."""
     wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     if wanted is not None and os.environ["MUJOCO_GL"] == "egl":
         from mujoco.egl import egl_ext
@@ -47,8 +46,7 @@ def forget_missing_device() -> None:
 def give_back_memory() -> None:
     """Returns freed memory to the system; the C library would keep it for later.
 
-    Compiling a model takes three times its size for a moment.
-    """
+    Compiling a model takes three times its size for a moment."""
     with contextlib.suppress(AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -60,8 +58,7 @@ def merge(vertices: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
     """Finds the vertices [V, 3] that share a cell of this side.
 
     Returns the first vertex of each cell, and the cell of each vertex. A cell's three coordinates
-    are one number, because numbers sort an order of magnitude faster than rows.
-    """
+    are one number, because numbers sort an order of magnitude faster than rows."""
     x, y, z = np.round(vertices.T / cell).astype(np.int64) + 2**20
     _, first, cells = np.unique((x << 42) + (y << 21) + z, return_index=True, return_inverse=True)
     return first, cells
@@ -79,8 +76,7 @@ def thin_meshes(model: mujoco.MjModel, cell: float) -> None:
     """Merges the vertices of each large mesh that share a cell, of `cell` metres a side.
 
     Faces that thereby collapse are dropped. For pictures only: the physics collides with hulls and
-    primitives, made when the model was compiled.
-    """
+    primitives, made when the model was compiled."""
     for mesh in np.flatnonzero(model.mesh_facenum > LARGE):
         start = model.mesh_vertadr[mesh]
         vertices = model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
@@ -171,8 +167,7 @@ def small_mesh(file: str, cell: float) -> bytes | None:
     """Merges the vertices of a mesh file that share a cell. Returns MuJoCo's .msh.
 
     None where it is small already, or too much would go. cell: side, in the units of the file.
-    Normals and texture coordinates stay each corner's own.
-    """
+    Normals and texture coordinates stay each corner's own."""
     positions, normals, texels = read_mesh(file)
     if len(positions) <= LARGE:
         return None
@@ -206,8 +201,7 @@ def thin_assets(
     model: of the time to compile it, and of memory, in the simulator as well as in GL. Only meshes
     of visual geoms are touched, and only in a model that takes no masses from them
     (`inertiagrouprange`). most: pixels of a texture's side; cell_of: a mesh's name → metres within
-    which its vertices are one.
-    """
+    which its vertices are one."""
     root = ElementTree.fromstring(xml)
     files = {}
 

@@ -58,8 +58,7 @@ class Lane(ABC):
     def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
         """Steps every env through its plan [C, A] until its episode ends.
 
-        horizon: control steps at which an episode is cut.
-        """
+        horizon: control steps at which an episode is cut."""
 
     @abstractmethod
     def close(self) -> None:

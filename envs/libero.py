@@ -133,8 +133,7 @@ def original() -> None:
 
     matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
     half a minute, and without robosuite's private macros it warns and logs to /tmp. robosuite also
-    takes exception to an EGL device that is not a CUDA one's number; we make our own contexts.
-    """
+    takes exception to an EGL device that is not a CUDA one's number; we make our own contexts."""
     names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
     added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
     if "numba" in added:
@@ -236,8 +235,7 @@ class Memory(NamedTuple):
 class Scene:
     """A task's model, success predicates and initial states.
 
-    Envs of one process that play the task share it.
-    """
+    Envs of one process that play the task share it."""
 
     def __init__(self, task: str, image_size: int, quality: str):
         with np.load(FOLDER / "init_files" / suite_of(task) / f"{task}.pruned_init.npz") as states:
@@ -373,8 +371,7 @@ def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
 def in_a_row(indexes: list[int]) -> slice:
     """Consecutive indexes as a slice, because reading one makes no copy.
 
-    Copying is most of the cost of reading seven numbers.
-    """
+    Copying is most of the cost of reading seven numbers."""
     found = slice(indexes[0], indexes[0] + len(indexes))
     if [*indexes] != [*range(found.start, found.stop)]:
         raise ValueError(f"expected consecutive indexes, not {indexes}")
@@ -384,8 +381,7 @@ def in_a_row(indexes: list[int]) -> slice:
 def rotation_of(turn: np.ndarray) -> np.ndarray:
     """Axis-angle [3] → rotation matrix [3, 3].
 
-    It goes through a quaternion in fp32 and in robosuite's order, so that its bits are the same.
-    """
+    It goes through a quaternion in fp32 and in robosuite's order, so that its bits are the same."""
     angle = np.linalg.norm(turn)
     if angle == 0.0:
         return np.identity(3)
@@ -410,8 +406,7 @@ def rotation_of(turn: np.ndarray) -> np.ndarray:
 def axis_angle(q: np.ndarray) -> np.ndarray:
     """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) (openpi).
 
-    So there is no jump where the gripper points down.
-    """
+    So there is no jump where the gripper points down."""
     w = min(1.0, max(-1.0, q[0]))
     length = math.sqrt(1.0 - w * w)
     return np.zeros(3) if math.isclose(length, 0.0) else q[1:] * 2.0 * math.acos(w) / length
@@ -493,8 +488,7 @@ class Env(envs.Env):
 
     def step(self, action: np.ndarray) -> Step:
         """action [7]: hand displacement (1 is 5 cm), rotation (1 is 0.5 rad), gripper (-1 opens, 1
-        closes); clipped to [-1, 1].
-        """
+        closes); clipped to [-1, 1]."""
         scene = self.scene
         data = self.data
         model = scene.model
@@ -557,8 +551,7 @@ class Env(envs.Env):
 
         τ = Jᵀ(Λ_position F, Λ_rotation F) + gravity + Nᵀ M a with Λ = (J M⁻¹ Jᵀ)⁻¹ and
         N = 1 − M⁻¹ Jᵀ Λ J, so that Nᵀ M a = M a − Jᵀ Λ J a: two systems of equations instead of the
-        original's inverses. Returns [7] newton metres.
-        """
+        original's inverses. Returns [7] newton metres."""
         scene = self.scene
         position, rotation = self.goal
         here, turned, velocity, j, mass, joints, speeds = pose
@@ -586,8 +579,7 @@ class Env(envs.Env):
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         """Pictures [2, H, W, 3] from the front and from the hand.
 
-        The state [8] is hand position, its axis-angle and finger positions.
-        """
+        The state [8] is hand position, its axis-angle and finger positions."""
         self._pose_view()
         scene = self.scene
         view = scene.view
@@ -623,8 +615,7 @@ class Env(envs.Env):
     def close(self) -> None:
         """Frees scenes that nobody plays any more, with their GL contexts.
 
-        Left to the interpreter's exit, EGL complains.
-        """
+        Left to the interpreter's exit, EGL complains."""
         self._leave()
         for key in [key for key, scene in SCENES.items() if not scene.players]:
             SCENES.pop(key).close()

@@ -79,8 +79,7 @@ STATE_RANGE = (
 def plate_assets() -> tuple[Path, Path, Path]:
     """Finds RLinf's things, plates and tables, and ManiSkill's stage and robot. Raises UserError.
 
-    The two environment variables are ManiSkill's and RLinf's own.
-    """
+    The two environment variables are ManiSkill's and RLinf's own."""
     own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
     rlinf = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill"))
     things = rlinf / "carrot"
@@ -194,8 +193,7 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
 def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
     """Starts episodes in some rows of a simulator, each from a seed of its own.
 
-    BaseEnv.reset has one seed for all of them.
-    """
+    BaseEnv.reset has one seed for all of them."""
     # Whatever is set, is set in these rows alone.
     sim.scene._reset_mask = these = mask_of(sim, rows)
     sim._elapsed_steps[these] = 0
@@ -226,8 +224,7 @@ def mask_of(sim, rows: list[int]) -> torch.Tensor:
 def squeeze(pictures: torch.Tensor, size: int) -> torch.Tensor:
     """[N, H, W, 3] uint8 → [N, size, size, 3].
 
-    A wide picture becomes narrow, as OpenVLA's preparation has it.
-    """
+    A wide picture becomes narrow, as OpenVLA's preparation has it."""
     pixels = pictures.permute(0, 3, 1, 2).float()
     small = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
     return small.round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -237,8 +234,7 @@ class Envs(envs.Envs):
     """The envs of one lane. Simulators are made when a task is first played.
 
     On a GPU there is one per task, else one per task and row. Raises UserError where nothing can
-    draw.
-    """
+    draw."""
 
     def __init__(
         self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device

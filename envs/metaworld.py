@@ -118,8 +118,7 @@ CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 def expand(name: str) -> tuple[str, ...]:
     """Lists the tasks that a name stands for. Raises UserError.
 
-    A name is a suite's or a task's (`reach`, Meta-World's `reach-v3`, `MT1-reach`).
-    """
+    A name is a suite's or a task's (`reach`, Meta-World's `reach-v3`, `MT1-reach`)."""
     task = name.removeprefix("MT1-").removesuffix("-v3")
     require(
         name in SUITES or task in PROMPTS,
@@ -144,8 +143,7 @@ RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 class Env(envs.Env):
     """One env. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks.
 
-    So a reset costs milliseconds.
-    """
+    So a reset costs milliseconds."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
@@ -190,8 +188,7 @@ class Env(envs.Env):
 
     def step(self, action: np.ndarray) -> Step:
         """action [4] float32: hand displacement x, y, z in units of 1 cm per step and gripper, each
-        clipped to [-1, 1].
-        """
+        clipped to [-1, 1]."""
         self.state, _, _, _, info = self.sim.step(np.clip(action, -1.0, 1.0))
         stability.check(self.sim.data)
         success = bool(info["success"])
@@ -226,8 +223,7 @@ class Env(envs.Env):
     def close(self) -> None:
         """Frees this process's GL contexts; another env makes new ones.
 
-        Left to the interpreter's exit, EGL complains.
-        """
+        Left to the interpreter's exit, EGL complains."""
         while RENDERERS:
             RENDERERS.popitem()[1].close()
         self.sims = {}

@@ -152,8 +152,7 @@ class PutOnPlate(BaseEnv):
         """Begins one row, or when ManiSkill makes its scenes all of them.
 
         options: seeds [rows], thing. Poses are the same in all rows whose turn it is, which is all
-        that ManiSkill's own first reset needs.
-        """
+        that ManiSkill's own first reset needs."""
         chosen = options.get("thing", 0)
         for row, seed in zip(env_idx.tolist(), options.get("seeds", env_idx.tolist()), strict=True):
             draw = np.random.default_rng(seed)

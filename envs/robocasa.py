@@ -66,8 +66,7 @@ KITCHENS: dict = {}
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """Any of RoboCasa's tasks, by the names of their classes.
 
-    What there is depends on its version, and `Env` says.
-    """
+    What there is depends on its version, and `Env` says."""
     tasks = tuple(dict.fromkeys(tasks)) or DEFAULT_TASKS
     for name in tasks:
         require(

@@ -21,8 +21,7 @@ mujoco.set_mju_user_warning(be_silent)  # `check` says it aloud
 def check(data: mujoco.MjData) -> None:
     """Raises FloatingPointError where a number has become infinite or absurd since the last reset.
 
-    Such numbers are positions, speeds and accelerations.
-    """
+    Such numbers are positions, speeds and accelerations."""
     for kind in BLOWN_UP:
         if data.warning[int(kind)].number:
             raise FloatingPointError(

@@ -67,8 +67,7 @@ def build(
     on `device`: `contract.MODEL`.
 
     spec: envs.EnvSpec. Raises UserError when the checkpoint is of another model or does not suit
-    the simulator.
-    """
+    the simulator."""
     name = config.train.model
     family = load(name)
     if family.FORMATS is None:
@@ -154,8 +153,7 @@ def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
 
 def check_family(name: str, path: Path) -> None:
     """Raises UserError when a checkpoint of another project is of another family than `name`, by
-    the names of its tensors.
-    """
+    the names of its tensors."""
     if checkpoint.is_ours(path):
         return
     keys = source.layout(path)

@@ -29,15 +29,13 @@ class Header(NamedTuple):
     @property
     def published(self) -> bool:
         """Whether the model began as another project's: its `preparation` resizes pictures, our
-        small ones' does not.
-        """
+        small ones' does not."""
         return self.stats.get("layout", "own") != "own"
 
 
 def find(path: str | Path) -> Path:
     """The weights file behind a file, a checkpoint folder or a run's folder or name (its newest
-    checkpoint).
-    """
+    checkpoint)."""
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
         for candidate in (
@@ -91,8 +89,7 @@ def of_family(path: str | Path, family: str) -> Header:
 
 def is_ours(path: str | Path) -> bool:
     """Whether a checkpoint is in our own layout, rather than another project's. Raises UserError
-    where there is none.
-    """
+    where there is none."""
     try:
         file = find(path)
     except UserError as nothing:
@@ -125,8 +122,7 @@ def run_of(path: str | Path) -> Path | None:
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
     """The tokeniser file for checkpoint `path`: what the user gives, else the one in another
     project's folder or of the run, the embedded default's for a small model of ours, or for GR00T
-    "", an installed package's. Raises UserError when there is none.
-    """
+    "", an installed package's. Raises UserError when there is none."""
     if given is not None:
         return str(given)
     places = [Path(path) / "tokenizer.model"]
@@ -146,8 +142,7 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
 
 def frame_size(path: Path) -> int:
     """Pixels of the pictures to show a checkpoint's model; another project's `preparation` resizes
-    them (LIBERO: 256).
-    """
+    them (LIBERO: 256)."""
     return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
 
 

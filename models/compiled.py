@@ -58,16 +58,14 @@ def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
 
 def compile_parts(model: nn.Module) -> None:
     """`model.COMPILED`, in place; what lies between them is small. A piece that is no single graph
-    is an error.
-    """
+    is an error."""
     for part in model.COMPILED:
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False, fullgraph=True))
 
 
 def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable[[], None]) -> None:
     """Compiles `act` for every batch of at most `most` samples. Raises UserError where
-    torch.compile does not work.
-    """
+    torch.compile does not work."""
     from torch._dynamo.exc import (
         TorchDynamoException,
     )  # half a compiler, which takes seconds to import

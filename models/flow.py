@@ -48,8 +48,7 @@ def flow_sde_step(
 
     σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' −
     σ²δ/(2t)); std = √δ·σ. x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H, A], std [n, 1,
-    1].
-    """
+    1]."""
     delta = t - t_next
     sigma = a * torch.sqrt(t / (1.0 - torch.where(t >= 1.0, t_next, t)))
     data_end = x - v * t
@@ -88,8 +87,7 @@ class FlowPolicy(nn.Module):
                       number of the denoise step → features [n, H, E]
     .direction(h, x)  those features → velocity from data to noise [n, H, A], in x's type
     .value_of(seen, h)   → value [n]
-    .executed(x)      [n, H, A] → [n, C, A], what the robot executes
-    """
+    .executed(x)      [n, H, A] → [n, C, A], what the robot executes"""
 
     FROZEN: tuple[str, ...] = ()
     learns_noise = False
@@ -117,8 +115,7 @@ class FlowPolicy(nn.Module):
     @property
     def cached(self) -> bool:
         """Whether slots keep what `look` saw: a frozen VLM sees the same at rollout and at every
-        epoch.
-        """
+        epoch."""
         return self.config.cache_prefix and not self.config.train_vlm
 
     def slot_fields(self) -> dict[str, Shape]:
@@ -154,8 +151,7 @@ class FlowPolicy(nn.Module):
 
     def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
         """noise and epsilon [n, H, A], and the stochastic denoise step's index [n], −1 where
-        `explore` is False (all steps follow the ODE).
-        """
+        `explore` is False (all steps follow the ODE)."""
         c = self.config
         noise = np.empty((len(keys), 2, *self.noise_shape()), np.float32)
         index = np.full(len(keys), -1, np.int64)
@@ -177,8 +173,7 @@ class FlowPolicy(nn.Module):
         """The ODE's step and the stochastic one's mean and standard deviation, from the expert's
         features h [n, H, E].
 
-        x [n, H, A], t and t_next [n, 1, 1] → [n, H, A], [n, H, A], and [n, 1, 1] or [n, H, A].
-        """
+        x [n, H, A], t and t_next [n, 1, 1] → [n, H, A], [n, H, A], and [n, 1, 1] or [n, H, A]."""
         v = self.direction(h, x)
         mean, std = flow_sde_step(x, v, t, t_next, self.config.noise_level)
         return ode_step(x, v, t, t_next), mean, std
@@ -194,8 +189,7 @@ class FlowPolicy(nn.Module):
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """obs: what `observation_fields` lists [n, …]; noise from `draw` → actions, logprob, value,
-        slot fields.
-        """
+        slot fields."""
         seen = self.look(obs)
         # The flow itself stays in fp32. A copy like what later steps make of it: compiled code
         # tells tensors made in inference mode and their strides apart.
@@ -234,8 +228,7 @@ class FlowPolicy(nn.Module):
 
         batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A] and value
         [n], and where the transition's deviation is learned its entropy []: Flow-SDE's deviation is
-        a constant of time.
-        """
+        a constant of time."""
         seen = self.look(batch)
         x_t = batch["x_t"]
         step = batch["denoise_index"].long()

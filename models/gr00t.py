@@ -55,8 +55,7 @@ PAD = -1
 @dataclass(kw_only=True, frozen=True)
 class Gr00tConfig(SiglipConfig, FlowConfig):
     """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO settings as in
-    RLinf.
-    """
+    RLinf."""
 
     vocabulary: int = 400  # tokens; 151680
     image_token: int = 399  # <IMG_CONTEXT>; 151669
@@ -166,8 +165,7 @@ def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Te
     language model may see: "flash" (the original's on a GPU) gives a padded position zero; "sdpa"
     what its real predecessors give, zero if there are none (transformers from 4.53; before, on a
     CPU, as "eager"); "eager" the same, but if there are none the mean over all positions (a large
-    finite number masks, and equal numbers cancel).
-    """
+    finite number masks, and equal numbers cancel)."""
     see = (
         torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
         & real[:, None, :]
@@ -247,8 +245,7 @@ class Block(nn.Module):
         self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None
     ) -> Tensor:
         """x [n, S, D]; condition [n, D]; keys from `keys`, or None to attend to x; mask [n, 1, 1,
-        P] bool, True to attend.
-        """
+        P] bool, True to attend."""
         if self.adaptive:
             scale, shift = self.ada(F.silu(condition))[:, None].chunk(2, dim=-1)  # each [n, 1, D]
             h = F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift
@@ -302,8 +299,7 @@ class ActionEncoder(nn.Module):
 
 def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
     """Sine, then cosine of bucket [n] at frequencies 10⁴^(−i/periods), i < half: [n, 2·half]
-    fp32.
-    """
+    fp32."""
     frequency = torch.exp(
         torch.arange(half, device=bucket.device, dtype=torch.float32)
         * (-math.log(10_000.0) / periods)
@@ -366,8 +362,7 @@ class Gr00t(FlowPolicy):
 
     def spread(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [n, L], one image token per view, `PAD` where there is none → ids [n, P] and which
-        are real [n, P] bool.
-        """
+        are real [n, P] bool."""
         c = self.config
         tokens = tokens.long()
         counts = torch.where(tokens == c.image_token, c.image_tokens, 1).flatten()
@@ -397,8 +392,7 @@ class Gr00t(FlowPolicy):
 
     def context(self, features: Tensor, real: Tensor) -> tuple[Tensor, list, Tensor | None]:
         """features [n, P, D] → processed features, keys and values of each DiT layer that attends
-        to them, and its mask.
-        """
+        to them, and its mask."""
         mask = real[:, None, None] if self.config.mask_padding else None
         x = self.vlln(features)
         for block in self.vl_blocks:
@@ -413,8 +407,7 @@ class Gr00t(FlowPolicy):
         self, context, state: Tensor, x_t: Tensor, bucket: Tensor, which: int | Tensor
     ) -> Tensor:
         """v(x_t, t | context), from noise to data. state of `encode_state`, x_t [n, H, A'], bucket
-        [n] = ⌊t·1000⌋ → [n, H, A'].
-        """
+        [n] = ⌊t·1000⌋ → [n, H, A']."""
         _, keys, mask = context
         n, horizon, _ = x_t.shape
         waves = (
@@ -433,8 +426,7 @@ class Gr00t(FlowPolicy):
 
     def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
         """Processed features [n, P, D] and encoded state [n, 1, D'] → value [n]; the head's
-        gradient stops at both.
-        """
+        gradient stops at both."""
         seen = (
             real[..., None] if self.config.mask_padding else torch.ones_like(real)[..., None]
         )  # [n, P, 1]
@@ -469,8 +461,7 @@ class Gr00t(FlowPolicy):
 
     def look(self, obs: dict[str, Tensor]) -> dict:
         """Features of pictures and prompt, or what a slot keeps of them; their keys and values in
-        the action head; the state's token.
-        """
+        the action head; the state's token."""
         c = self.config
         ids, real = self.spread(obs["tokens"])
         stored = obs.get("vl_features")
@@ -518,8 +509,7 @@ class Gr00t(FlowPolicy):
         square error where `real`.
 
         context and state from `context` and `encode_state`; actions, noise, real [n, H, A'] (real
-        is False in the padding), t [n].
-        """
+        is False in the padding), t [n]."""
         x_t = (1.0 - t[:, None, None]) * noise + t[:, None, None] * actions
         bucket = (t * self.config.time_buckets).long()
         v = self.velocity(
@@ -535,8 +525,7 @@ class Gr00t(FlowPolicy):
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
         """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what
-        `imitation_draw` drew.
-        """
+        `imitation_draw` drew."""
         c = self.config
         room = (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk)
         padded = F.pad(actions, room)
@@ -551,8 +540,7 @@ class Gr00t(FlowPolicy):
 
 def training_time(n: int) -> Tensor:
     """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise
-    (Isaac-GR00T).
-    """
+    (Isaac-GR00T)."""
     return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
 
 

@@ -8,8 +8,7 @@ Key = tuple[int, int, int, int]  # seed, lane, trajectory, chunk step
 def generator(key: Key) -> np.random.Generator:
     """Makes the random numbers of one inference, named by its key and by nothing else.
 
-    Which requests share a batch is a matter of timing; the noise each one gets must not be.
-    """
+    Which requests share a batch is a matter of timing; the noise each one gets must not be."""
     seed, lane, trajectory, t = key
     return np.random.Generator(
         np.random.Philox(key=[seed, lane << 32 | trajectory], counter=[0, 0, 0, t])

@@ -39,8 +39,7 @@ from models.noise import Key, generator
 @dataclass(kw_only=True, frozen=True)
 class OftConfig:
     """Widths and depths. The defaults are the embedded default; the published model's are in the
-    comments.
-    """
+    comments."""
 
     views: int = 1  # cameras; 1, or 2 with the wrist's
     image_size: int = 64  # pixels; 224
@@ -140,15 +139,13 @@ FULL = {
 
 class Lora:
     """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
-    `rlinf/models/__init__.py`).
-    """
+    `rlinf/models/__init__.py`)."""
 
     def add_lora(self, rank: int) -> None:
         """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's
         A is one, its B is 1 × 1.
 
-        In fp32 whatever the weights are in: steps of the optimizer are too small for bf16.
-        """
+        In fp32 whatever the weights are in: steps of the optimizer are too small for bf16."""
         out, inner, *kernel = self.weight.shape
         like = {
             "device": self.weight.device,
@@ -197,8 +194,7 @@ class PatchEmbedding(nn.Conv2d, Lora):
 
 class VisionBlock(nn.Module):
     """timm's `Block`: pre-norm attention and MLP with exact GELU; `scale` is LayerScale, which only
-    DINOv2 has.
-    """
+    DINOv2 has."""
 
     def __init__(self, width: int, mlp: int, heads: int, scale: bool):
         super().__init__()
@@ -229,8 +225,7 @@ class VisionBlock(nn.Module):
 
 class VisionTower(nn.Module):
     """A ViT without its last block and norm. DINOv2: class and register tokens in front, without
-    positions; SigLIP: none.
-    """
+    positions; SigLIP: none."""
 
     def __init__(
         self,
@@ -299,8 +294,7 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """x [n, S, D], mask [n, 1, 1, S] bool: everyone may look at everything that is not
-        padding.
-        """
+        padding."""
         h = self.input_layernorm(x)
         q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
         k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
@@ -350,8 +344,7 @@ class Oft(nn.Module):
         Actions leave the model in the units of `stats`.
 
         Adapters, the value head and, where all is trained, everything are in fp32. Half precision
-        is for files alone.
-        """
+        is for files alone."""
         own = "layout" not in stats
         train = config.actor.oft_train or (self.config.train if own else OftConfig.train)
         critic = self.critic()
@@ -367,14 +360,12 @@ class Oft(nn.Module):
 
     def set_actions(self, table: np.ndarray) -> None:
         """table [A, bins] float32: what the simulator executes for each bin of each dimension
-        (`formats/bins.py`).
-        """
+        (`formats/bins.py`)."""
         self.action_table = torch.from_numpy(table).to(self.lm_head.weight.device)
 
     def train_as(self, train: str) -> None:
         """Gives every linear layer adapters, or adds those it has into the weights. The function
-        computed stays the same.
-        """
+        computed stays the same."""
         for module in self.modules():
             if isinstance(module, Lora):
                 if train == "full":
@@ -388,8 +379,7 @@ class Oft(nn.Module):
 
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [n, V, H, W, 3] uint8 → normalised for DINOv2 and for SigLIP, [n·V, 3, H, W] each.
-        Raises UserError.
-        """
+        Raises UserError."""
         c = self.config
         f = self.lm_head.weight.dtype
         if image.dtype != torch.uint8 or tuple(image.shape[1:]) != (
@@ -422,8 +412,7 @@ class Oft(nn.Module):
     def hidden(self, image: Tensor, tokens: Tensor, count: int | None = None) -> Tensor:
         """Last hidden states that predict the first `count` (default C·A) tokens after the prompt.
 
-        image [n, V, H, W, 3] uint8; tokens [n, L] = BOS, padding, prompt, "▁" → [n, count, D].
-        """
+        image [n, V, H, W, 3] uint8; tokens [n, L] = BOS, padding, prompt, "▁" → [n, count, D]."""
         c = self.config
         n = len(tokens)
         pictures = self.projector(self.features(image))
@@ -450,16 +439,14 @@ class Oft(nn.Module):
 
     def action_logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → [n, C·A, bins] fp32; all other words have probability 0 by
-        construction.
-        """
+        construction."""
         return wide(
             self.lm_head(hidden, slice(self.config.words, self.config.words + self.config.bins))
         )
 
     def value(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → value [n], from the position that predicts the first action
-        token.
-        """
+        token."""
         return self.value_head(hidden[:, 0].to(self.value_head[0].weight.dtype))[:, 0]
 
     # ------------------------------------------------------------ the policy
@@ -481,16 +468,14 @@ class Oft(nn.Module):
 
     def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
         """One uniform number per action token [n, C·A], and whether to sample [n]; where not, the
-        likeliest bin is taken.
-        """
+        likeliest bin is taken."""
         uniform = np.stack([generator(key).random(self.config.actions, np.float32) for key in keys])
         return {"uniform": torch.from_numpy(uniform), "explore": torch.tensor(explore)}
 
     @torch.inference_mode()
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """obs: image [n, V, H, W, 3] uint8, tokens [n, L]; noise from `draw` → actions, logprob,
-        value, slot fields.
-        """
+        value, slot fields."""
         c = self.config
         hidden = self.hidden(obs["image"], obs["tokens"])
         logits = self.action_logits(hidden)
@@ -513,8 +498,7 @@ class Oft(nn.Module):
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
         batch: image, tokens, action_tokens [n, …]. Returns logprob [n, C, A], one per token, value
-        [n] and entropy [], the mean per token in nats.
-        """
+        [n] and entropy [], the mean per token in nats."""
         c = self.config
         hidden = self.hidden(batch["image"], batch["tokens"])
         logprob = (self.action_logits(hidden) / c.temperature).log_softmax(-1)
@@ -529,8 +513,7 @@ class Oft(nn.Module):
         """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A
         action tokens and </s>.
 
-        actions [n, C, A] in [-1, 1] as `bins.normalise_actions` makes them.
-        """
+        actions [n, C, A] in [-1, 1] as `bins.normalise_actions` makes them."""
         c = self.config
         targets = bins.encode_actions(actions, c.words, c.bins).flatten(1)
         if c.stop_token:
@@ -543,8 +526,7 @@ class Oft(nn.Module):
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
         """Loss [] of demonstrated actions [n, C, A] in [-1, 1], given `obs` as for `act`; nothing
-        is drawn.
-        """
+        is drawn."""
         return self.imitation_loss(obs["image"], obs["tokens"], actions)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -560,8 +542,7 @@ class Oft(nn.Module):
 
     def idle(self) -> tuple[str, ...]:
         """Training needs every parameter: attention goes both ways, so there is no prefix to
-        keep.
-        """
+        keep."""
         return ()
 
 

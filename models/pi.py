@@ -52,8 +52,7 @@ from models.tokenize import PAD
 @dataclass(kw_only=True, frozen=True)
 class PiConfig(SiglipConfig, FlowConfig):
     """The defaults are the embedded π0.5; openpi's is in the comments. A camera of openpi's three
-    that is left out equals a masked one.
-    """
+    that is left out equals a masked one."""
 
     pi05: bool = True  # False: π0
     vocabulary: int = 399  # tokens; 257152
@@ -123,8 +122,7 @@ FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
 
 class RMSNorm(nn.Module):
     """Gemma's: x/rms(x)·(1 + w). With `condition` [n, D], adaRMS: scale, shift and gate come from a
-    Linear of it.
-    """
+    Linear of it."""
 
     def __init__(self, width: int, condition: int | None = None):
         super().__init__()
@@ -166,8 +164,7 @@ def gated(x: Tensor, more: Tensor, gate: Tensor | None) -> Tensor:
 
 class GemmaLayer(nn.Module):
     """One decoder layer. `past` [n, 2·kv, P, d] are keys and values to attend to before one's
-    own.
-    """
+    own."""
 
     def __init__(self, width, mlp, heads, head_dim, condition=None, kv_heads=1):
         """condition: width of what adaRMS is conditioned on, if it is that."""
@@ -184,8 +181,7 @@ class GemmaLayer(nn.Module):
 
     def forward(self, x, cos, sin, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
         """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x
-        and this layer's own keys and values [n, 2·kv, S, d].
-        """
+        and this layer's own keys and values [n, 2·kv, S, d]."""
         h, gate = self.input_layernorm(x, condition)
         q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
         k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
@@ -212,8 +208,7 @@ class VisionTower(Siglip):
 
     def forward(self, image: Tensor) -> Tensor:
         """image [n, V, H, W, 3] uint8 (or already scaled to [-1, 1]) → tokens [n, V·(H/patch)²,
-        D].
-        """
+        D]."""
         pixels = scaled(image, self.patch_embedding.weight.dtype)
         found = self.projector(super().forward(pixels))
         return found.unflatten(0, image.shape[:2]).flatten(1, 2)
@@ -276,16 +271,14 @@ class Pi(FlowPolicy):
 
         image [n, V, H, W, 3] uint8, tokens [n, L], real [n, P] bool where cameras may be missing
         (default: only padding is not) → cache [n, depth, 2·kv, P, d], mean feature of the real
-        positions [n, D], real [n, P] bool.
-        """
+        positions [n, D], real [n, P] bool."""
         real = self.real(tokens) if real is None else real
         x, cache = self.prefix_features(image, tokens, real)
         return cache, (wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
 
     def prefix_features(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """As `prefix` → features of every position [n, P, D] (meaningless where not real), cache
-        [n, depth, 2·kv, P, d].
-        """
+        [n, depth, 2·kv, P, d]."""
         c = self.config
         shape = (c.views, c.image_size, c.image_size, 3)
         numeric = image.dtype == torch.uint8 or image.is_floating_point()
@@ -316,8 +309,7 @@ class Pi(FlowPolicy):
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
     ) -> Tensor:
         """The expert's features of the action tokens. x_t [n, C, A], t [n], state [n, S] (π0) → [n,
-        C, E].
-        """
+        C, E]."""
         c = self.config
         dtype = self.action_in_proj.weight.dtype
         x = self.action_in_proj(x_t.to(dtype))
@@ -349,8 +341,7 @@ class Pi(FlowPolicy):
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
     ) -> Tensor:
         """v(x_t, t | prefix), which points from data to noise. x_t [n, C, A], t [n], state [n, S]
-        (π0) → [n, C, A].
-        """
+        (π0) → [n, C, A]."""
         return self.action_out_proj(self.suffix(cache, real, x_t, t, state)).to(x_t.dtype)
 
     def value(self, feature: Tensor) -> Tensor:
@@ -407,8 +398,7 @@ class Pi(FlowPolicy):
         self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `FlowPolicy.transition`; Flow-Noise: the ODE's step is the mean, the network's bounded
-        answer the deviation [n, C, A].
-        """
+        answer the deviation [n, C, A]."""
         if not self.learns_noise:
             return super().transition(x, h, t, t_next)
         step = ode_step(x, self.direction(h, x), t, t_next)
@@ -429,8 +419,7 @@ class Pi(FlowPolicy):
         state: Tensor | None = None,
     ) -> Tensor:
         """Flow matching given a prefix: x_t = t·noise + (1 − t)·actions, target velocity noise −
-        actions. MSE [].
-        """
+        actions. MSE []."""
         x_t = t[:, None, None] * noise + (1.0 - t[:, None, None]) * actions
         return F.mse_loss(self.velocity(cache, real, x_t, t, state), noise - actions)
 
@@ -441,8 +430,7 @@ class Pi(FlowPolicy):
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
         """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what
-        `imitation_draw` drew.
-        """
+        `imitation_draw` drew."""
         cache, _, real = self.prefix(obs["image"], obs["tokens"])
         return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
 
@@ -452,15 +440,13 @@ def denoise_times(steps: int) -> list[float]:
     direction).
 
     In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of
-    1e-4.
-    """
+    1e-4."""
     return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
 
 def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     """Flow-Noise's standard deviation: tanh maps x to a log-variance between those of `bounds`
-    (RLinf explore_noise_net.py).
-    """
+    (RLinf explore_noise_net.py)."""
     low, high = (2.0 * math.log(bound) for bound in bounds)
     return torch.exp(0.5 * (low + (high - low) * (torch.tanh(x) + 1.0) / 2.0))
 

@@ -57,8 +57,7 @@ def prompt(task: str, state: np.ndarray) -> str:
 
 def encode(tokenizer, text: str, length: int) -> np.ndarray:
     """Token ids [length] int32: BOS, the text, padding. Raises UserError when the text does not
-    fit.
-    """
+    fit."""
     ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
     if len(ids) > length:
         raise UserError(
@@ -70,8 +69,7 @@ def encode(tokenizer, text: str, length: int) -> np.ndarray:
 
 def train_vocabulary(prompts: list[str], path: Path) -> None:
     """A SentencePiece model with one token per word of `prompts`, per state bin and per letter.
-    Deterministic.
-    """
+    Deterministic."""
     words = sorted({word for text in prompts for word in text.replace(",", "").split()})
     symbols = (
         [f"▁{w}" for w in ["Task:", "State:", *words]]

@@ -28,8 +28,7 @@ def start(
     """Makes weights and vocabulary unless they exist, and returns both files.
 
     spec: envs.EnvSpec; state_range: lowest and highest usual state [S] each; chunk: actions per
-    inference; tokens: least length of prompts.
-    """
+    inference; tokens: least length of prompts."""
     named = hashlib.sha1(repr((spec, state_range, chunk, tokens)).encode()).hexdigest()[:10]
     weights = folder / f"untrained_{model}_{named}.safetensors"
     vocabulary = folder / f"untrained_{model}_{named}.model"

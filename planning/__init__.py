@@ -18,8 +18,7 @@ class Node:
     """One node: its workers, and the settings that decide who waits for whom.
 
     Names and meaning are those of config.py. `settings.node_of` makes one from a run's settings.
-    Workers that name the same device take turns on it, except on "cpu".
-    """
+    Workers that name the same device take turns on it, except on "cpu"."""
 
     lanes: int
     lane_envs: int = 1  # that step together, and whose trajectories begin and end together

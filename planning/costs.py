@@ -27,8 +27,7 @@ TOO_FEW = 7  # lines of metrics.jsonl below which a prediction may be far off
 
 def all_reduce_s(plan: PlanConfig, nodes: int) -> float:
     """Returns the seconds of a ring over the nodes: every byte crosses each link twice, in
-    2 (n − 1) hops.
-    """
+    2 (n − 1) hops."""
     transfer = 2 * (nodes - 1) / nodes * plan.gradient_gb / plan.network_gb_s
     return transfer + 2 * (nodes - 1) * plan.network_latency_us * 1e-6
 
@@ -40,8 +39,7 @@ def lockstep(node: Node) -> Node:
     """Returns the same node in the synchronous baseline's rollout.
 
     There, each simulating device has one vectorised lane. Only rollouts are timed, so one actor
-    rank will do for lanes of any width.
-    """
+    rank will do for lanes of any width."""
     alone = replace(
         node, max_staleness=0, batch_max="all", batch_wait_s=math.inf, stream=False, update_epochs=1
     )
@@ -82,8 +80,7 @@ def calibrate(plan: PlanConfig) -> Costs:
     the parts that those belong to.
 
     The rollout is simulated alone, twice: simulators without inference, to give them their share;
-    then both, to meet --rollout-s exactly. Raises UserError.
-    """
+    then both, to meet --rollout-s exactly. Raises UserError."""
     check_phases(plan)
     ratio = plan.measured_ratio or plan.ratio
     placement = plan.measured_placement or plan.placement
@@ -132,8 +129,7 @@ def calibrate(plan: PlanConfig) -> Costs:
 
 def chunk_times(rows: list[Span]) -> list[float]:
     """Returns the seconds of each chunk of an env worker: its steps, and the rendering and
-    resetting that follow them.
-    """
+    resetting that follow them."""
     times: list[float] = []
     for what, start, end, _ in rows:
         if what == "step":
@@ -145,8 +141,7 @@ def chunk_times(rows: list[Span]) -> list[float]:
 
 def overhead(rows: list[Span], what: str) -> float:
     """Returns the seconds between a worker's spans, neither work nor waiting, for each span of this
-    work.
-    """
+    work."""
     covered = sum(end - start for _, start, end, _ in rows)
     units = sum(name == what for name, *_ in rows)
     return max(0.0, rows[-1][2] - rows[0][1] - covered) / max(units, 1)
@@ -158,8 +153,7 @@ def inference_cost(
     """Returns the seconds of an inference that do not depend on its size, and those per sample.
 
     They are a line through the spans where the trace says how large each batch was and sizes
-    differ; else `fixed`, the share of a batch of `most` samples, is believed.
-    """
+    differ; else `fixed`, the share of a batch of `most` samples, is believed."""
     seconds = np.array([end - start for _, start, end, _ in infers])
     sizes = np.array([args.get("batch", math.nan) for *_, args in infers], float)
     if np.isfinite(sizes).all() and np.ptp(sizes) > 0:
@@ -187,8 +181,7 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
     """Returns the Costs that the workers' spans show, for the node that ran.
 
     Time between two spans, which no span covers, belongs to the unit of work before it.
-    batch_size: mean samples of an inference. fixed: see `inference_cost`.
-    """
+    batch_size: mean samples of an inference. fixed: see `inference_cost`."""
     envs, rollouts, actors = (
         [rows for name, rows in spans.items() if name.startswith(stage + "-")] for stage in STAGES
     )
@@ -232,8 +225,7 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
 
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
     """Returns a run's folder, settings, lines of metrics that count, and spans. Raises
-    UserError.
-    """
+    UserError."""
     run = existing_run(name)
     require(
         (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file(),
@@ -275,8 +267,7 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
     the run itself reached. Raises UserError.
 
     Lanes stay as wide as they were: other parts mean other numbers of env workers, and faster or
-    slower rollouts and actors.
-    """
+    slower rollouts and actors."""
     require(
         plan.rollout_s is None and plan.actor_s is None,
         "--from takes the costs from the run: leave out --rollout-s and --actor-s",

@@ -71,8 +71,7 @@ class World:
 class Device:
     """Does the work of several workers one after another, first come first served.
 
-    A worker in the queue counts as busy, as one whose kernel waits for another's does.
-    """
+    A worker in the queue counts as busy, as one whose kernel waits for another's does."""
 
     def __init__(self, world: World):
         self.world = world
@@ -433,8 +432,7 @@ class Look(NamedTuple):
 
 class Barrier:
     """Sums gradients once the ranks of all nodes are there; ends an iteration after its last
-    minibatch.
-    """
+    minibatch."""
 
     def __init__(self, world: World, nodes: int, rng: np.random.Generator, looks_at: tuple):
         self.world = world
@@ -534,8 +532,7 @@ class Draws:
 
     A coarse chunk stands for many, and their mean scatters less than one of them. Yet the slowest
     of a round must be as slow as ever. Stratified draws have the distribution of single ones, and
-    their sum over an iteration hardly scatters.
-    """
+    their sum over an iteration hardly scatters."""
 
     def __init__(self, times: np.ndarray, strata: int, rng: np.random.Generator):
         self.times = times
@@ -557,8 +554,7 @@ def slowness_of(nodes: int, followed: int, spread: float) -> list[float]:
     """Returns how many times slower than the median each node that is followed is.
 
     The slowest of all is always followed. The others stand for the rest, at evenly spaced
-    quantiles of a log-normal distribution of this σ.
-    """
+    quantiles of a log-normal distribution of this σ."""
     if nodes == 1:
         return [1.0]
     rest = [(i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1)]
@@ -579,8 +575,7 @@ def simulate(
     """Runs `iterations` after `warmup` in virtual time and returns means over them.
 
     simulated: nodes that are followed event by event. spread: σ of the log-normal slowness of whole
-    nodes. Raises RuntimeError when every worker waits for another.
-    """
+    nodes. Raises RuntimeError when every worker waits for another."""
     # Build the nodes.
     world = World()
     rng = np.random.default_rng(seed)

@@ -32,8 +32,7 @@ class PlanConfig:
     """GPUs of the whole cluster"""
     gpus_per_node: int = 8
     """a node is a closed unit: simulators, rollouts and actors exchange nothing but gradients with
-    other nodes
-    """
+    other nodes"""
     ratio: str = ""
     """R:A within a node; empty means 1:1, or with --from the run's own"""
     preset: Literal[
@@ -78,12 +77,10 @@ class PlanConfig:
     """trajectories of one forward and backward pass of a rank; 0 means at most 4"""
     env_workers: int = 0
     """simulator processes of a node; 0 means one per env where simulators have a part in all GPUs,
-    and fewer in proportion
-    """
+    and fewer in proportion"""
     lane_envs: int = 1
     """envs of one vectorised GPU simulator, which step together and share the GPU with inference; 1
-    means CPU simulators
-    """
+    means CPU simulators"""
 
     tail: float = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
@@ -112,12 +109,10 @@ class PlanConfig:
     """iterations that the means are over, after 4 to 20 that are not counted"""
     rounds: int = 0
     """most chunk steps of a lane in an iteration that are simulated, where one stands for several;
-    0 means what a second or two allow, but at least four for each trajectory
-    """
+    0 means what a second or two allow, but at least four for each trajectory"""
     node_spread: float = 0.0
     """σ of the lasting differences in speed between nodes, log-normal; of many nodes the slowest
-    counts
-    """
+    counts"""
     simulated_nodes: int = 3
     """nodes followed event by event; see planning/events.py"""
     seed: int = 0
@@ -145,8 +140,7 @@ class PlanConfig:
 def node_of(config: Config, placement: Placement) -> Node:
     """Translates a run's settings into what is simulated, chunk step by chunk step.
 
-    Simulators on CPUs run beside each other; vectorised ones share their GPUs with inference.
-    """
+    Simulators on CPUs run beside each other; vectorised ones share their GPUs with inference."""
     wait = config.rollout.batch_wait_ms
     vectorised = config.env.lanes > 0
     workers = placement.env_devices
@@ -198,8 +192,7 @@ def divisor(whole: int, most: int) -> int:
 def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     """Returns one node of the cluster, how many nodes there are, and what was decided, in words.
 
-    Raises UserError.
-    """
+    Raises UserError."""
     # Check the flags by themselves.
     for name in POSITIVE:
         value = getattr(plan, name)

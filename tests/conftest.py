@@ -57,8 +57,7 @@ SMALL = (
 
 def tiny_pi(dtype: torch.dtype = torch.float32, **changes) -> Pi:
     """A π0.5 (with `pi05=False` a π0) of 50 thousand weights, none of them zero, so that every one
-    of them matters.
-    """
+    of them matters."""
     torch.manual_seed(0)
     model = Pi(PiConfig(**TINY | changes)).to(dtype)
     with torch.no_grad():
@@ -85,8 +84,7 @@ def slopes(
     model, batch: dict[str, torch.Tensor], parameter: torch.Tensor, h: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the log-prob in the parameter's element with the largest gradient: autograd's, and by
-    finite differences of step h.
-    """
+    finite differences of step h."""
     (gradient,) = torch.autograd.grad(model.evaluate(batch)["logprob"].sum(), parameter)
     position = gradient.abs().argmax()
     with torch.no_grad():
@@ -122,8 +120,7 @@ def channels_of(setup) -> Channels:
 
 def assert_balanced(run: Path) -> dict:
     """Every chunk step of a finished run was trained as often as every other, or discarded for a
-    reason. Returns its last line.
-    """
+    reason. Returns its last line."""
     lines = read_metrics(run)
     config = json.loads((run / "config.json").read_text())
     last = lines[-1]
@@ -149,8 +146,7 @@ def assert_balanced(run: Path) -> dict:
 
 class Cli:
     """One `python FILE FLAGS`. An environment variable, which every descendant inherits, marks all
-    of its processes.
-    """
+    of its processes."""
 
     def __init__(self, file: str | Path, flags: str, **environment: str):
         self.mark = uuid.uuid4().hex
@@ -193,8 +189,7 @@ class Cli:
 
     def workers(self) -> list[psutil.Process]:
         """In the order they were started: actors, rollout workers, env workers. They are children
-        of the fork server.
-        """
+        of the fork server."""
         children = [
             worker
             for child in psutil.Process(self.process.pid).children()
@@ -236,8 +231,7 @@ class Cli:
 @pytest.fixture
 def cli():
     """Starts command lines; afterwards none of their processes may be left, nor a file in
-    /dev/shm.
-    """
+    /dev/shm."""
     started = []
     before = shared_memory_files()
 
@@ -264,8 +258,7 @@ def cli():
 
 def shared_memory_files() -> set[str]:
     """Names in /dev/shm that no living process has mapped (somebody else's may come and go
-    meanwhile).
-    """
+    meanwhile)."""
     found = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
     for process in psutil.process_iter() if found else ():
         try:

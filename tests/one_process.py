@@ -65,8 +65,7 @@ class World:
 
     def __init__(self, seed: int, *, wakes_lost: float, doubled: float, kills: int):
         """wakes_lost, doubled: probabilities, of a WAKE and of any record; kills: how many workers
-        die at most.
-        """
+        die at most."""
         self.random = random.Random(seed)
         self.wakes_lost = wakes_lost
         self.doubled = doubled
@@ -97,8 +96,7 @@ class World:
 
     def point(self, risk: float = 0.002) -> None:
         """A place where the running worker may be killed, with this probability, or others may
-        run.
-        """
+        run."""
         thread = self.running
         if thread.name in self.mortal and self.kills and self.random.random() < risk:
             self.kills -= 1
@@ -134,8 +132,7 @@ class World:
 
 class Pipe:
     """Stands for `channel.IndexQueue`. Records of one sender keep their order, as in a pipe; those
-    of different senders do not.
-    """
+    of different senders do not."""
 
     def __init__(self, world: World, apart: bool):
         """apart: a copy may arrive later than its original; else it comes together with it."""

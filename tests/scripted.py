@@ -37,8 +37,7 @@ def spec(tasks, image_size) -> EnvSpec:
 
 class Env(envs.Env):
     """Succeeds when action[0] is 1, and takes action[1] seconds. Its picture says which episode
-    this is, how far along, and of which task.
-    """
+    this is, how far along, and of which task."""
 
     def reset(self, task, seed):
         self.task = task
@@ -187,8 +186,7 @@ def records(channels: Channels, count: int) -> list[Record]:
 
 def requests(channels: Channels, count: int) -> list[Record]:
     """Returns the next requests, which must be so many, in the order of their slots. Records that
-    only wake are left out.
-    """
+    only wake are left out."""
     got = []
     while len(got) < count:
         more = channels.requests[0].get(10.0)
@@ -236,8 +234,7 @@ def drive(channels: Channels, record: Record, begins_next: bool) -> Record | Non
     """Answers one lane's requests to the end of its trajectory, without success.
 
     begins_next: whether its next trajectory may begin, whose first request comes together with that
-    for the last value, and is returned.
-    """
+    for the last value, and is returned."""
     slot = record.slot
     generation = record.generation
     trajectory = int(channels.pool["trajectory"][slot])

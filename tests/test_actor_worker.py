@@ -263,8 +263,7 @@ def test_groups_are_read_with_how_every_member_ended():
 
 def test_outcomes_are_of_the_episode_alone():
     """What an earlier trajectory left in the rows after the end does not count; an episode that
-    failed is no success.
-    """
+    failed is no success."""
     pool = SlotPool(FIELDS, 4)
     pool["length"].copy_(torch.tensor([1, 3, 2, 3]))
     pool["success"][0, 1] = True  # after the end

@@ -140,8 +140,7 @@ def test_gae_of_control_steps_sums_up_to_that_of_chunk_steps(chunks, actions, se
 @given(st.integers(1, 4), st.integers(1, 4), st.floats(0.0, 1.0), st.floats(0.0, 1.0), seeds)
 def test_advantages_of_actions_and_tokens(chunks, actions, gamma, lam, seed):
     """From rewards and values of control steps, which episodes may end at within a chunk, to the
-    loss of every action or token.
-    """
+    loss of every action or token."""
     reward, value, terminated, truncated, _ = episodes(2, chunks * actions, seed)
     found, _ = gae(*map(torch.from_numpy, (reward, value, terminated, truncated)), gamma, lam)
     found = found.unflatten(1, (chunks, actions)).flatten(0, 1)  # [samples, C]
@@ -343,8 +342,7 @@ def test_staleness_zero_is_ppo():
 
 def test_inside_the_clip_the_action_is_corrected_in_full():
     """Whatever the proximal policy, interpolated at any staleness or another: the gradient is r·A
-    per sample, r = new / old.
-    """
+    per sample, r = new / old."""
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(12, 1, dtype=torch.float64, generator=generator)
     a = torch.randn(12, dtype=torch.float64, generator=generator)
@@ -525,8 +523,7 @@ SPEC = EnvSpec(("push",), ("push the puck",), 1, 16, 4, 4, 60)
 
 def test_the_value_of_an_episode_s_last_observation_counts_where_the_time_limit_cut_it():
     """γ = 0.5, λ = 1. Of three steps the second is the last of its episode: cut in one row,
-    successful in the other.
-    """
+    successful in the other."""
     config = Config()
     config.algorithm.gamma = 0.5
     config.algorithm.gae_lambda = 1.0
@@ -570,8 +567,7 @@ def test_grpo_gives_every_played_step_its_member_s_advantage():
 
 def test_grpo_compares_summed_rewards_where_the_simulator_says_so():
     """Dense rewards have no natural bounds: whatever their mean, groups are kept that have some
-    spread, and those without any are filtered.
-    """
+    spread, and those without any are filtered."""
     config = Config()
     dense = Grpo(config, SPEC._replace(compares="reward"))
     data = {

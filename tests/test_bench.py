@@ -90,8 +90,7 @@ def test_inference(model, tmp_path):
 )
 def test_the_emulated_settings_are_the_paper_s_columns(setting, tolerance):
     """In virtual time, the sleeps give the rows that they are derived from; ManiSkill's do not fit
-    one another better.
-    """
+    one another better."""
     column = ladder.COLUMNS[setting]
     fewer = {"vectorised": 256}.get(
         setting, 64
@@ -151,8 +150,7 @@ def test_bounds():
 
 def test_a_pipeline_that_fills_does_not_count_as_faster():
     """At 3:1 the actor bounds π0.5: what simulators collect beyond its pace, until admission stops
-    them, is in no row.
-    """
+    them, is in no row."""
     batch = 48 * 2 * 8 * 10
     seconds = batch / ladder.emulated_bound("emulated", "3:1", "full")
     lines = [{"env_steps": (1.5 * n + 1) * batch, "time": n * seconds} for n in range(1, 6)]

@@ -38,8 +38,7 @@ def test_padding_repeats_the_last_row():
 
 def compare(model, obs) -> None:
     """Eager against compiled, of a batch that is no power of two, before and after the weights are
-    swapped for others.
-    """
+    swapped for others."""
     n = len(obs["tokens"])
     noise = compiled.random_noise(model, n, "cpu")
     swapped = {

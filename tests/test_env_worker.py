@@ -80,8 +80,7 @@ def test_a_trajectory_from_request_to_request(worker):
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_time_limit_can_ask_for_the_value_of_the_last_observation(worker, width):
     """Before the episodes that it cut are replaced by new ones; success, which ends them too, asks
-    for nothing.
-    """
+    for nothing."""
     channels = worker(bootstrap_truncated=True, lanes=width - 1)
     pool = channels.pool
     record = requests(channels, LANES // width)[0]

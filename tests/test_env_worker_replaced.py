@@ -89,8 +89,7 @@ def test_answers_that_were_meant_for_a_dead_generation_are_dropped(worker):
 
 def test_only_the_mark_decides_whether_a_trajectory_is_complete(worker):
     """A worker may die after it has written the length and before the mark, or after the mark and
-    before it has woken the actor.
-    """
+    before it has woken the actor."""
     channels = worker()
     pool = channels.pool
     requests(channels, 2)
@@ -122,8 +121,7 @@ def test_a_mark_of_an_earlier_round_of_the_ring_is_not_taken_for_a_later_traject
 
 def test_a_replacement_waits_for_nobody(worker):
     """Rank 0 has had its share, and waits for rank 1, which waits for lane 1. The replacement asks
-    neither of them where to go on.
-    """
+    neither of them where to go on."""
     channels = worker(ranks=2)
     zero, one = requests(channels, 2)
     drive(channels, zero, begins_next=False)

@@ -16,8 +16,7 @@ from config import UserError
 
 def test_tost_by_its_interval():
     """It rejects at 5 % exactly where the 90 % Welch interval of the difference lies within the
-    margin.
-    """
+    margin."""
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(200):
@@ -61,8 +60,7 @@ def test_holm(p):
 
 def test_lag_does_not_count_as_slow_learning():
     """Versions that play equally well, met later: the same area, though training's own success is
-    lower throughout.
-    """
+    lower throughout."""
     play = np.linspace(0.4, 0.9, 40)
     late = [max(0, i - 5) for i in range(40)]
     rows = [

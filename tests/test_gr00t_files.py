@@ -147,8 +147,7 @@ def test_embodiments(cases):
 
 def isaac_folder(path: Path, head: bool = False) -> Path:
     """A checkpoint in NVIDIA's layout: two shards, an index, configuration and statistics; with
-    `head` RLinf's.
-    """
+    `head` RLinf's."""
     shutil.copytree(
         GOLDEN, path, ignore=lambda *_: ["right", *(f"{x}puts.safetensors" for x in ("in", "out"))]
     )
@@ -173,8 +172,7 @@ def isaac_folder(path: Path, head: bool = False) -> Path:
 
 def lerobot_folder(path: Path) -> Path:
     """A checkpoint in LeRobot's layout: one file, the tied embedding once, statistics beside the
-    preprocessor.
-    """
+    preprocessor."""
     shutil.copytree(GOLDEN / "right", path)
     (path / "weights.safetensors").rename(path / "model.safetensors")
     features = {

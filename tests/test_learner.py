@@ -30,8 +30,7 @@ SPEC = EnvSpec(("push", "reach"), ("push it", "reach it"), 1, 16, 4, 4, 60)
 
 class Toy(nn.Module):
     """The smallest policy: log-probs (of 2 actions of 3 numbers) and value are linear in what was
-    seen.
-    """
+    seen."""
 
     header = checkpoint.Header("toy", {}, {})
 
@@ -60,8 +59,7 @@ class Toy(nn.Module):
 
 def filled_pool(model, dtype, fields: dict) -> SlotPool:
     """Eight random trajectories with successes, time limits, stale versions and log-probs near the
-    model's own.
-    """
+    model's own."""
     spec = {name: (tuple(x.shape[1:]), x.dtype) for name, x in fields.items()}
     t = (SEGMENT,)
     spec |= {"reward": (t, dtype), "value": ((SEGMENT + 1,), dtype), "version": (t, torch.int32)}
@@ -94,8 +92,7 @@ def toy_pool(model) -> SlotPool:
 
 def make_episodes(pool: SlotPool, won: dict[int, int]) -> None:
     """Makes every trajectory one episode. won: the step at which each of these slots succeeds; all
-    others are cut at the end.
-    """
+    others are cut at the end."""
     for name in ("success", "terminated", "truncated"):
         pool[name].zero_()
     pool["truncated"][:, SEGMENT - 1] = True
@@ -146,8 +143,7 @@ def gradients(
 
 def streamed(order: np.ndarray, stream: bool = True, group: int = 1) -> list[tuple[int, ...]]:
     """The micro-batches of two trajectories that a streamer makes when they arrive in this
-    order.
-    """
+    order."""
     streamer = Streamer(BATCH, BATCH, 2, 1, 1, stream, 0, 1, seed=1, version=0, group=group)
     groups = []
     for slot in order:
@@ -213,8 +209,7 @@ def updates(
     pool: SlotPool, order: list[int], micro_batch: int, epochs: int, config: Config
 ) -> list[torch.Tensor]:
     """The gradient of every optimizer step over a batch of two minibatches whose trajectories
-    arrive in this order.
-    """
+    arrive in this order."""
     torch.manual_seed(1)
     model = Toy()
     config.actor.minibatch = BATCH // 2
@@ -242,8 +237,7 @@ def updates(
 @pytest.mark.parametrize("algorithm, epochs", [("ppo", 1), ("ppo", 4), ("grpo", 1), ("grpo", 4)])
 def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, epochs):
     """Also once weights have moved: minibatches of later epochs hold the same trajectories in
-    whatever order the first came.
-    """
+    whatever order the first came."""
     config = Config()
     config.train.algorithm = algorithm
     config.algorithm.group_size = 4
@@ -261,8 +255,7 @@ def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, 
 @pytest.mark.parametrize("most", [5.0, 1.02])
 def test_stale_samples_are_trained_by_the_decoupled_objective(most):
     """The whole way from slots to gradient: staleness from versions, α = d / (d + 1), w, clipping
-    around π_prox, masking.
-    """
+    around π_prox, masking."""
     config = Config()
     model = Toy()
     config.algorithm.behaviour_weight_max = most
@@ -561,8 +554,7 @@ def test_a_minibatch_whose_groups_are_all_filtered_teaches_nothing():
 
 def test_dense_rewards_are_compared_instead_of_success():
     """Every episode fails alike, yet whose summed reward is larger did better. The second group
-    has no spread.
-    """
+    has no spread."""
     config = Config()
     config.train.algorithm = "grpo"
     config.algorithm.group_size = 4
@@ -625,8 +617,7 @@ def test_weights_that_act_are_held_back_on_purpose():
 
 class Imitating(Algorithm):
     """Raises the log-probs of good steps. Needs how good each was, says so in the metrics, and
-    remembers something.
-    """
+    remembers something."""
 
     groups = False
     critic = False

@@ -26,8 +26,7 @@ INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION  # time, positions, speeds, co
 @pytest.fixture(scope="module")
 def make():
     """Makes envs. One of them keeps the scene of STOVE alive, so that it is built once for all
-    tests.
-    """
+    tests."""
     made = [libero.Env((STOVE,), 64)]
     made[0].reset(0, 0)
 
@@ -153,8 +152,7 @@ def test_the_same_episode_as_in_libero_s_own_env(make, theirs, solver, bound):
 
     MuJoCo's solver stops at a tolerance, LIBERO's at 1e-8, so the last bit of a torque may change
     how often it iterates and thereby accelerations by as much. Without that tolerance the two agree
-    to 1e-9.
-    """
+    to 1e-9."""
     ours = make(quality="full")
     ours.reset(0, 0)
     theirs.seed(0)

@@ -27,8 +27,7 @@ maniskill = envs.load("maniskill").module
 @pytest.fixture(scope="module", autouse=True)
 def can_draw():
     """Keeps one lane, because with the last one of a process go the compiled shaders: 7 s of
-    work.
-    """
+    work."""
     try:
         kept = maniskill.Envs(("PickCube-v1",), 32, 1, "cpu")
     except UserError as error:
@@ -123,8 +122,7 @@ def test_what_the_policy_sees(make):
 
 def test_success_is_the_tasks_own(make):
     """Scripted hands that know where things are push and pick; nothing but the task's own check
-    ends the episode.
-    """
+    ends the episode."""
     push = make("PushCube-v1")
     pick = make("PickCube-v1")
     push.reset([0], 0, [2])
@@ -132,8 +130,7 @@ def test_success_is_the_tasks_own(make):
 
     def reach(sim, target: torch.Tensor, gripper: float) -> torch.Tensor:
         """[1, 7]: towards a point, at most 10 cm a step. The frame is the robot's base, which is
-        not turned.
-        """
+        not turned."""
         move = ((target - sim.agent.tcp.pose.p[0]) / 0.1).clamp(-1, 1)
         return torch.cat([move, torch.zeros(3), torch.tensor([gripper])])[None]
 
@@ -174,8 +171,7 @@ def test_success_is_the_tasks_own(make):
 
 def test_frames_are_right_side_up(make):
     """The cubes are where a camera at the task's documented place shows them: eye and target in
-    metres, 90° of view.
-    """
+    metres, 90° of view."""
     size = 128
     lane = make("StackCube-v1", size=128)
     lane.reset([0], 0, [1])

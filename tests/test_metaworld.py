@@ -149,8 +149,7 @@ def pixel(sim, point: np.ndarray, size: int) -> np.ndarray:
 
     MuJoCo's cameras look along their -z, with x to the right and y up; the field of view is
     vertical, in degrees. One that hangs head over (its y points down in the world) shows the same
-    upright when both axes are counted from the other end.
-    """
+    upright when both axes are counted from the other end."""
     camera = sim.data.cam(metaworld.CAMERA)
     axes = camera.xmat.reshape(3, 3).T  # rows: the camera's axes in the world
     x, y, z = axes @ (point - camera.xpos)

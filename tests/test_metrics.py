@@ -205,8 +205,7 @@ SPANS = {
 
 def test_the_trace_is_in_chrome_s_format(tmp_path):
     """A process per stage and a thread per worker, in an order that Perfetto keeps; transfers of
-    weights beside them.
-    """
+    weights beside them."""
     write_trace(tmp_path / "trace.json", SPANS)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     stages = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}

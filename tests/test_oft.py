@@ -457,8 +457,7 @@ def test_imitation_learns():
 
 def write_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
     """The first reference model as users have it: two shards with an index, statistics,
-    configuration, an unrelated file.
-    """
+    configuration, an unrelated file."""
     folder.mkdir(exist_ok=True)
     weights = {name: x.to(dtype) for name, x in load_file(GOLDEN / "weights.safetensors").items()}
     weights = {name: x for name, x in (weights | changes).items() if x is not None}

@@ -363,8 +363,7 @@ def test_the_papers_other_placements_from_its_rows_at_1_1(monkeypatch, capsys):
 
 def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True):
     """A run folder of one env worker, one rollout worker and one actor that did the same in every
-    iteration.
-    """
+    iteration."""
     config = Config()
     config.train.preset = "sync-disaggregated"
     config.train.ratio = "1:1"

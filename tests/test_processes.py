@@ -37,8 +37,7 @@ ENDLESS = f"{SMALL} --ratio 2:1 --iterations 100000 --checkpoint-every 100000"
 @pytest.fixture
 def endless(cli, tiny_checkpoint, tmp_path):
     """A run that trains for ever, on two env workers; returns it once it has trained an
-    iteration.
-    """
+    iteration."""
 
     def start(flags: str = "", wait: bool = True):
         process = cli(
@@ -196,8 +195,7 @@ def assert_exact(
     run: Path, iterations: int, restarts: int, trajectories: int = 8, segment: int = 3
 ) -> None:
     """Every chunk step that was collected was trained once or discarded, and no episode of an
-    evaluation was lost or doubled.
-    """
+    evaluation was lost or doubled."""
     lines = read_metrics(run)
     assert [line["iteration"] for line in lines] == list(range(1, iterations + 1))
     assert lines[-1]["restarts"] == restarts
@@ -280,8 +278,7 @@ def test_the_ledger_balances_to_the_step_though_a_worker_is_killed(
 
 def test_the_ledger_goes_on_when_a_run_is_resumed(faulty, cli, tmp_path):
     """Interrupted where fast envs are a batch ahead: what they had played is discarded, and played
-    again.
-    """
+    again."""
     process = faulty(
         "none",
         0,
@@ -415,8 +412,7 @@ def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
 
 def test_killed_simulators_are_replaced_and_ctrl_c_ends_a_run_without_them(endless, tmp_path):
     """Meta-World, killed as for want of memory; the second time while the first is being replaced,
-    the third for good.
-    """
+    the third for good."""
     process = endless("--restarts 2 --actor-workers 2")
     before = process.workers()
     for worker in before[3:]:  # env-0 and env-1, after two actor workers and a rollout worker

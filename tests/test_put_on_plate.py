@@ -55,8 +55,7 @@ def box(path: Path, size: tuple[float, float, float]) -> None:
 
 def robot() -> str:
     """A URDF with the joints and links of WidowX 250 S that ManiSkill asks for: a chain of
-    boxes.
-    """
+    boxes."""
     links = []
     joints = []
     parent = "base_link"

@@ -12,8 +12,7 @@ from tally import Tally
 
 def act(rank: int, folder: str) -> None:
     """One of two ranks, whose gradients are 1, 2, 3 times its number plus one; and 1, 2, 3 on rank
-    1 alone.
-    """
+    1 alone."""
     ranks = Ranks(rank, 2, "cpu", Path(folder), 4)
     used = nn.Parameter(torch.ones(3))
     unused = nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm

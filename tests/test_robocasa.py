@@ -65,8 +65,7 @@ TEXTURES = (
 @pytest.fixture(scope="module")
 def robocasa(tmp_path_factory):
     """The adapter, with a kitchen of ours in place of layout 1 and a task that asks for no
-    objects.
-    """
+    objects."""
     assets = tmp_path_factory.mktemp("robocasa") / "assets"
     shutil.copytree(
         Path(importlib.util.find_spec("robocasa").origin).parent / "models" / "assets", assets
@@ -158,8 +157,7 @@ def test_actions_move_what_they_say(make):
 
     def moved(action: dict[int, float]) -> tuple[float, float]:
         """How far the hand moves in the base's frame, and the base on the floor, in metres, in half
-        a second.
-        """
+        a second."""
         env.reset(0, 3)
         before = env.observe()[1]
         plan = np.zeros(12)
@@ -188,8 +186,7 @@ def test_success_is_the_tasks_own(make):
 
 def test_frames_are_right_side_up(make):
     """The hand is where the camera's pose says; a frame flipped either way would show it
-    elsewhere.
-    """
+    elsewhere."""
     size = 96
     env = make()
     name = "robot0_agentview_left"

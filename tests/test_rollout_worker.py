@@ -182,8 +182,7 @@ LANES = 3
 
 class Counting(nn.Module):
     """A policy whose actions say how many samples it was given, which weights it had, and what it
-    saw.
-    """
+    saw."""
 
     COMPILED = ()
 
@@ -213,8 +212,7 @@ class Counting(nn.Module):
 @pytest.fixture
 def worker(monkeypatch):
     """Starts rollout worker 0, which serves three lanes of two env workers; the test plays those
-    and the actor.
-    """
+    and the actor."""
     monkeypatch.setattr(models, "build", lambda config, spec, device: Counting())
     processes = []
 

@@ -153,8 +153,7 @@ def test_a_request_s_wait_begins_when_it_was_sent():
 )
 def test_lanes_that_come_and_go_never_wait_for_each_other_without_end(lanes, batch_max, choices):
     """With an endless T_max nothing is left queued once every lane that may ask has asked, or
-    nobody may.
-    """
+    nobody may."""
     batcher = DynamicBatcher(batch_max, math.inf, Clock())
     may_ask = [True] * lanes
     asked = [False] * lanes

@@ -294,8 +294,7 @@ EXACT = (
 )
 def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, algorithm):
     """On simulators of random speed. Where a micro-batch is a minibatch, sums have one order;
-    smaller ones differ by rounding.
-    """
+    smaller ones differ by rounding."""
     settings = {
         "sync": "--preset sync-colocated --env-workers 1",
         "async": (
@@ -433,8 +432,7 @@ def test_what_kl_stop_spares_is_counted(cli, tmp_path, tiny_checkpoint):
 
 def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path):
     """Three tasks, the slowest thirty times as slow as the fastest, on five envs in two workers:
-    nothing divides anything.
-    """
+    nothing divides anything."""
     flags = (
         "--model emulated --env emulated --tasks 0.02 0.1 0.6 --envs 5 --env-workers 2 --batch 10 "
         "--minibatch 10 --micro-batch 5"
@@ -455,8 +453,7 @@ def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path)
 
 def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
     """Four lanes of two envs, two per env worker; two actor ranks, which each train whole lanes;
-    evaluation in lanes of its own.
-    """
+    evaluation in lanes of its own."""
     flags = (
         "--model emulated --env vectorised --envs 8 --env-workers 2 --batch 16 --minibatch 8 "
         "--micro-batch 2 --actor-workers 2"

@@ -272,8 +272,7 @@ def at_once(function) -> Future:
 
 class Run:
     """The counters of a run whose stages cost what `costs` says at the ratio 3:1; an iteration
-    takes `seconds`.
-    """
+    takes `seconds`."""
 
     def __init__(
         self,
@@ -299,8 +298,7 @@ class Run:
 
     def serve(self, sizes, seconds: float = 1.0) -> None:
         """So many batches, in so many seconds, in which env workers step a chunk for each
-        sample.
-        """
+        sample."""
         c = self.costs
 
         def count(column, amount, row=1):

@@ -190,8 +190,7 @@ def test_versions_only_rise_and_the_newest_comes(plane, parameters):
 @pytest.mark.parametrize("version", [0, 5])
 def test_an_actor_may_take_long_to_start(parameters, version):
     """A timeout judges who has started and falls silent; a resumed run begins at a later
-    version.
-    """
+    version."""
     plane = WeightPlane(WEIGHTS, version=version)
     fetcher = WeightFetcher(plane, parameters, timeout_s=0.1)
     assert not fetcher.swap(1.2) and fetcher.version == -1 and values_of(parameters) == {-1.0}

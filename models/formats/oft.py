@@ -40,8 +40,7 @@ PEFT = "base_model.model."
 def linears(leaf: str, their_leaf: str, before: str = "") -> Rules:
     """Rules of one tensor of every linear layer and patch embedding, the layers that have adapters.
 
-    leaf: a pattern of its name; their_leaf: theirs; before: what stands before their keys.
-    """
+    leaf: a pattern of its name; their_leaf: theirs; before: what stands before their keys."""
     rules: Rules = ()
     for ours, theirs in TOWERS.items():
         tower = f"{before}{theirs}"
@@ -93,8 +92,7 @@ ADAPTERS: Rules = (
 
 def unused(last_dino: int | str = r"\d+", last_siglip: int | str = r"\d+") -> tuple[str, ...]:
     """Keys that a published folder holds and nobody reads. Arguments: the number of each tower's
-    last block, if it is known.
-    """
+    last block, if it is known."""
     return (
         # the tower's last block: the output before it is read
         rf"vision_backbone\.featurizer\.blocks\.{last_dino}\..*",
@@ -109,8 +107,7 @@ def unused(last_dino: int | str = r"\d+", last_siglip: int | str = r"\d+") -> tu
 
 def adapters_unused(*last: int | str) -> tuple[str, ...]:
     """Adapters of the same layers, and the copy of lm_head itself that PEFT saves along whenever it
-    adapts that.
-    """
+    adapts that."""
     copy = r"base_model\.model\.language_model\.lm_head\.base_layer\.weight"
     return (*(rf"base_model\.model\.{pattern}" for pattern in unused(*last)[:4]), copy)
 
@@ -124,8 +121,7 @@ SOURCES = {
 
 def source_of(path: str | Path, config: OftConfig) -> Source:
     """The layout of a folder or file, which tells by its keys, and strict about the number of
-    vision blocks.
-    """
+    vision blocks."""
     keys = source.layout(path)
     last = (config.dino_depth, config.siglip_depth)
     found = Source(())
@@ -180,8 +176,7 @@ def config_of(folder: str | Path) -> OftConfig:
 
     The published files leave widths to the tools' defaults, which `FULL` repeats. Folders of other
     sizes say theirs under `text_config` and, for the towers, under `vision`: {"featurizer" |
-    "fused_featurizer": timm's arguments}.
-    """
+    "fused_featurizer": timm's arguments}."""
     folder = Path(folder)
     found = read_json(folder / "config.json")
     with understood(folder / "config.json"):
@@ -289,8 +284,7 @@ def encode(tokenizer, task: str, length: int, pad: int) -> np.ndarray:
     does not fit.
 
     Padding stands between BOS and the prompt, because pictures go right after BOS (RLinf
-    `processing_prismatic.py`). "▁" is 29871 in Llama's vocabulary.
-    """
+    `processing_prismatic.py`). "▁" is 29871 in Llama's vocabulary."""
     ids = tokenizer.encode(prompt(task))
     blank = tokenizer.piece_to_id("▁")
     if blank == tokenizer.unk_id():

@@ -121,8 +121,7 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
     """A checkpoint's configuration: widths and depths from its tensors, which cannot lie, the rest
     from its config.json.
 
-    Neither tells the heads of the image tower where config.json is silent: SigLIP's are 72 wide.
-    """
+    Neither tells the heads of the image tower where config.json is silent: SigLIP's are 72 wide."""
     prefix = "model." if which(path, stored) == "lerobot" else ""
     vision = VISION + "."
     language = VLM + "language_model.layers."
@@ -197,8 +196,7 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError.
 
-    The simulator may show pictures of another size: `Preparation` resizes them.
-    """
+    The simulator may show pictures of another size: `Preparation` resizes them."""
     folder = path if path.is_dir() else path.parent
     stored = source.layout(path)
     kind = which(path, stored)
@@ -269,8 +267,7 @@ def read_norm_stats(
     π0 goes by mean and deviation, π0.5 by quantiles (openpi training/config.py). In LIBERO, π0's
     actions are deltas on state[:6]. π0.5's prompt holds the state of real robots but not of
     simulators (`discrete_state_input` in both projects' configurations), if config.json does not
-    say. Of several robots' statistics the path names `chosen`, else `env`, the simulator.
-    """
+    say. Of several robots' statistics the path names `chosen`, else `env`, the simulator."""
     everything = sorted(folder.rglob("norm_stats.json"))
     word = chosen or env
     found = everything
@@ -309,8 +306,7 @@ def read_norm_stats(
 
 def read_processors(folder: Path) -> dict:
     """LeRobot's statistics: the (un)normaliser steps of policy_preprocessor.json and
-    policy_postprocessor.json.
-    """
+    policy_postprocessor.json."""
     kinds: dict = {"layout": "lerobot", "prompt": "newline", "delta": []}
     for name, file, step_name, key, feature in (
         ("state", "policy_preprocessor.json", "normalizer_processor", "observation.state", "STATE"),
@@ -365,8 +361,7 @@ def normalise(x: np.ndarray, stats: dict, inverse: bool = False) -> np.ndarray:
 
     openpi (transforms.Normalize, Unnormalize): in fp64, 1e-6 added to the spread, dimensions that
     the statistics lack left alone. LeRobot (NormalizerProcessorStep): in fp32, with `eps` in the
-    spread's place only where that is 0.
-    """
+    spread's place only where that is 0."""
     project, _, mode = stats["kind"].partition("_")
     if mode == "identity":
         return np.asarray(x)
@@ -409,8 +404,7 @@ def prompt(task: str, state: np.ndarray | None, layout: str = "openpi") -> tuple
     """The texts whose tokens, one after the other, are the prompt. state [S] normalised, or None to
     leave it out.
 
-    A state below -1 falls into bin -1, as in the original; one above 1 into bin 255.
-    """
+    A state below -1 falls into bin -1, as in the original; one above 1 into bin 255."""
     if state is not None:
         bins = np.digitize(state, np.linspace(-1.0, 1.0, 257)[:-1]) - 1
         return (f"Task: {clean(task)}, State: {' '.join(map(str, bins))};\nAction: ",)
@@ -426,8 +420,7 @@ class Preparation(PreparationBase):
     """stats: `read_norm_stats`, `read_processors`, or the two quantiles of our own small models.
 
     A camera that the robot lacks is left out (`PiConfig.views`), which equals masking it. LeRobot
-    keeps a resized picture in fp32; here it is rounded to 8 bits, at most 0.004 off.
-    """
+    keeps a resized picture in fp32; here it is rounded to 8 bits, at most 0.004 off."""
 
     def words(self, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
         """tokens [L] int32, for π0 state [S'] fp32, padded."""

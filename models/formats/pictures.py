@@ -26,8 +26,7 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int]:
 @lru_cache
 def triangle_weights(old: int, new: int) -> np.ndarray:
     """Pillow's bilinear filter as a matrix [new, old] of whole multiples of 2⁻²² (Pillow
-    src/libImaging/Resample.c).
-    """
+    src/libImaging/Resample.c)."""
     scale = old / new
     reach = max(scale, 1.0)  # a smaller picture averages over the pixels it merges
     weights = np.zeros((new, old))
@@ -45,8 +44,7 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
     without Pillow.
 
     First across, then down, rounded to 8 bits after each: sums of products below 2³¹, exact in
-    fp64.
-    """
+    fp64."""
     if image.shape[:2] == (size, size):
         return image
     height, width = fitted(*image.shape[:2], size)
@@ -69,8 +67,7 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
 
 def resize_torch(image: Tensor, size: int, black: float) -> Tensor:
     """image [n, H, W, 3] fp32 in [black, 1] → [n, size, size, 3], openpi's resize_with_pad_torch
-    (black −1) and LeRobot's (0).
-    """
+    (black −1) and LeRobot's (0)."""
     height, width = fitted(*image.shape[1:3], size)
     small = F.interpolate(
         image.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
@@ -85,8 +82,7 @@ def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.nda
     """NVIDIA's evaluation transform: centre crop of `scale`, bilinear with antialiasing, truncated
     to 8 bits.
 
-    image [V, H, W, 3] uint8 → [V, size, size, 3] uint8.
-    """
+    image [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
     x = torch.tensor(image).permute(0, 3, 1, 2).float() / 255.0
     high = int(x.shape[2] * scale)
     wide = int(x.shape[3] * scale)
@@ -100,8 +96,7 @@ def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.nda
 
 def resize_eagle(image: np.ndarray, size: int) -> np.ndarray:
     """What Eagle's image processor makes of a picture, as one tile: [V, H, W, 3] uint8 → [V, size,
-    size, 3] uint8.
-    """
+    size, 3] uint8."""
     if image.shape[1:3] == (size, size):
         return image
     x = torch.tensor(image).permute(
@@ -119,8 +114,7 @@ def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
     tf.image.crop_and_resize, bit for bit.
 
     Runs in fp32 in TensorFlow's order: corners of the box are pixel centres, horizontal before
-    vertical, × 255.5 rounded down.
-    """
+    vertical, × 255.5 rounded down."""
     size = image.shape[1]
     side = np.sqrt(np.float32(area))
     low = (np.float32(1.0) - side) / np.float32(2.0)
@@ -140,8 +134,7 @@ def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
 
 def resize_bicubic(image: Tensor, size: int) -> Tensor:
     """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as torchvision's antialiased bicubic (RLinf:
-    LIBERO's 256 pixels to 224).
-    """
+    LIBERO's 256 pixels to 224)."""
     x = image.permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
     return x.clamp(0.0, 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -152,8 +145,7 @@ def resize_lanczos(image: Tensor, size: int) -> Tensor:
     antialias=True), then rounded.
 
     The originals resize so after a JPEG round trip of quality 95, which is left out here. In fp32
-    in TensorFlow's order.
-    """
+    in TensorFlow's order."""
     f = np.float32
 
     def along_rows(x: Tensor) -> Tensor:  # [n, count, …] → [n, size, …]

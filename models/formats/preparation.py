@@ -13,8 +13,7 @@ class PreparationBase:
     """Observations to the fields of `observation_fields`, and the model's actions to the
     simulator's.
 
-    config: the family's; stats: of the checkpoint's header; tokenizer: the family's.
-    """
+    config: the family's; stats: of the checkpoint's header; tokenizer: the family's."""
 
     def __init__(self, config, stats: dict, tokenizer):
         self.config = config
@@ -35,8 +34,7 @@ class PreparationBase:
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """What the model returned [C, A] → what the robot executes [C, A]; state [S] as the
-        simulator gave it.
-        """
+        simulator gave it."""
         return actions
 
     # ------------------------------------------------------------ what all have
@@ -46,8 +44,7 @@ class PreparationBase:
         UserError.
 
         Pictures of any size are resized for another project's model; our own take theirs as they
-        are.
-        """
+        are."""
         c = self.config
         size = (c.image_size, c.image_size)
         if images.ndim == 4 and not self.own:

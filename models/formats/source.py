@@ -47,14 +47,12 @@ class Source(NamedTuple):
 
     rules: Rules
     """our parameter → their key, or keys whose tensors stand in ours one below the other (dim 0);
-    one that no rule names is ours alone
-    """
+    one that no rule names is ours alone"""
     unused: tuple[str, ...] = ()
     """regular expressions that match (in full) the keys knowingly left unread"""
     tied: tuple[tuple[str, str], ...] = ()
     """pairs (key in `rules`, alias): one tensor under two names; a file may hold either or both,
-    and what we save agrees in both
-    """
+    and what we save agrees in both"""
     prefix: str = ""
     """what stands before every key that `rules` give"""
 
@@ -78,8 +76,7 @@ class Found(NamedTuple):
 
 Part = Literal["all", "none", "training", "idle"]
 """which weights a process reads: `idle` are those that training, with a frozen prefix in the slots,
-has no use for
-"""
+has no use for"""
 
 
 def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
@@ -89,8 +86,7 @@ def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
 class Uninitialised(TorchFunctionMode):
     """Modules built in this context keep whatever memory holds, for `load` to fill: drawing random
     weights for nothing takes a minute for billions of them, and on the meta device its first use
-    imports half a compiler (2 s).
-    """
+    imports half a compiler (2 s)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -122,8 +118,7 @@ def read_json(path: Path) -> dict:
 @contextlib.contextmanager
 def understood(path: Path) -> Iterator[None]:
     """Whatever goes wrong inside with the contents of another project's file becomes one
-    sentence.
-    """
+    sentence."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -142,8 +137,7 @@ class Stored(NamedTuple):
 
 def weight_files(path: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: the file itself, a folder's shards, or its
-    model.safetensors.
-    """
+    model.safetensors."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -173,8 +167,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 def raw_header(file: Path) -> bytes:
     """The first bytes of a safetensors file, up to its tensors: a length (8 bytes, little-endian)
-    and as much JSON.
-    """
+    and as much JSON."""
     try:
         with file.open("rb") as stream:
             length = stream.read(8)
@@ -186,8 +179,7 @@ def raw_header(file: Path) -> bytes:
 
 def layout(path: str | Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its key, read from the headers alone. Raises UserError when a
-    file is damaged.
-    """
+    file is damaged."""
     found = {}
     for file in weight_files(path):
         head = raw_header(file)
@@ -236,8 +228,7 @@ def match(
     model: torch.nn.Module, path: str | Path, source: Source, stored: dict[str, Stored]
 ) -> dict[str, Place]:
     """Their key → where it belongs in ours. Raises UserError naming a key that is missing, extra or
-    of another shape.
-    """
+    of another shape."""
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     other_name = dict(source.tied)
     parts: dict[str, Place] = {}
@@ -298,8 +289,7 @@ def load(
     path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function
     of our parameter's name, or None to keep the file's. Our parameters that `source` does not name
     (heads of our own) stay as they are and where they are, as do those that are not of `part`.
-    Raises UserError naming the key that is missing, extra or of another shape.
-    """
+    Raises UserError naming the key that is missing, extra or of another shape."""
     stored = layout(path)
     places = match(model, path, source, stored)
     wanted: dict[str, list[str]] = {}
@@ -355,8 +345,7 @@ def save(
 
     Tensors that we do not read are copied, and so is whatever else the folder `like` holds that is
     small. `folder` appears at once: a crash leaves the old one. With a file as `like`, `folder` is
-    a file too. tensor_of: our tensor by its name, if it is not what `model` holds.
-    """
+    a file too. tensor_of: our tensor by its name, if it is not what `model` holds."""
     folder = Path(folder)
     like = Path(like)
     stored = layout(like)
@@ -398,8 +387,7 @@ def write_like(
     parts: dict[str, Place],
 ) -> None:
     """One file: the header of `like` as it stands, then its tensors in their order, ours where we
-    have them.
-    """
+    have them."""
     here = sorted(
         (key for key in stored if stored[key].file == like), key=lambda key: stored[key].begin
     )
