@@ -48,16 +48,8 @@ COLOURS = {"grows": "#3b7dd8", "fixed": "#d9822b"}
 
 def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Prediction:
     """Predicts what so many such nodes give."""
-    return simulate(
-        node,
-        costs,
-        nodes,
-        plan.simulated_nodes,
-        plan.iterations,
-        plan.warmup,
-        plan.seed,
-        plan.node_spread,
-    )
+    runs = (plan.simulated_nodes, plan.iterations, plan.warmup, plan.seed, plan.node_spread)
+    return simulate(node, costs, nodes, *runs)
 
 
 # ---------------------------------------------------------------- the sweep

@@ -12,12 +12,12 @@ the next batch. Another ratio means that the run starts again from a checkpoint 
 the purpose, so no update is lost; `Past` is what the tuner remembers across that.
 
 What cannot be foreseen: how stages that share cores slow each other down (only that an iteration
-takes at least its CPU seconds over all cores), and what more torch threads gain (taken to divide
-times). So a ratio is judged by what it gives: one that turns out slower than the one before, or at
-which workers cannot start, is left for good. B_max and T_max change nothing of what is learnt:
-noise and episodes are named by trajectory and step. Nor does a ratio, as long as the number of
-actor workers, which shuffle their shares of a batch for later epochs, and the lanes of a vectorised
-simulator stay as they are.
+takes at least its CPU seconds over all cores), what more torch threads gain (taken to divide
+times), and how much faster a narrower vectorised lane steps (taken for no faster). So a ratio is
+judged by what it gives: one that turns out slower than the one before, or at which workers cannot
+start, is left for good. B_max and T_max change nothing of what is learnt: noise and episodes are
+named by trajectory and step. Nor does a ratio, as long as the number of actor workers, which
+shuffle their shares of a batch for later epochs, and the lanes of a vectorised simulator stay.
 
 Left out: `--placement`, numbers of envs, several machines.
 """
@@ -38,7 +38,7 @@ import numpy as np
 from channel import Counters
 from config import WORKERS, Config, UserError, completed, parse_ratio, validate
 from metrics import CAUSES, snapshot
-from planning import Costs, Node, scaled
+from planning import Costs, Node, Prediction, scaled
 from planning.costs import shares_of
 from planning.events import simulate
 from planning.settings import node_of
@@ -279,6 +279,11 @@ class Batching(NamedTuple):
     env_steps_per_s: float
 
 
+def with_batches(node: Node, costs: Costs, batch_max: int | str, wait_s: float) -> Prediction:
+    """Predicts the node with other batches."""
+    return simulate(replace(node, batch_max=batch_max, batch_wait_s=wait_s), costs, **SIMULATE)
+
+
 def best_batches(node: Node, costs: Costs) -> Batching:
     """Returns the B_max and T_max with the highest throughput. What `node` fixes stays.
 
@@ -294,7 +299,7 @@ def best_batches(node: Node, costs: Costs) -> Batching:
         if node.batch_wait_s == "auto":
             waits = [share * inference for share in WAITS]
         for wait in waits:
-            result = simulate(replace(node, batch_max=size, batch_wait_s=wait), costs, **SIMULATE)
+            result = with_batches(node, costs, size, wait)
             batching = Batching(size, wait, result.env_steps_per_s)
             found.append((result.batch_size_mean, batching))
     fastest = max(batching.env_steps_per_s for _, batching in found)
@@ -307,9 +312,8 @@ def better_batches(
 ) -> tuple[Batching, Batching | None]:
     """Returns the best batching, and the present one with what it would give at these costs."""
     if present:
-        fixed = replace(node, batch_max=present.batch_max, batch_wait_s=present.wait_s)
-        rate = simulate(fixed, costs, **SIMULATE).env_steps_per_s
-        present = present._replace(env_steps_per_s=rate)
+        result = with_batches(node, costs, present.batch_max, present.wait_s)
+        present = present._replace(env_steps_per_s=result.env_steps_per_s)
     return best_batches(node, costs), present
 
 
@@ -338,9 +342,8 @@ def seconds_at(
         rollout, actor = speeds(config, placement)
         priced = scaled(costs, rollout=rollout_now / rollout, actor=actor_now / actor)
         small[ratio] = miniature(config, placement, priced)
-        rough[ratio] = slowest_stage_s(
-            small[ratio][0], priced, config.actor.batch * config.env.segment
-        )
+        samples = config.actor.batch * config.env.segment
+        rough[ratio] = slowest_stage_s(small[ratio][0], priced, samples)
     found = {}
     for ratio in dict.fromkeys([now, *sorted(rough, key=rough.get)[:LARGEST]]):
         node, priced = small[ratio]
@@ -356,14 +359,12 @@ def seconds_at(
 class Past:
     """What is remembered when a run starts again at another ratio."""
 
-    left: str = ""
-    """the ratio before, until the present one is judged"""
+    left: str = ""  # the ratio before, until the present one is judged
+    # Seconds of an iteration at each ratio that ran, when last judged.
     measured: dict[str, float] = field(default_factory=dict)
-    """seconds of an iteration at each ratio that ran, when last judged"""
+    # Ratios that were slower than the one before, or at which workers could not start.
     rejected: set[str] = field(default_factory=set)
-    """ratios that were slower than the one before, or at which workers could not start"""
-    news: dict = field(default_factory=dict)
-    """what was decided since it was last reported, for metrics.jsonl"""
+    news: dict = field(default_factory=dict)  # decided since the last report, for metrics.jsonl
 
     def go_back(self, rejected: str) -> str:
         """Leaves a ratio for good. Returns the one before."""
