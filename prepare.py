@@ -142,9 +142,6 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     tasks = (train.suite, *train.tasks)
     config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
     note = ""
-    if train.model == "emulated":  # it has no files
-        image_size = config.env.image_size or SMALL_PICTURE
-        config = completed(config, image_size=image_size)
     shipped, vocabulary = embedded_files(train.model, train.env)
     if train.checkpoint is None and train.model != "emulated":
         if shipped.is_file():
@@ -158,12 +155,16 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
     config = completed(config, checkpoint=found)
-    if train.model != "emulated":
-        models.check_family(train.model, found)
-        tokenizer = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
-        image_size = config.env.image_size or checkpoint.frame_size(found)
-        tokenizer = Path(tokenizer) if tokenizer else None
-        config = completed(config, tokenizer=tokenizer, image_size=image_size)
+    if train.model == "emulated":  # it has no files of its own
+        config = completed(config, image_size=config.env.image_size or SMALL_PICTURE)
+        return Start(config, given, resume, note)
+    models.check_family(train.model, found)
+    tokenizer = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
+    config = completed(
+        config,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        image_size=config.env.image_size or checkpoint.frame_size(found),
+    )
     return Start(config, given, resume, note)
 
 

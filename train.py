@@ -102,13 +102,8 @@ def parse(args: list[str]) -> Config:
 
 
 def gives(args: list[str], *flags: str) -> bool:
-    """Whether one of these flags is on the command line."""
-    return any(is_one_of(word, flags) for word in args)
-
-
-def is_one_of(word: str, flags: tuple[str, ...]) -> bool:
-    """Whether a word is one of these flags; "--run=x" and "--ratio_from" are written so too."""
-    return word.partition("=")[0].replace("_", "-") in flags
+    """Whether one of these flags is given. "--run=x" and "--ratio_from x" are ways to do so."""
+    return any(word.partition("=")[0].replace("_", "-") in flags for word in args)
 
 
 def without(args: list[str], *flags: str) -> list[str]:
@@ -116,7 +111,7 @@ def without(args: list[str], *flags: str) -> list[str]:
     kept = []
     words = iter(args)
     for word in words:
-        if not is_one_of(word, flags):
+        if not gives([word], *flags):
             kept.append(word)
         elif "=" not in word:
             next(words, None)
@@ -183,13 +178,12 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
 def differences(before: dict, now: dict) -> list[str]:
     """Lists the settings that differ between two config.json, as they are now."""
     own = ("checkpoint", "resume", "run", "ratio_from", "workers_given")  # of every start
-    found = []
-    for stage, values in now.items():
-        for name, value in values.items():
-            was = before.get(stage, {}).get(name)
-            if value != was and name not in own:
-                found.append(f"{flag_of(name)[2:]} {in_words(value)} (was {in_words(was)})")
-    return found
+    return [
+        f"{flag_of(name)[2:]} {in_words(value)} (was {in_words(before.get(stage, {}).get(name))})"
+        for stage, values in now.items()
+        for name, value in values.items()
+        if value != before.get(stage, {}).get(name) and name not in own
+    ]
 
 
 def in_words(value: object) -> object:
