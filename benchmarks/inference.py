@@ -1,11 +1,12 @@
-"""Inference of one rollout worker over batch sizes: how fast, where its time goes, and how near to
-what the machine can do.
+"""Measures inference of one rollout worker over batch sizes: how fast it is, where its time goes,
+and how near it comes to what the machine can do.
 
     python bench.py inference --model pi05 --size small
 
-Random weights, pictures and prompts; medians. Rows: every batch size, on a GPU with the VLM in bf16
-and what is trained in fp32, as in a run with `--prefix-dtype bfloat16`, eager and then compiled by
-torch.compile for exactly that size; on a CPU eager in fp32.
+Weights, pictures and prompts are random; figures are medians. There is a row for every batch size.
+On a GPU the VLM is in bf16 and what is trained in fp32, as in a run with `--prefix-dtype bfloat16`;
+rows are eager, and then compiled by torch.compile for exactly that size. On a CPU they are eager,
+in fp32.
 
     samples_per_s              `model.act`: actions, log-prob and value of a batch whose
                                observations lie on the device already
@@ -22,6 +23,7 @@ torch.compile for exactly that size; on a CPU eager in fp32.
 Left out: CUDA graphs, several GPUs, copying observations to the device, half precision on CPUs.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -35,39 +37,50 @@ BATCHES = (1, 8, 32, 64)
 
 
 def pieces(name: str, model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callable, Callable | None]:
-    """What runs once per `act`, and one denoise step given its result (OFT: None)."""
+    """Makes what runs once per `act`, and one denoise step given its result (OFT: None)."""
+    if name == "oft":
+        return functools.partial(oft_logits, model, obs), None
+    if name == "gr00t":
+        return gr00t_pieces(model, obs)
     c = model.config
     n = len(obs["tokens"])
     device = obs["tokens"].device
-    if name == "oft":
-        return lambda: model.action_logits(model.hidden(obs["image"], obs["tokens"])), None
-    if name == "gr00t":
-
-        def once():
-            features, real = model.features(obs)
-            return model.context(features, real)
-
-        context = once()
-        dtype = model.vlln.weight.dtype
-        state = model.encode_state(obs["state"].to(dtype), c.embodiment)
-        x_t = torch.randn(n, c.horizon, c.max_action_dim, device=device, dtype=dtype)
-        bucket = torch.full((n,), c.time_buckets // 2, device=device)
-        return once, lambda: model.velocity(context, state, x_t, bucket, c.embodiment)
-    cache, _, real = model.prefix(obs["image"], obs["tokens"])
+    once = functools.partial(model.prefix, obs["image"], obs["tokens"])
+    cache, _, real = once()
     x_t = torch.randn(n, c.chunk, c.action_dim, device=device)
     t = torch.full((n,), 0.5, device=device)
+    return once, functools.partial(model.velocity, cache, real, x_t, t, obs.get("state"))
 
-    def once():
-        return model.prefix(obs["image"], obs["tokens"])
 
-    return once, lambda: model.velocity(cache, real, x_t, t, obs.get("state"))
+def oft_logits(model: nn.Module, obs: dict[str, Tensor]) -> Tensor:
+    return model.action_logits(model.hidden(obs["image"], obs["tokens"]))
+
+
+def gr00t_context(model: nn.Module, obs: dict[str, Tensor]):
+    features, real = model.features(obs)
+    return model.context(features, real)
+
+
+def gr00t_pieces(model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callable, Callable]:
+    c = model.config
+    n = len(obs["tokens"])
+    device = obs["tokens"].device
+    dtype = model.vlln.weight.dtype
+    once = functools.partial(gr00t_context, model, obs)
+    state = model.encode_state(obs["state"].to(dtype), c.embodiment)
+    x_t = torch.randn(n, c.horizon, c.max_action_dim, device=device, dtype=dtype)
+    bucket = torch.full((n,), c.time_buckets // 2, device=device)
+    return once, functools.partial(model.velocity, once(), state, x_t, bucket, c.embodiment)
 
 
 def dtype_in_rollout(name: str, model: nn.Module, key: str) -> torch.dtype:
-    """As a run on a GPU with a frozen VLM in bf16 holds it: what is trained in fp32. OFT's files
-    are in bf16."""
+    """Looks up a parameter's type in a run on a GPU.
+
+    What is trained is in fp32, a frozen VLM in bf16. OFT's files are in bf16.
+    """
     if name == "oft":
-        return torch.float32 if key.startswith("value_head.") or "lora_" in key else torch.bfloat16
+        is_trained = key.startswith("value_head.") or "lora_" in key
+        return torch.float32 if is_trained else torch.bfloat16
     return model.dtype_of(key)
 
 
@@ -75,12 +88,14 @@ def dtype_in_rollout(name: str, model: nn.Module, key: str) -> torch.dtype:
 def inference_row(
     name: str, model: nn.Module, n: int, device: str, flops: float, seconds: float
 ) -> dict:
-    """flops: of one sample."""
+    """Measures one batch size. flops: of one sample."""
     obs = random_observations(model, n, device)
     noise = random_noise(model, n, device)
     once, step = pieces(name, model, obs)
     product, product_flops = matmul(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    calls = [lambda: model.act(obs, noise), product, once, *([step] if step else [])]
+    calls = [functools.partial(model.act, obs, noise), product, once]
+    if step:
+        calls.append(step)
     act_s, product_s, once_s, *step_s = seconds_of(calls, device, seconds)
     peak = product_flops / product_s
     return {
@@ -97,16 +112,20 @@ def inference_row(
 
 
 def measure(name: str, size: str, seconds: float) -> list[dict]:
-    """A row per batch size, and on a GPU again compiled. Raises UserError for the full size on a
-    CPU."""
+    """Measures a row per batch size, and on a GPU again compiled.
+
+    Raises UserError for the full size on a CPU.
+    """
     device, size = where(size)
     changes = {"prefix_dtype": "bfloat16"} if device == "cuda" and name != "oft" else {}
     model = random_model(name, size, device, torch.float32, **changes).eval().requires_grad_(False)
-    for key, parameter in model.named_parameters() if device == "cuda" else ():
-        parameter.data = parameter.data.to(dtype_in_rollout(name, model, key))
+    if device == "cuda":
+        for key, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtype_in_rollout(name, model, key))
     one = random_observations(model, 1, device)
     noise = random_noise(model, 1, device)
-    flops = flops_of(lambda: model.act(one, noise))  # counted before anything is compiled
+    # Counted before anything is compiled.
+    flops = flops_of(functools.partial(model.act, one, noise))
     rows = []
     for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
         if mode == "compiled":
@@ -117,10 +136,8 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
             for n in BATCHES:
                 torch.compiler.reset()  # past some number of shapes it would go on eagerly
                 rows.append(about | inference_row(name, model, n, device, flops, seconds))
-        except (
-            TorchDynamoException
-        ) as error:  # no compiler on this machine, for instance; the eager rows are worth having
-            print(
-                f"torch.compile failed, so its rows end here: {str(error).strip().splitlines()[0]}"
-            )
+        except TorchDynamoException as error:
+            # There is no compiler here, for instance. The eager rows are worth having.
+            first = str(error).strip().splitlines()[0]
+            print(f"torch.compile failed, so its rows end here: {first}")
     return rows

@@ -1,24 +1,23 @@
-"""The round trips of `machinery.py` in another library: TorchRL 0.14, under whatever Python has it.
+"""Makes the round trips of `machinery.py` in another library: TorchRL 0.14, under a Python that has
+it.
 
-    python bench.py machinery --peer PYTHON      runs this file with PYTHON, in turn with ours
-    PYTHON benchmarks/peers.py --way server --envs 8            by itself
+    python bench.py machinery --peer PYTHON          runs this file with PYTHON, in turns with ours
+    PYTHON benchmarks/peers.py --way server --envs 8  by itself
 
-It imports nothing of this repository, so that PYTHON's environment need not hold it. The simulator
-returns constant observations of the same shapes, the policy constant actions [10, 4]; episodes have
-8 steps. Ways, each as TorchRL's documentation recommends it:
+It imports nothing of this repository, so PYTHON's environment need not hold it. The simulator
+returns constant observations of the same shapes, and the policy constant actions [10, 4]. Episodes
+have 8 steps. There are three ways, each as TorchRL's documentation recommends it:
 
     server     AsyncBatchedCollector, a process per env and one that infers in batches,
-               shared-memory slots (`transport="auto"`),
-               transitions in messages of 64: its "fast configuration for many process-backed
-               environments", and our shape
+               shared-memory slots (`transport="auto"`), transitions in messages of 64: its "fast
+               configuration for many process-backed environments", and our shape
     driver     AsyncBatchedCollector, two processes with half the envs each, exchange in shared
                memory, inference in the driver
     workers    MultiAsyncCollector, two processes that each step half the envs one by one and infer
-               for them in one batch: no
-               round trip leaves its process, and nothing overlaps within one
+               for them in one batch: no round trip leaves its process, and nothing overlaps in one
 
-Left out on this side, and counted on ours: the learner. What a collector yields is dropped, without
-advantages, losses, gradients, weight transfer. Counted here alone: every observation is stored
+Left out here, and counted for ours: the learner. What a collector yields is dropped; there are no
+advantages, losses, gradients and weight transfers. Counted here alone: every observation is stored
 twice, the second time as "next", as TorchRL does.
 """
 
@@ -77,6 +76,8 @@ class Env(EnvBase):
 
 
 class Constant(torch.nn.Module):
+    """Returns zeros for every observation."""
+
     def __init__(self):
         super().__init__()
         self.action = torch.zeros(ACTION)
@@ -90,6 +91,7 @@ def policy() -> TensorDictModule:
 
 
 def collector(way: str, envs: int, pixels: int):
+    """Makes the collector of one way."""
     make = functools.partial(Env, pixels)
     if way == "workers":
         several = [functools.partial(SerialEnv, envs // WORKERS, make)] * WORKERS
@@ -100,11 +102,12 @@ def collector(way: str, envs: int, pixels: int):
         "create_env_fn": [make] * envs,
         "frames_per_batch": 64 * envs,
         "env_backend": "multiprocessing",
+        "policy_factory": policy,
+        "policy_version_key": None,
+        "server_config": InferenceServerConfig(
+            max_batch_size=envs, min_batch_size=1, timeout=0.001, collect_stats=False
+        ),
     }
-    settings |= {"policy_factory": policy, "policy_version_key": None}
-    settings["server_config"] = InferenceServerConfig(
-        max_batch_size=envs, min_batch_size=1, timeout=0.001, collect_stats=False
-    )
     if way == "server":
         return AsyncBatchedCollector(**settings, transport="auto")
     return AsyncBatchedCollector(
@@ -121,19 +124,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     source = collector(args.way, args.envs, args.pixels)
-    # when the first batch came; since the start
-    first = None
-    steps = 0
-    start = None
+    first = None  # when the first batch came, seconds
+    start = None  # when measuring began
+    steps = 0  # since then
     for batch in source:
         now = time.monotonic()
         if start is not None:
             steps += batch.numel()
             if now - start >= args.seconds:
-                print(
-                    json.dumps({"event": "end", "round_trips": steps, "seconds": now - start}),
-                    flush=True,
-                )
+                end = {"event": "end", "round_trips": steps, "seconds": now - start}
+                print(json.dumps(end), flush=True)
                 break
         elif first is None:
             first = now

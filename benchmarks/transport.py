@@ -1,11 +1,11 @@
-"""Round trips of observations and actions between N env processes and one server, by several means
-of transport.
+"""Measures round trips of observations and actions between N env processes and one server, by
+several means of transport.
 
     python bench.py transport
 
-A round trip: an env hands over an observation of 301 KB; the server, the rollout worker's part,
-stacks what has come to one batch, reads a byte of every image row and answers each env with 10 × 7
-actions. The means:
+In a round trip an env hands over an observation of 301 KB. The server, in the rollout worker's
+place, stacks what has come to one batch, reads a byte of every image row and answers each env with
+10 × 7 actions. The means:
 
     slots        `SlotPool` + `IndexQueue`: written once in place, 8-byte records travel, the server
                  copies rows into its batch
@@ -33,16 +33,23 @@ import torch.multiprocessing as mp
 from benchmarks.measuring import context
 from channel import ACT, Counters, IndexQueue, Record, SlotPool
 
-# uint8, float32, float32
-IMAGE = (2, 224, 224, 3)
-STATE = (8,)
-ACTION = (10, 7)
+IMAGE = (2, 224, 224, 3)  # uint8
+STATE = (8,)  # float32
+ACTION = (10, 7)  # float32
+FIELDS = {
+    "image": (IMAGE, torch.uint8),
+    "state": (STATE, torch.float32),
+    "action": (ACTION, torch.float32),
+}
+SENDER_IS_GONE = (OSError, EOFError)  # of a tensor on its way, when a repetition ends
 BYTES = math.prod(IMAGE) + 4 * math.prod(STATE)
 
 
 def reply_to(images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Every server's work on a batch [n, …]: reads a byte of each image row, returns actions [n,
-    10, 7]."""
+    """Does every server's work on a batch [n, …].
+
+    It reads a byte of each image row and returns actions [n, 10, 7].
+    """
     seen = images[:, :, :, 0, 0].sum(dim=(1, 2), dtype=torch.float32) + states.sum(dim=1)
     return seen[:, None, None].expand(-1, *ACTION)
 
@@ -56,9 +63,9 @@ def slots_server(
         if not records:
             continue
         slots = torch.tensor([record.slot for record in records])
-        pool["action"][slots] = reply_to(
-            pool["image"].index_select(0, slots), pool["state"].index_select(0, slots)
-        )
+        images = pool["image"].index_select(0, slots)
+        states = pool["state"].index_select(0, slots)
+        pool["action"][slots] = reply_to(images, states)
         for record in records:
             replies[record.sender].put([record])
 
@@ -68,7 +75,7 @@ def slots_env(
 ) -> None:
     frame = np.full(IMAGE, rank, np.uint8)
     vector = np.ones(STATE, np.float32)
-    image, state, action = (pool[name].numpy() for name in ("image", "state", "action"))
+    image, state, action = (pool[name].numpy() for name in FIELDS)
     while not table.get(0, "stop"):
         image[rank] = frame
         state[rank] = vector
@@ -80,21 +87,23 @@ def slots_env(
 
 
 def queue_server(tensors: bool, requests, replies: list, table: Counters) -> None:
-    """`tensors`: images and actions are torch tensors, each in fresh shared memory; else numpy
-    arrays, which travel pickled."""
+    """Serves through queues.
+
+    With `tensors`, images and actions are torch tensors, each in fresh shared memory; else they are
+    numpy arrays, which travel pickled.
+    """
     torch.set_num_threads(1)
     while not table.get(0, "stop"):
         try:
             batch = [requests.get(timeout=0.2)]
             while not requests.empty():
                 batch.append(requests.get())
-        except (queue.Empty, OSError):  # OSError: at the end, the sender of a tensor is gone
+        except (queue.Empty, *SENDER_IS_GONE):
             continue
         ranks, images, states = zip(*batch, strict=True)
         images = torch.stack(images) if tensors else torch.from_numpy(np.stack(images))
-        for rank, action in zip(
-            ranks, reply_to(images, torch.from_numpy(np.stack(states))), strict=True
-        ):
+        actions = reply_to(images, torch.from_numpy(np.stack(states)))
+        for rank, action in zip(ranks, actions, strict=True):
             replies[rank].put(action.clone() if tensors else action.numpy().copy())
     for reply in replies:
         reply.cancel_join_thread()
@@ -107,47 +116,48 @@ def queue_env(rank: int, tensors: bool, requests, replies: list, table: Counters
         requests.put((rank, torch.from_numpy(frame) if tensors else frame, vector))
         try:
             replies[rank].get(timeout=5.0).sum()
-        except (queue.Empty, OSError):
+        except (queue.Empty, *SENDER_IS_GONE):
             continue
         table.add(rank, "round_trips", 1)
     requests.cancel_join_thread()
 
 
+def jobs_of(name: str, n: int, table: Counters) -> list[tuple]:
+    """Connects server and envs. Returns a function and its arguments for each of them."""
+    if name == "slots":
+        replies = [IndexQueue() for _ in range(n)]
+        links = (SlotPool(FIELDS, n), IndexQueue(), replies, table)
+        return [(slots_server, links), *((slots_env, (rank, *links)) for rank in range(n))]
+    module = mp if name == "torch_queue" else multiprocessing
+    make = module.get_context("forkserver").Queue
+    links = (name == "torch_queue", make(), [make() for _ in range(n)], table)
+    return [(queue_server, links), *((queue_env, (rank, *links)) for rank in range(n))]
+
+
 def round_trips(name: str, n: int, seconds: float) -> float:
-    """Round trips/s of one repetition: starts server and envs, counts for `seconds` once every env
-    is going, stops them."""
+    """Measures round trips/s once: starts server and envs, counts for `seconds`, stops them.
+
+    Counting begins when every env is going.
+    """
     if name == "ray":
         return ray_round_trips(n, seconds)
     server = context("benchmarks.transport")
     table = Counters(n, ("round_trips", "stop"))
-    if name == "slots":
-        pool = SlotPool(
-            {
-                "image": (IMAGE, torch.uint8),
-                "state": (STATE, torch.float32),
-                "action": (ACTION, torch.float32),
-            },
-            n,
-        )
-        links = pool, IndexQueue(), [IndexQueue() for _ in range(n)], table
-        jobs = [(slots_server, links), *((slots_env, (rank, *links)) for rank in range(n))]
-    else:
-        make = (mp if name == "torch_queue" else multiprocessing).get_context("forkserver").Queue
-        links = name == "torch_queue", make(), [make() for _ in range(n)], table
-        jobs = [(queue_server, links), *((queue_env, (rank, *links)) for rank in range(n))]
+    jobs = jobs_of(name, n, table)
     processes = [server.Process(target=target, args=args, daemon=True) for target, args in jobs]
     for process in processes:
         process.start()
+    counts = table.table[:, 0]
     try:
         deadline = time.monotonic() + 60.0
-        while table.table[:, 0].min() < 3:
+        while counts.min() < 3:
             if time.monotonic() > deadline or not all(process.is_alive() for process in processes):
                 raise RuntimeError(f"{name} with {n} envs did not start")
             time.sleep(0.05)
-        before = table.table[:, 0].sum()
+        before = counts.sum()
         start = time.monotonic()
         time.sleep(seconds)
-        return (table.table[:, 0].sum() - before) / (time.monotonic() - start)
+        return (counts.sum() - before) / (time.monotonic() - start)
     finally:
         table.set(0, "stop", 1.0)
         for process in processes:
@@ -156,8 +166,7 @@ def round_trips(name: str, n: int, seconds: float) -> float:
 
 
 def ray_round_trips(n: int, seconds: float) -> float:
-    """The same through Ray: the server is an actor and a request is a call, so that each batch
-    holds one observation."""
+    """Measures the same through Ray: the server is an actor and a request is a call."""
     import ray
 
     ray.init(
@@ -171,13 +180,9 @@ def ray_round_trips(n: int, seconds: float) -> float:
     @ray.remote(num_cpus=1)
     class Server:
         def act(self, image, state):
-            return (
-                reply_to(torch.from_numpy(np.stack([image])), torch.from_numpy(np.stack([state])))[
-                    0
-                ]
-                .numpy()
-                .copy()
-            )
+            images = torch.from_numpy(np.stack([image]))
+            states = torch.from_numpy(np.stack([state]))
+            return reply_to(images, states)[0].numpy().copy()
 
     @ray.remote(num_cpus=1)
     def env(server, rank: int) -> float:
@@ -198,8 +203,9 @@ def ray_round_trips(n: int, seconds: float) -> float:
 
 
 def memcpy_rate(n: int) -> float:
-    """Bytes/s of numpy copying n observations in turn."""
-    source, target = (np.ones((n, BYTES), np.uint8) for _ in range(2))
+    """Measures the bytes/s of numpy copying n observations in turn."""
+    source = np.ones((n, BYTES), np.uint8)
+    target = np.ones((n, BYTES), np.uint8)
     start = time.perf_counter()
     count = 0
     while time.perf_counter() < start + 0.2:
@@ -209,24 +215,27 @@ def memcpy_rate(n: int) -> float:
 
 
 def measure(repeats: int, seconds: float) -> list[dict]:
-    names = ["slots", "torch_queue", "mp_queue"] + (
-        ["ray"] if importlib.util.find_spec("ray") else []
-    )
+    """Measures every means, with 2 and with 8 envs."""
+    names = ["slots", "torch_queue", "mp_queue"]
+    if importlib.util.find_spec("ray"):
+        names.append("ray")
     rows = []
     for n in (2, 8):
         measured = {name: [] for name in names}
         copies = []
         for _ in range(repeats):
             copies.append(memcpy_rate(n) / 1e6)
-            for name in names:
-                measured[name].append(round_trips(name, n, seconds))
+            for name, rates in measured.items():
+                rates.append(round_trips(name, n, seconds))
         for name, rates in measured.items():
             rate = statistics.median(rates)
-            row = {
-                "name": name,
-                "envs": n,
-                "round_trips_per_s": rate,
-                "mb_per_s": rate * BYTES / 1e6,
-            }
-            rows.append(row | {"memcpy_mb_per_s": statistics.median(copies)})
+            rows.append(
+                {
+                    "name": name,
+                    "envs": n,
+                    "round_trips_per_s": rate,
+                    "mb_per_s": rate * BYTES / 1e6,
+                    "memcpy_mb_per_s": statistics.median(copies),
+                }
+            )
     return rows

@@ -6,8 +6,9 @@ import torch
 import models
 import prepare
 import train
+from benchmarks.emulated import libero
 from config import UserError, completed, embedded_files, to_json
-from envs import EnvSpec, emulated
+from envs import EnvSpec
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
 
@@ -54,7 +55,7 @@ def test_a_new_simulator_starts_from_random_weights(monkeypatch, tmp_path):
     """Even one with Meta-World's four actions that says nothing of its states."""
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
     like_metaworld = EnvSpec(("reach",), ("reach",), 1, 64, 4, 4, 100)
-    monkeypatch.setattr(emulated, "spec", lambda tasks, image_size: like_metaworld)
+    monkeypatch.setattr(libero, "spec", lambda tasks, image_size: like_metaworld)
     flags = "--model pi05 --env emulated --envs 8 --batch 16 --minibatch 8"
     setup = prepare.prepare(train.parse(flags.split()))
     assert setup.config.train.checkpoint.parent == tmp_path / "runs"
