@@ -156,9 +156,9 @@ class Inbox:
         first_slots = np.arange(0, admission.slots, admission.width)
         owner = admission.owner(first_slots, len(channels.finished))
         self.slots = first_slots[owner == rank]  # the first ones of this rank's lanes
-        # The marks, as of the last look. The pool was made for this start of the workers, so at
-        # first there were none; the first rank may publish, and lanes finish, before this one looks.
-        self.seen = np.zeros_like(self.arrays["done"][self.slots])
+        # Both begin at 0, as the slots did: env workers may have finished trajectories already
+        # when this rank comes to make its inbox.
+        self.seen = np.zeros_like(self.slots)  # the marks, as of the last look
         # Chunk steps of every slot that are accounted for, of all that were ever stepped in it.
         self.settled = np.zeros_like(self.arrays["collected"])
         self.accounts = {"restart": 0, "after_end": 0}
