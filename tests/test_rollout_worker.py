@@ -349,6 +349,14 @@ def test_a_wake_that_is_lost_is_made_up_for_within_a_second(worker):
     assert answers(channels, 0, 1) == [value]
 
 
+def test_the_same_episode_is_evaluated_again_in_the_next_round(worker):
+    """One that lasts a single chunk step asks with the same record in every round."""
+    channels = worker(batch_wait_ms=1.0)
+    for _ in range(3):
+        evaluation = ask(channels, 2 * LANES, 0, EVAL)
+        assert answers(channels, 0, 1) == [evaluation]
+
+
 def test_one_record_stands_for_every_env_of_its_lane(worker):
     channels = worker(width=2)
     asked = [ask(channels, 2 * lane, 1, ACT) for lane in range(LANES)]
