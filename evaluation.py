@@ -12,10 +12,9 @@ store. So a replaced worker sees what is left to play, and nothing counts twice.
 import math
 from collections.abc import Iterable
 
-from envs.lanes import Lane
-
 from channel import EVAL, Counters, Record
 from config import Config
+from envs.lanes import Lane
 
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
 
