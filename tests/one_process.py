@@ -119,7 +119,7 @@ class World:
         if not thread.killed:
             return []
         for pipe in self.pipes:
-            pipe.cut(thread.name)
+            pipe.cut(thread)
         return [thread.name]
 
     def end(self) -> None:
@@ -132,7 +132,7 @@ class World:
 
 class Pipe:
     """Stands for `channel.IndexQueue`. Records of one sender keep their order, as in a pipe; those
-    of different senders do not."""
+    of different senders do not, nor do those of a worker and of its replacement."""
 
     def __init__(self, world: World, apart: bool):
         """apart: a copy may arrive later than its original; else it comes together with it."""
@@ -159,18 +159,17 @@ class Pipe:
                 if self.apart and world.random.random() < 0.5:
                     writes.append([])
                 writes[-1].append(record)
-        sent = self.flying.setdefault(world.running.name, [])
-        sent += [write for write in writes if write]
-        if not sent:
-            del self.flying[world.running.name]
+        writes = [write for write in writes if write]
+        if writes:
+            self.flying.setdefault(world.running, []).extend(writes)
         world.point(risk=0.01)
 
-    def deliver(self, sender: str) -> None:
+    def deliver(self, sender: Thread) -> None:
         self.arrived += self.flying[sender].pop(0)
         if not self.flying[sender]:
             del self.flying[sender]
 
-    def cut(self, sender: str) -> None:
+    def cut(self, sender: Thread) -> None:
         """Loses a part, or all, of what a worker wrote before it was killed."""
         writes = self.flying.get(sender, [])
         del writes[self.world.random.randint(0, len(writes)) :]
