@@ -109,7 +109,8 @@ class World:
         waiting = [(pipe, sender) for pipe in self.pipes for sender in pipe.flying]
         if waiting and self.random.random() < self.deliveries:
             pipe, sender = self.random.choice(waiting)
-            pipe.deliver(sender)
+            if not sender.ended or self.random.random() < 0.05:  # what the dead wrote comes late
+                pipe.deliver(sender)
             return []
         alive = [thread for thread in self.threads.values() if not thread.ended]
         thread = self.running = self.random.choice(alive)
