@@ -49,12 +49,15 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             elif lanes.is_to_be_served(record):
                 batcher.add(record, record.kind in (ACT, FINAL), lanes.asked.item(record.slot))
 
-        # Go on waiting until a batch is due.
+        # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
         batcher.expect_at_most(lanes.that_may_ask())
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue
         batch, waited_s = batcher.take()
+        batch = [record for record in batch if lanes.is_of_the_living(record)]
+        if not batch:
+            continue
 
         # Infer, with the newest weights that are here.
         take_new_weights(fetcher, lanes.oldest_version(batch, fetcher.version), config, meter)
@@ -95,20 +98,20 @@ class LanesServed:
         wait for weights and ask for nothing."""
         return int(np.count_nonzero(self.trajectory < self.admission.admitted(self.plane.version)))
 
-    def is_to_be_served(self, record: Record) -> bool:
-        """Whether the env worker that asks this is alive, and has not asked it before.
+    def is_of_the_living(self, record: Record) -> bool:
+        """Whether the env worker that asked this has not been replaced since."""
+        return record.generation == self.generation.item(record.sender)
 
-        A row that newer weights served again would hold other actions than those executed. One that
-        is read in time, and whose env worker dies while it waits, is served to no effect."""
-        if record.generation != self.generation.item(record.sender):
-            return False
+    def is_to_be_served(self, record: Record) -> bool:
+        """Whether a living env worker asks this for the first time. A row that newer weights served
+        again would hold other actions than those that were executed."""
         # A slot's trajectory tells requests of one row apart. Every round of evaluation plays the
         # same episodes, so there the time of asking does.
         told_by = self.asked if record.kind == EVAL else self.trajectory_in_slot
         request = record, told_by.item(record.slot)
         is_new = self.newest.get(record.slot) != request
         self.newest[record.slot] = request
-        return is_new
+        return is_new and self.is_of_the_living(record)
 
     def oldest_version(self, batch: list[Record], version: int) -> int:
         """Returns the oldest version that may serve a batch. version: of the weights in use.
