@@ -100,7 +100,7 @@ class Shard:
         self.pool = channels.pool
         self.arrays = channels.pool.arrays
         self.fields = {name: self.arrays.get(name, self.pool[name]) for name in self.pool.spec}
-        self.pictures_stay = "image" not in self.arrays
+        self.pictures_stay = "image" in self.pool.gpu
         picture = (self.spec.views, self.spec.image_size, self.spec.image_size, 3)
         self.blank = np.broadcast_to(np.uint8(0), picture)  # stands for one that stays on the GPU
         self.observed: tuple[str, ...] = ()  # the fields of an observation
