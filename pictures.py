@@ -29,6 +29,7 @@ WORK = {
     "publish": PURPLE,
     "checkpoint": "#777777",
 }
+OTHER = "#bbbbbb"  # of work that has no colour of its own
 # Colours of waits: that of the stage that is waited for.
 WAITS = {
     "action": BLUE,
@@ -136,9 +137,9 @@ def draw_bars(axes, spans: list, height: float, width: float) -> None:
             axes.broken_barh(bars, (height - 0.08, 0.16), facecolor=colour, alpha=0.6, linewidth=0)
         elif kind in ("infer", "train"):  # one follows another: a white edge parts them
             edge = {"edgecolor": "white", "linewidth": 0.5}
-            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK[kind], **edge)
+            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), **edge)
         else:
-            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK[kind], linewidth=0)
+            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), linewidth=0)
 
 
 def draw_numbers(axes, spans: list, height: float, first: float, last: float) -> None:
