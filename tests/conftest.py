@@ -148,12 +148,12 @@ class Cli:
     """One `python FILE FLAGS`. An environment variable, which every descendant inherits, marks all
     of its processes."""
 
-    def __init__(self, file: str | Path, flags: str, **environment: str):
+    def __init__(self, file: str | Path, flags: str, cwd: Path = ROOT, **environment: str):
         self.mark = uuid.uuid4().hex
         command = [sys.executable, str(file), *flags.split()]
         self.process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=cwd,
             env=os.environ | environment | {"TEST_MARK": self.mark},
             start_new_session=True,
             text=True,
@@ -235,8 +235,8 @@ def cli():
     started = []
     before = shared_memory_files()
 
-    def start(file: str | Path, flags: str = "", **environment: str) -> Cli:
-        started.append(Cli(file, flags, **environment))
+    def start(file: str | Path, flags: str = "", cwd: Path = ROOT, **environment: str) -> Cli:
+        started.append(Cli(file, flags, cwd, **environment))
         return started[-1]
 
     yield start
