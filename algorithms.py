@@ -321,8 +321,7 @@ class Ppo(Algorithm):
         return loss + settings.value_weight * values, numbers | {"loss_value": values.detach()}
 
     def finish_batch(self, totals: dict[str, float], first: bool) -> None:
-        count = self.config.actor.batch * self.config.env.segment
-        self.advantage_scale.update(totals["advantage_square"], count, first)
+        self.advantage_scale.update(totals["advantage_square"], totals["trained_once"], first)
 
 
 class Grpo(Algorithm):

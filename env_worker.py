@@ -3,8 +3,8 @@ others step.
 
     observe → write row t → request → (the rollout worker writes actions) → step → row t + 1 …
 
-Read `run` first: it is the whole worker. `Shard` holds what the worker owns, `TrainingLane` is the
-life of one lane. What makes a lane one env or many is in envs/lanes.py; evaluation lanes are in
+Read `run` first: it is the whole worker. `TrainingLane` is the life of one lane. What they share is
+in shard.py; what makes a lane one env or many is in envs/lanes.py; evaluation lanes are in
 evaluation.py. Pictures are drawn only where the policy will see them, once per chunk.
 
 Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
@@ -12,24 +12,14 @@ Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
 
 import math
 import time
-from collections import deque
 
-import numpy as np
-import torch
-
-import envs
-import models
-from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, fence, synchronize
+from channel import ACT, EVAL, FINAL, VALUE, Channels, Record
 from config import Config
-from envs.lanes import Lane, make_lane
+from envs.lanes import Lane
 from evaluation import EvaluationLanes
 from metrics import Meter
 from models.checkpoint import Header
-from scheduler import Admission, Trajectories
-
-# Where a chunk step usually takes less time than this (seconds), the requests of several lanes are
-# sent together.
-GATHER_S = 1e-3
+from shard import Shard
 
 
 def run(
@@ -69,182 +59,6 @@ def run(
         else:
             lanes[shard.lane_of(record)].on_answer(record)
         meter.alive()
-
-
-class Shard:
-    """What all lanes of one worker share: slots, queues, and how observations are prepared."""
-
-    def __init__(
-        self,
-        rank: int,
-        config: Config,
-        header: Header,
-        device: str,
-        channels: Channels,
-        meter: Meter,
-    ):
-        if config.env.lanes and device != "cpu":
-            torch.cuda.set_device(device)
-        self.rank = rank
-        self.config = config
-        self.device = device
-        self.meter = meter
-        self.simulator = envs.load(config.train.env)
-        self.spec = self.simulator.spec(config.train.tasks, config.env.image_size)
-        self.preparation = models.preparation(config.train.model, header, config.train.tokenizer)
-        self.admission = Admission.of(config)
-        self.trajectories = Trajectories.of(config)  # segments (PPO) or episodes (GRPO)
-        self.segment = config.env.segment  # T, chunk steps
-
-        # Slots. Where a vectorised simulator draws on the GPU, its pictures stay there.
-        self.pool = channels.pool
-        self.arrays = channels.pool.arrays
-        self.fields = {name: self.arrays.get(name, self.pool[name]) for name in self.pool.spec}
-        self.pictures_stay = "image" in self.pool.gpu
-        picture = (self.spec.views, self.spec.image_size, self.spec.image_size, 3)
-        self.blank = np.broadcast_to(np.uint8(0), picture)  # stands for one that stays on the GPU
-        self.observed: tuple[str, ...] = ()  # the fields of an observation
-
-        # Queues. Records carry the generation, so that nobody takes a dead worker's for this one's.
-        self.version = channels.plane.watch()
-        self.lanes = channels.lanes
-        self.requests = channels.requests
-        self.finished = channels.finished
-        self.replies = channels.replies[rank]
-        self.replies.close_writer()
-        self.generation = meter.restarts()  # how often this worker was replaced
-        self.lanes.generation[rank] = self.generation
-        self.awaited: set[Record] = set()  # requests without an answer yet
-        self.answers: deque[Record] = deque()  # read, and not yet acted on
-        self.outbox: dict[int, list[Record]] = {}  # requests to be sent, by rollout worker
-        self.sent = 0.0  # monotonic seconds: when the outbox was last emptied
-        self.chunk_s = 1.0  # running mean: seconds of a chunk step
-        self.parked: list[TrainingLane] = []  # lanes that wait for a version
-
-    # ---------------------------------------------------------------- lanes
-
-    def training_lanes(self) -> dict[int, Lane]:
-        env = self.config.env
-        return self.make_lanes(0, env.envs, env.width)
-
-    def evaluation_lanes(self) -> dict[int, Lane]:
-        """Makes lanes whose envs are numbered after all training envs."""
-        env = self.config.env
-        return self.make_lanes(env.envs, env.eval_envs if env.evaluates else 0, env.eval_width)
-
-    def make_lanes(self, first: int, count: int, width: int) -> dict[int, Lane]:
-        """Makes every n-th of the lanes that `count` envs from number `first` on are divided
-        into."""
-        made = {}
-        for index in range(self.rank, count // width, self.config.env.env_workers):
-            numbers = range(first + index * width, first + (index + 1) * width)
-            made[index] = make_lane(
-                self.simulator,
-                self.spec,
-                self.config,
-                index,
-                numbers,
-                self.device,
-                self.pictures_stay,
-            )
-        return made
-
-    def lane_of(self, record: Record) -> int:
-        return self.arrays["lane"].item(record.slot) // self.config.env.width
-
-    def take_parked(self) -> "list[TrainingLane]":
-        parked = self.parked
-        self.parked = []
-        return parked
-
-    # ---------------------------------------------------------------- slots
-
-    def observe(self, lane: Lane, slots: slice, row: int) -> None:
-        """Draws every env of a lane, and writes what the model needs into a row of its slots."""
-        with self.meter.work("render"):
-            pictures = lane.observe()
-            if self.pictures_stay:
-                self.pool["image"][slots, row] = pictures
-                synchronize(self.pool.device)  # before anybody is told that they are there
-        for i, slot in enumerate(range(slots.start, slots.stop)):
-            state = lane.states[i]
-            if not all(np.isfinite(state).tolist()):  # a third of the time that its `all()` takes
-                raise FloatingPointError(f"a state of {lane.describe()} is not a number: {state}")
-            prompt = lane.prompt or self.spec.prompts[lane.tasks[i]]
-            picture = self.blank if self.pictures_stay else pictures[i]
-            fields = self.preparation.observe(picture, state, prompt)
-            for name, value in fields.items():
-                if name != "image" or not self.pictures_stay:
-                    self.arrays[name][slot, row] = value
-        self.observed = tuple(fields)
-
-    def carry_over(self, before: slice, slots: slice) -> None:
-        """Copies the observation that ended a trajectory to where the next one begins."""
-        for name in self.observed:
-            self.fields[name][slots, 0] = self.fields[name][before, self.segment]
-        if self.pictures_stay:
-            synchronize(self.pool.device)
-
-    def label(self, lane: Lane, slots: slice, trajectories: int | list[int]) -> None:
-        """Writes into a lane's slots which env, trajectory and task they hold."""
-        self.arrays["lane"][slots] = lane.envs
-        self.arrays["trajectory"][slots] = trajectories
-        self.arrays["task"][slots] = lane.tasks
-
-    def planned_actions(self, lane: Lane, slots: slice, row: int) -> list[np.ndarray]:
-        """Returns what each env of a lane is to execute [C, A]."""
-        # A simulator that writes into what it is given must not change what is trained on.
-        actions = self.arrays["actions"][slots, row].copy()
-        return [
-            self.preparation.actions(a, state)
-            for a, state in zip(actions, lane.states, strict=True)
-        ]
-
-    # ---------------------------------------------------------------- messages
-
-    def request(self, lane: Lane, slots: slice, kind: int, t: int) -> None:
-        """Asks the lane's rollout worker about its first slot, which stands for the whole lane."""
-        self.arrays["asked"][slots.start] = time.monotonic()
-        record = Record(slots.start, t, kind, self.rank, self.generation)
-        self.awaited.add(record)
-        self.outbox.setdefault(lane.index % len(self.requests), []).append(record)
-
-    def wake_rollout(self, lane: Lane) -> None:
-        """Lets the lane's rollout worker see that the lane table has changed."""
-        record = Record(0, 0, WAKE, self.rank, self.generation)
-        self.outbox.setdefault(lane.index % len(self.requests), []).append(record)
-
-    def send_requests(self) -> None:
-        """Empties the outbox, unless more requests will follow within a moment."""
-        now = time.monotonic()
-        if self.answers and self.chunk_s < GATHER_S and now - self.sent < GATHER_S:
-            return
-        for worker, records in self.outbox.items():
-            self.requests[worker].put(records)
-        self.outbox.clear()
-        self.sent = now
-
-    def next_answer(self, waiting_for: str) -> Record | None:
-        """Waits up to a second. Leaves out what nobody waits for: an answer that comes twice, or
-        that was meant for a worker that this one replaces."""
-        if not self.answers:
-            with self.meter.wait(waiting_for):
-                records = self.replies.get(1.0)
-            for record in records:
-                if record in self.awaited:
-                    self.awaited.remove(record)
-                    self.answers.append(record)
-        return self.answers.popleft() if self.answers else None
-
-    def finish(self, slots: slice, trajectory: int, lengths: int | list[int]) -> None:
-        """Says that the trajectories in a lane's slots are complete, of so many chunk steps each.
-
-        The mark in the lane's first slot is what counts; the record only wakes the actor."""
-        self.arrays["length"][slots] = lengths
-        fence()
-        self.arrays["done"][slots.start] = trajectory + 1
-        owner = self.admission.owner(slots.start, len(self.finished))
-        self.finished[owner].put([Record(slots.start, 0, WAKE, self.rank, self.generation)])
 
 
 class TrainingLane:

@@ -25,7 +25,7 @@ class EvaluationLanes:
     Episode e runs on evaluation env e % eval_envs, always in row 0 of that env's own slot."""
 
     def __init__(self, shard, lanes: dict[int, Lane]):
-        """shard: the `env_worker.Shard` that lends slots, queues and meter; lanes: by index."""
+        """shard: the `shard.Shard` that lends slots, queues and meter; lanes: by index."""
         self.shard = shard
         self.lanes = lanes
         self.round = 0

@@ -18,6 +18,7 @@ import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
 from config import Config, UserError
 from models import checkpoint
+from proximal import ExactProximal
 from ranks import Ranks
 from streamer import MicroBatch
 from tally import Tally
@@ -70,8 +71,9 @@ class Learner:
     def begin_batch(self) -> None:
         self.tally = Tally()
         self.updated = False  # whether the weights are past those of `version`
-        self.kl = [0.0, 0.0]  # of the running minibatch: the sum of KLs, and of how many samples
-        self.rows: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
+        self.kl_sum = 0.0  # of the running minibatch
+        self.kl_samples = 0.0
+        self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
         self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
 
     # ---------------------------------------------------------------- one micro-batch
@@ -88,26 +90,25 @@ class Learner:
         played = torch.arange(segment, device=self.device) < data["length"][:, None]
         targets = self.algorithm.targets(data, played)
         self.tally_trajectories(data, played, targets)
-        steps = targets.kept.sum(1).tolist()
-        self.rows |= dict(zip(micro.slots, steps, strict=True))
-        kept = targets.kept.flatten().nonzero()[:, 0]  # [m]
-        if len(kept) == 0:
+        self.steps |= dict(zip(micro.slots, targets.kept.sum(1).tolist(), strict=True))
+        chosen = targets.kept.flatten().nonzero()[:, 0]  # [m] places of the rows to be trained on
+        if len(chosen) == 0:
             return
 
         # The rows that are trained on, and what the policy says of them now.
-        stored = {name: rows_of(data[name], segment, kept) for name in self.fields_of_steps()}
+        stored = {name: rows_of(data[name], segment, chosen) for name in self.fields_of_steps()}
         out = self.model.evaluate(stored)
         granularity = self.config.algorithm.granularity
         new = units(out["logprob"], granularity)
         old = units(stored["logprob"], granularity)
         staleness = (self.version - stored["version"]).to(torch.float32)
-        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, micro, kept)
+        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, micro, chosen)
 
         # The loss.
-        advantages = self.algorithm.scale(rows_of(targets.advantages, segment, kept))
+        advantages = self.algorithm.scale(rows_of(targets.advantages, segment, chosen))
         returns = None
         if targets.returns is not None:
-            returns = rows_of(targets.returns, segment, kept)
+            returns = rows_of(targets.returns, segment, chosen)
         samples = Samples(new, old, proximal, advantages, out["value"], returns, stored)
         loss, numbers = self.algorithm.loss(samples)
         total = self.config.actor.minibatch * segment
@@ -119,14 +120,14 @@ class Learner:
         own."""
         return tuple(name for name in self.fields if name not in ("task", "length"))
 
-    def proximal_logprob(self, stored, logprob, new, old, staleness, micro, kept) -> Tensor:
+    def proximal_logprob(self, stored, logprob, new, old, staleness, micro, chosen) -> Tensor:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
         if self.config.algorithm.proximal == "behaviour":
             return old
         if self.proximal is None:
             return interpolated_proximal(new, old, staleness)
         segment = self.config.env.segment
-        exact = self.proximal.of(stored, logprob, micro.slots, kept, segment)
+        exact = self.proximal.of(stored, logprob, micro.slots, chosen, segment)
         exact = units(exact, self.config.algorithm.granularity)
         return torch.where(staleness[:, None] > 0, exact, old)
 
@@ -156,7 +157,8 @@ class Learner:
         add("staleness_mean", staleness.sum(), "mean")
         add("staleness_max", staleness.max(), "max")
         distance = by_staleness(samples.new, samples.old, staleness)
-        self.kl = [self.kl[0] + float(distance["approx_kl"]), self.kl[1] + len(staleness)]
+        self.kl_sum += float(distance["approx_kl"])
+        self.kl_samples += len(staleness)
         add("approx_kl", distance.pop("approx_kl"), "mean")
         add("ratio_max", distance.pop("ratio_max"), "max")
         for name, value in distance.items():
@@ -198,8 +200,9 @@ class Learner:
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all
         ranks."""
-        kl = self.kl
-        self.kl = [0.0, 0.0]
+        kl = [self.kl_sum, self.kl_samples]
+        self.kl_sum = 0.0
+        self.kl_samples = 0.0
         limit = self.config.algorithm.kl_stop
         if not limit:
             return False
@@ -217,7 +220,7 @@ class Learner:
         """Ends version v and begins v + 1. Returns the learner's part of a line of metrics.jsonl.
 
         Raises RuntimeError where chunk steps were trained more or less often than once an epoch."""
-        self.tally.add("skipped", sum(self.rows[slot] for slot in self.spared))
+        self.tally.add("skipped", sum(self.steps[slot] for slot in self.spared))
         tally = self.ranks.combine(self.tally)
         uses = self.config.actor.update_epochs * tally.get("trained_once")
         if tally.get("trained") + tally.get("skipped") != uses:
@@ -262,7 +265,7 @@ class Learner:
                 "oft_train": self.config.actor.oft_train,
                 "noise": self.config.rollout.noise,
             },
-            "scale": self.algorithm.state(),
+            "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
         }
         (partial / "state.json").write_text(json.dumps(state))
         put_in_place(partial, path)
@@ -307,9 +310,9 @@ def put_in_place(partial: Path, path: Path) -> None:
         old.rmdir()
 
 
-def rows_of(x: Tensor, segment: int, kept: Tensor) -> Tensor:
-    """Picks the chunk steps `kept` [m] of x [n, T or T + 1, …]: [m, …]."""
-    return x[:, :segment].flatten(0, 1)[kept]
+def rows_of(x: Tensor, segment: int, chosen: Tensor) -> Tensor:
+    """Picks the chunk steps `chosen` [m] of x [n, T or T + 1, …]: [m, …]."""
+    return x[:, :segment].flatten(0, 1)[chosen]
 
 
 def norm_of(parameters: list[Tensor]) -> float:
@@ -326,58 +329,3 @@ def schedule(version: int, config: Config) -> float:
     if config.actor.anneal:
         factor *= min(1.0, 2.0 * (1.0 - version / config.train.iterations))
     return factor
-
-
-class ExactProximal:
-    """Log-probs under the weights that a batch's first update begins from: computed once per
-    trajectory, and kept for later epochs."""
-
-    def __init__(self, model, parameters: list[Tensor]):
-        self.model = model
-        self.parameters = parameters
-        self.begin_batch()
-
-    def begin_batch(self) -> None:
-        # Weights at the beginning of the batch, once an update has changed them.
-        self.before: list[Tensor] | None = None
-        self.stored: dict[int, Tensor] = {}  # log-probs [T, C, A] by slot
-
-    def keep_weights(self) -> None:
-        """Copies the weights; called before every optimizer step, of which the first one counts."""
-        if self.before is None:
-            self.before = [p.detach().clone() for p in self.parameters]
-
-    def of(
-        self,
-        rows: dict[str, Tensor],
-        new: Tensor,
-        slots: tuple[int, ...],
-        kept: Tensor,
-        segment: int,
-    ) -> Tensor:
-        """Returns the proximal log-probs [m, C, A] of a micro-batch's rows.
-
-        rows: slot fields [m, …]; new: today's log-probs [m, C, A]; kept [m]: their places among the
-        chunk steps of `slots`."""
-        trajectory = kept // segment
-        row = kept % segment
-        if not self.stored.keys() >= set(slots):
-            found = self.under_first_weights(rows, new)
-            for i, slot in enumerate(slots):
-                whole = new.new_zeros(segment, *new.shape[1:])
-                whole[row[trajectory == i]] = found[trajectory == i]
-                self.stored[slot] = whole
-        return torch.stack([self.stored[slot] for slot in slots])[trajectory, row]
-
-    def under_first_weights(self, rows: dict[str, Tensor], new: Tensor) -> Tensor:
-        if self.before is None:  # nothing has changed yet
-            return new.detach()
-        self.exchange()
-        with torch.no_grad():
-            found = self.model.evaluate(rows)["logprob"]
-        self.exchange()
-        return found
-
-    def exchange(self) -> None:
-        for parameter, before in zip(self.parameters, self.before, strict=True):
-            parameter.data, before.data = before.data, parameter.data

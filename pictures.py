@@ -139,7 +139,9 @@ def draw_bars(axes, spans: list, height: float, width: float) -> None:
             edge = {"edgecolor": "white", "linewidth": 0.5}
             axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), **edge)
         else:
-            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), linewidth=0)
+            axes.broken_barh(
+                bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), linewidth=0
+            )
 
 
 def draw_numbers(axes, spans: list, height: float, first: float, last: float) -> None:

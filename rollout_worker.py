@@ -60,7 +60,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             continue
 
         # Infer, with the newest weights that are here.
-        take_new_weights(fetcher, lanes.oldest_version(batch, fetcher.version), config, meter)
+        take_new_weights(fetcher, lanes.version_needed(batch, fetcher.version), config, meter)
         start = time.monotonic()
         samples = lanes.samples_of(batch)
         with meter.work("infer", batch=len(samples), version=fetcher.version):
@@ -113,7 +113,7 @@ class LanesServed:
         self.newest[record.slot] = request
         return is_new and self.is_of_the_living(record)
 
-    def oldest_version(self, batch: list[Record], version: int) -> int:
+    def version_needed(self, batch: list[Record], version: int) -> int:
         """Returns the oldest version that may serve a batch. version: of the weights in use.
 
         A trajectory that was admitted on version v must not be played with older weights. Once all
@@ -189,18 +189,18 @@ def take_first_weights(fetcher: WeightFetcher, meter: Meter) -> None:
             meter.alive()
 
 
-def take_new_weights(fetcher: WeightFetcher, oldest: int, config: Config, meter: Meter) -> None:
+def take_new_weights(fetcher: WeightFetcher, needed: int, config: Config, meter: Meter) -> None:
     """Takes the newest weights that are here. Waits for them only if those in use are older than
-    `oldest`, because the version that admitted a trajectory is still being copied."""
+    `needed`, because the version that admitted a trajectory is still being copied."""
     start = time.monotonic()
     swap(fetcher, 0.0, meter)
-    while fetcher.version < oldest:
+    while fetcher.version < needed:
         fetcher.look()
         limit_s = config.train.timeout_s
         with meter.wait("weights"):
             if not swap(fetcher, limit_s, meter):
                 raise TimeoutError(
-                    f"version {oldest} never came from the actor within {limit_s:.0f} s"
+                    f"version {needed} never came from the actor within {limit_s:.0f} s"
                 )
     meter.count("weight_stall_s", time.monotonic() - start)
 

@@ -97,7 +97,7 @@ class World:
         return slots
 
     def mark(self, env: int, trajectory: int, lengths: int | list[int] = SEGMENT) -> Record:
-        """Marks it as done, as `env_worker.Shard.finish` does, and does not wake anybody."""
+        """Marks it as done, as `shard.Shard.finish` does, and does not wake anybody."""
         first = self.admission.slot(env, trajectory)
         self.arrays["length"][first : first + self.admission.width] = lengths
         self.arrays["done"][first] = trajectory + 1

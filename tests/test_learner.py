@@ -18,9 +18,10 @@ from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
 from config import Config, UserError
 from envs import EnvSpec
-from learner import ExactProximal, Learner, schedule
+from learner import Learner, schedule
 from models import checkpoint
 from models.formats import source
+from proximal import ExactProximal
 from ranks import Ranks
 from streamer import MicroBatch, Streamer
 
@@ -138,7 +139,7 @@ def gradients(
     learner = learner_of(model, config)
     for slots in groups:
         learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, False))
-    assert sum(learner.rows.values()) == learner.tally.get("trained")
+    assert sum(learner.steps.values()) == learner.tally.get("trained")
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], learner.tally.values
 
 
@@ -357,7 +358,7 @@ def test_the_first_step_of_a_batch_keeps_the_weights_that_exact_proximal_needs()
     assert all(map(torch.equal, learner.proximal.before, before))
     assert not any(map(torch.equal, learner.parameters, before))
     learner.finish_batch()
-    assert learner.proximal.before is None and learner.proximal.stored == {}
+    assert learner.proximal.before is None and learner.proximal.known == {}
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])
@@ -569,7 +570,7 @@ def test_dense_rewards_are_compared_instead_of_success():
     slots = tuple(range(BATCH))
     learner = learner_of(model, config, spec)
     learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
-    assert learner.rows == {slot: SEGMENT * (slot < 4) for slot in slots}
+    assert learner.steps == {slot: SEGMENT * (slot < 4) for slot in slots}
     assert learner.tally.get("filtered") == 4 * SEGMENT
     blind = learner_of(model, config)  # by success there is nothing to compare
     blind.train(read(blind, pool, slots), MicroBatch(slots, 0, 0, True))

@@ -411,19 +411,19 @@ def test_lanes_that_may_ask_are_those_that_the_published_version_admits():
     assert served.that_may_ask() == 0
 
 
-def test_the_oldest_version_that_may_serve_is_that_of_the_newest_trajectory():
+def test_the_version_needed_that_may_serve_is_that_of_the_newest_trajectory():
     served, channels = lanes_served(0)
     channels.plane.publish({"weight": torch.zeros(1)}, 2)
     channels.pool["trajectory"][:3] = torch.tensor([2, 6, 0])
     batch = [Record(slot, 0, ACT, 0, 0) for slot in range(3)]
-    assert served.oldest_version(batch, 1) == 2  # trajectory 6 is of batch 3
-    assert served.oldest_version(batch[:1], 1) == 0
+    assert served.version_needed(batch, 1) == 2  # trajectory 6 is of batch 3
+    assert served.version_needed(batch[:1], 1) == 0
     riders = [record._replace(kind=VALUE) for record in batch]
-    assert served.oldest_version(riders, 1) <= 0
-    assert served.oldest_version(riders, 2) == 2
+    assert served.version_needed(riders, 1) <= 0
+    assert served.version_needed(riders, 2) == 2
     # Once all is trained only the last evaluation is left, which is of the last weights.
     channels.plane.publish({"weight": torch.zeros(1)}, 4)
-    assert served.oldest_version(riders, 2) == 4
+    assert served.version_needed(riders, 2) == 4
 
 
 @pytest.mark.parametrize(
