@@ -353,7 +353,6 @@ class TrainingLane:
 
     def end_episodes(self) -> None:
         """A trajectory is one episode: whoever has ended plays on to no effect until all have."""
-        self.lane.stop(self.ended)
         for row in self.ended:
             self.lengths[row] = self.t + 1
         self.ended = []

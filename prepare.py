@@ -142,8 +142,9 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     tasks = (train.suite, *train.tasks)
     config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
     note = ""
+    has_files = models.load(train.model).FORMATS is not None
     shipped, vocabulary = embedded_files(train.model, train.env)
-    if train.checkpoint is None and train.model != "emulated":
+    if train.checkpoint is None and has_files:
         if shipped.is_file():
             config = completed(config, checkpoint=shipped)
         else:
@@ -155,7 +156,7 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
     config = completed(config, checkpoint=found)
-    if train.model == "emulated":  # it has no files of its own
+    if not has_files:
         config = completed(config, image_size=config.env.image_size or SMALL_PICTURE)
         return Start(config, given, resume, note)
     models.check_family(train.model, found)

@@ -46,7 +46,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         for record in receive(requests, batcher.remaining(), meter):
             if record.kind == WAKE:
                 fetcher.look()
-            elif not lanes.is_repeated(record):
+            elif lanes.is_to_be_served(record):
                 batcher.add(record, record.kind in (ACT, FINAL), lanes.asked.item(record.slot))
 
         # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
@@ -55,7 +55,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         if remaining is None or remaining > 0:
             continue
         batch, waited_s = batcher.take()
-        batch = [record for record in batch if not lanes.is_stale(record)]
+        batch = [record for record in batch if lanes.is_of_the_living(record)]
         if not batch:
             continue
 
@@ -91,24 +91,27 @@ class LanesServed:
         self.count = len(self.trajectory)
         self.asked = channels.pool.arrays["asked"]
         self.trajectory_in_slot = channels.pool.arrays["trajectory"]
-        self.newest: dict[int, tuple[int, Record]] = {}  # slot → its last request, of a trajectory
+        self.newest: dict[int, tuple[Record, float]] = {}  # slot → its last request, and of when
 
     def that_may_ask(self) -> int:
         """Returns how many lanes play a trajectory that the published version admits. The others
         wait for weights and ask for nothing."""
         return int(np.count_nonzero(self.trajectory < self.admission.admitted(self.plane.version)))
 
-    def is_stale(self, record: Record) -> bool:
-        """Whether the env worker that asked this has died since."""
-        return record.generation != self.generation.item(record.sender)
+    def is_of_the_living(self, record: Record) -> bool:
+        """Whether the env worker that asked this has not been replaced since."""
+        return record.generation == self.generation.item(record.sender)
 
-    def is_repeated(self, record: Record) -> bool:
-        """Whether this request came before. If newer weights served it again, its row would hold
-        other actions than those that were executed."""
-        request = self.trajectory_in_slot.item(record.slot), record
-        repeated = self.newest.get(record.slot) == request
+    def is_to_be_served(self, record: Record) -> bool:
+        """Whether a living env worker asks this for the first time. A row that newer weights served
+        again would hold other actions than those that were executed."""
+        # A slot's trajectory tells requests of one row apart. Every round of evaluation plays the
+        # same episodes, so there the time of asking does.
+        told_by = self.asked if record.kind == EVAL else self.trajectory_in_slot
+        request = record, told_by.item(record.slot)
+        is_new = self.newest.get(record.slot) != request
         self.newest[record.slot] = request
-        return repeated
+        return is_new and self.is_of_the_living(record)
 
     def oldest_version(self, batch: list[Record], version: int) -> int:
         """Returns the oldest version that may serve a batch. version: of the weights in use.

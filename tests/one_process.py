@@ -109,7 +109,8 @@ class World:
         waiting = [(pipe, sender) for pipe in self.pipes for sender in pipe.flying]
         if waiting and self.random.random() < self.deliveries:
             pipe, sender = self.random.choice(waiting)
-            pipe.deliver(sender)
+            if not sender.ended or self.random.random() < 0.05:  # what the dead wrote comes late
+                pipe.deliver(sender)
             return []
         alive = [thread for thread in self.threads.values() if not thread.ended]
         thread = self.running = self.random.choice(alive)
@@ -119,7 +120,7 @@ class World:
         if not thread.killed:
             return []
         for pipe in self.pipes:
-            pipe.cut(thread.name)
+            pipe.cut(thread)
         return [thread.name]
 
     def end(self) -> None:
@@ -132,7 +133,7 @@ class World:
 
 class Pipe:
     """Stands for `channel.IndexQueue`. Records of one sender keep their order, as in a pipe; those
-    of different senders do not."""
+    of different senders do not, nor do those of a worker and of its replacement."""
 
     def __init__(self, world: World, apart: bool):
         """apart: a copy may arrive later than its original; else it comes together with it."""
@@ -159,18 +160,17 @@ class Pipe:
                 if self.apart and world.random.random() < 0.5:
                     writes.append([])
                 writes[-1].append(record)
-        sent = self.flying.setdefault(world.running.name, [])
-        sent += [write for write in writes if write]
-        if not sent:
-            del self.flying[world.running.name]
+        writes = [write for write in writes if write]
+        if writes:
+            self.flying.setdefault(world.running, []).extend(writes)
         world.point(risk=0.01)
 
-    def deliver(self, sender: str) -> None:
+    def deliver(self, sender: Thread) -> None:
         self.arrived += self.flying[sender].pop(0)
         if not self.flying[sender]:
             del self.flying[sender]
 
-    def cut(self, sender: str) -> None:
+    def cut(self, sender: Thread) -> None:
         """Loses a part, or all, of what a worker wrote before it was killed."""
         writes = self.flying.get(sender, [])
         del writes[self.world.random.randint(0, len(writes)) :]

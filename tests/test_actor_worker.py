@@ -2,7 +2,7 @@
 
 import json
 import os
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from unittest.mock import patch
 
 import numpy as np
@@ -18,6 +18,7 @@ from channel import WAKE, Channels, Counters, IndexQueue, Record, SlotPool
 from config import Config
 from envs import EnvSpec
 from models import checkpoint
+from report import flatten
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
 from weights import WeightPlane
@@ -335,10 +336,20 @@ class Actor:
     def run(self) -> list[dict]:
         """What it reported to the launcher."""
         reports, report = Pipe(duplex=False)
-        meter = metrics.Meter("actor-0", 0, self.channels.counters, None)
-        with patch.object(models, "build", return_value=self.model):
-            run(0, self.config, SPEC, "cpu", self.channels, self.folder, None, report, meter)
+        self.run_rank(0, report)
         return received(reports)
+
+    def run_rank(self, rank: int, report) -> None:
+        meter = metrics.Meter(f"actor-{rank}", 0, self.channels.counters, None)
+        with patch.object(models, "build", return_value=self.model):
+            run(rank, self.config, SPEC, "cpu", self.channels, self.folder, None, report, meter)
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """The newest weights, which must be those of the last version."""
+        plane = self.channels.plane
+        block = torch.zeros(plane.bytes, dtype=torch.uint8)
+        assert plane.version == plane.fetch(block) == self.config.train.iterations
+        return plane.tensors(block)
 
 
 def received(reports) -> list[dict]:
@@ -367,10 +378,7 @@ def test_the_loop_trains_publishes_saves_and_reports_every_batch(tmp_path):
     lost = [line["discarded_by"] for line in (first, second)]
     assert lost == [{"restart": n, "filtered": 0, "after_end": 0} for n in (4, 0)]
 
-    plane = actor.channels.plane
-    block = torch.zeros(plane.bytes, dtype=torch.uint8)
-    assert plane.version == plane.fetch(block) == 2
-    for name, tensor in plane.tensors(block).items():
+    for name, tensor in actor.published().items():
         assert torch.equal(tensor, model.trainable()[name])
     for queue in (*actor.channels.requests, *actor.channels.replies):
         assert queue.get(0) == [Record(0, 0, WAKE, 0, 0)] * 3  # of versions 0, 1 and 2
@@ -379,6 +387,52 @@ def test_the_loop_trains_publishes_saves_and_reports_every_batch(tmp_path):
     assert json.loads((saved[1] / "state.json").read_text())["version"] == 2
     counters = actor.channels.counters
     assert counters.get(0, "ready") == 1 and counters.get(0, "work_s") > 0
+
+
+@pytest.mark.parametrize("algorithm, kl_stop", [("ppo", 0.0), ("ppo", 1e-9), ("grpo", 0.0)])
+def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, kl_stop):
+    """The groups of GRPO's first rank all succeed in batch 0: it has no gradient, and no number of
+    a sample. Later epochs are shuffled by rank, so a minibatch that is trained again is whole.
+    """
+    found = []
+    for ranks in (1, 2):
+        torch.manual_seed(1)
+        config = settings(ranks=ranks, group=4 if algorithm == "grpo" else 0)
+        config.actor.update_epochs = 2
+        config.actor.minibatch = 8 if kl_stop else 16
+        config.actor.lr = 0.05
+        config.algorithm.kl_stop = kl_stop
+        folder = tmp_path / str(ranks)
+        (folder / ".spans").mkdir(parents=True)
+        actor = Actor(folder, config, Toy())
+        actor.pool["success"][0::8, -1] = True
+        actor.pool["success"][4::8, -1] = actor.pool["success"][5::8, -1] = True
+        if algorithm == "grpo":
+            actor.pool["success"][0:4, -1] = actor.pool["success"][8:12, -1] = True
+        reports, report = Pipe(duplex=False)
+        begun = [w.detach().clone() for w in actor.model.parameters()]
+        processes = [
+            get_context("fork").Process(target=actor.run_rank, args=(rank, report))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(60)
+            assert process.exitcode == 0
+        found.append((received(reports), actor.published()))
+    (lines, weights), (others, of_two) = found
+    for name, weight in weights.items():
+        torch.testing.assert_close(of_two[name], weight, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(weights["policy.weight"], begun[0], atol=1e-3)
+    assert len(lines) == len(others) == 3
+    for one, two in zip(lines[:2], others[:2], strict=True):
+        for line in (one, two):
+            del line["samples_per_s"], line["queue_depths"]
+        assert flatten(two) == pytest.approx(flatten(one), rel=1e-6, abs=1e-12)
+        assert (one["skipped"] > 0) == (kl_stop > 0)
+    if algorithm == "grpo":
+        assert [line["filtered"] for line in lines[:2]] == [8 * SEGMENT, 0]
 
 
 def test_kl_stop_spares_the_other_epochs(tmp_path):

@@ -20,6 +20,7 @@ from config import Config, UserError
 from envs import EnvSpec
 from learner import ExactProximal, Learner, schedule
 from models import checkpoint
+from models.formats import source
 from ranks import Ranks
 from streamer import MicroBatch, Streamer
 
@@ -753,7 +754,7 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     assert (state["version"], state["seed"]) == (3, config.train.seed)
     assert AdvantageScale(**state["scale"]) == AdvantageScale(0.8, 0.25)
     other = tiny_pi()
-    checkpoint.load_source(other, path, checkpoint.ours(other.state_dict()), "cpu", None)
+    source.load(other, path, checkpoint.own(path, other), "cpu", None)
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
     )

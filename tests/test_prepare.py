@@ -77,7 +77,8 @@ def test_a_field_may_not_have_the_name_of_another(monkeypatch, where, name):
         name = "reward"
     extra = {name: ((2,), torch.float32)}
     monkeypatch.setattr(family.Emulated, where, lambda model: fields(model) | extra)
-    with pytest.raises(UserError, match=f"calls one of its fields '{name}', which is taken"):
+    sentence = f"calls a field '{name}', as every slot has one|has '{name}' both as"
+    with pytest.raises(UserError, match=sentence):
         prepare.prepare(settings())
 
 

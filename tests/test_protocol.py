@@ -36,7 +36,7 @@ HORIZON = 5
 SEGMENT = 3
 ITERATIONS = 4
 PATIENCE = 20_000  # steps of the world without progress, after which somebody waits for ever
-SEEDS = range(5)
+SEEDS = range(6)
 
 
 def mix(*numbers: float) -> int:
@@ -203,6 +203,9 @@ class Learner:
         self.updated = False
         self.parameters = []
         self.fields = tuple(run.channels.pool.spec)
+        # A rank may take long to build its model, while others have published already.
+        for _ in range(run.world.random.choice((0, 300))):
+            run.world.running.pause()
 
     def train(self, data, micro) -> None:
         for i, slot in enumerate(micro.slots):
@@ -529,6 +532,16 @@ class Run:
                 carried = self.rows[env, trajectory - 1]["state"][SEGMENT].tolist()
             assert first in (fresh, carried), (env, trajectory)
 
+    def look_at_groups(self) -> None:
+        """The learner was told how every member of a group ended."""
+        size = self.admission.group
+        for (env, trajectory), rows in self.rows.items():
+            first = env - env % size
+            assert int(rows["member"]) == env - first
+            members = [self.rows[first + i, trajectory] for i in range(size)]
+            won = [one["success"][: int(one["length"])].any() for one in members]
+            assert rows["outcomes"].tolist() == won
+
     def look_at_counts(self) -> None:
         """Every trajectory of every batch once an epoch, and every chunk step accounted for."""
         epochs = self.config.actor.update_epochs
@@ -573,4 +586,6 @@ def test_nothing_is_lost_and_nothing_counts_twice(
     finally:
         world.end()
     run.look_at_beginnings()
+    if algorithm == "grpo":
+        run.look_at_groups()
     run.look_at_counts()

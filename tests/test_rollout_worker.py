@@ -298,14 +298,17 @@ def test_a_request_of_a_dead_generation_is_never_served(worker):
     assert answers(channels, 0, 1) == [new] and answers(channels, 1, 1) == [other]
     assert actions[0, 0, 0, 0] == actions[1, 0, 0, 0] == 2.0
     assert not actions[0, 2].any() and channels.pool["version"][0, 2] == 0
-    # What comes late is not served either, also when it is all there is.
+    # What comes late is not served either, nor does it fill a batch.
     for slot in (0, 2):
         ask(channels, slot, 1, ACT, generation=0)
     ask(channels, 0, SEGMENT, VALUE, generation=0)
     assert channels.lanes.generation.tolist() == [1, 0]
     last = ask(channels, 1, 1, ACT)  # of the other worker, whose generation is still 0
-    assert answers(channels, 1, 1) == [last] and nothing_comes(channels)
-    assert actions[1, 1, 0, 0] == 1.0
+    assert nothing_comes(channels)
+    for slot in (0, 2):
+        ask(channels, slot, 2, ACT, generation=1)
+    assert len(answers(channels, 0, 2)) == 2 and answers(channels, 1, 1) == [last]
+    assert actions[1, 1, 0, 0] == 3.0 and actions[2, 2].any()
     assert not actions[[0, 2], 1].any() and channels.pool["value"][0, SEGMENT] == 0.0
 
 

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+import envs
 import metrics
 import prepare
 import train
 import tuning
-from benchmarks.emulated import libero
 from channel import Counters
 from config import ROOT, Config, UserError, from_json
-from envs import metaworld
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import divide
@@ -53,6 +52,7 @@ NODE = Node(
     batch_wait_s="auto",
     stream=True,
 )
+METAWORLD = envs.load("metaworld")
 COSTS = Costs(
     step_s=0.08, step_tail=0.3, infer_fixed_s=0.010, infer_each_s=0.002, train_each_s=0.001
 )
@@ -199,7 +199,7 @@ def gpu_options(gpus: int, counts=NONE, **changes) -> set[str]:
     config = config_of(
         model="pi05", env="metaworld", envs=24, batch=48, minibatch=24, micro_batch=2, **changes
     )
-    return set(options(config, counts, metaworld, gpus, 16))
+    return set(options(config, counts, METAWORLD, gpus, 16))
 
 
 def test_ratios_on_gpus_use_all_of_them():
@@ -224,7 +224,7 @@ def test_ratios_that_contradict_other_settings_are_left_out():
 
 def test_ratios_without_gpus():
     config = config_of()
-    found = options(config, NONE, metaworld, 0, 2)
+    found = options(config, NONE, METAWORLD, 0, 2)
     assert list(found)[0] == "3:1" and set(found) == {
         "3:1",
         "2:1",
@@ -234,19 +234,19 @@ def test_ratios_without_gpus():
     }  # 3 ranks of 2 do not divide 8
     assert len(found["1:2"][1].actor_devices) == found["1:2"][0].actor.actor_workers == 2
     assert config.env.env_workers == 0  # the settings given stay what they are
-    assert "6:2" in options(config, NONE, metaworld, 0, 8)
+    assert "6:2" in options(config, NONE, METAWORLD, 0, 8)
     config.env.envs = config.actor.batch = config.actor.minibatch = (
         32  # an emulated simulator's devices are processes
     )
     workers = {
         ratio: changed.env.env_workers
-        for ratio, (changed, _) in options(config, NONE, libero, 0, 2).items()
+        for ratio, (changed, _) in options(config, NONE, envs.load("emulated"), 0, 2).items()
     }
     assert workers == {"3:1": 24, "1:1": 16, "2:1": 21, "1:2": 11, "2:2": 16}
 
 
 def test_worker_counts_that_are_given_stay():
-    found = options(config_of(), (4, 1, 2), metaworld, 0, 2)
+    found = options(config_of(), (4, 1, 2), METAWORLD, 0, 2)
     assert {len(placement.env_devices) for _, placement in found.values()} == {4}
     assert {len(placement.actor_devices) for _, placement in found.values()} == {2}
 
@@ -287,7 +287,7 @@ class Run:
         self.version = 0
         self.cpu_s = 0.0
         self.clock = Clock()
-        choices = options(config, NONE, metaworld, 0, 2)
+        choices = options(config, NONE, METAWORLD, 0, 2)
         self.config = next(iter(choices.values()))[0]
         self.workers = self.config.env.env_workers
         rows = {"actor": [0], "rollout": [1], "env": list(range(2, 2 + self.workers))}
@@ -550,7 +550,7 @@ def test_ratios_on_gpus_differ_in_workers_alone():
         segment=9,
         ratio_from="1:1",
     )
-    choices = options(config, (8, 0, 0), metaworld, 4, 16)
+    choices = options(config, (8, 0, 0), METAWORLD, 4, 16)
     infer_bound = Costs(step_s=0.001, infer_fixed_s=0.01, infer_each_s=0.02, train_each_s=0.001)
     found = seconds_at(choices, "1:1", infer_bound, 0.0, 16)
     assert found["1:1"] / found["3:1"] == pytest.approx(
@@ -583,7 +583,7 @@ def test_what_is_remembered_survives_a_start():
 def test_a_vectorised_run_is_predicted_with_lanes_as_wide_as_its_own():
     config = config_of(model="pi05", env="maniskill", envs=32, batch=32, minibatch=32, lanes=2)
     config.env.env_workers = 2
-    node, _ = miniature(config, divide(config, metaworld, 4, 8), COSTS)
+    node, _ = miniature(config, divide(config, METAWORLD, 4, 8), COSTS)
     assert (node.lanes, node.lane_envs, node.env_devices) == (4, 8, ("cuda:0", "cuda:1"))
     assert best_batches(node, COSTS).env_steps_per_s > 0
 
@@ -596,7 +596,7 @@ def test_auto_begins_where_it_is_told_to_or_at_three_to_one(tmp_path):
     assert config.train.parts == "3:1" and config_of(ratio_from="1:2").train.parts == "1:2"
     assert config_of(ratio="2:1", ratio_from="1:2").train.parts == "2:1"
     with pytest.raises(UserError, match="R:A"):
-        divide(config_of(ratio_from="x"), metaworld, 0, 2)
+        divide(config_of(ratio_from="x"), METAWORLD, 0, 2)
     (tmp_path / "config.json").write_text(
         json.dumps({"train": {"ratio": "auto", "ratio_from": "1:2"}})
     )
@@ -789,7 +789,7 @@ def decides(self, version, cpu_s):
         self.past.left = self.ratio
         self.past.measured["3:1"] = 1.0
         self.past.rejected.add("2:2")
-        self.ratio = self.past.news["ratio"] = "1:1"
+        self.ratios.wanted = self.past.news["ratio"] = "1:1"
 
 def interrupted(flags):
     if "CTRL_C" in os.environ:
