@@ -1,7 +1,4 @@
-"""Seconds that work takes: from the two phases of a synchronous iteration, or from a run's trace.
-
-    python plan.py --rollout-s 1050 --actor-s 861       `calibrate`
-    python plan.py --from NAME                          `from_run`
+"""Seconds that work takes: from two phases (`calibrate`), or from a run's trace (`from_run`).
 
 Left out: cores and links that stages fight over. What a trace shows contains the contention that
 the run had.
@@ -10,6 +7,7 @@ the run had.
 import copy
 import math
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +37,7 @@ def lockstep(node: Node) -> Node:
     """Returns the same node in the synchronous baseline's rollout.
 
     There, each simulating device has one vectorised lane. Only rollouts are timed, so one actor
-    rank will do for lanes of any width."""
+    rank will do."""
     alone = replace(
         node, max_staleness=0, batch_max="all", batch_wait_s=math.inf, stream=False, update_epochs=1
     )
@@ -56,8 +54,13 @@ def lockstep(node: Node) -> Node:
     )
 
 
-def check_phases(plan: PlanConfig) -> None:
-    """Raises UserError where the flags of `calibrate` make no sense."""
+def calibrate(plan: PlanConfig) -> Costs:
+    """Returns the costs with which a synchronous iteration takes --rollout-s and then --actor-s, on
+    the parts that those belong to.
+
+    The rollout is simulated alone, twice: simulators without inference, to give them their share;
+    then both, to meet --rollout-s exactly. Raises UserError."""
+    # Check the flags by themselves.
     require(
         plan.rollout_s is not None and plan.actor_s is not None,
         "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases, or "
@@ -74,14 +77,7 @@ def check_phases(plan: PlanConfig) -> None:
         "below 0",
     )
 
-
-def calibrate(plan: PlanConfig) -> Costs:
-    """Returns the costs with which a synchronous iteration takes --rollout-s and then --actor-s, on
-    the parts that those belong to.
-
-    The rollout is simulated alone, twice: simulators without inference, to give them their share;
-    then both, to meet --rollout-s exactly. Raises UserError."""
-    check_phases(plan)
+    # Find the lockstep that --rollout-s was measured in.
     ratio = plan.measured_ratio or plan.ratio
     placement = plan.measured_placement or plan.placement
     node, nodes, _ = planned(replace(plan, ratio=ratio, placement=placement))
@@ -105,7 +101,8 @@ def calibrate(plan: PlanConfig) -> Costs:
 
     # What the actor takes besides optimizer steps and communication, micro-batches take.
     steps = node.optimizer_steps
-    outside = steps * (plan.optimizer_s + all_reduce_s(plan, nodes))
+    reduce_s = all_reduce_s(plan, nodes)
+    outside = steps * (plan.optimizer_s + reduce_s)
     require(
         not plan.actor_s or outside <= plan.actor_s,
         f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s "
@@ -119,7 +116,7 @@ def calibrate(plan: PlanConfig) -> Costs:
         train_fixed_s=plan.train_fixed * micro_s,
         train_each_s=(1 - plan.train_fixed) * micro_s / (node.micro_batch * node.segment),
         optimizer_s=plan.optimizer_s * (plan.actor_s > 0),
-        gradient_s=all_reduce_s(plan, nodes) * (plan.actor_s > 0),
+        gradient_s=reduce_s * (plan.actor_s > 0),
         fetch_s=plan.weights_gb / plan.nvlink_gb_s,
     )
 
@@ -185,10 +182,10 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
     envs, rollouts, actors = (
         [rows for name, rows in spans.items() if name.startswith(stage + "-")] for stage in STAGES
     )
-
-    def mean(what: str) -> float:
-        found = [end - start for rows in actors for name, start, end, _ in rows if name == what]
-        return float(np.mean(found or [0.0]))
+    trained: dict[str, list[float]] = {}  # seconds of each span of the actors
+    for what, start, end, _ in chain(*actors):
+        trained.setdefault(what, []).append(end - start)
+    mean = {what: float(np.mean(seconds)) for what, seconds in trained.items()}
 
     # Simulators, whose times are kept one by one.
     chunks = []
@@ -197,25 +194,22 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
         chunks += [seconds + between for seconds in chunk_times(rows)]
 
     # Inference and training, by their size.
-    infers = [row for rows in rollouts for row in rows if row[0] == "infer"]
-    infers.sort(key=lambda row: row[2])
+    infers = [span for span in chain(*rollouts) if span[0] == "infer"]
+    infers.sort(key=lambda span: span[2])
     infer_fixed, infer_each = inference_cost(
         infers, batch_size, node.served * node.lane_envs, fixed
     )
-    micro_s = mean("train") + np.mean([overhead(rows, "train") for rows in actors])
-    sums = [
-        end - start for rows in actors for what, start, end, _ in rows if what == "wait: gradient"
-    ]
+    micro_s = mean["train"] + np.mean([overhead(rows, "train") for rows in actors])
     return Costs(
         step_s=float(np.mean(chunks)),
         step_samples=tuple(chunks),
         infer_fixed_s=infer_fixed + float(np.mean([overhead(rows, "infer") for rows in rollouts])),
         infer_each_s=infer_each,
         train_each_s=float(micro_s) / (node.micro_batch * node.segment),
-        optimizer_s=mean("optimizer"),
+        optimizer_s=mean.get("optimizer", 0.0),
         # The last rank to arrive waits for the sum alone.
-        gradient_s=float(np.percentile(sums, 5)) if sums else 0.0,
-        publish_s=mean("publish"),
+        gradient_s=float(np.percentile(trained.get("wait: gradient", [0.0]), 5)),
+        publish_s=mean.get("publish", 0.0),
         message_s=message_time(envs, infers),
     )
 

@@ -1,8 +1,7 @@
 """A run's settings → `Node`; and the flags of `plan.py`, which describe a run that need not exist.
 
-`node_of` is the one translation: what `plan.py` predicts, what `tuning.py` chooses between and
-what is put beside the measured ladder all come through it. Left out: validation of what only a
-real run needs (files, devices, memory).
+What `plan.py` predicts, what `tuning.py` chooses between and what is put beside the measured ladder
+all come through `node_of`. Left out: validation of what only a real run needs (files, memory).
 """
 
 import math
@@ -16,12 +15,8 @@ from config import PRESETS, Config, parse_ratio, require
 from planning import Node
 from scheduler import Admission, Placement, place
 
-# Chunk steps of lanes to simulate for one prediction, where nothing else is said.
-AFFORDED = 400_000
-POSITIVE = (
-    *("gpus", "gpus_per_node", "envs", "rollout_epochs"),
-    *("episode_steps", "chunk", "update_epochs", "lane_envs"),
-)
+AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
+POSITIVE = "gpus gpus_per_node envs rollout_epochs episode_steps chunk update_epochs lane_envs"
 
 
 @dataclass(kw_only=True)
@@ -142,13 +137,12 @@ def node_of(config: Config, placement: Placement) -> Node:
 
     Simulators on CPUs run beside each other; vectorised ones share their GPUs with inference."""
     wait = config.rollout.batch_wait_ms
-    vectorised = config.env.lanes > 0
     workers = placement.env_devices
     return Node(
         lanes=config.env.envs // config.env.width,
         lane_envs=config.env.width,
         group=Admission.of(config).group,
-        env_devices=workers if vectorised else ("cpu",) * len(workers),
+        env_devices=workers if config.env.lanes else ("cpu",) * len(workers),
         rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices,
         segment=config.env.segment,
@@ -173,12 +167,12 @@ def override(config: Config, preset: str, plan: PlanConfig) -> None:
         "batch_wait_ms": config.rollout,
         "stream": config.actor,
     }
-    if preset:
-        for (name, stage), value in zip(stages.items(), PRESETS[preset], strict=True):
+    parts = PRESETS[preset] if preset else (None,) * len(stages)
+    for (name, stage), part in zip(stages.items(), parts, strict=True):
+        flag = getattr(plan, name)
+        value = part if flag in (None, "") else flag
+        if value is not None:
             setattr(stage, name, value)
-    for name, stage in stages.items():
-        if getattr(plan, name) not in (None, ""):
-            setattr(stage, name, getattr(plan, name))
 
 
 # ---------------------------------------------------------------- flags → a run's settings
@@ -194,7 +188,7 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
 
     Raises UserError."""
     # Check the flags by themselves.
-    for name in POSITIVE:
+    for name in POSITIVE.split():
         value = getattr(plan, name)
         require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
     require(
@@ -214,11 +208,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
         "whole",
     )
     r, a = parse_ratio(plan.ratio or "1:1")
-    if r + a > per_node:  # 16:16 of several nodes is 1:1 of each
-        common = math.gcd(r, a)
-        r //= common
-        a //= common
-    placed = place(f"{r}:{a}", config.train.placement, per_node, per_node, 0, 0, 0)
+    common = math.gcd(r, a) if r + a > per_node else 1  # 16:16 of several nodes is 1:1 of each
+    ratio = f"{r // common}:{a // common}"
+    placed = place(ratio, config.train.placement, per_node, per_node, 0, 0, 0)
 
     # Divide the envs among simulator processes.
     lanes = plan.envs // plan.lane_envs
@@ -288,12 +280,8 @@ def coarsened(node: Node, plan: PlanConfig, nodes: int) -> Node:
         followed = plan.simulated_nodes
         followed = followed * 3 if plan.sweep else min(nodes, followed)
         iterations = plan.iterations + plan.warmup
-        steps = AFFORDED // (node.lanes * plan.rollout_epochs * followed * iterations)
-        steps = max(4, steps)
+        lanes = node.lanes * plan.rollout_epochs * followed * iterations
+        steps = max(4, AFFORDED // lanes)
     steps = max(1, min(node.segment, steps))
-    return replace(
-        node,
-        segment=steps,
-        chunk=plan.episode_steps / steps,
-        coarse=node.segment / steps,
-    )
+    coarse = node.segment / steps
+    return replace(node, segment=steps, chunk=plan.episode_steps / steps, coarse=coarse)
