@@ -4,7 +4,6 @@ Left out: cores and links that stages fight over. What a trace shows contains th
 the run had.
 """
 
-import copy
 import math
 from dataclasses import replace
 from itertools import chain
@@ -15,7 +14,7 @@ import numpy as np
 from config import Config, UserError, existing_run, from_json, parse_ratio, require
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
-from planning.settings import PlanConfig, node_of, override, planned
+from planning.settings import PlanConfig, node_of, overridden, planned
 from run_folder import read_metrics, read_trace
 from scheduler import place
 
@@ -278,8 +277,7 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
         *(settings.env.env_workers, settings.rollout.rollout_workers, settings.actor.actor_workers),
     )
     ran = node_of(settings, placement)
-    changed = copy.deepcopy(settings)
-    override(changed, plan.preset, plan)
+    changed = overridden(settings, plan.preset, plan)
     changed.train.ratio = plan.ratio or settings.train.parts
     node = node_of(changed, placement)
     env_steps = lines[-1]["env_steps"] - lines[0]["env_steps"]

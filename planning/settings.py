@@ -11,10 +11,24 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import PRESETS, Config, parse_ratio, require
+from config import (
+    PRESET_SETTINGS,
+    PRESETS,
+    Config,
+    completed,
+    flag_of,
+    parse_ratio,
+    require,
+    setting,
+)
 from planning import Node
 from scheduler import Admission, Placement, place
 
+# Settings of a run that a Node has under the same name.
+TAKEN_OVER = (
+    *("segment", "chunk", "batch", "minibatch", "micro_batch", "update_epochs"),
+    *("max_staleness", "batch_max", "stream"),
+)
 AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
 POSITIVE = "gpus gpus_per_node envs rollout_epochs episode_steps chunk update_epochs lane_envs"
 
@@ -145,34 +159,17 @@ def node_of(config: Config, placement: Placement) -> Node:
         env_devices=workers if config.env.lanes else ("cpu",) * len(workers),
         rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices,
-        segment=config.env.segment,
-        chunk=config.rollout.chunk,
-        batch=config.actor.batch,
-        minibatch=config.actor.minibatch,
-        micro_batch=config.actor.micro_batch,
-        update_epochs=config.actor.update_epochs,
-        max_staleness=config.actor.max_staleness,
-        batch_max=config.rollout.batch_max,
         batch_wait_s=wait if wait == "auto" else wait / 1e3,
-        stream=config.actor.stream,
+        **{name: setting(config, name) for name in TAKEN_OVER},
     )
 
 
-def override(config: Config, preset: str, plan: PlanConfig) -> None:
-    """Writes a preset, if one is named, and then the flags that replace its parts."""
-    stages = {
-        "placement": config.train,
-        "max_staleness": config.actor,
-        "batch_max": config.rollout,
-        "batch_wait_ms": config.rollout,
-        "stream": config.actor,
-    }
-    parts = PRESETS[preset] if preset else (None,) * len(stages)
-    for (name, stage), part in zip(stages.items(), parts, strict=True):
-        flag = getattr(plan, name)
-        value = part if flag in (None, "") else flag
-        if value is not None:
-            setattr(stage, name, value)
+def overridden(config: Config, preset: str, plan: PlanConfig) -> Config:
+    """Returns a copy with a preset, if one is named, and with the flags that replace its parts."""
+    parts = dict(zip(PRESET_SETTINGS, PRESETS[preset], strict=True)) if preset else {}
+    flags = {name: getattr(plan, name) for name in PRESET_SETTINGS}
+    given = {name: value for name, value in flags.items() if value not in (None, "")}
+    return completed(config, **parts | given)
 
 
 # ---------------------------------------------------------------- flags → a run's settings
@@ -190,7 +187,7 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     # Check the flags by themselves.
     for name in POSITIVE.split():
         value = getattr(plan, name)
-        require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        require(value >= 1, f"{flag_of(name)} {value} must be at least 1")
     require(
         plan.envs % plan.lane_envs == 0,
         f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}: choose --envs as a "
@@ -198,8 +195,7 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     )
 
     # Cut a node's GPUs into parts.
-    config = Config()
-    override(config, plan.preset or "full", plan)
+    config = overridden(Config(), plan.preset or "full", plan)
     per_node = min(plan.gpus, plan.gpus_per_node)
     nodes, rest = divmod(plan.gpus, per_node)
     require(
@@ -222,11 +218,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
             f"{lanes} lanes cannot be spread evenly over {len(gpus)} GPUs and {workers} env "
             "workers: change --lane-envs or --envs",
         )
-        config.env.lanes = lanes // workers
     else:
         workers = plan.env_workers or round(plan.envs * len(gpus) / per_node)
         workers = max(1, min(workers, lanes))
-    config.env.env_workers = workers
     placed = replace(
         placed,
         env_devices=tuple(gpus[i % len(gpus)] for i in range(workers)),
@@ -234,11 +228,16 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     )
 
     # Complete the settings, and translate them.
-    config.env.envs = plan.envs
-    config.env.segment = -(-plan.episode_steps // plan.chunk)
-    config.rollout.chunk = plan.chunk
-    config.actor.batch = plan.envs * plan.rollout_epochs
-    config.actor.update_epochs = plan.update_epochs
+    config = completed(
+        config,
+        envs=plan.envs,
+        env_workers=workers,
+        lanes=lanes // workers if plan.lane_envs > 1 else 0,
+        segment=-(-plan.episode_steps // plan.chunk),
+        chunk=plan.chunk,
+        batch=plan.envs * plan.rollout_epochs,
+        update_epochs=plan.update_epochs,
+    )
     node = share_batch(node_of(config, placed), plan)
     line = (
         f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {workers} env workers for {plan.envs} "
