@@ -53,8 +53,7 @@ def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Predictio
 
 
 def share_of(node: Node, nodes: int, base: int) -> Node | None:
-    """Returns one of `nodes` nodes that share the batch of `base` nodes; None if it cannot be cut
-    so far."""
+    """Returns one of `nodes` that share the batch of `base` nodes, or None if they cannot."""
     batch = node.batch * base // nodes
     minibatch = node.minibatch * base // nodes
     if node.batch * base % nodes or node.minibatch * base % nodes or not node.can_share(minibatch):
@@ -83,8 +82,7 @@ def at_size(
 
 
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
-    """Predicts from one node to 1024 GPUs: with a batch that grows with the nodes, and with one
-    that stays that of `base` nodes."""
+    """Predicts one node to 1024 GPUs, with a batch that grows and with that of `base` nodes."""
     per_node = plan.gpus // base
     rows = []
     sizes = [n for n in (2**i for i in range(11)) if n * per_node <= LARGEST]

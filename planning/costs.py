@@ -23,8 +23,7 @@ TOO_FEW = 7  # lines of metrics.jsonl below which a prediction may be far off
 
 
 def all_reduce_s(plan: PlanConfig, nodes: int) -> float:
-    """Returns the seconds of a ring over the nodes: every byte crosses each link twice, in
-    2 (n − 1) hops."""
+    """Returns the seconds of a ring: every byte crosses each link twice, in 2 (n − 1) hops."""
     transfer = 2 * (nodes - 1) / nodes * plan.gradient_gb / plan.network_gb_s
     return transfer + 2 * (nodes - 1) * plan.network_latency_us * 1e-6
 
@@ -124,8 +123,7 @@ def calibrate(plan: PlanConfig) -> Costs:
 
 
 def chunk_times(rows: list[Span]) -> list[float]:
-    """Returns the seconds of each chunk of an env worker: its steps, and the rendering and
-    resetting that follow them."""
+    """Returns the seconds of each chunk of an env worker: steps, and what renders and resets."""
     times: list[float] = []
     for what, start, end, _ in rows:
         if what == "step":
@@ -136,8 +134,7 @@ def chunk_times(rows: list[Span]) -> list[float]:
 
 
 def overhead(rows: list[Span], what: str) -> float:
-    """Returns the seconds between a worker's spans, neither work nor waiting, for each span of this
-    work."""
+    """Returns the seconds that no span of a worker covers, for each span of this work."""
     covered = sum(end - start for _, start, end, _ in rows)
     units = sum(name == what for name, *_ in rows)
     return max(0.0, rows[-1][2] - rows[0][1] - covered) / max(units, 1)
@@ -217,8 +214,7 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
 
 
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
-    """Returns a run's folder, settings, lines of metrics that count, and spans. Raises
-    UserError."""
+    """Returns a run's folder, settings, lines of metrics that count, and spans."""
     run = existing_run(name)
     require(
         (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file(),

@@ -20,7 +20,7 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from statistics import NormalDist
 
@@ -105,12 +105,14 @@ class Worker:
         self.waking = False  # a message is on its way to it, and it waits
 
     def begin(self) -> None:
-        self.busy = True
-        self.idle_s += self.world.now - self.idle_since
+        if not self.busy:
+            self.busy = True
+            self.idle_s += self.world.now - self.idle_since
 
     def end(self) -> None:
-        self.busy = False
-        self.idle_since = self.world.now
+        if self.busy:
+            self.busy = False
+            self.idle_since = self.world.now
 
     def wake(self) -> None:
         """Sends this worker a message, which only matters if it waits."""
@@ -132,17 +134,15 @@ class Worker:
         return self.idle_s if self.busy else self.idle_s + self.world.now - self.idle_since
 
 
+@dataclass(eq=False, slots=True)
 class Lane:
     """What asks for actions: one env, or several that step together."""
 
-    __slots__ = ("envs", "rollout", "t", "trajectory", "worker")
-
-    def __init__(self, envs: range, worker: "EnvWorker", rollout: "RolloutWorker"):
-        self.envs = envs
-        self.worker = worker
-        self.rollout = rollout
-        self.trajectory = 0  # the one that it plays, or waits to begin
-        self.t = 0  # chunk steps into it
+    envs: range
+    worker: "EnvWorker"
+    rollout: "RolloutWorker"
+    trajectory: int = 0  # the one that it plays, or waits to begin
+    t: int = 0  # chunk steps into it
 
 
 Request = tuple[Lane, int, int]  # lane, kind, trajectory
@@ -168,13 +168,11 @@ class EnvWorker(Worker):
         while self.replies:
             lane, kind, trajectory = self.replies.popleft()
             if kind == ACT:
-                if not self.busy:
-                    self.begin()
+                self.begin()
                 self.work(self.chunk_times.next(), self.stepped, lane)
                 return
             self.state.finish(lane, trajectory)
-        if self.busy:
-            self.end()
+        self.end()
 
     def stepped(self, lane: Lane) -> None:
         lane.t += 1
@@ -185,8 +183,7 @@ class EnvWorker(Worker):
         self.proceed()
 
     def end_trajectory(self, lane: Lane) -> None:
-        """PPO asks for the last value, beside the next trajectory's first action if that may
-        start."""
+        """PPO asks for the last value, beside the next first action if that may be asked for."""
         ended = lane.trajectory
         lane.trajectory += 1
         lane.t = 0
@@ -324,12 +321,10 @@ class ActorRank(Worker):
             return
         micro_batch = self.streamer.next()
         if micro_batch is None:
-            if self.busy:
-                self.end()
-            return
-        if not self.busy:
+            self.end()
+        else:
             self.begin()
-        self.work(self.seconds, self.trained, micro_batch)
+            self.work(self.seconds, self.trained, micro_batch)
 
     def trained(self, micro_batch) -> None:
         if micro_batch.last:
@@ -394,8 +389,7 @@ class NodeState:
 
 
 class Barrier:
-    """Sums gradients once the ranks of all nodes are there; ends an iteration after its last
-    minibatch."""
+    """Sums gradients once the ranks of all nodes are there, and ends iterations."""
 
     def __init__(self, world: World, nodes: int, rng: np.random.Generator, looks_at: tuple):
         self.world = world

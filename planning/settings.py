@@ -40,8 +40,7 @@ class PlanConfig:
     gpus: int = 8
     """GPUs of the whole cluster"""
     gpus_per_node: int = 8
-    """a node is a closed unit: simulators, rollouts and actors exchange nothing but gradients with
-    other nodes"""
+    """a node is a closed unit: nothing but gradients goes to other nodes"""
     ratio: str = ""
     """R:A within a node; empty means 1:1, or with --from the run's own"""
     preset: Literal[
@@ -85,11 +84,9 @@ class PlanConfig:
     micro_batch: int = 0
     """trajectories of one forward and backward pass of a rank; 0 means at most 4"""
     env_workers: int = 0
-    """simulator processes of a node; 0 means one per env where simulators have a part in all GPUs,
-    and fewer in proportion"""
+    """simulator processes of a node; 0 means one per env, times the share of GPUs that simulate"""
     lane_envs: int = 1
-    """envs of one vectorised GPU simulator, which step together and share the GPU with inference; 1
-    means CPU simulators"""
+    """envs of one vectorised simulator, which shares the GPU with inference; 1: CPU simulators"""
 
     tail: float = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
@@ -117,11 +114,10 @@ class PlanConfig:
     iterations: int = 20
     """iterations that the means are over, after 4 to 20 that are not counted"""
     rounds: int = 0
-    """most chunk steps of a lane in an iteration that are simulated, where one stands for several;
-    0 means what a second or two allow, but at least four for each trajectory"""
+    """most chunk steps of a lane and iteration that are simulated, where one stands for several; 0
+    means what a second or two allow, but at least four for each trajectory"""
     node_spread: float = 0.0
-    """σ of the lasting differences in speed between nodes, log-normal; of many nodes the slowest
-    counts"""
+    """σ of the lasting differences in speed between nodes, log-normal; the slowest counts"""
     simulated_nodes: int = 3
     """nodes followed event by event; see planning/events.py"""
     seed: int = 0
