@@ -45,6 +45,7 @@ from planning.settings import node_of
 from scheduler import Placement, divide
 
 Choices = dict[str, tuple[Config, Placement]]  # by ratio
+Rows = dict[str, list[int]]  # of the counters, by stage
 
 # What is measured.
 PROBES = (1 / 4, 1.0, 1 / 2)  # B_max while a run warms up, of the lanes served: sizes must differ
@@ -93,11 +94,7 @@ def line_through(n: float, x: float, xx: float, y: float, xy: float) -> tuple[fl
 
 
 def costs_of(
-    gained: dict[tuple[str, str], float],
-    fit: Iterable[float],
-    seconds: dict[str, float],
-    trained: float,
-    config: Config,
+    gained: dict, fit: Iterable[float], seconds: dict[str, float], trained: float, config: Config
 ) -> Costs:
     """Returns stage costs of a stretch of a run. What is no waiting is work.
 
@@ -143,15 +140,9 @@ def all_words(costs: Costs) -> str:
 class Measurement:
     """What the workers' counters gained since measuring began, the newest weighing most."""
 
-    def __init__(
-        self,
-        counters: Counters,
-        rows: dict[str, list[int]],
-        config: Config,
-        clock: Callable[[], float],
-    ):
+    def __init__(self, counters: Counters, rows: Rows, config: Config, clock: Callable[[], float]):
         self.counters = counters
-        self.rows = rows  # of the counters, by stage
+        self.rows = rows
         self.config = config
         self.clock = clock  # seconds
         self.last: np.ndarray | None = None  # the table when it was last taken in
@@ -391,9 +382,14 @@ class Past:
         return past
 
 
+def prices(costs: Costs) -> tuple[float, ...]:
+    """Returns the costs to compare: of an inference's two parts the sum, for where a line starts
+    wavers."""
+    return costs.step_s, costs.train_each_s, costs.infer_fixed_s + costs.infer_each_s
+
+
 class Batches:
-    """Chooses B_max and T_max: serves batches of several sizes first, then the best, and looks
-    again when costs change."""
+    """Chooses B_max and T_max: tries several sizes first, and looks again when costs change."""
 
     def __init__(self, config: Config, placement: Placement, measured: Measurement, past: Past):
         self.config = config
@@ -437,15 +433,8 @@ class Batches:
         measured = self.measured
         if measured.batches() < self.looked + RECHECK or measured.clock() < self.looked_at + PAUSE:
             return False
-        old = self.chosen_at
-        new = measured.costs()
-        # Of an inference's two parts only the sum is compared: where a line starts wavers.
-        pairs = (
-            (old.step_s, new.step_s),
-            (old.train_each_s, new.train_each_s),
-            (old.infer_fixed_s + old.infer_each_s, new.infer_fixed_s + new.infer_each_s),
-        )
-        return any(abs(now - then) > CHANGED * max(then, 1e-9) for then, now in pairs)
+        pairs = zip(prices(self.chosen_at), prices(measured.costs()), strict=True)
+        return any(abs(new - old) > CHANGED * max(old, 1e-9) for old, new in pairs)
 
     def look(self) -> partial:
         """Returns the prediction that `choose` decides on."""
@@ -503,15 +492,14 @@ class Tuner:
         self,
         choices: Choices,
         counters: Counters,
-        rows: dict[str, list[int]],
+        rows: Rows,
         past: Past,
         cores: int,
         iterations: int,
         clock: Callable[[], float] = time.monotonic,
         beside: Callable[[Callable], Future] = beside,
     ):
-        """choices: of `options`, the first one being in use; rows: of the counters, by stage;
-        iterations: of the whole run."""
+        """choices: of `options`, the first one being in use; iterations: of the whole run."""
         self.config, self.placement = next(iter(choices.values()))
         self.choices = choices
         self.rows = rows
@@ -532,8 +520,7 @@ class Tuner:
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()
 
     def watch(self) -> str:
-        """Decides as soon as what a decision needs has been predicted. Returns what to tell, mostly
-        nothing."""
+        """Decides as soon as what a decision needs has been predicted. Returns what to tell."""
         if self.thoughts and self.thoughts[0][0].done():
             found, decide = self.thoughts.popleft()
             try:

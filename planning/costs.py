@@ -52,13 +52,7 @@ def lockstep(node: Node) -> Node:
     )
 
 
-def calibrate(plan: PlanConfig) -> Costs:
-    """Returns the costs with which a synchronous iteration takes --rollout-s and then --actor-s, on
-    the parts that those belong to.
-
-    The rollout is simulated alone, twice: simulators without inference, to give them their share;
-    then both, to meet --rollout-s exactly. Raises UserError."""
-    # Check the flags by themselves.
+def check_phases(plan: PlanConfig) -> None:
     require(
         plan.rollout_s is not None and plan.actor_s is not None,
         "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases, or "
@@ -75,7 +69,14 @@ def calibrate(plan: PlanConfig) -> Costs:
         "below 0",
     )
 
-    # Find the lockstep that --rollout-s was measured in.
+
+def calibrate(plan: PlanConfig) -> Costs:
+    """Returns the costs with which a synchronous iteration takes --rollout-s and then --actor-s, on
+    the parts that those belong to.
+
+    The rollout is simulated alone, twice: simulators without inference, to give them their share;
+    then both, to meet --rollout-s exactly. Raises UserError."""
+    check_phases(plan)
     ratio = plan.measured_ratio or plan.ratio
     placement = plan.measured_placement or plan.placement
     node, nodes, _ = planned(replace(plan, ratio=ratio, placement=placement))
