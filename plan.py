@@ -7,21 +7,18 @@ anybody pays for them.
                                             stage costs that runs/NAME measured
     python plan.py --rollout-s 1050 --actor-s 861 --sweep --plot sweep.png
                                             8 … 1024 GPUs, and what breaks first
-    python plan.py --validate               against the paper, each error
     python plan.py --validate --ladder L.json
-                                            and L.json, from `python bench.py ladder
-                                            --setting columns --json L.json`
+                                            against the paper and a measured ladder, each error
 
 `planning/events.py` runs the real batcher, admission and streamer in virtual time; `costs.py` finds
 what to charge there. `--rollout-s` and `--actor-s` are what a synchronous run shows: seconds that
 one iteration's two phases take alone, on the parts that --ratio gives them, the rollout in
 lockstep. How the rollout divides (simulators' tail, inference's share) no synchronous run shows.
-The flags have defaults, and the result depends on them: `--validate` prints by how much.
+Those flags have defaults, and the result depends on them: `--validate` prints by how much.
 
 Communication: inside a node weights go to the rollout workers at --nvlink-gb-s, beside their work.
-Across nodes only gradients go: a ring all-reduce over n nodes takes 2 (n−1)/n · bytes / bandwidth +
-2 (n−1) · latency at every optimizer step, and every rank waits for the slowest. Actor time that was
-given for --gpus contains its communication.
+Across nodes only gradients go: a ring all-reduce at every optimizer step (`all_reduce_s`), and
+every rank waits for the slowest. Actor time that was given for --gpus contains its communication.
 
 Not predicted: how fast anything learns, memory, cores or links that stages fight over, slower
 simulators as policies change, persistently slow nodes, failures.
@@ -42,8 +39,8 @@ from planning.settings import PlanConfig, divisor, planned
 LARGEST = 1024  # GPUs of the sweep
 BROKEN = 0.9  # share of linear scaling below which it counts as broken
 NOISE = 0.02  # changes of throughput that random times may make
-BATCHES = ("grows", "fixed")  # of a sweep: with the number of nodes, or not
-COLOURS = {"grows": "#3b7dd8", "fixed": "#d9822b"}
+# The batch of a sweep: grows with the number of nodes, or does not; and its colour.
+BATCHES = {"grows": "#3b7dd8", "fixed": "#d9822b"}
 
 
 def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Prediction:
@@ -56,12 +53,10 @@ def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Predictio
 
 
 def share_of(node: Node, nodes: int, base: int) -> Node | None:
-    """Returns one of `nodes` nodes that share the batch of `base` of them, or None where it cannot
-    be cut so far."""
+    """Returns one of `nodes` that share the batch of `base` nodes, or None if they cannot."""
     batch = node.batch * base // nodes
     minibatch = node.minibatch * base // nodes
-    whole = node.batch * base % nodes == 0 and node.minibatch * base % nodes == 0
-    if not whole or not node.can_share(minibatch):
+    if node.batch * base % nodes or node.minibatch * base % nodes or not node.can_share(minibatch):
         return None
     if batch < node.envs:  # fewer envs than before
         if batch % (node.lane_envs * len(node.rollout_devices)):
@@ -87,8 +82,7 @@ def at_size(
 
 
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
-    """Predicts from one node to 1024 GPUs: with a batch that grows with the nodes, and with one
-    that stays that of `base` nodes."""
+    """Predicts one node to 1024 GPUs, with a batch that grows and with that of `base` nodes."""
     per_node = plan.gpus // base
     rows = []
     sizes = [n for n in (2**i for i in range(11)) if n * per_node <= LARGEST]
@@ -109,7 +103,7 @@ def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
             row["efficiency"] = found.env_steps_per_s / gpus / first
             row["gradient_share"] = reducing / found.step_s
             rows.append(row)
-            busy = " ".join(f"{stage} {1 - row[f'bubble_{stage}']:.0%}" for stage in STAGES)
+            busy = " ".join(f"{stage} {share:.0%}" for stage, share in busy_shares(found).items())
             print(
                 f"batch {batch}: {gpus:5d} GPUs  step {found.step_s:8.2f} s  "
                 f"{found.env_steps_per_s:9.0f} env steps/s  efficiency {row['efficiency']:4.0%}  "
@@ -157,16 +151,12 @@ def advise(plan: PlanConfig, node: Node, costs: Costs, base: int, rows: list[dic
         mine = [row for row in rows if row["batch"] == batch]
         broken = next((row for row in mine if row["efficiency"] < BROKEN), None)
         at = broken or mine[-1]
+        reached = f"{at['efficiency']:.0%}"
         if broken:
-            print(
-                f"\nbatch {batch}: scaling breaks at {at['gpus']} GPUs (efficiency "
-                f"{at['efficiency']:.0%} < {BROKEN:.0%}); there"
-            )
+            line = f"scaling breaks at {at['gpus']} GPUs (efficiency {reached} < {BROKEN:.0%})"
         else:
-            print(
-                f"\nbatch {batch}: efficiency stays above {BROKEN:.0%} up to {at['gpus']} GPUs "
-                f"({at['efficiency']:.0%}); there"
-            )
+            line = f"efficiency stays above {BROKEN:.0%} up to {at['gpus']} GPUs ({reached})"
+        print(f"\nbatch {batch}: {line}; there")
         here = node if batch == "grows" else share_of(node, at["nodes"], base)
         gains = []
         for what, change in changes(plan, here, costs).items():
@@ -183,13 +173,11 @@ def advise(plan: PlanConfig, node: Node, costs: Costs, base: int, rows: list[dic
 
 def draw(rows: list[dict], path: Path) -> None:
     """Draws env steps/s and efficiency against GPUs."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, efficient) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for batch, colour in COLOURS.items():
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    speed, efficient = figure.subplots(1, 2)
+    for batch, colour in BATCHES.items():
         mine = [row for row in rows if row["batch"] == batch]
         gpus = [row["gpus"] for row in mine]
         rates = [row["env_steps_per_s"] for row in mine]
@@ -210,23 +198,24 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------- the command
 
 
+def busy_shares(found: Prediction) -> dict[str, float]:
+    return {stage: 1 - getattr(found, f"bubble_{stage}") for stage in STAGES}
+
+
 def show(found: Prediction) -> None:
-    bubbles = {stage: getattr(found, f"bubble_{stage}") for stage in STAGES}
-    busy = [f"{stage} {(1 - share) * found.step_s:.4g}" for stage, share in bubbles.items()]
+    busy = busy_shares(found)
+    bubbles = [f"bubble_{stage} {1 - share:.3f}" for stage, share in busy.items()]
+    seconds = [f"{stage} {share * found.step_s:.4g}" for stage, share in busy.items()]
     print(
         f"step_s {found.step_s:.4g}   env_steps_per_s {found.env_steps_per_s:.4g}   "
-        f"batch_size_mean {found.batch_size_mean:.3g}"
-    )
-    print("   ".join(f"bubble_{stage} {share:.3f}" for stage, share in bubbles.items()))
-    print(
-        f"busy seconds of an iteration: {', '.join(busy)}; critical stage: "
-        f"{min(bubbles, key=bubbles.get)}"
+        f"batch_size_mean {found.batch_size_mean:.3g}\n{'   '.join(bubbles)}\n"
+        f"busy seconds of an iteration: {', '.join(seconds)}; critical stage: "
+        f"{max(busy, key=busy.get)}"
     )
 
 

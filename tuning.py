@@ -4,12 +4,12 @@ cost while a run goes on.
     python train.py --ratio auto
     python bench.py tuning          beside the best that an exhaustive search finds
 
-    counters → Measurement → planning.Costs → simulate → Batches, Ratio: the best candidate
+    counters → Measurement → planning.Costs → simulate → the best candidate
 
-`simulate` runs the real batcher, admission and streamer in virtual time. The launcher decides
-everything: it calls `Tuner`. A rollout worker reads its B_max and T_max from its counters before
-the next batch. Another ratio means that the run starts again from a checkpoint that is written for
-the purpose, so no update is lost; `Past` is what the tuner remembers across that.
+`simulate` runs the real batcher, admission and streamer in virtual time. The launcher calls
+`Tuner`, which decides everything. A rollout worker reads its B_max and T_max from its counters
+before the next batch. Another ratio means that the run starts again from a checkpoint that is
+written for the purpose, so no update is lost; `Past` is what the tuner remembers across that.
 
 What cannot be foreseen: how stages that share cores slow each other down (only that an iteration
 takes at least its CPU seconds over all cores), what more torch threads gain (taken to divide
@@ -38,20 +38,21 @@ import numpy as np
 from channel import Counters
 from config import WORKERS, Config, UserError, completed, parse_ratio, validate
 from metrics import CAUSES, snapshot
-from planning import Costs, Node, Prediction, scaled
+from planning import Costs, Node, scaled
 from planning.costs import shares_of
 from planning.events import simulate
 from planning.settings import node_of
 from scheduler import Placement, divide
 
 Choices = dict[str, tuple[Config, Placement]]  # by ratio
+Rows = dict[str, list[int]]  # of the counters, by stage
 
 # What is measured.
 PROBES = (1 / 4, 1.0, 1 / 2)  # B_max while a run warms up, of the lanes served: sizes must differ
 PROBED = 12  # batches at each of them
 CHUNKS = 8  # of an env worker before costs are believed: a wait is counted where it ends
 FIXED = (
-    0.2  # share of an inference independent of its size, while sizes hardly differ (settings.py)
+    0.2  # share of an inference independent of its size, where sizes hardly differ (settings.py)
 )
 MEMORY = 0.6  # what the past weighs against the newest iteration
 
@@ -93,11 +94,7 @@ def line_through(n: float, x: float, xx: float, y: float, xy: float) -> tuple[fl
 
 
 def costs_of(
-    gained: dict[tuple[str, str], float],
-    fit: Iterable[float],
-    seconds: dict[str, float],
-    trained: float,
-    config: Config,
+    gained: dict, fit: Iterable[float], seconds: dict[str, float], trained: float, config: Config
 ) -> Costs:
     """Returns stage costs of a stretch of a run. What is no waiting is work.
 
@@ -125,36 +122,27 @@ def costs_of(
     )
 
 
-def ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
 def words(costs: Costs) -> str:
     """Says what one inference and one chunk's simulation cost."""
     return (
-        f"an inference takes {ms(costs.infer_fixed_s)} + {ms(costs.infer_each_s)} per sample, a "
-        f"chunk's simulation {ms(costs.step_s)} (σ {costs.step_tail:.0%})"
+        f"an inference takes {1e3 * costs.infer_fixed_s:.3g} ms + {1e3 * costs.infer_each_s:.3g} "
+        f"ms per sample, a chunk's simulation {1e3 * costs.step_s:.3g} ms (σ {costs.step_tail:.0%})"
     )
 
 
 def all_words(costs: Costs) -> str:
-    """Says what all stages cost."""
-    training = f"training {ms(costs.train_each_s)} per chunk step"
-    return f"{words(costs)}, {training}, a weight sync {ms(costs.fetch_s)}"
+    return (
+        f"{words(costs)}, training {1e3 * costs.train_each_s:.3g} ms per chunk step, a weight sync "
+        f"{1e3 * costs.fetch_s:.3g} ms"
+    )
 
 
 class Measurement:
     """What the workers' counters gained since measuring began, the newest weighing most."""
 
-    def __init__(
-        self,
-        counters: Counters,
-        rows: dict[str, list[int]],
-        config: Config,
-        clock: Callable[[], float],
-    ):
+    def __init__(self, counters: Counters, rows: Rows, config: Config, clock: Callable[[], float]):
         self.counters = counters
-        self.rows = rows  # of the counters, by stage
+        self.rows = rows
         self.config = config
         self.clock = clock  # seconds
         self.last: np.ndarray | None = None  # the table when it was last taken in
@@ -167,28 +155,29 @@ class Measurement:
         self.batches_before = 0.0  # when measuring began; likewise chunks
         self.chunks_before = 0.0
 
-    def column(self, stage: str, name: str) -> np.ndarray:
-        """Returns one counter of each worker of a stage, as it is now."""
-        return self.counters.table[self.rows[stage], self.counters.index[name]]
-
     def batches(self) -> float:
         """Returns the inferences so far of the rollout worker that had the fewest."""
         return float(self.column("rollout", "batches").min())
 
+    def chunks(self) -> float:
+        """Returns the chunks so far of an env worker, on average."""
+        return float(self.column("env", "chunks").mean())
+
+    def column(self, stage: str, name: str) -> np.ndarray:
+        """Returns one counter of each worker of a stage, as it is now."""
+        return self.counters.table[self.rows[stage], self.counters.index[name]]
+
     def is_enough(self) -> bool:
         """Says whether costs can be believed."""
-        chunks = float(self.column("env", "chunks").mean())
-        return (
-            self.batches() >= self.batches_before + PROBED and chunks >= self.chunks_before + CHUNKS
-        )
+        served = self.batches() >= self.batches_before + PROBED
+        return served and self.chunks() >= self.chunks_before + CHUNKS
 
     def begin(self) -> None:
-        """Measures costs from here on. Inferences, whose times are their own, may have been
-        before."""
+        """Measures costs from here on, but for inferences, whose times are their own."""
         self.last = snapshot(self.counters)
         self.taken = self.clock()
         self.batches_before = self.batches()
-        self.chunks_before = float(self.column("env", "chunks").mean())
+        self.chunks_before = self.chunks()
         self.gained = np.zeros_like(self.gained)
         self.seconds = 0.0
 
@@ -222,8 +211,7 @@ class Measurement:
 
 
 def miniature(config: Config, placement: Placement, costs: Costs) -> tuple[Node, Costs]:
-    """Returns what is simulated: as many lanes, but a short iteration, so that a prediction takes a
-    moment."""
+    """Returns what is simulated: as many lanes, but short iterations, so that it takes a moment."""
     node = node_of(config, placement)
     iterations = sum(SIMULATE.values())
     rounds = SIMULATED // (node.lanes * iterations * (node.batch // node.envs))
@@ -233,8 +221,7 @@ def miniature(config: Config, placement: Placement, costs: Costs) -> tuple[Node,
 
 
 def speeds(config: Config, placement: Placement) -> tuple[float, float]:
-    """Returns the speed of one rollout worker and of one actor rank, to be compared with those at
-    another ratio."""
+    """Returns how fast one rollout worker and one actor rank are, compared with another ratio."""
     if config.train.model == "emulated":  # its devices are as many as one likes
         rollout, actor = shares_of(config)
         return rollout / len(placement.rollout_devices), actor / len(placement.actor_devices)
@@ -279,9 +266,12 @@ class Batching(NamedTuple):
     env_steps_per_s: float
 
 
-def with_batches(node: Node, costs: Costs, batch_max: int | str, wait_s: float) -> Prediction:
-    """Predicts the node with other batches."""
-    return simulate(replace(node, batch_max=batch_max, batch_wait_s=wait_s), costs, **SIMULATE)
+def predicted(
+    node: Node, costs: Costs, batch_max: int | str, wait_s: float
+) -> tuple[float, Batching]:
+    """Returns the mean size of the node's batches with these limits, and the batching."""
+    result = simulate(replace(node, batch_max=batch_max, batch_wait_s=wait_s), costs, **SIMULATE)
+    return result.batch_size_mean, Batching(batch_max, wait_s, result.env_steps_per_s)
 
 
 def best_batches(node: Node, costs: Costs) -> Batching:
@@ -291,17 +281,14 @@ def best_batches(node: Node, costs: Costs) -> Batching:
     sizes = [node.batch_max]
     if node.batch_max == "auto":
         sizes = sorted({max(1, round(share * node.served)) for share in SHARES})
-    found: list[tuple[float, Batching]] = []  # mean batch size first
+    found = []
     for size in sizes:
         lanes = min(node.served, size) if isinstance(size, int) else node.served
         inference = costs.infer_fixed_s + lanes * node.lane_envs * costs.infer_each_s
         waits = [node.batch_wait_s]
         if node.batch_wait_s == "auto":
             waits = [share * inference for share in WAITS]
-        for wait in waits:
-            result = with_batches(node, costs, size, wait)
-            batching = Batching(size, wait, result.env_steps_per_s)
-            found.append((result.batch_size_mean, batching))
+        found += [predicted(node, costs, size, wait) for wait in waits]
     fastest = max(batching.env_steps_per_s for _, batching in found)
     equal = [pair for pair in found if pair[1].env_steps_per_s >= (1 - EQUAL) * fastest]
     return max(equal, key=lambda pair: pair[0])[1]
@@ -312,8 +299,7 @@ def better_batches(
 ) -> tuple[Batching, Batching | None]:
     """Returns the best batching, and the present one with what it would give at these costs."""
     if present:
-        result = with_batches(node, costs, present.batch_max, present.wait_s)
-        present = present._replace(env_steps_per_s=result.env_steps_per_s)
+        _, present = predicted(node, costs, present.batch_max, present.wait_s)
     return best_batches(node, costs), present
 
 
@@ -350,6 +336,13 @@ def seconds_at(
         longer = choices[ratio][0].env.segment / node.segment
         found[ratio] = max(longer * simulate(node, priced, **SIMULATE).step_s, cpu_s / cores)
     return found
+
+
+def fewest_workers(seconds: dict[str, float]) -> str:
+    """Returns the fastest ratio, of equal ones that with the fewest workers; "" of none."""
+    fast_enough = (1 + EQUAL) * min(seconds.values(), default=0.0)
+    equal = [ratio for ratio, each in seconds.items() if each <= fast_enough]
+    return min(equal, key=lambda ratio: sum(parse_ratio(ratio)), default="")
 
 
 # ---------------------------------------------------------------- what is decided
@@ -389,17 +382,24 @@ class Past:
         return past
 
 
-class Batches:
-    """Chooses B_max and T_max: serves batches of several sizes first, then the best, and looks
-    again when costs change."""
+def prices(costs: Costs) -> tuple[float, ...]:
+    """Returns the costs to compare: of an inference's two parts the sum, for where a line starts
+    wavers."""
+    return costs.step_s, costs.train_each_s, costs.infer_fixed_s + costs.infer_each_s
 
-    def __init__(self, config: Config, placement: Placement, measured: Measurement):
+
+class Batches:
+    """Chooses B_max and T_max: tries several sizes first, and looks again when costs change."""
+
+    def __init__(self, config: Config, placement: Placement, measured: Measurement, past: Past):
         self.config = config
         self.placement = placement
         self.measured = measured
+        self.past = past
         rollout = config.rollout
         self.tunes = "auto" in (rollout.batch_max, rollout.batch_wait_ms)
-        self.most = math.ceil(config.env.envs // config.env.width / len(measured.rows["rollout"]))
+        # Lanes that ask one rollout worker, on average.
+        self.served = config.env.envs // config.env.width / len(measured.rows["rollout"])
         # B_max still to be tried while the run warms up, of the lanes served; 0: as it is.
         self.probes = list(PROBES) if rollout.batch_max == "auto" else [0.0] * self.tunes
         self.probed = 0.0  # batches when the newest probe began
@@ -422,9 +422,7 @@ class Batches:
         if ready:
             measured.take(1.0)
         elif self.probes and self.probes[0]:
-            lanes = self.config.env.envs // self.config.env.width
-            share = self.probes[0] * lanes / len(measured.rows["rollout"])
-            self.tell(max(1, round(share)), 0.0)
+            self.tell(max(1, round(self.probes[0] * self.served)), 0.0)
         self.probed = measured.batches()
         return ready
 
@@ -435,15 +433,8 @@ class Batches:
         measured = self.measured
         if measured.batches() < self.looked + RECHECK or measured.clock() < self.looked_at + PAUSE:
             return False
-        old = self.chosen_at
-        new = measured.costs()
-        # Of an inference's two parts only the sum is compared: where a line starts wavers.
-        pairs = (
-            (old.step_s, new.step_s),
-            (old.train_each_s, new.train_each_s),
-            (old.infer_fixed_s + old.infer_each_s, new.infer_fixed_s + new.infer_each_s),
-        )
-        return any(abs(now - then) > CHANGED * max(then, 1e-9) for then, now in pairs)
+        pairs = zip(prices(self.chosen_at), prices(measured.costs()), strict=True)
+        return any(abs(new - old) > CHANGED * max(old, 1e-9) for old, new in pairs)
 
     def look(self) -> partial:
         """Returns the prediction that `choose` decides on."""
@@ -453,94 +444,28 @@ class Batches:
         small = miniature(self.config, self.placement, self.chosen_at)
         return partial(better_batches, *small, self.chosen)
 
-    def choose(self, found: tuple[Batching, Batching | None]) -> dict:
-        """Takes the best batching, if it is worth it. Returns what is new."""
+    def choose(self, found: tuple[Batching, Batching | None]) -> str:
+        """Takes the best batching, if it is worth it. Returns what to tell."""
         best, present = found
         if present and best.env_steps_per_s < (1 + WORTH) * present.env_steps_per_s:
-            return {}
+            return ""
         self.chosen = best
-        size = min(self.most, best.batch_max) if isinstance(best.batch_max, int) else self.most
+        most = math.ceil(self.served)
+        size = min(most, best.batch_max) if isinstance(best.batch_max, int) else most
         self.tell(size, best.wait_s)
         wait_ms = 1e3 * best.wait_s
-        return {"batch_max": size, "batch_wait_ms": wait_ms if math.isfinite(wait_ms) else "inf"}
+        self.past.news["batch_max"] = size
+        self.past.news["batch_wait_ms"] = wait_ms if math.isfinite(wait_ms) else "inf"
+        return (
+            f"rollout: batches of at most {size} of {most} lanes, waiting at most {wait_ms:.3g} "
+            f"ms: {words(self.chosen_at)}"
+        )
 
     def tell(self, batch_max: int, wait_s: float) -> None:
         """Writes what the rollout workers read before their next batch; 0 s: as it is."""
         for row in self.measured.rows["rollout"]:
             self.measured.counters.set(row, "tuned_batch_max", batch_max)
             self.measured.counters.set(row, "tuned_wait_s", wait_s)
-
-
-class Ratio:
-    """Chooses the ratio that the run goes on at."""
-
-    def __init__(self, now: str, past: Past):
-        self.past = past
-        self.now = now
-        self.wanted = now
-        self.start_s = 0.0  # seconds that the workers took to their first iteration
-
-    def choose(
-        self, found: dict[str, float], seconds: float, left: int, costs: Costs, first: bool
-    ) -> str:
-        """Sets `wanted`, if another ratio is so much better that starting again pays. Returns what
-        to tell.
-
-        found: predicted seconds of an iteration at each ratio; seconds: measured ones at the
-        present; left: iterations of the run; first: whether it is judged for the first time."""
-        # Go back where the present ratio turns out slower than the one before.
-        past = self.past
-        past.measured[self.now] = seconds
-        before = past.measured.get(past.left, seconds)
-        pays = (seconds - before) * left > PAYS_BACK * self.start_s
-        if seconds > (1 + WORTH) * before and pays:
-            self.wanted = past.go_back(self.now)
-            return (
-                f"ratio {self.wanted} again: an iteration takes {seconds:.3g} s at {self.now}, and "
-                f"took {before:.3g} s at {self.wanted}"
-            )
-        past.left = ""
-
-        # Find the best other one. What ran is known, and no prediction is to contradict it: two
-        # ratios would take turns.
-        others = {
-            ratio: past.measured.get(ratio, seconds * predicted / found[self.now])
-            for ratio, predicted in found.items()
-            if ratio != self.now and ratio not in past.rejected
-        }
-        best = self.fewest_workers(others)
-        gain = 1 - others[best] / seconds if best else 0.0
-        saves = seconds * gain * left  # seconds, in the rest of the run
-        if gain > RATIO_WORTH and saves > PAYS_BACK * self.start_s:
-            past.left = self.now
-            past.news["ratio"] = best
-            self.wanted = best
-            return (
-                f"ratio {best} instead of {self.now}: an iteration is to take {others[best]:.3g} s "
-                f"instead of {seconds:.3g} s, since {all_words(costs)}; the workers start again, "
-                f"in some {self.start_s:.0f} s"
-            )
-        if not first:
-            return ""
-        why = "no other is faster"
-        if not others:
-            why = "no other is possible"
-        elif best in past.measured:
-            why = f"it took {others[best]:.3g} s at the best other, {best}"
-        elif saves > 0:
-            why = (
-                f"the best other, {best}, would save {saves:.0f} s in the rest of the run and cost "
-                f"{self.start_s:.0f} s"
-            )
-        return (
-            f"ratio {self.now} stays, an iteration takes {seconds:.3g} s: {why}; {all_words(costs)}"
-        )
-
-    def fewest_workers(self, seconds: dict[str, float]) -> str:
-        """Returns the fastest ratio, of equal ones that with the fewest workers, or ""."""
-        fast_enough = (1 + EQUAL) * min(seconds.values(), default=0.0)
-        equal = [ratio for ratio, each in seconds.items() if each <= fast_enough]
-        return min(equal, key=lambda ratio: sum(parse_ratio(ratio)), default="")
 
 
 def beside(function: Callable) -> Future:
@@ -551,7 +476,6 @@ def beside(function: Callable) -> Future:
 
 
 def settle(future: Future, function: Callable) -> None:
-    """Calls the function and keeps its result, or its error, for whoever asks."""
     try:
         future.set_result(function())
     except Exception as error:  # raised where the result is asked for
@@ -568,15 +492,14 @@ class Tuner:
         self,
         choices: Choices,
         counters: Counters,
-        rows: dict[str, list[int]],
+        rows: Rows,
         past: Past,
         cores: int,
         iterations: int,
         clock: Callable[[], float] = time.monotonic,
         beside: Callable[[Callable], Future] = beside,
     ):
-        """choices: of `options`, the first one being in use; rows: of the counters, by stage;
-        iterations: of the whole run."""
+        """choices: of `options`, the first one being in use; iterations: of the whole run."""
         self.config, self.placement = next(iter(choices.values()))
         self.choices = choices
         self.rows = rows
@@ -585,23 +508,19 @@ class Tuner:
         self.iterations = iterations
         self.clock = clock
         self.beside = beside
-        self.began = clock()
         self.measured = Measurement(counters, rows, self.config, clock)
-        self.batches = Batches(self.config, self.placement, self.measured)
-        self.ratios = Ratio(self.config.train.parts, past)
+        self.batches = Batches(self.config, self.placement, self.measured, past)
+        self.now = self.config.train.parts  # the ratio in use
+        self.ratio = self.now  # the one to go on at
+        self.began = clock()
+        self.start_s = 0.0  # seconds that the workers took to their first iteration
         self.lines = 0  # iterations since the workers started
         self.cpu_s = 0.0  # that the workers had used by the last one
         # Predictions under way, and what decides on them.
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()
 
-    @property
-    def ratio(self) -> str:
-        """The ratio to go on at."""
-        return self.ratios.wanted
-
     def watch(self) -> str:
-        """Decides as soon as what a decision needs has been predicted. Returns what to tell, mostly
-        nothing."""
+        """Decides as soon as what a decision needs has been predicted. Returns what to tell."""
         if self.thoughts and self.thoughts[0][0].done():
             found, decide = self.thoughts.popleft()
             try:
@@ -610,7 +529,7 @@ class Tuner:
                 return f"warning: nothing is tuned now, for in virtual time {error}"
         warming_up = self.batches.probes or self.measured.last is None
         if warming_up and self.batches.warm_up():
-            self.think(self.batches.look(), self.choose_batches)
+            self.think(self.batches.look(), self.batches.choose)
         return ""
 
     def iteration(self, version: int, cpu_s: float) -> None:
@@ -618,10 +537,10 @@ class Tuner:
         self.lines += 1
         used = cpu_s - self.cpu_s
         self.cpu_s = cpu_s
-        if self.ratio != self.config.train.parts:  # the workers are about to leave
+        if self.ratio != self.now:  # the workers are about to leave
             return
         if self.lines == 1:  # it began before the workers were warm
-            self.ratios.start_s = self.clock() - self.began
+            self.start_s = self.clock() - self.began
             if self.measured.last is not None:
                 self.measured.take(0.0)
             self.measured.begin()
@@ -633,7 +552,11 @@ class Tuner:
             self.think_of_ratio(self.iterations - version)
         idle = not self.batches.probes and not self.thoughts
         if self.batches.tunes and idle and self.batches.need_a_look():
-            self.think(self.batches.look(), self.choose_batches)
+            self.think(self.batches.look(), self.batches.choose)
+
+    def think(self, predict: Callable, decide: Callable[..., str]) -> None:
+        """Has something predicted, and then decided by `watch`."""
+        self.thoughts.append((self.beside(predict), decide))
 
     def think_of_ratio(self, left: int) -> None:
         """left: iterations of the run."""
@@ -641,26 +564,65 @@ class Tuner:
         done = self.measured.trained / self.config.actor.batch  # iterations, as remembered
         seconds = self.measured.seconds / done
         cpu_s = self.measured.cpu_s / done
+        predict = partial(seconds_at, self.choices, self.now, costs, cpu_s, self.cores)
         first = self.lines == SETTLED
-        self.think(
-            partial(seconds_at, self.choices, self.ratio, costs, cpu_s, self.cores),
-            partial(self.ratios.choose, seconds=seconds, left=left, costs=costs, first=first),
-        )
+        choose = partial(self.choose_ratio, seconds=seconds, left=left, costs=costs, first=first)
+        self.think(predict, choose)
 
-    def think(self, predict: Callable, decide: Callable[..., str]) -> None:
-        """Has something predicted, and then decided by `watch`."""
-        self.thoughts.append((self.beside(predict), decide))
+    def choose_ratio(
+        self, found: dict[str, float], seconds: float, left: int, costs: Costs, first: bool
+    ) -> str:
+        """Sets `ratio`, if another one is so much better that starting again pays. Returns what to
+        tell.
 
-    def choose_batches(self, found: tuple[Batching, Batching | None]) -> str:
-        news = self.batches.choose(found)
-        if not news:
+        found: predicted seconds of an iteration at each ratio; seconds: measured ones at the
+        present; left: iterations of the run; first: whether it is judged for the first time."""
+        # Go back where the present ratio turns out slower than the one before.
+        now = self.now
+        past = self.past
+        past.measured[now] = seconds
+        before = past.measured.get(past.left, seconds)
+        pays = (seconds - before) * left > PAYS_BACK * self.start_s
+        if seconds > (1 + WORTH) * before and pays:
+            self.ratio = past.go_back(now)
+            return (
+                f"ratio {self.ratio} again: an iteration takes {seconds:.3g} s at {now}, and took "
+                f"{before:.3g} s at {self.ratio}"
+            )
+        past.left = ""
+
+        # Find the best other one. What ran is known, and no prediction is to contradict it: two
+        # ratios would take turns.
+        others = {
+            ratio: past.measured.get(ratio, seconds * predicted / found[now])
+            for ratio, predicted in found.items()
+            if ratio != now and ratio not in past.rejected
+        }
+        best = fewest_workers(others)
+        gain = 1 - others[best] / seconds if best else 0.0
+        saves = seconds * gain * left  # seconds, in the rest of the run
+        if gain > RATIO_WORTH and saves > PAYS_BACK * self.start_s:
+            past.left = now
+            past.news["ratio"] = best
+            self.ratio = best
+            return (
+                f"ratio {best} instead of {now}: an iteration is to take {others[best]:.3g} s "
+                f"instead of {seconds:.3g} s, since {all_words(costs)}; the workers start again, "
+                f"in some {self.start_s:.0f} s"
+            )
+        if not first:
             return ""
-        self.past.news |= news
-        wait_ms = float(news["batch_wait_ms"])
-        return (
-            f"rollout: batches of at most {news['batch_max']} of {self.batches.most} lanes, "
-            f"waiting at most {wait_ms:.3g} ms: {words(self.batches.chosen_at)}"
-        )
+        why = "no other is faster"
+        if not others:
+            why = "no other is possible"
+        elif best in past.measured:
+            why = f"it took {others[best]:.3g} s at the best other, {best}"
+        elif saves > 0:
+            why = (
+                f"the best other, {best}, would save {saves:.0f} s in the rest of the run and cost "
+                f"{self.start_s:.0f} s"
+            )
+        return f"ratio {now} stays, an iteration takes {seconds:.3g} s: {why}; {all_words(costs)}"
 
     def report(self) -> dict:
         """Returns what was decided since the last call."""

@@ -1,15 +1,12 @@
-"""Seconds that work takes: from the two phases of a synchronous iteration, or from a run's trace.
-
-    python plan.py --rollout-s 1050 --actor-s 861       `calibrate`
-    python plan.py --from NAME                          `from_run`
+"""Seconds that work takes: from two phases (`calibrate`), or from a run's trace (`from_run`).
 
 Left out: cores and links that stages fight over. What a trace shows contains the contention that
 the run had.
 """
 
-import copy
 import math
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +14,7 @@ import numpy as np
 from config import Config, UserError, existing_run, from_json, parse_ratio, require
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
-from planning.settings import PlanConfig, node_of, override, planned
+from planning.settings import PlanConfig, node_of, overridden, planned
 from run_folder import read_metrics, read_trace
 from scheduler import place
 
@@ -26,8 +23,7 @@ TOO_FEW = 7  # lines of metrics.jsonl below which a prediction may be far off
 
 
 def all_reduce_s(plan: PlanConfig, nodes: int) -> float:
-    """Returns the seconds of a ring over the nodes: every byte crosses each link twice, in
-    2 (n − 1) hops."""
+    """Returns the seconds of a ring: every byte crosses each link twice, in 2 (n − 1) hops."""
     transfer = 2 * (nodes - 1) / nodes * plan.gradient_gb / plan.network_gb_s
     return transfer + 2 * (nodes - 1) * plan.network_latency_us * 1e-6
 
@@ -39,7 +35,7 @@ def lockstep(node: Node) -> Node:
     """Returns the same node in the synchronous baseline's rollout.
 
     There, each simulating device has one vectorised lane. Only rollouts are timed, so one actor
-    rank will do for lanes of any width."""
+    rank will do."""
     alone = replace(
         node, max_staleness=0, batch_max="all", batch_wait_s=math.inf, stream=False, update_epochs=1
     )
@@ -57,7 +53,6 @@ def lockstep(node: Node) -> Node:
 
 
 def check_phases(plan: PlanConfig) -> None:
-    """Raises UserError where the flags of `calibrate` make no sense."""
     require(
         plan.rollout_s is not None and plan.actor_s is not None,
         "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases, or "
@@ -105,7 +100,8 @@ def calibrate(plan: PlanConfig) -> Costs:
 
     # What the actor takes besides optimizer steps and communication, micro-batches take.
     steps = node.optimizer_steps
-    outside = steps * (plan.optimizer_s + all_reduce_s(plan, nodes))
+    reduce_s = all_reduce_s(plan, nodes)
+    outside = steps * (plan.optimizer_s + reduce_s)
     require(
         not plan.actor_s or outside <= plan.actor_s,
         f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s "
@@ -119,7 +115,7 @@ def calibrate(plan: PlanConfig) -> Costs:
         train_fixed_s=plan.train_fixed * micro_s,
         train_each_s=(1 - plan.train_fixed) * micro_s / (node.micro_batch * node.segment),
         optimizer_s=plan.optimizer_s * (plan.actor_s > 0),
-        gradient_s=all_reduce_s(plan, nodes) * (plan.actor_s > 0),
+        gradient_s=reduce_s * (plan.actor_s > 0),
         fetch_s=plan.weights_gb / plan.nvlink_gb_s,
     )
 
@@ -128,8 +124,7 @@ def calibrate(plan: PlanConfig) -> Costs:
 
 
 def chunk_times(rows: list[Span]) -> list[float]:
-    """Returns the seconds of each chunk of an env worker: its steps, and the rendering and
-    resetting that follow them."""
+    """Returns the seconds of each chunk of an env worker: steps, and what renders and resets."""
     times: list[float] = []
     for what, start, end, _ in rows:
         if what == "step":
@@ -140,8 +135,7 @@ def chunk_times(rows: list[Span]) -> list[float]:
 
 
 def overhead(rows: list[Span], what: str) -> float:
-    """Returns the seconds between a worker's spans, neither work nor waiting, for each span of this
-    work."""
+    """Returns the seconds that no span of a worker covers, for each span of this work."""
     covered = sum(end - start for _, start, end, _ in rows)
     units = sum(name == what for name, *_ in rows)
     return max(0.0, rows[-1][2] - rows[0][1] - covered) / max(units, 1)
@@ -185,10 +179,10 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
     envs, rollouts, actors = (
         [rows for name, rows in spans.items() if name.startswith(stage + "-")] for stage in STAGES
     )
-
-    def mean(what: str) -> float:
-        found = [end - start for rows in actors for name, start, end, _ in rows if name == what]
-        return float(np.mean(found or [0.0]))
+    trained: dict[str, list[float]] = {}  # seconds of each span of the actors
+    for what, start, end, _ in chain(*actors):
+        trained.setdefault(what, []).append(end - start)
+    mean = {what: float(np.mean(seconds)) for what, seconds in trained.items()}
 
     # Simulators, whose times are kept one by one.
     chunks = []
@@ -197,25 +191,22 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
         chunks += [seconds + between for seconds in chunk_times(rows)]
 
     # Inference and training, by their size.
-    infers = [row for rows in rollouts for row in rows if row[0] == "infer"]
-    infers.sort(key=lambda row: row[2])
+    infers = [span for span in chain(*rollouts) if span[0] == "infer"]
+    infers.sort(key=lambda span: span[2])
     infer_fixed, infer_each = inference_cost(
         infers, batch_size, node.served * node.lane_envs, fixed
     )
-    micro_s = mean("train") + np.mean([overhead(rows, "train") for rows in actors])
-    sums = [
-        end - start for rows in actors for what, start, end, _ in rows if what == "wait: gradient"
-    ]
+    micro_s = mean["train"] + np.mean([overhead(rows, "train") for rows in actors])
     return Costs(
         step_s=float(np.mean(chunks)),
         step_samples=tuple(chunks),
         infer_fixed_s=infer_fixed + float(np.mean([overhead(rows, "infer") for rows in rollouts])),
         infer_each_s=infer_each,
         train_each_s=float(micro_s) / (node.micro_batch * node.segment),
-        optimizer_s=mean("optimizer"),
+        optimizer_s=mean.get("optimizer", 0.0),
         # The last rank to arrive waits for the sum alone.
-        gradient_s=float(np.percentile(sums, 5)) if sums else 0.0,
-        publish_s=mean("publish"),
+        gradient_s=float(np.percentile(trained.get("wait: gradient", [0.0]), 5)),
+        publish_s=mean.get("publish", 0.0),
         message_s=message_time(envs, infers),
     )
 
@@ -224,8 +215,7 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
 
 
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
-    """Returns a run's folder, settings, lines of metrics that count, and spans. Raises
-    UserError."""
+    """Returns a run's folder, settings, lines of metrics that count, and spans."""
     run = existing_run(name)
     require(
         (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file(),
@@ -284,8 +274,7 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
         *(settings.env.env_workers, settings.rollout.rollout_workers, settings.actor.actor_workers),
     )
     ran = node_of(settings, placement)
-    changed = copy.deepcopy(settings)
-    override(changed, plan.preset, plan)
+    changed = overridden(settings, plan.preset, plan)
     changed.train.ratio = plan.ratio or settings.train.parts
     node = node_of(changed, placement)
     env_steps = lines[-1]["env_steps"] - lines[0]["env_steps"]

@@ -3,9 +3,7 @@
     found = simulate(node, costs, nodes=32, iterations=20, warmup=5)
 
 Whatever decides who waits for whom is imported from `scheduler.py` and `streamer.py` and acts here
-as in a run. Requests queue in the `DynamicBatcher` of the lane's rollout worker, `Admission` lets
-trajectories start, and the `Streamer` of the actor rank that owns a slot gives out micro-batches.
-Whatever only takes time is a number in `Costs`. The workers below follow the loops of
+as in a run. Whatever only takes time is a number in `Costs`. The workers below follow the loops of
 `env_worker.run`, `rollout_worker.run` and `actor_worker.run`, down to the order in which an env
 worker meets its replies. Nothing sleeps: the clock jumps from event to event.
 
@@ -22,10 +20,9 @@ import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +30,7 @@ from planning import STAGES, Costs, Node, Prediction, scaled
 from scheduler import Admission, DynamicBatcher
 from streamer import Streamer
 
-# What a lane asks for: an action; the last value of a trajectory, alone or beside an action.
-ACT, VALUE, LAST = range(3)
+ACT, VALUE = range(2)  # what a lane asks for: an action, the value that ends a trajectory
 HISTORY = 2048  # arrivals at one gradient that the mean field remembers
 QUANTILES = 4096  # values that stand for a distribution
 BLOCK = 256  # random numbers drawn at a time
@@ -46,26 +42,25 @@ class World:
 
     def __init__(self):
         self.now = 0.0  # seconds
-        self.heap = []  # (time, place in the order, function, its argument)
+        self.heap = []  # (time, place in the order, function, its arguments)
         self.planned = 0
         self.running = True
 
     def __call__(self) -> float:
         return self.now
 
-    def after(self, seconds: float, function: Callable, argument=None) -> None:
+    def after(self, seconds: float, function: Callable, *arguments) -> None:
         """Calls the function so many seconds from now."""
         self.planned += 1
-        heappush(self.heap, (self.now + seconds, self.planned, function, argument))
+        heappush(self.heap, (self.now + seconds, self.planned, function, arguments))
 
     def run(self) -> None:
         """Lets events happen until somebody sets `running` to False."""
-        heap = self.heap
         while self.running:
-            if not heap:
+            if not self.heap:
                 raise RuntimeError("every worker waits for another: nothing can happen any more")
-            self.now, _, function, argument = heappop(heap)
-            function(argument)
+            self.now, _, function, arguments = heappop(self.heap)
+            function(*arguments)
 
 
 class Device:
@@ -78,22 +73,21 @@ class Device:
         self.queue = deque()
         self.busy = False
 
-    def after(self, seconds: float, function: Callable, argument=None) -> None:
+    def after(self, seconds: float, function: Callable, *arguments) -> None:
         """Calls the function once so many seconds of work are done; used like World's."""
         if self.busy:
-            self.queue.append((seconds, function, argument))
+            self.queue.append((seconds, function, arguments))
         else:
             self.busy = True
-            self.world.after(seconds, self.done, (function, argument))
+            self.world.after(seconds, self.done, function, arguments)
 
-    def done(self, job: tuple) -> None:
+    def done(self, function: Callable, arguments: tuple) -> None:
         if self.queue:
             seconds, *following = self.queue.popleft()
-            self.world.after(seconds, self.done, following)
+            self.world.after(seconds, self.done, *following)
         else:
             self.busy = False
-        function, argument = job
-        function(argument)
+        function(*arguments)
 
 
 class Worker:
@@ -111,12 +105,14 @@ class Worker:
         self.waking = False  # a message is on its way to it, and it waits
 
     def begin(self) -> None:
-        self.busy = True
-        self.idle_s += self.world.now - self.idle_since
+        if not self.busy:
+            self.busy = True
+            self.idle_s += self.world.now - self.idle_since
 
     def end(self) -> None:
-        self.busy = False
-        self.idle_since = self.world.now
+        if self.busy:
+            self.busy = False
+            self.idle_since = self.world.now
 
     def wake(self) -> None:
         """Sends this worker a message, which only matters if it waits."""
@@ -128,7 +124,7 @@ class Worker:
         else:
             self.proceed()
 
-    def woken(self, _) -> None:
+    def woken(self) -> None:
         self.waking = False
         if not self.busy:
             self.proceed()
@@ -138,18 +134,15 @@ class Worker:
         return self.idle_s if self.busy else self.idle_s + self.world.now - self.idle_since
 
 
+@dataclass(eq=False, slots=True)
 class Lane:
     """What asks for actions: one env, or several that step together."""
 
-    __slots__ = ("envs", "known", "rollout", "t", "trajectory", "worker")
-
-    def __init__(self, envs: range, worker: "EnvWorker", rollout: "RolloutWorker"):
-        self.envs = envs
-        self.worker = worker
-        self.rollout = rollout
-        self.trajectory = 0  # the one that it plays, or waits to begin
-        self.known = 0  # the same as far as the rollout worker knows
-        self.t = 0  # chunk steps into it
+    envs: range
+    worker: "EnvWorker"
+    rollout: "RolloutWorker"
+    trajectory: int = 0  # the one that it plays, or waits to begin
+    t: int = 0  # chunk steps into it
 
 
 Request = tuple[Lane, int, int]  # lane, kind, trajectory
@@ -169,28 +162,17 @@ class EnvWorker(Worker):
 
     def proceed(self) -> None:
         """Passes through the worker's loop once."""
-        if self.parked:
-            self.parked = [lane for lane in self.parked if not self.begin_trajectory(lane)]
+        for lane in [lane for lane in self.parked if lane.trajectory < self.state.admitted]:
+            self.parked.remove(lane)
+            lane.rollout.request((lane, ACT, lane.trajectory))
         while self.replies:
             lane, kind, trajectory = self.replies.popleft()
             if kind == ACT:
-                if not self.busy:
-                    self.begin()
+                self.begin()
                 self.work(self.chunk_times.next(), self.stepped, lane)
                 return
             self.state.finish(lane, trajectory)
-            if kind == VALUE and not self.begin_trajectory(lane):
-                self.parked.append(lane)
-        if self.busy:
-            self.end()
-
-    def begin_trajectory(self, lane: Lane) -> bool:
-        """Asks for the first action of a trajectory, if that may start."""
-        if not self.state.admission.admits(lane.trajectory, self.state.version):
-            return False
-        lane.t = 0
-        lane.rollout.request((lane, ACT, lane.trajectory))
-        return True
+        self.end()
 
     def stepped(self, lane: Lane) -> None:
         lane.t += 1
@@ -201,18 +183,21 @@ class EnvWorker(Worker):
         self.proceed()
 
     def end_trajectory(self, lane: Lane) -> None:
-        """PPO asks for the last value, if it can beside the next trajectory's first action."""
+        """PPO asks for the last value, beside the next first action if that may be asked for."""
         ended = lane.trajectory
         lane.trajectory += 1
-        if self.node.group == 1:
-            kind = LAST if self.begin_trajectory(lane) else VALUE
-            lane.rollout.request((lane, kind, ended))
-            return
-        self.state.finish(lane, ended)
-        if not self.begin_trajectory(lane):
+        lane.t = 0
+        lane.rollout.count_lanes()
+        requests = []
+        if lane.trajectory < self.state.admitted:
+            requests.append((lane, ACT, lane.trajectory))
+        else:
             self.parked.append(lane)
-            lane.rollout.waits(lane, lane.trajectory)
-            lane.rollout.proceed()  # a batch may be due without this lane
+        if self.node.group == 1:
+            requests.append((lane, VALUE, ended))
+        else:
+            self.state.finish(lane, ended)
+        lane.rollout.request(*requests)  # even of nothing: a batch may be due without this lane
 
 
 class RolloutWorker(Worker):
@@ -226,64 +211,48 @@ class RolloutWorker(Worker):
         self.batcher = DynamicBatcher(size, 0.01 if self.auto else node.batch_wait_s, self.world)
         self.lanes: list[Lane] = []  # that ask this worker
         self.version = 0  # of the weights in use
-        self.published = 0  # the newest there are
         self.fetching = False
-        self.stalled: list[Request] | None = None  # a batch that waits for newer weights
+        self.stalled: list[Request] = []  # a batch that waits for newer weights
         self.alarm = math.inf  # when it is to look at its queue again
         self.batches = 0
         self.samples = 0
 
-    def request(self, request: Request) -> None:
-        lane, kind, trajectory = request
-        self.batcher.add(request, kind != LAST)
-        if kind == ACT:
-            lane.known = trajectory
+    def request(self, *requests: Request) -> None:
+        """Queues what a lane asks. Last values ride along and never count, as in a run."""
+        for request in requests:
+            self.batcher.add(request, request[1] == ACT)
         if self.costs.message_s:  # the last message of a batch completes it
             self.world.after(self.costs.message_s, self.proceed)
-        elif not self.busy:
+        else:
             self.proceed()
-
-    def waits(self, lane: Lane, trajectory: int) -> None:
-        """Notes that a lane asks for nothing until this trajectory is admitted."""
-        lane.known = trajectory
-        self.count_lanes()
 
     def count_lanes(self) -> None:
         """Tells the batcher how many lanes may ask: the others wait for a newer version."""
-        admission = self.state.admission
-        version = self.state.version
-        self.batcher.expect_at_most(sum(admission.admits(x.known, version) for x in self.lanes))
+        admitted = self.state.admitted
+        self.batcher.expect_at_most(sum(lane.trajectory < admitted for lane in self.lanes))
 
-    def proceed(self, _=None) -> None:
+    def proceed(self) -> None:
         """Serves now, or plans to look again when the oldest request has waited long enough."""
-        if self.busy or self.stalled is not None:
+        if self.busy or self.stalled:
             return
         remaining = self.batcher.remaining()
         if remaining is None or remaining == math.inf:
             return
-        if remaining > SOON:  # the alarm may be for a request that is served by then
-            due = self.world.now + remaining
-            if not self.world.now < self.alarm <= due:
-                self.alarm = due
-                self.world.after(remaining, self.proceed)
-            return
-        batch, _ = self.batcher.take()
-        for lane, kind, trajectory in batch:
-            if kind == VALUE:
-                self.waits(lane, trajectory + 1)
-        if self.holds(batch):
+        if remaining <= SOON:
+            batch, _ = self.batcher.take()
             self.serve(batch)
-        else:
-            self.stalled = batch
-
-    def holds(self, batch: list[Request]) -> bool:
-        """Says whether the weights in use are new enough for every trajectory of a batch."""
-        admits = self.state.admission.admits
-        return self.version == self.state.version or all(
-            admits(trajectory, self.version) for _, kind, trajectory in batch if kind == ACT
-        )
+            return
+        due = self.world.now + remaining
+        if not self.world.now < self.alarm <= due:  # the alarm may be for a request served by then
+            self.alarm = due
+            self.world.after(remaining, self.proceed)
 
     def serve(self, batch: list[Request]) -> None:
+        """Infers, once the weights in use are new enough for every trajectory of a batch."""
+        admitted = self.state.admission.admitted(self.version)
+        if any(kind == ACT and trajectory >= admitted for _, kind, trajectory in batch):
+            self.stalled = batch
+            return
         self.begin()
         node = self.node
         self.batches += 1
@@ -302,26 +271,23 @@ class RolloutWorker(Worker):
         for request in batch:
             request[0].worker.replies.append(request)
         for lane, _, _ in batch:
-            if not lane.worker.busy:
-                lane.worker.wake()
+            lane.worker.wake()
         self.proceed()
 
-    def publish(self, version: int) -> None:
-        """There are new weights; one fetch at a time."""
-        self.published = version
-        self.count_lanes()
+    def fetch(self) -> None:
+        """Fetches the newest weights; one fetch at a time."""
         if not self.fetching:
             self.fetching = True
-            self.world.after(self.costs.fetch_s, self.fetched, version)
+            self.world.after(self.costs.fetch_s, self.fetched, self.state.version)
 
     def fetched(self, version: int) -> None:
         self.version = version
         self.fetching = False
-        if self.published > version:
-            self.publish(self.published)
-        if self.stalled is not None:
+        if self.state.version > version:
+            self.fetch()
+        if self.stalled:
             batch = self.stalled
-            self.stalled = None
+            self.stalled = []
             self.serve(batch)
 
 
@@ -355,12 +321,10 @@ class ActorRank(Worker):
             return
         micro_batch = self.streamer.next()
         if micro_batch is None:
-            if self.busy:
-                self.end()
-            return
-        if not self.busy:
+            self.end()
+        else:
             self.begin()
-        self.work(self.seconds, self.trained, micro_batch)
+            self.work(self.seconds, self.trained, micro_batch)
 
     def trained(self, micro_batch) -> None:
         if micro_batch.last:
@@ -380,11 +344,12 @@ class NodeState:
         self.costs = costs
         self.barrier = barrier
         self.rng = rng
-        self.version = 0  # the newest one published
         self.chunk_times = quantiles_of(costs)
         self.admission = Admission(
             node.batch, node.envs, node.max_staleness, width=node.lane_envs, group=node.group
         )
+        self.version = 0  # the newest one published
+        self.admitted = self.admission.admitted(0)  # trajectories of an env that may have started
         devices = {*node.env_devices, *node.rollout_devices, *node.actor_devices} - {"cpu"}
         shared = {name: Device(world) for name in devices}
         rollouts = len(node.rollout_devices)
@@ -396,6 +361,7 @@ class NodeState:
         self.actors = [
             ActorRank(self, shared.get(name), rank) for rank, name in enumerate(node.actor_devices)
         ]
+        self.workers = dict(zip(STAGES, (self.envs, self.rollouts, self.actors), strict=True))
         for i in range(node.lanes):
             worker = self.envs[i % len(self.envs)]
             rollout = self.rollouts[i % rollouts]
@@ -403,7 +369,6 @@ class NodeState:
             lane = Lane(envs, worker, rollout)
             worker.parked.append(lane)
             rollout.lanes.append(lane)
-        self.workers = {"env": self.envs, "rollout": self.rollouts, "actor": self.actors}
 
     def finish(self, lane: Lane, trajectory: int) -> None:
         """Hands the slots of a lane's complete trajectories to the rank that owns them all."""
@@ -415,31 +380,24 @@ class NodeState:
 
     def publish(self, version: int) -> None:
         self.version = version
+        self.admitted = self.admission.admitted(version)
         for rollout in self.rollouts:
-            rollout.publish(version)
+            rollout.count_lanes()
+            rollout.fetch()
         for worker in self.envs:
             worker.wake()
 
 
-class Look(NamedTuple):
-    """What has happened up to a moment, in all nodes that are followed."""
-
-    now: float  # seconds
-    batches: int
-    samples: int
-    waited: dict[str, float]  # by stage: mean seconds of a worker
-
-
 class Barrier:
-    """Sums gradients once the ranks of all nodes are there; ends an iteration after its last
-    minibatch."""
+    """Sums gradients once the ranks of all nodes are there, and ends iterations."""
 
     def __init__(self, world: World, nodes: int, rng: np.random.Generator, looks_at: tuple):
         self.world = world
         self.nodes = nodes
         self.rng = rng
         self.looks_at = looks_at  # the versions at which to look; the last one ends it all
-        self.looks: list[Look] = []
+        # Seconds, batches, samples, and mean seconds that a worker of each stage has waited.
+        self.looks: list[np.ndarray] = []
         self.states: list[NodeState] = []  # of the nodes that are followed
         self.present: dict[ActorRank, float] = {}  # when each rank came
         # By minibatch of the iteration: how late one node was against their mean, sorted.
@@ -477,7 +435,7 @@ class Barrier:
             del late[self.rng.integers(len(late))]
         return found
 
-    def reduced(self, _) -> None:
+    def reduced(self) -> None:
         """All ranks take their optimizer step, and publish after the last one of a batch."""
         costs = self.states[0].costs
         for rank in self.present:
@@ -501,17 +459,17 @@ class Barrier:
             rank.proceed()
 
     def look(self) -> None:
-        """Takes stock at the versions in `looks_at`."""
+        """Takes stock of all nodes that are followed, at the versions in `looks_at`."""
         if self.version not in self.looks_at:
             return
         rollouts = [rollout for state in self.states for rollout in state.rollouts]
-        waited = {}
-        for stage in STAGES:
-            found = [worker.waited() for state in self.states for worker in state.workers[stage]]
-            waited[stage] = sum(found) / len(found)
         batches = sum(rollout.batches for rollout in rollouts)
         samples = sum(rollout.samples for rollout in rollouts)
-        self.looks.append(Look(self.world.now, batches, samples, waited))
+        waited = []
+        for stage in STAGES:
+            found = [worker.waited() for state in self.states for worker in state.workers[stage]]
+            waited.append(sum(found) / len(found))
+        self.looks.append(np.array([self.world.now, batches, samples, *waited]))
         self.world.running = self.version < self.looks_at[-1]
 
 
@@ -595,15 +553,12 @@ def simulate(
 
     # Take means between the two looks.
     first, last = barrier.looks
-    seconds = last.now - first.now
-    waits = {stage: (last.waited[stage] - first.waited[stage]) / seconds for stage in STAGES}
+    seconds, batches, samples, *waited = (last - first).tolist()
     env_steps = nodes * node.batch * node.segment * node.chunk * iterations
     return Prediction(
-        step_s=seconds / iterations,
-        env_steps_per_s=env_steps / seconds,
-        bubble_env=waits["env"],
-        bubble_rollout=waits["rollout"],
-        bubble_actor=waits["actor"],
-        batch_size_mean=(last.samples - first.samples) / max(1, last.batches - first.batches),
-        events=world.planned,
+        seconds / iterations,
+        env_steps / seconds,
+        *(wait / seconds for wait in waited),
+        samples / max(1.0, batches),
+        world.planned,
     )

@@ -1,8 +1,7 @@
 """A run's settings → `Node`; and the flags of `plan.py`, which describe a run that need not exist.
 
-`node_of` is the one translation: what `plan.py` predicts, what `tuning.py` chooses between and
-what is put beside the measured ladder all come through it. Left out: validation of what only a
-real run needs (files, devices, memory).
+What `plan.py` predicts, what `tuning.py` chooses between and what is put beside the measured ladder
+all come through `node_of`. Left out: validation of what only a real run needs (files, memory).
 """
 
 import math
@@ -12,16 +11,26 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import PRESETS, Config, parse_ratio, require
+from config import (
+    PRESET_SETTINGS,
+    PRESETS,
+    Config,
+    completed,
+    flag_of,
+    parse_ratio,
+    require,
+    setting,
+)
 from planning import Node
 from scheduler import Admission, Placement, place
 
-# Chunk steps of lanes to simulate for one prediction, where nothing else is said.
-AFFORDED = 400_000
-POSITIVE = (
-    *("gpus", "gpus_per_node", "envs", "rollout_epochs"),
-    *("episode_steps", "chunk", "update_epochs", "lane_envs"),
+# Settings of a run that a Node has under the same name.
+TAKEN_OVER = (
+    *("segment", "chunk", "batch", "minibatch", "micro_batch", "update_epochs"),
+    *("max_staleness", "batch_max", "stream"),
 )
+AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
+POSITIVE = "gpus gpus_per_node envs rollout_epochs episode_steps chunk update_epochs lane_envs"
 
 
 @dataclass(kw_only=True)
@@ -31,8 +40,7 @@ class PlanConfig:
     gpus: int = 8
     """GPUs of the whole cluster"""
     gpus_per_node: int = 8
-    """a node is a closed unit: simulators, rollouts and actors exchange nothing but gradients with
-    other nodes"""
+    """a node is a closed unit: nothing but gradients goes to other nodes"""
     ratio: str = ""
     """R:A within a node; empty means 1:1, or with --from the run's own"""
     preset: Literal[
@@ -76,11 +84,9 @@ class PlanConfig:
     micro_batch: int = 0
     """trajectories of one forward and backward pass of a rank; 0 means at most 4"""
     env_workers: int = 0
-    """simulator processes of a node; 0 means one per env where simulators have a part in all GPUs,
-    and fewer in proportion"""
+    """simulator processes of a node; 0 means one per env, times the share of GPUs that simulate"""
     lane_envs: int = 1
-    """envs of one vectorised GPU simulator, which step together and share the GPU with inference; 1
-    means CPU simulators"""
+    """envs of one vectorised simulator, which shares the GPU with inference; 1: CPU simulators"""
 
     tail: float = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
@@ -108,11 +114,10 @@ class PlanConfig:
     iterations: int = 20
     """iterations that the means are over, after 4 to 20 that are not counted"""
     rounds: int = 0
-    """most chunk steps of a lane in an iteration that are simulated, where one stands for several;
-    0 means what a second or two allow, but at least four for each trajectory"""
+    """most chunk steps of a lane and iteration that are simulated, where one stands for several; 0
+    means what a second or two allow, but at least four for each trajectory"""
     node_spread: float = 0.0
-    """σ of the lasting differences in speed between nodes, log-normal; of many nodes the slowest
-    counts"""
+    """σ of the lasting differences in speed between nodes, log-normal; the slowest counts"""
     simulated_nodes: int = 3
     """nodes followed event by event; see planning/events.py"""
     seed: int = 0
@@ -142,43 +147,25 @@ def node_of(config: Config, placement: Placement) -> Node:
 
     Simulators on CPUs run beside each other; vectorised ones share their GPUs with inference."""
     wait = config.rollout.batch_wait_ms
-    vectorised = config.env.lanes > 0
     workers = placement.env_devices
     return Node(
         lanes=config.env.envs // config.env.width,
         lane_envs=config.env.width,
         group=Admission.of(config).group,
-        env_devices=workers if vectorised else ("cpu",) * len(workers),
+        env_devices=workers if config.env.lanes else ("cpu",) * len(workers),
         rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices,
-        segment=config.env.segment,
-        chunk=config.rollout.chunk,
-        batch=config.actor.batch,
-        minibatch=config.actor.minibatch,
-        micro_batch=config.actor.micro_batch,
-        update_epochs=config.actor.update_epochs,
-        max_staleness=config.actor.max_staleness,
-        batch_max=config.rollout.batch_max,
         batch_wait_s=wait if wait == "auto" else wait / 1e3,
-        stream=config.actor.stream,
+        **{name: setting(config, name) for name in TAKEN_OVER},
     )
 
 
-def override(config: Config, preset: str, plan: PlanConfig) -> None:
-    """Writes a preset, if one is named, and then the flags that replace its parts."""
-    stages = {
-        "placement": config.train,
-        "max_staleness": config.actor,
-        "batch_max": config.rollout,
-        "batch_wait_ms": config.rollout,
-        "stream": config.actor,
-    }
-    if preset:
-        for (name, stage), value in zip(stages.items(), PRESETS[preset], strict=True):
-            setattr(stage, name, value)
-    for name, stage in stages.items():
-        if getattr(plan, name) not in (None, ""):
-            setattr(stage, name, getattr(plan, name))
+def overridden(config: Config, preset: str, plan: PlanConfig) -> Config:
+    """Returns a copy with a preset, if one is named, and with the flags that replace its parts."""
+    parts = dict(zip(PRESET_SETTINGS, PRESETS[preset], strict=True)) if preset else {}
+    flags = {name: getattr(plan, name) for name in PRESET_SETTINGS}
+    given = {name: value for name, value in flags.items() if value not in (None, "")}
+    return completed(config, **parts | given)
 
 
 # ---------------------------------------------------------------- flags → a run's settings
@@ -194,9 +181,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
 
     Raises UserError."""
     # Check the flags by themselves.
-    for name in POSITIVE:
+    for name in POSITIVE.split():
         value = getattr(plan, name)
-        require(value >= 1, f"--{name.replace('_', '-')} {value} must be at least 1")
+        require(value >= 1, f"{flag_of(name)} {value} must be at least 1")
     require(
         plan.envs % plan.lane_envs == 0,
         f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}: choose --envs as a "
@@ -204,8 +191,7 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     )
 
     # Cut a node's GPUs into parts.
-    config = Config()
-    override(config, plan.preset or "full", plan)
+    config = overridden(Config(), plan.preset or "full", plan)
     per_node = min(plan.gpus, plan.gpus_per_node)
     nodes, rest = divmod(plan.gpus, per_node)
     require(
@@ -214,11 +200,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
         "whole",
     )
     r, a = parse_ratio(plan.ratio or "1:1")
-    if r + a > per_node:  # 16:16 of several nodes is 1:1 of each
-        common = math.gcd(r, a)
-        r //= common
-        a //= common
-    placed = place(f"{r}:{a}", config.train.placement, per_node, per_node, 0, 0, 0)
+    common = math.gcd(r, a) if r + a > per_node else 1  # 16:16 of several nodes is 1:1 of each
+    ratio = f"{r // common}:{a // common}"
+    placed = place(ratio, config.train.placement, per_node, per_node, 0, 0, 0)
 
     # Divide the envs among simulator processes.
     lanes = plan.envs // plan.lane_envs
@@ -230,11 +214,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
             f"{lanes} lanes cannot be spread evenly over {len(gpus)} GPUs and {workers} env "
             "workers: change --lane-envs or --envs",
         )
-        config.env.lanes = lanes // workers
     else:
         workers = plan.env_workers or round(plan.envs * len(gpus) / per_node)
         workers = max(1, min(workers, lanes))
-    config.env.env_workers = workers
     placed = replace(
         placed,
         env_devices=tuple(gpus[i % len(gpus)] for i in range(workers)),
@@ -242,11 +224,16 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     )
 
     # Complete the settings, and translate them.
-    config.env.envs = plan.envs
-    config.env.segment = -(-plan.episode_steps // plan.chunk)
-    config.rollout.chunk = plan.chunk
-    config.actor.batch = plan.envs * plan.rollout_epochs
-    config.actor.update_epochs = plan.update_epochs
+    config = completed(
+        config,
+        envs=plan.envs,
+        env_workers=workers,
+        lanes=lanes // workers if plan.lane_envs > 1 else 0,
+        segment=-(-plan.episode_steps // plan.chunk),
+        chunk=plan.chunk,
+        batch=plan.envs * plan.rollout_epochs,
+        update_epochs=plan.update_epochs,
+    )
     node = share_batch(node_of(config, placed), plan)
     line = (
         f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {workers} env workers for {plan.envs} "
@@ -288,12 +275,8 @@ def coarsened(node: Node, plan: PlanConfig, nodes: int) -> Node:
         followed = plan.simulated_nodes
         followed = followed * 3 if plan.sweep else min(nodes, followed)
         iterations = plan.iterations + plan.warmup
-        steps = AFFORDED // (node.lanes * plan.rollout_epochs * followed * iterations)
-        steps = max(4, steps)
+        lanes = node.lanes * plan.rollout_epochs * followed * iterations
+        steps = max(4, AFFORDED // lanes)
     steps = max(1, min(node.segment, steps))
-    return replace(
-        node,
-        segment=steps,
-        chunk=plan.episode_steps / steps,
-        coarse=node.segment / steps,
-    )
+    coarse = node.segment / steps
+    return replace(node, segment=steps, chunk=plan.episode_steps / steps, coarse=coarse)

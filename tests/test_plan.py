@@ -118,7 +118,7 @@ def test_workers_of_one_device_take_turns():
     device = Device(world)
     for name in "abc":
         device.after(2.0, lambda name: done.append((name, world.now)), name)
-    world.after(7.0, lambda _: setattr(world, "running", False))
+    world.after(7.0, lambda: setattr(world, "running", False))
     world.run()
     assert done == [("a", 2.0), ("b", 4.0), ("c", 6.0)]
     asynchronous = as_preset(ONE, "full")
@@ -199,10 +199,10 @@ def test_the_batcher_knows_how_many_lanes_may_ask():
     (rollout,) = state.rollouts
     rollout.count_lanes()
     assert rollout.batcher.limit == 8
-    rollout.waits(rollout.lanes[0], state.admission.per_lane)
-    assert rollout.batcher.limit == 7
-    state.version = 1
+    rollout.lanes[0].trajectory = state.admission.per_lane
     rollout.count_lanes()
+    assert rollout.batcher.limit == 7
+    state.publish(1)
     assert rollout.batcher.limit == 8
 
 
