@@ -1,6 +1,4 @@
-"""MuJoCo's own word that a simulation has blown up. By itself it would put everything back to where
-the model begins, and go on.
-"""
+"""MuJoCo's own word that a simulation has blown up, where it would begin anew and go on."""
 
 import mujoco
 
@@ -19,9 +17,7 @@ mujoco.set_mju_user_warning(be_silent)  # `check` says it aloud
 
 
 def check(data: mujoco.MjData) -> None:
-    """Raises FloatingPointError where a number has become infinite or absurd since the last reset.
-
-    Such numbers are positions, speeds and accelerations."""
+    """Raises FloatingPointError where positions, speeds or accelerations have become absurd."""
     for kind in BLOWN_UP:
         if data.warning[int(kind)].number:
             raise FloatingPointError(
