@@ -49,15 +49,14 @@ class Lane(ABC):
 
     @abstractmethod
     def observe(self) -> np.ndarray | Tensor:
-        """Draws. Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
+        """Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
 
     @abstractmethod
     def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
         """Steps each env through its plan [C, A], until its episode ends or has `horizon` steps."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Frees what the simulator holds."""
+    def close(self) -> None: ...
 
     def reset(self, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
         """Begins an episode in some envs; those of one task together."""

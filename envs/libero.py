@@ -66,8 +66,8 @@ STATE_RANGE = (
     (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0),
 )
 FILM = 256  # pixels, square: of frames for people
-# With quality "fast", vertices closer than this / s are one, in frames of s pixels; in metres. A
-# pixel covers 1/s metres of the table in the front camera, and a tenth of that near the hand's.
+# With quality "fast", vertices closer than this / s metres are one, in frames of s pixels. A pixel
+# covers 1/s metres of the table in the front camera, and a tenth of that near the hand's.
 COARSE = 1.0  # of the scenery and the arm
 FINE = 0.3  # of what the hand's camera sees close by
 TEXELS = 4  # largest side of a texture, in sides of a frame
@@ -116,7 +116,7 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 
 @cache
 def original() -> None:
-    """Imports LIBERO, with stand-ins for what it would import and never needs here.
+    """Imports LIBERO, with stand-ins for what it never needs here.
 
     matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
     half a minute; robosuite warns without private macros and logs to /tmp, and refuses an EGL
@@ -228,7 +228,7 @@ class Scene:
         self.model: mujoco.MjModel = self.problem.sim.model._model
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
-        self.painter: Painter | None = None
+        self.gl: mujoco.GLContext | None = None  # once a frame is drawn
         self.players = 0
         self._find_arm(self.problem.robots[0])
         self.lamps = []
@@ -295,9 +295,41 @@ class Scene:
             f"a LIBERO frame of {size} pixels is more than {self.buffer}, which this env was made "
             "for",
         )
-        if self.painter is None:
-            self.painter = Painter(self.model, self.buffer, self.quality)
-        return self.painter.draw(self.model, self.view, camera, size)
+        if self.gl is None:
+            self._prepare_drawing()
+        self.gl.make_current()
+        self.camera.fixedcamid = self.model.camera(camera).id
+        seen = (self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL)
+        mujoco.mjv_updateScene(self.model, self.view, *seen, self.drawn)
+        frame = mujoco.MjrRect(0, 0, size, size)
+        mujoco.mjr_render(frame, self.drawn, self.context)
+        pixels = np.empty((size, size, 3), np.uint8)
+        mujoco.mjr_readPixels(pixels, None, frame, self.context)
+        # GL's rows go up. LIBERO does not mind and turns the picture by 180°, which mirrors it.
+        return pixels[::-1, ::-1]
+
+    def _prepare_drawing(self) -> None:
+        self.gl = mujoco.GLContext(self.buffer, self.buffer)
+        self.gl.make_current()
+        visual = self.model.vis
+        visual.global_.offwidth = visual.global_.offheight = self.buffer
+        self.drawn = mujoco.MjvScene(self.model, maxgeom=1000)
+        if self.quality == "fast":
+            visual.quality.shadowsize = visual.quality.offsamples = 0
+            self.drawn.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self.drawn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.option = mujoco.MjvOption()
+        self.option.geomgroup[0] = 0  # collision geometry
+        self.camera = mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+
+    def close(self) -> None:
+        if self.gl is not None:
+            self.gl.make_current()
+            self.context.free()
+            self.gl.free()
 
 
 # Of this process by task, image size and quality; least recently used first.
@@ -308,47 +340,7 @@ def drop_idle_scenes(most: int) -> None:
     """Frees all but so many of the scenes that nobody plays, with their GL contexts."""
     idle = [key for key, scene in SCENES.items() if not scene.players]
     for key in idle[: max(0, len(idle) - most)]:
-        scene = SCENES.pop(key)
-        if scene.painter:
-            scene.painter.close()
-
-
-class Painter:
-    """Draws one model's cameras at any size."""
-
-    def __init__(self, model: mujoco.MjModel, size: int, quality: str):
-        self.gl = mujoco.GLContext(size, size)
-        self.gl.make_current()
-        visual = model.vis
-        visual.global_.offwidth = visual.global_.offheight = size
-        self.scene = mujoco.MjvScene(model, maxgeom=1000)
-        if quality == "fast":
-            visual.quality.shadowsize = visual.quality.offsamples = 0
-            self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        self.option = mujoco.MjvOption()
-        self.option.geomgroup[0] = 0  # collision geometry
-        self.camera = mujoco.MjvCamera()
-        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-
-    def draw(self, model: mujoco.MjModel, data: mujoco.MjData, name: str, size: int) -> np.ndarray:
-        self.gl.make_current()
-        self.camera.fixedcamid = model.camera(name).id
-        seen = (self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL)
-        mujoco.mjv_updateScene(model, data, *seen, self.scene)
-        frame = mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjr_render(frame, self.scene, self.context)
-        pixels = np.empty((size, size, 3), np.uint8)
-        mujoco.mjr_readPixels(pixels, None, frame, self.context)
-        # GL's rows go up. LIBERO does not mind and turns the picture by 180°, which mirrors it.
-        return pixels[::-1, ::-1]
-
-    def close(self) -> None:
-        self.gl.make_current()
-        self.context.free()
-        self.gl.free()
+        SCENES.pop(key).close()
 
 
 def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:

@@ -81,14 +81,13 @@ def plate_assets() -> tuple[Path, Path, Path]:
     own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
     rlinf = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill"))
     things = rlinf / "carrot"
+    database = things / "more_carrot" / "model_db.json"
     stage = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
     robot = own / "robots/widowx/wx250s.urdf"
     data_set = "the Hugging Face data set RLinf/maniskill_assets"
     download = "python -m mani_skill.utils.download_asset"
     needed = {
-        things
-        / "more_carrot"
-        / "model_db.json": f"set MANISKILL_ASSET_DIR to a copy of {data_set}",
+        database: f"set MANISKILL_ASSET_DIR to a copy of {data_set}",
         stage: f"run `{download} bridge_v2_real2sim`",
         robot: f"run `{download} widowx250s`",
     }
@@ -147,9 +146,8 @@ def check_drawing(device: torch.device) -> None:
                 "a CUDA device and its driver's Vulkan (libGLX_nvidia.so.0, named by a JSON file "
                 "in /usr/share/vulkan/icd.d)"
             )
-        raise UserError(
-            f"ManiSkill finds nothing to draw with on {device} ({error}); it needs {need}"
-        ) from None
+        what = f"ManiSkill finds nothing to draw with on {device} ({error})"
+        raise UserError(f"{what}; it needs {need}") from None
 
 
 def place(device: torch.device) -> str:
