@@ -140,9 +140,7 @@ def check_step(step: Step, lead: tuple, device: str | None) -> None:
         expect(f"the Step's {name}", value, lead, "" if name == "reward" else "bool", device)
 
 
-def expect(
-    what: str, value, shape: tuple[int, ...], dtype: str, device: str | None = None
-) -> np.ndarray:
+def expect(what: str, value, shape: tuple, dtype: str, device: str | None = None) -> np.ndarray:
     """Checks a value and brings it to NumPy. Its numbers must be finite.
 
     dtype: empty for any number. device: where a vectorised simulator must have it as a tensor."""
@@ -184,12 +182,10 @@ def print_row(title: str, *values: str) -> None:
     print(f"{title[:56]:56s}" + "".join(f"{value:>11s}" for value in values), flush=True)
 
 
-def play(
-    env: Env, task: int, horizon: int, config: CheckConfig, action: Callable
-) -> tuple[list[np.ndarray], float, str]:
+def play(env: Env, task: int, horizon: int, config: CheckConfig, action: Callable) -> tuple:
     """Plays one episode, or the first `config.steps` of it.
 
-    Returns three frames, seconds per step, and how it ended."""
+    Returns three frames [V, H, W, 3], seconds per step, and how it ended."""
     env.reset(task, config.seed)
     frames = [env.observe()[0].copy()]
     took = 0.0

@@ -60,7 +60,7 @@ REST_STIFFNESS = 10.0
 REST_DAMPING = 2.0 * math.sqrt(REST_STIFFNESS)
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
 
-# The hand on tables and floors, metres; around pointing down, radians; open fingers, metres.
+# The hand on tables and floors, metres; around pointing down, radians; its fingers, metres.
 STATE_RANGE = (
     (-0.6, -0.5, 0.0, 1.5, -1.5, -1.5, 0.0, -0.04),
     (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0),
@@ -107,7 +107,7 @@ def language(task: str) -> str:
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    expanded = [task_names().get(task, [task]) for task in tuple(tasks) or ("libero_10",)]
+    expanded = [task_names().get(task, [task]) for task in tasks or ("libero_10",)]
     names = tuple(dict.fromkeys(name for group in expanded for name in group))
     prompts = tuple(map(language, names))
     horizon = max(SUITES[suite_of(name)] for name in names)

@@ -62,9 +62,8 @@ def shrink(pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     if pictures.shape[1:3] == (rows, columns):
         return pictures
     pixels = pictures.permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(
-        pixels, (rows, columns), mode="bilinear", antialias=True
-    )
+    size = (rows, columns)
+    small = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
     return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 

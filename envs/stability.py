@@ -1,12 +1,9 @@
 """MuJoCo's own word that a simulation has blown up, where it would begin anew and go on."""
 
 import mujoco
+from mujoco import mjtWarning
 
-BLOWN_UP = (
-    mujoco.mjtWarning.mjWARN_BADQPOS,
-    mujoco.mjtWarning.mjWARN_BADQVEL,
-    mujoco.mjtWarning.mjWARN_BADQACC,
-)
+BLOWN_UP = (mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC)
 
 
 def be_silent(message: str) -> None:
