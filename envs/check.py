@@ -3,16 +3,15 @@
     python -m envs.check --env metaworld
     python -m envs.check --env libero --suite libero_10 --image-size 256
 
-First a short play checks what `envs/__init__.py` asks for, one line per check; the first failure
-ends it with exit status 1. Then whole episodes of random actions, and in Meta-World of its scripted
-expert, show how long each part takes, how much memory an env needs, and how episodes end. Writes
-one picture with a row per task: every camera at the start, in the middle and at the end. Left out:
-several processes (`python bench.py envs`).
+A short play checks what `envs/__init__.py` asks for; the first failure ends it with exit status 1.
+Then whole episodes of random actions, and in Meta-World of its scripted expert, show what each part
+costs, in time and memory, and how episodes end. Writes one picture with a row per task: every
+camera at the start, in the middle and at the end. Left out: several processes (`bench.py envs`).
 """
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -51,8 +50,6 @@ class CheckConfig:
     """file of the picture; by default runs/check_NAME.png"""
 
 
-# ---------------------------------------------------------------- the contract
-
 PLAYED = 5  # control steps of the check
 ROWS = 2  # envs of a vectorised simulator that the check plays
 FILM = 64  # pixels of the frame for people that the check asks for
@@ -67,22 +64,19 @@ def demand(condition: object, sentence: str) -> None:
         raise BrokenContract(sentence)
 
 
-def passed(what: str) -> None:
-    print(f"ok    {what}", flush=True)
-
-
 def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> None:
     """Plays a few steps of the first task. Raises BrokenContract at the first failure."""
     try:
-        check_by_playing(simulator, spec, config)
+        for what in contract_kept(simulator, spec, config):
+            print(f"ok    {what}", flush=True)
     except (BrokenContract, UserError):
         raise
     except Exception as error:
         raise BrokenContract(f"an error in {envs.place_of(error)}") from error
 
 
-def check_by_playing(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> None:
-    """`Env` and `Envs` alike; `lead` is () for the one and (N,) for the other."""
+def contract_kept(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> Iterator[str]:
+    """Yields what holds of `Env` and `Envs`; `lead` is () for the one and (N,) for the other."""
     random = np.random.default_rng(config.seed)
     if simulator.vectorised:
         import torch
@@ -100,21 +94,23 @@ def check_by_playing(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -
         # Begin an episode and look at it.
         player.reset(*episodes)
         first = observe(player, spec, lead, device)
-        passed(f"pictures {list(first[0].shape)} uint8")
-        passed(f"state {list(first[1].shape)} float32, finite")
+        yield f"pictures {list(first[0].shape)} uint8"
+        yield f"state {list(first[1].shape)} float32, finite"
         prompt = None if simulator.vectorised else player.prompt
         for words in (*spec.prompts, spec.prompts[0] if prompt is None else prompt):
             demand(isinstance(words, str) and words, f"a prompt must be words, not {words!r}")
-        passed(f"prompts of {len(spec.tasks)} tasks")
+        yield f"prompts of {len(spec.tasks)} tasks"
 
         # Play it, and look at it as people do.
         for _ in range(PLAYED):
             actions = random.uniform(-1.0, 1.0, (*lead, spec.action_dim)).astype(np.float32)
             given = torch.from_numpy(actions).to(device) if simulator.vectorised else actions
             check_step(player.step(given), lead, device)
-        passed(f"step takes actions {list(actions.shape)} and returns a Step of finite numbers")
-        expect(f"film({FILM})", player.film(FILM), (FILM, FILM, 3), "uint8")
-        passed(f"film({FILM}) [{FILM}, {FILM}, 3] uint8")
+        yield f"step takes actions {list(actions.shape)} and returns a Step of finite numbers"
+        frame = player.film(FILM)
+        demand(isinstance(frame, np.ndarray), f"film must return an array, not {frame!r}")
+        expect(f"film({FILM})", frame, (FILM, FILM, 3), "uint8")
+        yield f"film({FILM}) [{FILM}, {FILM}, 3] uint8"
 
         # Begin the same episode again.
         player.reset(*episodes)
@@ -122,7 +118,7 @@ def check_by_playing(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -
         for what, before, after in zip(("pictures", "states"), first, again, strict=True):
             same = np.array_equal(before, after)
             demand(same, f"the same seed must begin the same episode, but the first {what} differ")
-        passed("the same seed shows the same first observation")
+        yield "the same seed shows the same first observation"
     finally:
         player.close()
 
@@ -131,11 +127,8 @@ def observe(player: Env | Envs, spec: EnvSpec, lead: tuple, device: str | None) 
     """Checks an observation. Returns copies: a simulator may write into what it hands out."""
     shape = (*lead, spec.views, spec.image_size, spec.image_size, 3)
     pictures, states = player.observe()
-    pictures = as_array("the pictures", pictures, device)
-    states = as_array("the state", states, device)
-    expect("the pictures", pictures, shape, "uint8")
-    expect("the state", states, (*lead, spec.state_dim), "float32")
-    demand(np.isfinite(states).all(), f"the state must be finite, not {states}")
+    pictures = expect("the pictures", pictures, shape, "uint8", device)
+    states = expect("the state", states, (*lead, spec.state_dim), "float32", device)
     return [pictures.copy(), states.copy()]
 
 
@@ -144,30 +137,25 @@ def check_step(step: Step, lead: tuple, device: str | None) -> None:
     for name, value in step._asdict().items():
         if name == "failed" and value is False:  # the default, also of a vectorised simulator
             continue
-        value = as_array(f"the Step's {name}", value, device)
-        expect(f"the Step's {name}", value, lead, "" if name == "reward" else "bool")
-        demand(np.isfinite(value).all(), f"the Step's {name} must be finite, not {value}")
+        expect(f"the Step's {name}", value, lead, "" if name == "reward" else "bool", device)
 
 
-def as_array(what: str, value, device: str | None) -> np.ndarray:
-    """Brings a value to NumPy. device: where a vectorised simulator must have it as a tensor."""
-    if device is None:
-        return np.asarray(value)
-    import torch
+def expect(what: str, value, shape: tuple, dtype: str, device: str | None = None) -> np.ndarray:
+    """Checks a value and brings it to NumPy. Its numbers must be finite.
 
-    demand(isinstance(value, torch.Tensor), f"{what} must be a tensor, not {value!r}")
-    demand(str(value.device) == device, f"{what} must be on {device}, not on {value.device}")
-    return value.cpu().numpy()
+    dtype: empty for any number. device: where a vectorised simulator must have it as a tensor."""
+    if device is not None:
+        import torch
 
-
-def expect(what: str, value: np.ndarray, shape: tuple[int, ...], dtype: str) -> None:
-    """Checks an array. dtype: empty for any number."""
+        demand(isinstance(value, torch.Tensor), f"{what} must be a tensor, not {value!r}")
+        demand(str(value.device) == device, f"{what} must be on {device}, not on {value.device}")
+        value = value.cpu()
+    value = np.asarray(value)
     wanted = f"{list(shape)} {dtype or value.dtype}"
     have = f"{list(value.shape)} {value.dtype}"
     demand(have == wanted, f"{what} must be {wanted}, not {have}")
-
-
-# ---------------------------------------------------------------- costs
+    demand(np.isfinite(value).all(), f"{what} must be finite, not {value}")
+    return value
 
 
 def players(config: CheckConfig, task: str, action_dim: int) -> dict[str, Callable]:
@@ -190,21 +178,14 @@ def seconds(times: int, function: Callable, *arguments) -> float:
     return (time.perf_counter() - start) / times
 
 
-def begin_and_draw(env: Env, task: int, seed: int) -> None:
-    env.reset(task, seed)
-    env.observe()
-
-
 def print_row(title: str, *values: str) -> None:
     print(f"{title[:56]:56s}" + "".join(f"{value:>11s}" for value in values), flush=True)
 
 
-def play(
-    env: Env, task: int, horizon: int, config: CheckConfig, action: Callable
-) -> tuple[list[np.ndarray], float, str]:
+def play(env: Env, task: int, horizon: int, config: CheckConfig, action: Callable) -> tuple:
     """Plays one episode, or the first `config.steps` of it.
 
-    Returns three frames, seconds per step, and how it ended."""
+    Returns three frames [V, H, W, 3], seconds per step, and how it ended."""
     env.reset(task, config.seed)
     frames = [env.observe()[0].copy()]
     took = 0.0
@@ -220,10 +201,8 @@ def play(
         if step.success or step.failed:
             end = f"{'failure' if step.failed else 'success'} after {taken}"
             break
-    frames.append(env.observe()[0])
-    if len(frames) < 3:
-        frames.append(frames[-1])
-    return frames, took / taken, end
+    last = env.observe()[0]
+    return [*frames, last, last][:3], took / taken, end
 
 
 def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray]:
@@ -231,7 +210,7 @@ def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray
     sheet = []
     print_row("", "make s", "reset ms", "step ms", "frame ms", "ends")
     for task, name in enumerate(spec.tasks[: config.at_most or None]):
-        make_s = seconds(1, begin_and_draw, env, task, config.seed)
+        make_s = seconds(1, env.reset, task, config.seed) + seconds(1, env.observe)
         reset_s = seconds(3, env.reset, task, config.seed)
         frame_s = seconds(5, env.observe)
         for player, action in players(config, name, spec.action_dim).items():
@@ -257,7 +236,8 @@ def main(config: CheckConfig) -> Path:
     process = psutil.Process()
     start = time.perf_counter()
     simulator = envs.load(config.env)
-    spec = simulator.spec(tuple(filter(None, (config.suite, *config.tasks))), config.image_size)
+    suite = (config.suite,) if config.suite else ()
+    spec = simulator.spec((*suite, *config.tasks), config.image_size)
     import_s = time.perf_counter() - start
     imported = process.memory_info().rss
     print(
@@ -273,7 +253,8 @@ def main(config: CheckConfig) -> Path:
         sheet = print_costs(env, spec, config)
         played = process.memory_info().rss
         second = simulator.make(spec.tasks, config.image_size, config.render_quality)
-        begin_and_draw(second, 0, config.seed + len(spec.tasks))
+        second.reset(0, config.seed + len(spec.tasks))
+        second.observe()
         another = process.memory_info().rss
         second.close()
     finally:

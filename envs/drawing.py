@@ -19,10 +19,9 @@ from xml.etree import ElementTree
 os.environ.setdefault("MUJOCO_GL", "egl")
 # Of the software rasteriser: processes scale, its threads only fight.
 os.environ.setdefault("LP_NUM_THREADS", "0")
-# Mesa keeps compiled shaders, which saves each process half a second; by itself it would put them
-# into the user's home.
+# Mesa's compiled shaders, which save each process half a second, do not belong in the user's home.
 os.environ.setdefault(
-    "MESA_SHADER_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"mesa_shader_cache_{os.getuid()}")
+    "MESA_SHADER_CACHE_DIR", f"{tempfile.gettempdir()}/mesa_shader_cache_{os.getuid()}"
 )
 import mujoco
 import numpy as np
@@ -32,9 +31,7 @@ FEWEST = 100  # triangles that must be left of it
 
 
 def forget_missing_device() -> None:
-    """Lets MuJoCo take the first EGL device where the one that is asked for does not exist.
-
-    A container may show fewer EGL devices than CUDA ones; MuJoCo by itself would fail."""
+    """Lets MuJoCo take any EGL device where a container shows fewer of them than CUDA ones."""
     wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
     if wanted is not None and os.environ["MUJOCO_GL"] == "egl":
         from mujoco.egl import egl_ext
@@ -44,21 +41,16 @@ def forget_missing_device() -> None:
 
 
 def give_back_memory() -> None:
-    """Returns freed memory to the system; the C library would keep it for later.
-
-    Compiling a model takes three times its size for a moment."""
+    """Returns freed memory to the system: compiling a model takes three times its size."""
     with contextlib.suppress(AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-# ---------------------------------------------------------------- triangles
-
-
 def merge(vertices: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the vertices [V, 3] that share a cell of this side.
+    """Finds which vertices [V, 3] share a cell of this side.
 
-    Returns the first vertex of each cell, and the cell of each vertex. A cell's three coordinates
-    are one number, because numbers sort an order of magnitude faster than rows."""
+    Returns the first vertex of each cell, and the cell of each vertex. Three coordinates become one
+    number, because numbers sort ten times as fast as rows."""
     x, y, z = np.round(vertices.T / cell).astype(np.int64) + 2**20
     _, first, cells = np.unique((x << 42) + (y << 21) + z, return_index=True, return_inverse=True)
     return first, cells
@@ -73,10 +65,9 @@ def whole_triangles(corners: np.ndarray) -> np.ndarray:
 
 
 def thin_meshes(model: mujoco.MjModel, cell: float) -> None:
-    """Merges the vertices of each large mesh that share a cell, of `cell` metres a side.
+    """Merges the vertices of each large mesh that share a cell of this side in metres.
 
-    Faces that thereby collapse are dropped. For pictures only: the physics collides with hulls and
-    primitives, made when the model was compiled."""
+    For pictures only: the physics collides with hulls made when the model was compiled."""
     for mesh in np.flatnonzero(model.mesh_facenum > LARGE):
         start = model.mesh_vertadr[mesh]
         vertices = model.mesh_vert[start : start + model.mesh_vertnum[mesh]]
@@ -91,8 +82,6 @@ def thin_meshes(model: mujoco.MjModel, cell: float) -> None:
             attribute[fewer] = attribute[faces][kept]
         model.mesh_facenum[mesh] = kept.sum()
 
-
-# ---------------------------------------------------------------- before a model is compiled
 
 # Of a mesh's triangles, corner by corner: positions [F, 3, 3], and where it has them normals
 # [F, 3, 3] and texture coordinates [F, 3, 2].
@@ -114,14 +103,8 @@ def small_png(file: str, most: int) -> bytes | None:
         return out.getvalue()
 
 
-def read_mesh(file: str) -> Corners:
-    """Reads a mesh of MuJoCo's .msh, binary .stl or .obj."""
-    reader = {".msh": read_msh, ".stl": read_stl, ".obj": read_obj}[Path(file).suffix.lower()]
-    return reader(Path(file).read_bytes())
-
-
 def read_msh(raw: bytes) -> Corners:
-    """Four counts, then vertices, normals, texture coordinates, and triangles of their index."""
+    """MuJoCo's own: four counts, vertices, normals, texture coordinates, and triangles of these."""
     counts = np.frombuffer(raw, np.int32, 4)
     parts = []
     at = 16
@@ -133,7 +116,7 @@ def read_msh(raw: bytes) -> Corners:
 
 
 def read_stl(raw: bytes) -> Corners:
-    """80 bytes, a count, and per triangle a normal, three corners and two bytes."""
+    """Binary: 80 bytes, a count, and per triangle a normal, three corners and two bytes."""
     triangle = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("bytes", "<u2")])
     count = np.frombuffer(raw, "<u4", 1, 80)[0]
     return np.frombuffer(raw, triangle, count, 84)["corners"], None, None
@@ -162,13 +145,17 @@ def read_obj(raw: bytes) -> Corners:
     return look_up(0, "v", 3), look_up(2, "vn", 3), texture
 
 
+READERS = {".msh": read_msh, ".stl": read_stl, ".obj": read_obj}
+
+
 @lru_cache(maxsize=200)
 def small_mesh(file: str, cell: float) -> bytes | None:
     """Merges the vertices of a mesh file that share a cell. Returns MuJoCo's .msh.
 
     None where it is small already, or too much would go. cell: side, in the units of the file.
     Normals and texture coordinates stay each corner's own."""
-    positions, normals, texels = read_mesh(file)
+    path = Path(file)
+    positions, normals, texels = READERS[path.suffix.lower()](path.read_bytes())
     if len(positions) <= LARGE:
         return None
     positions = positions.reshape(-1, 3)
@@ -195,13 +182,11 @@ def small_mesh(file: str, cell: float) -> bytes | None:
 def thin_assets(
     xml: str, most: int, cell_of: Callable[[str], float]
 ) -> tuple[str, dict[str, bytes]]:
-    """Replaces the large textures and meshes of a model.
+    """Replaces the large textures and meshes of a model, which are most of its time and memory.
 
-    Returns the XML and the new files by name, for `MjModel.from_xml_string`. These are most of a
-    model: of the time to compile it, and of memory, in the simulator as well as in GL. Only meshes
-    of visual geoms are touched, and only in a model that takes no masses from them
-    (`inertiagrouprange`). most: pixels of a texture's side; cell_of: a mesh's name → metres within
-    which its vertices are one."""
+    Returns the XML and the new files by name, for `MjModel.from_xml_string`. Of meshes only those
+    of visual geoms are touched. most: pixels of a texture's side; cell_of: a mesh's name → metres
+    within which its vertices are one."""
     root = ElementTree.fromstring(xml)
     files = {}
 
@@ -218,7 +203,7 @@ def thin_assets(
     seen_only = only_seen(root)
     for mesh in root.iter("mesh"):
         file = mesh.get("file", "")
-        if mesh.get("name") in seen_only and file.lower().endswith((".msh", ".stl", ".obj")):
+        if mesh.get("name") in seen_only and Path(file).suffix.lower() in READERS:
             scale = max(abs(float(x)) for x in mesh.get("scale", "1").split())
             cell = cell_of(mesh.get("name")) / scale
             if content := small_mesh(file, cell):
@@ -228,7 +213,7 @@ def thin_assets(
 
 
 def only_seen(root: ElementTree.Element) -> set[str]:
-    """Names the meshes that only visual geoms have, in a model without masses from these."""
+    """Names the meshes that only visual geoms have, in a model that takes no masses from these."""
     if not any(x.get("inertiagrouprange") == "0 0" for x in root.iter("compiler")):
         return set()
     seen = set()

@@ -1,7 +1,7 @@
 """A lane: what asks for an action, one env or the many envs of a vectorised simulator.
 
 A lane knows which episode runs in each of its envs and when it ends: with success, with failure, or
-at the time limit. What the envs of a lane do is the same whether they step one by one or together.
+at the time limit. It is the same whether its envs step one by one or together.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from envs import Env, Envs, EnvSpec, Simulator, Step
 
 
 class Outcome(NamedTuple):
-    """What a chunk brought, of every env of a lane. At most one of won, failed, late is True."""
+    """What a chunk brought to each env of a lane. At most one of won, failed, late is True."""
 
     reward: list[float]  # summed over the control steps that the episode took
     won: list[bool]  # the episode has ended with success
@@ -25,12 +25,14 @@ class Outcome(NamedTuple):
 
     def ended(self) -> list[int]:
         """Lists the rows whose episodes have just ended."""
-        ends = zip(self.won, self.failed, self.late, strict=True)
-        return [row for row, ways in enumerate(ends) if any(ways)]
+        rows = range(len(self.won))
+        return [row for row in rows if self.won[row] or self.failed[row] or self.late[row]]
 
 
 class Lane(ABC):
     """Some envs of a simulator that ask for actions together."""
+
+    prompt: str | None = None  # of the running episode, where it differs from the task's
 
     def __init__(self, index: int, envs: range, spec: EnvSpec):
         self.index = index
@@ -41,28 +43,20 @@ class Lane(ABC):
         self.over = [True] * len(envs)  # whether an env has no episode to play
         self.states: np.ndarray | None = None  # [N, S] as last observed
 
-    @property
-    def prompt(self) -> str | None:
-        """The instruction of the running episode, where it differs from the task's."""
-        return None
-
     @abstractmethod
     def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
         """Begins episodes of one task."""
 
     @abstractmethod
     def observe(self) -> np.ndarray | Tensor:
-        """Draws. Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
+        """Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
 
     @abstractmethod
     def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
-        """Steps every env through its plan [C, A] until its episode ends.
-
-        horizon: control steps at which an episode is cut."""
+        """Steps each env through its plan [C, A], until its episode ends or has `horizon` steps."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Frees what the simulator holds."""
+    def close(self) -> None: ...
 
     def reset(self, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
         """Begins an episode in some envs; those of one task together."""
@@ -108,19 +102,23 @@ class SingleLane(Lane):
     def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
         if self.over[0]:
             return Outcome([0.0], [False], [False], [False], 0)
+        step = self.env.step
+        left = horizon - self.taken[0]
         total = 0.0
-        taken = before = self.taken[0]
+        steps = 0
+        won = lost = late = False
         for action in plans[0]:
-            reward, success, failed = self.env.step(action)
-            total = total + reward
-            taken = taken + 1
-            if success or failed or taken >= horizon:
+            reward, success, failed = step(action)
+            total += reward
+            steps += 1
+            if success or failed or steps >= left:
+                lost = bool(failed)
+                won = bool(success) and not lost
+                late = not won and not lost
+                self.over[0] = True
                 break
-        won = bool(success and not failed)
-        late = not success and not failed and taken >= horizon
-        self.taken[0] = taken
-        self.over[0] = won or bool(failed) or late
-        return Outcome([float(total)], [won], [bool(failed)], [late], taken - before)
+        self.taken[0] += steps
+        return Outcome([float(total)], [won], [lost], [late], steps)
 
     def close(self) -> None:
         self.env.close()
@@ -191,8 +189,7 @@ class OneOfMany(Env):
         return self.many.film(size)
 
     def step(self, action: np.ndarray) -> Step:
-        actions = torch.from_numpy(np.float32(action))[None].to(self.device)
-        step = self.many.step(actions)
+        step = self.many.step(torch.from_numpy(np.float32(action))[None].to(self.device))
         failed = torch.as_tensor(step.failed).any()
         return Step(float(step.reward[0]), bool(step.success[0]), bool(failed))
 

@@ -5,27 +5,25 @@ Scenes, initial states and success are LIBERO's own code. Stepping and drawing a
 same numbers (tests compare both):
 
 - One control step is 25 physics steps of 2 ms under robosuite's operational space controller.
-  robosuite evaluates the dynamics three times for each and computes every observable; one
-  evaluation and the policy's eight numbers are enough.
-- A scene is built once, which takes a second or two, and kept with every initial state that was
-  met. So a reset costs microseconds.
+  robosuite evaluates the dynamics three times for each and computes every observable; once, and the
+  policy's eight numbers, are enough.
+- A scene takes a second or two to build. It is kept, with every initial state that was met, so a
+  reset costs microseconds.
 - A frame is drawn only in `observe`. `quality="fast"` leaves out shadows, multisampling and detail
   finer than its pixels.
+- robosuite samples its observables up to two physics steps before a control step ends, and so do
+  state and pictures here.
 
-robosuite samples its observables once per control step, up to two physics steps before its end, and
-so do state and pictures here.
-
-An episode begins at one of 50 fixed initial states and lets it settle for 15 steps of no-op. An
-initial state does not hold the place of cabinets and stoves; LIBERO draws it from NumPy's global
-random numbers at every reset. Here it is always what seed 0 gives (as RLinf does).
-
-Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
+An episode begins at one of 50 fixed initial states and lets it settle. The place of cabinets and
+stoves is not in it; LIBERO draws it at every reset, here it is always what seed 0 gives (as RLinf
+does). Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
 """
 
 import contextlib
 import importlib.util
 import math
 import os
+import runpy
 import sys
 import types
 from collections import OrderedDict
@@ -41,9 +39,8 @@ import envs
 from config import require
 from envs import EnvSpec, Step, stability
 
-# Control steps after which an episode is cut: RLinf's for its π0 and π0.5 recipes (its OFT recipe
-# takes 512 for libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has
-# 373).
+# Control steps after which an episode is cut: RLinf's of π0 and π0.5 (its OFT recipe takes 512 for
+# libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has 373).
 SUITES = {
     "libero_spatial": 240,
     "libero_object": 240,
@@ -63,15 +60,14 @@ REST_STIFFNESS = 10.0
 REST_DAMPING = 2.0 * math.sqrt(REST_STIFFNESS)
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
 
-# Where the hand gets to on tables and floors, metres; around pointing down, radians; closed and
-# open fingers, metres.
+# The hand on tables and floors, metres; around pointing down, radians; its fingers, metres.
 STATE_RANGE = (
     (-0.6, -0.5, 0.0, 1.5, -1.5, -1.5, 0.0, -0.04),
     (0.4, 0.5, 1.5, 4.0, 1.5, 1.5, 0.04, 0.0),
 )
 FILM = 256  # pixels, square: of frames for people
-# With quality "fast", vertices closer than this / s are one, in frames of s pixels; in metres. A
-# pixel covers 1/s metres of the table in the front camera, and a tenth of that near the hand's.
+# With quality "fast", vertices closer than this / s metres are one, in frames of s pixels. A pixel
+# covers 1/s metres of the table in the front camera, and a tenth of that near the hand's.
 COARSE = 1.0  # of the scenery and the arm
 FINE = 0.3  # of what the hand's camera sees close by
 TEXELS = 4  # largest side of a texture, in sides of a frame
@@ -83,17 +79,11 @@ if PACKAGE is None or importlib.util.find_spec("robosuite") is None:
 FOLDER = Path(PACKAGE.submodule_search_locations[0]) / "libero"
 
 
-# ---------------------------------------------------------------- tasks
-
-
 @cache
 def task_names() -> dict[str, list[str]]:
     """Lists the tasks of each suite in LIBERO's order, without importing LIBERO."""
-    path = FOLDER / "benchmark" / "libero_suite_task_map.py"
-    file = importlib.util.spec_from_file_location("libero_tasks", path)
-    module = importlib.util.module_from_spec(file)
-    file.loader.exec_module(module)
-    return {suite: module.libero_task_map[suite] for suite in SUITES}
+    tasks = runpy.run_path(str(FOLDER / "benchmark" / "libero_suite_task_map.py"))
+    return {suite: tasks["libero_task_map"][suite] for suite in SUITES}
 
 
 @cache
@@ -117,23 +107,20 @@ def language(task: str) -> str:
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    expanded = [task_names().get(task, [task]) for task in tuple(tasks) or ("libero_10",)]
+    expanded = [task_names().get(task, [task]) for task in tasks or ("libero_10",)]
     names = tuple(dict.fromkeys(name for group in expanded for name in group))
     prompts = tuple(map(language, names))
     horizon = max(SUITES[suite_of(name)] for name in names)
     return EnvSpec(names, prompts, len(CAMERAS), image_size, 8, 7, horizon, STATE_RANGE)
 
 
-# ---------------------------------------------------------------- LIBERO's own code
-
-
 @cache
 def original() -> None:
-    """Imports LIBERO, with stand-ins for what it would import and never needs here.
+    """Imports LIBERO, with stand-ins for what it never needs here.
 
     matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
-    half a minute, and without robosuite's private macros it warns and logs to /tmp. robosuite also
-    takes exception to an EGL device that is not a CUDA one's number; we make our own contexts."""
+    half a minute; robosuite warns without private macros and logs to /tmp, and refuses an EGL
+    device that is not a CUDA one's number (we make our own contexts)."""
     names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
     added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
     if "numba" in added:
@@ -150,7 +137,7 @@ def original() -> None:
 
 
 def build_problem(task: str, image_size: int, quality: str):
-    """Builds LIBERO's env of a task, which compiles the model. The user's random numbers stay."""
+    """Builds LIBERO's env of a task, with its model. The user's random numbers stay."""
     original()
     from libero.libero.envs import TASK_MAPPING, bddl_utils
     from robosuite.controllers import load_controller_config
@@ -160,20 +147,20 @@ def build_problem(task: str, image_size: int, quality: str):
     kind = TASK_MAPPING[bddl_utils.get_problem_info(file)["problem_name"]]
     if quality == "fast":
         kind = thinned(kind, image_size)
-    settings = {
-        "robots": ["Panda"],
-        "controller_configs": load_controller_config(default_controller="OSC_POSE"),
-        "initialization_noise": None,
-        "use_camera_obs": False,
-        "has_offscreen_renderer": False,
-        "hard_reset": False,
-    }
     random = np.random.get_state()
     np.random.seed(0)
     try:
         while True:
             with contextlib.suppress(RandomizationError):  # objects did not fit: LIBERO draws again
-                return kind(file, **settings)
+                return kind(
+                    file,
+                    robots=["Panda"],
+                    controller_configs=load_controller_config(default_controller="OSC_POSE"),
+                    initialization_noise=None,
+                    use_camera_obs=False,
+                    has_offscreen_renderer=False,
+                    hard_reset=False,
+                )
     finally:
         np.random.set_state(random)
         drawing.give_back_memory()
@@ -201,9 +188,6 @@ def thinned(kind: type, image_size: int) -> type:
     return Thinned
 
 
-# ---------------------------------------------------------------- scenes
-
-
 class Pose(NamedTuple):
     """What the controller knows of the arm: copies, so that they stay what they were."""
 
@@ -220,10 +204,8 @@ class Memory(NamedTuple):
     """Everything of an env that the next steps depend on. An env has attributes of these names."""
 
     physics: np.ndarray  # MuJoCo's integration state: time, qpos, qvel, ctrl, warm start …
-    # position [3] and rotation [3, 3] that the controller pulls to
-    goal: tuple[np.ndarray, np.ndarray]
-    # the pose that robosuite's controller still believes in, right after a reset
-    stale: Pose | None
+    goal: tuple[np.ndarray, np.ndarray]  # position [3], rotation [3, 3]: the controller's aim
+    stale: Pose | None  # what robosuite's controller still believes in, right after a reset
     grip: tuple[float, float]  # each finger's in [-1, 1], what the gripper's rate limit has come to
     clock: float  # seconds since robosuite last sampled its observables
     sampled: bool
@@ -233,9 +215,7 @@ class Memory(NamedTuple):
 
 
 class Scene:
-    """A task's model, success predicates and initial states.
-
-    Envs of one process that play the task share it."""
+    """A task's model, success and initial states: what envs of a process that play it share."""
 
     def __init__(self, task: str, image_size: int, quality: str):
         with np.load(FOLDER / "init_files" / suite_of(task) / f"{task}.pruned_init.npz") as states:
@@ -248,16 +228,13 @@ class Scene:
         self.model: mujoco.MjModel = self.problem.sim.model._model
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
-        self.painter: Painter | None = None
+        self.gl: mujoco.GLContext | None = None  # once a frame is drawn
         self.players = 0
         self._find_arm(self.problem.robots[0])
-        sites = vars(self.problem).get("visualization_sites_list", ())
-        objects = [self.problem.get_object(name) for name in dict.fromkeys(sites)]
-        self.lamps = [
-            self.model.site(site).id
-            for thing in objects
-            for site, _ in thing.object_properties["vis_site_names"].values()
-        ]
+        self.lamps = []
+        for name in dict.fromkeys(vars(self.problem).get("visualization_sites_list", ())):
+            sites = self.problem.get_object(name).object_properties["vis_site_names"]
+            self.lamps += [self.model.site(site).id for site, _ in sites.values()]
         self.start = self._remember_start(self.problem.robots[0].controller)
 
     def _find_arm(self, robot) -> None:
@@ -284,19 +261,18 @@ class Scene:
         """What robosuite has right after its own reset."""
         data = self.problem.sim.data._data
         lamps = self.model.site_rgba[self.lamps, 3]
-        pose = Pose(
-            controller.ee_pos,
-            controller.ee_ori_mat,
-            np.concatenate([controller.ee_pos_vel, controller.ee_ori_vel]),
-            controller.J_full,
-            controller.mass_matrix,
-            controller.joint_pos,
-            controller.joint_vel,
-        )
         return Memory(
             physics=integration_state(self.model, data),
             goal=(controller.goal_pos, controller.goal_ori),
-            stale=pose,
+            stale=Pose(
+                controller.ee_pos,
+                controller.ee_ori_mat,
+                np.concatenate([controller.ee_pos_vel, controller.ee_ori_vel]),
+                controller.J_full,
+                controller.mass_matrix,
+                controller.joint_pos,
+                controller.joint_vel,
+            ),
             grip=(0.0, 0.0),
             clock=TIMESTEP,
             sampled=True,
@@ -312,54 +288,59 @@ class Scene:
         self.problem._post_process()
         return success, self.model.site_rgba[self.lamps, 3]
 
+    def draw(self, camera: str, size: int) -> np.ndarray:
+        """Draws what a camera shows, [size, size, 3] uint8. Raises UserError."""
+        require(
+            size <= self.buffer,
+            f"a LIBERO frame of {size} pixels is more than {self.buffer}, which this env was made "
+            "for",
+        )
+        if self.gl is None:
+            self._prepare_drawing()
+        self.gl.make_current()
+        self.camera.fixedcamid = self.model.camera(camera).id
+        seen = (self.option, None, self.camera, mujoco.mjtCatBit.mjCAT_ALL)
+        mujoco.mjv_updateScene(self.model, self.view, *seen, self.drawn)
+        frame = mujoco.MjrRect(0, 0, size, size)
+        mujoco.mjr_render(frame, self.drawn, self.context)
+        pixels = np.empty((size, size, 3), np.uint8)
+        mujoco.mjr_readPixels(pixels, None, frame, self.context)
+        # GL's rows go up. LIBERO does not mind and turns the picture by 180°, which mirrors it.
+        return pixels[::-1, ::-1]
+
+    def _prepare_drawing(self) -> None:
+        self.gl = mujoco.GLContext(self.buffer, self.buffer)
+        self.gl.make_current()
+        visual = self.model.vis
+        visual.global_.offwidth = visual.global_.offheight = self.buffer
+        self.drawn = mujoco.MjvScene(self.model, maxgeom=1000)
+        if self.quality == "fast":
+            visual.quality.shadowsize = visual.quality.offsamples = 0
+            self.drawn.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+            self.drawn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_150)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.option = mujoco.MjvOption()
+        self.option.geomgroup[0] = 0  # collision geometry
+        self.camera = mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+
     def close(self) -> None:
-        if self.painter:
-            self.painter.close()
+        if self.gl is not None:
+            self.gl.make_current()
+            self.context.free()
+            self.gl.free()
 
 
 # Of this process by task, image size and quality; least recently used first.
 SCENES: OrderedDict[tuple, Scene] = OrderedDict()
 
 
-class Painter:
-    """Draws one model's cameras at any size."""
-
-    def __init__(self, model: mujoco.MjModel, size: int, quality: str):
-        self.gl = mujoco.GLContext(size, size)
-        self.gl.make_current()
-        visual = model.vis
-        visual.global_.offwidth = visual.global_.offheight = size
-        if quality == "fast":
-            visual.quality.shadowsize = visual.quality.offsamples = 0
-        self.context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150)
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        self.scene = mujoco.MjvScene(model, maxgeom=1000)
-        self.option = mujoco.MjvOption()
-        self.option.geomgroup[0] = 0  # collision geometry
-        self.perturbation = mujoco.MjvPerturb()
-        self.camera = mujoco.MjvCamera()
-        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        if quality == "fast":
-            self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-            self.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-
-    def draw(self, model: mujoco.MjModel, data: mujoco.MjData, name: str, size: int) -> np.ndarray:
-        """Draws what a camera shows, [size, size, 3] uint8."""
-        self.gl.make_current()
-        self.camera.fixedcamid = model.camera(name).id
-        seen = (self.option, self.perturbation, self.camera, mujoco.mjtCatBit.mjCAT_ALL)
-        mujoco.mjv_updateScene(model, data, *seen, self.scene)
-        frame = mujoco.MjrRect(0, 0, size, size)
-        mujoco.mjr_render(frame, self.scene, self.context)
-        pixels = np.empty((size, size, 3), np.uint8)
-        mujoco.mjr_readPixels(pixels, None, frame, self.context)
-        # GL's rows go up. LIBERO does not mind and turns the picture by 180°, which mirrors it.
-        return pixels[::-1, ::-1]
-
-    def close(self) -> None:
-        self.gl.make_current()
-        self.context.free()
-        self.gl.free()
+def drop_idle_scenes(most: int) -> None:
+    """Frees all but so many of the scenes that nobody plays, with their GL contexts."""
+    idle = [key for key, scene in SCENES.items() if not scene.players]
+    for key in idle[: max(0, len(idle) - most)]:
+        SCENES.pop(key).close()
 
 
 def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
@@ -369,9 +350,7 @@ def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
 
 
 def in_a_row(indexes: list[int]) -> slice:
-    """Consecutive indexes as a slice, because reading one makes no copy.
-
-    Copying is most of the cost of reading seven numbers."""
+    """Consecutive indexes as a slice, which copies nothing: most of the cost of seven numbers."""
     found = slice(indexes[0], indexes[0] + len(indexes))
     if [*indexes] != [*range(found.start, found.stop)]:
         raise ValueError(f"expected consecutive indexes, not {indexes}")
@@ -379,9 +358,7 @@ def in_a_row(indexes: list[int]) -> slice:
 
 
 def rotation_of(turn: np.ndarray) -> np.ndarray:
-    """Axis-angle [3] → rotation matrix [3, 3].
-
-    It goes through a quaternion in fp32 and in robosuite's order, so that its bits are the same."""
+    """Axis-angle [3] → rotation matrix [3, 3], bit for bit robosuite's: by an fp32 quaternion."""
     angle = np.linalg.norm(turn)
     if angle == 0.0:
         return np.identity(3)
@@ -404,15 +381,10 @@ def rotation_of(turn: np.ndarray) -> np.ndarray:
 
 
 def axis_angle(q: np.ndarray) -> np.ndarray:
-    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) (openpi).
-
-    So there is no jump where the gripper points down."""
+    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) (openpi): downwards no jump."""
     w = min(1.0, max(-1.0, q[0]))
     length = math.sqrt(1.0 - w * w)
     return np.zeros(3) if math.isclose(length, 0.0) else q[1:] * 2.0 * math.acos(w) / length
-
-
-# ---------------------------------------------------------------- the env
 
 
 class Env(envs.Env):
@@ -423,8 +395,6 @@ class Env(envs.Env):
         drawing.forget_missing_device()
         self.scene: Scene | None = None
 
-    # ---- episodes
-
     def reset(self, task: int, seed: int) -> None:
         self._enter(self.tasks[task])
         scene = self.scene
@@ -434,10 +404,8 @@ class Env(envs.Env):
             self._recall(scene.settled[index])
             return
         self._recall(scene.start)
-        time, qpos, qvel = np.split(scene.states[index], [1, 1 + scene.model.nq])
-        data.time = time[0]
-        data.qpos[:] = qpos
-        data.qvel[:] = qvel
+        data.time = scene.states[index, 0]
+        data.qpos[:], data.qvel[:] = np.split(scene.states[index, 1:], [scene.model.nq])
         mujoco.mj_forward(scene.model, data)
         _, self.lamps = scene.success(data)
         self.clock += TIMESTEP  # robosuite samples its observables once more
@@ -456,9 +424,7 @@ class Env(envs.Env):
         self._leave()
         scene = self.scene = SCENES[key]
         scene.players += 1
-        idle = [key for key, scene in SCENES.items() if not scene.players]
-        for key in idle[: max(0, len(idle) - MOST_SCENES)]:
-            SCENES.pop(key).close()
+        drop_idle_scenes(MOST_SCENES)
         data = self.data = mujoco.MjData(scene.model)
         # Views of the simulator's memory: making them anew costs more than what is done with them.
         self.position = data.site_xpos[scene.site]
@@ -468,8 +434,8 @@ class Env(envs.Env):
         self.bias = data.qfrc_bias
         self.ctrl = data.ctrl
         self.jacobian = np.zeros((6, scene.model.nv))
-        self.mass = np.zeros((scene.model.nv, scene.model.nv))
         self.jacobians = (self.jacobian[:3], self.jacobian[3:])
+        self.mass = np.zeros((scene.model.nv, scene.model.nv))
 
     def _leave(self) -> None:
         if self.scene is not None:
@@ -483,8 +449,6 @@ class Env(envs.Env):
     def _recall(self, memory: Memory) -> None:
         mujoco.mj_setState(self.scene.model, self.data, memory.physics, INTEGRATION)
         vars(self).update(memory._asdict())
-
-    # ---- control
 
     def step(self, action: np.ndarray) -> Step:
         """action [7]: hand displacement (1 is 5 cm), rotation (1 is 0.5 rad), gripper (-1 opens, 1
@@ -512,8 +476,7 @@ class Env(envs.Env):
             self.grip = (max(-1.0, min(1.0, left - close)), max(-1.0, min(1.0, right + close)))
             self.ctrl[scene.finger_actuators] = scene.grip_bias + scene.grip_weight * self.grip
 
-            # Sample as robosuite does: once per period, on a clock that is not that of the control
-            # steps.
+            # Sample as robosuite does: once per period, on a clock of its own.
             self.clock += TIMESTEP
             now = not self.sampled and self.clock <= PERIOD
             if now:
@@ -574,24 +537,19 @@ class Env(envs.Env):
         wrench, unseen = np.linalg.solve(systems, np.array((force, j @ to_rest))[..., None])[..., 0]
         return j.T @ (wrench - unseen) + self.bias[scene.arm] + mass @ to_rest
 
-    # ---- what is seen
-
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures [2, H, W, 3] from the front and from the hand.
-
-        The state [8] is hand position, its axis-angle and finger positions."""
+        """Pictures from front and hand; state [8]: the hand's position, axis-angle and fingers."""
         self._pose_view()
         scene = self.scene
-        view = scene.view
-        image = np.stack([self._draw(camera, self.size) for camera in CAMERAS])
-        turn = axis_angle(view.xquat[scene.hand])
-        state = np.concatenate([view.site_xpos[scene.site], turn, self.fingers])
+        image = np.stack([scene.draw(camera, self.size) for camera in CAMERAS])
+        turn = axis_angle(scene.view.xquat[scene.hand])
+        state = np.concatenate([scene.view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)
 
     def film(self, size: int = FILM) -> np.ndarray:
-        """A frame for people, [size, size, 3] uint8: the front camera."""
+        """A frame for people, [size, size, 3] uint8: the front camera's."""
         self._pose_view()
-        return self._draw(CAMERAS[0], size)
+        return self.scene.draw(CAMERAS[0], size)
 
     def _pose_view(self) -> None:
         model = self.scene.model
@@ -601,21 +559,7 @@ class Env(envs.Env):
         mujoco.mj_comPos(model, view)
         mujoco.mj_camlight(model, view)
 
-    def _draw(self, camera: str, size: int) -> np.ndarray:
-        scene = self.scene
-        require(
-            size <= scene.buffer,
-            f"a LIBERO frame of {size} pixels is more than {scene.buffer}, which this env was made "
-            "for",
-        )
-        if scene.painter is None:
-            scene.painter = Painter(scene.model, scene.buffer, scene.quality)
-        return scene.painter.draw(scene.model, scene.view, camera, size)
-
     def close(self) -> None:
-        """Frees scenes that nobody plays any more, with their GL contexts.
-
-        Left to the interpreter's exit, EGL complains."""
+        """Frees what nobody plays any more. Left to the interpreter's exit, EGL complains."""
         self._leave()
-        for key in [key for key, scene in SCENES.items() if not scene.players]:
-            SCENES.pop(key).close()
+        drop_idle_scenes(0)

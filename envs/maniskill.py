@@ -1,21 +1,19 @@
 """ManiSkill 3 (https://github.com/haosulab/ManiSkill): pick-and-place tasks of a robot arm in
 SAPIEN; a vectorised lane of N envs.
 
-On a GPU one PhysX system simulates the N envs of a task and Vulkan draws them into CUDA memory:
-pictures, states and rewards are tensors there and never come to the host. On a CPU the N envs are N
-scenes stepped in turn, drawn by software Vulkan, which needs no GPU but Mesa's lavapipe (it works
-with 25.0, and does not with Debian 12's 22.3; `setup.sh --maniskill` looks after it).
+On a GPU one PhysX system simulates the N envs of a task and Vulkan draws them into CUDA memory,
+where pictures, states and rewards stay. On a CPU the N envs are N scenes stepped in turn, drawn by
+software Vulkan: Mesa's lavapipe 25.0, not Debian 12's 22.3 (see `setup.sh --maniskill`).
 
-A lane plays any mixture of its tasks, with one kind of observation: the positions of the arm's
-joints (padded with zeros) and the task's own camera; actions [7] move the hand by x, y, z and a
-rotation about them, and set the gripper (1 open, -1 closed). With the Panda ±1 is ±10 cm and ±0.1
-rad a control step; RLinf's WidowX takes metres and radians. On a GPU each simulator of a lane holds
-N scenes, so a lane of one task, or of PutOnPlate's, which share one, is the cheapest.
+A lane plays any mixture of its tasks. It sees the positions of the arm's joints (padded with zeros)
+and the task's own camera; actions [7] move the hand by x, y, z and a rotation about them, and set
+the gripper (1 open, -1 closed). With the Panda ±1 is ±10 cm and ±0.1 rad a control step; RLinf's
+WidowX takes metres and radians. On a GPU each simulator of a lane holds N scenes, so a lane of one
+task, or of PutOnPlate's, which share one, is the cheapest.
 
-The same (task, seed) starts from the same state in any row, whatever its neighbours do; ManiSkill's
-own partial reset has one seed for all rows and forgets the targets of the others. What follows is
-the same too on a CPU. PhysX on a GPU adds contact forces in whatever order they come, so there two
-episodes of one seed drift apart in the last bits; and its random numbers are others than the CPU's.
+The same (task, seed) starts from the same state in any row, whatever its neighbours do. On a CPU
+the rest is the same too. On a GPU contact forces are added in any order, so two episodes of one
+seed drift apart in the last bits, and random numbers are others than the CPU's.
 
 Left out: dense rewards (reward is 1 on success, as each task defines it, else 0), ManiSkill's time
 limits and auto-reset (they are wrappers, not used here). Not run so far: a GPU.
@@ -83,18 +81,17 @@ def plate_assets() -> tuple[Path, Path, Path]:
     own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
     rlinf = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill"))
     things = rlinf / "carrot"
+    database = things / "more_carrot" / "model_db.json"
     stage = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
     robot = own / "robots/widowx/wx250s.urdf"
     data_set = "the Hugging Face data set RLinf/maniskill_assets"
     download = "python -m mani_skill.utils.download_asset"
-    for path, how in (
-        (
-            things / "more_carrot" / "model_db.json",
-            f"set MANISKILL_ASSET_DIR to a copy of {data_set}",
-        ),
-        (stage, f"run `{download} bridge_v2_real2sim`"),
-        (robot, f"run `{download} widowx250s`"),
-    ):
+    needed = {
+        database: f"set MANISKILL_ASSET_DIR to a copy of {data_set}",
+        stage: f"run `{download} bridge_v2_real2sim`",
+        robot: f"run `{download} widowx250s`",
+    }
+    for path, how in needed.items():
         require(
             path.is_file(),
             f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}",
@@ -119,13 +116,11 @@ def expand(name: str) -> dict[str, Task]:
     for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]]):
         prompt = f"put {known[key]['name']} on {plate}"
         tasks[f"{suite}/{key}"] = Task(prompt, suite, {"thing": i}, 8, "3rd_view_camera")
-    if not thing:
-        return tasks
     require(
-        name in tasks,
+        not thing or name in tasks,
         f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}",
     )
-    return {name: tasks[name]}
+    return {name: tasks[name]} if thing else tasks
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
@@ -145,15 +140,14 @@ def check_drawing(device: torch.device) -> None:
     try:
         sapien.render.RenderSystem(sapien.Device(place(device)))
     except RuntimeError as error:
-        need = (
-            "software Vulkan of Mesa 25 or newer: run `bash setup.sh --maniskill`"
-            if device.type == "cpu"
-            else "a CUDA device and its driver's Vulkan (libGLX_nvidia.so.0, "
-            "named by a JSON file in /usr/share/vulkan/icd.d)"
-        )
-        raise UserError(
-            f"ManiSkill finds nothing to draw with on {device} ({error}); it needs {need}"
-        ) from None
+        need = "software Vulkan of Mesa 25 or newer: run `bash setup.sh --maniskill`"
+        if device.type != "cpu":
+            need = (
+                "a CUDA device and its driver's Vulkan (libGLX_nvidia.so.0, named by a JSON file "
+                "in /usr/share/vulkan/icd.d)"
+            )
+        what = f"ManiSkill finds nothing to draw with on {device} ({error})"
+        raise UserError(f"{what}; it needs {need}") from None
 
 
 def place(device: torch.device) -> str:
@@ -166,14 +160,13 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
     from mani_skill.envs.utils.observations import parse_obs_mode_to_struct
     from mani_skill.utils.registration import REGISTERED_ENVS
 
-    sensors = {"shader_pack": "default"}
     options = {
         "num_envs": count,
         "obs_mode": "none",
         "reward_mode": "none",
         "sim_backend": f"physx_{place(device)}",
         "render_backend": f"sapien_{place(device)}",
-        "sensor_configs": sensors,
+        "sensor_configs": {"shader_pack": "default"},
     }
     if simulator in PUT_ON_PLATE:
         from envs.put_on_plate import PutOnPlate
@@ -181,7 +174,7 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
         sim = PutOnPlate(*plate_assets(), *PUT_ON_PLATE[simulator], **options)
         drawn = "rgb+segmentation"
     else:
-        sensors |= {"width": image_size, "height": image_size}
+        options["sensor_configs"] |= {"width": image_size, "height": image_size}
         robot = {"robot_uids": "panda", "control_mode": "pd_ee_delta_pose"}
         sim = REGISTERED_ENVS[simulator].cls(**robot, **options)
         drawn = "rgb"
@@ -191,9 +184,9 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
 
 
 def begin(sim, rows: list[int], seeds: list[int], episode: dict) -> None:
-    """Starts episodes in some rows of a simulator, each from a seed of its own.
+    """Starts episodes in some rows, each from its own seed; the others keep their targets.
 
-    BaseEnv.reset has one seed for all of them."""
+    BaseEnv.reset has one seed for all, and forgets the others' targets."""
     # Whatever is set, is set in these rows alone.
     sim.scene._reset_mask = these = mask_of(sim, rows)
     sim._elapsed_steps[these] = 0
@@ -221,24 +214,11 @@ def mask_of(sim, rows: list[int]) -> torch.Tensor:
     return mask
 
 
-def squeeze(pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, H, W, 3] uint8 → [N, size, size, 3].
-
-    A wide picture becomes narrow, as OpenVLA's preparation has it."""
-    pixels = pictures.permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-    return small.round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
 class Envs(envs.Envs):
-    """The envs of one lane. Simulators are made when a task is first played.
+    """The envs of one lane. A simulator is made when first played; on a CPU one per row."""
 
-    On a GPU there is one per task, else one per task and row. Raises UserError where nothing can
-    draw."""
-
-    def __init__(
-        self, tasks: tuple[str, ...], image_size: int, count: int, device: str | torch.device
-    ):
+    def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str):
+        """Raises UserError where nothing can draw."""
         super().__init__(tasks, image_size, count, torch.device(device))
         self.known = [expand(name)[name] for name in tasks]
         check_drawing(self.device)
@@ -248,34 +228,30 @@ class Envs(envs.Envs):
         self.index: dict[tuple, torch.Tensor] = {}  # the same, on the device
 
     def reset(self, rows: list[int], task: int, seeds: list[int]) -> None:
-        """Starts episodes of a task in some rows. seeds: below 2³², one per row."""
+        """seeds: below 2³²."""
         for played in self.playing.values():
             played[:] = [row for row in played if row not in rows]
         chosen = self.known[task]
-        single = self.device.type == "cpu"
-        groups = [((chosen.simulator,), list(rows), seeds)]
-        if single:
-            groups = [
-                ((chosen.simulator, row), [row], [seed])
-                for row, seed in zip(rows, seeds, strict=True)
-            ]
-        for key, own, drawn in groups:
+        groups = {(chosen.simulator,): (list(rows), seeds)}
+        if self.device.type == "cpu":
+            pairs = zip(rows, seeds, strict=True)
+            groups = {(chosen.simulator, row): ([row], [seed]) for row, seed in pairs}
+        for key, (own, drawn) in groups.items():
+            single = len(key) == 2
             if key not in self.sims:
                 scenes = 1 if single else self.count
                 self.sims[key] = make(chosen.simulator, self.size, scenes, self.device)
             begin(self.sims[key], [0] if single else own, drawn, chosen.episode)
             self.playing[key] = sorted(self.playing.get(key, []) + own)
         self.playing = {key: own for key, own in self.playing.items() if own}
-        self.index = {
-            key: torch.tensor(own, device=self.device) for key, own in self.playing.items()
-        }
+        device = self.device
+        self.index = {key: torch.tensor(own, device=device) for key, own in self.playing.items()}
 
     def _at(self, key: tuple[int, ...], values: torch.Tensor) -> torch.Tensor:
         """What a simulator says about the rows that it plays: of [its scenes, …], [rows, …]."""
         return values if len(values) == len(self.index[key]) else values[self.index[key]]
 
     def step(self, actions: torch.Tensor) -> Step:
-        """actions [N, 7] float32. Rows never reset stay as they are."""
         success = torch.zeros(self.count, dtype=torch.bool, device=self.device)
         actions = actions.to(self.device, torch.float32)
         for key, index in self.index.items():
@@ -285,7 +261,8 @@ class Envs(envs.Envs):
         return Step(success.float(), success)
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pictures [N, 1, H, W, 3] and states [N, S], on the device: the only thing that draws."""
+        from envs.put_on_plate import shrink  # imports ManiSkill, which takes seconds
+
         shape = (self.count, 1, self.size, self.size, 3)
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         states = torch.zeros(self.count, self.joints, device=self.device)
@@ -293,16 +270,17 @@ class Envs(envs.Envs):
             sim = self.sims[key]
             camera = next(task.camera for task in self.known if task.simulator == key[0])
             pictures = self._at(key, sim._get_obs_sensor_data()[camera]["rgb"])
-            if pictures.shape[1:3] != images.shape[2:4]:
-                pictures = squeeze(pictures, self.size)
-            images[index, 0] = pictures
+            # A wide picture becomes narrow, as OpenVLA's preparation has it.
+            images[index, 0] = shrink(pictures, self.size, self.size)
             joints = self._at(key, sim.agent.robot.get_qpos()).float()
             states[index, : joints.shape[1]] = joints
         return images, states
 
     def film(self, size: int = 256) -> np.ndarray:
         """A frame for people, [size, size, 3] uint8: what the policy's camera shows of row 0."""
-        return squeeze(self.observe()[0][0], size)[0].cpu().numpy()
+        from envs.put_on_plate import shrink
+
+        return shrink(self.observe()[0][0], size, size)[0].cpu().numpy()
 
     def close(self) -> None:
         for sim in self.sims.values():

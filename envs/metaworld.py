@@ -2,10 +2,9 @@
 arm in MuJoCo.
 
 The policy sees one camera and the hand's own position, never an object's: `state` is obs[:4] (hand
-x, y, z in metres, gripper opening in [0, 1]). Rendering is the cost of this simulator: a step takes
-0.3 ms and a 64-pixel frame 7 to 13 ms, spent on the scene's 68 thousand triangles rather than on
-pixels. So frames are drawn only in `observe`, without shadows, reflections or multisampling, and
-meshes are thinned to what such a frame can show, which makes it 3 times as fast.
+x, y, z in metres, gripper opening in [0, 1]). A step takes 0.3 ms and a 64-pixel frame 7 to 13 ms,
+spent on 68 thousand triangles rather than on pixels. So frames are drawn only in `observe`, without
+shadows, reflections or multisampling, of thinned meshes: 3 times as fast.
 
 Suites are Meta-World's own: `--suite MT10`, `--suite MT50`, and `MT1-reach` or just `reach` for one
 task. As in them the scripted experts are told the goal (`Env.state[-3:]`, which the policy never
@@ -85,19 +84,11 @@ LONG_TASKS = {
 }
 PROMPTS = dict(sorted((SHORT_TASKS | LONG_TASKS).items()))
 DEFAULT_TASKS = ("button-press", "faucet-open", "handle-press")
-MT10 = (  # the order of metaworld.MT10
-    "reach",
-    "push",
-    "pick-place",
-    "door-open",
-    "drawer-open",
-    "drawer-close",
-    "button-press-topdown",
-    "peg-insert-side",
-    "window-open",
-    "window-close",
+MT10 = (  # in Meta-World's order
+    "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
+    "peg-insert-side window-open window-close"
 )
-SUITES = {"MT10": MT10, "MT50": tuple(PROMPTS)}
+SUITES = {"MT10": tuple(MT10.split()), "MT50": tuple(PROMPTS)}
 # Tasks whose goal nothing but a coloured sphere shows, and the sphere's name in the model.
 MARKED = (
     "hand-insert pick-out-of-hole pick-place pick-place-wall push push-back push-wall reach "
@@ -105,8 +96,7 @@ MARKED = (
 )
 GOAL_MARKS = {"coffee-pull": "mug_goal"} | dict.fromkeys(MARKED.split(), "goal")
 CAMERA = "corner2"
-# Metres; closer to the table, where LeRobot's Meta-World data was recorded from.
-CAMERA_POSITION = (0.75, 0.075, 0.7)
+CAMERA_POSITION = (0.75, 0.075, 0.7)  # metres; where LeRobot's Meta-World data was recorded from
 HORIZON = 90  # control steps; the scripted experts need 20–65 on the default tasks
 LONG_HORIZON = 150  # control steps of the longer tasks (RLinf: 100, Meta-World: 500)
 KEEP = 8  # an evaluation lane of MT50 meets 25 tasks
@@ -116,9 +106,7 @@ CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 
 
 def expand(name: str) -> tuple[str, ...]:
-    """Lists the tasks that a name stands for. Raises UserError.
-
-    A name is a suite's or a task's (`reach`, Meta-World's `reach-v3`, `MT1-reach`)."""
+    """Lists the tasks of a suite, or of `reach`, `reach-v3`, `MT1-reach`. Raises UserError."""
     task = name.removeprefix("MT1-").removesuffix("-v3")
     require(
         name in SUITES or task in PROMPTS,
@@ -135,41 +123,35 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     return EnvSpec(tasks, prompts, 1, image_size, 4, 4, horizon, STATE_RANGE)
 
 
-# GL contexts of this process by (task, pixels), the one used last at the end. Envs of one task draw
-# the same geometry, only their poses differ.
+# GL contexts of this process by (task, pixels), the one used last at the end; envs of a task share.
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
 
 
 class Env(envs.Env):
-    """One env. It keeps a simulator (0.2 s, 40 MB) for each of the last KEEP tasks.
-
-    So a reset costs milliseconds."""
+    """One env: a simulator (0.2 s, 40 MB) for each of the last KEEP tasks."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
         drawing.forget_missing_device()
         self.sims = {}  # by task, the one used last at the end
-        # Sites mark goals and grasp points. They are privileged, so the policy does not see them,
-        # but for a goal that nothing else shows, which is in group 1.
+        # Sites mark goals and grasp points. The policy sees one only where nothing else shows the
+        # goal, which is then in group 1.
         self.option = mujoco.MjvOption()
         self.option.sitegroup[:] = 0
         self.option.sitegroup[1] = 1
 
     def _build(self, name: str):
         sim = ALL_V3_ENVIRONMENTS[name + "-v3"]()
-        # Without this, Meta-World insists on its own task sampling; `seeded_rand_vec` draws object
-        # poses from the seed.
+        # Draw object poses from the seed, instead of Meta-World's own task sampling.
         sim._set_task_called = True
         sim._freeze_rand_vec = False
         sim.seeded_rand_vec = True
         sim.max_path_length = 10**9  # the time limit is the lanes'
-        # As in MT1 to MT50 the goal is in `state`, without which some experts cannot succeed, and
-        # in the cached bounds that `state` is clipped to.
+        # Have the goal in `state`, as in MT1 to MT50, and in the cached bounds that clip `state`.
         sim._partially_observable = False
         sim.__dict__.pop("sawyer_observation_space", None)
-        # These must be set before the first render: 95 ms a frame without the two.
         quality = sim.model.vis.quality
-        quality.shadowsize = quality.offsamples = 0
+        quality.shadowsize = quality.offsamples = 0  # else 95 ms a frame
         sim.model.cam(CAMERA).pos[:] = CAMERA_POSITION
         sim.model.site_group[:] = 0
         if name in GOAL_MARKS:
@@ -198,7 +180,6 @@ class Env(envs.Env):
         return self.film(self.size)[None], self.state[:4].astype(np.float32)
 
     def film(self, size: int = 256) -> np.ndarray:
-        """A frame for people, [size, size, 3] uint8: what the policy's camera sees, at any size."""
         renderer = self._renderer(size)
         if mark := GOAL_MARKS.get(self.name):  # Meta-World moves it late or, in one task, elsewhere
             self.sim.data.site(mark).xpos[:] = self.sim._target_pos
@@ -221,9 +202,7 @@ class Env(envs.Env):
         return RENDERERS[key]
 
     def close(self) -> None:
-        """Frees this process's GL contexts; another env makes new ones.
-
-        Left to the interpreter's exit, EGL complains."""
+        """Frees this process's GL contexts; at the interpreter's exit EGL would complain."""
         while RENDERERS:
             RENDERERS.popitem()[1].close()
         self.sims = {}

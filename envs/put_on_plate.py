@@ -7,9 +7,8 @@ rlinf/envs/maniskill/tasks/put_on_in_scene_multi.py, Apache 2.0): 25 things and 
 16 and 16 are for training and the others for testing, 36 places and 4 directions.
 
 Different here: a task has one thing and so one instruction, and the seed draws table, places and
-direction; a row that begins anew leaves the others alone (RLinf's reads poses of other rows then,
-and ManiSkill's reset the other rows' targets); no dense reward. Left out: RLinf's variants for
-evaluation (other lights, textures, positions).
+direction; a row that begins anew leaves the others alone. Left out: a dense reward, and RLinf's
+variants for evaluation (other lights, textures, positions).
 """
 
 import json
@@ -40,7 +39,7 @@ GRID = np.linspace(-1.0, 1.0, 6)
 APART = 0.070
 TURNS = np.pi / 4 * np.arange(4)  # radians, of the thing about the vertical
 UPRIGHT = [1.0, 0.0, 0.0, 0.0]  # quaternion (w, x, y, z)
-# Of a success.
+# Of a success:
 BESIDE = 0.01  # metres beyond the plate's rim, at most
 ABOVE = 0.05  # metres above it, at most
 FORCE = 0.03  # newtons between the two, more
@@ -56,6 +55,16 @@ def places() -> np.ndarray:
 def models(folder: Path) -> dict[str, dict]:
     """Reads what model_db.json says of each thing, plate or table of a folder, in order."""
     return json.loads((folder / "model_db.json").read_text())
+
+
+def shrink(pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Resizes pictures [N, H, W, 3] uint8 to so many pixels; those of that size stay."""
+    if pictures.shape[1:3] == (rows, columns):
+        return pictures
+    pixels = pictures.permute(0, 3, 1, 2).float()
+    size = (rows, columns)
+    small = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class PutOnPlate(BaseEnv):
@@ -74,13 +83,7 @@ class PutOnPlate(BaseEnv):
         pictures = folder / "more_table" / "imgs"
         names = list(models(folder / "more_table"))[tables]
         found = np.stack([imageio.imread(pictures / name)[..., :3] for name in names])
-        self.tables = torch.from_numpy(found)
-        if found.shape[1:3] != PICTURE:
-            pixels = self.tables.permute(0, 3, 1, 2).float()
-            pixels = torch.nn.functional.interpolate(
-                pixels, PICTURE, mode="bilinear", antialias=True
-            )
-            self.tables = pixels.round().to(torch.uint8).permute(0, 2, 3, 1)
+        self.tables = shrink(torch.from_numpy(found), *PICTURE)
         self.places = places()
         WidowX250SBridgeDatasetFlatTable.urdf_path = str(robot)
         super().__init__(robot_uids=WidowX250SBridgeDatasetFlatTable, **kwargs)
@@ -107,8 +110,7 @@ class PutOnPlate(BaseEnv):
         builder.add_visual_from_file(str(looks), scale=[scale] * 3)
         builder.initial_pose = sapien.Pose(aside)
         half = np.subtract(facts["bbox"]["max"], facts["bbox"]["min"]) * scale / 2
-        half = torch.tensor(half, dtype=torch.float32, device=self.device)
-        return builder.build(name=name), half
+        return builder.build(name=name), torch.from_numpy(half).float().to(self.device)
 
     def _load_scene(self, options: dict):
         for robot in self.agent.robot._objs:
@@ -131,8 +133,7 @@ class PutOnPlate(BaseEnv):
         folder = self.folder / "more_plate"
         name, facts = next(iter(models(folder).items()))
         self.plate, self.plate_half = self._build(name, facts, folder, [2.0, 0.0, 1.0])
-        # Of each row: which thing and table, and half of the box around the thing, along the
-        # world's axes.
+        # Of each row: its thing, its table, and half of the box around the thing.
         self.thing = torch.zeros(self.num_envs, device=self.device, dtype=torch.long)
         self.table = torch.zeros_like(self.thing)
         self.thing_half = torch.zeros(self.num_envs, 3, device=self.device)
@@ -149,10 +150,9 @@ class PutOnPlate(BaseEnv):
         self.in_front = torch.tensor(in_front, dtype=torch.int16, device=self.device)
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict):
-        """Begins one row, or when ManiSkill makes its scenes all of them.
+        """Begins one row, or when ManiSkill makes its scenes all of them, in the same pose.
 
-        options: seeds [rows], thing. Poses are the same in all rows whose turn it is, which is all
-        that ManiSkill's own first reset needs."""
+        options: seeds [rows], thing."""
         chosen = options.get("thing", 0)
         for row, seed in zip(env_idx.tolist(), options.get("seeds", env_idx.tolist()), strict=True):
             draw = np.random.default_rng(seed)
@@ -163,11 +163,9 @@ class PutOnPlate(BaseEnv):
         self.agent.reset(init_qpos=np.array([JOINTS]))
         self.agent.robot.set_pose(ROBOT)
         turned = [float(np.cos(turn / 2)), 0.0, 0.0, float(np.sin(turn / 2))]
-        for i, thing in enumerate(self.things):
-            pose = sapien.Pose(self.aside[i], UPRIGHT)
-            if i == chosen:
-                pose = sapien.Pose([x, y, HEIGHT], turned)
-            thing.set_pose(pose)
+        for thing, aside in zip(self.things, self.aside, strict=True):
+            thing.set_pose(sapien.Pose(aside, UPRIGHT))
+        self.things[chosen].set_pose(sapien.Pose([x, y, HEIGHT], turned))
         self.plate.set_pose(sapien.Pose([plate_x, plate_y, HEIGHT], UPRIGHT))
         axes = quaternion_to_matrix(torch.tensor(turned, device=self.device)).abs()
         self.thing_half[env_idx] = axes @ self.halves[chosen]

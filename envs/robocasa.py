@@ -14,11 +14,8 @@ robocasa` is all:
 The policy sees what RLinf's does: the left and the hand camera (224 pixels there), `STATE` [25],
 and actions [12] in [-1, 1]: hand displacement 3 and rotation 3, gripper (1 closes), base velocity
 3, torso, and which of the two moves, arm (-1) or base (1). A seed draws the kitchen, objects,
-places and instruction. `Env.prompt` is the episode's own ("Close the left drawer."), once there is
-one; the prompts of the spec only name the task.
-
-Left out: soft resets (every episode builds its kitchen anew, as RoboCasa does), faster drawing, a
-dense reward (RoboCasa has none).
+places and instruction ("Close the left drawer."); the prompts of the spec only name the task.
+Left out: soft resets (every episode builds its kitchen anew, as in RoboCasa), faster drawing.
 """
 
 import importlib.util
@@ -64,9 +61,7 @@ KITCHENS: dict = {}
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
-    """Any of RoboCasa's tasks, by the names of their classes.
-
-    What there is depends on its version, and `Env` says."""
+    """tasks: names of RoboCasa's classes; `Env` says which there are in this version."""
     tasks = tuple(dict.fromkeys(tasks)) or DEFAULT_TASKS
     for name in tasks:
         require(
@@ -93,10 +88,10 @@ class Env(envs.Env):
         from robosuite.controllers import load_composite_controller_config
 
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+        known = ", ".join(sorted(REGISTERED_KITCHEN_ENVS))
         require(
             name in robosuite.environments.REGISTERED_ENVS,
-            f"this RoboCasa has no task {name!r}: choose among "
-            f"{', '.join(sorted(REGISTERED_KITCHEN_ENVS))}",
+            f"this RoboCasa has no task {name!r}: choose among {known}",
         )
         return robosuite.make(
             env_name=name,
@@ -112,7 +107,6 @@ class Env(envs.Env):
         )
 
     def reset(self, task: int, seed: int) -> None:
-        """Raises UserError when the task or its kitchen's assets are missing."""
         if task != self.task:
             self.close()
             self.sim = self._make(self.tasks[task])
@@ -123,8 +117,7 @@ class Env(envs.Env):
         try:
             self.seen = self.sim.reset()
         except (FileNotFoundError, ValueError) as error:
-            # Python's and MuJoCo's way to say that there is no such file.
-            if "No such file" not in str(error):
+            if "No such file" not in str(error):  # so say both Python and MuJoCo
                 raise
             raise UserError(
                 f"assets of RoboCasa's kitchens are missing ({error}): run `python -m "
@@ -144,7 +137,6 @@ class Env(envs.Env):
         return pictures, np.concatenate(numbers)
 
     def film(self, size: int = 256) -> np.ndarray:
-        """A frame for people, [size, size, 3] uint8: the left camera's."""
         return self._render(VIEWS[0], size)
 
     def _render(self, camera: str, size: int) -> np.ndarray:

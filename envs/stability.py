@@ -1,14 +1,9 @@
-"""MuJoCo's own word that a simulation has blown up. By itself it would put everything back to where
-the model begins, and go on.
-"""
+"""MuJoCo's own word that a simulation has blown up, where it would begin anew and go on."""
 
 import mujoco
+from mujoco import mjtWarning
 
-BLOWN_UP = (
-    mujoco.mjtWarning.mjWARN_BADQPOS,
-    mujoco.mjtWarning.mjWARN_BADQVEL,
-    mujoco.mjtWarning.mjWARN_BADQACC,
-)
+BLOWN_UP = (mjtWarning.mjWARN_BADQPOS, mjtWarning.mjWARN_BADQVEL, mjtWarning.mjWARN_BADQACC)
 
 
 def be_silent(message: str) -> None:
@@ -19,9 +14,7 @@ mujoco.set_mju_user_warning(be_silent)  # `check` says it aloud
 
 
 def check(data: mujoco.MjData) -> None:
-    """Raises FloatingPointError where a number has become infinite or absurd since the last reset.
-
-    Such numbers are positions, speeds and accelerations."""
+    """Raises FloatingPointError where positions, speeds or accelerations have become absurd."""
     for kind in BLOWN_UP:
         if data.warning[int(kind)].number:
             raise FloatingPointError(

@@ -132,7 +132,7 @@ def test_suites_are_meta_worlds():
     for one in ("MT1-push", "push", "push-v3"):
         assert metaworld.spec((one,), 64).tasks == ("push",)
     assert metaworld.spec(("reach", "MT10", "MT1-sweep"), 64).tasks == (
-        *metaworld.MT10,
+        *metaworld.SUITES["MT10"],
         "sweep",
     )  # each once, in the order given
     assert (
