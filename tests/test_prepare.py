@@ -77,7 +77,7 @@ def test_a_field_may_not_have_the_name_of_another(monkeypatch, where, name):
         name = "reward"
     extra = {name: ((2,), torch.float32)}
     monkeypatch.setattr(family.Emulated, where, lambda model: fields(model) | extra)
-    with pytest.raises(UserError, match=f"calls one of its fields '{name}', which is taken"):
+    with pytest.raises(UserError, match=f"(field|fields|has) '{name}'"):
         prepare.prepare(settings())
 
 
