@@ -1,7 +1,6 @@
 """Tells a person how a run goes: start-up lines, a line or a live panel per iteration, W&B.
 
-What is shown is read from lines of metrics.jsonl (docs/metrics.md) and from the counters. Left out:
-what a finished run says of itself (summary.py), and warnings (diagnostics.py).
+Left out: what a finished run says of itself (summary.py), and warnings (diagnostics.py).
 """
 
 import json
@@ -23,10 +22,8 @@ def batch_line(config: Config, segment: int) -> str:
     """Says what one iteration trains; segment: chunk steps of a trajectory."""
     actor = config.actor
     steps = actor.batch // actor.minibatch * actor.update_epochs
-    return (
-        f"{actor.batch} trajectories = {actor.batch * segment} chunk steps, "
-        f"{steps} optimizer step{'s' * (steps > 1)} per batch"
-    )
+    trained = f"{actor.batch} trajectories = {actor.batch * segment} chunk steps"
+    return f"{trained}, {steps} optimizer step{'s' * (steps > 1)} per batch"
 
 
 def number(value: float | None, style: str) -> str:
@@ -53,25 +50,25 @@ class Beginning:
         self.all_ready = False
 
     def news(self, collected: int) -> str:
-        """Returns a sentence, or "" where nothing is new: when all workers are ready, and every
-        SAY_S seconds. collected: chunk steps since the workers started."""
+        """Returns a sentence when all workers are ready and every SAY_S seconds, else "".
+
+        collected: chunk steps since the workers started."""
         now = time.monotonic()
         ready = int(self.counters.table[:, self.counters.index["ready"]].sum())
         workers = len(self.counters.table)
-        after = f"after {duration(now - self.began)}"
-        if ready == workers and not self.all_ready:
-            self.all_ready = True
-            text = f"all {workers} workers are ready {after}: they collect the first batch"
-        elif now - self.said < SAY_S:
+        just_ready = ready == workers and not self.all_ready
+        if not just_ready and now - self.said < SAY_S:
             return ""
-        elif not self.all_ready:
-            text = f"{ready} of {workers} workers are ready {after}"
-        elif collected < self.batch:
-            text = f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
-        else:
-            text = f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
         self.said = now
-        return text
+        self.all_ready |= just_ready
+        after = f"after {duration(now - self.began)}"
+        if just_ready:
+            return f"all {workers} workers are ready {after}: they collect the first batch"
+        if not self.all_ready:
+            return f"{ready} of {workers} workers are ready {after}"
+        if collected < self.batch:
+            return f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
+        return f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
 
 
 # ---------------------------------------------------------------- a terminal
@@ -81,9 +78,8 @@ class Display:
     """Shows a run's progress while its `with` block lasts. This one prints plain lines."""
 
     def __init__(self, iterations: int):
-        """iterations: of the whole run."""
-        self.iterations = iterations
-        self.history: list[dict] = []  # lines shown so far
+        self.iterations = iterations  # of the whole run
+        self.history: list[dict] = []  # lines of metrics.jsonl shown so far
 
     def __enter__(self) -> "Display":
         return self
@@ -96,7 +92,6 @@ class Display:
         print(text, flush=True)
 
     def show(self, line: dict) -> None:
-        """Shows one line of metrics.jsonl."""
         self.history.append(line)
         busy = " ".join(f"{stage} {1 - line[f'bubble_{stage}']:4.0%}" for stage in STAGES)
         print(*self.facts(line["success_rate"]), f"busy: {busy}", sep="  ", flush=True)
@@ -116,7 +111,7 @@ class Display:
         ]
 
     def held_out(self) -> str:
-        """Returns the newest evaluation's success rate and the version that was evaluated."""
+        """Returns the newest evaluation's success rate and its version."""
         for line in reversed(self.history):
             if "eval_success_rate" in line:
                 return f"{line['eval_success_rate']:.1%} at {line['eval_version']}"
@@ -172,13 +167,9 @@ class Panel(Display):
 
 def reasons(waits: dict[str, float], stage: str) -> str:
     """Says what a stage waits for, the longest wait first; waits: as in a line of metrics.jsonl."""
-    shares = []
-    for name, share in waits.items():
-        who, _, cause = name.partition(":")
-        if who == stage and share >= 0.01:
-            shares.append((share, cause))
-    text = ", ".join(f"{cause} {share:.0%}" for share, cause in sorted(shares, reverse=True))
-    return f"waits for {text}" if text else ""
+    shares = [(share, name.split(":")) for name, share in waits.items() if share >= 0.01]
+    said = [f"{cause} {share:.0%}" for share, (who, cause) in sorted(shares)[::-1] if who == stage]
+    return f"waits for {', '.join(said)}" if said else ""
 
 
 def progress(iterations: int, interactive: bool) -> Display:
@@ -209,16 +200,14 @@ def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
             settings=wandb.Settings(silent=True),
         )
     except wandb.errors.Error as error:
-        # A folder made for this start is removed, as the next start may have its name. W&B may
-        # still be writing there.
+        # The next start may have the name of this folder. W&B may still be writing there.
         if not config.train.resume:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
 
 
 def flatten(line: dict, above: str = "") -> dict[str, float]:
-    """Returns every number of a nested line by its path, such as `waits/env:action`. Texts and
-    nulls are left out: a chart cannot show them."""
+    """Returns every number of a nested line by its path, such as `waits/env:action`."""
     out = {}
     for name, value in line.items():
         if isinstance(value, dict):
