@@ -53,11 +53,9 @@ class RunConfig:
     suite: str = ""
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     algorithm: Literal["ppo", "grpo"] = "ppo"
-    """decoupled PPO, which is PPO when the staleness is 0; or GRPO, which has no critic and
-    compares trajectories within groups"""
+    """decoupled PPO (PPO at staleness 0), or GRPO: no critic, trajectories compared in groups"""
     preset: Preset = "full"
-    """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and
-    stream"""
+    """row of RL-VLA³'s Table 1: placement, max-staleness, batch-max, batch-wait-ms and stream"""
     ratio: str = "3:1"
     """R:A: R parts of the machine for env and rollout workers, A for actor workers. Parts are GPUs,
     or without them processes and threads. auto chooses by measured costs, again as they change"""
@@ -65,8 +63,7 @@ class RunConfig:
     """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json holds the one
     that a run uses last"""
     workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
-    """no flag: the env, rollout and actor workers that flags gave beside --ratio auto, kept for a
-    resumed run; 0 where the ratio decides"""
+    """no flag: worker counts given beside --ratio auto, for a resumed run; 0 where it decides"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates
     env from rollout"""
@@ -85,8 +82,7 @@ class RunConfig:
     """SentencePiece file (published GR00T: Qwen's vocabulary); none means the one that belongs to
     the checkpoint"""
     statistics: str = ""
-    """which statistics of a checkpoint folder to use, where it has several: OFT's unnorm key,
-    GR00T's embodiment tag, π's folder"""
+    """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     checkpoint_every: int = 20
     """iterations between checkpoints; there is always one at the end"""
     wandb: Literal["online", "offline", "off"] = "off"
@@ -126,8 +122,7 @@ class EnvConfig:
     """how often in an hour each env worker is replaced, 1, 2, 4 … seconds after it failed, before
     the run ends; 0 means never"""
     eval_envs: int = 4
-    """lanes that only evaluate, on seeds never trained on; they never hold up the others before the
-    run ends"""
+    """lanes that only evaluate, on seeds never trained on, and hold up nobody before the end"""
     eval_episodes: int = 24
     """episodes of one evaluation, spread evenly over tasks"""
     eval_every: int = 10
@@ -166,15 +161,13 @@ class RolloutConfig:
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: int | None = None
-    """L, prompt length in tokens. None, here and below, means what the checkpoint says (24 in those
-    that are shipped)"""
+    """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
     denoise_steps: int | None = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
     noise_level: float | None = None
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
     sde_steps: int | None = None
-    """one denoise step of each sample is stochastic, drawn from this many last ones (RLinf: all;
-    shipped: 1)"""
+    """a sample's stochastic denoise step is drawn from this many last (RLinf: all; shipped: 1)"""
     temperature: float | None = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
     noise: Literal["sde", "network"] = "sde"
@@ -218,8 +211,7 @@ class ActorConfig:
     grad_clip: float = 1.0
     """largest gradient norm (RLinf: 1.0)"""
     train_vlm: bool = False
-    """also update the image tower and the prefix. False is the published recipe, and lets slots
-    hold their keys and values"""
+    """also update the image tower and the prefix, which the published recipe does not"""
     oft_train: Literal["lora", "full"] | None = None
     """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
     cache_prefix: bool = True
@@ -233,8 +225,8 @@ class AlgorithmConfig:
     gae_lambda: float = 0.95
     """λ of GAE"""
     bootstrap_truncated: bool = False
-    """do not count the time limit as a failure: the return of an episode that it cuts goes on with
-    the value of its last observation (RLinf: on)"""
+    """the time limit is no failure: the return of an episode that it cuts goes on with the value of
+    its last observation (RLinf: on)"""
     granularity: Literal["chunk", "action", "token"] = "chunk"
     """unit of the policy ratio: a whole chunk (π0.5), an action, or a number or token (OFT)"""
     clip_low: float = 0.2
@@ -244,9 +236,9 @@ class AlgorithmConfig:
     dual_clip: float = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
-    """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact,
-    under the weights before a batch's first update; or behaviour, that of the policy that acted,
-    which is plain PPO. auto is exact where samples may be more than 2 versions old"""
+    """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact, by
+    the weights before a batch's first update; or behaviour, of the policy that acted, which is
+    plain PPO. auto is exact where samples may be more than 2 versions old"""
     behaviour_weight_max: float = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
@@ -305,19 +297,9 @@ PRESETS = {
 }
 
 # The model families that know a setting; all know the others. A new family adds its name.
-PI = ("pi0", "pi05")
-FLOW = ("pi0", "pi05", "gr00t")
-FAMILIES_OF = {
-    "noise": PI,
-    "prefix_dtype": FLOW,
-    "denoise_steps": FLOW,
-    "noise_level": FLOW,
-    "sde_steps": FLOW,
-    "train_vlm": FLOW,
-    "cache_prefix": FLOW,
-    "temperature": ("oft",),
-    "oft_train": ("oft",),
-}
+FAMILIES_OF = {"noise": ("pi0", "pi05"), "temperature": ("oft",), "oft_train": ("oft",)}
+FLOW = ("prefix_dtype", "denoise_steps", "noise_level", "sde_steps", "train_vlm", "cache_prefix")
+FAMILIES_OF |= dict.fromkeys(FLOW, ("pi0", "pi05", "gr00t"))
 
 
 # ---------------------------------------------------------------- settings by name
@@ -383,9 +365,8 @@ def run_path(name: str) -> Path:
 def existing_run(name: str) -> Path:
     """Returns the folder of a run that exists. Raises UserError, which names those that do."""
     path = run_path(name)
-    if not path.is_dir():
-        have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
-        raise UserError(f"there is no run {path}: runs/ holds {', '.join(have[-8:])}")
+    have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
+    require(path.is_dir(), f"there is no run {path}: runs/ holds {', '.join(have[-8:])}")
     return path
 
 

@@ -60,9 +60,6 @@ def columns(eval_episodes: int) -> tuple[str, ...]:
     return (*COLUMNS, *(f"outcome_{episode}" for episode in range(eval_episodes)))
 
 
-# ---------------------------------------------------------------- what a worker writes
-
-
 class Meter:
     """Writes one worker's row of the counters, and its spans."""
 
@@ -163,9 +160,6 @@ class Stretch:
         counters.set(row, "time", end)
         if meter.trace is not None:
             meter.record(self.name, self.start, end, self.args)
-
-
-# ---------------------------------------------------------------- what the launcher reads
 
 
 def snapshot(counters: Counters) -> np.ndarray:

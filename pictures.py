@@ -67,9 +67,6 @@ def group_of(row: str) -> str:
     return next(group for group in GROUPS if row.startswith(group))
 
 
-# ---------------------------------------------------------------- the swimlane
-
-
 def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     """Draws a row per worker, by stage. spans: of `read_trace`."""
     plt = plotting()
@@ -160,9 +157,6 @@ def legend(seen: set[str], colours: dict[str, str], kind: str, alpha: float) -> 
         if names := [n for n in colours if colours[n] == colour and kind + n in seen]:
             patches.append(Patch(color=colour, alpha=alpha, label=kind + ", ".join(names)))
     return patches
-
-
-# ---------------------------------------------------------------- the curve
 
 
 def draw_curve(file: Path, lines: list[dict]) -> None:

@@ -15,8 +15,6 @@ from run_folder import RunFolder
 SAY_S = 10.0  # seconds between two sentences while nothing is trained yet
 RECENT = 10  # iterations that success and time left are averaged over
 
-# ---------------------------------------------------------------- words
-
 
 def batch_line(config: Config, segment: int) -> str:
     """Says what one iteration trains; segment: chunk steps of a trajectory."""
@@ -69,9 +67,6 @@ class Beginning:
         if collected < self.batch:
             return f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
         return f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
-
-
-# ---------------------------------------------------------------- a terminal
 
 
 class Display:
@@ -175,9 +170,6 @@ def reasons(waits: dict[str, float], stage: str) -> str:
 def progress(iterations: int, interactive: bool) -> Display:
     """Returns what shows a run's progress: a live panel, or plain lines off a terminal."""
     return Panel(iterations) if interactive else Display(iterations)
-
-
-# ---------------------------------------------------------------- Weights & Biases
 
 
 def mirror(config: Config, folder: RunFolder, run_id: str | None = None):

@@ -98,9 +98,6 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-# ---------------------------------------------------------------- trace.json
-
-
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
     """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker.
 

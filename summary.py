@@ -28,8 +28,6 @@ FOR = {
 # Labels of the buckets of staleness.
 STALENESS = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
 
-# ---------------------------------------------------------------- numbers
-
 
 @dataclass
 class Summary:

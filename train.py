@@ -117,9 +117,6 @@ def without(args: list[str], *flags: str) -> list[str]:
     return kept
 
 
-# ---------------------------------------------------------------- start
-
-
 def connect(setup: Setup) -> Channels:
     """Makes the shared memory and the queues that the workers meet in."""
     gpu = next((device for device in setup.placement.actor_devices if device != "cpu"), "cpu")
@@ -224,9 +221,6 @@ def start_again(
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--ratio-from")
     replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
-
-
-# ---------------------------------------------------------------- a whole run
 
 
 def main(config: Config) -> int:
