@@ -4,6 +4,7 @@ import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import report
 from channel import WAKE, Channels, Record
@@ -25,53 +26,45 @@ class End:
     ratio: str = ""  # the ratio to start again at, unless the user wants it to stop
 
 
+@dataclass(eq=False)
 class Follower:
     """Writes metrics, watches workers, begins evaluations, hears Ctrl-C.
 
     The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        folder: RunFolder,
-        crew: Crew,
-        channels: Channels,
-        reports: Connection,
-        interrupts: list[float],
-        tracker,
-        tuner: Tuner,
-    ):
-        self.setup = setup
-        self.config = setup.config
-        self.folder = folder
-        self.crew = crew
-        self.channels = channels
-        self.reports = reports  # lines and the last word of the first actor worker
-        self.interrupts = interrupts  # monotonic seconds of every Ctrl-C
-        self.tracker = tracker
-        self.tuner = tuner
-        self.began = folder.appended or time.monotonic()
+    setup: Setup
+    folder: RunFolder
+    crew: Crew
+    channels: Channels
+    reports: Connection  # lines and the last word of the first actor worker
+    interrupts: list[float]  # monotonic seconds of every Ctrl-C
+    tracker: Any  # the W&B run, or None
+    tuner: Tuner
+
+    def __post_init__(self):
+        self.config = self.setup.config
+        self.began = self.folder.appended or time.monotonic()
         self.interval: Interval | None = None  # once every worker is ready
         self.warnings = Warnings()
-        past = folder.lines()  # of a run that is resumed, with warnings that were said
+        past = self.folder.lines()  # of a run that is resumed, with warnings that were said
         for line in past:
             self.warnings.of(line)
         self.earlier = past[-1] if past else {}
         self.ledger = Ledger(self.earlier, self.config.actor.update_epochs)
         # Workers that come at another ratio keep the schedule, or each would be judged while it
         # evaluates as the one before did not.
-        before = past if folder.appended else []
-        of_run = (self.config, setup.spec.tasks, setup.version)
-        self.evaluations = Evaluations(*of_run, channels.counters, before)
+        before = past if self.folder.appended else []
+        run = (self.config, self.setup.spec.tasks, self.setup.version, self.channels.counters)
+        self.evaluations = Evaluations(*run, before)
         self.display = report.progress(self.config.train.iterations, sys.stdout.isatty())
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
-        self.beginning = report.Beginning(channels.counters, batch)
-        self.advice = f"continue with: python train.py --resume {folder.name}"
+        self.beginning = report.Beginning(self.channels.counters, batch)
+        self.advice = f"continue with: python train.py --resume {self.folder.name}"
 
     def follow(self) -> End:
         """Returns when the run is done, interrupted, or to start again. Raises WorkerFailed."""
         end = None
-        with self.display:
+        with self.display.screen:
             while end is None:
                 news = self.watch()
                 self.say_how_it_begins()

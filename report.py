@@ -6,6 +6,7 @@ Left out: what a finished run says of itself (summary.py), and warnings (diagnos
 import json
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from channel import Counters
 from config import Config, UserError, to_json
@@ -40,9 +41,8 @@ class Beginning:
     """Says how far a run is until its first iteration is done, which may take minutes."""
 
     def __init__(self, counters: Counters, batch: int):
-        """counters: a row per worker; batch: chunk steps that the first iteration needs."""
         self.counters = counters
-        self.batch = batch
+        self.batch = batch  # chunk steps that the first iteration needs
         self.began = time.monotonic()
         self.said = self.began  # when the newest sentence was
         self.all_ready = False
@@ -70,17 +70,13 @@ class Beginning:
 
 
 class Display:
-    """Shows a run's progress while its `with` block lasts. This one prints plain lines."""
+    """Shows a run's progress. This one prints plain lines."""
+
+    screen: AbstractContextManager = nullcontext()  # is to be entered while the run goes on
 
     def __init__(self, iterations: int):
         self.iterations = iterations  # of the whole run
         self.history: list[dict] = []  # lines of metrics.jsonl shown so far
-
-    def __enter__(self) -> "Display":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
 
     def say(self, text: str) -> None:
         """Shows a sentence about the time before the first iteration."""
@@ -128,17 +124,10 @@ class Panel(Display):
         super().__init__(iterations)
         from rich.live import Live
 
-        self.live = Live("starting workers …", refresh_per_second=4)
-
-    def __enter__(self) -> Display:
-        self.live.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.live.stop()
+        self.screen = Live("starting workers …", refresh_per_second=4)
 
     def say(self, text: str) -> None:
-        self.live.update(text)
+        self.screen.update(text)
 
     def show(self, line: dict) -> None:
         from rich.console import Group
@@ -157,7 +146,7 @@ class Panel(Display):
             busy = 1.0 - line[f"bubble_{stage}"]
             bar = ProgressBar(1.0, busy, width=40)
             bars.add_row(f"{stage:7s}", bar, f"busy {busy:4.0%}", reasons(line["waits"], stage))
-        self.live.update(Group(head, bars, ProgressBar(self.iterations, line["iteration"], 60)))
+        self.screen.update(Group(head, bars, ProgressBar(self.iterations, line["iteration"], 60)))
 
 
 def reasons(waits: dict[str, float], stage: str) -> str:

@@ -25,13 +25,14 @@ import actor_worker
 import env_worker
 import metrics
 import pictures
+import processes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
 from config import (
-    PRESETS,
     WORKERS,
     Config,
+    RunConfig,
     completed,
     existing_run,
     exit_on_user_error,
@@ -44,15 +45,7 @@ from config import (
 )
 from follow import End, Follower
 from prepare import Setup, memory_report, prepare
-from processes import (
-    Crew,
-    Job,
-    WorkerFailed,
-    keep_interrupts,
-    note_interrupts,
-    replace_this_process,
-    was_interrupted,
-)
+from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
 from run_folder import RunFolder
 from weights import WeightPlane
@@ -60,22 +53,13 @@ from weights import WeightPlane
 # ---------------------------------------------------------------- the command line
 
 
-@dataclass
-class FirstLook:
-    """The two flags that decide what the others default to."""
-
-    preset: str = "full"
-    resume: str = ""
-
-
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
 
     A preset or a resumed run's config.json supplies the defaults, which flags override."""
     known = [word for word in args if word not in ("-h", "--help")]
-    look, _ = tyro.cli(FirstLook, args=known, return_unknown_args=True)
-    # A wrong preset is named by the second look.
-    default = from_preset(look.preset if look.preset in PRESETS else "full")
+    look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
+    default = from_preset(look.preset)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
         require(
@@ -211,7 +195,7 @@ def start_again(
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
     It returns only if Ctrl-C came before. The new start hears what comes later."""
-    heard = keep_interrupts()
+    heard = processes.keep_interrupts()
     if interrupts:
         return
     handover = Handover(os.getpid(), past, folder.appended, tracker and tracker.id, heard)
@@ -220,7 +204,7 @@ def start_again(
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--ratio-from")
-    replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
+    processes.replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
 
 
 def main(config: Config) -> int:
@@ -234,8 +218,8 @@ def main(config: Config) -> int:
     handover = Handover.take(path)
     again = handover.heard is not None
     folder = RunFolder(path, resume=bool(train.resume), keep_spans=again)
-    interrupts = note_interrupts()
-    if again and was_interrupted(handover.heard):
+    interrupts = processes.note_interrupts()
+    if again and processes.was_interrupted(handover.heard):
         interrupts.append(time.monotonic())
     tracker = mirror(setup.config, folder, handover.tracker)
     folder.appended = handover.appended

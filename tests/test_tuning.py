@@ -775,12 +775,13 @@ CHANGES = """
 import os
 import signal
 import sys
+import processes
 import train
 import tuning
 from config import exit_on_user_error
 
 iteration = tuning.Tuner.iteration
-replace = train.replace_this_process
+replace = processes.replace_this_process
 connect = train.connect
 
 def decides(self, version, cpu_s):
@@ -802,7 +803,7 @@ def counts(setup):
 
 tuning.Tuner.iteration = decides
 train.connect = counts
-train.replace_this_process = interrupted
+processes.replace_this_process = interrupted
 if __name__ == "__main__":
     with exit_on_user_error():
         sys.exit(train.main(train.parse(sys.argv[1:])))
