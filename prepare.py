@@ -179,19 +179,17 @@ def resume_from(config: Config) -> tuple[Path, dict]:
     try:
         resume = json.loads((found / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one"
-        ) from None
+        said = f"cannot read {found / 'state.json'}: {error}"
+        raise UserError(f"{said}; remove {found} to use an older one") from None
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         require(
             setting(config, name) == before,
             f"{flag_of(name)} was {before} when run {run} began: it cannot change now",
         )
-    require(
-        resume["version"] < config.train.iterations,
-        f"run {run} already has {resume['version']} iterations: give more --iterations",
-    )
+    done = resume["version"]
+    over = f"run {run} already has {done} iterations: give more --iterations"
+    require(done < config.train.iterations, over)
     return found, resume
 
 
@@ -200,13 +198,12 @@ def resume_from(config: Config) -> tuple[Path, dict]:
 
 def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
     """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
-    require(
-        simulator.vectorised or not config.env.lanes,
-        f"--lanes {config.env.lanes} is for vectorised simulators: {config.train.env} steps every "
-        "env by itself",
-    )
+    lanes = config.env.lanes
+    only = f"--lanes {lanes} is for vectorised simulators"
+    alone = f"{config.train.env} steps every env by itself"
+    require(simulator.vectorised or not lanes, f"{only}: {alone}")
     if simulator.vectorised:
-        config = completed(config, lanes=config.env.lanes or 2)
+        config = completed(config, lanes=lanes or 2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
     choices = {}
@@ -235,15 +232,10 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
     segment = config.env.segment or horizon
     tasks = len(spec.tasks)
-    require(
-        segment <= horizon,
-        f"--segment {segment} is longer than an episode of {horizon} chunk steps: choose at most "
-        f"{horizon}",
-    )
-    require(
-        config.train.algorithm != "grpo" or segment == horizon,
-        f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole",
-    )
+    long = f"--segment {segment} is longer than an episode of {horizon} chunk steps"
+    require(segment <= horizon, f"{long}: choose at most {horizon}")
+    cut = f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole"
+    require(config.train.algorithm != "grpo" or segment == horizon, cut)
     note = ""
     if config.env.envs % tasks and segment < horizon:
         note = (

@@ -82,15 +82,13 @@ def may_pass(error: BaseException) -> bool:
 
 def place_of(error: BaseException) -> str:
     """Returns "file:line" where an error arose: the innermost place outside installed packages."""
-    if isinstance(error, SyntaxError) and error.filename:
-        file, line = error.filename, error.lineno
-    else:
+    place = error
+    if not (isinstance(error, SyntaxError) and error.filename):
         installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not frame.filename.startswith(tuple(installed))]
-        frame = (own or frames)[-1]
-        file, line = frame.filename, frame.lineno
-    return f"{file.removeprefix(f'{ROOT}/')}:{line}"
+        place = (own or frames)[-1]
+    return f"{place.filename.removeprefix(f'{ROOT}/')}:{place.lineno}"
 
 
 def describe(error: BaseException) -> str:
