@@ -432,11 +432,9 @@ def validate(config: Config) -> None:
     check_family(config)
     check_algorithm(config)
     check_shares(config)
-    require(
-        not (config.actor.extra_staleness and config.env.evaluates),
-        "--extra-staleness makes evaluations meet old weights: add --eval-every 0, and use "
-        "evaluate.py afterwards",
-    )
+    old = "--extra-staleness makes evaluations meet old weights"
+    instead = "add --eval-every 0, and use evaluate.py afterwards"
+    require(not (config.actor.extra_staleness and config.env.evaluates), f"{old}: {instead}")
 
 
 def check_family(config: Config) -> None:
@@ -444,15 +442,12 @@ def check_family(config: Config) -> None:
     model = config.train.model
     default = Config()
     for name, families in FAMILIES_OF.items():
-        require(
-            model in (*families, "emulated") or setting(config, name) == setting(default, name),
-            f"{flag_of(name)} means something to {', '.join(families)}, not to {model}",
-        )
-    require(
-        not config.actor.train_vlm or config.rollout.prefix_dtype == "float32",
-        "--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm, or give "
-        "--prefix-dtype float32",
-    )
+        known = model in (*families, "emulated")
+        means = f"{flag_of(name)} means something to {', '.join(families)}, not to {model}"
+        require(known or setting(config, name) == setting(default, name), means)
+    frozen = not config.actor.train_vlm or config.rollout.prefix_dtype == "float32"
+    instead = "leave out --train-vlm, or give --prefix-dtype float32"
+    require(frozen, f"--prefix-dtype bfloat16 is for a frozen VLM: {instead}")
 
 
 def check_algorithm(config: Config) -> None:
@@ -467,11 +462,8 @@ def check_algorithm(config: Config) -> None:
     )
     if config.train.algorithm != "grpo":
         return
-    require(
-        algorithm.group_size >= 2,
-        f"--group-size {algorithm.group_size} must be at least 2: GRPO compares trajectories with "
-        "each other",
-    )
+    group = f"--group-size {algorithm.group_size} must be at least 2"
+    require(algorithm.group_size >= 2, f"{group}: GRPO compares trajectories with each other")
     why = "needs a critic, and GRPO has none: leave it out, or give --algorithm ppo"
     require(not algorithm.bootstrap_truncated, f"--bootstrap-truncated {why}")
     require(not algorithm.critic_warmup, f"--critic-warmup {algorithm.critic_warmup} {why}")
@@ -505,19 +497,11 @@ def check_shares(config: Config) -> None:
     ):
         said = f"{flag} {total} is not divisible by {what} ({parts})"
         require(total % parts == 0, f"{said}: choose {flag} as a multiple of it")
-    require(
-        env.env_workers <= env.envs,
-        f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least "
-        f"{env.env_workers}",
-    )
+    few = f"{env.env_workers} env workers have only {env.envs} envs"
+    require(env.env_workers <= env.envs, f"{few}: give --envs at least {env.env_workers}")
     lanes = env.envs // env.width
-    require(
-        config.rollout.rollout_workers <= lanes,
-        f"{config.rollout.rollout_workers} rollout workers have only {lanes} lanes: raise --envs",
-    )
-    workers = env.env_workers + config.rollout.rollout_workers + ranks
-    require(
-        workers <= MOST_WORKERS,
-        f"{workers} workers are more than one machine can start ({MOST_WORKERS}): lower "
-        "--env-workers",
-    )
+    rollouts = config.rollout.rollout_workers
+    require(rollouts <= lanes, f"{rollouts} rollout workers have only {lanes} lanes: raise --envs")
+    workers = env.env_workers + rollouts + ranks
+    many = f"{workers} workers are more than one machine can start ({MOST_WORKERS})"
+    require(workers <= MOST_WORKERS, f"{many}: lower --env-workers")

@@ -66,11 +66,10 @@ class Meter:
     nothing = contextlib.nullcontext()  # in place of a span that is not to be recorded
 
     def __init__(self, name: str, row: int, counters: Counters, trace: Path | None):
-        """name: as "env-0"; trace: the folder for spans, or None."""
-        self.name = name
+        self.name = name  # "env-0"
         self.row = row
         self.counters = counters
-        self.trace = trace
+        self.trace = trace  # the folder for spans
         self.spans: list[Span] = []  # not yet in the file
         self.recorded = 0
         self.flushed = time.monotonic()
@@ -131,11 +130,10 @@ class Stretch:
     __slots__ = ("meter", "name", "column", "waiting", "args", "start")
 
     def __init__(self, meter: Meter, name: str, column: str, waiting: int, args: dict | None):
-        """column: where the seconds are added; waiting: 1 + the cause's place in CAUSES, or 0."""
         self.meter = meter
         self.name = name
-        self.column = column
-        self.waiting = waiting
+        self.column = column  # to which the seconds are added
+        self.waiting = waiting  # 1 + the cause's place in CAUSES, or 0
         self.args = args
 
     def __enter__(self) -> None:
@@ -181,9 +179,8 @@ class Interval:
     """Tells what the counters gained since it was last asked, which is once an iteration."""
 
     def __init__(self, counters: Counters, rows: dict[str, list[int]]):
-        """rows: for each stage, the rows of its workers."""
         self.counters = counters
-        self.rows = rows
+        self.rows = rows  # of each stage's workers
         self.last = snapshot(counters)
         self.last_time = time.monotonic()
         self.gained = np.zeros_like(self.last)

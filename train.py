@@ -62,11 +62,8 @@ def parse(args: list[str]) -> Config:
     default = from_preset(look.preset)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
-        require(
-            not gives(args, "--run"),
-            f"--run and --resume {look.resume} exclude each other: a resumed run goes on in its "
-            "own folder",
-        )
+        both = f"--run and --resume {look.resume} exclude each other"
+        require(not gives(args, "--run"), f"{both}: a resumed run goes on in its own folder")
         default = from_json(saved)
         default.train.ratio_from = default.train.parts
         if default.train.ratio == "auto" or gives(args, "--ratio", "--placement"):
@@ -77,10 +74,8 @@ def parse(args: list[str]) -> Config:
     ratio_from = config.train.ratio_from
     if ratio_from not in ("", default.train.ratio_from):
         parse_ratio(ratio_from, "--ratio-from")
-        require(
-            config.train.ratio == "auto",
-            f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them",
-        )
+        alone = f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them"
+        require(config.train.ratio == "auto", alone)
     return config
 
 
