@@ -66,8 +66,6 @@ class EvaluateConfig:
 
 @dataclass
 class Episode:
-    """One episode, from its reset until it ends."""
-
     number: int
     task: int
     env: object  # the simulator that plays it

@@ -126,9 +126,8 @@ def advice(summary: Summary, config: Config) -> str:
     admission = summary.waits["env"].get("admission", 0.0)
     trajectories = summary.waits["actor"].get("trajectory", 0.0)
     cause = max(summary.waits[most], key=summary.waits[most].get, default="nothing")
-    waiting = (
-        f"{NAMES[most]} wait {bubble[most]:.0%} of their time, mostly for {FOR.get(cause, cause)}"
-    )
+    whom = FOR.get(cause, cause)
+    waiting = f"{NAMES[most]} wait {bubble[most]:.0%} of their time, mostly for {whom}"
     if bubble[most] < 0.15:
         found = f"The stages are balanced, for none waits more than {bubble[most]:.0%} of its time"
         return f"{found}: there is nothing to change."
