@@ -143,10 +143,8 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
             config = completed(config, checkpoint=shipped)
         else:
             config = with_random_weights(config, simulator)
-            note = (
-                f"no checkpoint is given and none shipped for {train.env}: a small {train.model} "
-                "of random weights starts\n"
-            )
+            none = f"no checkpoint is given and none shipped for {train.env}"
+            note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
     image_size = config.env.image_size
@@ -236,14 +234,14 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     require(segment <= horizon, f"{long}: choose at most {horizon}")
     cut = f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole"
     require(config.train.algorithm != "grpo" or segment == horizon, cut)
-    note = ""
-    if config.env.envs % tasks and segment < horizon:
-        note = (
-            f"{config.env.envs} envs take turns at {tasks} tasks, so episodes end after --segment "
-            f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a "
-            f"multiple of {tasks} as --envs\n"
-        )
-    return completed(config, segment=segment), note
+    config = completed(config, segment=segment)
+    if config.env.envs % tasks == 0 or segment == horizon:
+        return config, ""
+    return config, (
+        f"{config.env.envs} envs take turns at {tasks} tasks, so episodes end after --segment "
+        f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a multiple "
+        f"of {tasks} as --envs\n"
+    )
 
 
 def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
