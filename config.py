@@ -1,10 +1,7 @@
 """Every setting, one dataclass per stage; presets; what must hold between settings.
 
-    python train.py --help
-
-`--preset` names a row of RL-VLA³'s Table 1 and sets five defaults, which flags override; the
-defaults written here are the row `full`. Left out: any second way to configure (no files, no
-environment variables).
+`python train.py --help` shows them. Left out: any second way to configure (no files, no environment
+variables).
 """
 
 import contextlib
@@ -14,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,28 +47,23 @@ class RunConfig:
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
     env: str = "metaworld"
     """simulator: metaworld, libero, maniskill, robocasa, or a new one (envs/__init__.py);
-    `emulated`, `emulated_gr00t` and `vectorised` sleep for calibrated times, to measure the
-    pipeline alone"""
+    `emulated`, `emulated_gr00t` and `vectorised` sleep as the policy `emulated` does"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
     suite: str = ""
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     algorithm: Literal["ppo", "grpo"] = "ppo"
-    """decoupled PPO, which is PPO when the staleness is 0; or GRPO, which has no critic and
-    compares trajectories within groups"""
+    """decoupled PPO (PPO at staleness 0), or GRPO: no critic, trajectories compared in groups"""
     preset: Preset = "full"
-    """row of RL-VLA³'s Table 1: defaults of placement, max-staleness, batch-max, batch-wait-ms and
-    stream"""
+    """row of RL-VLA³'s Table 1: placement, max-staleness, batch-max, batch-wait-ms and stream"""
     ratio: str = "3:1"
-    """R:A: R parts of the machine for env and rollout workers, A parts for actor workers. Parts are
-    GPUs, or without them worker processes and threads. auto measures what stages cost, chooses,
-    and chooses again as costs change"""
+    """R:A: R parts of the machine for env and rollout workers, A for actor workers. Parts are GPUs,
+    or without them processes and threads. auto chooses by measured costs, again as they change"""
     ratio_from: str = ""
     """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json holds the one
     that a run uses last"""
     workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
-    """no flag: the env, rollout and actor workers that flags gave beside --ratio auto, kept for a
-    resumed run; 0 where the ratio decides"""
+    """no flag: worker counts given beside --ratio auto, for a resumed run; 0 where it decides"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates
     env from rollout"""
@@ -89,8 +82,7 @@ class RunConfig:
     """SentencePiece file (published GR00T: Qwen's vocabulary); none means the one that belongs to
     the checkpoint"""
     statistics: str = ""
-    """which statistics of a checkpoint folder to use, where it has several: OFT's unnorm key,
-    GR00T's embodiment tag, π's folder"""
+    """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     checkpoint_every: int = 20
     """iterations between checkpoints; there is always one at the end"""
     wandb: Literal["online", "offline", "off"] = "off"
@@ -112,27 +104,25 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class EnvConfig:
     envs: int = 24
-    """simulators that ask for actions; each keeps its task if the number of tasks divides --envs,
-    else they take turns"""
+    """simulators; each keeps its task if the number of tasks divides --envs, else they alternate"""
     env_workers: int = 0
     """processes that step them; 0 derives it from --ratio"""
     lanes: int = 0
-    """lanes per env worker of a vectorised simulator; the envs of a lane step together. 0 means 2,
-    so that one lane steps while the other waits"""
+    """lanes per env worker of a vectorised simulator, whose envs step together. 0 means 2: one
+    steps while the other waits"""
     image_size: int = 0
     """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (256
     for another project's, which resizes them)"""
     render_quality: Literal["fast", "full"] = "fast"
-    """full draws the simulator's own picture; fast leaves out shadows, smooth edges and details
-    that are too small to see (LIBERO)"""
+    """full draws the simulator's own picture; fast leaves out shadows, smooth edges and details too
+    small to see (LIBERO)"""
     segment: int = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     restarts: int = 5
     """how often in an hour each env worker is replaced, 1, 2, 4 … seconds after it failed, before
     the run ends; 0 means never"""
     eval_envs: int = 4
-    """lanes that only evaluate, on seeds never trained on; they never hold up the others before the
-    run ends"""
+    """lanes that only evaluate, on seeds never trained on, and hold up nobody before the end"""
     eval_episodes: int = 24
     """episodes of one evaluation, spread evenly over tasks"""
     eval_every: int = 10
@@ -149,10 +139,8 @@ class EnvConfig:
 
     @property
     def eval_width(self) -> int:
-        """Envs of an evaluation lane.
-
-        With a vectorised simulator every env worker has one such lane; where the envs do not divide
-        among the workers, the first worker has them all."""
+        """Envs of an evaluation lane. Each worker of a vectorised simulator has one such lane, or
+        the first one has them all where they do not divide among the workers."""
         if not self.lanes:
             return 1
         if self.eval_envs % self.env_workers:
@@ -173,15 +161,13 @@ class RolloutConfig:
     chunk: int = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: int | None = None
-    """L, prompt length in tokens. None, here and below, means what the checkpoint says (24 in those
-    that are shipped)"""
+    """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
     denoise_steps: int | None = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
     noise_level: float | None = None
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
     sde_steps: int | None = None
-    """one denoise step of each sample is stochastic, drawn from this many last ones (RLinf: all;
-    shipped: 1)"""
+    """a sample's stochastic denoise step is drawn from this many last (RLinf: all; shipped: 1)"""
     temperature: float | None = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
     noise: Literal["sde", "network"] = "sde"
@@ -215,37 +201,32 @@ class ActorConfig:
     lr: float = 1.5e-4
     """AdamW learning rate of the action expert"""
     warmup: int = 5
-    """iterations over which learning rates rise from 0, because Adam's first steps are as large as
-    its later ones and less right"""
+    """iterations in which learning rates rise from 0: Adam's first steps are the least right"""
     value_lr: float = 1e-3
     """AdamW learning rate of the value head"""
     anneal: bool = True
-    """lower learning rates linearly to 0 over the second half of --iterations, so that the last
-    policy is a settled one"""
+    """lower learning rates linearly to 0 over the second half of --iterations"""
     weight_decay: float = 0.01
     """AdamW (RLinf: 0.01)"""
     grad_clip: float = 1.0
     """largest gradient norm (RLinf: 1.0)"""
     train_vlm: bool = False
-    """also update the image tower and the prefix. False is the published recipe, and lets slots
-    hold their keys and values"""
+    """also update the image tower and the prefix, which the published recipe does not"""
     oft_train: Literal["lora", "full"] | None = None
     """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
     cache_prefix: bool = True
-    """keep the keys and values of a frozen VLM in the slots; False saves their memory and computes
-    them again in every epoch"""
+    """keep a frozen VLM's keys and values in the slots; False computes them again in every epoch"""
 
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
     gamma: float = 0.9
-    """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so that every chunk matters
-    and not only an episode's end"""
+    """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so every chunk matters"""
     gae_lambda: float = 0.95
     """λ of GAE"""
     bootstrap_truncated: bool = False
-    """do not count the time limit as a failure: the return of an episode that it cuts goes on with
-    the value of its last observation (RLinf: on)"""
+    """the time limit is no failure: the return of an episode that it cuts goes on with the value of
+    its last observation (RLinf: on)"""
     granularity: Literal["chunk", "action", "token"] = "chunk"
     """unit of the policy ratio: a whole chunk (π0.5), an action, or a number or token (OFT)"""
     clip_low: float = 0.2
@@ -255,16 +236,15 @@ class AlgorithmConfig:
     dual_clip: float = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
-    """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact,
-    under the weights before a batch's first update; or behaviour, that of the policy that acted,
-    which is plain PPO. auto is exact where samples may be more than 2 versions old"""
+    """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact, by
+    the weights before a batch's first update; or behaviour, of the policy that acted, which is
+    plain PPO. auto is exact where samples may be more than 2 versions old"""
     behaviour_weight_max: float = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
     """what happens to samples above it"""
     kl_stop: float = 0.0
-    """stop the epochs over a batch once a minibatch's KL from the policy that acted is above this;
-    0 means never"""
+    """end a batch's epochs when a minibatch's KL from the acting policy is above this; 0: never"""
     critic_warmup: int = 0
     """iterations in which only the value head learns"""
     value_clip: float = 0.2
@@ -316,21 +296,10 @@ PRESETS = {
     "full": ("disaggregated", 1, "auto", "auto", True),
 }
 
-# The model families that know a setting; all know the others. Another family refuses the flag. A
-# new family that knows one of these settings adds its name.
-PI = ("pi0", "pi05")
-FLOW = ("pi0", "pi05", "gr00t")
-FAMILIES_OF = {
-    "noise": PI,
-    "prefix_dtype": FLOW,
-    "denoise_steps": FLOW,
-    "noise_level": FLOW,
-    "sde_steps": FLOW,
-    "train_vlm": FLOW,
-    "cache_prefix": FLOW,
-    "temperature": ("oft",),
-    "oft_train": ("oft",),
-}
+# The model families that know a setting; all know the others. A new family adds its name.
+FAMILIES_OF = {"noise": ("pi0", "pi05"), "temperature": ("oft",), "oft_train": ("oft",)}
+FLOW = ("prefix_dtype", "denoise_steps", "noise_level", "sde_steps", "train_vlm", "cache_prefix")
+FAMILIES_OF |= dict.fromkeys(FLOW, ("pi0", "pi05", "gr00t"))
 
 
 # ---------------------------------------------------------------- settings by name
@@ -351,9 +320,7 @@ def setting(config: Config, name: str) -> Any:
 
 
 def completed(config: Config, **settings: Any) -> Config:
-    """Returns a copy in which these settings have these values: completed(config, envs=8).
-
-    The given settings stay as they are."""
+    """Returns a copy in which these settings have these values: completed(config, envs=8)."""
     copied = copy.deepcopy(config)
     for name, value in settings.items():
         setattr(getattr(copied, STAGE_OF[name]), name, value)
@@ -374,10 +341,10 @@ def from_preset(name: str) -> Config:
 
 
 def embedded_files(model: str, env: str) -> tuple[Path, Path]:
-    """Returns where the shipped checkpoint of a family for this simulator and its vocabulary lie.
+    """Returns where a family's shipped checkpoint for this simulator would lie, and its vocabulary.
 
-    A simulator for which none is shipped has no such checkpoint file. OFT's prompts have words of
-    their own."""
+    A simulator for which none is shipped has no such file."""
+    # OFT's prompts have words of their own.
     vocabulary = "tokenizer_oft.model" if model == "oft" else "tokenizer.model"
     return ASSETS / f"{model}_{env}.safetensors", ASSETS / vocabulary
 
@@ -398,9 +365,8 @@ def run_path(name: str) -> Path:
 def existing_run(name: str) -> Path:
     """Returns the folder of a run that exists. Raises UserError, which names those that do."""
     path = run_path(name)
-    if not path.is_dir():
-        have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
-        raise UserError(f"there is no run {path}: runs/ holds {', '.join(have[-8:])}")
+    have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
+    require(path.is_dir(), f"there is no run {path}: runs/ holds {', '.join(have[-8:])}")
     return path
 
 
@@ -410,9 +376,8 @@ def from_json(path: Path) -> Config:
         saved = json.loads(path.read_text())
         config = Config()
         for stage_name, values in saved.items():
-            stage = getattr(config, stage_name)
-            for name, value in values.items():
-                getattr(stage, name)  # an unknown setting is an AttributeError
+            stage = getattr(config, stage_name)  # an unknown one is an AttributeError
+            for name, value in values.items():  # so is an unknown setting
                 setattr(stage, name, from_saved(name, value))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
@@ -441,47 +406,35 @@ def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
 
 # ---------------------------------------------------------------- what must hold
 
-ABOVE_0 = math.ulp(0.0)  # the least number above 0
-# The least number of each setting. Settings that also take none or a word may be one.
-LEAST = {
-    1: ("iterations", "envs", "batch", "minibatch", "micro_batch", "update_epochs", "chunk")
-    + ("checkpoint_every", "tokens", "denoise_steps", "batch_max"),
-    0: ("seed", "max_staleness", "extra_staleness", "batch_wait_ms", "image_size", "segment")
-    + ("restarts", "eval_every", "eval_envs", "eval_episodes", "weight_decay", "gae_lambda"),
-    ABOVE_0: ("timeout_s", "temperature", "clip_low", "clip_high", "lr", "value_lr", "grad_clip")
-    + ("noise_level", "gamma"),
-}
-LEAST_IN_WORDS = {
-    1: "must be at least 1",
-    0: "must be 0 or more",
-    ABOVE_0: "is out of range: it must be more than 0",
-}
-AT_MOST_1 = ("gamma", "gae_lambda")
+# What must hold of a number. Settings that also take none or a word may be that instead.
+AT_LEAST_1 = ("iterations", "envs", "batch", "minibatch", "micro_batch", "update_epochs", "chunk")
+AT_LEAST_1 += ("checkpoint_every", "tokens", "denoise_steps", "batch_max")
+AT_LEAST_0 = ("seed", "max_staleness", "extra_staleness", "batch_wait_ms", "image_size", "segment")
+AT_LEAST_0 += ("restarts", "eval_every", "eval_envs", "eval_episodes", "weight_decay", "gae_lambda")
+ABOVE_0 = ("timeout_s", "temperature", "clip_low", "clip_high", "lr", "value_lr", "grad_clip")
+ABOVE_0 += ("noise_level", "gamma")
+RANGES = (
+    (ge, 1, "must be at least 1", AT_LEAST_1),
+    (ge, 0, "must be 0 or more", AT_LEAST_0),
+    (gt, 0, "is out of range: it must be more than 0", ABOVE_0),
+    (le, 1, "is out of range: it must be at most 1", ("gamma", "gae_lambda")),
+)
 MOST_WORKERS = 120  # each needs two file descriptors, and the fork server takes 256 at once
 
 
 def validate(config: Config) -> None:
     """Checks what must hold between settings once worker counts are known. Raises UserError."""
-    check_ranges(config)
+    for holds, limit, words, names in RANGES:
+        for name in names:
+            value = setting(config, name)
+            if isinstance(value, int | float):
+                require(holds(value, limit), f"{flag_of(name)} {value} {words}")
     check_family(config)
     check_algorithm(config)
     check_shares(config)
-
-
-def check_ranges(config: Config) -> None:
-    for least, names in LEAST.items():
-        for name in names:
-            value = setting(config, name)
-            if value is not None and not isinstance(value, str):
-                require(value >= least, f"{flag_of(name)} {value} {LEAST_IN_WORDS[least]}")
-    for name in AT_MOST_1:
-        value = setting(config, name)
-        require(value <= 1, f"{flag_of(name)} {value} is out of range: it must be at most 1")
-    require(
-        not (config.actor.extra_staleness and config.env.evaluates),
-        "--extra-staleness makes evaluations meet old weights: add --eval-every 0, and use "
-        "evaluate.py afterwards",
-    )
+    old = "--extra-staleness makes evaluations meet old weights"
+    instead = "add --eval-every 0, and use evaluate.py afterwards"
+    require(not (config.actor.extra_staleness and config.env.evaluates), f"{old}: {instead}")
 
 
 def check_family(config: Config) -> None:
@@ -489,15 +442,12 @@ def check_family(config: Config) -> None:
     model = config.train.model
     default = Config()
     for name, families in FAMILIES_OF.items():
-        require(
-            model in (*families, "emulated") or setting(config, name) == setting(default, name),
-            f"{flag_of(name)} means something to {', '.join(families)}, not to {model}",
-        )
-    require(
-        not config.actor.train_vlm or config.rollout.prefix_dtype == "float32",
-        "--prefix-dtype bfloat16 is for a frozen VLM: leave out --train-vlm, or give "
-        "--prefix-dtype float32",
-    )
+        known = model in (*families, "emulated")
+        means = f"{flag_of(name)} means something to {', '.join(families)}, not to {model}"
+        require(known or setting(config, name) == setting(default, name), means)
+    frozen = not config.actor.train_vlm or config.rollout.prefix_dtype == "float32"
+    instead = "leave out --train-vlm, or give --prefix-dtype float32"
+    require(frozen, f"--prefix-dtype bfloat16 is for a frozen VLM: {instead}")
 
 
 def check_algorithm(config: Config) -> None:
@@ -512,19 +462,11 @@ def check_algorithm(config: Config) -> None:
     )
     if config.train.algorithm != "grpo":
         return
-    require(
-        algorithm.group_size >= 2,
-        f"--group-size {algorithm.group_size} must be at least 2: GRPO compares trajectories with "
-        "each other",
-    )
-    for flag, given in (
-        ("--bootstrap-truncated", algorithm.bootstrap_truncated),
-        (f"--critic-warmup {algorithm.critic_warmup}", algorithm.critic_warmup),
-    ):
-        require(
-            not given,
-            f"{flag} needs a critic, and GRPO has none: leave it out, or give --algorithm ppo",
-        )
+    group = f"--group-size {algorithm.group_size} must be at least 2"
+    require(algorithm.group_size >= 2, f"{group}: GRPO compares trajectories with each other")
+    why = "needs a critic, and GRPO has none: leave it out, or give --algorithm ppo"
+    require(not algorithm.bootstrap_truncated, f"--bootstrap-truncated {why}")
+    require(not algorithm.critic_warmup, f"--critic-warmup {algorithm.critic_warmup} {why}")
 
 
 def check_shares(config: Config) -> None:
@@ -543,34 +485,23 @@ def check_shares(config: Config) -> None:
         group == 1 or larger % smaller == 0,
         f"--group-size {group} and the {env.width} envs of a lane must divide one another",
     )
-    whole = f"{larger} envs of a {'group' if group > env.width else 'lane'} × {ranks} actor workers"
-    micro_batches = f"--micro-batch × {ranks} actor workers"
+    for_each = f"× {ranks} actor workers"
+    whole = f"{larger} envs of a {'group' if group > env.width else 'lane'} {for_each}"
     for flag, total, parts, what in (
         ("--envs", env.envs, group, "--group-size"),
         ("--batch", actor.batch, env.envs, "--envs"),
         ("--batch", actor.batch, actor.minibatch, "--minibatch"),
-        ("--minibatch", actor.minibatch, ranks * actor.micro_batch, micro_batches),
+        ("--minibatch", actor.minibatch, ranks * actor.micro_batch, f"--micro-batch {for_each}"),
         ("--minibatch", actor.minibatch, group, "--group-size"),
         ("--minibatch", actor.minibatch, ranks * larger if ranks > 1 else 1, whole),
     ):
-        require(
-            total % parts == 0,
-            f"{flag} {total} is not divisible by {what} ({parts}): choose {flag} as a multiple of "
-            "it",
-        )
-    require(
-        env.env_workers <= env.envs,
-        f"{env.env_workers} env workers have only {env.envs} envs: give --envs at least "
-        f"{env.env_workers}",
-    )
+        said = f"{flag} {total} is not divisible by {what} ({parts})"
+        require(total % parts == 0, f"{said}: choose {flag} as a multiple of it")
+    few = f"{env.env_workers} env workers have only {env.envs} envs"
+    require(env.env_workers <= env.envs, f"{few}: give --envs at least {env.env_workers}")
     lanes = env.envs // env.width
-    require(
-        config.rollout.rollout_workers <= lanes,
-        f"{config.rollout.rollout_workers} rollout workers have only {lanes} lanes: raise --envs",
-    )
-    workers = env.env_workers + config.rollout.rollout_workers + ranks
-    require(
-        workers <= MOST_WORKERS,
-        f"{workers} workers are more than one machine can start ({MOST_WORKERS}): lower "
-        "--env-workers",
-    )
+    rollouts = config.rollout.rollout_workers
+    require(rollouts <= lanes, f"{rollouts} rollout workers have only {lanes} lanes: raise --envs")
+    workers = env.env_workers + rollouts + ranks
+    many = f"{workers} workers are more than one machine can start ({MOST_WORKERS})"
+    require(workers <= MOST_WORKERS, f"{many}: lower --env-workers")

@@ -1,8 +1,7 @@
-"""Warns of what a collapse announces itself by.
+"""Warns of what a collapse announces itself by, and says what to change.
 
-`Warnings` reads the lines of metrics.jsonl as they come, and says what to change. Every key may be
-absent or null: then its sign does not show. Left out: changing anything by itself. The thresholds
-are rules of thumb.
+Every key of a line may be absent or null: then its sign does not show. The thresholds are rules of
+thumb. Left out: changing anything by itself.
 """
 
 from collections.abc import Iterator
@@ -30,10 +29,8 @@ SIGNS = {
 # those went beyond it that learnt from samples 4 and 8 versions old by the interpolated proximal
 # policy, or by none: long before some of them collapsed. No other run did.
 FAR = 0.2
-# Nats that the entropy of actions may lose since the first iteration.
-NARROW = 1.0
-# How much of a task's success may be lost again.
-FALLEN = 0.25
+NARROW = 1.0  # nats that the entropy of actions may lose since the first iteration
+FALLEN = 0.25  # how much of a task's success may be lost again
 # Trajectories of a task before its success counts as its best. With 16 a batch it is smoothed over
 # five iterations by then.
 ENOUGH = 80
@@ -42,8 +39,6 @@ PATIENCE = 3
 
 
 class Warnings:
-    """Says in plain words when a number has left its healthy range, and what to change."""
-
     def __init__(self):
         self.ill: dict[str, int] = {}  # sign → iterations in a row
         self.entropy: float | None = None  # of the first iteration that has one
@@ -63,17 +58,13 @@ class Warnings:
     def signs(self, line: dict) -> Iterator[tuple[str, bool, str]]:
         """Yields every sign: its name, whether it shows now, and what to say then."""
         for key, (limit, text) in SIGNS.items():
-            value = line.get(key)
-            if value is None:
-                yield key, False, ""
-            else:
-                yield key, value > limit if limit > 0 else value < limit, text.format(value)
+            value = line.get(key) or 0.0  # which is healthy
+            yield key, value > limit if limit > 0 else value < limit, text.format(value)
         yield "approx_kl", *self.distance(line)
         if (entropy := line.get("entropy_or_noise")) is not None:
             yield "entropy", *self.narrowing(entropy)
         for task, count in (line.get("trajectories_per_task") or {}).items():
-            rate = line.get(f"success_{task}")
-            if rate is not None:
+            if (rate := line.get(f"success_{task}")) is not None:
                 yield f"success_{task}", *self.loss_of_success(task, count, rate)
 
     def distance(self, line: dict) -> tuple[bool, str]:

@@ -20,15 +20,7 @@ import tyro
 
 import envs
 import models
-from config import (
-    Config,
-    Family,
-    UserError,
-    embedded_files,
-    exit_on_user_error,
-    from_json,
-    require,
-)
+from config import Config, Family, UserError, embedded_files, exit_on_user_error, from_json, require
 from evaluation import EVAL_SEEDS
 from models import checkpoint
 from processes import keep_freed_memory
@@ -74,8 +66,6 @@ class EvaluateConfig:
 
 @dataclass
 class Episode:
-    """One episode, from its reset until it ends."""
-
     number: int
     task: int
     env: object  # the simulator that plays it
@@ -85,7 +75,7 @@ class Episode:
 
 
 class Player:
-    """A policy, its simulator, and how the two understand each other."""
+    """Lets a policy act in a simulator."""
 
     def __init__(self, config: EvaluateConfig, settings: Config, tasks: tuple[str, ...]):
         path = settings.train.checkpoint
@@ -186,20 +176,17 @@ def settings_of(config: EvaluateConfig) -> Config:
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, family) if family else checkpoint.read_header(path)
         family = header.family
-        require(
-            "image_size" in header.shape,
-            f"checkpoint {path} of family {family!r} cannot act: it does not say what it sees",
-        )
+        blind = f"checkpoint {path} of family {family!r} cannot act: it does not say what it sees"
+        require("image_size" in header.shape, blind)
         for name in header.shape.keys() & asdict(rollout).keys():
             setattr(rollout, name, header.shape[name])
         rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
-        rollout.tokens = config.tokens or rollout.tokens
     else:
         unknown = f"checkpoint {path} is another project's: say with --model of which family it is"
         require(family, unknown)
         models.check_family(family, path)
         rollout.chunk = config.chunk
-        rollout.tokens = config.tokens
+    rollout.tokens = config.tokens or rollout.tokens
     settings.train.checkpoint = path
     settings.train.model = family
     settings.train.env = config.env
@@ -234,9 +221,8 @@ def main(config: EvaluateConfig) -> dict:
     try:
         videos.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write videos to {videos}: {error.strerror}; give --videos FOLDER"
-        ) from None
+        found = f"cannot write videos to {videos}: {error.strerror}"
+        raise UserError(f"{found}; give --videos FOLDER") from None
     episodes = player.play()
 
     # Count successes by task, and write down what was seen.

@@ -1,12 +1,10 @@
-"""Follows a run: writes metrics, watches workers, begins evaluations, hears Ctrl-C.
-
-Read `Follower.follow` first.
-"""
+"""Follows a run to its end. Read `Follower.follow` first."""
 
 import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import report
 from channel import WAKE, Channels, Record
@@ -28,61 +26,53 @@ class End:
     ratio: str = ""  # the ratio to start again at, unless the user wants it to stop
 
 
+@dataclass(eq=False)
 class Follower:
-    """Follows a run to its end: writes metrics, watches workers, hears Ctrl-C.
+    """Writes metrics, watches workers, begins evaluations, hears Ctrl-C.
 
     The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        folder: RunFolder,
-        crew: Crew,
-        channels: Channels,
-        reports: Connection,
-        interrupts: list[float],
-        tracker,
-        tuner: Tuner,
-    ):
-        self.setup = setup
-        self.config = setup.config
-        self.folder = folder
-        self.crew = crew
-        self.channels = channels
-        self.reports = reports  # lines and the last word of the first actor worker
-        self.interrupts = interrupts  # monotonic seconds of every Ctrl-C
-        self.tracker = tracker
-        self.tuner = tuner
-        self.began = folder.appended or time.monotonic()
+    setup: Setup
+    folder: RunFolder
+    crew: Crew
+    channels: Channels
+    reports: Connection  # lines and the last word of the first actor worker
+    interrupts: list[float]  # monotonic seconds of every Ctrl-C
+    tracker: Any  # the W&B run, or None
+    tuner: Tuner
+
+    def __post_init__(self):
+        self.config = self.setup.config
+        self.began = self.folder.appended or time.monotonic()
         self.interval: Interval | None = None  # once every worker is ready
         self.warnings = Warnings()
-        past = folder.lines()  # of a run that is resumed
+        past = self.folder.lines()  # of a run that is resumed, with warnings that were said
         for line in past:
-            self.warnings.of(line)  # said before
+            self.warnings.of(line)
         self.earlier = past[-1] if past else {}
         self.ledger = Ledger(self.earlier, self.config.actor.update_epochs)
         # Workers that come at another ratio keep the schedule, or each would be judged while it
         # evaluates as the one before did not.
-        before = past if folder.appended else []
-        self.evaluations = Evaluations(
-            self.config, setup.spec.tasks, setup.version, channels.counters, before
-        )
+        before = past if self.folder.appended else []
+        run = (self.config, self.setup.spec.tasks, self.setup.version, self.channels.counters)
+        self.evaluations = Evaluations(*run, before)
         self.display = report.progress(self.config.train.iterations, sys.stdout.isatty())
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
-        self.beginning = report.Beginning(channels.counters, batch)
+        self.beginning = report.Beginning(self.channels.counters, batch)
+        self.advice = f"continue with: python train.py --resume {self.folder.name}"
 
     def follow(self) -> End:
         """Returns when the run is done, interrupted, or to start again. Raises WorkerFailed."""
-        with self.display:
-            while True:
+        end = None
+        with self.display.screen:
+            while end is None:
                 news = self.watch()
                 self.say_how_it_begins()
                 self.tune()
                 end = self.hear(self.reports.recv()) if news else None
                 if end is None and self.interrupts:
                     end = self.interrupt()
-                if end is not None:
-                    return end
+        return end
 
     def watch(self) -> bool:
         """Waits for the actor's news at most 0.25 s and returns whether there is some."""
@@ -108,8 +98,13 @@ class Follower:
             self.interval = Interval(counters, self.tuner.rows)
         if said := self.tuner.watch():
             print(said, flush=True)
-        if self.tuner.ratio != self.config.train.parts:
+        if self.new_ratio:
             self.ask_to_save()
+
+    @property
+    def new_ratio(self) -> str:
+        """What the tuner wants instead of the ratio in use, or ""."""
+        return self.tuner.ratio if self.tuner.ratio != self.config.train.parts else ""
 
     def ask_to_save(self) -> None:
         """The actor saves after the batch that it is training, and reports where."""
@@ -121,9 +116,8 @@ class Follower:
             checkpoints = self.folder.path / "checkpoints"
             return End(f"{news['done']} iterations done; checkpoint in {checkpoints}")
         if "saved" in news:
-            how = f"interrupted; saved {news['saved']}; {self.advice()}"
-            ratio = self.tuner.ratio if self.tuner.ratio != self.config.train.parts else ""
-            return End(how, 130, "" if self.interrupts else ratio)
+            how = f"interrupted; saved {news['saved']}; {self.advice}"
+            return End(how, 130, "" if self.interrupts else self.new_ratio)
         self.write(self.complete(news))
         return None
 
@@ -166,16 +160,13 @@ class Follower:
             return None  # all is trained and saved
         if self.interval is None:
             if self.setup.resume:
-                return End(f"interrupted; {self.advice()}", 130)
+                return End(f"interrupted; {self.advice}", 130)
             return End("interrupted before anything was trained", 130)
         if len(self.interrupts) > 1 and not self.reports.poll():  # else "saved" may come first
             return End("interrupted twice: stopped without saving", 130)
         if not self.channels.counters.get(0, "stop"):
-            print(
-                "finishing the batch that is being trained, then saving; Ctrl-C again stops "
-                "without saving",
-                flush=True,
-            )
+            then = "then saving; Ctrl-C again stops without saving"
+            print(f"finishing the batch that is being trained, {then}", flush=True)
         self.ask_to_save()
         return None
 
@@ -185,12 +176,6 @@ class Follower:
         now = self.config.train.parts
         if not past.left or self.folder.lines()[-1]["version"] > self.setup.version:
             return End(f"error: {failure}", 1)
-        print(
-            f"ratio {past.left} again: at {now} the workers did not come to an iteration: "
-            f"{failure}",
-            flush=True,
-        )
-        return End(f"interrupted; {self.advice()}", 130, past.go_back(now))
-
-    def advice(self) -> str:
-        return f"continue with: python train.py --resume {self.folder.name}"
+        found = f"at {now} the workers did not come to an iteration: {failure}"
+        print(f"ratio {past.left} again: {found}", flush=True)
+        return End(f"interrupted; {self.advice}", 130, past.go_back(now))

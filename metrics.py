@@ -4,9 +4,8 @@
 
 Every worker writes one row of the shared `Counters` and, with --trace, one file of spans; nobody
 locks. Every moment of a worker is work, or a wait with a cause. So a stage's bubble is the sum of
-its waits over the time that passed. docs/metrics.md explains every key of metrics.jsonl; the run
-folder is in run_folder.py, what a terminal shows in report.py. Left out: profiling inside a stage
-(Perfetto shows the spans; torch.profiler shows kernels).
+its waits over the time that passed. docs/metrics.md explains every key of metrics.jsonl. Left out:
+profiling inside a stage (Perfetto shows the spans; torch.profiler shows kernels).
 """
 
 import contextlib
@@ -50,8 +49,7 @@ REASONS = {
     "after_end": "after an episode's end",
     "resume": "under way when the run stopped",
 }
-# Spans, and seconds, between two writes to a file. Writing 30 spans takes 0.4 ms, nearly all of it
-# for opening the file.
+# Spans, and seconds, between two writes to a file: opening it takes nearly 0.4 ms.
 FLUSH = 500
 FLUSH_S = 10.0
 LIMIT = 200_000  # spans that one worker records at most
@@ -62,20 +60,16 @@ def columns(eval_episodes: int) -> tuple[str, ...]:
     return (*COLUMNS, *(f"outcome_{episode}" for episode in range(eval_episodes)))
 
 
-# ---------------------------------------------------------------- what a worker writes
-
-
 class Meter:
     """Writes one worker's row of the counters, and its spans."""
 
     nothing = contextlib.nullcontext()  # in place of a span that is not to be recorded
 
     def __init__(self, name: str, row: int, counters: Counters, trace: Path | None):
-        """name: as "env-0"; trace: the folder for spans, or None."""
-        self.name = name
+        self.name = name  # "env-0"
         self.row = row
         self.counters = counters
-        self.trace = trace
+        self.trace = trace  # the folder for spans
         self.spans: list[Span] = []  # not yet in the file
         self.recorded = 0
         self.flushed = time.monotonic()
@@ -120,7 +114,7 @@ class Meter:
         """Appends the spans to this worker's file, as one line."""
         if self.trace is None or not self.spans:
             return
-        # They are taken first: whoever is told to leave while it writes flushes once more.
+        # Take them first: whoever is told to leave while it writes flushes once more.
         spans = self.spans
         self.spans = []
         self.flushed = time.monotonic()
@@ -131,17 +125,15 @@ class Meter:
 
 
 class Stretch:
-    """Measures the time of a `with` block. It is in every worker's hot loop, so it is a class:
-    contextlib's generators take twice as long."""
+    """Measures a `with` block of a hot loop. contextlib's generators would take twice as long."""
 
     __slots__ = ("meter", "name", "column", "waiting", "args", "start")
 
     def __init__(self, meter: Meter, name: str, column: str, waiting: int, args: dict | None):
-        """column: where the seconds are added; waiting: 1 + the cause's place in CAUSES, or 0."""
         self.meter = meter
         self.name = name
-        self.column = column
-        self.waiting = waiting
+        self.column = column  # to which the seconds are added
+        self.waiting = waiting  # 1 + the cause's place in CAUSES, or 0
         self.args = args
 
     def __enter__(self) -> None:
@@ -168,9 +160,6 @@ class Stretch:
             meter.record(self.name, self.start, end, self.args)
 
 
-# ---------------------------------------------------------------- what the launcher reads
-
-
 def snapshot(counters: Counters) -> np.ndarray:
     """Returns the table [workers, columns] as it is now, running waits included."""
     table = counters.table.copy()
@@ -181,20 +170,17 @@ def snapshot(counters: Counters) -> np.ndarray:
 
 
 def count_wait(row: np.ndarray, column: dict[str, int], now: float) -> None:
-    """Adds the wait that a worker is in to its row [columns]. A worker that died in a wait will
-    never add it, so the launcher does that with this function too."""
+    """Adds the wait that a worker is in, or died in, to its row [columns]."""
     if waiting := int(row[column["waiting"]]):
         row[column[f"wait_{CAUSES[waiting - 1]}_s"]] += max(0.0, now - row[column["since"]])
 
 
 class Interval:
-    """Tells what the counters gained since it was last asked: the launcher asks once an iteration.
-
-    rows: for each stage, the rows of its workers."""
+    """Tells what the counters gained since it was last asked, which is once an iteration."""
 
     def __init__(self, counters: Counters, rows: dict[str, list[int]]):
         self.counters = counters
-        self.rows = rows
+        self.rows = rows  # of each stage's workers
         self.last = snapshot(counters)
         self.last_time = time.monotonic()
         self.gained = np.zeros_like(self.last)
@@ -244,8 +230,8 @@ class Interval:
 
 
 def cpu_fraction() -> float:
-    """Returns the share of time since the last call in which the cores that this process may use
-    were busy, with whatever program."""
+    """Returns the share of time since the last call in which the cores of this process were busy,
+    with whatever program."""
     cores = psutil.cpu_percent(percpu=True)
     mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
     return sum(mine) / max(len(mine), 1) / 100
@@ -264,20 +250,18 @@ class Ledger:
     `add` raises RuntimeError where one of them does not hold."""
 
     def __init__(self, earlier: dict, epochs: int):
-        """earlier: the last line of the run that is resumed, or {}. What was in flight then will
-        never be trained. epochs: --update-epochs."""
+        """earlier: the last line of the run that is resumed, or {}. epochs: --update-epochs."""
         self.epochs = epochs
         self.collected = earlier.get("collected", 0)
         self.trained_once = earlier.get("trained_once", 0)
         self.discarded_by = dict.fromkeys(REASONS, 0) | earlier.get("discarded_by", {})
+        # What was in flight will never be trained.
         in_flight = self.collected - self.trained_once - sum(self.discarded_by.values())
         self.discarded_by["resume"] += in_flight
 
     def add(self, line: dict, collected: int) -> dict:
-        """Returns the totals after one more batch.
-
-        line: the actor's, whose `trained`, `skipped`, `trained_once` and `discarded_by` are of this
-        batch; collected: chunk steps since the workers started."""
+        """Returns the totals after one more batch. line: the actor's, of this batch; collected:
+        chunk steps since the workers started."""
         self.trained_once += line["trained_once"]
         for reason, steps in line["discarded_by"].items():
             self.discarded_by[reason] += steps

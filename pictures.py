@@ -1,7 +1,6 @@
 """Draws a run: swimlane.png (who worked and who waited, when) and curve.png (success over time).
 
-The run folder holds what they are drawn from: trace.json and metrics.jsonl. Left out: the whole
-trace, for which there is Perfetto.
+Left out: the whole trace, for which there is Perfetto.
 """
 
 from itertools import pairwise
@@ -17,7 +16,6 @@ BLUE = "#3b7dd8"
 PURPLE = "#8e5bb5"
 ORANGE = "#d9822b"
 BROWN = "#8a4b0f"
-# Colours of work.
 WORK = {
     "step": GREEN,
     "render": "#8fc1a3",
@@ -40,8 +38,7 @@ WAITS = {
     "gradient": BROWN,
 }
 TITLE = (
-    "full bars are work, with the batch size of inferences; thin bars wait, in the colour of whom "
-    "for"
+    "full bars are work, with batch sizes of inference; thin bars wait, in the colour of whom for"
 )
 # These are too short to be seen, so they are drawn last, and at least this share of the width.
 MARKED = ("fetch", "publish")
@@ -71,12 +68,8 @@ def group_of(row: str) -> str:
     return next(group for group in GROUPS if row.startswith(group))
 
 
-# ---------------------------------------------------------------- the swimlane
-
-
 def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
-    """Draws a row per worker, by stage: work is a full bar, a wait a thin one in the colour of whom
-    it waits for. spans: of `read_trace`."""
+    """Draws a row per worker, by stage. spans: of `read_trace`."""
     plt = plotting()
     first, last = window(spans)
 
@@ -105,7 +98,7 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     axes.set_axisbelow(True)
     axes.set_title(TITLE, fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    handles = legend(seen)
+    handles = legend(seen, WORK, "", 1.0) + legend(seen, WAITS, "wait: ", 0.6)
     style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     figure.legend(handles=handles, ncol=min(len(handles), 9), **style)
     figure.savefig(file, dpi=110)
@@ -135,22 +128,19 @@ def draw_bars(axes, spans: list, height: float, width: float) -> None:
         if kind.startswith("wait: "):
             colour = WAITS[kind.removeprefix("wait: ")]
             axes.broken_barh(bars, (height - 0.08, 0.16), facecolor=colour, alpha=0.6, linewidth=0)
-        elif kind in ("infer", "train"):  # one follows another: a white edge parts them
-            edge = {"edgecolor": "white", "linewidth": 0.5}
-            axes.broken_barh(bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), **edge)
-        else:
-            axes.broken_barh(
-                bars, (height - 0.4, 0.8), facecolor=WORK.get(kind, OTHER), linewidth=0
-            )
+        else:  # one inference follows another: a white edge parts them
+            edge = 0.5 if kind in ("infer", "train") else 0.0
+            style = {"facecolor": WORK.get(kind, OTHER), "edgecolor": "white", "linewidth": edge}
+            axes.broken_barh(bars, (height - 0.4, 0.8), **style)
 
 
 def draw_numbers(axes, spans: list, height: float, first: float, last: float) -> None:
     """Writes batch sizes into inferences and versions beside fetches, where there is room."""
     width = last - first
     style = {"va": "center", "fontsize": 7, "clip_on": True}
-    for what, start, end, args in spans:
-        start = max(start, first)
-        end = min(end, last)
+    for what, begun, ended, args in spans:
+        start = max(begun, first)
+        end = min(ended, last)
         if what == "infer" and "batch" in args:
             if end - start > 0.007 * width * len(str(args["batch"])):
                 middle = (start + end) / 2
@@ -159,21 +149,15 @@ def draw_numbers(axes, spans: list, height: float, first: float, last: float) ->
             axes.text(end + 0.005 * width, height, f"v{args['version']}", color=PURPLE, **style)
 
 
-def legend(seen: set[str]) -> list:
+def legend(seen: set[str], colours: dict[str, str], kind: str, alpha: float) -> list:
     """Returns a patch per colour that was drawn, named after all that has it."""
     from matplotlib.patches import Patch
 
     patches = []
-    for colour in dict.fromkeys(WORK.values()):
-        if names := [name for name in WORK if WORK[name] == colour and name in seen]:
-            patches.append(Patch(color=colour, label=", ".join(names)))
-    for colour in dict.fromkeys(WAITS.values()):
-        if names := [name for name in WAITS if WAITS[name] == colour and f"wait: {name}" in seen]:
-            patches.append(Patch(color=colour, alpha=0.6, label="wait: " + ", ".join(names)))
+    for colour in dict.fromkeys(colours.values()):
+        if names := [n for n in colours if colours[n] == colour and kind + n in seen]:
+            patches.append(Patch(color=colour, alpha=alpha, label=kind + ", ".join(names)))
     return patches
-
-
-# ---------------------------------------------------------------- the curve
 
 
 def draw_curve(file: Path, lines: list[dict]) -> None:

@@ -2,9 +2,9 @@
 
     settings → where training starts → which workers there are → what slots and weights hold
 
-`prepare` goes through this once, straight down, and everything that can be checked is checked on
-the way. Each step takes settings and returns completed copies; nothing writes into what it was
-given. Left out: tensors and processes, which train.py makes from a `Setup`.
+`prepare` goes straight down and checks on the way all that can be checked. Each step returns
+completed copies of the settings it is given. Left out: tensors and processes, which train.py makes
+from a `Setup`.
 """
 
 import json
@@ -42,21 +42,17 @@ SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 
 @dataclass(frozen=True)
 class Start:
-    """Where training starts."""
-
     config: Config  # with checkpoint, tokenizer and image size
     given: Path | None  # the checkpoint that config.json names; a resumed run begins at another
     resume: dict | None  # state.json of the checkpoint that continues
-    note: str  # what the user should know
+    note: str  # what the user should know, in whole lines
 
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers there are, and where."""
-
     config: Config  # with numbers of workers and lanes, and the ratio in use
     placement: Placement
-    choices: dict[str, tuple[Config, Placement]]  # the ratios that can run here, with --ratio auto
+    choices: tuning.Choices  # the ratios that can run here, with --ratio auto
     note: str
 
 
@@ -65,14 +61,14 @@ class Setup:
     config: Config  # complete: every number that follows from others is filled in
     spec: envs.EnvSpec
     placement: Placement
-    note: str  # what the user should know, in whole lines
+    note: str
     slots: Spec
     on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
     weights: Spec
     header: checkpoint.Header
-    resume: dict | None  # state.json of the checkpoint that continues
+    resume: dict | None
     saved: str  # config.json, complete and as the user meant it
-    choices: dict[str, tuple[Config, Placement]]  # the ratio in use, then others for --ratio auto
+    choices: tuning.Choices  # the ratio in use, then others for --ratio auto
 
     @property
     def version(self) -> int:
@@ -96,9 +92,8 @@ class Setup:
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
     simulator = envs.load(config.train.env)
-    vectorised = simulator.vectorised
     start = find_start(config, simulator)
-    workers = find_workers(start.config, simulator, vectorised)
+    workers = find_workers(start.config, simulator)
     validate(workers.config)
     spec = simulator.spec(start.config.train.tasks, start.config.env.image_size)
     config, note = with_segment(workers.config, spec)
@@ -106,30 +101,30 @@ def prepare(config: Config) -> Setup:
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
-    dark = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
+    shape = (spec.views, spec.image_size, spec.image_size, 3)
+    picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     for prompt in spec.prompts:
-        nowhere = np.zeros(spec.state_dim, np.float32)
-        contract.check_observed(model, preparation.observe(dark, nowhere, prompt))
+        observed = preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
+        contract.check_observed(model, observed)
 
-    slots = slot_spec(config, spec, model)
-    drawn_on_gpu = vectorised and workers.placement.env_devices[0] != "cpu"
-    stays = drawn_on_gpu and takes_pictures_as_they_are(preparation, spec)
+    # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
+    drawn_on_gpu = simulator.vectorised and workers.placement.env_devices[0] != "cpu"
+    stays = drawn_on_gpu and np.array_equal(observed["image"], picture)
+    choices = {config.train.parts: (config, workers.placement)}
+    for ratio, (chosen, placement) in workers.choices.items():
+        choices[ratio] = completed(chosen, segment=config.env.segment), placement
     return Setup(
         config=config,
         spec=spec,
         placement=workers.placement,
         note=start.note + workers.note + note,
-        slots=slots,
+        slots=slot_spec(config, spec, model),
         on_gpu=("image", *model.slot_fields()) if stays else (),
         weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
         header=model.header,
         resume=start.resume,
         saved=to_json(completed(config, checkpoint=start.given)),
-        choices={config.train.parts: (config, workers.placement)}
-        | {
-            ratio: (completed(chosen, segment=config.env.segment), placement)
-            for ratio, (chosen, placement) in workers.choices.items()
-        },
+        choices=choices,
     )
 
 
@@ -149,23 +144,20 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
             config = completed(config, checkpoint=shipped)
         else:
             config = with_random_weights(config, simulator)
-            note = (
-                f"no checkpoint is given and none shipped for {train.env}: a small {train.model} "
-                "of random weights starts\n"
-            )
+            none = f"no checkpoint is given and none shipped for {train.env}"
+            note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
-    config = completed(config, checkpoint=found)
+    image_size = config.env.image_size
+    tokenizer = config.train.tokenizer
     if not has_files:
-        config = completed(config, image_size=config.env.image_size or SMALL_PICTURE)
-        return Start(config, given, resume, note)
-    models.check_family(train.model, found)
-    tokenizer = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
-    config = completed(
-        config,
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        image_size=config.env.image_size or checkpoint.frame_size(found),
-    )
+        image_size = image_size or SMALL_PICTURE
+    else:
+        models.check_family(train.model, found)
+        image_size = image_size or checkpoint.frame_size(found)
+        name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
+        tokenizer = Path(name) if name else None
+    config = completed(config, checkpoint=found, image_size=image_size, tokenizer=tokenizer)
     return Start(config, given, resume, note)
 
 
@@ -173,15 +165,10 @@ def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
     """Makes a small model for a simulator that none was shipped for."""
     image_size = config.env.image_size or SMALL_PICTURE
     spec = simulator.spec(config.train.tasks, image_size)
-    weights, vocabulary = untrained.start(
-        ROOT / "runs",
-        config.train.model,
-        spec,
-        spec.state_range,
-        config.rollout.chunk,
-        config.rollout.tokens or 0,
-    )
-    return completed(config, image_size=image_size, checkpoint=weights, tokenizer=vocabulary)
+    sizes = config.rollout.chunk, config.rollout.tokens or 0
+    folder = ROOT / "runs"
+    files = untrained.start(folder, config.train.model, spec, spec.state_range, *sizes)
+    return completed(config, image_size=image_size, checkpoint=files[0], tokenizer=files[1])
 
 
 def resume_from(config: Config) -> tuple[Path, dict]:
@@ -191,34 +178,31 @@ def resume_from(config: Config) -> tuple[Path, dict]:
     try:
         resume = json.loads((found / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {found / 'state.json'}: {error}; remove {found} to use an older one"
-        ) from None
+        said = f"cannot read {found / 'state.json'}: {error}"
+        raise UserError(f"{said}; remove {found} to use an older one") from None
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         require(
             setting(config, name) == before,
             f"{flag_of(name)} was {before} when run {run} began: it cannot change now",
         )
-    require(
-        resume["version"] < config.train.iterations,
-        f"run {run} already has {resume['version']} iterations: give more --iterations",
-    )
+    done = resume["version"]
+    over = f"run {run} already has {done} iterations: give more --iterations"
+    require(done < config.train.iterations, over)
     return found, resume
 
 
 # ---------------------------------------------------------------- which workers there are
 
 
-def find_workers(config: Config, simulator: envs.Simulator, vectorised: bool) -> Workers:
+def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
     """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
-    require(
-        vectorised or not config.env.lanes,
-        f"--lanes {config.env.lanes} is for vectorised simulators: {config.train.env} steps every "
-        "env by itself",
-    )
-    if vectorised:
-        config = completed(config, lanes=config.env.lanes or 2)
+    lanes = config.env.lanes
+    only = f"--lanes {lanes} is for vectorised simulators"
+    alone = f"{config.train.env} steps every env by itself"
+    require(simulator.vectorised or not lanes, f"{only}: {alone}")
+    if simulator.vectorised:
+        config = completed(config, lanes=lanes or 2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0))
     choices = {}
@@ -232,11 +216,9 @@ def find_workers(config: Config, simulator: envs.Simulator, vectorised: bool) ->
         before = config.train.ratio_from
         if not before or config.train.resume and before not in choices:
             config = completed(config, ratio_from=next(iter(choices), before))
-        if before not in ("", config.train.ratio_from):
-            note = (
-                f"ratio {before} does not fit here, so the run goes on at "
-                f"{config.train.ratio_from}\n"
-            )
+        now = config.train.ratio_from
+        if before not in ("", now):
+            note = f"ratio {before} does not fit here, so the run goes on at {now}\n"
     placement = divide(config, simulator, gpus, cores)
     return Workers(completed(config, **placement.workers()), placement, choices, note)
 
@@ -249,38 +231,25 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     horizon = -(-spec.horizon // config.rollout.chunk)  # chunk steps
     segment = config.env.segment or horizon
     tasks = len(spec.tasks)
-    require(
-        segment <= horizon,
-        f"--segment {segment} is longer than an episode of {horizon} chunk steps: choose at most "
-        f"{horizon}",
+    long = f"--segment {segment} is longer than an episode of {horizon} chunk steps"
+    require(segment <= horizon, f"{long}: choose at most {horizon}")
+    cut = f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole"
+    require(config.train.algorithm != "grpo" or segment == horizon, cut)
+    config = completed(config, segment=segment)
+    if config.env.envs % tasks == 0 or segment == horizon:
+        return config, ""
+    return config, (
+        f"{config.env.envs} envs take turns at {tasks} tasks, so episodes end after --segment "
+        f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a multiple "
+        f"of {tasks} as --envs\n"
     )
-    require(
-        config.train.algorithm != "grpo" or segment == horizon,
-        f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole",
-    )
-    note = ""
-    if config.env.envs % tasks and segment < horizon:
-        note = (
-            f"{config.env.envs} envs take turns at {tasks} tasks, so episodes end after --segment "
-            f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a "
-            f"multiple of {tasks} as --envs\n"
-        )
-    return completed(config, segment=segment), note
-
-
-def takes_pictures_as_they_are(preparation, spec: envs.EnvSpec) -> bool:
-    """Whether what a vectorised simulator draws on a GPU can stay there."""
-    shape = (spec.views, spec.image_size, spec.image_size, 3)
-    picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    state = np.zeros(spec.state_dim, np.float32)
-    return np.array_equal(preparation.observe(picture, state, spec.prompts[0])["image"], picture)
 
 
 def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
     """Lists the fields of a slot: the common ones, then what the model sees and what it stores.
 
-    Rows are the T chunk steps of a trajectory. What is asked for at the end of the last one too has
-    T + 1. Raises UserError where two fields have one name."""
+    Rows are the T chunk steps of a trajectory, or T + 1 where the end of the last one counts too.
+    Raises UserError where two fields have one name."""
     segment = config.env.segment
     action = (segment, config.rollout.chunk, spec.action_dim)
     slots: Spec = {
@@ -323,11 +292,11 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
 def memory_report(setup: Setup) -> None:
     """Prints the size of each memory pool (--memory-report)."""
     count = setup.slot_count
-    one = layout(setup.slots, 1)[1]
+    one = layout(setup.slots, 1)[1] / 1e6
     where = "shared memory"
     if setup.on_gpu:
         where += f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}"
-    print(f"slot pool: {count} slots × {one / 1e6:.2f} MB = {count * one / 1e6:.1f} MB of {where}")
+    print(f"slot pool: {count} slots × {one:.2f} MB = {count * one:.1f} MB of {where}")
     print(f"weight plane: 2 × {layout(setup.weights, 1)[1] / 1e6:.2f} MB")
     size = {name: layout({name: kind}, count)[1] for name, kind in setup.slots.items()}
     for name in sorted(size, key=size.get, reverse=True):

@@ -7,11 +7,9 @@
 
 Meta-World's scripted experts act. Gaussian noise on the action that they execute (DART, arXiv
 1703.09327) makes the data show how to recover, too. Each stored frame is labelled with the expert's
-own next C actions. The loss is the family's: flow matching, or cross-entropy of action tokens. The
-demonstrator is careful: it moves at 0.6 of the expert's speed, so the policy sees well and runs out
-of time. It succeeds at 20–50 %, which leaves reinforcement learning, with the prefix frozen,
-something to learn from success alone. Left out: a validation split. Success in the simulator
-(`evaluate.py`) is what counts.
+own next C actions. The demonstrator moves at 0.6 of the expert's speed, so the policy sees well and
+runs out of time: it succeeds at 20–50 %, which leaves reinforcement learning, with the prefix
+frozen, something to learn. Left out: a validation split, as success in the simulator counts.
 """
 
 import copy
@@ -73,10 +71,8 @@ class PretrainConfig:
 
 def check(config: PretrainConfig) -> None:
     """Raises UserError where settings cannot be."""
-    require(
-        min(config.demos, config.steps, config.frame_every) >= 1,
-        "--demos, --steps and --frame-every must be at least 1",
-    )
+    least = min(config.demos, config.steps, config.frame_every)
+    require(least >= 1, "--demos, --steps and --frame-every must be at least 1")
     require(
         config.batch >= PROCESSES and config.batch % PROCESSES == 0,
         f"--batch {config.batch} must be a multiple of {PROCESSES}, the processes that share it",
@@ -87,18 +83,17 @@ def check(config: PretrainConfig) -> None:
     )
 
 
-def demonstrate(job: tuple[tuple[str, ...], int, int, int, PretrainConfig]) -> list[tuple]:
-    """Makes one worker's demonstrations of one task: tuples (task, image, state, actions [C, A]).
-
-    job: all tasks, which of them, the first seed, how many, settings."""
+def demonstrate(
+    tasks: tuple[str, ...], task: int, seeds: range, config: PretrainConfig
+) -> list[tuple]:
+    """Plays demonstrations of tasks[task]. Returns tuples (task, image, state, actions [C, A])."""
     from metaworld.policies import ENV_POLICY_MAP
 
-    tasks, task, first, count, config = job
     warnings.filterwarnings("ignore")
     env = metaworld.Env(tasks, IMAGE_SIZE)
     expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
     frames = []
-    for seed in range(first, first + count):
+    for seed in seeds:
         env.reset(task, seed)
         rng = np.random.default_rng([config.seed, task, seed])
         frames += [(task, *frame) for frame in play(env, expert, rng, config)]
@@ -131,10 +126,9 @@ def play(env, expert, rng: np.random.Generator, config: PretrainConfig) -> list[
     return [(image, state, labels[t : t + CHUNK]) for t, image, state in labelled]
 
 
-def fit(
-    rank: int, model, data: dict[str, torch.Tensor], config: PretrainConfig, rendezvous: str
-) -> None:
-    """Trains with AdamW on the family's imitation loss, in PROCESSES ranks that average gradients.
+def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -> None:
+    """Trains with AdamW on the family's imitation loss (flow matching, or cross-entropy of action
+    tokens), in PROCESSES ranks that average gradients.
 
     On a CPU one thread in each of two processes is nearly twice as fast as two threads in one.
     model: in shared memory, where rank 0 trains it. data: observation fields [frames, …] and
@@ -175,10 +169,8 @@ def main(config: PretrainConfig) -> None:
     default, vocabulary = embedded_files(config.model, "metaworld")
     out = config.out or default
     vocabulary = out.with_name(vocabulary.name)
-    require(
-        out.parent.is_dir(),
-        f"the folder {out.parent} does not exist: create it or give another --out",
-    )
+    nowhere = f"the folder {out.parent} does not exist: create it or give another --out"
+    require(out.parent.is_dir(), nowhere)
 
     # Let the experts act, half of a task's demonstrations in each job.
     started = time.monotonic()
@@ -186,13 +178,11 @@ def main(config: PretrainConfig) -> None:
     spec = metaworld.spec(tasks, IMAGE_SIZE)
     seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)
-    jobs = [
-        (spec.tasks, task, seeds + first, min(half, config.demos - first), config)
-        for task in range(len(spec.tasks))
-        for first in range(0, config.demos, half)
-    ]
+    every = range(seeds, seeds + config.demos)
+    parts = [every[first : first + half] for first in range(0, config.demos, half)]
+    jobs = [(spec.tasks, n, part, config) for n in range(len(spec.tasks)) for part in parts]
     with mp.get_context("spawn").Pool(PROCESSES) as pool:
-        frames = sum(pool.map(demonstrate, jobs, chunksize=1), [])
+        frames = sum(pool.starmap(demonstrate, jobs, chunksize=1), [])
     require(
         frames,
         "no demonstration succeeded: choose other --tasks, a higher --pace or less --action-noise",
@@ -213,10 +203,10 @@ def main(config: PretrainConfig) -> None:
 
     # Turn frames into what the model sees, and train.
     preparation = family.preparation(header, str(vocabulary))
-    rows = []
-    for task, image, state, actions in frames:
-        row = preparation.observe(image, state, spec.prompts[task])
-        rows.append(row | {"actions": actions})
+    rows = [
+        preparation.observe(image, state, spec.prompts[task]) | {"actions": actions}
+        for task, image, state, actions in frames
+    ]
     data = {
         name: torch.from_numpy(np.stack([row[name] for row in rows])).share_memory_()
         for name in rows[0]

@@ -1,16 +1,14 @@
-"""The processes of a run: how a worker starts, how the launcher sees that one is gone, and how it
-replaces one.
+"""Starts the processes of a run, sees that one is gone, and replaces it.
 
 A simulator may raise, crash, hang, return NaN or be killed for want of memory. That ends its env
 worker and nothing else: the launcher starts another in its place, 1, 2, 4 … seconds later and at
 most `--restarts` times each, which plays again what the dead one had begun. Three things end the
 run instead: an error that would only come again (`may_pass`), a worker that fails before it was
-ever ready, and the end of a rollout or an actor worker.
-
-Left out: replacing rollout and actor workers.
+ever ready, and the end of a rollout or an actor worker. Left out: replacing those.
 """
 
 import atexit
+import contextlib
 import ctypes
 import os
 import signal
@@ -37,24 +35,15 @@ from config import ROOT, UserError
 START_UP = 10
 # Ctrl-C, a scheduler, a closed terminal.
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# The launcher's word to a worker. SIGTERM is the launcher's own, though a scheduler sends it to
-# every process.
+# The launcher's word to a worker. A scheduler sends SIGTERM to every process, so that is not it.
 LEAVE = signal.SIGUSR1
 LONGEST_BACKOFF = 60.0  # seconds
 # Seconds. Restarts longer ago do not count: a rare fault may come again and again in a run of days.
 RECENT_S = 3600.0
-# Errors of code that is wrong, which come again however often it is started.
-WRONG_CODE = (
-    SyntaxError,
-    NameError,
-    AttributeError,
-    TypeError,
-    LookupError,  # KeyError, IndexError
-    ImportError,
-    ValueError,  # a wrong shape
-    AssertionError,
-    NotImplementedError,
-)
+# Errors of code that is wrong, which come again however often it is started. LookupError is
+# KeyError and IndexError; ValueError is a wrong shape.
+WRONG_CODE = (SyntaxError, NameError, AttributeError, ImportError, NotImplementedError)
+WRONG_CODE += (TypeError, ValueError, LookupError, AssertionError)
 
 
 class WorkerFailed(Exception):
@@ -63,9 +52,7 @@ class WorkerFailed(Exception):
 
 @dataclass
 class Job:
-    """What a worker runs, and where."""
-
-    name: str  # "env-0"
+    name: str  # of the worker: "env-0"
     target: Callable
     args: tuple  # the last one is `meter`
     threads: int
@@ -84,32 +71,27 @@ class Failure(NamedTuple):
 
 
 def may_pass(error: BaseException) -> bool:
-    """Decides whether the same work may succeed in a new process. This is the only place that does.
+    """Decides, here alone, whether the same work may succeed in a new process.
 
-    It may after what depends on the moment or on the state of a simulation: FloatingPointError of
-    an unstable one, LinAlgError of a singular one, RuntimeError, OSError, MemoryError, and every
-    error that is not known here. It may not after a user's mistake or where the code is wrong."""
-    if isinstance(error, np.linalg.LinAlgError):  # it is a ValueError
-        return True
-    return not isinstance(error, (UserError, *WRONG_CODE))
+    It may not after a user's mistake or where the code is wrong. It may after every other error,
+    which depends on the moment or on the state of a simulation: FloatingPointError of an unstable
+    one, LinAlgError (a ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
+    singular = isinstance(error, np.linalg.LinAlgError)
+    return singular or not isinstance(error, (UserError, *WRONG_CODE))
 
 
 def place_of(error: BaseException) -> str:
     """Returns "file:line" where an error arose: the innermost place outside installed packages."""
-    if isinstance(error, SyntaxError) and error.filename:
-        file, line = error.filename, error.lineno
-    else:
+    place = error
+    if not (isinstance(error, SyntaxError) and error.filename):
         installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
         frames = traceback.extract_tb(error.__traceback__)
         own = [frame for frame in frames if not frame.filename.startswith(tuple(installed))]
-        frame = (own or frames)[-1]
-        file, line = frame.filename, frame.lineno
-    path = Path(file)
-    return f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{line}"
+        place = (own or frames)[-1]
+    return f"{place.filename.removeprefix(f'{ROOT}/')}:{place.lineno}"
 
 
 def describe(error: BaseException) -> str:
-    """Returns what is said of a worker's error, with its place where the code is wrong."""
     if isinstance(error, UserError):
         return f"failed: {error}"
     said = f"failed: {type(error).__name__}: {error}"[:1000]
@@ -122,17 +104,15 @@ def describe(error: BaseException) -> str:
 def keep_freed_memory() -> None:
     """Lets this process keep the memory that tensors leave, for the next ones.
 
-    An inference on a CPU, which would get its memory anew from the kernel, takes 17 % less (small
-    π0.5, 12 samples)."""
+    An inference on a CPU takes 17 % less (small π0.5, 12 samples)."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc; bytes
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
-        # M_MMAP_THRESHOLD: it would be 2¹⁷ for ever once the other is set, and larger tensors would
-        # be mapped anew each time.
+        # M_MMAP_THRESHOLD, or the other makes it 2¹⁷, and larger tensors are mapped anew each time.
         mallopt(-3, 2**25)
 
 
 def child(job: Job, errors: connection.Connection) -> None:
-    """Runs a worker: it dies with its parent, leaves Ctrl-C to the launcher, and reports errors."""
+    """Runs a worker. It dies with its parent, leaves Ctrl-C to the launcher, and reports errors."""
     # PR_SET_PDEATHSIG; the parent is the fork server, which ends when the launcher does.
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     ctypes.CDLL(None).prctl(15, job.name.encode())  # PR_SET_NAME: what `top` calls it
@@ -170,15 +150,13 @@ def leave(*_) -> None:
 
 
 def note_interrupts() -> list[float]:
-    """From here on Ctrl-C and SIGTERM only leave their time in the list that is returned.
+    """Lets INTERRUPTS only leave their time in the list that is returned, from here on.
 
-    Starts the fork server too. Interrupts may reach it before it has handlers (Ctrl-C in a
-    terminal, a scheduler's SIGTERM), so it inherits that they are blocked."""
-    # Threads that wait must sleep: where cores are shared, spinning at every barrier is several
-    # times slower than waking up.
+    Starts the fork server too. Interrupts may reach it before it has handlers, so it inherits that
+    they are blocked."""
+    # Threads that wait must sleep: on shared cores, spinning at barriers is several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The fork server looks for what it preloads here alone, and says nothing when it fails: then
-    # each worker imports torch itself.
+    # The fork server looks for what it preloads here alone, and does not say when it fails.
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
     interrupts: list[float] = []
@@ -201,18 +179,15 @@ def note_interrupts() -> list[float]:
 
 
 def keep_interrupts() -> int:
-    """Lets a pipe note interrupts from here on, also for the program that replaces this one.
-
-    Returns its end to read from. The mask of a thread is not enough: other threads are interrupted.
-    """
+    """Lets a pipe note interrupts, also for the program that replaces this one. Returns its end to
+    read from. The mask of a thread is not enough: other threads are interrupted."""
     heard, noted = os.pipe()
     os.set_blocking(heard, False)
     os.set_blocking(noted, False)
     os.set_inheritable(heard, True)
     signal.set_wakeup_fd(noted)
-    signal.pthread_sigmask(
-        signal.SIG_BLOCK, INTERRUPTS
-    )  # until `note_interrupts`, after the change
+    # Until the next program comes to `note_interrupts`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     return heard
 
 
@@ -224,10 +199,8 @@ def was_interrupted(heard: int) -> bool:
 
 
 def replace_this_process(flags: list[str]) -> None:
-    """Starts this process's program anew, with other flags. It keeps its number.
-
-    What Python does at its end is done first: the fork server ends, temporary files go. Open files
-    close by themselves."""
+    """Starts this process's program anew, with other flags. It keeps its number."""
+    # Do what Python does at its end. Open files close by themselves.
     forkserver._forkserver._stop()
     atexit._run_exitfuncs()
     resource_tracker._resource_tracker._stop()
@@ -281,15 +254,12 @@ class Crew:
         return metrics.CAUSES[waiting - 1] if waiting else ""
 
     def watch(self, news: connection.Connection) -> bool:
-        """Waits at most 0.25 s, and returns whether there is news.
-
-        Replaces the workers that may be replaced. Raises WorkerFailed for the others."""
+        """Waits at most 0.25 s for news, and returns whether there is some. Replaces workers that
+        failed, or raises WorkerFailed."""
         for name in [name for name, due in self.due.items() if due <= time.monotonic()]:
             del self.due[name]
             self.start(name)
-        alive = [
-            process.sentinel for process in self.processes.values() if process.exitcode is None
-        ]
+        alive = [p.sentinel for p in self.processes.values() if p.exitcode is None]
         ready = connection.wait([news, self.errors, *alive], timeout=0.25)
         while failure := self.failure():
             self.replace(failure)
@@ -303,8 +273,14 @@ class Crew:
         dead = {name: p.exitcode for name, p in processes.items() if p.exitcode is not None}
         while self.errors.poll():
             failure, trace = self.errors.recv()
-            if failure.name in processes:  # else it was killed while it wrote this
-                return self.with_details(failure, trace)
+            if failure.name not in processes:  # it was killed while it wrote this
+                continue
+            if not trace:
+                return failure
+            file = self.folder / "error.txt"
+            with open(file, "a") as stream:
+                stream.write(f"{failure.name}\n{trace}\n")
+            return failure._replace(cause=f"{failure.cause} (details in {file})")
         for name, code in dead.items():
             if code or self.jobs[name].replaceable:  # actors end by themselves
                 how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
@@ -315,20 +291,10 @@ class Crew:
                 return Failure(name, f"hangs: no sign of life for {self.timeout:.0f} s", True)
         return None
 
-    def with_details(self, failure: Failure, trace: str) -> Failure:
-        """Adds an error's traceback to error.txt. A user's mistake has none."""
-        if not trace:
-            return failure
-        file = self.folder / "error.txt"
-        with open(file, "a") as stream:
-            stream.write(f"{failure.name}\n{trace}\n")
-        return failure._replace(cause=f"{failure.cause} (details in {file})")
-
     def hangs(self, name: str) -> bool:
         """Whether a worker that was ready has given no sign of life for too long.
 
-        While a run starts up, `check_progress` alone counts the time. An actor worker waits for
-        other ranks' gradients silently."""
+        An actor worker waits for other ranks' gradients silently."""
         if not self.was_ready(name) or self.waits_for(name) == "gradient":
             return False
         ready = self.counter(name, "ready")
@@ -336,9 +302,8 @@ class Crew:
         return time.monotonic() - alive > self.timeout
 
     def replace(self, failure: Failure) -> None:
-        """Ends what is left of a worker and decides when its successor starts.
-
-        Raises WorkerFailed where there is to be none."""
+        """Ends what is left of a worker and decides when its successor starts. Raises WorkerFailed
+        where there is to be none."""
         name = failure.name
         said = f"worker {name} {failure.cause}"
         if not (failure.passes and self.jobs[name].replaceable and self.was_ready(name)):
@@ -348,28 +313,26 @@ class Crew:
         now = time.monotonic()
         lost = self.lost[name] = [when for when in self.lost.get(name, []) if when > now - window]
         before = len(lost)
+        minutes = f"{window / 60:.0f} min"
         if before >= self.restarts:
-            raise WorkerFailed(
-                f"{said}, after {before} restarts in {window / 60:.0f} min: --restarts allows no "
-                "more"
-            )
+            count = f"{before} restarts in {minutes}"
+            raise WorkerFailed(f"{said}, after {count}: --restarts allows no more")
         self.processes[name].kill()
         self.processes[name].join(10.0)
         if self.processes[name].is_alive():
             raise WorkerFailed(f"{said}, and cannot be killed")
-        backoff = min(2.0**before, LONGEST_BACKOFF)
-        lost.append(now)
-        self.close_account(self.jobs[name].meter.row)
-        self.due[name] = time.monotonic() + backoff
-        count = f"{before + 1} of {self.restarts} in {window / 60:.0f} min"
-        print(f"{said}; starting it again in {backoff:.0f} s ({count})", flush=True)
 
-    def close_account(self, row: int) -> None:
-        """Ends the wait that a dead worker was in. Nobody else writes its row now."""
+        # End the wait that it was in. Nobody else writes its row now.
+        row = self.jobs[name].meter.row
         metrics.count_wait(self.counters.table[row], self.counters.index, time.monotonic())
         self.counters.set(row, "waiting", 0.0)
         self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)
+        lost.append(now)
+        backoff = min(2.0**before, LONGEST_BACKOFF)
+        self.due[name] = time.monotonic() + backoff
+        count = f"{before + 1} of {self.restarts} in {minutes}"
+        print(f"{said}; starting it again in {backoff:.0f} s ({count})", flush=True)
 
     def check_progress(self) -> None:
         """Raises WorkerFailed when all wait for somebody else and nobody is being replaced."""
@@ -382,12 +345,10 @@ class Crew:
             self.work = work
             self.last_work = now
         elif now - self.last_work > self.timeout * (START_UP if starting else 1):
-            causes = {name: self.waits_for(name) for name in self.jobs}
-            who = ", ".join(
-                f"{name} for {cause}" if cause else f"{name} still starting"
-                for name, cause in causes.items()
-            )
-            raise WorkerFailed(f"nothing happened for {now - self.last_work:.0f} s: {who}")
+            causes = [(name, self.waits_for(name)) for name in self.jobs]
+            who = [f"{name} {'for ' + on if on else 'still starting'}" for name, on in causes]
+            silence = f"nothing happened for {now - self.last_work:.0f} s"
+            raise WorkerFailed(f"{silence}: {', '.join(who)}")
 
     def stop(self) -> None:
         """Ends all workers. None outlives this call."""
@@ -406,12 +367,10 @@ class Crew:
         memory = 0.0
         seconds = 0.0
         for pid in (os.getpid(), *(process.pid for process in self.processes.values())):
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process = psutil.Process(pid)
                 info = process.memory_info()
                 times = process.cpu_times()
-            except psutil.NoSuchProcess:
-                continue
-            memory += info.rss - info.shared
-            seconds += times.user + times.system
+                memory += info.rss - info.shared
+                seconds += times.user + times.system
         return memory / 1e9, seconds

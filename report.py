@@ -1,12 +1,12 @@
 """Tells a person how a run goes: start-up lines, a line or a live panel per iteration, W&B.
 
-What is shown is read from lines of metrics.jsonl (docs/metrics.md) and from the counters. Left out:
-what a finished run says of itself (summary.py), and warnings (diagnostics.py).
+Left out: what a finished run says of itself (summary.py), and warnings (diagnostics.py).
 """
 
 import json
 import shutil
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 from channel import Counters
 from config import Config, UserError, to_json
@@ -16,17 +16,13 @@ from run_folder import RunFolder
 SAY_S = 10.0  # seconds between two sentences while nothing is trained yet
 RECENT = 10  # iterations that success and time left are averaged over
 
-# ---------------------------------------------------------------- words
-
 
 def batch_line(config: Config, segment: int) -> str:
     """Says what one iteration trains; segment: chunk steps of a trajectory."""
     actor = config.actor
     steps = actor.batch // actor.minibatch * actor.update_epochs
-    return (
-        f"{actor.batch} trajectories = {actor.batch * segment} chunk steps, "
-        f"{steps} optimizer step{'s' * (steps > 1)} per batch"
-    )
+    trained = f"{actor.batch} trajectories = {actor.batch * segment} chunk steps"
+    return f"{trained}, {steps} optimizer step{'s' * (steps > 1)} per batch"
 
 
 def number(value: float | None, style: str) -> str:
@@ -45,58 +41,48 @@ class Beginning:
     """Says how far a run is until its first iteration is done, which may take minutes."""
 
     def __init__(self, counters: Counters, batch: int):
-        """counters: a row per worker; batch: chunk steps that the first iteration needs."""
         self.counters = counters
-        self.batch = batch
+        self.batch = batch  # chunk steps that the first iteration needs
         self.began = time.monotonic()
         self.said = self.began  # when the newest sentence was
         self.all_ready = False
 
     def news(self, collected: int) -> str:
-        """Returns a sentence, or "" where nothing is new: when all workers are ready, and every
-        SAY_S seconds. collected: chunk steps since the workers started."""
+        """Returns a sentence when all workers are ready and every SAY_S seconds, else "".
+
+        collected: chunk steps since the workers started."""
         now = time.monotonic()
         ready = int(self.counters.table[:, self.counters.index["ready"]].sum())
         workers = len(self.counters.table)
-        after = f"after {duration(now - self.began)}"
-        if ready == workers and not self.all_ready:
-            self.all_ready = True
-            text = f"all {workers} workers are ready {after}: they collect the first batch"
-        elif now - self.said < SAY_S:
+        just_ready = ready == workers and not self.all_ready
+        if not just_ready and now - self.said < SAY_S:
             return ""
-        elif not self.all_ready:
-            text = f"{ready} of {workers} workers are ready {after}"
-        elif collected < self.batch:
-            text = f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
-        else:
-            text = f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
         self.said = now
-        return text
-
-
-# ---------------------------------------------------------------- a terminal
+        self.all_ready |= just_ready
+        after = f"after {duration(now - self.began)}"
+        if just_ready:
+            return f"all {workers} workers are ready {after}: they collect the first batch"
+        if not self.all_ready:
+            return f"{ready} of {workers} workers are ready {after}"
+        if collected < self.batch:
+            return f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
+        return f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
 
 
 class Display:
-    """Shows a run's progress while its `with` block lasts. This one prints plain lines."""
+    """Shows a run's progress. This one prints plain lines."""
+
+    screen: AbstractContextManager = nullcontext()  # is to be entered while the run goes on
 
     def __init__(self, iterations: int):
-        """iterations: of the whole run."""
-        self.iterations = iterations
-        self.history: list[dict] = []  # lines shown so far
-
-    def __enter__(self) -> "Display":
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
+        self.iterations = iterations  # of the whole run
+        self.history: list[dict] = []  # lines of metrics.jsonl shown so far
 
     def say(self, text: str) -> None:
         """Shows a sentence about the time before the first iteration."""
         print(text, flush=True)
 
     def show(self, line: dict) -> None:
-        """Shows one line of metrics.jsonl."""
         self.history.append(line)
         busy = " ".join(f"{stage} {1 - line[f'bubble_{stage}']:4.0%}" for stage in STAGES)
         print(*self.facts(line["success_rate"]), f"busy: {busy}", sep="  ", flush=True)
@@ -116,7 +102,7 @@ class Display:
         ]
 
     def held_out(self) -> str:
-        """Returns the newest evaluation's success rate and the version that was evaluated."""
+        """Returns the newest evaluation's success rate and its version."""
         for line in reversed(self.history):
             if "eval_success_rate" in line:
                 return f"{line['eval_success_rate']:.1%} at {line['eval_version']}"
@@ -138,17 +124,10 @@ class Panel(Display):
         super().__init__(iterations)
         from rich.live import Live
 
-        self.live = Live("starting workers …", refresh_per_second=4)
-
-    def __enter__(self) -> Display:
-        self.live.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.live.stop()
+        self.screen = Live("starting workers …", refresh_per_second=4)
 
     def say(self, text: str) -> None:
-        self.live.update(text)
+        self.screen.update(text)
 
     def show(self, line: dict) -> None:
         from rich.console import Group
@@ -167,26 +146,19 @@ class Panel(Display):
             busy = 1.0 - line[f"bubble_{stage}"]
             bar = ProgressBar(1.0, busy, width=40)
             bars.add_row(f"{stage:7s}", bar, f"busy {busy:4.0%}", reasons(line["waits"], stage))
-        self.live.update(Group(head, bars, ProgressBar(self.iterations, line["iteration"], 60)))
+        self.screen.update(Group(head, bars, ProgressBar(self.iterations, line["iteration"], 60)))
 
 
 def reasons(waits: dict[str, float], stage: str) -> str:
     """Says what a stage waits for, the longest wait first; waits: as in a line of metrics.jsonl."""
-    shares = []
-    for name, share in waits.items():
-        who, _, cause = name.partition(":")
-        if who == stage and share >= 0.01:
-            shares.append((share, cause))
-    text = ", ".join(f"{cause} {share:.0%}" for share, cause in sorted(shares, reverse=True))
-    return f"waits for {text}" if text else ""
+    shares = [(share, name.split(":")) for name, share in waits.items() if share >= 0.01]
+    said = [f"{cause} {share:.0%}" for share, (who, cause) in sorted(shares)[::-1] if who == stage]
+    return f"waits for {', '.join(said)}" if said else ""
 
 
 def progress(iterations: int, interactive: bool) -> Display:
     """Returns what shows a run's progress: a live panel, or plain lines off a terminal."""
     return Panel(iterations) if interactive else Display(iterations)
-
-
-# ---------------------------------------------------------------- Weights & Biases
 
 
 def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
@@ -209,16 +181,14 @@ def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
             settings=wandb.Settings(silent=True),
         )
     except wandb.errors.Error as error:
-        # A folder made for this start is removed, as the next start may have its name. W&B may
-        # still be writing there.
+        # The next start may have the name of this folder. W&B may still be writing there.
         if not config.train.resume:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
 
 
 def flatten(line: dict, above: str = "") -> dict[str, float]:
-    """Returns every number of a nested line by its path, such as `waits/env:action`. Texts and
-    nulls are left out: a chart cannot show them."""
+    """Returns every number of a nested line by its path, such as `waits/env:action`."""
     out = {}
     for name, value in line.items():
         if isinstance(value, dict):

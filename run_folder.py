@@ -1,8 +1,5 @@
 """Keeps what a run leaves behind, and reads it again.
 
-    runs/NAME/  config.json  metrics.jsonl  trace.json  swimlane.png  curve.png  checkpoints/
-                videos/  error.txt
-
 The launcher alone writes here, but for checkpoints (the first actor), videos (evaluate.py) and, in
 .spans/ while the run goes on, the workers' spans. Left out: what the lines say (docs/metrics.md).
 """
@@ -25,7 +22,7 @@ Span = tuple[str, float, float] | tuple[str, float, float, dict]
 
 
 class RunFolder:
-    """Owns runs/NAME. To create one that exists is an error unless the run is resumed."""
+    """Owns runs/NAME."""
 
     def __init__(self, path: Path, resume: bool, keep_spans: bool = False):
         """Creates or opens the folder and locks it. Raises UserError.
@@ -40,34 +37,25 @@ class RunFolder:
         instead = "it has no checkpoint yet:"
         if any(path.glob("checkpoints/[0-9]*")):
             instead = f"continue it with --resume {self.name} or"
-        require(
-            resume or not path.exists(),
-            f"the run folder {path} exists: {instead} choose another --run",
-        )
+        exists = f"the run folder {path} exists: {instead} choose another --run"
+        require(resume or not path.exists(), exists)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.spans.mkdir(exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot write the run folder {path}: {error.strerror}; choose another --run"
-            ) from None
-        self.lock = self.take_lock()
+            found = f"cannot write the run folder {path}: {error.strerror}"
+            raise UserError(f"{found}; choose another --run") from None
+        self.lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found = f"run {self.name} is being trained by another process"
+            raise UserError(f"{found}: end that one first, or wait") from None
+        except OSError:  # a file system without locks
+            pass
         for old in self.spans.iterdir():
             if not (keep_spans and old.suffix == ".jsonl"):  # actor workers must meet anew
                 old.unlink()
-
-    def take_lock(self) -> int:
-        """Locks the folder for this process. Raises UserError if another one has it."""
-        lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run {self.name} is being trained by another process: end that one first, or wait"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        return lock
 
     def append(self, line: dict) -> None:
         """Adds a line to metrics.jsonl."""
@@ -110,9 +98,6 @@ def read_metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-# ---------------------------------------------------------------- trace.json
-
-
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
     """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker.
 
@@ -126,10 +111,8 @@ def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
             rows[GROUPS.index("weights"), int(number), f"weights to {worker}"] = fetches
     with open(path, "w") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
-        between = "\n"
-        for event in trace_events(rows):
-            file.write(between + json.dumps(event))
-            between = ",\n"
+        for n, event in enumerate(trace_events(rows)):
+            file.write((",\n" if n else "\n") + json.dumps(event))
         file.write("\n]}\n")
 
 

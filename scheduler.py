@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import WORKERS, Config, parse_ratio, require
+from config import WORKERS, Config, flag_of, parse_ratio, require, setting
 
 
 class DynamicBatcher:
@@ -218,25 +218,15 @@ def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
     simulator: an emulated one says itself how many env workers there are."""
     ratio = config.train.parts
     placement = config.train.placement
-    env_workers = config.env.env_workers
+    env_workers, *others = (setting(config, name) for name in WORKERS)
     said = simulator.workers(ratio, placement)
     if said is not None and not env_workers:
         env_workers = min(said, config.env.envs)
-    rollout_workers = config.rollout.rollout_workers
-    actor_workers = config.actor.actor_workers
-    return place(ratio, placement, gpus, cores, env_workers, rollout_workers, actor_workers)
+    return place(ratio, placement, gpus, cores, env_workers, *others)
 
 
-def place(
-    ratio: str,
-    placement: str,
-    gpus: int,
-    cores: int,
-    env_workers: int,
-    rollout_workers: int,
-    actor_workers: int,
-) -> Placement:
-    """Turns R:A into devices, processes and threads. A number of workers that is 0 is derived.
+def place(ratio: str, placement: str, gpus: int, cores: int, *workers: int) -> Placement:
+    """Turns R:A into devices, processes and threads. workers: as in WORKERS, 0 where derived.
 
     With GPUs the machine is cut into R + A parts of equal size: R for env and rollout workers, A
     for actor workers. Hybrid gives half of the R parts, rounded down, to env workers alone.
@@ -244,21 +234,17 @@ def place(
     and A actor workers, and torch threads are divided as R:A. Raises UserError on a contradiction.
     """
     parse_ratio(ratio)
-    for flag, count in (
-        ("--env-workers", env_workers),
-        ("--rollout-workers", rollout_workers),
-        ("--actor-workers", actor_workers),
-    ):
-        require(count >= 0, f"{flag} {count} must be at least 1, or 0 to derive it from --ratio")
+    derive = "must be at least 1, or 0 to derive it from --ratio"
+    for name, count in zip(WORKERS, workers, strict=True):
+        require(count >= 0, f"{flag_of(name)} {count} {derive}")
     if gpus == 0:
-        return place_on_cpu(ratio, placement, cores, env_workers, rollout_workers, actor_workers)
+        return place_on_cpu(ratio, placement, cores, *workers)
 
+    env_workers, rollout_workers, actor_workers = workers
     env_gpus, rollout_gpus, actor_gpus = share_gpus(ratio, placement, gpus)
-    require(
-        actor_workers in (0, len(actor_gpus)),
-        f"--actor-workers {actor_workers} contradicts --ratio {ratio}, which gives "
-        f"{len(actor_gpus)} GPUs to actors",
-    )
+    given = f"--ratio {ratio}, which gives {len(actor_gpus)} GPUs to actors"
+    agrees = actor_workers in (0, len(actor_gpus))
+    require(agrees, f"--actor-workers {actor_workers} contradicts {given}")
     env = spread(env_gpus, env_workers)
     rollout = spread(rollout_gpus, rollout_workers)
     threads = max(1, cores // (len(rollout) + len(actor_gpus)))
@@ -297,20 +283,15 @@ def share_gpus(ratio: str, placement: str, gpus: int) -> tuple[tuple[str, ...], 
     if placement == "colocated":
         return everything, everything, everything
     r, a = parse_ratio(ratio)
-    require(
-        r + a <= gpus,
-        f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}: choose fewer parts, or "
-        "--placement colocated",
-    )
+    few = f"--ratio {ratio} needs {r + a} GPUs and this machine has {gpus}"
+    require(r + a <= gpus, f"{few}: choose fewer parts, or --placement colocated")
     unit = gpus // (r + a)
     acting = everything[: r * unit]
     actor = everything[r * unit : (r + a) * unit]
     if placement != "hybrid":
         return acting, acting, actor
-    require(
-        r >= 2,
-        f"--placement hybrid needs at least 2 parts for env and rollout, --ratio {ratio} gives {r}",
-    )
+    parts = "--placement hybrid needs at least 2 parts for env and rollout"
+    require(r >= 2, f"{parts}, --ratio {ratio} gives {r}")
     for_envs = r // 2 * unit
     return acting[:for_envs], acting[for_envs:], actor
 

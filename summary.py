@@ -1,6 +1,4 @@
-"""Says what a run did, and in one sentence what to change.
-
-    python -m metrics NAME        of runs/NAME, or a folder; draws its pictures, too (pictures.py)
+"""Says what a run did, and in one sentence what to change: `python -m metrics NAME`.
 
 Left out: comparing runs (`bench.py ladder`), and what another placement would give (`plan.py --from
 NAME`).
@@ -29,8 +27,6 @@ FOR = {
 }
 # Labels of the buckets of staleness.
 STALENESS = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
-
-# ---------------------------------------------------------------- numbers
 
 
 @dataclass
@@ -76,42 +72,34 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
     held_out = [line["eval_success_rate"] for line in lines if "eval_success_rate" in line]
 
     # Rates are of totals and of the time that passed. So the starts of workers count too.
-    env_steps_per_s = first["env_steps_per_s"]
-    samples_per_s = first["samples_per_s"]
+    per_second = {"env_steps": first["env_steps_per_s"], "trained_once": first["samples_per_s"]}
     if len(lines) > 1:
-        env_steps_per_s = (last["env_steps"] - first["env_steps"]) / sum(seconds)
-        samples_per_s = (last["trained_once"] - first["trained_once"]) / sum(seconds)
+        per_second = {name: (last[name] - first[name]) / sum(seconds) for name in per_second}
 
     # Shares are means over iterations, weighted by their time.
     waits: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
     for name in dict.fromkeys(name for line in measured for name in line["waits"]):
         stage, _, cause = name.partition(":")
-        shares = [line["waits"].get(name, 0.0) for line in measured]
-        waits[stage][cause] = weighted(shares, seconds)
+        waits[stage][cause] = fmean([line["waits"].get(name, 0.0) for line in measured], seconds)
 
+    totals = ("collected", "discarded", "discarded_by", "restarts")
     summary = Summary(
         iterations=last["iteration"],
         minutes=last["time"] / 60,
-        env_steps_per_s=env_steps_per_s,
-        samples_per_s=samples_per_s,
+        env_steps_per_s=per_second["env_steps"],
+        samples_per_s=per_second["trained_once"],
         waits=waits,
         busy_with={},
         batch_sizes=sum((Counter(line["batch_size_hist"]) for line in measured), Counter()),
         staleness=sum((Counter(line["staleness_hist"]) for line in measured), Counter()),
         success=[fmean(rates[:ends]), fmean(rates[-ends:])] if rates else [],
         held_out=[held_out[0], held_out[-1]] if held_out else [],
-        totals={
-            name: last[name] for name in ("collected", "discarded", "discarded_by", "restarts")
-        },
-        cpu=weighted([line["cpu_fraction"] for line in measured], seconds),
+        totals={name: last[name] for name in totals},
+        cpu=fmean([line["cpu_fraction"] for line in measured], seconds),
         gpu=last["gpu_memory_gb"] > 0,
     )
     summary.busy_with = work_of(summary.critical, 1.0 - summary.bubble[summary.critical], spans)
     return summary
-
-
-def weighted(values: list[float], weights: list[float]) -> float:
-    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
 
 def work_of(stage: str, busy: float, spans: dict[str, list]) -> dict[str, float]:
@@ -138,39 +126,28 @@ def advice(summary: Summary, config: Config) -> str:
     admission = summary.waits["env"].get("admission", 0.0)
     trajectories = summary.waits["actor"].get("trajectory", 0.0)
     cause = max(summary.waits[most], key=summary.waits[most].get, default="nothing")
-    waiting = (
-        f"{NAMES[most]} wait {bubble[most]:.0%} of their time, mostly for {FOR.get(cause, cause)}"
-    )
+    whom = FOR.get(cause, cause)
+    waiting = f"{NAMES[most]} wait {bubble[most]:.0%} of their time, mostly for {whom}"
     if bubble[most] < 0.15:
-        return (
-            f"The stages are balanced, for none waits more than {bubble[most]:.0%} of its time: "
-            "there is nothing to change."
-        )
+        found = f"The stages are balanced, for none waits more than {bubble[most]:.0%} of its time"
+        return f"{found}: there is nothing to change."
 
     # Settings that make somebody wait on purpose.
     staleness = config.actor.max_staleness
     if staleness == 0:
-        return (
-            f"Rollout and training take turns (--max-staleness 0), so {waiting}: --preset full "
-            "lets them overlap."
-        )
+        found = f"Rollout and training take turns (--max-staleness 0), so {waiting}"
+        return f"{found}: --preset full lets them overlap."
     if config.rollout.batch_max == "all" and actions >= 0.15:
-        return (
-            f"Env workers wait {actions:.0%} for actions, as every batch waits for the slowest "
-            "lane: give --batch-max auto."
-        )
+        found = f"Env workers wait {actions:.0%} for actions, as every batch waits for the slowest"
+        return f"{found} lane: give --batch-max auto."
     if not config.actor.stream and trajectories >= 0.15:
-        return (
-            f"Actors wait {trajectories:.0%} for whole batches: --stream trains each micro-batch "
-            "as soon as it is complete."
-        )
+        found = f"Actors wait {trajectories:.0%} for whole batches"
+        return f"{found}: --stream trains each micro-batch as soon as it is complete."
 
     # Nobody waits on purpose: is it the machine, too little to overlap, or the split?
     if not summary.gpu and summary.cpu >= 0.9:
-        return (
-            f"The cores are the limit ({summary.cpu:.0%} busy, with all that this machine runs), "
-            "so another split would gain little: give the run more cores, or a GPU."
-        )
+        found = f"The cores are the limit ({summary.cpu:.0%} busy, with all that this machine runs)"
+        return f"{found}, so another split would gain little: give the run more cores, or a GPU."
     if least >= 0.25:
         found = f"No stage is busy more than {1 - least:.0%} and {waiting}"
         if admission >= 0.1:
@@ -185,7 +162,7 @@ def advice(summary: Summary, config: Config) -> str:
 
 def more_for(stage: str, config: Config, gpu: bool) -> str:
     """Says which flag gives the critical stage more to work with."""
-    rollout, actor = (int(part) for part in config.train.parts.split(":"))
+    rollout, actor = map(int, config.train.parts.split(":"))
     if gpu and config.train.placement == "colocated":
         return "give each stage devices of its own with --placement disaggregated"
 
@@ -214,7 +191,6 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
 
 
 def show(name: str, summary: Summary, config: Config) -> None:
-    """Prints the summary."""
     from rich.columns import Columns
     from rich.console import Console
 
@@ -256,19 +232,19 @@ def stages(summary: Summary):
     table = Table("stage", "busy", "bubble", "by cause", "", box=None, header_style="bold")
     for stage in STAGES:
         bubble = summary.bubble[stage]
-        causes = sorted(summary.waits[stage].items(), key=lambda item: -item[1])
+        causes = shares(summary.waits[stage]) or "nothing"
         role = ""
         if stage == summary.critical:
-            doing = shares(summary.busy_with.items())
+            doing = shares(summary.busy_with)
             role = f"critical: {doing}" if doing else "critical"
-        table.add_row(
-            stage, f"{1 - bubble:.0%}", f"{bubble:.0%}", shares(causes) or "nothing", role
-        )
+        table.add_row(stage, f"{1 - bubble:.0%}", f"{bubble:.0%}", causes, role)
     return table
 
 
-def shares(items) -> str:
-    return ", ".join(f"{name} {share:.0%}" for name, share in items if share >= 0.005)
+def shares(parts: dict[str, float]) -> str:
+    """Lists what is worth a word, the largest share first."""
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {share:.0%}" for name, share in ordered if share >= 0.005)
 
 
 def histogram(title: str, counts: Counter, labels: dict[str, str]):
@@ -285,11 +261,10 @@ def histogram(title: str, counts: Counter, labels: dict[str, str]):
 
 def size_labels() -> dict[str, str]:
     """Returns the labels of the buckets of batch sizes: "4" → "3 to 4". The last one has no end."""
-    labels = {"1": "1", "2": "2"}
-    for i in range(2, len(HISTOGRAM)):
-        labels[str(2**i)] = f"{2**i // 2 + 1} to {2**i}"
-    labels[str(2**i)] = f"{2**i // 2 + 1} or more"
-    return labels
+    sizes = [2**i for i in range(2, len(HISTOGRAM))]
+    labels = {str(size): f"{size // 2 + 1} to {size}" for size in sizes}
+    last = sizes[-1]
+    return {"1": "1", "2": "2"} | labels | {str(last): f"{last // 2 + 1} or more"}
 
 
 def main() -> None:
@@ -301,10 +276,8 @@ def main() -> None:
         )
         run = existing_run(sys.argv[1])
         file = run / "metrics.jsonl"
-        require(
-            file.is_file(),
-            f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl",
-        )
+        unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
+        require(file.is_file(), unknown)
         try:
             lines = read_metrics(run)
             require(lines, f"{file} is empty: the run ended before its first iteration")
@@ -312,8 +285,6 @@ def main() -> None:
             summary = summarise(lines, spans)
             draw(run)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"cannot read what run {run} left behind ({error!r}): it is of another version, or "
-                "damaged"
-            ) from None
+            found = f"cannot read what run {run} left behind ({error!r})"
+            raise UserError(f"{found}: it is of another version, or damaged") from None
         show(run.name, summary, from_json(run / "config.json"))

@@ -1,14 +1,13 @@
-"""Trains a vision-language-action policy by asynchronous reinforcement learning: reads the flags,
-starts the workers, follows them.
+"""Trains a vision-language-action policy by asynchronous reinforcement learning.
 
     python train.py                                 the embedded default on this machine, GPU or not
     python train.py --model pi05 --ratio 3:1        the same, with parts named
     python train.py --preset sync-colocated         a baseline of the paper: same code
     python train.py --resume NAME                   continue runs/NAME from its newest checkpoint
 
-It holds no tensor work of its own: flags → `prepare` → shared memory → spawn → `Follower` → run
-folder. With `--ratio auto` the run may start again at another ratio, from a checkpoint saved for
-the purpose (`start_again`). Left out: several machines.
+It goes from flags over `prepare` to shared memory, workers and a `Follower`. With `--ratio auto`
+the run may start again at another ratio, from a checkpoint saved for the purpose (`start_again`).
+Left out: several machines.
 """
 
 import json
@@ -26,13 +25,14 @@ import actor_worker
 import env_worker
 import metrics
 import pictures
+import processes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
 from config import (
-    PRESETS,
     WORKERS,
     Config,
+    RunConfig,
     completed,
     existing_run,
     exit_on_user_error,
@@ -45,15 +45,7 @@ from config import (
 )
 from follow import End, Follower
 from prepare import Setup, memory_report, prepare
-from processes import (
-    Crew,
-    Job,
-    WorkerFailed,
-    keep_interrupts,
-    note_interrupts,
-    replace_this_process,
-    was_interrupted,
-)
+from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
 from run_folder import RunFolder
 from weights import WeightPlane
@@ -61,31 +53,19 @@ from weights import WeightPlane
 # ---------------------------------------------------------------- the command line
 
 
-@dataclass
-class FirstLook:
-    """The two flags that decide what the others default to."""
-
-    preset: str = "full"
-    resume: str = ""
-
-
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
 
     A preset or a resumed run's config.json supplies the defaults, which flags override."""
     known = [word for word in args if word not in ("-h", "--help")]
-    look, _ = tyro.cli(FirstLook, args=known, return_unknown_args=True)
-    # A wrong preset is named by the second look.
-    default = from_preset(look.preset if look.preset in PRESETS else "full")
+    look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
+    default = from_preset(look.preset)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
-        require(
-            not gives(args, "--run"),
-            f"--run and --resume {look.resume} exclude each other: a resumed run goes on in its "
-            "own folder",
-        )
+        both = f"--run and --resume {look.resume} exclude each other"
+        require(not gives(args, "--run"), f"{both}: a resumed run goes on in its own folder")
         default = from_json(saved)
-        default = completed(default, ratio_from=default.train.parts)
+        default.train.ratio_from = default.train.parts
         if default.train.ratio == "auto" or gives(args, "--ratio", "--placement"):
             # Worker counts follow from the ratio, as far as no flag gave them.
             given = default.train.workers_given
@@ -94,10 +74,8 @@ def parse(args: list[str]) -> Config:
     ratio_from = config.train.ratio_from
     if ratio_from not in ("", default.train.ratio_from):
         parse_ratio(ratio_from, "--ratio-from")
-        require(
-            config.train.ratio == "auto",
-            f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them",
-        )
+        alone = f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them"
+        require(config.train.ratio == "auto", alone)
     return config
 
 
@@ -118,19 +96,13 @@ def without(args: list[str], *flags: str) -> list[str]:
     return kept
 
 
-# ---------------------------------------------------------------- start
-
-
 def connect(setup: Setup) -> Channels:
     """Makes the shared memory and the queues that the workers meet in."""
     gpu = next((device for device in setup.placement.actor_devices if device != "cpu"), "cpu")
     workers = sum(setup.placement.workers().values())
-    return Channels.create(
-        setup.config,
-        setup.pool(),
-        WeightPlane(setup.weights, gpu, setup.version),
-        Counters(workers, metrics.columns(setup.config.env.eval_episodes)),
-    )
+    plane = WeightPlane(setup.weights, gpu, setup.version)
+    counters = Counters(workers, metrics.columns(setup.config.env.eval_episodes))
+    return Channels.create(setup.config, setup.pool(), plane, counters)
 
 
 def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection) -> list[Job]:
@@ -156,8 +128,7 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
     for stage, rank, target, args, threads, environment in plans:
         meter = metrics.Meter(f"{stage}-{rank}", len(listed), channels.counters, trace)
         args = (rank, setup.config, *args, meter)
-        replaceable = stage == "env"
-        listed.append(Job(meter.name, target, args, threads, meter, environment, replaceable))
+        listed.append(Job(meter.name, target, args, threads, meter, environment, stage == "env"))
     return listed
 
 
@@ -178,16 +149,14 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
 def differences(before: dict, now: dict) -> list[str]:
     """Lists the settings that differ between two config.json, as they are now."""
     own = ("checkpoint", "resume", "run", "ratio_from", "workers_given")  # of every start
-    return [
-        f"{flag_of(name)[2:]} {in_words(value)} (was {in_words(before.get(stage, {}).get(name))})"
-        for stage, values in now.items()
-        for name, value in values.items()
-        if value != before.get(stage, {}).get(name) and name not in own
-    ]
-
-
-def in_words(value: object) -> object:
-    return " ".join(map(str, value)) if isinstance(value, list) else value
+    said = []
+    for stage, values in now.items():
+        for name, value in values.items():
+            was = before.get(stage, {}).get(name)
+            if value != was and name not in own:
+                words = [" ".join(map(str, x)) if isinstance(x, list) else x for x in (value, was)]
+                said.append(f"{flag_of(name)[2:]} {words[0]} (was {words[1]})")
+    return said
 
 
 # ---------------------------------------------------------------- start again at another ratio
@@ -195,30 +164,24 @@ def in_words(value: object) -> object:
 
 @dataclass
 class Handover:
-    """What a run that starts again at another ratio leaves to itself, in tuning.json.
+    """What a run that starts again at another ratio leaves to itself, in tuning.json."""
 
-    `process` tells a file of an earlier start apart: the process keeps its number."""
-
-    process: int = field(default_factory=os.getpid)
+    process: int = field(default_factory=os.getpid)  # which keeps its number
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
     tracker: str | None = None  # id of the W&B run
-    heard: int = -1  # the pipe of `keep_interrupts`
-
-    def write(self, folder: RunFolder) -> None:
-        known = vars(self) | {"past": self.past.to_json()}
-        folder.write("tuning.json", json.dumps(known))
+    heard: int | None = None  # the pipe of `keep_interrupts`; None where the run has just begun
 
     @classmethod
-    def take(cls, path: Path) -> "Handover | None":
-        """Reads and removes the file, if the run in this folder has just started again."""
+    def take(cls, path: Path) -> "Handover":
+        """Reads and removes the file. Returns nothing's if it is of another process, or missing."""
         file = path / "tuning.json"
         if not file.is_file():
-            return None
+            return cls()
         known = json.loads(file.read_text())
         file.unlink()
         found = cls(**known | {"past": tuning.Past.from_json(known["past"])})
-        return found if found.process == os.getpid() else None
+        return found if found.process == os.getpid() else cls()
 
 
 def start_again(
@@ -227,18 +190,16 @@ def start_again(
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
     It returns only if Ctrl-C came before. The new start hears what comes later."""
-    heard = keep_interrupts()
+    heard = processes.keep_interrupts()
     if interrupts:
         return
-    tracker_id = tracker and tracker.id
-    Handover(past=past, appended=folder.appended, tracker=tracker_id, heard=heard).write(folder)
+    handover = Handover(os.getpid(), past, folder.appended, tracker and tracker.id, heard)
+    known = vars(handover) | {"past": past.to_json()}
+    folder.write("tuning.json", json.dumps(known))
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--ratio-from")
-    replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
-
-
-# ---------------------------------------------------------------- a whole run
+    processes.replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
 
 
 def main(config: Config) -> int:
@@ -250,21 +211,21 @@ def main(config: Config) -> int:
         return 0
     path = run_path(train.resume or train.run or time.strftime("%Y%m%d-%H%M%S"))
     handover = Handover.take(path)
-    folder = RunFolder(path, resume=bool(train.resume), keep_spans=handover is not None)
-    interrupts = note_interrupts()
-    if handover and was_interrupted(handover.heard):
+    again = handover.heard is not None
+    folder = RunFolder(path, resume=bool(train.resume), keep_spans=again)
+    interrupts = processes.note_interrupts()
+    if again and processes.was_interrupted(handover.heard):
         interrupts.append(time.monotonic())
-    tracker = mirror(setup.config, folder, handover and handover.tracker)
-    folder.appended = handover and handover.appended
-    past = handover.past if handover else tuning.Past()
+    tracker = mirror(setup.config, folder, handover.tracker)
+    folder.appended = handover.appended
     if setup.resume:
         folder.truncate(setup.version)
-    announce(setup, folder, again=handover is not None)
+    announce(setup, folder, again)
     folder.write("config.json", setup.saved)
 
-    end = run_crew(setup, folder, interrupts, tracker, past)
+    end = run_crew(setup, folder, interrupts, tracker, handover.past)
     if end.ratio:
-        start_again(end.ratio, folder, past, interrupts, tracker)
+        start_again(end.ratio, folder, handover.past, interrupts, tracker)
     folder.finish()
     pictures.draw(path)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout)
@@ -272,11 +233,7 @@ def main(config: Config) -> int:
 
 
 def run_crew(
-    setup: Setup,
-    folder: RunFolder,
-    interrupts: list[float],
-    tracker,
-    past: tuning.Past,
+    setup: Setup, folder: RunFolder, interrupts: list[float], tracker, past: tuning.Past
 ) -> End:
     """Starts all workers, follows them, and ends them."""
     channels = connect(setup)
@@ -284,10 +241,9 @@ def run_crew(
     listed = jobs(setup, channels, folder, report)
     env, train = setup.config.env, setup.config.train
     crew = Crew(listed, channels.counters, folder.path, env.restarts, train.timeout_s)
-    rows = {
-        stage: [job.meter.row for job in listed if job.name.startswith(stage)]
-        for stage in metrics.STAGES
-    }
+    rows = {stage: [] for stage in metrics.STAGES}
+    for job in listed:
+        rows[job.name.partition("-")[0]].append(job.meter.row)
     cores = len(os.sched_getaffinity(0))
     tuner = tuning.Tuner(setup.choices, channels.counters, rows, past, cores, train.iterations)
     follower = Follower(setup, folder, crew, channels, reports, interrupts, tracker, tuner)

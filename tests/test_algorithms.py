@@ -589,7 +589,9 @@ def test_advantages_are_scaled_and_the_scale_outlives_a_checkpoint():
     config.env.segment = 5
     ppo = Ppo(config, SPEC)
     assert ppo.scale(torch.tensor([3.0])).tolist() == pytest.approx([3.0], rel=1e-5)
-    ppo.finish_batch({"advantage_square": 40.0, "trained_once": 10.0}, first=True)  # of 10 chunk steps
+    ppo.finish_batch(
+        {"advantage_square": 40.0, "trained_once": 10.0}, first=True
+    )  # of 10 chunk steps
     assert ppo.scale(torch.tensor([3.0])).tolist() == pytest.approx([1.5], rel=1e-5)
     ppo.finish_batch({"advantage_square": 90.0, "trained_once": 10.0}, first=False)
     again = Ppo(config, SPEC)

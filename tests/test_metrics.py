@@ -311,7 +311,7 @@ def test_a_run_folder_that_cannot_be(tmp_path):
 @pytest.mark.parametrize("interactive", [False, True])
 def test_progress_shows_each_iteration(capsys, interactive):
     display = progress(7, interactive)
-    with display:
+    with display.screen:
         display.say("all workers are ready")
         display.show(line(1, success_rate=None, approx_kl=None))
         display.show(line(2, eval_success_rate=0.75, eval_version=1))

@@ -14,7 +14,7 @@ from pretrain import PretrainConfig
 
 def test_demonstrations_are_labelled_with_the_expert_s_own_actions():
     config = PretrainConfig(frame_every=10, action_noise=0.0)
-    frames = pretrain.demonstrate((("handle-press",), 0, 10_000_000, 1, config))
+    frames = pretrain.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), config)
     assert len(frames) >= 3
     env = metaworld.Env(("handle-press",), 64)
     env.reset(0, 10_000_000)

@@ -775,12 +775,13 @@ CHANGES = """
 import os
 import signal
 import sys
+import processes
 import train
 import tuning
 from config import exit_on_user_error
 
 iteration = tuning.Tuner.iteration
-replace = train.replace_this_process
+replace = processes.replace_this_process
 connect = train.connect
 
 def decides(self, version, cpu_s):
@@ -789,7 +790,7 @@ def decides(self, version, cpu_s):
         self.past.left = self.ratio
         self.past.measured["3:1"] = 1.0
         self.past.rejected.add("2:2")
-        self.ratio = self.past.news["ratio"] = "1:1"
+        self.ratios.wanted = self.past.news["ratio"] = "1:1"
 
 def interrupted(flags):
     if "CTRL_C" in os.environ:
@@ -802,7 +803,7 @@ def counts(setup):
 
 tuning.Tuner.iteration = decides
 train.connect = counts
-train.replace_this_process = interrupted
+processes.replace_this_process = interrupted
 if __name__ == "__main__":
     with exit_on_user_error():
         sys.exit(train.main(train.parse(sys.argv[1:])))
