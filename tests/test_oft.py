@@ -694,7 +694,7 @@ def test_a_wrong_picture_is_refused(wrong):
         if isinstance(wrong, torch.dtype)
         else torch.zeros(wrong, dtype=torch.uint8)
     )
-    with pytest.raises(UserError, match="images are .* and the model takes uint8"):
+    with pytest.raises(UserError, match="images are .* and the model needs"):
         model.act(obs | {"image": image}, model.draw(KEYS[:2], [True] * 2))
 
 
