@@ -23,6 +23,17 @@ from models.oft import Oft
 from models.pi import Pi, bounded, denoise_times
 
 
+def gradients(model: torch.nn.Module, path: Path, layout: source.Source) -> dict[str, Tensor]:
+    """{"grad." + their key: our gradient of what is theirs}, to compare with the original's."""
+    found = {}
+    ours = dict(model.named_parameters())
+    for key, part in source.match(model, path, layout, source.layout(path)).items():
+        gradient = ours[part.name].grad if part.name in ours else None
+        if gradient is not None:
+            found[f"grad.{key}"] = gradient[part.begin : part.end] if gradient.ndim else gradient
+    return found
+
+
 def pi(folder: Path) -> dict[str, Tensor]:
     """Every output of a reference folder (tests/golden/pi0/README.md), by the names of its
     outputs.safetensors."""
@@ -88,7 +99,7 @@ def pi(folder: Path) -> dict[str, Tensor]:
     out["loss_each"] = (velocity - (noise - actions)).square()
     out["loss"] = model.imitation_loss(cache, real, actions, given["time"], noise, state)
     out["loss"].backward()
-    return {name: x.detach() for name, x in out.items()} | source.gradients(model, file, weights)
+    return {name: x.detach() for name, x in out.items()} | gradients(model, file, weights)
 
 
 def gr00t(folder: Path) -> dict[str, Tensor]:
@@ -147,7 +158,7 @@ def gr00t(folder: Path) -> dict[str, Tensor]:
 
     out["loss"].backward()
     found = {name: value.detach() for name, value in out.items()}
-    return found | source.gradients(model, file, weights)
+    return found | gradients(model, file, weights)
 
 
 @torch.no_grad()
@@ -213,7 +224,7 @@ def oft(folder: Path) -> dict[str, Tensor]:
         out["loss"] = model.imitation_loss(image, tokens, inputs["actions"])
     out["loss"].backward()
     found = {name: x.detach() for name, x in out.items()}
-    return found | source.gradients(model, file, layout)
+    return found | gradients(model, file, layout)
 
 
 OUTPUTS = {"pi0": pi, "pi05": pi, "gr00t": gr00t, "oft": oft}

@@ -599,9 +599,8 @@ def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
     ]
     save_file(adapters, tmp_path / "adapter_model.safetensors")
     model = Oft(oft_files.config_of(GOLDEN / "lora"))
-    source.load(
-        model, tmp_path / "adapter_model.safetensors", oft_files.SOURCES["peft"], "cpu", None
-    )
+    file = tmp_path / "adapter_model.safetensors"
+    source.load(model, file, oft_files.source_of(file, model.config), "cpu", None)
     key = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"
     assert torch.equal(model.dino.patch_embed.lora_a, adapters[key])
 
