@@ -8,6 +8,7 @@ Gradients are of `loss` and named `grad.<original key>`.
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -225,6 +226,37 @@ def oft(folder: Path) -> dict[str, Tensor]:
     out["loss"].backward()
     found = {name: x.detach() for name, x in out.items()}
     return found | gradients(model, file, layout)
+
+
+def resize_lanczos(image: Tensor, size: int) -> Tensor:
+    """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as tf.image.resize(method="lanczos3",
+    antialias=True), then rounded.
+
+    openvla-oft's own evaluation resizes so after a JPEG round trip of quality 95, which is left out
+    here. In fp32 in TensorFlow's order; a few values of a million may differ by 1 of 255."""
+    f = np.float32
+
+    def along_rows(x: Tensor) -> Tensor:  # [n, count, …] → [n, size, …]
+        count = x.shape[1]
+        scale = f(count) / f(size)
+        spread = max(scale, f(1.0))
+        at = (np.arange(size, dtype=f) + f(0.5)) * scale
+        first = np.ceil(at - f(3.0) * spread - f(0.5)).astype(np.int64)
+        rows = first[:, None] + np.arange(int(6 * spread) + 2)  # [size, taps]
+        distance = np.abs((rows.astype(f) + f(0.5) - at[:, None]) / spread)
+        angle = f(np.pi) * np.maximum(distance, f(1e-3))
+        kernel = np.where(
+            distance <= f(1e-3),
+            f(1.0),
+            f(3.0) * np.sin(angle) * np.sin(angle / f(3.0)) / (angle * angle),
+        )
+        kernel[(distance > f(3.0)) | (rows < 0) | (rows >= count)] = 0.0
+        kernel = torch.from_numpy(kernel * (f(1.0) / kernel.sum(1, keepdims=True))).to(x.device)
+        rows = torch.from_numpy(rows.clip(0, count - 1)).to(x.device)
+        return sum(kernel[:, k, None, None] * x[:, rows[:, k]] for k in range(rows.shape[1]))
+
+    out = along_rows(along_rows(image.float()).transpose(1, 2)).transpose(1, 2)
+    return out.round().clamp(0.0, 255.0).to(torch.uint8)
 
 
 OUTPUTS = {"pi0": pi, "pi05": pi, "gr00t": gr00t, "oft": oft}

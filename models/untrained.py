@@ -43,8 +43,7 @@ def start(
         torch.manual_seed(0)
         small = family.embedded(model, str(vocabulary))
         words = tokenize.load(str(vocabulary))
-        # Beside the task: π0.5's state, a token per dimension, GR00T's views, and at most eight of
-        # punctuation and the like.
+        # Beside the task: π0.5's state, GR00T's views, and at most eight of punctuation and others.
         longest = max(len(words.encode(text)) for text in texts)
         tokens = max(tokens, longest + spec.state_dim + spec.views + 8)
         config = fitted(small.config, spec, chunk, tokens, words.vocab_size())

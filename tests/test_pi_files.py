@@ -153,7 +153,7 @@ def test_our_own_small_models_see_what_they_were_trained_on(family):
     if family == "pi05":
         text = tokenize.prompt("press the button", normal)
         assert found.keys() == {"image", "tokens"} and np.array_equal(
-            found["tokens"], tokenize.encode(tokenizer, text, 24)
+            found["tokens"], tokenize.encode(tokenizer, 24, text)
         )
     else:
         np.testing.assert_allclose(found["state"], normal, rtol=1e-6)

@@ -28,7 +28,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import bins, pictures, source
 from models.formats.names import Rules, each, siglip
-from models.formats.preparation import PreparationBase, padded
+from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, read_json, understood
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
@@ -455,7 +455,7 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
     )
     known = ids.count(c.image_token) == c.views
     require(known, f"the task {task!r} contains the image placeholder {IMAGE}")
-    return padded(ids, c.tokens, PAD, task)
+    return tokenize.padded(ids, c.tokens, PAD, task)
 
 
 # ---------------------------------------------------------------- between simulator and model

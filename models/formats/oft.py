@@ -23,7 +23,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules
-from models.formats.preparation import PreparationBase, require_room
+from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, read_json, understood
 from models.oft import FULL, Lora, Oft, OftConfig
 
@@ -263,7 +263,7 @@ def encode(tokenizer, task: str, length: int, pad: int) -> np.ndarray:
     )
     if ids[-1] != blank:
         ids.append(blank)
-    require_room([tokenizer.bos_id(), *ids], length, prompt(task))
+    tokenize.require_room([tokenizer.bos_id(), *ids], length, prompt(task))
     return np.array([tokenizer.bos_id(), *[pad] * (length - 1 - len(ids)), *ids], np.int32)
 
 

@@ -27,7 +27,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
-from models.formats.preparation import PreparationBase, padded
+from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, Stored, read_json, understood
 from models.pi import FULL, SMALL, Pi, PiConfig
 
@@ -405,10 +405,7 @@ class Preparation(PreparationBase):
         else:
             normal = normalise(state, self.stats["state"])
             texts = prompt(task, normal if self.stats["prompt"] == "state" else None, self.layout)
-        ids = [self.tokenizer.bos_id()]
-        for text in texts:
-            ids += self.tokenizer.encode(text)
-        out = {"tokens": padded(ids, c.tokens, tokenize.PAD, "".join(texts))}
+        out = {"tokens": tokenize.encode(self.tokenizer, c.tokens, *texts)}
         if not c.pi05:
             room = c.state_dim - len(normal)
             sentence = (

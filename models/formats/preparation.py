@@ -1,12 +1,12 @@
 """What stands between a simulator and a model: observations in, actions out.
 
-Every env worker has one. A family derives `PreparationBase` in `models/formats/`, says how its
-pictures, prompts and states are made, and inherits the checks.
+Every env worker has one. A family derives `PreparationBase`, says how its pictures, prompts and
+states are made, and inherits the checks.
 """
 
 import numpy as np
 
-from config import UserError
+from config import require
 
 
 class PreparationBase:
@@ -33,8 +33,8 @@ class PreparationBase:
         raise NotImplementedError
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """What the model returned [C, A] → what the robot executes [C, A]; state [S] as the
-        simulator gave it."""
+        """What the model returned → what the robot executes, [C, A] each; state [S] of the
+        simulator."""
         return actions
 
     # ------------------------------------------------------------ what all have
@@ -49,30 +49,14 @@ class PreparationBase:
         size = (c.image_size, c.image_size)
         if images.ndim == 4 and not self.own:
             size = images.shape[1:3]
-        if images.dtype != np.uint8 or images.shape != (c.views, *size, 3):
-            wanted = f"{size[0]}, {size[1]}" if self.own else "height, width"
-            raise UserError(
-                f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
-                f"{wanted}, 3] uint8"
-            )
-        if not np.isfinite(state).all():
-            raise UserError(
-                "the state of the robot is not a number in dimension "
-                f"{int(np.argmin(np.isfinite(state)))}: {state}"
-            )
-        return {"image": self.resize(images)} | self.words(state, task)
-
-
-def padded(ids: list[int], length: int, pad: int, text: str) -> np.ndarray:
-    """Token ids [length] int32, padded at the end. Raises UserError when they do not fit."""
-    require_room(ids, length, text)
-    return np.array(ids + [pad] * (length - len(ids)), np.int32)
-
-
-def require_room(ids: list[int], length: int, text: str) -> None:
-    """Raises UserError when a prompt has more tokens than the model has room for."""
-    if len(ids) > length:
-        raise UserError(
-            f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}: "
-            "give --tokens"
+        wanted = f"{size[0]}, {size[1]}" if self.own else "height, width"
+        require(
+            images.dtype == np.uint8 and images.shape == (c.views, *size, 3),
+            f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
+            f"{wanted}, 3] uint8",
         )
+        finite = np.isfinite(state)
+        wrong = int(np.argmin(finite))
+        sentence = f"the state of the robot is not a number in dimension {wrong}: {state}"
+        require(finite.all(), sentence)
+        return {"image": self.resize(images)} | self.words(state, task)
