@@ -149,8 +149,7 @@ def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
 
 
 def check_family(name: str, path: Path) -> None:
-    """Raises UserError when a checkpoint of another project is of another family than `name`, by
-    the names of its tensors."""
+    """Raises UserError when another project's checkpoint is not of family `name`, by its keys."""
     if checkpoint.is_ours(path):
         return
     names = " ".join(source.layout(path))

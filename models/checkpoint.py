@@ -28,14 +28,12 @@ class Header(NamedTuple):
 
     @property
     def published(self) -> bool:
-        """Whether the model began as another project's: its `preparation` resizes pictures, our
-        small ones' does not."""
+        """Whether it began as another project's model, whose `preparation` resizes pictures."""
         return self.stats.get("layout", "own") != "own"
 
 
 def find(path: str | Path) -> Path:
-    """The weights file behind a file, a checkpoint folder or a run's folder or name (its newest
-    checkpoint)."""
+    """The weights file of a file, a checkpoint folder or a run (its newest checkpoint)."""
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
         newest = sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]
@@ -88,8 +86,7 @@ def of_family(path: str | Path, family: str) -> Header:
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a checkpoint is in our own layout, rather than another project's. Raises UserError
-    where there is none."""
+    """Whether a checkpoint is in our own layout. Raises UserError where there is none."""
     try:
         file = find(path)
     except UserError:
@@ -131,8 +128,7 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
 
 
 def frame_size(path: Path) -> int:
-    """Pixels of the pictures to show a checkpoint's model; another project's `preparation` resizes
-    them (LIBERO: 256)."""
+    """Pixels of the pictures to show a model; another project's `preparation` resizes them."""
     return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
 
 

@@ -57,8 +57,7 @@ def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
 
 
 def compile_parts(model: nn.Module) -> None:
-    """`model.COMPILED`, in place; what lies between them is small. A piece that is no single graph
-    is an error."""
+    """`model.COMPILED`, in place. A piece that is no single graph is an error."""
     for part in model.COMPILED:
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False, fullgraph=True))
 

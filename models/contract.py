@@ -9,7 +9,8 @@ from torch import Tensor
 from config import UserError, require
 
 FAMILY = {
-    "FORMATS": "the module that knows its files, or None: then it has a `build` and `preparation`",
+    "FORMATS": "the name of the module that knows its files, or None: then `build` and "
+    "`preparation` are its own",
 }
 ALONE = {
     "build": "(config, spec, device, weights) → the model",

@@ -54,8 +54,7 @@ PAD = -1
 
 @dataclass(kw_only=True, frozen=True)
 class Gr00tConfig(SiglipConfig, FlowConfig):
-    """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO settings as in
-    RLinf."""
+    """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO as in RLinf."""
 
     vocabulary: int = 400  # tokens; 151680
     image_token: int = 399  # <IMG_CONTEXT>; 151669
@@ -235,8 +234,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None
     ) -> Tensor:
-        """x [n, S, D]; condition [n, D]; keys from `keys`, or None to attend to x; mask [n, 1, 1,
-        P] bool, True to attend."""
+        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] bool."""
         if self.adaptive:
             scale, shift = self.ada(F.silu(condition))[:, None].chunk(2, dim=-1)  # each [n, 1, D]
             h = F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift
@@ -338,8 +336,7 @@ class Gr00t(FlowPolicy):
     # ------------------------------------------------------------ the network
 
     def spread(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [n, L], one image token per view, `PAD` where there is none → ids [n, P] and which
-        are real [n, P] bool."""
+        """tokens [n, L], one image token per view, → ids [n, P] and whether they are real, bool."""
         c = self.config
         flat = tokens.long().flatten()
         counts = torch.where(flat == c.image_token, c.image_tokens, 1)
@@ -379,8 +376,7 @@ class Gr00t(FlowPolicy):
     def velocity(
         self, context, state: Tensor, x_t: Tensor, bucket: Tensor, which: int | Tensor
     ) -> Tensor:
-        """v(x_t, t | context), from noise to data. state of `encode_state`, x_t [n, H, A'], bucket
-        [n] = ⌊t·1000⌋ → [n, H, A']."""
+        """v(x_t, t | context) [n, H, A'], noise to data; state of `encode_state`, bucket [n]."""
         _, keys, mask = context
         n, horizon, _ = x_t.shape
         # Cosine comes first, unlike in the action encoder.
@@ -396,8 +392,7 @@ class Gr00t(FlowPolicy):
         return self.action_decoder(x[:, -horizon:], which)
 
     def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
-        """Processed features [n, P, D] and encoded state [n, 1, D'] → value [n]; the head's
-        gradient stops at both."""
+        """Processed features [n, P, D], encoded state [n, 1, D'] (both detached) → value [n]."""
         seen = (real if self.config.mask_padding else torch.ones_like(real))[..., None]
         mean = (features * seen).sum(1) / seen.sum(1)
         return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
@@ -425,8 +420,7 @@ class Gr00t(FlowPolicy):
         return [1.0 - i / steps for i in range(steps + 1)]
 
     def look(self, obs: dict[str, Tensor]) -> dict:
-        """The context, made of pictures and prompt or of what a slot keeps of them, and the
-        state's token."""
+        """The context, of pictures and prompt or what a slot keeps of them, and the state."""
         c = self.config
         ids, real = self.spread(obs["tokens"])
         stored = obs.get("vl_features")
@@ -485,8 +479,7 @@ class Gr00t(FlowPolicy):
 
 
 def training_time(n: int) -> Tensor:
-    """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise
-    (Isaac-GR00T)."""
+    """Times [n] of imitation: (0.999 − Beta(1.5, 1))/0.999, which dwells on noise (Isaac-GR00T)."""
     return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
 
 

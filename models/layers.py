@@ -21,8 +21,7 @@ def image_and_tokens(c) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
 
 
 def require_images(image: Tensor, c, floats: bool = False) -> None:
-    """Raises UserError unless `image` is [n, V, H, W, 3] uint8, or of floats, if these are
-    allowed."""
+    """Raises UserError unless `image` is [n, V, H, W, 3] uint8; any numbers, with `floats`."""
     shape, dtype = image_and_tokens(c)["image"]
     if tuple(image.shape[1:]) != shape or not (floats or image.dtype == dtype):
         raise UserError(

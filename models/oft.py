@@ -142,8 +142,7 @@ FULL = {
 
 
 class Lora:
-    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
-    `rlinf/models/__init__.py`)."""
+    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), of scale 1 as in RLinf."""
 
     def add_lora(self, rank: int) -> None:
         """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's
@@ -193,8 +192,7 @@ class PatchEmbedding(nn.Conv2d, Lora):
 
 
 class VisionBlock(nn.Module):
-    """timm's `Block`: pre-norm attention and MLP with exact GELU; `scale` is LayerScale, which only
-    DINOv2 has."""
+    """timm's `Block`: pre-norm, exact GELU; `scale` is LayerScale, which only DINOv2 has."""
 
     def __init__(self, width: int, mlp: int, heads: int, scale: bool):
         super().__init__()
@@ -335,8 +333,7 @@ class Oft(nn.Module):
         self.action_table = torch.from_numpy(table).to(self.lm_head.weight.device)
 
     def train_as(self, train: str) -> None:
-        """Gives every linear layer adapters, or adds those it has into the weights: what is
-        computed stays the same."""
+        """Adds adapters, or folds them into the weights: what is computed stays the same."""
         for module in self.modules():
             if isinstance(module, Lora):
                 if train == "full":
@@ -349,8 +346,7 @@ class Oft(nn.Module):
     # ------------------------------------------------------------ the network
 
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [n, V, H, W, 3] uint8 → normalised for DINOv2 and for SigLIP, [n·V, 3, H, W] each.
-        Raises UserError."""
+        """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
         c = self.config
         f = self.lm_head.weight.dtype
         require_images(image, c)
@@ -410,8 +406,7 @@ class Oft(nn.Module):
         return ("image", "tokens", "action_tokens")
 
     def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
-        """One uniform number per action token [n, C·A], and whether to sample [n]; where not, the
-        likeliest bin is taken."""
+        """A uniform number per action token [n, C·A], and whether to sample [n] or be greedy."""
         uniform = np.stack([generator(key).random(self.config.actions, np.float32) for key in keys])
         return {"uniform": torch.from_numpy(uniform), "explore": torch.tensor(explore)}
 

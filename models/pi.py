@@ -50,8 +50,8 @@ from models.tokenize import PAD
 
 @dataclass(kw_only=True, frozen=True)
 class PiConfig(SiglipConfig, FlowConfig):
-    """The defaults are the embedded π0.5; openpi's is in the comments. A camera of openpi's three
-    that is left out equals a masked one."""
+    """The defaults are the embedded π0.5; in the comments openpi's. A missing camera of its three
+    equals a masked one."""
 
     pi05: bool = True  # False: π0
     vocabulary: int = 399  # tokens; 257152
@@ -118,8 +118,7 @@ FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
 
 
 class RMSNorm(nn.Module):
-    """Gemma's: x/rms(x)·(1 + w). With `condition` [n, D], adaRMS: scale, shift and gate come from a
-    Linear of it."""
+    """Gemma's: x/rms(x)·(1 + w). adaRMS: scale, shift, gate are a Linear of `condition` [n, D]."""
 
     def __init__(self, width: int, condition: int | None = None):
         super().__init__()
@@ -160,8 +159,7 @@ def gated(x: Tensor, more: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class GemmaLayer(nn.Module):
-    """One decoder layer. condition: width of what adaRMS is conditioned on, if the norms are
-    adaptive."""
+    """One decoder layer. condition: width of what its norms are conditioned on, if adaptive."""
 
     def __init__(self, width, mlp, heads, head_dim, condition=None, kv_heads=1):
         super().__init__()
@@ -267,8 +265,7 @@ class Pi(FlowPolicy):
         return cache, (wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
 
     def prefix_features(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """As `prefix` → features of every position [n, P, D] (meaningless where not real), cache
-        [n, depth, 2·kv, P, d]."""
+        """As `prefix` → features [n, P, D] (meaningless where not real), cache."""
         c = self.config
         require_images(image, c, floats=image.is_floating_point())
         pictures = self.vision(image)
@@ -292,8 +289,7 @@ class Pi(FlowPolicy):
     def suffix(
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
     ) -> Tensor:
-        """The expert's features of the action tokens. x_t [n, C, A], t [n], state [n, S] (π0)
-        → [n, C, E]."""
+        """x_t [n, C, A], t [n], π0's state [n, S] → the expert's features of actions [n, C, E]."""
         c = self.config
         dtype = self.action_in_proj.weight.dtype
         x = self.action_in_proj(x_t.to(dtype))
@@ -371,8 +367,7 @@ class Pi(FlowPolicy):
     def transition(
         self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `FlowPolicy.transition`; Flow-Noise: the ODE's step is the mean, the network's bounded
-        answer the deviation [n, C, A]."""
+        """Flow-Noise: the ODE's step is the mean, the network's bounded answer the deviation."""
         if not self.learns_noise:
             return super().transition(x, h, t, t_next)
         step = ode_step(x, self.direction(h, x), t, t_next)

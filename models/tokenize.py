@@ -56,8 +56,7 @@ def prompt(task: str, state: np.ndarray) -> str:
 
 
 def encode(tokenizer, length: int, *texts: str) -> np.ndarray:
-    """Token ids [length] int32: BOS, the texts, each on its own, padding. Raises UserError when
-    they do not fit."""
+    """Token ids [length] int32: BOS, the texts, each on its own, padding. Raises UserError."""
     ids = [tokenizer.bos_id()]
     for text in texts:
         ids += tokenizer.encode(text)
@@ -80,8 +79,7 @@ def require_room(ids: list[int], length: int, text: str) -> None:
 
 
 def train_vocabulary(prompts: list[str], path: Path) -> None:
-    """A SentencePiece model with one token per word of `prompts`, per state bin and per letter.
-    Deterministic."""
+    """A SentencePiece model with one token per word of `prompts`, state bin and letter."""
     words = sorted({word for text in prompts for word in text.replace(",", "").split()})
     symbols = [f"▁{word}" for word in ["Task:", "State:", *words, *range(256)]]
     symbols += [",", ";\nAction:"]

@@ -43,16 +43,14 @@ def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
 
 
 def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
-    """The inverse, clipped to [-1, 1] where the mask says so: how demonstrations are prepared
-    (`BOUNDS_Q99`)."""
+    """The inverse, clipped to [-1, 1]: how demonstrations are prepared (`BOUNDS_Q99`)."""
     low, high, mask = quantiles(stats)
     scaled = 2.0 * (actions - low) / (high - low + 1e-8) - 1.0
     return np.where(mask, np.clip(scaled, -1.0, 1.0), actions)
 
 
 def libero_gripper(actions: np.ndarray) -> np.ndarray:
-    """The data has the gripper, the last dimension, in [0, 1] with 1 open; LIBERO wants 1 closed
-    and −1 open."""
+    """The last dimension: 1 open, 0 closed in the data, −1 open, 1 closed in LIBERO."""
     return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
 
 

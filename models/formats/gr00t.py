@@ -17,7 +17,6 @@ import unicodedata
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -222,16 +221,16 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
     return replace(c, chunk=min(c.chunk, c.horizon), action_dim=min(c.action_dim, c.max_action_dim))
 
 
-class Statistics(NamedTuple):
-    """Minimum and maximum of every dimension of the robot's state [S] and action [A], fp32."""
+# Minimum and maximum of every dimension of the robot's state [S] and action [A]: ours ← LeRobot's.
+STATISTICS = {
+    "state_low": "observation.state.min",
+    "state_high": "observation.state.max",
+    "action_low": "action.min",
+    "action_high": "action.max",
+}
 
-    state_low: np.ndarray
-    state_high: np.ndarray
-    action_low: np.ndarray
-    action_high: np.ndarray
 
-
-def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statistics, int]:
+def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, dict, int]:
     """NVIDIA's experiment_cfg/metadata.json: {tag: {"statistics": {"state": {part: {"min": […],
     "max": […]}}, "action": …}}}. Returns tag, statistics and number of cameras.
 
@@ -248,13 +247,14 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statis
             parts = metadata[tag]["statistics"][what].values()
             for end in ("min", "max"):
                 values = [np.asarray(part[end], np.float32).ravel() for part in parts]
-                ends.append(np.concatenate(values))
-        return tag, Statistics(*ends), len(metadata[tag]["modalities"]["video"])
+                ends.append(np.concatenate(values).tolist())
+        stats = dict(zip(STATISTICS, ends, strict=True))
+        return tag, stats, len(metadata[tag]["modalities"]["video"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"cannot read statistics of {tag!r} in {path}: {error!r}") from None
 
 
-def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
+def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], dict]:
     """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns
     embodiment, its table and statistics."""
     path = folder / "policy_preprocessor.json"
@@ -262,8 +262,7 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
         steps = {step.get("registry_name", ""): step for step in read_json(path)["steps"]}
         step = steps[next(name for name in steps if name.startswith("groot_pack_inputs"))]
         tensors = load_file(folder / step["state_file"])
-        keys = ("observation.state.min", "observation.state.max", "action.min", "action.max")
-        stats = Statistics(*(tensors[key].float().flatten().numpy() for key in keys))
+        stats = {end: tensors[key].float().flatten().tolist() for end, key in STATISTICS.items()}
         return step["config"]["embodiment_tag"], step["config"]["embodiment_mapping"], stats
     except (StopIteration, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise UserError(f"cannot read GR00T's statistics from {path}: {error!r}") from None
@@ -272,8 +271,7 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
 def describe(
     folder: str | Path, tag: str | None = None, base: Gr00tConfig = FULL["gr00t"]
 ) -> Found:
-    """What a checkpoint folder of NVIDIA, RLinf or LeRobot says of itself. tag: the embodiment,
-    where the folder has several.
+    """What a checkpoint folder says of itself. tag: the embodiment, where there are several.
 
     NVIDIA's and LeRobot's policies act on one unpadded prompt at a time, which masked padding
     reproduces. RLinf pads every prompt to P = 570 positions and attends to the padding: with 2
@@ -300,8 +298,9 @@ def describe(
         table = EMBODIMENTS
     tag = tag or said
     number = embodiment_number(tag, table)
+    action_dim = len(stats["action_low"])
     require(
-        len(stats.state_low) <= c.max_state_dim and len(stats.action_low) <= c.max_action_dim,
+        len(stats["state_low"]) <= c.max_state_dim and action_dim <= c.max_action_dim,
         f"{folder} has statistics of more dimensions than the model takes: {c.max_state_dim} and "
         f"{c.max_action_dim}",
     )
@@ -309,10 +308,9 @@ def describe(
         number < c.embodiments,
         f"embodiment {tag!r} is number {number} and the model of {folder} has {c.embodiments}",
     )
-    c = replace(c, embodiment=number, action_dim=len(stats.action_low), views=views)
+    c = replace(c, embodiment=number, action_dim=action_dim, views=views)
     c = replace(c, mask_padding=kind != "rlinf", task_as_list=kind != "rlinf")
-    lists = {name: value.tolist() for name, value in stats._asdict().items()}
-    return Found(c, SOURCES[kind], lists | {"layout": kind})
+    return Found(c, SOURCES[kind], stats | {"layout": kind})
 
 
 def published(path: Path, family: str, config, spec) -> Found:
@@ -333,8 +331,7 @@ def published(path: Path, family: str, config, spec) -> Found:
 
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """[…, D] → [−1, 1] between minimum and maximum, not clipped; 0 in a dimension that never
-    varied."""
+    """[…, D] → [−1, 1] by minimum and maximum, not clipped; 0 where a dimension never varied."""
     spread = np.where(high != low, high - low, 1.0).astype(np.float32)
     return np.where(high != low, 2.0 * ((x - low) / spread) - 1.0, 0.0).astype(np.float32)
 

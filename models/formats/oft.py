@@ -58,19 +58,11 @@ def linears(leaf: str, their_leaf: str, before: str = "") -> Rules:
     )
 
 
-def others(ours: str, theirs: str) -> Rules:
-    """Rules of what else an image tower has."""
-    return (
-        (rf"{ours}\.(pos_embed|cls_token|reg_token)", rf"{theirs}.\1"),
-        (rf"{ours}\.blocks\.(\d+)\.scale(\d)", rf"{theirs}.blocks.\1.ls\2.scale_factor"),
-        (rf"{ours}\.(blocks\.\d+\.norm.*)", rf"{theirs}.\1"),
-    )
-
-
 NETWORK: Rules = (
     *linears("(?P<leaf>weight|bias)", r"\g<leaf>"),
-    *others("dino", TOWERS["dino"]),
-    *others("siglip", TOWERS["siglip"]),
+    (r"dino\.(pos_embed|cls_token|reg_token|blocks\.\d+\.norm.*)", rf"{TOWERS['dino']}.\1"),
+    (r"dino\.blocks\.(\d+)\.scale(\d)", rf"{TOWERS['dino']}.blocks.\1.ls\2.scale_factor"),
+    (r"siglip\.(pos_embed|blocks\.\d+\.norm.*)", rf"{TOWERS['siglip']}.\1"),
     (r"language\.(\d+)\.(\w+_layernorm.*)", rf"{LLAMA}.layers.\1.\2"),
     (r"language_norm\.(.*)", rf"{LLAMA}.norm.\1"),
     (r"embed_tokens.*", rf"{LLAMA}.\g<0>"),
@@ -95,8 +87,7 @@ UNUSED = (
 
 
 def source_of(path: str | Path, config: OftConfig) -> Source:
-    """The layout of a folder or file by its keys: weights, RLinf's value head, adapters. Strict
-    about the number of vision blocks."""
+    """The layout of a folder or file by its keys, strict about the number of vision blocks."""
     keys = source.layout(path)
     rules: Rules = ()
     if any(key.startswith("vision_backbone.") for key in keys):
@@ -180,8 +171,7 @@ def config_of(folder: str | Path) -> OftConfig:
         )
         if (folder / "preprocessor_config.json").is_file():
             says = read_json(folder / "preprocessor_config.json")
-            mean, std = says["means"][0], says["stds"][0]
-            c = replace(c, dino_mean=tuple(mean), dino_std=tuple(std))
+            c = replace(c, dino_mean=tuple(says["means"][0]), dino_std=tuple(says["stds"][0]))
     return c
 
 
@@ -200,12 +190,11 @@ def tower_of(timm: dict | None, prefix: str) -> dict:
 
 
 def read_statistics(folder: str | Path, key: str = "") -> dict:
-    """One data set's action statistics, from dataset_statistics.json or else config.json's
-    `norm_stats`.
+    """One data set's action statistics, from dataset_statistics.json or config.json's `norm_stats`:
+    lists {"q01": [A], "q99": [A], "mask": [A] bool}. Raises UserError.
 
     `key` is the originals' `unnorm_key`; "" takes the only one there is, and `key` also stands for
-    `key_no_noops`. Returns {"q01": [A], "q99": [A], "mask": [A] bool} as lists. Raises UserError.
-    """
+    `key_no_noops`."""
     path = Path(folder) / "dataset_statistics.json"
     if path.is_file():
         found = read_json(path)

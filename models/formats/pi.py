@@ -245,9 +245,7 @@ def read_norm_stats(
     actions are deltas on state[:6]. π0.5's prompt holds the state of real robots but not of
     simulators (`discrete_state_input` in both projects' configurations), if config.json does not
     say. Of several robots' statistics the path names `chosen`, else `env`, the simulator."""
-    files = {
-        str(file.relative_to(folder)): file for file in sorted(folder.rglob("norm_stats.json"))
-    }
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("norm_stats.json")}
     word = chosen or env
     found = list(files)
     if chosen or len(files) > 1:
@@ -283,8 +281,7 @@ def read_norm_stats(
 
 
 def read_processors(folder: Path) -> dict:
-    """LeRobot's statistics: the (un)normaliser steps of policy_preprocessor.json and
-    policy_postprocessor.json."""
+    """LeRobot's statistics: the (un)normaliser steps of policy_{pre,post}processor.json."""
     kinds: dict = {"layout": "lerobot", "prompt": "newline", "delta": []}
     for name, file_name, step_name, key, feature in (
         ("state", "policy_preprocessor.json", "normalizer_processor", "observation.state", "STATE"),

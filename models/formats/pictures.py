@@ -25,8 +25,7 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int]:
 
 @lru_cache
 def triangle_weights(old: int, new: int) -> np.ndarray:
-    """Pillow's bilinear filter as a matrix [new, old] of whole multiples of 2⁻²² (Pillow
-    src/libImaging/Resample.c)."""
+    """Pillow's bilinear filter (libImaging/Resample.c): [new, old], multiples of 2⁻²²."""
     scale = old / new
     reach = max(scale, 1.0)  # a smaller picture averages over the pixels it merges
     weights = np.zeros((new, old))
@@ -90,8 +89,7 @@ def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.nda
 
 
 def resize_eagle(image: np.ndarray, size: int) -> np.ndarray:
-    """What Eagle's image processor makes of a picture, as one tile: [V, H, W, 3] uint8 → [V, size,
-    size, 3] uint8."""
+    """Eagle's image processor, one tile: [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
     if image.shape[1:3] == (size, size):
         return image
     x = torch.tensor(image).permute(0, 3, 1, 2)  # in 8 bits: torch rounds after each direction

@@ -6,14 +6,12 @@ states are made, and inherits the checks.
 
 import numpy as np
 
-from config import require
+from config import UserError, require
 
 
 class PreparationBase:
-    """Observations to the fields of `observation_fields`, and the model's actions to the
-    simulator's.
-
-    config: the family's; stats: of the checkpoint's header; tokenizer: the family's."""
+    """Turns observations into the model's, and its actions into the simulator's. config and
+    tokenizer: the family's; stats: of the checkpoint's header."""
 
     def __init__(self, config, stats: dict, tokenizer):
         self.config = config
@@ -21,8 +19,6 @@ class PreparationBase:
         self.tokenizer = tokenizer
         self.layout = stats.get("layout", "own")
         self.own = self.layout == "own"
-
-    # ------------------------------------------------------------ what a family says
 
     def resize(self, images: np.ndarray) -> np.ndarray:
         """Pictures [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
@@ -33,18 +29,12 @@ class PreparationBase:
         raise NotImplementedError
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """What the model returned → what the robot executes, [C, A] each; state [S] of the
-        simulator."""
+        """The model's [C, A] → what the robot executes [C, A]; state [S] of the simulator."""
         return actions
 
-    # ------------------------------------------------------------ what all have
-
     def observe(self, images: np.ndarray, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
-        """images [V, H, W, 3] uint8, state [S] and task → the model's observation fields. Raises
-        UserError.
-
-        Pictures of any size are resized for another project's model; our own take theirs as they
-        are."""
+        """images [V, H, W, 3] uint8, state [S] and task → the model's observation fields. Another
+        project's model takes pictures of any size. Raises UserError."""
         c = self.config
         size = (c.image_size, c.image_size)
         if images.ndim == 4 and not self.own:
@@ -55,8 +45,7 @@ class PreparationBase:
             f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
             f"{wanted}, 3] uint8",
         )
-        finite = np.isfinite(state)
-        wrong = int(np.argmin(finite))
-        sentence = f"the state of the robot is not a number in dimension {wrong}: {state}"
-        require(finite.all(), sentence)
+        if not np.isfinite(state).all():
+            wrong = int(np.argmin(np.isfinite(state)))
+            raise UserError(f"the state of the robot is not a number in dimension {wrong}: {state}")
         return {"image": self.resize(images)} | self.words(state, task)

@@ -73,8 +73,7 @@ class Found(NamedTuple):
 
 
 Part = Literal["all", "none", "training", "idle"]
-"""which weights a process reads: `idle` are those that training, with a frozen prefix in the slots,
-has no use for"""
+"""which weights a process reads; `idle`: those that training with a cached prefix does not use"""
 
 
 def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
@@ -130,8 +129,7 @@ class Stored(NamedTuple):
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, a folder's shards, or its
-    model.safetensors."""
+    """The safetensors files of a checkpoint: itself, its shards, or its model.safetensors."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -174,8 +172,7 @@ def raw_header(file: Path) -> bytes:
 
 
 def layout(path: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, read from the headers alone. Raises UserError when a
-    file is damaged."""
+    """Every tensor of a checkpoint by its key, from headers alone. Raises UserError if damaged."""
     found = {}
     for file in weight_files(path):
         head = raw_header(file)
