@@ -1,12 +1,7 @@
 """Model families, one file each and one in `formats/`. A new family is those two, a line in
 `MODELS` and a name in `config.Family`. What they must offer: `contract.py`.
 
-No stage knows which family it serves:
-
-    load(name)                                the family's module
-    build(config, spec, device, weights)      the model of `config.train.checkpoint`
-    preparation(name, header, tokenizer)      what stands between a simulator and it
-    files(name)                               the family's module in `formats/`
+No stage knows which family it serves: it calls `build`, and env workers `preparation`.
 """
 
 import importlib

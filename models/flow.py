@@ -107,8 +107,6 @@ class FlowPolicy(nn.Module):
         frozen = name.startswith(self.FROZEN) and not self.config.train_vlm
         return getattr(torch, self.config.prefix_dtype) if frozen else torch.float32
 
-    # ------------------------------------------------------------ fields and parameters
-
     @property
     def cached(self) -> bool:
         """Whether slots keep what `look` saw: a frozen VLM sees the same at every epoch."""
@@ -134,8 +132,6 @@ class FlowPolicy(nn.Module):
 
     def idle(self) -> tuple[str, ...]:
         return self.FROZEN if self.cached else ()
-
-    # ------------------------------------------------------------ the chain
 
     def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
         """noise and epsilon [n, H, A], and the stochastic denoise step's index [n], −1 where

@@ -419,16 +419,20 @@ class Gr00t(FlowPolicy):
         steps = self.config.denoise_steps
         return [1.0 - i / steps for i in range(steps + 1)]
 
+    def features(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of pictures and prompt, or what a slot keeps of them [n, P, D]; what is real [n, P]."""
+        ids, real = self.spread(obs["tokens"])
+        found = obs.get("vl_features")
+        if found is None:
+            pixels = scaled(obs["image"], self.projector.weight.dtype)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
+                found = self.backbone(pixels, ids, real)
+        return found.to(self.vlln.weight.dtype), real
+
     def look(self, obs: dict[str, Tensor]) -> dict:
         """The context, of pictures and prompt or what a slot keeps of them, and the state."""
         c = self.config
-        ids, real = self.spread(obs["tokens"])
-        stored = obs.get("vl_features")
-        if stored is None:
-            pixels = scaled(obs["image"], self.projector.weight.dtype)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and c.train_vlm):
-                stored = self.backbone(pixels, ids, real)
-        features = stored.to(self.vlln.weight.dtype)
+        features, real = self.features(obs)
         return {
             "vl_features": features.to(getattr(torch, c.prefix_dtype)),
             "real": real,
@@ -468,14 +472,13 @@ class Gr00t(FlowPolicy):
         room = (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk)
         padded = F.pad(actions, room)
         shown = F.pad(torch.ones_like(actions, dtype=torch.bool), room)
-        with torch.enable_grad():
-            ids, real = self.spread(obs["tokens"])
-            pixels = scaled(obs["image"], torch.float32)
-            context = self.context(self.backbone(pixels, ids, real), real)
-            state = self.encode_state(obs["state"], c.embodiment)
-            t = draw["t"]
-            noise = draw["noise"]
-            return self.imitation_loss(context, state, padded, t, noise, shown, c.embodiment)
+        ids, real = self.spread(obs["tokens"])
+        pixels = scaled(obs["image"], torch.float32)
+        context = self.context(self.backbone(pixels, ids, real), real)
+        state = self.encode_state(obs["state"], c.embodiment)
+        t = draw["t"]
+        noise = draw["noise"]
+        return self.imitation_loss(context, state, padded, t, noise, shown, c.embodiment)
 
 
 def training_time(n: int) -> Tensor:

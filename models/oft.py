@@ -142,7 +142,8 @@ FULL = {
 
 
 class Lora:
-    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), of scale 1 as in RLinf."""
+    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
+    `rlinf/models/__init__.py`)."""
 
     def add_lora(self, rank: int) -> None:
         """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's

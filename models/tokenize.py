@@ -44,11 +44,6 @@ def load_for(path: str, least: int, most: int):
     return tokenizer
 
 
-def normalise(state: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """States [..., S] → [-1, 1] by their quantiles q01 and q99 [S] (openpi's π0.5 statistics)."""
-    return (state - low) / (high - low + 1e-6) * 2.0 - 1.0
-
-
 def prompt(task: str, state: np.ndarray) -> str:
     """π0.5's prompt. state [S] normalised to [-1, 1]; bin i covers [-1 + i/128, -1 + (i+1)/128)."""
     bins = np.clip(np.floor((state + 1.0) * 128.0), 0, 255).astype(int)
@@ -65,17 +60,13 @@ def encode(tokenizer, length: int, *texts: str) -> np.ndarray:
 
 def padded(ids: list[int], length: int, pad: int, text: str) -> np.ndarray:
     """Token ids [length] int32, padded at the end. Raises UserError when they do not fit."""
-    require_room(ids, length, text)
-    return np.array(ids + [pad] * (length - len(ids)), np.int32)
-
-
-def require_room(ids: list[int], length: int, text: str) -> None:
-    """Raises UserError when a prompt has more tokens than the model has room for."""
-    if len(ids) > length:
-        raise UserError(
-            f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}: "
-            "give --tokens"
-        )
+    size = len(ids)
+    require(
+        size <= length,
+        f"the prompt {text!r} needs {size} tokens and the model has room for {length}: give "
+        "--tokens",
+    )
+    return np.array(ids + [pad] * (length - size), np.int32)
 
 
 def train_vocabulary(prompts: list[str], path: Path) -> None:

@@ -148,7 +148,8 @@ def test_our_own_small_models_see_what_they_were_trained_on(family):
     state = np.array([0.1, 0.5, 0.3, 0.6])
     image = np.full((1, 64, 64, 3), 7, np.uint8)
     found = preparation.observe(image, state, "press the button")
-    normal = tokenize.normalise(state, np.array(STATS["state_low"]), np.array(STATS["state_high"]))
+    ends = (np.array(STATS["state_low"]), np.array(STATS["state_high"]))
+    normal = pi_files.openpi_scaled(state, *ends, "quantiles")
     assert np.array_equal(found["image"], image)
     if family == "pi05":
         text = tokenize.prompt("press the button", normal)

@@ -327,9 +327,6 @@ def published(path: Path, family: str, config, spec) -> Found:
     return found._replace(shape=shape, stats=found.stats | {"gripper": gripper})
 
 
-# ---------------------------------------------------------------- state and action
-
-
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """[…, D] → [−1, 1] by minimum and maximum, not clipped; 0 where a dimension never varied."""
     spread = np.where(high != low, high - low, 1.0).astype(np.float32)

@@ -252,8 +252,8 @@ def encode(tokenizer, task: str, length: int, pad: int) -> np.ndarray:
     )
     if ids[-1] != blank:
         ids.append(blank)
-    tokenize.require_room([tokenizer.bos_id(), *ids], length, prompt(task))
-    return np.array([tokenizer.bos_id(), *[pad] * (length - 1 - len(ids)), *ids], np.int32)
+    padding = [pad] * (length - 1 - len(ids))
+    return tokenize.padded([tokenizer.bos_id(), *padding, *ids], length, pad, prompt(task))
 
 
 # ---------------------------------------------------------------- between simulator and model

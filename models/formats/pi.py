@@ -346,7 +346,7 @@ def normalise(x: np.ndarray, stats: dict, inverse: bool = False) -> np.ndarray:
     return lerobot_scaled(torch.tensor(x).float(), a, b, mode, inverse, stats["eps"]).numpy()
 
 
-def openpi_scaled(x: np.ndarray, a: np.ndarray, b: np.ndarray, mode: str, inverse: bool):
+def openpi_scaled(x: np.ndarray, a: np.ndarray, b: np.ndarray, mode: str, inverse=False):
     if mode == "mean_std":
         return x * (b + 1e-6) + a if inverse else (x - a) / (b + 1e-6)
     if inverse:
@@ -396,20 +396,18 @@ class Preparation(PreparationBase):
         """tokens [L] int32, for π0 state [S'] fp32, padded."""
         c = self.config
         if self.own:
-            ends = (np.array(self.stats[f"state_{end}"]) for end in ("low", "high"))
-            normal = tokenize.normalise(state, *ends)
+            low, high = (np.array(self.stats[f"state_{end}"]) for end in ("low", "high"))
+            normal = openpi_scaled(state, low, high, "quantiles")
             texts = (tokenize.prompt(task, normal),) if c.pi05 else prompt(task, None)
         else:
             normal = normalise(state, self.stats["state"])
             texts = prompt(task, normal if self.stats["prompt"] == "state" else None, self.layout)
         out = {"tokens": tokenize.encode(self.tokenizer, c.tokens, *texts)}
         if not c.pi05:
-            room = c.state_dim - len(normal)
-            sentence = (
-                f"the state has {len(normal)} dimensions and the model room for {c.state_dim}"
-            )
-            require(room >= 0, sentence)
-            out["state"] = np.pad(normal, (0, room)).astype(np.float32)
+            has = len(normal)
+            room = c.state_dim
+            require(has <= room, f"the state has {has} dimensions and the model room for {room}")
+            out["state"] = np.pad(normal, (0, room - has)).astype(np.float32)
         return out
 
     def resize(self, images: np.ndarray) -> np.ndarray:

@@ -353,10 +353,11 @@ def write_like(
 ) -> None:
     """One file: the header of `like` as it stands, then its tensors in their order, ours where we
     have them."""
-    here = [(entry.begin, key, entry) for key, entry in stored.items() if entry.file == like]
+    here = sorted((entry.begin, key) for key, entry in stored.items() if entry.file == like)
     with out.open("wb") as stream, like.open("rb") as original:
         stream.write(raw_header(like))
-        for _, key, entry in sorted(here):
+        for _, key in here:
+            entry = stored[key]
             if key not in parts:
                 original.seek(entry.begin)
                 for left in range(entry.end - entry.begin, 0, -BLOCK):
