@@ -8,6 +8,7 @@ Gradients are of `loss` and named `grad.<original key>`.
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,6 +22,17 @@ from models.formats.source import read_json
 from models.gr00t import Gr00t
 from models.oft import Oft
 from models.pi import Pi, bounded, denoise_times
+
+
+def gradients(model: torch.nn.Module, path: Path, layout: source.Source) -> dict[str, Tensor]:
+    """{"grad." + their key: our gradient of what is theirs}, to compare with the original's."""
+    found = {}
+    ours = dict(model.named_parameters())
+    for key, part in source.match(model, path, layout, source.layout(path)).items():
+        gradient = ours[part.name].grad if part.name in ours else None
+        if gradient is not None:
+            found[f"grad.{key}"] = gradient[part.begin : part.end] if gradient.ndim else gradient
+    return found
 
 
 def pi(folder: Path) -> dict[str, Tensor]:
@@ -88,7 +100,7 @@ def pi(folder: Path) -> dict[str, Tensor]:
     out["loss_each"] = (velocity - (noise - actions)).square()
     out["loss"] = model.imitation_loss(cache, real, actions, given["time"], noise, state)
     out["loss"].backward()
-    return {name: x.detach() for name, x in out.items()} | source.gradients(model, file, weights)
+    return {name: x.detach() for name, x in out.items()} | gradients(model, file, weights)
 
 
 def gr00t(folder: Path) -> dict[str, Tensor]:
@@ -147,7 +159,7 @@ def gr00t(folder: Path) -> dict[str, Tensor]:
 
     out["loss"].backward()
     found = {name: value.detach() for name, value in out.items()}
-    return found | source.gradients(model, file, weights)
+    return found | gradients(model, file, weights)
 
 
 @torch.no_grad()
@@ -213,7 +225,38 @@ def oft(folder: Path) -> dict[str, Tensor]:
         out["loss"] = model.imitation_loss(image, tokens, inputs["actions"])
     out["loss"].backward()
     found = {name: x.detach() for name, x in out.items()}
-    return found | source.gradients(model, file, layout)
+    return found | gradients(model, file, layout)
+
+
+def resize_lanczos(image: Tensor, size: int) -> Tensor:
+    """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as tf.image.resize(method="lanczos3",
+    antialias=True), then rounded.
+
+    openvla-oft's own evaluation resizes so after a JPEG round trip of quality 95, which is left out
+    here. In fp32 in TensorFlow's order; a few values of a million may differ by 1 of 255."""
+    f = np.float32
+
+    def along_rows(x: Tensor) -> Tensor:  # [n, count, …] → [n, size, …]
+        count = x.shape[1]
+        scale = f(count) / f(size)
+        spread = max(scale, f(1.0))
+        at = (np.arange(size, dtype=f) + f(0.5)) * scale
+        first = np.ceil(at - f(3.0) * spread - f(0.5)).astype(np.int64)
+        rows = first[:, None] + np.arange(int(6 * spread) + 2)  # [size, taps]
+        distance = np.abs((rows.astype(f) + f(0.5) - at[:, None]) / spread)
+        angle = f(np.pi) * np.maximum(distance, f(1e-3))
+        kernel = np.where(
+            distance <= f(1e-3),
+            f(1.0),
+            f(3.0) * np.sin(angle) * np.sin(angle / f(3.0)) / (angle * angle),
+        )
+        kernel[(distance > f(3.0)) | (rows < 0) | (rows >= count)] = 0.0
+        kernel = torch.from_numpy(kernel * (f(1.0) / kernel.sum(1, keepdims=True))).to(x.device)
+        rows = torch.from_numpy(rows.clip(0, count - 1)).to(x.device)
+        return sum(kernel[:, k, None, None] * x[:, rows[:, k]] for k in range(rows.shape[1]))
+
+    out = along_rows(along_rows(image.float()).transpose(1, 2)).transpose(1, 2)
+    return out.round().clamp(0.0, 255.0).to(torch.uint8)
 
 
 OUTPUTS = {"pi0": pi, "pi05": pi, "gr00t": gr00t, "oft": oft}

@@ -1,21 +1,17 @@
 """Model families, one file each and one in `formats/`. A new family is those two, a line in
 `MODELS` and a name in `config.Family`. What they must offer: `contract.py`.
 
-No stage knows which family it serves:
-
-    load(name)                                the family's module
-    build(config, spec, device, weights)      the model of `config.train.checkpoint`
-    preparation(name, header, tokenizer)      what stands between a simulator and it
-    files(name)                               the family's module in `formats/`
+No stage knows which family it serves: it calls `build`, and env workers `preparation`.
 """
 
 import importlib
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from config import Config, UserError
+from config import Config, require
 from models import checkpoint, contract
 from models.formats import source
 
@@ -30,8 +26,7 @@ MODELS = {
 
 def load(name: str):
     """Loads the module of a model family. Raises UserError when it is unknown or lacks anything."""
-    if name not in MODELS:
-        raise UserError(f"unknown --model {name!r}: choose one of {', '.join(MODELS)}")
+    require(name in MODELS, f"unknown --model {name!r}: choose one of {', '.join(MODELS)}")
     family = importlib.import_module(MODELS[name])
     what = f"the model family {name!r} ({family.__name__})"
     contract.check(family, what, contract.FAMILY)
@@ -138,38 +133,30 @@ def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
     if "layout" not in stats:
         agree["image_size"] = (shape.image_size, spec.image_size)
     for name, (has, wanted) in agree.items():
-        if has != wanted:
-            raise UserError(
-                f"checkpoint {path} has {name} = {has} and the run asks for {wanted}: make them "
-                "agree"
-            )
+        says = f"checkpoint {path} has {name} = {has} and the run asks for {wanted}"
+        require(has == wanted, f"{says}: make them agree")
     known = len(stats.get("state_low", range(spec.state_dim)))
-    if known != spec.state_dim:
-        raise UserError(
-            f"checkpoint {path} knows a state of {known} dimensions and the simulator has "
-            f"{spec.state_dim}: they do not fit"
-        )
+    require(
+        known == spec.state_dim,
+        f"checkpoint {path} knows a state of {known} dimensions and the simulator has "
+        f"{spec.state_dim}: they do not fit",
+    )
 
 
 def check_family(name: str, path: Path) -> None:
-    """Raises UserError when a checkpoint of another project is of another family than `name`, by
-    the names of its tensors."""
+    """Raises UserError when another project's checkpoint is not of family `name`, by its keys."""
     if checkpoint.is_ours(path):
         return
-    keys = source.layout(path)
-    marks: dict[str, list[str]] = {}
-    for family in MODELS:
-        if load(family).FORMATS is not None:
-            for mark in files(family).MARKS:
-                marks.setdefault(mark, []).append(family)
-    found = [families for mark, families in marks.items() if any(mark in key for key in keys)]
-    if not found:
-        raise UserError(
-            f"checkpoint {path} is of no family known here: none of its tensors is named "
-            f"{', '.join(marks)}"
-        )
-    if not any(name in families for families in found):
-        raise UserError(
-            f"checkpoint {path} is of the family {' or '.join(found[0])}, not {name}: give "
-            "another checkpoint, or the --model"
-        )
+    names = " ".join(source.layout(path))
+    marks = {family: files(family).MARKS for family in MODELS if load(family).FORMATS is not None}
+    found = [family for family in marks if any(mark in names for mark in marks[family])]
+    known = ", ".join(dict.fromkeys(chain(*marks.values())))
+    require(
+        found,
+        f"checkpoint {path} is of no family known here: none of its tensors is named {known}",
+    )
+    require(
+        name in found,
+        f"checkpoint {path} is of the family {' or '.join(found)}, not {name}: give another "
+        "checkpoint, or the --model",
+    )

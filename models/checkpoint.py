@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import ROOT, UserError
-from models.formats.source import Source, layout, read_json, weight_files
+from config import ROOT, UserError, require
+from models.formats.source import INDEX, Source, layout, read_json, weight_files
 
 
 class Header(NamedTuple):
@@ -28,21 +28,16 @@ class Header(NamedTuple):
 
     @property
     def published(self) -> bool:
-        """Whether the model began as another project's: its `preparation` resizes pictures, our
-        small ones' does not."""
+        """Whether it began as another project's model, whose `preparation` resizes pictures."""
         return self.stats.get("layout", "own") != "own"
 
 
 def find(path: str | Path) -> Path:
-    """The weights file behind a file, a checkpoint folder or a run's folder or name (its newest
-    checkpoint)."""
+    """The weights file of a file, a checkpoint folder or a run (its newest checkpoint)."""
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
-        for candidate in (
-            base,
-            base / "model.safetensors",
-            *sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:],
-        ):
+        newest = sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]
+        for candidate in (base, base / "model.safetensors", *newest):
             if candidate.is_file():
                 return candidate
     raise UserError(
@@ -51,27 +46,30 @@ def find(path: str | Path) -> Path:
     )
 
 
-def read_header(path: str | Path) -> Header:
+def metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
         ) from None
-    if not {"family", "shape", "stats"} <= meta.keys():
-        raise UserError(
-            f"checkpoint {path} was not written by this project: its header lacks family, shape "
-            "and stats"
-        )
+
+
+def read_header(path: str | Path) -> Header:
+    meta = metadata(path)
+    require(
+        {"family", "shape", "stats"} <= meta.keys(),
+        f"checkpoint {path} was not written by this project: its header lacks family, shape and "
+        "stats",
+    )
     try:
         shape = {
-            name: tuple(value) if isinstance(value, list) else value
+            name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
             for name, value in json.loads(meta["shape"]).items()
         }
-        return Header(
-            meta["family"], shape, json.loads(meta["stats"])
-        )  # JSON has no tuples, configurations no lists
+        return Header(meta["family"], shape, json.loads(meta["stats"]))
     except (ValueError, AttributeError) as error:
         raise UserError(f"cannot read the header of checkpoint {path}: {error}") from None
 
@@ -79,33 +77,23 @@ def read_header(path: str | Path) -> Header:
 def of_family(path: str | Path, family: str) -> Header:
     """The header of a checkpoint of ours, which must be of `family`. Raises UserError."""
     header = read_header(path)
-    if header.family != family:
-        raise UserError(
-            f"checkpoint {path} is a {header.family!r} model: give --model {header.family} or "
-            "another checkpoint"
-        )
+    has = header.family
+    require(
+        has == family,
+        f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint",
+    )
     return header
 
 
 def is_ours(path: str | Path) -> bool:
-    """Whether a checkpoint is in our own layout, rather than another project's. Raises UserError
-    where there is none."""
+    """Whether a checkpoint is in our own layout. Raises UserError where there is none."""
     try:
         file = find(path)
-    except UserError as nothing:
-        try:
+    except UserError:
+        if (Path(path) / INDEX).is_file() or any(Path(path).glob("model-*-of-*.safetensors")):
             return not weight_files(path)  # shards are never ours
-        except UserError as missing:
-            raise (
-                missing if (Path(path) / "model.safetensors.index.json").is_file() else nothing
-            ) from None
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return "family" in (opened.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
-        ) from None
+        raise
+    return "family" in metadata(file)
 
 
 def published(path: Path) -> bool:
@@ -120,9 +108,9 @@ def run_of(path: str | Path) -> Path | None:
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
-    """The tokeniser file for checkpoint `path`: what the user gives, else the one in another
-    project's folder or of the run, the embedded default's for a small model of ours, or for GR00T
-    "", an installed package's. Raises UserError when there is none."""
+    """The tokeniser file for checkpoint `path`: what the user gives, the one in another project's
+    folder or of the run, the embedded default's for a small model of ours, or for GR00T "", an
+    installed package's. Raises UserError when there is none."""
     if given is not None:
         return str(given)
     places = [Path(path) / "tokenizer.model"]
@@ -131,18 +119,16 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
         places.append(Path(read_json(run / "config.json")["train"]["tokenizer"]))
     if not published(path):
         places.append(embedded)
-    found = next((place for place in places if place.is_file()), None)
-    if found is None and family != "gr00t":
-        raise UserError(
-            f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer "
-            "PATH"
-        )
-    return str(found or "")
+    found = next((str(place) for place in places if place.is_file()), "")
+    require(
+        found or family == "gr00t",
+        f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH",
+    )
+    return found
 
 
 def frame_size(path: Path) -> int:
-    """Pixels of the pictures to show a checkpoint's model; another project's `preparation` resizes
-    them (LIBERO: 256)."""
+    """Pixels of the pictures to show a model; another project's `preparation` resizes them."""
     return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
 
 
@@ -150,11 +136,8 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
     """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    meta = {
-        "family": header.family,
-        "shape": json.dumps(header.shape),
-        "stats": json.dumps(header.stats),
-    }
+    shape = json.dumps(header.shape)
+    meta = {"family": header.family, "shape": shape, "stats": json.dumps(header.stats)}
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, meta)
     os.replace(partial, path)
 

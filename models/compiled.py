@@ -57,8 +57,7 @@ def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
 
 
 def compile_parts(model: nn.Module) -> None:
-    """`model.COMPILED`, in place; what lies between them is small. A piece that is no single graph
-    is an error."""
+    """`model.COMPILED`, in place. A piece that is no single graph is an error."""
     for part in model.COMPILED:
         setattr(model, part, torch.compile(getattr(model, part), dynamic=False, fullgraph=True))
 
@@ -66,24 +65,19 @@ def compile_parts(model: nn.Module) -> None:
 def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable[[], None]) -> None:
     """Compiles `act` for every batch of at most `most` samples. Raises UserError where
     torch.compile does not work."""
-    from torch._dynamo.exc import (
-        TorchDynamoException,
-    )  # half a compiler, which takes seconds to import
+    # Half a compiler, which takes seconds to import.
+    from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
     sizes = buckets(most)
     torch._dynamo.config.recompile_limit = 2 * len(sizes) + 8  # past it, torch would go on eagerly
     compile_parts(model)
     try:
-        with (
-            torch.inference_mode()
-        ):  # as `rollout_worker.serve` makes them: a graph is for tensors made in it, or for others
+        # As in a rollout worker: a graph is for tensors made in this mode, or for others.
+        with torch.inference_mode():
             for n in sizes:
                 model.act(random_observations(model, n, device), random_noise(model, n, device))
                 sign_of_life()
-    except (
-        TorchDynamoException,
-        InductorError,
-    ) as error:  # no compiler on this machine, for instance
+    except (TorchDynamoException, InductorError) as error:  # no compiler here, for instance
         why = str(error).strip().splitlines()[0]
         raise UserError(f"torch.compile does not work here ({why}): give --compile False") from None

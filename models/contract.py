@@ -6,11 +6,11 @@ n samples, C actions per chunk of A dimensions. A *field* is a name with a shape
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import UserError, require
 
 FAMILY = {
-    "FORMATS": "the name of the module that knows its files, or None: then it offers `build` and "
-    "`preparation` itself",
+    "FORMATS": "the name of the module that knows its files, or None: then `build` and "
+    "`preparation` are its own",
 }
 ALONE = {
     "build": "(config, spec, device, weights) → the model",
@@ -68,8 +68,7 @@ COMMON |= frozenset(["final", "lane", "trajectory", "task", "asked", "collected"
 def check(thing: object, what: str, contract: dict[str, str]) -> None:
     """Raises UserError naming what `thing`, called `what`, lacks of a contract."""
     for name, says in contract.items():
-        if not hasattr(thing, name):
-            raise UserError(f"{what} lacks {name}: {says}")
+        require(hasattr(thing, name), f"{what} lacks {name}: {says}")
 
 
 def check_model(model: torch.nn.Module, family: str) -> None:
@@ -80,31 +79,28 @@ def check_model(model: torch.nn.Module, family: str) -> None:
     stored = model.slot_fields()
     for name, field in [*observed.items(), *stored.items()]:
         check_field(what, name, field)
-    for name in stored:
-        if name in observed:
-            raise UserError(f"{what} has {name!r} both as an observation and as a slot field")
     for name, (_, dtype) in observed.items():
-        if dtype is torch.bfloat16:
-            raise UserError(f"{what} observes {name!r} as bfloat16, which simulators cannot write")
+        twice = f"{what} has {name!r} both as an observation and as a slot field"
+        require(name not in stored, twice)
+        half = f"{what} observes {name!r} as bfloat16, which simulators cannot write"
+        require(dtype is not torch.bfloat16, half)
+    known = COMMON.union(observed, stored)
     for name in model.training_fields():
-        if name not in observed | stored and name not in COMMON:
-            raise UserError(f"{what} trains on {name!r}, which is no field of a slot")
-    strangers = model.critic().keys() - model.trainable().keys()
-    if strangers:
-        raise UserError(f"{what} has {min(strangers)!r} in its critic and does not train it")
+        require(name in known, f"{what} trains on {name!r}, which is no field of a slot")
+    trained = model.trainable()
+    for name in model.critic():
+        require(name in trained, f"{what} has {name!r} in its critic and does not train it")
 
 
 def check_field(what: str, name: str, field) -> None:
     """Raises UserError unless `field` is a shape and a torch dtype, under a name of its own."""
-    if name in COMMON:
-        raise UserError(
-            f"{what} calls a field {name!r}, as every slot has one: give it another name"
-        )
+    common = f"{what} calls a field {name!r}, as every slot has one: give it another name"
+    require(name not in COMMON, common)
     shape, dtype = field
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{what} gives its field {name!r} the dtype {dtype!r}, not one of torch's")
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise UserError(f"{what} gives its field {name!r} the shape {shape!r}, not whole numbers")
+    says = f"{what} gives its field {name!r} the"
+    require(isinstance(dtype, torch.dtype), f"{says} dtype {dtype!r}, not one of torch's")
+    whole = all(isinstance(size, int) and size >= 0 for size in shape)
+    require(whole, f"{says} shape {shape!r}, not whole numbers")
 
 
 def check_tensors(
@@ -112,8 +108,7 @@ def check_tensors(
 ) -> None:
     """Raises UserError unless every field is there, [*rows, *shape] and of its dtype."""
     for name, (shape, dtype) in fields.items():
-        if name not in tensors:
-            raise UserError(f"{who} does not give {name!r}")
+        require(name in tensors, f"{who} does not give {name!r}")
         found = tensors[name]
         if (tuple(found.shape), found.dtype) != ((*rows, *shape), dtype):
             raise UserError(

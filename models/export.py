@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 import models
-from config import UserError, exit_on_user_error
+from config import exit_on_user_error, require
 from models import checkpoint
 from models.formats import source
 
@@ -33,25 +33,22 @@ class ExportConfig:
 def main(config: ExportConfig) -> None:
     path = checkpoint.find(config.checkpoint)
     header = checkpoint.read_header(path)
-    if config.out.exists():
-        raise UserError(
-            f"{config.out} exists already: give another --out, since nothing is overwritten"
-        )
-    if not config.out.absolute().parent.is_dir():
-        raise UserError(
-            f"the folder {config.out.absolute().parent} does not exist: create it or give another "
-            "--out"
-        )
-    if checkpoint.is_ours(config.like):
-        raise UserError(
-            f"--like {config.like} is one of our own checkpoints: give the original that training "
-            "began from"
-        )
+    parent = config.out.absolute().parent
+    require(
+        not config.out.exists(),
+        f"{config.out} exists already: give another --out, since nothing is overwritten",
+    )
+    require(parent.is_dir(), f"the folder {parent} does not exist: create it or give another --out")
+    require(
+        not checkpoint.is_ours(config.like),
+        f"--like {config.like} is one of our own checkpoints: give the original that training "
+        "began from",
+    )
     family = models.load(header.family)
-    if family.FORMATS is None:
-        raise UserError(
-            f"checkpoint {path} is of the family {header.family!r}, which no other project knows"
-        )
+    require(
+        family.FORMATS is not None,
+        f"checkpoint {path} is of the family {header.family!r}, which no other project knows",
+    )
     models.check_family(header.family, config.like)
     model = source.sketch(family.NETWORK, family.CONFIG(**header.shape))
     layout = checkpoint.own(path, model, family.NETWORK.HEADS)

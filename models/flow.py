@@ -44,11 +44,10 @@ def ode_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
 def flow_sde_step(
     x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of one Flow-SDE transition t → t' = t − δ.
+    """Mean [n, H, A] and standard deviation [n, 1, 1] of one Flow-SDE transition t → t' = t − δ.
 
     σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' −
-    σ²δ/(2t)); std = √δ·σ. x, v [n, H, A]; t, t_next [n, 1, 1]; returns mean [n, H, A], std [n, 1,
-    1]."""
+    σ²δ/(2t)); std = √δ·σ. x, v [n, H, A]; t, t_next [n, 1, 1]."""
     delta = t - t_next
     sigma = a * torch.sqrt(t / (1.0 - torch.where(t >= 1.0, t_next, t)))
     data_end = x - v * t
@@ -65,8 +64,7 @@ class FlowConfig:
     noise_level: float = 1.0  # a of Flow-SDE; 0.5
     sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; all
     train_vlm: bool = False  # False: reinforcement learning updates only the heads
-    # with the VLM frozen: slots keep what it gave; False recomputes that, for want of memory
-    cache_prefix: bool = True
+    cache_prefix: bool = True  # slots keep what a frozen VLM gave; False recomputes it
     # of a frozen VLM's weights and of what slots keep; bfloat16
     prefix_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -79,19 +77,18 @@ class FlowPolicy(nn.Module):
     .value_head       the critic
     .noise_shape()    (H, A) of what the flow denoises, padding included
     .times()          N + 1 shares of noise, from 1 to 0
-    .cache_fields()   what of `look` a slot keeps while the VLM is frozen: {name: (shape,
-                      dtype)}
+    .cache_fields()   what of `look` a slot keeps while the VLM is frozen: {name: (shape, dtype)}
     .look(obs)        the part of the network that does not see the actions → {name: tensor or
                       tuple of tensors}; from the fields of `cache_fields`, where obs has them
     .denoise(seen, x, t, step)  the part that does: x [n, H, A], t [n] share of noise, step [n]
                       number of the denoise step → features [n, H, E]
     .direction(h, x)  those features → velocity from data to noise [n, H, A], in x's type
     .value_of(seen, h)   → value [n]
-    .executed(x)      [n, H, A] → [n, C, A], what the robot executes"""
+
+    The robot executes the first steps and dimensions of what the flow denoises, `config.played`."""
 
     FROZEN: tuple[str, ...] = ()
-    learns_noise = False
-    """whether the transition's deviation depends on the weights"""
+    learns_noise = False  # whether the transition's deviation depends on the weights
 
     def __init__(self, config: FlowConfig):
         super().__init__()
@@ -103,38 +100,28 @@ class FlowPolicy(nn.Module):
             )
 
     def begin(self, config, stats: dict) -> None:
-        """Follows the run's flags once the weights are read; the configuration says it all."""
+        """Has nothing to add: the configuration says it all."""
 
     def dtype_of(self, name: str) -> torch.dtype:
         """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
         frozen = name.startswith(self.FROZEN) and not self.config.train_vlm
         return getattr(torch, self.config.prefix_dtype) if frozen else torch.float32
 
-    # ------------------------------------------------------------ fields
-
     @property
     def cached(self) -> bool:
-        """Whether slots keep what `look` saw: a frozen VLM sees the same at rollout and at every
-        epoch."""
+        """Whether slots keep what `look` saw: a frozen VLM sees the same at every epoch."""
         return self.config.cache_prefix and not self.config.train_vlm
 
     def slot_fields(self) -> dict[str, Shape]:
-        shape = self.noise_shape()
-        fields: dict[str, Shape] = {
-            "x_t": (shape, torch.float32),
-            "x_next": (shape, torch.float32),
-            "denoise_index": ((), torch.int32),
-        }
+        step = (self.noise_shape(), torch.float32)
+        fields: dict[str, Shape] = {"x_t": step, "x_next": step, "denoise_index": ((), torch.int32)}
         return fields | (self.cache_fields() if self.cached else {})
 
     def training_fields(self) -> tuple[str, ...]:
-        """What `evaluate` reads from a slot."""
         observed = self.observation_fields()
         if self.cached:
             del observed["image"]
         return (*observed, *self.slot_fields())
-
-    # ------------------------------------------------------------ parameters
 
     def trainable(self) -> dict[str, nn.Parameter]:
         frozen = () if self.config.train_vlm else self.FROZEN
@@ -144,36 +131,31 @@ class FlowPolicy(nn.Module):
         return dict(self.value_head.named_parameters(prefix="value_head"))
 
     def idle(self) -> tuple[str, ...]:
-        """Without a use where the slots hold what the VLM gives."""
         return self.FROZEN if self.cached else ()
-
-    # ------------------------------------------------------------ the chain
 
     def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
         """noise and epsilon [n, H, A], and the stochastic denoise step's index [n], −1 where
         `explore` is False (all steps follow the ODE)."""
-        c = self.config
         noise = np.empty((len(keys), 2, *self.noise_shape()), np.float32)
         index = np.full(len(keys), -1, np.int64)
         for i, (key, stochastic) in enumerate(zip(keys, explore, strict=True)):
             rng = generator(key)
             noise[i] = rng.standard_normal(noise.shape[1:], np.float32)
             if stochastic:
-                index[i] = c.denoise_steps - 1 - rng.integers(c.sde_steps)
-        both = torch.from_numpy(noise)
-        return {
-            "noise": both[:, 0],
-            "epsilon": both[:, 1],
-            "denoise_index": torch.from_numpy(index),
-        }
+                index[i] = self.config.denoise_steps - 1 - rng.integers(self.config.sde_steps)
+        noise, epsilon = torch.from_numpy(noise).unbind(1)
+        return {"noise": noise, "epsilon": epsilon, "denoise_index": torch.from_numpy(index)}
+
+    def executed(self, x: Tensor) -> Tensor:
+        """[n, H, A] → [n, C, A], what the robot executes."""
+        chunk, action_dim = self.config.played
+        return x[:, :chunk, :action_dim]
 
     def transition(
         self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The ODE's step and the stochastic one's mean and standard deviation, from the expert's
-        features h [n, H, E].
-
-        x [n, H, A], t and t_next [n, 1, 1] → [n, H, A], [n, H, A], and [n, 1, 1] or [n, H, A]."""
+        """x [n, H, A], features h [n, H, E], t and t_next [n, 1, 1] → the ODE's step and the
+        stochastic one's mean [n, H, A], and its standard deviation [n, 1, 1] or [n, H, A]."""
         v = self.direction(h, x)
         mean, std = flow_sde_step(x, v, t, t_next, self.config.noise_level)
         return ode_step(x, v, t, t_next), mean, std
@@ -226,9 +208,8 @@ class FlowPolicy(nn.Module):
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
 
-        batch: the fields that `training_fields` lists [n, …]. Returns logprob [n, C, A] and value
-        [n], and where the transition's deviation is learned its entropy []: Flow-SDE's deviation is
-        a constant of time."""
+        batch: what `training_fields` lists [n, …] → logprob [n, C, A], value [n], and where the
+        transition's deviation is learned its entropy []: Flow-SDE's is a constant of time."""
         seen = self.look(batch)
         x_t = batch["x_t"]
         step = batch["denoise_index"].long()

@@ -2,20 +2,18 @@
 (flow matching) → value.
 
     image [V, H, W, 3], tokens [L] ──► backbone(): features [P, D] ──► context(): LN,
-    self-attention, keys and values per layer noise x₀ [H, A], state [S] ──► velocity(context, x_t,
-    t) × N denoise steps ──► actions [C, A]
+    self-attention, keys and values per layer
+    noise x₀ [H, A], state [S] ──► velocity(context, x_t, t) × N denoise steps ──► actions [C, A]
 
 Of Eagle 2.5 only what N1.5 uses is here: SigLIP without its pooling head, one Linear (`mlp1`; no
-pixel shuffle), 12 of Qwen3's 28 layers, causal, with its last norm. Flow time runs from noise at t
-= 0 to data at t = 1, openpi's direction reversed.
+pixel shuffle), 12 of Qwen3's 28 layers, causal, with its last norm.
 
-As a stochastic policy: `models/flow.py`, whose time and velocity are this one's reversed. The value
-head reads the mean feature and the encoded state (RLinf
+As a stochastic policy: `models/flow.py`, whose time and velocity are this one's reversed: here t
+runs from 0 (noise) to 1 (data). The value head reads the mean feature and the encoded state (RLinf
 rlinf/models/embodiment/gr00t/gr00t_n1d5), without gradient.
 
-Padding is part of the original's function: only the language model masks it, the blocks after it
-attend to it. Which is why `mask_padding` and `padded_rows` are settings: on, the output is that of
-the prompt alone, as the original computes it unpadded.
+Padding is part of the original's function: only its language model masks it, the blocks after it
+attend to it. With `mask_padding` the output is that of the prompt alone.
 
 Left out: dropout (RLinf trains without it), tiling of large images, the original's unused loss
 terms. Sources: NVIDIA/Isaac-GR00T gr00t/model/action_head and backbone; `models/formats/gr00t.py`
@@ -38,8 +36,10 @@ from models.layers import (
     Siglip,
     SiglipConfig,
     frequencies,
+    image_and_tokens,
     join_heads,
     mlp,
+    normal,
     rotary,
     rotate,
     scaled,
@@ -54,8 +54,7 @@ PAD = -1
 
 @dataclass(kw_only=True, frozen=True)
 class Gr00tConfig(SiglipConfig, FlowConfig):
-    """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO settings as in
-    RLinf."""
+    """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO as in RLinf."""
 
     vocabulary: int = 400  # tokens; 151680
     image_token: int = 399  # <IMG_CONTEXT>; 151669
@@ -122,7 +121,6 @@ FULL = {
         **SO400M,
         vocabulary=151680,
         image_token=151669,
-        pad_token=0,
         tokens=60,
         width=2048,
         mlp=6144,
@@ -143,7 +141,6 @@ FULL = {
         max_state_dim=64,
         max_action_dim=32,
         horizon=16,
-        chunk=10,
         action_dim=7,
         value_widths=(1024, 512, 256),
         noise_level=0.5,
@@ -166,19 +163,13 @@ def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Te
     what its real predecessors give, zero if there are none (transformers from 4.53; before, on a
     CPU, as "eager"); "eager" the same, but if there are none the mean over all positions (a large
     finite number masks, and equal numbers cancel)."""
-    see = (
-        torch.ones(real.shape[1], real.shape[1], dtype=torch.bool, device=real.device).tril()
-        & real[:, None, :]
-    )  # [n, P, P]
+    see = real[:, None].expand(-1, real.shape[1], -1).tril()  # [n, P, P]
     some = see.any(-1, keepdim=True)
     if rows == "eager":
-        mask = torch.zeros(see.shape, dtype=dtype, device=real.device).masked_fill(
-            ~see, torch.finfo(dtype).min
-        )
-        return mask[:, None], torch.ones_like(some)
-    return (see | ~some)[:, None], real[
-        ..., None
-    ] if rows == "flash" else some  # no row may mask all: softmax would give NaN
+        mask = torch.zeros(see.shape, dtype=dtype, device=real.device)
+        return mask.masked_fill(~see, torch.finfo(dtype).min)[:, None], torch.ones_like(some)
+    keep = real[..., None] if rows == "flash" else some
+    return (see | ~some)[:, None], keep  # no row may mask all: softmax would give NaN
 
 
 class QwenLayer(nn.Module):
@@ -215,11 +206,10 @@ class QwenLayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each after a norm. Of two kinds:
+    """Attention and feed-forward, each after a norm. `context` is the width attended to.
 
-    the features' (`adaptive` False): LayerNorms with weights; self-attention. the DiT's: LayerNorms
-    without, the first scaled and shifted by the time (adaLN); `context` is the width attended to.
-    """
+    The features' blocks have LayerNorms with weights. The DiT's (`adaptive`) have them without, and
+    the first is scaled and shifted by the time (adaLN)."""
 
     def __init__(self, width: int, heads: int, context: int, adaptive: bool):
         super().__init__()
@@ -244,8 +234,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None
     ) -> Tensor:
-        """x [n, S, D]; condition [n, D]; keys from `keys`, or None to attend to x; mask [n, 1, 1,
-        P] bool, True to attend."""
+        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] bool."""
         if self.adaptive:
             scale, shift = self.ada(F.silu(condition))[:, None].chunk(2, dim=-1)  # each [n, 1, D]
             h = F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift
@@ -263,9 +252,7 @@ class CategoryLinear(nn.Module):
 
     def __init__(self, embodiments: int, inputs: int, outputs: int):
         super().__init__()
-        self.W = nn.init.normal_(
-            nn.Parameter(torch.empty(embodiments, inputs, outputs)), std=inputs**-0.5
-        )
+        self.W = normal(embodiments, inputs, outputs, std=inputs**-0.5)
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
 
     def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
@@ -298,31 +285,19 @@ class ActionEncoder(nn.Module):
 
 
 def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
-    """Sine, then cosine of bucket [n] at frequencies 10⁴^(−i/periods), i < half: [n, 2·half]
-    fp32."""
-    frequency = torch.exp(
-        torch.arange(half, device=bucket.device, dtype=torch.float32)
-        * (-math.log(10_000.0) / periods)
-    )
-    angle = bucket[:, None].float() * frequency
+    """Sine, then cosine of bucket [n] at frequencies 10⁴^(−i/periods), i < half → [n, 2·half]."""
+    number = torch.arange(half, device=bucket.device, dtype=torch.float32)
+    angle = bucket[:, None].float() * torch.exp(number * (-math.log(10_000.0) / periods))
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 class Gr00t(FlowPolicy):
     HEADS = ("value_head",)
     COMPILED = ("backbone", "context", "velocity")
-    FROZEN = (
-        "vision.",
-        "projector.",
-        "embed_tokens.",
-        "language.",
-        "language_norm.",
-        "eagle_linear.",
-    )  # the VLM
+    FROZEN = ("vision.", "projector.", "embed_tokens.", "language", "eagle_linear.")
 
-    def __init__(self, config: Gr00tConfig):
-        super().__init__(config)
-        c = config
+    def __init__(self, c: Gr00tConfig):
+        super().__init__(c)
         self.vision = Siglip(c)
         self.projector = nn.Linear(c.vision_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
@@ -340,8 +315,8 @@ class Gr00t(FlowPolicy):
         self.action_decoder = CategoryMLP(c.embodiments, c.hidden, c.hidden, c.max_action_dim)
         self.future_tokens = nn.Embedding(c.future_tokens, c.dit_width)
         self.position_embedding = nn.Embedding(c.positions, c.dit_width)
-        for table in (self.future_tokens, self.position_embedding):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.future_tokens.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
         self.time_in = nn.Linear(256, c.dit_width)
         self.time_out = nn.Linear(c.dit_width, c.dit_width)
         contexts = [c.dit_width if i % 2 else c.features for i in range(c.dit_depth)]
@@ -361,18 +336,13 @@ class Gr00t(FlowPolicy):
     # ------------------------------------------------------------ the network
 
     def spread(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [n, L], one image token per view, `PAD` where there is none → ids [n, P] and which
-        are real [n, P] bool."""
+        """tokens [n, L], one image token per view, → ids [n, P] and whether they are real, bool."""
         c = self.config
-        tokens = tokens.long()
-        counts = torch.where(tokens == c.image_token, c.image_tokens, 1).flatten()
-        ids = (
-            tokens.flatten()
-            .repeat_interleave(counts, output_size=len(tokens) * c.length)
-            .view(-1, c.length)
-        )
-        real = ids != PAD
-        return ids.masked_fill(~real, c.pad_token), real
+        flat = tokens.long().flatten()
+        counts = torch.where(flat == c.image_token, c.image_tokens, 1)
+        ids = flat.repeat_interleave(counts, output_size=len(tokens) * c.length)
+        ids = ids.view(-1, c.length)
+        return ids.masked_fill(ids == PAD, c.pad_token), ids != PAD
 
     def backbone(self, pixels: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         """pixels [n·V, 3, H, W] in [−1, 1], ids and real [n, P] → features [n, P, D]."""
@@ -392,7 +362,7 @@ class Gr00t(FlowPolicy):
 
     def context(self, features: Tensor, real: Tensor) -> tuple[Tensor, list, Tensor | None]:
         """features [n, P, D] → processed features, keys and values of each DiT layer that attends
-        to them, and its mask."""
+        to them, and their mask."""
         mask = real[:, None, None] if self.config.mask_padding else None
         x = self.vlln(features)
         for block in self.vl_blocks:
@@ -406,30 +376,24 @@ class Gr00t(FlowPolicy):
     def velocity(
         self, context, state: Tensor, x_t: Tensor, bucket: Tensor, which: int | Tensor
     ) -> Tensor:
-        """v(x_t, t | context), from noise to data. state of `encode_state`, x_t [n, H, A'], bucket
-        [n] = ⌊t·1000⌋ → [n, H, A']."""
+        """v(x_t, t | context) [n, H, A'], noise to data; state of `encode_state`, bucket [n]."""
         _, keys, mask = context
         n, horizon, _ = x_t.shape
-        waves = (
-            sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)
-        )  # cosine first, unlike the action encoder's
+        # Cosine comes first, unlike in the action encoder.
+        waves = sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)
         condition = self.time_out(F.silu(self.time_in(waves)))
         actions = self.action_encoder(x_t, bucket, which) + self.position_embedding.weight[:horizon]
         x = torch.cat([state, self.future_tokens.weight.expand(n, -1, -1), actions], dim=1)
         for i, block in enumerate(self.dit):
             x = block(x, condition) if i % 2 else block(x, condition, keys[i // 2], mask)
-        shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(
-            2, dim=-1
-        )  # the other order than in the blocks
+        # Shift comes first, unlike in the blocks.
+        shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(2, dim=-1)
         x = self.proj_out_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift)
         return self.action_decoder(x[:, -horizon:], which)
 
     def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
-        """Processed features [n, P, D] and encoded state [n, 1, D'] → value [n]; the head's
-        gradient stops at both."""
-        seen = (
-            real[..., None] if self.config.mask_padding else torch.ones_like(real)[..., None]
-        )  # [n, P, 1]
+        """Processed features [n, P, D], encoded state [n, 1, D'] (both detached) → value [n]."""
+        seen = (real if self.config.mask_padding else torch.ones_like(real))[..., None]
         mean = (features * seen).sum(1) / seen.sum(1)
         return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
 
@@ -440,12 +404,8 @@ class Gr00t(FlowPolicy):
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
-        c = self.config
-        return {
-            "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
-            "tokens": ((c.tokens,), torch.int32),
-            "state": ((c.max_state_dim,), torch.float32),
-        }
+        state = {"state": ((self.config.max_state_dim,), torch.float32)}
+        return image_and_tokens(self.config) | state
 
     def cache_fields(self) -> dict[str, Shape]:
         c = self.config
@@ -459,17 +419,20 @@ class Gr00t(FlowPolicy):
         steps = self.config.denoise_steps
         return [1.0 - i / steps for i in range(steps + 1)]
 
-    def look(self, obs: dict[str, Tensor]) -> dict:
-        """Features of pictures and prompt, or what a slot keeps of them; their keys and values in
-        the action head; the state's token."""
-        c = self.config
+    def features(self, obs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Of pictures and prompt, or what a slot keeps of them [n, P, D]; what is real [n, P]."""
         ids, real = self.spread(obs["tokens"])
-        stored = obs.get("vl_features")
-        if stored is None:
+        found = obs.get("vl_features")
+        if found is None:
             pixels = scaled(obs["image"], self.projector.weight.dtype)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and c.train_vlm):
-                stored = self.backbone(pixels, ids, real)
-        features = stored.to(self.vlln.weight.dtype)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
+                found = self.backbone(pixels, ids, real)
+        return found.to(self.vlln.weight.dtype), real
+
+    def look(self, obs: dict[str, Tensor]) -> dict:
+        """The context, of pictures and prompt or what a slot keeps of them, and the state."""
+        c = self.config
+        features, real = self.features(obs)
         return {
             "vl_features": features.to(getattr(torch, c.prefix_dtype)),
             "real": real,
@@ -480,10 +443,8 @@ class Gr00t(FlowPolicy):
     def denoise(self, seen: dict, x: Tensor, t: Tensor, step: Tensor) -> Tensor:
         """The velocity itself, from noise to data [n, H, A']."""
         state = seen["state"]
-        bucket = self.bucket(step)
-        return self.velocity(
-            seen["context"], state, x.to(state.dtype), bucket, self.config.embodiment
-        )
+        robot = self.config.embodiment
+        return self.velocity(seen["context"], state, x.to(state.dtype), self.bucket(step), robot)
 
     def direction(self, h: Tensor, x: Tensor) -> Tensor:
         return -h.to(x.dtype)
@@ -491,56 +452,37 @@ class Gr00t(FlowPolicy):
     def value_of(self, seen: dict, h: Tensor) -> Tensor:
         return self.value(seen["context"][0], seen["real"], seen["state"])
 
-    def executed(self, x: Tensor) -> Tensor:
-        """C steps and A dimensions of the H and A' that the flow produces."""
-        return x[:, : self.config.chunk, : self.config.action_dim]
-
-    def imitation_loss(
-        self,
-        context,
-        state: Tensor,
-        actions: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        real: Tensor,
-        which=None,
-    ) -> Tensor:
-        """Flow matching: x_t = (1 − t)·noise + t·actions, target velocity actions − noise; the mean
-        square error where `real`.
+    def imitation_loss(self, context, state, actions, t, noise, real, which) -> Tensor:
+        """Flow matching: mean square error [] of the velocity at x_t = (1 − t)·noise + t·actions,
+        whose target is actions − noise, where `real`.
 
         context and state from `context` and `encode_state`; actions, noise, real [n, H, A'] (real
         is False in the padding), t [n]."""
         x_t = (1.0 - t[:, None, None]) * noise + t[:, None, None] * actions
         bucket = (t * self.config.time_buckets).long()
-        v = self.velocity(
-            context, state, x_t, bucket, self.config.embodiment if which is None else which
-        )
+        v = self.velocity(context, state, x_t, bucket, which)
         return (F.mse_loss(v, actions - noise, reduction="none") * real).sum() / real.sum()
 
     def imitation_draw(self, n: int) -> dict[str, Tensor]:
-        return {
-            "t": training_time(n),
-            "noise": torch.randn(n, self.config.horizon, self.config.max_action_dim),
-        }
+        return {"t": training_time(n), "noise": torch.randn(n, *self.noise_shape())}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what
-        `imitation_draw` drew."""
+        """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew."""
         c = self.config
         room = (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk)
         padded = F.pad(actions, room)
         shown = F.pad(torch.ones_like(actions, dtype=torch.bool), room)
-        with torch.enable_grad():
-            ids, real = self.spread(obs["tokens"])
-            pixels = scaled(obs["image"], torch.float32)
-            context = self.context(self.backbone(pixels, ids, real), real)
-            state = self.encode_state(obs["state"], c.embodiment)
-            return self.imitation_loss(context, state, padded, draw["t"], draw["noise"], shown)
+        ids, real = self.spread(obs["tokens"])
+        pixels = scaled(obs["image"], torch.float32)
+        context = self.context(self.backbone(pixels, ids, real), real)
+        state = self.encode_state(obs["state"], c.embodiment)
+        t = draw["t"]
+        noise = draw["noise"]
+        return self.imitation_loss(context, state, padded, t, noise, shown, c.embodiment)
 
 
 def training_time(n: int) -> Tensor:
-    """Times [n] of imitation: (s − Beta(1.5, 1))/s with s = 0.999, which dwells on noise
-    (Isaac-GR00T)."""
+    """Times [n] of imitation: (0.999 − Beta(1.5, 1))/0.999, which dwells on noise (Isaac-GR00T)."""
     return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
 
 

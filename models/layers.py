@@ -1,5 +1,5 @@
-"""Layers that several families share: rotary embedding, the root-mean-square norm of Llama and
-Qwen, small heads, and SigLIP, the image tower of π0, π0.5 and GR00T N1.5.
+"""What several families share: pictures and prompts as fields, rotary embedding, the norm of Llama
+and Qwen, small heads, and SigLIP, the image tower of π0, π0.5 and GR00T N1.5.
 
 Left out: OpenVLA-OFT's towers, which follow timm and end in another way (`models/oft.py`).
 """
@@ -10,6 +10,29 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from config import UserError
+
+
+def image_and_tokens(c) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The observation fields that all families have. c: a family's configuration."""
+    shape = (c.views, c.image_size, c.image_size, 3)
+    return {"image": (shape, torch.uint8), "tokens": ((c.tokens,), torch.int32)}
+
+
+def require_images(image: Tensor, c, floats: bool = False) -> None:
+    """Raises UserError unless `image` is [n, V, H, W, 3] uint8; any numbers, with `floats`."""
+    shape, dtype = image_and_tokens(c)["image"]
+    if tuple(image.shape[1:]) != shape or not (floats or image.dtype == dtype):
+        raise UserError(
+            f"images are {list(image.shape[1:])} {image.dtype} and the model needs {list(shape)} "
+            f"{dtype}"
+        )
+
+
+def normal(*shape: int, std: float = 0.02) -> nn.Parameter:
+    """A parameter that begins as normal noise."""
+    return nn.init.normal_(nn.Parameter(torch.empty(shape)), std=std)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -110,11 +133,9 @@ class VisionLayer(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        qkv = self.qkv(self.layer_norm1(x)).view(n, length, 3, self.heads, -1)
+        qkv = self.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
-        x = x + self.out_proj(out)
+        x = x + self.out_proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
@@ -125,9 +146,7 @@ class Siglip(nn.Module):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, c.vision_width, c.patch, c.patch)
         patches = (c.image_size // c.patch) ** 2
-        self.position_embedding = nn.init.normal_(
-            nn.Parameter(torch.empty(patches, c.vision_width)), std=0.02
-        )
+        self.position_embedding = normal(patches, c.vision_width)
         self.layers = nn.ModuleList(
             VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth)
         )

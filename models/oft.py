@@ -1,9 +1,10 @@
 """OpenVLA-OFT with discrete actions: DINOv2 ⊕ SigLIP → projector → Llama that attends both ways →
 256 bins → value.
 
-    image [V, H, W, 3] ──► DINOv2 ⊕ SigLIP ──► projector ──┐ tokens [L] = BOS, padding, prompt, "▁"
-    ──► embeddings ─┴► [BOS, pictures, prompt, C·A zeros (, stop)] ──► Llama position of token i − 1
-    ──► softmax over the last 256 words ──► action token i, for all C·A tokens in one pass
+    image [V, H, W, 3] ──► DINOv2 ⊕ SigLIP ──► projector ─────────┐
+    tokens [L] = BOS, padding, prompt, "▁" ──► embeddings ────────┴► [BOS, pictures, prompt,
+    C·A zeros (, stop)] ──► Llama, position of token i − 1 ──► softmax over the last 256 words
+    ──► action token i, for all C·A tokens in one pass
 
 This is the variant that reinforcement learning trains (RLinf `openvla_oft/rlinf`, SimpleVLA-RL,
 checkpoints `Haozhan72/Openvla-oft-SFT-libero-*-traj1`): no proprioception, no FiLM, no continuous
@@ -29,23 +30,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError
 from models.flow import Shape
 from models.formats import bins, pictures
-from models.layers import RMSNorm, join_heads, mlp, rotary, rotate, split_heads, wide
+from models.layers import (
+    RMSNorm,
+    image_and_tokens,
+    join_heads,
+    mlp,
+    normal,
+    require_images,
+    rotary,
+    rotate,
+    split_heads,
+    wide,
+)
 from models.noise import Key, generator
 
 
 @dataclass(kw_only=True, frozen=True)
 class OftConfig:
-    """Widths and depths. The defaults are the embedded default; the published model's are in the
-    comments."""
+    """The defaults are the embedded model; in the comments the published one."""
 
     views: int = 1  # cameras; 1, or 2 with the wrist's
     image_size: int = 64  # pixels; 224
     patch: int = 8  # pixels; 14
-    # keep the middle 0.9 of the area and resize it back; True, as at the originals' evaluation
-    center_crop: bool = False
+    center_crop: bool = False  # the middle 0.9 of the area, resized back; True (evaluation)
     # ImageNet's, rounded to bf16 as in preprocessor_config.json
     dino_mean: tuple[float, ...] = (0.484375, 0.455078125, 0.40625)
     dino_std: tuple[float, ...] = (0.228515625, 0.2236328125, 0.224609375)
@@ -63,9 +72,7 @@ class OftConfig:
     heads: int = 4  # 32
     kv_heads: int = 4  # 32
     mlp: int = 320  # 11008
-    # the Hugging Face default, which the published config.json leaves in place (Llama-2's own is
-    # 1e-5)
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # Hugging Face's default, which config.json leaves (Llama-2's: 1e-5)
     rope_theta: float = 10_000.0
     words: int = 399  # ids before the action bins; 31744
     bins: int = 256
@@ -75,13 +82,10 @@ class OftConfig:
     tokens: int = 24  # prompt length; RLinf 128 on LIBERO-10
     action_dim: int = 4  # A; 7
     chunk: int = 10  # C; 8
-    # </s> after the placeholders, as trained (moojink, SimpleVLA-RL); RLinf builds it and drops it
-    # again
-    stop_token: bool = True
+    stop_token: bool = True  # </s> after the placeholders (moojink, SimpleVLA-RL); RLinf drops it
     temperature: float = 1.0  # 1.6 in RLinf's LIBERO recipes
     value_widths: tuple[int, ...] = (128, 64)  # (512, 128)
-    # what reinforcement learning updates, beside the value head
-    train: Literal["lora", "full"] = "lora"
+    train: Literal["lora", "full"] = "lora"  # what learns, beside the value head
     lora_rank: int = 32
 
     @property
@@ -145,14 +149,11 @@ class Lora:
         """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's
         A is one, its B is 1 × 1.
 
-        In fp32 whatever the weights are in: steps of the optimizer are too small for bf16."""
+        At least fp32 whatever the weights are: steps of the optimizer are too small for bf16."""
         out, inner, *kernel = self.weight.shape
-        like = {
-            "device": self.weight.device,
-            "dtype": torch.promote_types(self.weight.dtype, torch.float32),
-        }
-        self.lora_a = nn.Parameter(torch.randn(rank, inner, *kernel, **like) / rank)
-        self.lora_b = nn.Parameter(torch.zeros(out, rank, *(1 for _ in kernel), **like))
+        like = wide(self.weight[:0])  # for its dtype and device
+        self.lora_a = nn.Parameter(like.new_empty(rank, inner, *kernel).normal_() / rank)
+        self.lora_b = nn.Parameter(like.new_zeros(out, rank, *(1 for _ in kernel)))
 
     def folded(self) -> Tensor:
         """`weight` with the update added."""
@@ -186,15 +187,13 @@ class PatchEmbedding(nn.Conv2d, Lora):
         """[n, 3, H, W] → [n, P, D]."""
         y = super().forward(x)
         if self.lora_a is not None:
-            y = y + F.conv2d(
-                F.conv2d(x, self.lora_a.to(x.dtype), stride=self.stride), self.lora_b.to(x.dtype)
-            )
+            low = F.conv2d(x, self.lora_a.to(x.dtype), stride=self.stride)
+            y = y + F.conv2d(low, self.lora_b.to(x.dtype))
         return y.flatten(2).transpose(1, 2)
 
 
 class VisionBlock(nn.Module):
-    """timm's `Block`: pre-norm attention and MLP with exact GELU; `scale` is LayerScale, which only
-    DINOv2 has."""
+    """timm's `Block`: pre-norm, exact GELU; `scale` is LayerScale, which only DINOv2 has."""
 
     def __init__(self, width: int, mlp: int, heads: int, scale: bool):
         super().__init__()
@@ -205,50 +204,30 @@ class VisionBlock(nn.Module):
         self.proj = Linear(width, width)
         self.fc1 = Linear(width, mlp)
         self.fc2 = Linear(mlp, width)
-        # Published training starts scales at 1e-5; at 1 a small tower learns from scratch, and a
-        # checkpoint overwrites either.
+        # Published training starts scales at 1e-5; at 1 a small tower learns from scratch.
         self.scale1 = nn.Parameter(torch.ones(width)) if scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if scale else None
 
     def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        q, k, v = (
-            self.qkv(self.norm1(x)).view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )  # [n, heads, S, d] each
-        h = self.proj(
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
-        )
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
+        h = self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
         x = x + (h if self.scale1 is None else h * self.scale1)
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + (h if self.scale2 is None else h * self.scale2)
 
 
 class VisionTower(nn.Module):
-    """A ViT without its last block and norm. DINOv2: class and register tokens in front, without
-    positions; SigLIP: none."""
+    """A ViT without its last block and norm. DINOv2 has class and register tokens in front,
+    without positions; SigLIP has none (`registers` None)."""
 
-    def __init__(
-        self,
-        patches: int,
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp: int,
-        registers: int | None,
-    ):
+    def __init__(self, c: OftConfig, width, depth, heads, mlp, registers: int | None = None):
         super().__init__()
         dino = registers is not None
-        self.patch_embed = PatchEmbedding(width, patch)
-        self.pos_embed = nn.init.normal_(nn.Parameter(torch.empty(1, patches, width)), std=0.02)
-        self.cls_token = (
-            nn.init.normal_(nn.Parameter(torch.empty(1, 1, width)), std=0.02) if dino else None
-        )
-        self.reg_token = (
-            nn.init.normal_(nn.Parameter(torch.empty(1, registers, width)), std=0.02)
-            if dino
-            else None
-        )
+        self.patch_embed = PatchEmbedding(width, c.patch)
+        self.pos_embed = normal(1, (c.image_size // c.patch) ** 2, width)
+        self.cls_token = normal(1, 1, width) if dino else None
+        self.reg_token = normal(1, registers, width) if dino else None
         self.extra = 1 + registers if dino else 0
         self.blocks = nn.ModuleList(VisionBlock(width, mlp, heads, dino) for _ in range(depth))
 
@@ -256,10 +235,8 @@ class VisionTower(nn.Module):
         """pixels [n, 3, H, W], normalised → [n, P, D]."""
         x = self.patch_embed(pixels) + self.pos_embed
         if self.extra:
-            x = torch.cat(
-                [self.cls_token.expand(len(x), -1, -1), self.reg_token.expand(len(x), -1, -1), x],
-                dim=1,
-            )
+            front = torch.cat([self.cls_token, self.reg_token], dim=1)
+            x = torch.cat([front.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
         return x[:, self.extra :]
@@ -293,8 +270,7 @@ class LlamaLayer(nn.Module):
         self.down_proj = Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [n, S, D], mask [n, 1, 1, S] bool: everyone may look at everything that is not
-        padding."""
+        """x [n, S, D], mask [n, 1, 1, S] bool: all look at everything that is not padding."""
         h = self.input_layernorm(x)
         q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
         k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
@@ -313,13 +289,10 @@ class Oft(nn.Module):
     def __init__(self, config: OftConfig):
         super().__init__()
         c = self.config = config
-        patches = (c.image_size // c.patch) ** 2
         self.dino = VisionTower(
-            patches, c.patch, c.dino_width, c.dino_depth, c.dino_heads, c.dino_mlp, c.dino_registers
+            c, c.dino_width, c.dino_depth, c.dino_heads, c.dino_mlp, c.dino_registers
         )
-        self.siglip = VisionTower(
-            patches, c.patch, c.siglip_width, c.siglip_depth, c.siglip_heads, c.siglip_mlp, None
-        )
+        self.siglip = VisionTower(c, c.siglip_width, c.siglip_depth, c.siglip_heads, c.siglip_mlp)
         self.projector = Projector(c.dino_width + c.siglip_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -341,10 +314,8 @@ class Oft(nn.Module):
 
     def begin(self, config, stats: dict) -> None:
         """Trains what --oft-train says, or as the checkpoint does; of another project's, adapters.
-        Actions leave the model in the units of `stats`.
-
-        Adapters, the value head and, where all is trained, everything are in fp32. Half precision
-        is for files alone."""
+        Actions leave the model in the units of `stats`. What is trained is in fp32, and so is what
+        a file has in half precision."""
         own = "layout" not in stats
         train = config.actor.oft_train or (self.config.train if own else OftConfig.train)
         critic = self.critic()
@@ -359,13 +330,11 @@ class Oft(nn.Module):
         """As the file has it; `begin` decides what is widened."""
 
     def set_actions(self, table: np.ndarray) -> None:
-        """table [A, bins] float32: what the simulator executes for each bin of each dimension
-        (`formats/bins.py`)."""
+        """table: of `bins.action_table`."""
         self.action_table = torch.from_numpy(table).to(self.lm_head.weight.device)
 
     def train_as(self, train: str) -> None:
-        """Gives every linear layer adapters, or adds those it has into the weights. The function
-        computed stays the same."""
+        """Adds adapters, or folds them into the weights: what is computed stays the same."""
         for module in self.modules():
             if isinstance(module, Lora):
                 if train == "full":
@@ -378,21 +347,10 @@ class Oft(nn.Module):
     # ------------------------------------------------------------ the network
 
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """image [n, V, H, W, 3] uint8 → normalised for DINOv2 and for SigLIP, [n·V, 3, H, W] each.
-        Raises UserError."""
+        """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
         c = self.config
         f = self.lm_head.weight.dtype
-        if image.dtype != torch.uint8 or tuple(image.shape[1:]) != (
-            c.views,
-            c.image_size,
-            c.image_size,
-            3,
-        ):
-            wanted = f"uint8 [n, {c.views}, {c.image_size}, {c.image_size}, 3]"
-            raise UserError(
-                f"images are {str(image.dtype).removeprefix('torch.')} {list(image.shape)} and the "
-                f"model takes {wanted}"
-            )
+        require_images(image, c)
         image = image.flatten(0, 1)
         if c.center_crop:
             image = pictures.center_crop(image)
@@ -403,11 +361,8 @@ class Oft(nn.Module):
     def features(self, image: Tensor) -> Tensor:
         """image [n, V, H, W, 3] uint8 → both towers' features side by side [n, V·P, D₁ + D₂]."""
         first, second = self.pixels(image)
-        return (
-            torch.cat([self.dino(first), self.siglip(second)], dim=-1)
-            .unflatten(0, image.shape[:2])
-            .flatten(1, 2)
-        )
+        both = torch.cat([self.dino(first), self.siglip(second)], dim=-1)
+        return both.unflatten(0, image.shape[:2]).flatten(1, 2)
 
     def hidden(self, image: Tensor, tokens: Tensor, count: int | None = None) -> Tensor:
         """Last hidden states that predict the first `count` (default C·A) tokens after the prompt.
@@ -417,18 +372,12 @@ class Oft(nn.Module):
         n = len(tokens)
         pictures = self.projector(self.features(image))
         words = self.embed_tokens(tokens)
-        blanks = words.new_zeros(
-            n, c.actions, c.width
-        )  # action tokens are blank and differ by position alone
+        blanks = words.new_zeros(n, c.actions, c.width)  # action tokens differ by position alone
         end = self.embed_tokens(tokens.new_full((n, int(c.stop_token)), c.stop))
         x = torch.cat([words[:, :1], pictures, words[:, 1:], blanks, end], dim=1)
-        always = (
-            tokens.new_ones(n, c.pictures, dtype=torch.bool),
-            tokens.new_ones(n, blanks.shape[1] + end.shape[1]).bool(),
-        )
-        real = torch.cat(
-            [tokens[:, :1] != c.pad, always[0], tokens[:, 1:] != c.pad, always[1]], dim=1
-        )
+        words_real = tokens != c.pad
+        rest = F.pad(words_real[:, 1:], (c.pictures, c.actions + end.shape[1]), value=True)
+        real = torch.cat([words_real[:, :1], rest], dim=1)
         d = c.width // c.heads
         frequency = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=x.device).float() / d)
         cos, sin = rotary(real.cumsum(1) - 1, frequency, x.dtype)
@@ -438,37 +387,27 @@ class Oft(nn.Module):
         return self.language_norm(x[:, start : start + (c.actions if count is None else count)])
 
     def action_logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, C·A, D] → [n, C·A, bins] fp32; all other words have probability 0 by
-        construction."""
-        return wide(
-            self.lm_head(hidden, slice(self.config.words, self.config.words + self.config.bins))
-        )
+        """hidden [n, C·A, D] → [n, C·A, bins] fp32: all other words have probability 0."""
+        first = self.config.words
+        return wide(self.lm_head(hidden, slice(first, first + self.config.bins)))
 
     def value(self, hidden: Tensor) -> Tensor:
-        """hidden [n, C·A, D] → value [n], from the position that predicts the first action
-        token."""
+        """hidden [n, C·A, D] → value [n], from where the first action token is predicted."""
         return self.value_head(hidden[:, 0].to(self.value_head[0].weight.dtype))[:, 0]
 
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
-        c = self.config
-        return {
-            "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
-            "tokens": ((c.tokens,), torch.int32),
-        }
+        return image_and_tokens(self.config)
 
     def slot_fields(self) -> dict[str, Shape]:
-        shape = (self.config.chunk, self.config.action_dim)
-        return {"action_tokens": (shape, torch.int32)}
+        return {"action_tokens": (self.config.played, torch.int32)}
 
     def training_fields(self) -> tuple[str, ...]:
-        """What `evaluate` reads from a slot."""
         return ("image", "tokens", "action_tokens")
 
     def draw(self, keys: list[Key], explore: list[bool]) -> dict[str, Tensor]:
-        """One uniform number per action token [n, C·A], and whether to sample [n]; where not, the
-        likeliest bin is taken."""
+        """A uniform number per action token [n, C·A], and whether to sample [n] or be greedy."""
         uniform = np.stack([generator(key).random(self.config.actions, np.float32) for key in keys])
         return {"uniform": torch.from_numpy(uniform), "explore": torch.tensor(explore)}
 
@@ -480,19 +419,20 @@ class Oft(nn.Module):
         hidden = self.hidden(obs["image"], obs["tokens"])
         logits = self.action_logits(hidden)
         logprob = (logits / c.temperature).log_softmax(-1)
-        # Sampling by inverting the cumulative distribution: one number per token, and it does not
-        # depend on who shares the batch.
+        # Sample by inverting the cumulative distribution: one number per token, whoever shares the
+        # batch.
         below = logprob.double().exp().cumsum(-1)
-        sample = (
-            (below <= noise["uniform"][..., None] * below[..., -1:]).sum(-1).clamp(max=c.bins - 1)
-        )
+        passed = below <= noise["uniform"][..., None] * below[..., -1:]
+        sample = passed.sum(-1).clamp(max=c.bins - 1)
         index = torch.where(noise["explore"][:, None], sample, logits.argmax(-1))  # [n, C·A]
-        chosen = logprob.gather(-1, index[..., None])[..., 0]
-        out = {"logprob": chosen.view(-1, c.chunk, c.action_dim), "value": self.value(hidden)}
-        index = index.view(-1, c.chunk, c.action_dim)
-        out["action_tokens"] = (index + c.words).to(torch.int32)
-        out["actions"] = self.action_table[torch.arange(c.action_dim, device=index.device), index]
-        return out
+        chosen = logprob.gather(-1, index[..., None])
+        index = index.view(-1, *c.played)
+        return {
+            "logprob": chosen.view(index.shape),
+            "value": self.value(hidden),
+            "action_tokens": (index + c.words).to(torch.int32),
+            "actions": self.action_table[torch.arange(c.action_dim, device=index.device), index],
+        }
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Log-prob and value of stored chunk steps under today's weights, differentiable.
@@ -502,18 +442,14 @@ class Oft(nn.Module):
         c = self.config
         hidden = self.hidden(batch["image"], batch["tokens"])
         logprob = (self.action_logits(hidden) / c.temperature).log_softmax(-1)
-        chosen = logprob.gather(
-            -1, (batch["action_tokens"].long() - c.words).flatten(1)[..., None]
-        )[..., 0]  # [n, C·A]
+        index = (batch["action_tokens"].long() - c.words).flatten(1)
+        chosen = logprob.gather(-1, index[..., None]).view(-1, *c.played)
         entropy = -(logprob.exp() * logprob).sum(-1).mean()
-        tokens = chosen.view(-1, c.chunk, c.action_dim)
-        return {"logprob": tokens, "value": self.value(hidden), "entropy": entropy}
+        return {"logprob": chosen, "value": self.value(hidden), "entropy": entropy}
 
     def imitation_loss(self, image: Tensor, tokens: Tensor, actions: Tensor) -> Tensor:
         """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A
-        action tokens and </s>.
-
-        actions [n, C, A] in [-1, 1] as `bins.normalise_actions` makes them."""
+        action tokens and </s>. actions [n, C, A] in [-1, 1], of `bins.normalise_actions`."""
         c = self.config
         targets = bins.encode_actions(actions, c.words, c.bins).flatten(1)
         if c.stop_token:
@@ -525,8 +461,7 @@ class Oft(nn.Module):
         return {}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A] in [-1, 1], given `obs` as for `act`; nothing
-        is drawn."""
+        """Loss [] of demonstrated actions [n, C, A] in [-1, 1]; nothing is drawn."""
         return self.imitation_loss(obs["image"], obs["tokens"], actions)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -541,8 +476,7 @@ class Oft(nn.Module):
         return dict(self.value_head.named_parameters(prefix="value_head"))
 
     def idle(self) -> tuple[str, ...]:
-        """Training needs every parameter: attention goes both ways, so there is no prefix to
-        keep."""
+        """None: attention goes both ways, so there is no prefix to keep."""
         return ()
 
 

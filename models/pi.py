@@ -4,22 +4,20 @@ action expert → value.
     image [V, H, W, 3], tokens [L] ──► prefix(): keys and values of every layer, and the mean
     feature noise x₁ [C, A] ──► velocity(prefix, x_t, t) × N denoise steps ──► actions [C, A]
 
-One configuration field, `pi05`, tells the two apart:
+The field `pi05` of the configuration tells the two apart:
 
     π0      A state token stands before the action tokens, which it does not see. An MLP fuses time
             with each action. The value head reads the expert's mean action feature.
     π0.5    The state, if any, stands in the prompt. Time modulates every norm of the expert
             (adaRMS). The value head reads the prefix's mean feature.
 
-The prefix never sees the actions, so it runs once per frame. With the VLM frozen (`train_vlm =
-False`, the published recipe) its keys and values are stored in the slot, and every update epoch
-costs only the expert.
+The prefix never sees the actions, so it runs once per frame. With the VLM frozen, as published,
+the slot keeps its keys and values, and an update epoch costs only the expert.
 
 As a stochastic policy: `models/flow.py`. The transition is Flow-SDE's (`noise = "sde"`), or its
 deviation is learned, bounded and one per element (`noise = "network"`, Flow-Noise).
 
-`PiConfig()` is the embedded small π0.5, `PI0_SMALL` its π0. `PI0_FULL` and `PI05_FULL` are the
-released models (openpi): the same code, exact with the original (`models/formats/pi.py`).
+`SMALL` are the embedded models, `FULL` the released ones (openpi), with which this code is exact.
 """
 
 import math
@@ -30,15 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError
 from models.flow import FlowConfig, FlowPolicy, Shape, ode_step
 from models.layers import (
     SO400M,
     Siglip,
     SiglipConfig,
     frequencies,
+    image_and_tokens,
     join_heads,
     mlp,
+    require_images,
     rotary,
     rotate,
     scaled,
@@ -51,8 +50,8 @@ from models.tokenize import PAD
 
 @dataclass(kw_only=True, frozen=True)
 class PiConfig(SiglipConfig, FlowConfig):
-    """The defaults are the embedded π0.5; openpi's is in the comments. A camera of openpi's three
-    that is left out equals a masked one."""
+    """The defaults are the embedded π0.5; in the comments openpi's. A missing camera of its three
+    equals a masked one."""
 
     pi05: bool = True  # False: π0
     vocabulary: int = 399  # tokens; 257152
@@ -82,7 +81,6 @@ class PiConfig(SiglipConfig, FlowConfig):
         return self.executed_steps or self.chunk, self.executed_dims or self.action_dim
 
 
-PI0_SMALL = PiConfig(pi05=False, value_widths=(64, 32))
 PI05_FULL = PiConfig(
     views=3,
     **SO400M,
@@ -97,7 +95,6 @@ PI05_FULL = PiConfig(
     expert_mlp=4096,
     value_widths=(1024, 512, 256),
     value_activation="relu",
-    chunk=10,
     action_dim=32,
     state_dim=32,
     denoise_steps=5,
@@ -113,7 +110,7 @@ PI0_FULL = replace(
     denoise_steps=4,
     sde_steps=4,
 )
-SMALL = {"pi0": PI0_SMALL, "pi05": PiConfig()}
+SMALL = {"pi0": PiConfig(pi05=False, value_widths=(64, 32)), "pi05": PiConfig()}
 FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
 
 
@@ -121,8 +118,7 @@ FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
 
 
 class RMSNorm(nn.Module):
-    """Gemma's: x/rms(x)·(1 + w). With `condition` [n, D], adaRMS: scale, shift and gate come from a
-    Linear of it."""
+    """Gemma's: x/rms(x)·(1 + w). adaRMS: scale, shift, gate are a Linear of `condition` [n, D]."""
 
     def __init__(self, width: int, condition: int | None = None):
         super().__init__()
@@ -163,11 +159,9 @@ def gated(x: Tensor, more: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class GemmaLayer(nn.Module):
-    """One decoder layer. `past` [n, 2·kv, P, d] are keys and values to attend to before one's
-    own."""
+    """One decoder layer. condition: width of what its norms are conditioned on, if adaptive."""
 
     def __init__(self, width, mlp, heads, head_dim, condition=None, kv_heads=1):
-        """condition: width of what adaRMS is conditioned on, if it is that."""
         super().__init__()
         self.heads = heads
         self.kv_heads = kv_heads
@@ -180,19 +174,17 @@ class GemmaLayer(nn.Module):
         self.mlp = GeGLU(width, mlp)
 
     def forward(self, x, cos, sin, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
-        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S] → x
-        and this layer's own keys and values [n, 2·kv, S, d]."""
+        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S], past
+        keys and values [n, 2·kv, P, d] → x and this layer's own keys and values [n, 2·kv, S, d]."""
         h, gate = self.input_layernorm(x, condition)
         q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
         k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
         v = split_heads(self.v_proj(h), self.kv_heads)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
-        # A key/value head serves heads/kv query heads, so these fold into the query axis: [n, kv,
-        # heads/kv·S, d].
-        folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])
-        keys = both[:, : self.kv_heads]
-        values = both[:, self.kv_heads :]
+        # A key/value head serves heads/kv query heads, which fold into the query axis.
+        folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
+        keys, values = both.chunk(2, dim=1)
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
         x = gated(x, self.o_proj(join_heads(out.view(q.shape))), gate)
         h, gate = self.post_attention_layernorm(x, condition)
@@ -207,8 +199,7 @@ class VisionTower(Siglip):
         self.projector = nn.Linear(c.vision_width, c.width)
 
     def forward(self, image: Tensor) -> Tensor:
-        """image [n, V, H, W, 3] uint8 (or already scaled to [-1, 1]) → tokens [n, V·(H/patch)²,
-        D]."""
+        """image [n, V, H, W, 3] uint8, or scaled to [-1, 1] → tokens [n, V·(H/patch)², D]."""
         pixels = scaled(image, self.patch_embedding.weight.dtype)
         found = self.projector(super().forward(pixels))
         return found.unflatten(0, image.shape[:2]).flatten(1, 2)
@@ -219,9 +210,8 @@ class Pi(FlowPolicy):
     HEADS = ("value_head", "noise_head")
     FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
 
-    def __init__(self, config: PiConfig):
-        super().__init__(config)
-        c = config
+    def __init__(self, c: PiConfig):
+        super().__init__(c)
         self.prefix_length = c.views * (c.image_size // c.patch) ** 2 + c.tokens  # P
         self.vision = VisionTower(c)
         # Padding learns nothing, as in the original.
@@ -233,7 +223,7 @@ class Pi(FlowPolicy):
         )
         self.language_norm = RMSNorm(c.width)
         e = c.expert_width
-        condition = c.expert_width if c.pi05 else None
+        condition = e if c.pi05 else None
         self.action_in_proj = nn.Linear(c.action_dim, e)
         if c.pi05:
             self.time_mlp_in = nn.Linear(e, e)
@@ -267,26 +257,17 @@ class Pi(FlowPolicy):
     def prefix(
         self, image: Tensor, tokens: Tensor, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The part of the network that never sees the actions.
-
-        image [n, V, H, W, 3] uint8, tokens [n, L], real [n, P] bool where cameras may be missing
-        (default: only padding is not) → cache [n, depth, 2·kv, P, d], mean feature of the real
-        positions [n, D], real [n, P] bool."""
+        """The part that never sees the actions. image [n, V, H, W, 3] uint8, tokens [n, L], real
+        [n, P] bool where cameras may be missing (default: only padding is not) → cache [n, depth,
+        2·kv, P, d], mean feature of the real positions [n, D], real [n, P] bool."""
         real = self.real(tokens) if real is None else real
         x, cache = self.prefix_features(image, tokens, real)
         return cache, (wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
 
     def prefix_features(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """As `prefix` → features of every position [n, P, D] (meaningless where not real), cache
-        [n, depth, 2·kv, P, d]."""
+        """As `prefix` → features [n, P, D] (meaningless where not real), cache."""
         c = self.config
-        shape = (c.views, c.image_size, c.image_size, 3)
-        numeric = image.dtype == torch.uint8 or image.is_floating_point()
-        if image.shape[1:] != shape or not numeric:
-            raise UserError(
-                f"an image is {list(image.shape[1:])} {image.dtype}: the model needs {list(shape)} "
-                "torch.uint8"
-            )
+        require_images(image, c, floats=image.is_floating_point())
         pictures = self.vision(image)
         words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
         x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
@@ -308,8 +289,7 @@ class Pi(FlowPolicy):
     def suffix(
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
     ) -> Tensor:
-        """The expert's features of the action tokens. x_t [n, C, A], t [n], state [n, S] (π0) → [n,
-        C, E]."""
+        """x_t [n, C, A], t [n], π0's state [n, S] → the expert's features of actions [n, C, E]."""
         c = self.config
         dtype = self.action_in_proj.weight.dtype
         x = self.action_in_proj(x_t.to(dtype))
@@ -326,12 +306,10 @@ class Pi(FlowPolicy):
         positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
         cos, sin = rotary(positions, frequencies(c.head_dim, x.device), x.dtype)
         mask = additive(F.pad(real, (0, length), value=True), x.dtype)
-        # the state token sees the prefix and itself; every folded query head needs its own copy of
-        # the rows
-        if not c.pi05:
+        if not c.pi05:  # the state token sees the prefix and itself
             mask = mask.repeat(1, 1, length, 1)
             mask[:, :, 0, self.prefix_length + 1 :] = -math.inf
-            mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)
+            mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)  # once for every folded query head
         for i, layer in enumerate(self.expert):
             x, _ = layer(x, cos, sin, mask, cache[:, i].to(x.dtype), condition)
         x, _ = self.expert_norm(x, condition)
@@ -340,9 +318,8 @@ class Pi(FlowPolicy):
     def velocity(
         self, cache: Tensor, real: Tensor, x_t: Tensor, t: Tensor, state: Tensor | None = None
     ) -> Tensor:
-        """v(x_t, t | prefix), which points from data to noise. x_t [n, C, A], t [n], state [n, S]
-        (π0) → [n, C, A]."""
-        return self.action_out_proj(self.suffix(cache, real, x_t, t, state)).to(x_t.dtype)
+        """v(x_t, t | prefix) [n, C, A], which points from data to noise, given as for `suffix`."""
+        return self.direction(self.suffix(cache, real, x_t, t, state), x_t)
 
     def value(self, feature: Tensor) -> Tensor:
         """feature [n, D] (π0: [n, E]) → value [n]; the head's gradient stops at the feature."""
@@ -351,12 +328,8 @@ class Pi(FlowPolicy):
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
-        c = self.config
-        fields = {
-            "image": ((c.views, c.image_size, c.image_size, 3), torch.uint8),
-            "tokens": ((c.tokens,), torch.int32),
-        }
-        return fields if c.pi05 else fields | {"state": ((c.state_dim,), torch.float32)}
+        state = {"state": ((self.config.state_dim,), torch.float32)}
+        return image_and_tokens(self.config) | ({} if self.config.pi05 else state)
 
     def cache_fields(self) -> dict[str, Shape]:
         c = self.config
@@ -376,14 +349,11 @@ class Pi(FlowPolicy):
 
     def look(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The prefix, or what a slot keeps of it, and for π0 the state."""
-        seen = {
-            name: obs[name] for name in ("state", "prefix_cache", "prefix_feature") if name in obs
-        }
         if "prefix_cache" in obs:
-            return seen | {"real": self.real(obs["tokens"])}
+            return obs | {"real": self.real(obs["tokens"])}
         with torch.set_grad_enabled(self.config.train_vlm and torch.is_grad_enabled()):
             cache, feature, real = self.prefix(obs["image"], obs["tokens"])
-        return seen | {"prefix_cache": cache, "prefix_feature": feature, "real": real}
+        return obs | {"prefix_cache": cache, "prefix_feature": feature, "real": real}
 
     def denoise(self, seen: dict[str, Tensor], x: Tensor, t: Tensor, step: Tensor) -> Tensor:
         return self.suffix(seen["prefix_cache"], seen["real"], x, t, seen.get("state"))
@@ -397,29 +367,15 @@ class Pi(FlowPolicy):
     def transition(
         self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `FlowPolicy.transition`; Flow-Noise: the ODE's step is the mean, the network's bounded
-        answer the deviation [n, C, A]."""
+        """Flow-Noise: the ODE's step is the mean, the network's bounded answer the deviation."""
         if not self.learns_noise:
             return super().transition(x, h, t, t_next)
         step = ode_step(x, self.direction(h, x), t, t_next)
         return step, step, bounded(self.noise_head(h).to(x.dtype), self.config.noise_range)
 
-    def executed(self, x: Tensor) -> Tensor:
-        """The first steps, without the padding of the action."""
-        chunk, action_dim = self.config.played
-        return x[:, :chunk, :action_dim]
-
-    def imitation_loss(
-        self,
-        cache: Tensor,
-        real: Tensor,
-        actions: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        state: Tensor | None = None,
-    ) -> Tensor:
-        """Flow matching given a prefix: x_t = t·noise + (1 − t)·actions, target velocity noise −
-        actions. MSE []."""
+    def imitation_loss(self, cache, real, actions, t, noise, state=None) -> Tensor:
+        """Flow matching given a prefix: mean square error [] of the velocity at x_t = t·noise +
+        (1 − t)·actions, whose target is noise − actions. actions and noise [n, C, A], t [n]."""
         x_t = t[:, None, None] * noise + (1.0 - t[:, None, None]) * actions
         return F.mse_loss(self.velocity(cache, real, x_t, t, state), noise - actions)
 
@@ -429,18 +385,14 @@ class Pi(FlowPolicy):
         return {"t": t, "noise": torch.randn(n, self.config.chunk, self.config.action_dim)}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A], given `obs` as for `act` and what
-        `imitation_draw` drew."""
+        """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew."""
         cache, _, real = self.prefix(obs["image"], obs["tokens"])
         return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
 
 
 def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: linspace(1, 1/N, N) in fp32, then 0 (RLinf, openpi's
-    direction).
-
-    In fp32, because the fastest wave of the time embedding turns the last bit of t into an error of
-    1e-4."""
+    """N + 1 times from noise to data: linspace(1, 1/N, N), then 0 (RLinf, openpi's direction). In
+    fp32: the fastest wave of the time embedding turns the last bit of t into an error of 1e-4."""
     return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
 

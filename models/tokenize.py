@@ -13,20 +13,19 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from config import UserError
+from config import UserError, require
 
 PAD = 0
 
 
 @lru_cache
 def load(path: str) -> sentencepiece.SentencePieceProcessor:
-    if not Path(path).is_file():
-        raise UserError(
-            f"no SentencePiece file at {path}: give --tokenizer PATH (PaliGemma's, for π0 and "
-            "π0.5, is what openpi downloads from "
-            "gs://big_vision/paligemma_tokenizer.model; Llama's lies in OpenVLA-OFT's checkpoint "
-            "folder as tokenizer.model)"
-        )
+    require(
+        Path(path).is_file(),
+        f"no SentencePiece file at {path}: give --tokenizer PATH (PaliGemma's, for π0 and π0.5, is "
+        "what openpi downloads from gs://big_vision/paligemma_tokenizer.model; Llama's lies in "
+        "OpenVLA-OFT's checkpoint folder as tokenizer.model)",
+    )
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except RuntimeError:
@@ -36,17 +35,13 @@ def load(path: str) -> sentencepiece.SentencePieceProcessor:
 def load_for(path: str, least: int, most: int):
     """`load`, refusing a vocabulary of another model: this one knows `least` to `most` pieces."""
     tokenizer = load(path)
-    if not least <= tokenizer.vocab_size() <= most:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size()} pieces and the model knows {most}: give its own "
-            "file with --tokenizer PATH"
-        )
+    size = tokenizer.vocab_size()
+    require(
+        least <= size <= most,
+        f"{path} has {size} pieces and the model knows {most}: give its own file with --tokenizer "
+        "PATH",
+    )
     return tokenizer
-
-
-def normalise(state: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """States [..., S] → [-1, 1] by their quantiles q01 and q99 [S] (openpi's π0.5 statistics)."""
-    return (state - low) / (high - low + 1e-6) * 2.0 - 1.0
 
 
 def prompt(task: str, state: np.ndarray) -> str:
@@ -55,27 +50,30 @@ def prompt(task: str, state: np.ndarray) -> str:
     return f"Task: {task}, State: {' '.join(map(str, bins))};\nAction: "
 
 
-def encode(tokenizer, text: str, length: int) -> np.ndarray:
-    """Token ids [length] int32: BOS, the text, padding. Raises UserError when the text does not
-    fit."""
-    ids = [tokenizer.bos_id(), *tokenizer.encode(text)]
-    if len(ids) > length:
-        raise UserError(
-            f"the prompt {text!r} needs {len(ids)} tokens and the model has room for {length}: "
-            "give --tokens"
-        )
-    return np.array(ids + [PAD] * (length - len(ids)), np.int32)
+def encode(tokenizer, length: int, *texts: str) -> np.ndarray:
+    """Token ids [length] int32: BOS, the texts, each on its own, padding. Raises UserError."""
+    ids = [tokenizer.bos_id()]
+    for text in texts:
+        ids += tokenizer.encode(text)
+    return padded(ids, length, PAD, "".join(texts))
+
+
+def padded(ids: list[int], length: int, pad: int, text: str) -> np.ndarray:
+    """Token ids [length] int32, padded at the end. Raises UserError when they do not fit."""
+    size = len(ids)
+    require(
+        size <= length,
+        f"the prompt {text!r} needs {size} tokens and the model has room for {length}: give "
+        "--tokens",
+    )
+    return np.array(ids + [pad] * (length - size), np.int32)
 
 
 def train_vocabulary(prompts: list[str], path: Path) -> None:
-    """A SentencePiece model with one token per word of `prompts`, per state bin and per letter.
-    Deterministic."""
+    """A SentencePiece model with one token per word of `prompts`, state bin and letter."""
     words = sorted({word for text in prompts for word in text.replace(",", "").split()})
-    symbols = (
-        [f"▁{w}" for w in ["Task:", "State:", *words]]
-        + [f"▁{i}" for i in range(256)]
-        + [",", ";\nAction:"]
-    )
+    symbols = [f"▁{word}" for word in ["Task:", "State:", *words, *range(256)]]
+    symbols += [",", ";\nAction:"]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(string.ascii_letters + string.digits + "_.:;,'"),

@@ -7,8 +7,7 @@ the arguments alone and lie in `runs/`, beside the runs that resume from them.
 
     python train.py --env libero --suite libero_10
 
-Left out: learning anything by imitation first, which `pretrain.py` does from Meta-World's scripted
-experts.
+Left out: imitation, which `pretrain.py` does from Meta-World's scripted experts.
 """
 
 import hashlib
@@ -43,8 +42,7 @@ def start(
         torch.manual_seed(0)
         small = family.embedded(model, str(vocabulary))
         words = tokenize.load(str(vocabulary))
-        # Beside the task: π0.5's state, a token per dimension, GR00T's views, and at most eight of
-        # punctuation and the like.
+        # Beside the task: π0.5's state, GR00T's views, and at most eight of punctuation and others.
         longest = max(len(words.encode(text)) for text in texts)
         tokens = max(tokens, longest + spec.state_dim + spec.views + 8)
         config = fitted(small.config, spec, chunk, tokens, words.vocab_size())

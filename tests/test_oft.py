@@ -222,7 +222,7 @@ def test_pictures():
     for name in ("lanczos_16_14", "lanczos_10_14"):
         case = CASES[name]
         assert torch.equal(
-            pictures.resize_lanczos(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
+            originals.resize_lanczos(as_tensor(case["image"]), case["size"]), as_tensor(case["out"])
         )
     case = CASES["pixel_values"]
     with torch.device("meta"):
@@ -599,9 +599,8 @@ def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
     ]
     save_file(adapters, tmp_path / "adapter_model.safetensors")
     model = Oft(oft_files.config_of(GOLDEN / "lora"))
-    source.load(
-        model, tmp_path / "adapter_model.safetensors", oft_files.SOURCES["peft"], "cpu", None
-    )
+    file = tmp_path / "adapter_model.safetensors"
+    source.load(model, file, oft_files.source_of(file, model.config), "cpu", None)
     key = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"
     assert torch.equal(model.dino.patch_embed.lora_a, adapters[key])
 
@@ -694,7 +693,7 @@ def test_a_wrong_picture_is_refused(wrong):
         if isinstance(wrong, torch.dtype)
         else torch.zeros(wrong, dtype=torch.uint8)
     )
-    with pytest.raises(UserError, match="images are .* and the model takes uint8"):
+    with pytest.raises(UserError, match="images are .* and the model needs"):
         model.act(obs | {"image": image}, model.draw(KEYS[:2], [True] * 2))
 
 

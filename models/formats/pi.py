@@ -1,5 +1,4 @@
-"""π0 and π0.5 as they lie on users' disks: names of weights, statistics, prompts; and the parity
-check.
+"""π0 and π0.5 as they lie on users' disks: names of weights, statistics, prompts.
 
     layout    weights                                         statistics
     openpi    model.safetensors (examples/convert_jax_…)      assets/…/norm_stats.json
@@ -23,14 +22,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config import UserError
+from config import UserError, require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
-from models.formats.preparation import PreparationBase, padded
+from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, Stored, read_json, understood
-from models.pi import SMALL, Pi, PiConfig
+from models.pi import FULL, SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)
 
@@ -91,16 +90,16 @@ def which(path: str | Path, stored: dict[str, Stored]) -> str:
     """The layout of a checkpoint, a key of `SOURCES`, by the keys it holds."""
     if any(key.startswith("model.paligemma_with_expert.") for key in stored):
         return "lerobot"
-    if not any(key.startswith("paligemma_with_expert.") for key in stored):
-        raise UserError(
-            f"checkpoint {path} is no π0 or π0.5: none of its tensors is named "
-            "paligemma_with_expert.…"
-        )
+    parts = {key.partition(".")[0] for key in stored}
+    require(
+        "paligemma_with_expert" in parts,
+        f"checkpoint {path} is no π0 or π0.5: none of its tensors is named paligemma_with_expert.…",
+    )
     if (Path(path) / "policy_preprocessor.json").is_file():
         return "lerobot_base"
-    if not any(key.startswith("value_head.") for key in stored):
+    if "value_head" not in parts:
         return "openpi"
-    return "rlinf_noise" if any(key.startswith("noise_head.") for key in stored) else "rlinf"
+    return "rlinf_noise" if "noise_head" in parts else "rlinf"
 
 
 # ---------------------------------------------------------------- configuration
@@ -119,21 +118,20 @@ FIELDS = {  # of a config.json, ours ← theirs: openpi's, then LeRobot's name
 
 def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiConfig:
     """A checkpoint's configuration: widths and depths from its tensors, which cannot lie, the rest
-    from its config.json.
+    from its config.json, or else as in `FULL`.
 
     Neither tells the heads of the image tower where config.json is silent: SigLIP's are 72 wide."""
     prefix = "model." if which(path, stored) == "lerobot" else ""
     vision = VISION + "."
     language = VLM + "language_model.layers."
-    expert = EXPERT + "layers."
 
-    def size(key: str, axis: int) -> int:
-        if prefix + key not in stored:
-            raise UserError(
-                f"checkpoint {path} has no tensor {prefix + key!r}: it is of another model or "
-                "layout"
-            )
-        return stored[prefix + key].shape[axis]
+    def size(key: str, axis: int = 0) -> int:
+        key = prefix + key
+        require(
+            key in stored,
+            f"checkpoint {path} has no tensor {key!r}: it is of another model or layout",
+        )
+        return stored[key].shape[axis]
 
     def depth(layers: str) -> int:
         start = prefix + layers
@@ -141,45 +139,35 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
         return 1 + max(numbers, default=-1)
 
     def widths(head: str, step: int) -> tuple[int, ...]:
-        found = [
-            stored[key].shape[0] for i in range(0, 20, step) if (key := head.format(i)) in stored
-        ]
-        return tuple(found[:-1])
+        keys = [head.format(i) for i in range(0, 20, step)]
+        return tuple(stored[key].shape[0] for key in keys if key in stored)[:-1]
 
     pi05 = f"{prefix}time_mlp_in.weight" in stored
-    attention = config.get("paligemma", {})
-    tower = config.get("vision", {})
-    kv_heads = attention.get("num_kv_heads", 1)
-    head_dim = size(language + "0.self_attn.k_proj.weight", 0) // kv_heads
+    kv_heads = config.get("paligemma", {}).get("num_kv_heads", 1)
+    head_dim = size(language + "0.self_attn.k_proj.weight") // kv_heads
     patch = size(vision + "embeddings.patch_embedding.weight", -1)
-    vision_width = size(vision + "post_layernorm.weight", 0)
+    vision_width = size(vision + "post_layernorm.weight")
+    heads = config.get("vision", {}).get("num_attention_heads", max(1, vision_width // 72))
     shape = {
         "pi05": pi05,
         "patch": patch,
         "vision_width": vision_width,
         "vision_depth": depth(vision + "encoder.layers."),
-        "image_size": patch * math.isqrt(size(vision + "embeddings.position_embedding.weight", 0)),
-        "vision_heads": tower.get("num_attention_heads", max(1, vision_width // 72)),
-        "vision_mlp": size(vision + "encoder.layers.0.mlp.fc1.weight", 0),
-        "width": size(VLM + "multi_modal_projector.linear.weight", 0),
-        "mlp": size(language + "0.mlp.gate_proj.weight", 0),
+        "image_size": patch * math.isqrt(size(vision + "embeddings.position_embedding.weight")),
+        "vision_heads": heads,
+        "vision_mlp": size(vision + "encoder.layers.0.mlp.fc1.weight"),
+        "vocabulary": size(EMBEDDING if prefix + EMBEDDING in stored else LM_HEAD),
+        "width": size(VLM + "multi_modal_projector.linear.weight"),
+        "mlp": size(language + "0.mlp.gate_proj.weight"),
         "depth": depth(language),
         "kv_heads": kv_heads,
         "head_dim": head_dim,
-        "heads": size(language + "0.self_attn.q_proj.weight", 0) // head_dim,
-        "expert_width": size("action_in_proj.weight", 0),
-        "expert_mlp": size(expert + "0.mlp.gate_proj.weight", 0),
+        "heads": size(language + "0.self_attn.q_proj.weight") // head_dim,
+        "expert_width": size("action_in_proj.weight"),
+        "expert_mlp": size(EXPERT + "layers.0.mlp.gate_proj.weight"),
         "action_dim": size("action_in_proj.weight", 1),
         "state_dim": size("action_in_proj.weight" if pi05 else "state_proj.weight", 1),
-        "views": 3,
-        "chunk": 10 if pi05 else 50,
-        "tokens": 200 if pi05 else 48,
-        "denoise_steps": 5 if pi05 else 4,
-        "noise_level": 0.5,
-        "value_widths": (1024, 512, 256) if pi05 else (512, 256, 128),
-        "value_activation": "relu",
     }
-    shape["vocabulary"] = size(EMBEDDING if prefix + EMBEDDING in stored else LM_HEAD, 0)
     if found := widths("value_head.mlp.{}.weight", 2):
         shape["value_widths"] = found
     if found := widths("noise_head.mlp_logvar.moduleList.{}.linear_1.weight", 1):
@@ -187,10 +175,10 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
     for ours, theirs in FIELDS.items():
         for name in theirs:
             if config.get(name) is not None:
-                shape[ours] = (
-                    tuple(config[name]) if isinstance(config[name], list) else config[name]
-                )
-    return PiConfig(**shape | {"sde_steps": shape["denoise_steps"]})
+                said = config[name]
+                shape[ours] = tuple(said) if isinstance(said, list) else said
+    c = replace(FULL["pi05" if pi05 else "pi0"], **shape)
+    return replace(c, sde_steps=c.denoise_steps)
 
 
 def published(path: Path, family: str, config, spec) -> Found:
@@ -202,39 +190,28 @@ def published(path: Path, family: str, config, spec) -> Found:
     kind = which(path, stored)
     file = folder / "config.json"
     says = read_json(file) if file.is_file() else {}
+    chunk = config.rollout.chunk
     with understood(file):
         shape = shape_of(path, stored, says)
-    if shape.pi05 != (family == "pi05"):
         has = "pi05" if shape.pi05 else "pi0"
-        raise UserError(
-            f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint"
+        require(
+            has == family,
+            f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint",
         )
-    for what, wanted, most in (
-        ("actions per inference (--chunk)", config.rollout.chunk, shape.chunk),
-        ("action dimensions", spec.action_dim, shape.action_dim),
-        ("cameras", spec.views, 3),
-    ):
-        with understood(file):
-            if wanted > most:
-                raise UserError(
-                    f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
-                )
-    shape = replace(
-        shape,
-        views=spec.views,
-        executed_steps=config.rollout.chunk,
-        executed_dims=spec.action_dim,
-    )
+        for what, wanted, most in (
+            ("actions per inference (--chunk)", chunk, shape.chunk),
+            ("action dimensions", spec.action_dim, shape.action_dim),
+            ("cameras", spec.views, 3),
+        ):
+            sentence = f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
+            require(wanted <= most, sentence)
+    shape = replace(shape, views=spec.views, executed_steps=chunk, executed_dims=spec.action_dim)
     if kind.startswith("lerobot"):
         stats = read_processors(folder)
     else:
-        stats = read_norm_stats(
-            folder,
-            shape.pi05,
-            config.train.env,
-            config.train.statistics,
-            says.get("discrete_state_input"),
-        )
+        in_prompt = says.get("discrete_state_input")
+        train = config.train
+        stats = read_norm_stats(folder, shape.pi05, train.env, train.statistics, in_prompt)
     # None: not normalised. Statistics may be padded, to 32 for instance.
     state = dimensions(stats["state"])
     actions = dimensions(stats["actions"])
@@ -242,11 +219,11 @@ def published(path: Path, family: str, config, spec) -> Found:
         ("state", state, spec.state_dim, state in (None, spec.state_dim) or state >= 14),
         ("actions", actions, spec.action_dim, actions is None or actions >= spec.action_dim),
     ):
-        if not fits:
-            raise UserError(
-                f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the "
-                f"simulator has {wanted}"
-            )
+        require(
+            fits,
+            f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the simulator "
+            f"has {wanted}",
+        )
     return Found(shape, SOURCES[kind], stats)
 
 
@@ -268,80 +245,73 @@ def read_norm_stats(
     actions are deltas on state[:6]. π0.5's prompt holds the state of real robots but not of
     simulators (`discrete_state_input` in both projects' configurations), if config.json does not
     say. Of several robots' statistics the path names `chosen`, else `env`, the simulator."""
-    everything = sorted(folder.rglob("norm_stats.json"))
+    files = {str(file.relative_to(folder)): file for file in folder.rglob("norm_stats.json")}
     word = chosen or env
-    found = everything
-    if chosen or len(everything) > 1:
-        found = [file for file in everything if word and word in str(file.relative_to(folder))]
-    if len(found) != 1:
-        what = ", ".join(str(file.relative_to(folder)) for file in everything) or "none"
-        raise UserError(
-            f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has "
-            f"{what}; choose with --statistics"
-        )
-    stats = read_json(found[0]).get("norm_stats", {})
-    places = {env, *str(found[0].relative_to(folder).parent).lower().replace("_", "/").split("/")}
-    libero = "libero" in places
-    simulated = bool(places & {"libero", "metaworld", "maniskill", "robocasa"})
+    found = list(files)
+    if chosen or len(files) > 1:
+        found = [place for place in files if word and word in place]
+    require(
+        len(found) == 1,
+        f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has "
+        f"{', '.join(sorted(files)) or 'none'}; choose with --statistics",
+    )
+    file = files[found[0]]
+    places = {env, *str(Path(found[0]).parent).lower().replace("_", "/").split("/")}
     if state_in_prompt is None:
-        state_in_prompt = not simulated
-    needed = ("q01", "q99") if pi05 else ("mean", "std")
-    kinds = {}
-    for name in ("state", "actions"):
-        with understood(found[0]):
+        state_in_prompt = not places & {"libero", "metaworld", "maniskill", "robocasa"}
+    mode = "quantiles" if pi05 else "mean_std"
+    needed = ENDS[mode]
+    kinds: dict = {}
+    with understood(file):
+        stats = read_json(file).get("norm_stats", {})
+        for name in ("state", "actions"):
             values = stats.get(name, {})
-            if any(values.get(key) is None for key in needed):
-                raise UserError(
-                    f"{found[0]} lacks {' or '.join(needed)} of {name!r}, which "
-                    f"{'π0.5' if pi05 else 'π0'} goes by"
-                )
+            require(
+                all(values.get(key) is not None for key in needed),
+                f"{file} lacks {' or '.join(needed)} of {name!r}, which "
+                f"{'π0.5' if pi05 else 'π0'} goes by",
+            )
             numbers = {key: [float(x) for x in values[key]] for key in needed}
-        kinds[name] = {"kind": "openpi_quantiles" if pi05 else "openpi_mean_std", **numbers}
+            kinds[name] = {"kind": f"openpi_{mode}", **numbers}
     return kinds | {
         "layout": "openpi",
         "prompt": "state" if pi05 and state_in_prompt else "newline",
-        "delta": [not pi05 and libero and i < 6 for i in range(7)],
+        "delta": [not pi05 and "libero" in places and i < 6 for i in range(7)],
     }
 
 
 def read_processors(folder: Path) -> dict:
-    """LeRobot's statistics: the (un)normaliser steps of policy_preprocessor.json and
-    policy_postprocessor.json."""
+    """LeRobot's statistics: the (un)normaliser steps of policy_{pre,post}processor.json."""
     kinds: dict = {"layout": "lerobot", "prompt": "newline", "delta": []}
-    for name, file, step_name, key, feature in (
+    for name, file_name, step_name, key, feature in (
         ("state", "policy_preprocessor.json", "normalizer_processor", "observation.state", "STATE"),
         ("actions", "policy_postprocessor.json", "unnormalizer_processor", "action", "ACTION"),
     ):
-        with understood(folder / file):
-            by_name = {
-                step.get("registry_name"): step
-                for step in read_json(folder / file).get("steps", [])
-            }
-            relative = (
-                by_name.get("relative_actions_processor", {}).get("config", {}).get("enabled")
+        file = folder / file_name
+        with understood(file):
+            steps = {step.get("registry_name"): step for step in read_json(file).get("steps", [])}
+            relative = steps.get("relative_actions_processor", {}).get("config", {})
+            require(
+                not relative.get("enabled"),
+                f"{file} makes actions relative to the state, which is not supported",
             )
-        if relative:
-            raise UserError(
-                f"{folder / file} makes actions relative to the state, which is not supported"
+            require(
+                step_name in steps,
+                f"{file} has no step {step_name!r}: it is no π0 or π0.5 of LeRobot",
             )
-        if step_name not in by_name:
-            raise UserError(
-                f"{folder / file} has no step {step_name!r}: it is no π0 or π0.5 of LeRobot"
-            )
-        if "pi05_prepare_state_tokenizer_processor_step" in by_name:
+            config = steps[step_name].get("config", {})
+            state_file = steps[step_name].get("state_file")
+            mode = config.get("norm_map", {}).get(feature, "IDENTITY")
+            needed = ENDS.get(mode.lower())
+        if "pi05_prepare_state_tokenizer_processor_step" in steps:
             kinds["prompt"] = "state"
-        config = by_name[step_name].get("config", {})
-        state_file = by_name[step_name].get("state_file")
-        mode = config.get("norm_map", {}).get(feature, "IDENTITY")
-        needed = ENDS.get(mode.lower())
-        if needed is None:
-            raise UserError(f"{folder / file} normalises {key} by {mode}, which is not supported")
+        require(needed is not None, f"{file} normalises {key} by {mode}, which is not supported")
         try:
             tensors = load_file(folder / state_file) if needed else {}
             values = {stat: tensors[f"{key}.{stat}"].tolist() for stat in needed}
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder / file}: no {' and '.join(needed)} of {key} in {state_file} ({error!r})"
+                f"{file}: no {' and '.join(needed)} of {key} in {state_file} ({error!r})"
             ) from None
         kinds[name] = {"kind": f"lerobot_{mode.lower()}", "eps": config.get("eps", 1e-8), **values}
     return kinds
@@ -376,7 +346,7 @@ def normalise(x: np.ndarray, stats: dict, inverse: bool = False) -> np.ndarray:
     return lerobot_scaled(torch.tensor(x).float(), a, b, mode, inverse, stats["eps"]).numpy()
 
 
-def openpi_scaled(x: np.ndarray, a: np.ndarray, b: np.ndarray, mode: str, inverse: bool):
+def openpi_scaled(x: np.ndarray, a: np.ndarray, b: np.ndarray, mode: str, inverse=False):
     if mode == "mean_std":
         return x * (b + 1e-6) + a if inverse else (x - a) / (b + 1e-6)
     if inverse:
@@ -426,22 +396,18 @@ class Preparation(PreparationBase):
         """tokens [L] int32, for π0 state [S'] fp32, padded."""
         c = self.config
         if self.own:
-            ends = (np.array(self.stats[f"state_{end}"]) for end in ("low", "high"))
-            normal = tokenize.normalise(state, *ends)
+            low, high = (np.array(self.stats[f"state_{end}"]) for end in ("low", "high"))
+            normal = openpi_scaled(state, low, high, "quantiles")
             texts = (tokenize.prompt(task, normal),) if c.pi05 else prompt(task, None)
         else:
             normal = normalise(state, self.stats["state"])
             texts = prompt(task, normal if self.stats["prompt"] == "state" else None, self.layout)
-        ids = [self.tokenizer.bos_id()]
-        for text in texts:
-            ids += self.tokenizer.encode(text)
-        out = {"tokens": padded(ids, c.tokens, tokenize.PAD, "".join(texts))}
+        out = {"tokens": tokenize.encode(self.tokenizer, c.tokens, *texts)}
         if not c.pi05:
-            if len(normal) > c.state_dim:
-                raise UserError(
-                    f"the state has {len(normal)} dimensions and the model room for {c.state_dim}"
-                )
-            out["state"] = np.pad(normal, (0, c.state_dim - len(normal))).astype(np.float32)
+            has = len(normal)
+            room = c.state_dim
+            require(has <= room, f"the state has {has} dimensions and the model room for {room}")
+            out["state"] = np.pad(normal, (0, room - has)).astype(np.float32)
         return out
 
     def resize(self, images: np.ndarray) -> np.ndarray:
@@ -474,5 +440,4 @@ def wording(task: str) -> str:
 
 
 def embedded(family: str, tokenizer: str) -> Pi:
-    """The small model with random weights."""
     return Pi(SMALL[family])

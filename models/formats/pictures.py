@@ -2,11 +2,11 @@
 
     π0, π0.5    resize_pil (openpi, RLinf), resize_torch (LeRobot, openpi's PyTorch)
     GR00T       crop_and_resize (NVIDIA, RLinf), resize_eagle (LeRobot)
-    OFT         center_crop, resize_bicubic (RLinf), resize_lanczos (openvla-oft)
+    OFT         center_crop (openvla-oft), resize_bicubic (RLinf)
 
 Sources: openpi src/openpi/shared/image_tools.py and openpi_client/image_tools.py;
 NVIDIA/Isaac-GR00T gr00t/data; moojink/openvla-oft experiments/robot/openvla_utils.py. All are
-exact; only `resize_lanczos` may differ by 1 of 255 in a few values of a million.
+exact.
 """
 
 from functools import lru_cache
@@ -25,8 +25,7 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int]:
 
 @lru_cache
 def triangle_weights(old: int, new: int) -> np.ndarray:
-    """Pillow's bilinear filter as a matrix [new, old] of whole multiples of 2⁻²² (Pillow
-    src/libImaging/Resample.c)."""
+    """Pillow's bilinear filter (libImaging/Resample.c): [new, old], multiples of 2⁻²²."""
     scale = old / new
     reach = max(scale, 1.0)  # a smaller picture averages over the pixels it merges
     weights = np.zeros((new, old))
@@ -40,11 +39,9 @@ def triangle_weights(old: int, new: int) -> np.ndarray:
 
 
 def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
-    """image [H, W, 3] uint8 → [size, size, 3] uint8, centred on black: openpi's, bit for bit,
-    without Pillow.
+    """image [H, W, 3] uint8 → [size, size, 3] uint8, centred on black: openpi's without Pillow.
 
-    First across, then down, rounded to 8 bits after each: sums of products below 2³¹, exact in
-    fp64."""
+    First across, then down, rounded to 8 bits after each: sums below 2³¹ are exact in fp64."""
     if image.shape[:2] == (size, size):
         return image
     height, width = fitted(*image.shape[:2], size)
@@ -52,9 +49,7 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
     def along(x: np.ndarray, new: int) -> np.ndarray:  # [n, old, 3] → [n, new, 3]
         if x.shape[1] == new:
             return x
-        sums = np.einsum(
-            "ab,nbc->nac", triangle_weights(x.shape[1], new), x.astype(np.float64), optimize=True
-        )
+        sums = triangle_weights(x.shape[1], new) @ x.astype(np.float64)
         return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255).astype(np.uint8)
 
     small = along(along(image, width).transpose(1, 0, 2), height).transpose(1, 0, 2)
@@ -69,9 +64,8 @@ def resize_torch(image: Tensor, size: int, black: float) -> Tensor:
     """image [n, H, W, 3] fp32 in [black, 1] → [n, size, size, 3], openpi's resize_with_pad_torch
     (black −1) and LeRobot's (0)."""
     height, width = fitted(*image.shape[1:3], size)
-    small = F.interpolate(
-        image.permute(0, 3, 1, 2), size=(height, width), mode="bilinear", align_corners=False
-    )
+    x = image.permute(0, 3, 1, 2)
+    small = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
     top = (size - height) // 2
     left = (size - width) // 2
     sides = (left, size - width - left, top, size - height - top)
@@ -95,36 +89,27 @@ def crop_and_resize(image: np.ndarray, size: int, scale: float = 0.95) -> np.nda
 
 
 def resize_eagle(image: np.ndarray, size: int) -> np.ndarray:
-    """What Eagle's image processor makes of a picture, as one tile: [V, H, W, 3] uint8 → [V, size,
-    size, 3] uint8."""
+    """Eagle's image processor, one tile: [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
     if image.shape[1:3] == (size, size):
         return image
-    x = torch.tensor(image).permute(
-        0, 3, 1, 2
-    )  # in 8 bits throughout: torch rounds after each of the two directions
-    return (
-        F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
-        .permute(0, 2, 3, 1)
-        .numpy()
-    )
+    x = torch.tensor(image).permute(0, 3, 1, 2)  # in 8 bits: torch rounds after each direction
+    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
+    return x.permute(0, 2, 3, 1).numpy()
 
 
 def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
     """The middle `area` of pictures, resized back: [n, H, H, 3] uint8 → the same. As
-    tf.image.crop_and_resize, bit for bit.
-
-    Runs in fp32 in TensorFlow's order: corners of the box are pixel centres, horizontal before
-    vertical, × 255.5 rounded down."""
+    tf.image.crop_and_resize: in fp32 in TensorFlow's order, corners of the box are pixel centres,
+    horizontal before vertical, × 255.5 rounded down."""
     size = image.shape[1]
     side = np.sqrt(np.float32(area))
     low = (np.float32(1.0) - side) / np.float32(2.0)
     step = (low + side - low) * np.float32(size - 1) / np.float32(size - 1)
     at = low * np.float32(size - 1) + np.arange(size, dtype=np.float32) * step
-    first = np.floor(at).astype(np.int64)
-    last = np.ceil(at).astype(np.int64)
-    first = torch.from_numpy(first).to(image.device)
-    last = torch.from_numpy(last).to(image.device)
-    part = torch.from_numpy(at - np.floor(at)).to(image.device)
+    at = torch.from_numpy(at).to(image.device)
+    first = at.floor().long()
+    last = at.ceil().long()
+    part = at - at.floor()
     x = image.float() * np.float32(1.0 / 255.0)
     rows = [x[:, i] for i in (first, last)]
     top, bottom = (r[:, :, first] + (r[:, :, last] - r[:, :, first]) * part[:, None] for r in rows)
@@ -133,39 +118,7 @@ def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
 
 
 def resize_bicubic(image: Tensor, size: int) -> Tensor:
-    """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as torchvision's antialiased bicubic (RLinf:
-    LIBERO's 256 pixels to 224)."""
+    """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as torchvision's antialiased bicubic."""
     x = image.permute(0, 3, 1, 2).float()
     x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
     return x.clamp(0.0, 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def resize_lanczos(image: Tensor, size: int) -> Tensor:
-    """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as tf.image.resize(method="lanczos3",
-    antialias=True), then rounded.
-
-    The originals resize so after a JPEG round trip of quality 95, which is left out here. In fp32
-    in TensorFlow's order."""
-    f = np.float32
-
-    def along_rows(x: Tensor) -> Tensor:  # [n, count, …] → [n, size, …]
-        count = x.shape[1]
-        scale = f(count) / f(size)
-        spread = max(scale, f(1.0))
-        at = (np.arange(size, dtype=f) + f(0.5)) * scale
-        first = np.ceil(at - f(3.0) * spread - f(0.5)).astype(np.int64)
-        rows = first[:, None] + np.arange(int(6 * spread) + 2)  # [size, taps]
-        distance = np.abs((rows.astype(f) + f(0.5) - at[:, None]) / spread)
-        angle = f(np.pi) * np.maximum(distance, f(1e-3))
-        kernel = np.where(
-            distance <= f(1e-3),
-            f(1.0),
-            f(3.0) * np.sin(angle) * np.sin(angle / f(3.0)) / (angle * angle),
-        )
-        kernel[(distance > f(3.0)) | (rows < 0) | (rows >= count)] = 0.0
-        kernel = torch.from_numpy(kernel * (f(1.0) / kernel.sum(1, keepdims=True))).to(x.device)
-        rows = torch.from_numpy(rows.clip(0, count - 1)).to(x.device)
-        return sum(kernel[:, k, None, None] * x[:, rows[:, k]] for k in range(rows.shape[1]))
-
-    out = along_rows(along_rows(image.float()).transpose(1, 2)).transpose(1, 2)
-    return out.round().clamp(0.0, 255.0).to(torch.uint8)

@@ -19,13 +19,12 @@ import torch
 from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
-from config import UserError
+from config import UserError, require
 from models.formats.names import Rules, rename
 
+INDEX = "model.safetensors.index.json"
 BLOCK = 64 * 2**20  # bytes moved at once
-SMALL = 64 * 2**20
-# bytes; files of a checkpoint folder up to this size (statistics, configuration, tokeniser) are
-# copied along
+SMALL = 64 * 2**20  # bytes; files up to this size (statistics, tokeniser, …) are copied along
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -58,25 +57,23 @@ class Source(NamedTuple):
 
     def keys(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Our parameters → their keys."""
-        found = {name: rename(name, self.rules) for name in names}
-        return {
-            name: tuple(self.prefix + key for key in keys) for name, keys in found.items() if keys
-        }
+        found = {}
+        for name in names:
+            if keys := rename(name, self.rules):
+                found[name] = tuple(self.prefix + key for key in keys)
+        return found
 
 
 class Found(NamedTuple):
     """What a checkpoint says of the model whose weights it holds."""
 
-    shape: Any
-    """the family's CONFIG"""
+    shape: Any  # the family's CONFIG
     source: Source
-    stats: dict
-    """of a `checkpoint.Header`"""
+    stats: dict  # of a `checkpoint.Header`
 
 
 Part = Literal["all", "none", "training", "idle"]
-"""which weights a process reads: `idle` are those that training, with a frozen prefix in the slots,
-has no use for"""
+"""which weights a process reads; `idle`: those that training with a cached prefix does not use"""
 
 
 def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
@@ -84,9 +81,8 @@ def includes(part: Part, model: torch.nn.Module, name: str) -> bool:
 
 
 class Uninitialised(TorchFunctionMode):
-    """Modules built in this context keep whatever memory holds, for `load` to fill: drawing random
-    weights for nothing takes a minute for billions of them, and on the meta device its first use
-    imports half a compiler (2 s)."""
+    """Modules built in this context keep whatever memory holds, for `load` to fill: drawing
+    billions of random weights takes a minute, and on the meta device imports half a compiler."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, "__module__", None) == "torch.nn.init":
@@ -105,20 +101,17 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text())
     except OSError:
-        raise UserError(
-            f"{path.parent} has no {path.name}, which such a checkpoint needs"
-        ) from None
+        sentence = f"{path.parent} has no {path.name}, which such a checkpoint needs"
+        raise UserError(sentence) from None
     except ValueError as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: it is not a JSON object")
+    require(isinstance(found, dict), f"cannot read {path}: it is not a JSON object")
     return found
 
 
 @contextlib.contextmanager
 def understood(path: Path) -> Iterator[None]:
-    """Whatever goes wrong inside with the contents of another project's file becomes one
-    sentence."""
+    """Makes one sentence of whatever goes wrong inside with what another project's file says."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -136,83 +129,76 @@ class Stored(NamedTuple):
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the file itself, a folder's shards, or its
-    model.safetensors."""
+    """The safetensors files of a checkpoint: itself, its shards, or its model.safetensors."""
     path = Path(path)
     if path.is_file():
         return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
-        for name in names:
-            if not (path / name).is_file():
-                raise UserError(
-                    f"checkpoint {path} lacks its file {name}, which {index.name} lists"
-                )
-        return [path / name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if shards := sorted(
-        path.glob("model-*-of-*.safetensors")
-    ):  # without an index, as some were uploaded
-        return shards
-    raise UserError(
-        f"no checkpoint at {path}: expected model.safetensors, or its shards with "
-        "model.safetensors.index.json"
+    listed = sorted(set(weight_map(path).values()))
+    for name in listed:
+        sentence = f"checkpoint {path} lacks its file {name}, which {INDEX} lists"
+        require((path / name).is_file(), sentence)
+    whole = path / "model.safetensors"
+    if not listed and whole.is_file():
+        return [whole]
+    # Some shards were uploaded without their index.
+    files = [path / name for name in listed] or sorted(path.glob("model-*-of-*.safetensors"))
+    require(
+        files,
+        f"no checkpoint at {path}: expected model.safetensors, or its shards with {INDEX}",
     )
+    return files
+
+
+def weight_map(path: str | Path) -> dict[str, str]:
+    """Key → file of a folder with an index; else nothing."""
+    index = Path(path) / INDEX
+    if not index.is_file():
+        return {}
+    try:
+        listed = json.loads(index.read_text())["weight_map"]
+        return {key: str(name) for key, name in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
 
 
 def raw_header(file: Path) -> bytes:
-    """The first bytes of a safetensors file, up to its tensors: a length (8 bytes, little-endian)
-    and as much JSON."""
+    """A safetensors file up to its tensors: a length (8 bytes, little-endian) and as much JSON."""
     try:
         with file.open("rb") as stream:
             length = stream.read(8)
-            text = stream.read(min(int.from_bytes(length, "little"), 100_000_000))
+            return length + stream.read(min(int.from_bytes(length, "little"), 100_000_000))
     except OSError as error:
         raise UserError(f"cannot read checkpoint {file}: {error}") from None
-    return length + text
 
 
 def layout(path: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, read from the headers alone. Raises UserError when a
-    file is damaged."""
+    """Every tensor of a checkpoint by its key, from headers alone. Raises UserError if damaged."""
     found = {}
     for file in weight_files(path):
         head = raw_header(file)
+        size = len(head)  # bytes that the file should have
         try:
             entries = json.loads(head[8:])
             entries.pop("__metadata__", None)
             for key, entry in entries.items():
-                begin, end = entry["data_offsets"]
-                found[key] = Stored(
-                    file,
-                    DTYPES[entry["dtype"]],
-                    tuple(entry["shape"]),
-                    len(head) + begin,
-                    len(head) + end,
-                )
-            complete = file.stat().st_size == max(
-                (found[key].end for key in entries), default=len(head)
-            )
+                dtype = DTYPES[entry["dtype"]]
+                begin, end = (len(head) + offset for offset in entry["data_offsets"])
+                found[key] = Stored(file, dtype, tuple(entry["shape"]), begin, end)
+                size = max(size, end)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
             ) from None
-        if not complete:
-            raise UserError(
-                f"cannot read checkpoint {file}: it is truncated, or its size is not what its "
-                "header says"
-            )
-    index = Path(path) / "model.safetensors.index.json"
-    for key, name in json.loads(index.read_text())["weight_map"].items() if index.is_file() else ():
-        if key not in found or found[key].file.name != name:
-            raise UserError(
-                f"checkpoint {path} has no tensor {key!r} in {name}, where {index.name} says it is"
-            )
+        require(
+            file.stat().st_size == size,
+            f"cannot read checkpoint {file}: it is truncated, or its size is not what its header "
+            "says",
+        )
+    for key, name in weight_map(path).items():
+        require(
+            key in found and found[key].file.name == name,
+            f"checkpoint {path} has no tensor {key!r} in {name}, where {INDEX} says it is",
+        )
     return found
 
 
@@ -238,10 +224,8 @@ def match(
         for key in keys:
             if key not in stored and other_name.get(key) in stored:
                 key = other_name[key]
-            if key not in stored:
-                raise UserError(
-                    f"checkpoint {path} has no tensor {key!r}: it is of another model or layout"
-                )
+            sentence = f"checkpoint {path} has no tensor {key!r}: it is of another model or layout"
+            require(key in stored, sentence)
             shapes.append(stored[key].shape)
             parts[key] = Place(name, rows, rows + (shapes[-1] or (1,))[0])
             rows = parts[key].end
@@ -253,12 +237,9 @@ def match(
                 f"{list(ours[name])} for {name!r}"
             )
     known = set(parts).union(*source.tied)
-    patterns = [re.compile(pattern) for pattern in source.unused]
-    extra = [
-        key
-        for key in stored
-        if key not in known and not any(pattern.fullmatch(key) for pattern in patterns)
-    ]
+    for pattern in source.unused:
+        known.update(filter(re.compile(pattern).fullmatch, stored))
+    extra = [key for key in stored if key not in known]
     if extra:
         raise UserError(
             f"checkpoint {path} has a tensor {extra[0]!r} that the model does not know "
@@ -284,12 +265,11 @@ def load(
     part: Part = "all",
 ) -> None:
     """Puts a checkpoint's weights, or a part, into `model`, which may be on `meta`, straight to
-    `device`. Every key is checked.
+    `device`. Raises UserError naming a key that is missing, extra or of another shape.
 
     path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function
     of our parameter's name, or None to keep the file's. Our parameters that `source` does not name
-    (heads of our own) stay as they are and where they are, as do those that are not of `part`.
-    Raises UserError naming the key that is missing, extra or of another shape."""
+    (heads of our own) or that are not of `part` stay as they are and where they are."""
     stored = layout(path)
     places = match(model, path, source, stored)
     wanted: dict[str, list[str]] = {}
@@ -307,30 +287,16 @@ def load(
                 # Opened anew for each piece: closing the file lets its mapped pages go, which
                 # otherwise count as memory in use.
                 with safe_open(stored[key].file, framework="pt") as file:
-                    piece = (
-                        file.get_slice(key)[begin:end]
-                        if stored[key].shape
-                        else file.get_tensor(key)
-                    )
+                    scalar = not stored[key].shape
+                    piece = file.get_tensor(key) if scalar else file.get_slice(key)[begin:end]
                     rows[begin:end].copy_(piece)
                     del piece
-        owner = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
+        module, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(module)
         if isinstance(old, torch.nn.Parameter):
             setattr(owner, leaf, torch.nn.Parameter(new, requires_grad=old.requires_grad))
         else:
             owner.register_buffer(leaf, new, persistent=True)
-
-
-def gradients(model: torch.nn.Module, path: str | Path, source: Source) -> dict[str, torch.Tensor]:
-    """{"grad." + their key: our gradient of what is theirs}, to compare with the original's."""
-    found = {}
-    ours = dict(model.named_parameters())
-    for key, part in match(model, path, source, layout(path)).items():
-        gradient = ours[part.name].grad if part.name in ours else None
-        if gradient is not None:
-            found[f"grad.{key}"] = gradient[part.begin : part.end] if gradient.ndim else gradient
-    return found
 
 
 def save(
@@ -341,11 +307,10 @@ def save(
     tensor_of: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Writes `model` as the checkpoint `like` it was loaded from: same files, keys, shapes, dtypes
-    and order.
+    and order. Tensors that we do not read are copied, as are the small files beside them.
 
-    Tensors that we do not read are copied, and so is whatever else the folder `like` holds that is
-    small. `folder` appears at once: a crash leaves the old one. With a file as `like`, `folder` is
-    a file too. tensor_of: our tensor by its name, if it is not what `model` holds."""
+    `folder` appears at once: a crash leaves the old one. With a file as `like` it is a file too.
+    tensor_of: our tensor by its name, if it is not what `model` holds."""
     folder = Path(folder)
     like = Path(like)
     stored = layout(like)
@@ -388,12 +353,10 @@ def write_like(
 ) -> None:
     """One file: the header of `like` as it stands, then its tensors in their order, ours where we
     have them."""
-    here = sorted(
-        (key for key in stored if stored[key].file == like), key=lambda key: stored[key].begin
-    )
+    here = sorted((entry.begin, key) for key, entry in stored.items() if entry.file == like)
     with out.open("wb") as stream, like.open("rb") as original:
         stream.write(raw_header(like))
-        for key in here:
+        for _, key in here:
             entry = stored[key]
             if key not in parts:
                 original.seek(entry.begin)
