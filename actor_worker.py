@@ -78,7 +78,8 @@ def run(
                 if learner.moved_too_far():
                     learner.spared += streamer.stop()
 
-        # Once the batch is complete, publish it, which also frees its slots, and report.
+        # Once the batch is complete, publish it, which also frees its slots, and report. Ranks meet
+        # in `finish_batch`, so that all of them are through with the slots before that.
         if streamer.done:
             streamer.finish_batch()
             learner.tally_accounts(inbox.take_accounts())
@@ -162,7 +163,8 @@ class Inbox:
 
     def receive(self, wait_s: float) -> None:
         """Takes in what is finished; waits up to `wait_s` seconds to be woken."""
-        if not self.queue.get(wait_s) and wait_s == 0.0:
+        woken = self.queue.get(wait_s)
+        if not woken and wait_s == 0.0:  # who has waited in vain looks anyway: a wake may be lost
             return
         done = self.arrays["done"][self.slots]
         fence()

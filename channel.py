@@ -3,10 +3,11 @@
 `SlotPool` holds the trajectories, `IndexQueue` wakes whoever waits, `LaneTable` says where every
 lane is, `Counters` are numbers for the launcher. `Channels` is all of it together.
 
-Facts live in shared memory, and a record only says "look there". A record that is lost with a
-killed worker, or comes twice, therefore changes nothing. Tensors are written once, in place, into
-preallocated slots; only records of 10 bytes travel. The launcher makes all of it and hands it to
-workers as arguments of `Process`: file descriptors and CUDA IPC handles are opened once.
+Facts live in shared memory, and a record only says "look there". One that is lost with a killed
+worker, or comes twice, therefore changes nothing: a request is lost only with who asks or answers.
+Tensors are written once, in place, into preallocated slots; only records of 10 bytes travel. The
+launcher makes all of it and hands it to workers as arguments of `Process`: file descriptors and
+CUDA IPC handles are opened once.
 
 Shared memory is anonymous (`memfd_create`): it has no name to unlink, so nothing is left behind
 even after SIGKILL, and it is not limited by the size of /dev/shm (CUDA IPC keeps small files of its
@@ -300,8 +301,8 @@ class IndexQueue:
 
 
 class Counters:
-    """A table of float64 in shared memory, one row per worker, each row written by its worker alone
-    and read by anyone."""
+    """A table of float64 in shared memory, one row per worker. A worker writes its row; the
+    launcher writes what it decides for a worker, into columns of its own."""
 
     def __init__(self, rows: int, columns: tuple[str, ...]):
         self.columns = columns

@@ -32,7 +32,7 @@ def run(
     meter: Meter,
 ) -> None:
     """Works until the launcher ends it. header: the model's; version: where training starts or
-    resumes."""
+    resumes, also for a worker that replaces another."""
     shard = Shard(rank, config, header, device, channels, meter)
     begin = version * shard.admission.per_lane
     lanes = {i: TrainingLane(shard, lane, begin) for i, lane in shard.training_lanes().items()}
@@ -64,7 +64,8 @@ def run(
 class TrainingLane:
     """One lane, which plays its trajectories one after the other.
 
-    parked ──admitted──► begin ──► ACT ──► advance ──► ACT ──► … ──► VALUE ──► finished"""
+    parked ──admitted──► begin ──► ACT ──► advance ──► ACT ──► … row T ──► the next one begins
+                                                                  └─ VALUE ──► finished"""
 
     def __init__(self, shard: Shard, lane: Lane, trajectory: int):
         self.shard = shard
@@ -106,7 +107,7 @@ class TrainingLane:
             self.shard.meter.count("chunk_s_square", seconds**2)
         elif record.kind == FINAL:
             self.go_on()
-        elif record.kind == VALUE:  # that of the last row: the trajectory in this slot is complete
+        elif record.kind == VALUE:  # of row T. The lane has moved on, but the slot says what it was
             slots = slice(record.slot, record.slot + len(self.lane.envs))
             trajectory = self.shard.arrays["trajectory"].item(record.slot)
             self.shard.finish(slots, trajectory, self.shard.segment)
@@ -117,7 +118,7 @@ class TrainingLane:
         """Moves into the next slots if admission allows, else waits for the next version. Returns
         whether it has begun."""
         shard = self.shard
-        if not shard.admission.admits(self.trajectory, shard.version.version):
+        if not shard.admission.admits(self.trajectory, shard.plane.version):
             shard.parked.append(self)
             return False
         before = self.slots

@@ -65,7 +65,7 @@ class EvaluationLanes:
         self.go_on(lane, ended)
 
     def go_on(self, lane: Lane, rows: list[int]) -> None:
-        """Begins what is left of this round in envs that have nothing to play, and asks."""
+        """Begins what is left of this round in the envs `rows`, if any, and asks for the lane."""
         shard = self.shard
         count = shard.config.env.eval_episodes
         episodes = self.episodes[lane.index]
@@ -142,7 +142,7 @@ class Evaluations:
         """Whether every episode of the running round has its outcome; if so, it becomes `news`."""
         episodes = self.config.env.eval_episodes
         first = self.counters.index["outcome_0"]
-        # Only one worker writes an episode's outcome; the others' columns hold 0.
+        # Only one worker writes an episode's outcome; the others' rows hold 0.
         written = self.counters.table[:, first : first + episodes].max(axis=0)
         won = written - 2 * self.round  # 1 or 0, and negative where an episode is yet to end
         if (won < 0).any():

@@ -267,9 +267,9 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
         "collected": ((), torch.int64),
         # Chunk steps of a complete trajectory, which a success may have ended early (GRPO).
         "length": ((), torch.int32),
-        # In a lane's first slot: the last trajectory that was completed there, and one; 0 for none.
+        # In a lane's first slot: the last trajectory that was completed there + 1; 0 for none.
         "done": ((), torch.int64),
-        "lane": ((), torch.int32),  # which env, by its number
+        "env": ((), torch.int32),  # whose trajectory it is, by the env's number
         "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }

@@ -251,7 +251,7 @@ def serve(
     n = len(samples)
 
     # Noise is named by (seed, env, trajectory, step), so it does not depend on who shares a batch.
-    envs = pool.arrays["lane"][slots].tolist()
+    envs = pool.arrays["env"][slots].tolist()
     trajectories = pool.arrays["trajectory"][slots].tolist()
     keys = [(seed, envs[i], trajectories[i], samples[i].t) for i in range(n)]
     noise = model.draw(keys, [r.kind != EVAL for r in samples])
@@ -277,7 +277,7 @@ def serve(
     write(("logprob", *model.slot_fields()), ACT)
     acting = [i for i, r in enumerate(samples) if r.kind == ACT]
     pool.arrays["version"][slots[acting], rows[acting]] = version
-    # FINAL asks about the observation that follows step t, so its value belongs to row t − 1.
+    # FINAL names the row that holds the last observation for a moment: the one after its step's.
     finals = [i for i, r in enumerate(samples) if r.kind == FINAL]
     if finals:
         pool.put("final", slots[finals], rows[finals] - 1, out["value"][finals])

@@ -40,7 +40,7 @@ class DynamicBatcher:
         self.most = lanes
 
     @property
-    def limit(self) -> int:
+    def limit(self) -> float:
         """How many counted requests make a batch now: B_max, or all that can still come. 0 where
         nobody may ask: what rides along then has nothing to wait for."""
         return min(self.batch_max, self.most)
@@ -63,8 +63,8 @@ class DynamicBatcher:
         return self.wait_s - (self.clock() - self.queue[0][2])
 
     def take(self) -> tuple[list, float]:
-        """Returns the oldest requests, at most `limit` of them counted, and how many seconds the
-        oldest has waited."""
+        """Returns the oldest requests, at most `limit` of them counted (but at least one), and how
+        many seconds the oldest has waited."""
         waited = self.clock() - self.queue[0][2]
         batch = []
         room = max(1, self.limit)

@@ -55,7 +55,7 @@ class Shard:
         self.observed: tuple[str, ...] = ()  # the fields of an observation
 
         # Queues. Records carry the generation, so that nobody takes a dead worker's for this one's.
-        self.version = channels.plane.watch()
+        self.plane = channels.plane.watch()  # tells the published version
         self.lanes = channels.lanes
         self.requests = channels.requests
         self.finished = channels.finished
@@ -99,7 +99,7 @@ class Shard:
         return made
 
     def lane_of(self, record: Record) -> int:
-        return self.arrays["lane"].item(record.slot) // self.config.env.width
+        return self.arrays["env"].item(record.slot) // self.config.env.width
 
     def take_parked(self) -> list:
         parked = self.parked
@@ -128,7 +128,7 @@ class Shard:
         self.observed = tuple(fields)
 
     def carry_over(self, before: slice, slots: slice) -> None:
-        """Copies the observation that ended a trajectory to where the next one begins."""
+        """Copies row T of a trajectory's slots to row 0 of the next one's."""
         for name in self.observed:
             self.fields[name][slots, 0] = self.fields[name][before, self.segment]
         if self.pictures_stay:
@@ -136,7 +136,7 @@ class Shard:
 
     def label(self, lane: Lane, slots: slice, trajectories: int | list[int]) -> None:
         """Writes into a lane's slots which env, trajectory and task they hold."""
-        self.arrays["lane"][slots] = lane.envs
+        self.arrays["env"][slots] = lane.envs
         self.arrays["trajectory"][slots] = trajectories
         self.arrays["task"][slots] = lane.tasks
 
@@ -152,7 +152,8 @@ class Shard:
     # ---------------------------------------------------------------- messages
 
     def request(self, lane: Lane, slots: slice, kind: int, t: int) -> None:
-        """Asks the lane's rollout worker about its first slot, which stands for the whole lane."""
+        """Puts a question for the lane's rollout worker into the outbox. The lane's first slot
+        stands for the whole lane."""
         self.arrays["asked"][slots.start] = time.monotonic()
         record = Record(slots.start, t, kind, self.rank, self.generation)
         self.awaited.add(record)

@@ -1,9 +1,9 @@
 """Finished slots → micro-batches → minibatches, for one actor rank; every trajectory is consumed
 exactly once per epoch.
 
-Membership is fixed before anything runs: position p of a batch (slot = ring · batch + p, see
-`scheduler.Admission`) belongs to minibatch p // minibatch and to rank p // width % ranks, where
-width is the envs of a lane or a group. Only the order of micro-batches inside a minibatch follows
+Membership is fixed before anything runs: position p of batch b (slot = b % ring · batch + p, see
+`scheduler.Admission`) belongs to minibatch p // minibatch and to rank p // whole % ranks, where
+whole is the envs of a lane or a group. Only the order of micro-batches inside a minibatch follows
 arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³,
 Streamer). With groups (GRPO) all of that is of whole groups.
 
@@ -45,12 +45,12 @@ class Streamer:
         ranks: int,
         seed: int,
         version: int,
-        width: int = 1,
+        whole: int = 1,
         group: int = 1,
     ):
         """batch, minibatch, micro_batch: trajectories, the first two over all ranks; ring: batches
-        that the slots hold; version: the batch to begin with; width: envs whose trajectories go to
-        one rank; group: trajectories that are trained as a whole."""
+        that the slots hold; version: the batch to begin with; whole: trajectories that go to
+        one rank together; group: trajectories that are trained as a whole."""
         self.batch = batch
         self.minibatch = minibatch
         self.micro_batch = micro_batch
@@ -61,7 +61,7 @@ class Streamer:
         self.ranks = ranks
         self.seed = seed
         self.version = version
-        self.width = width
+        self.whole = whole
         self.group = group
         self.local = batch // ranks  # trajectories of a batch that this rank trains
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
@@ -102,7 +102,7 @@ class Streamer:
             self._arrive(slot)
 
     def _owner(self, slot: int) -> int:
-        return slot % self.batch // self.width % self.ranks
+        return slot % self.batch // self.whole % self.ranks
 
     def _arrive(self, slot: int) -> None:
         """A group is ready when it is whole: its advantages need every member's outcome."""

@@ -29,7 +29,8 @@ class Tally:
         how: How = "sum",
         per: Literal["epoch", "batch"] = "epoch",
     ) -> None:
-        """per "batch": a fact of the batch, which counts in its first epoch alone."""
+        """per "batch": a fact of the batch, which counts in its first epoch alone; per "epoch": one
+        that counts every time."""
         if per == "batch" and not self.first_epoch:
             return
         number = float(value)

@@ -33,7 +33,8 @@ class WeightPlane:
     A set of weights is one block of bytes with the tensors as views on it, so that fetching is a
     single copy at memcpy's speed: tensor by tensor it takes 1.7 times as long.
 
-    spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds."""
+    spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds;
+    until it is published the version is −1, so K batches may start before there are weights."""
 
     def __init__(self, spec: Spec, device: str = "cpu", version: int = 0):
         self.spec = spec
@@ -165,8 +166,8 @@ class WeightFetcher:
         self.error: Exception | None = None
         self.wake = threading.Event()
         self.full = threading.Event()
-        self.empty = threading.Event()
-        self.empty.set()
+        self.spare_is_free = threading.Event()
+        self.spare_is_free.set()
         threading.Thread(target=self._run, daemon=True, name="weight fetcher").start()
 
     def _run(self) -> None:
@@ -174,7 +175,7 @@ class WeightFetcher:
             while True:
                 self.wake.wait(0.5)
                 self.wake.clear()
-                self.empty.wait()
+                self.spare_is_free.wait()
                 if self.plane.empty or self.plane.version <= max(self.version, self.staged):
                     continue
                 start = time.monotonic()
@@ -183,7 +184,7 @@ class WeightFetcher:
                 self.copied = start, time.monotonic()
                 self.seconds += self.copied[1] - start
                 self.fetches += 1
-                self.empty.clear()
+                self.spare_is_free.clear()
                 self.full.set()
         except Exception as error:  # `swap` raises it again, in the worker's own thread
             self.error = error
@@ -206,5 +207,5 @@ class WeightFetcher:
         self.version = self.staged
         self.took = self.copied
         self.full.clear()
-        self.empty.set()
+        self.spare_is_free.set()
         return True

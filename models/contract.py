@@ -62,7 +62,7 @@ PREPARATION = {
 COMMON = frozenset(
     ["actions", "logprob", "value", "reward", "success", "terminated", "truncated", "version"]
 )
-COMMON |= frozenset(["final", "lane", "trajectory", "task", "asked", "collected", "length", "done"])
+COMMON |= frozenset(["final", "env", "trajectory", "task", "asked", "collected", "length", "done"])
 
 
 def check(thing: object, what: str, contract: dict[str, str]) -> None:

@@ -309,7 +309,7 @@ class ActorRank(Worker):
             ranks=len(node.actor_devices),
             seed=0,
             version=0,
-            width=node.whole,
+            whole=node.whole,
             group=node.group,
         )
         steps = node.micro_batch * node.segment  # chunk steps of a micro-batch

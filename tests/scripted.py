@@ -99,7 +99,7 @@ def fields() -> Spec:
         "collected": ((), torch.int64),
         "length": ((), torch.int32),
         "done": ((), torch.int64),
-        "lane": ((), torch.int32),
+        "env": ((), torch.int32),
         "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }

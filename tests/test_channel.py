@@ -34,7 +34,7 @@ from weights import WeightPlane
 SPEC = {
     "image": ((3, 5), torch.uint8),
     "value": ((4,), torch.float32),
-    "lane": ((), torch.int32),
+    "env": ((), torch.int32),
     "none": ((0, 7), torch.float32),
 }
 fork = get_context("fork")
@@ -87,7 +87,7 @@ def test_slots_are_aligned_apart_and_without_a_name():
     assert (
         pool["image"].shape == (3, 3, 5)
         and pool["none"].shape == (3, 0, 7)
-        and pool["lane"].dtype == torch.int32
+        and pool["env"].dtype == torch.int32
     )
     assert layout(SPEC, 3)[1] == pool.bytes == 64 + 64 + 64
     maps = [
@@ -122,7 +122,7 @@ def test_rows_are_read_and_written_as_torch_would(dtype):
 def test_some_fields_on_a_device_and_the_others_in_shared_memory():
     pool = SlotPool(SPEC, 3, "meta", ("image",))  # a device without memory, in place of a GPU
     assert pool["image"].device.type == "meta" and pool["image"].shape == (3, 3, 5)
-    assert {pool[name].device.type for name in ("value", "lane", "none")} == {
+    assert {pool[name].device.type for name in ("value", "env", "none")} == {
         "cpu"
     } and pool.bytes == 64 + 64
     whole = SlotPool(SPEC, 3, "meta")

@@ -109,7 +109,7 @@ class Model(nn.Module):
     [
         ({"slot_fields": {"task": ((), torch.int32)}}, "a field 'task', as every slot has one"),
         ({"slot_fields": {"version": ((), torch.int32)}}, "a field 'version', as every slot"),
-        ({"observation_fields": {"lane": ((), torch.int32)}}, "a field 'lane', as every slot"),
+        ({"observation_fields": {"env": ((), torch.int32)}}, "a field 'env', as every slot"),
         ({"slot_fields": {"picture": ((), torch.int32)}}, "'picture' both as an observation"),
         ({"slot_fields": {"noise": ((3,), "float32")}}, "'noise' the dtype 'float32', not one of"),
         ({"slot_fields": {"noise": ((0.5,), torch.float32)}}, "'noise' the shape .* whole numbers"),

@@ -119,7 +119,7 @@ def test_a_slot_says_whose_it_is(worker):
     channels = worker()
     requests(channels, 2)
     for slot, labels in ((0, [0, 0, 0]), (1, [1, 0, 1])):
-        found = [channels.pool[field][slot].item() for field in ("lane", "trajectory", "task")]
+        found = [channels.pool[field][slot].item() for field in ("env", "trajectory", "task")]
         assert found == labels
 
 

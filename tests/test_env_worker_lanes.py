@@ -32,7 +32,7 @@ def test_a_lane_of_several_envs_asks_and_finishes_as_one(worker):
     assert (zero, one) == (asks(0, 0, ACT), asks(3, 0, ACT))
     pictures = [seen(pool, slot, 0) for slot in range(6)]
     assert pictures == [(name(slot, 0, 0), 0, slot // 3) for slot in range(6)]  # a task per lane
-    assert pool["lane"][:6].tolist() == [0, 1, 2, 3, 4, 5]
+    assert pool["env"][:6].tolist() == [0, 1, 2, 3, 4, 5]
     assert pool["trajectory"][:6].tolist() == [0] * 6
     assert pool["task"][:6].tolist() == [0, 0, 0, 1, 1, 1]
     assert channels.lanes.trajectory.tolist() == [0, 0]

@@ -312,7 +312,7 @@ def slot_fields() -> dict:
         "collected": ((), torch.int64),
         "length": ((), torch.int32),
         "done": ((), torch.int64),
-        "lane": ((), torch.int32),
+        "env": ((), torch.int32),
         "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }
@@ -450,7 +450,7 @@ class Run:
 
     def look_at(self, rows: dict[str, np.ndarray], slot: int, version: int, epoch: int) -> None:
         """Checks one trajectory as the learner gets it."""
-        env = int(rows["lane"])
+        env = int(rows["env"])
         trajectory = int(rows["trajectory"])
         assert slot == self.admission.slot(env, trajectory)
         assert self.admission.batch_of(trajectory) == version

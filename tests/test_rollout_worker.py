@@ -39,7 +39,7 @@ def channels(model):
         "value": ((t + 1,), torch.float32),
         "final": ((t,), torch.float32),
         "version": ((t,), torch.int32),
-        "lane": ((), torch.int32),
+        "env": ((), torch.int32),
         "trajectory": ((), torch.int64),
         "asked": ((), torch.float64),
     }
@@ -48,7 +48,7 @@ def channels(model):
     obs = observations(model, SLOTS * (t + 1))
     pool["image"].copy_(obs["image"].unflatten(0, (SLOTS, t + 1)))
     pool["tokens"].copy_(obs["tokens"].unflatten(0, (SLOTS, t + 1)))
-    pool["lane"].copy_(torch.arange(SLOTS))
+    pool["env"].copy_(torch.arange(SLOTS))
     pool["trajectory"].copy_(10 + torch.arange(SLOTS))
     config = Config()
     config.env.env_workers = 2
@@ -233,7 +233,7 @@ def worker(monkeypatch):
             "logprob": ((SEGMENT, 1, 3), torch.float32),
             "value": ((SEGMENT + 1,), torch.float32),
             "version": ((SEGMENT,), torch.int32),
-            "lane": ((), torch.int32),
+            "env": ((), torch.int32),
             "trajectory": ((), torch.int64),
             "asked": ((), torch.float64),
         }

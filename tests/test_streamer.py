@@ -33,7 +33,7 @@ def make(
         ranks,
         seed=1,
         version=version,
-        width=width,
+        whole=width,
     )
 
 
