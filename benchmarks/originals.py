@@ -21,7 +21,7 @@ from models.formats import pi as pi_files
 from models.formats.source import read_json
 from models.gr00t import Gr00t
 from models.oft import Oft
-from models.pi import Pi, bounded, denoise_times
+from models.pi import Pi, bounded
 
 
 def gradients(model: torch.nn.Module, path: Path, layout: source.Source) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def pi(folder: Path) -> dict[str, Tensor]:
             x = x + delta * model.velocity(cache, real, x, t.expand(len(x)), state)
             t = t + delta
         out["sample"] = x
-        times = denoise_times(c.denoise_steps)
+        times = model.times()
         index = given["denoise_index"]
         t = torch.tensor(times)[index][:, None, None]
         t_next = torch.tensor(times)[index + 1][:, None, None]
@@ -222,7 +222,7 @@ def oft(folder: Path) -> dict[str, Tensor]:
             + (out["values"] - inputs["returns"]).square().mean()
         )
     else:
-        out["loss"] = model.imitation_loss(image, tokens, inputs["actions"])
+        out["loss"] = model.imitate({"image": image, "tokens": tokens}, inputs["actions"], {})
     out["loss"].backward()
     found = {name: x.detach() for name, x in out.items()}
     return found | gradients(model, file, layout)

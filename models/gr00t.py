@@ -29,23 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models import layers
 from models.flow import FlowConfig, FlowPolicy, Shape
-from models.layers import (
-    SO400M,
-    RMSNorm,
-    Siglip,
-    SiglipConfig,
-    frequencies,
-    image_and_tokens,
-    join_heads,
-    mlp,
-    normal,
-    rotary,
-    rotate,
-    scaled,
-    silent,
-    split_heads,
-)
 
 # in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the
 # network embeds there
@@ -53,7 +38,7 @@ PAD = -1
 
 
 @dataclass(kw_only=True, frozen=True)
-class Gr00tConfig(SiglipConfig, FlowConfig):
+class Gr00tConfig(layers.SiglipConfig, FlowConfig):
     """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO as in RLinf."""
 
     vocabulary: int = 400  # tokens; 151680
@@ -118,7 +103,7 @@ class Gr00tConfig(SiglipConfig, FlowConfig):
 FULL = {
     "gr00t": Gr00tConfig(
         views=2,
-        **SO400M,
+        **layers.SO400M,
         vocabulary=151680,
         image_token=151669,
         tokens=60,
@@ -180,23 +165,25 @@ class QwenLayer(nn.Module):
         self.heads = c.heads
         self.kv_heads = c.kv_heads
         self.sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
-        self.input_layernorm = RMSNorm(c.width)
+        self.input_layernorm = layers.RMSNorm(c.width)
         self.qkv = nn.Linear(c.width, sum(self.sizes), bias=False)
-        self.q_norm = RMSNorm(c.head_dim)
-        self.k_norm = RMSNorm(c.head_dim)
+        self.q_norm = layers.RMSNorm(c.head_dim)
+        self.k_norm = layers.RMSNorm(c.head_dim)
         self.o_proj = nn.Linear(self.sizes[0], c.width, bias=False)
-        self.post_attention_layernorm = RMSNorm(c.width)
+        self.post_attention_layernorm = layers.RMSNorm(c.width)
         self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
         self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         q, k, v = self.qkv(self.input_layernorm(x)).split(self.sizes, dim=-1)
-        q = split_heads(q, self.heads)
-        k = split_heads(k, self.kv_heads)
-        v = split_heads(v, self.kv_heads)
-        q = rotate(self.q_norm(q), cos, sin)
-        k = rotate(self.k_norm(k), cos, sin)
-        out = join_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True))
+        q = layers.split_heads(q, self.heads)
+        k = layers.split_heads(k, self.kv_heads)
+        v = layers.split_heads(v, self.kv_heads)
+        q = layers.rotate(self.q_norm(q), cos, sin)
+        k = layers.rotate(self.k_norm(k), cos, sin)
+        out = layers.join_heads(
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        )
         x = x + self.o_proj(out.masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -229,7 +216,7 @@ class Block(nn.Module):
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context [n, P, D'] → keys and values, each [n, heads, P, d]."""
         k, v = self.kv(context).chunk(2, dim=-1)
-        return split_heads(k, self.heads), split_heads(v, self.heads)
+        return layers.split_heads(k, self.heads), layers.split_heads(v, self.heads)
 
     def forward(
         self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None
@@ -241,8 +228,10 @@ class Block(nn.Module):
         else:
             h = self.norm1(x)
         k, v = self.keys(h) if keys is None else keys
-        h = F.scaled_dot_product_attention(split_heads(self.q(h), self.heads), k, v, attn_mask=mask)
-        x = x + self.out(join_heads(h))
+        h = F.scaled_dot_product_attention(
+            layers.split_heads(self.q(h), self.heads), k, v, attn_mask=mask
+        )
+        x = x + self.out(layers.join_heads(h))
         h = F.layer_norm(x, x.shape[-1:]) if self.adaptive else self.norm3(x)
         return x + self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
 
@@ -252,7 +241,7 @@ class CategoryLinear(nn.Module):
 
     def __init__(self, embodiments: int, inputs: int, outputs: int):
         super().__init__()
-        self.W = normal(embodiments, inputs, outputs, std=inputs**-0.5)
+        self.W = layers.normal(embodiments, inputs, outputs, std=inputs**-0.5)
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
 
     def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
@@ -298,12 +287,12 @@ class Gr00t(FlowPolicy):
 
     def __init__(self, c: Gr00tConfig):
         super().__init__(c)
-        self.vision = Siglip(c)
+        self.vision = layers.Siglip(c)
         self.projector = nn.Linear(c.vision_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.language = nn.ModuleList(QwenLayer(c) for _ in range(c.depth))
-        self.language_norm = RMSNorm(c.width)
+        self.language_norm = layers.RMSNorm(c.width)
         if c.project:
             self.eagle_linear = nn.Linear(c.width, c.project)
         self.vlln = nn.LayerNorm(c.features)
@@ -331,7 +320,7 @@ class Gr00t(FlowPolicy):
     def heads(c: Gr00tConfig) -> dict[str, nn.Module]:
         """An MLP that starts at value 0, which is what nothing is known of."""
         widths = (c.features + c.dit_width, *c.value_widths, 1)
-        return {"value_head": silent(mlp(widths, nn.ReLU))}
+        return {"value_head": layers.silent(layers.mlp(widths, nn.ReLU))}
 
     # ------------------------------------------------------------ the network
 
@@ -350,8 +339,8 @@ class Gr00t(FlowPolicy):
         x = self.embed_tokens(ids)
         x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
         positions = torch.arange(ids.shape[1], device=x.device)[None]
-        frequency = frequencies(self.config.head_dim, x.device, theta=1e6)
-        cos, sin = rotary(positions, frequency, x.dtype)
+        frequency = layers.frequencies(self.config.head_dim, x.device, theta=1e6)
+        cos, sin = layers.rotary(positions, frequency, x.dtype)
         mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
         # The fused kernels' gradients lose the cancelling numbers of "eager".
         with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():
@@ -405,7 +394,7 @@ class Gr00t(FlowPolicy):
 
     def observation_fields(self) -> dict[str, Shape]:
         state = {"state": ((self.config.max_state_dim,), torch.float32)}
-        return image_and_tokens(self.config) | state
+        return layers.image_and_tokens(self.config) | state
 
     def cache_fields(self) -> dict[str, Shape]:
         c = self.config
@@ -424,7 +413,7 @@ class Gr00t(FlowPolicy):
         ids, real = self.spread(obs["tokens"])
         found = obs.get("vl_features")
         if found is None:
-            pixels = scaled(obs["image"], self.projector.weight.dtype)
+            pixels = layers.scaled(obs["image"], self.projector.weight.dtype)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
                 found = self.backbone(pixels, ids, real)
         return found.to(self.vlln.weight.dtype), real
@@ -464,7 +453,10 @@ class Gr00t(FlowPolicy):
         return (F.mse_loss(v, actions - noise, reduction="none") * real).sum() / real.sum()
 
     def imitation_draw(self, n: int) -> dict[str, Tensor]:
-        return {"t": training_time(n), "noise": torch.randn(n, *self.noise_shape())}
+        """Times [n], (0.999 − Beta(1.5, 1))/0.999, which dwell on noise (Isaac-GR00T), and noise
+        [n, H, A']."""
+        t = ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
+        return {"t": t, "noise": torch.randn(n, *self.noise_shape())}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
         """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew."""
@@ -472,18 +464,10 @@ class Gr00t(FlowPolicy):
         room = (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk)
         padded = F.pad(actions, room)
         shown = F.pad(torch.ones_like(actions, dtype=torch.bool), room)
-        ids, real = self.spread(obs["tokens"])
-        pixels = scaled(obs["image"], torch.float32)
-        context = self.context(self.backbone(pixels, ids, real), real)
-        state = self.encode_state(obs["state"], c.embodiment)
-        t = draw["t"]
-        noise = draw["noise"]
-        return self.imitation_loss(context, state, padded, t, noise, shown, c.embodiment)
-
-
-def training_time(n: int) -> Tensor:
-    """Times [n] of imitation: (0.999 − Beta(1.5, 1))/0.999, which dwells on noise (Isaac-GR00T)."""
-    return ((0.999 - torch.distributions.Beta(1.5, 1.0).sample((n,))) / 0.999).clamp(min=0.0)
+        seen = self.look(obs)
+        return self.imitation_loss(
+            seen["context"], seen["state"], padded, draw["t"], draw["noise"], shown, c.embodiment
+        )
 
 
 # the family: `contract.py`

@@ -30,20 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import layers
 from models.flow import Shape
 from models.formats import bins, pictures
-from models.layers import (
-    RMSNorm,
-    image_and_tokens,
-    join_heads,
-    mlp,
-    normal,
-    require_images,
-    rotary,
-    rotate,
-    split_heads,
-    wide,
-)
 from models.noise import Key, generator
 
 
@@ -141,9 +130,14 @@ FULL = {
 # ---------------------------------------------------------------- blocks, bottom up
 
 
-class Lora:
+class Lora(nn.Module):
     """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
-    `rlinf/models/__init__.py`)."""
+    `rlinf/models/__init__.py`). Stands before a layer's class, as Linear's."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.register_parameter("lora_a", None)
+        self.register_parameter("lora_b", None)
 
     def add_lora(self, rank: int) -> None:
         """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's
@@ -151,7 +145,7 @@ class Lora:
 
         At least fp32 whatever the weights are: steps of the optimizer are too small for bf16."""
         out, inner, *kernel = self.weight.shape
-        like = wide(self.weight[:0])  # for its dtype and device
+        like = layers.wide(self.weight[:0])  # for its dtype and device
         self.lora_a = nn.Parameter(like.new_empty(rank, inner, *kernel).normal_() / rank)
         self.lora_b = nn.Parameter(like.new_zeros(out, rank, *(1 for _ in kernel)))
 
@@ -163,12 +157,7 @@ class Lora:
         return (self.weight.detach() + update.view_as(self.weight)).to(self.weight.dtype)
 
 
-class Linear(nn.Linear, Lora):
-    def __init__(self, inner: int, outer: int, bias: bool = True):
-        super().__init__(inner, outer, bias)
-        self.register_parameter("lora_a", None)
-        self.register_parameter("lora_b", None)
-
+class Linear(Lora, nn.Linear):
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """With `rows` only those outputs are computed."""
         y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
@@ -177,12 +166,7 @@ class Linear(nn.Linear, Lora):
         return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b[rows].to(x.dtype))
 
 
-class PatchEmbedding(nn.Conv2d, Lora):
-    def __init__(self, width: int, patch: int):
-        super().__init__(3, width, patch, patch)
-        self.register_parameter("lora_a", None)
-        self.register_parameter("lora_b", None)
-
+class PatchEmbedding(Lora, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[n, 3, H, W] → [n, P, D]."""
         y = super().forward(x)
@@ -211,7 +195,7 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
-        h = self.proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
+        h = self.proj(layers.join_heads(F.scaled_dot_product_attention(q, k, v)))
         x = x + (h if self.scale1 is None else h * self.scale1)
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + (h if self.scale2 is None else h * self.scale2)
@@ -224,10 +208,10 @@ class VisionTower(nn.Module):
     def __init__(self, c: OftConfig, width, depth, heads, mlp, registers: int | None = None):
         super().__init__()
         dino = registers is not None
-        self.patch_embed = PatchEmbedding(width, c.patch)
-        self.pos_embed = normal(1, (c.image_size // c.patch) ** 2, width)
-        self.cls_token = normal(1, 1, width) if dino else None
-        self.reg_token = normal(1, registers, width) if dino else None
+        self.patch_embed = PatchEmbedding(3, width, c.patch, c.patch)
+        self.pos_embed = layers.normal(1, (c.image_size // c.patch) ** 2, width)
+        self.cls_token = layers.normal(1, 1, width) if dino else None
+        self.reg_token = layers.normal(1, registers, width) if dino else None
         self.extra = 1 + registers if dino else 0
         self.blocks = nn.ModuleList(VisionBlock(width, mlp, heads, dino) for _ in range(depth))
 
@@ -259,8 +243,8 @@ class LlamaLayer(nn.Module):
         self.heads = c.heads
         self.kv_heads = c.kv_heads
         kv_width = c.width // c.heads * c.kv_heads
-        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.input_layernorm = layers.RMSNorm(c.width, c.norm_eps)
+        self.post_attention_layernorm = layers.RMSNorm(c.width, c.norm_eps)
         self.q_proj = Linear(c.width, c.width, False)
         self.o_proj = Linear(c.width, c.width, False)
         self.k_proj = Linear(c.width, kv_width, False)
@@ -272,12 +256,12 @@ class LlamaLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """x [n, S, D], mask [n, 1, 1, S] bool: all look at everything that is not padding."""
         h = self.input_layernorm(x)
-        q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
-        k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
-        v = split_heads(self.v_proj(h), self.kv_heads)
+        q = layers.rotate(layers.split_heads(self.q_proj(h), self.heads), cos, sin)
+        k = layers.rotate(layers.split_heads(self.k_proj(h), self.kv_heads), cos, sin)
+        v = layers.split_heads(self.v_proj(h), self.kv_heads)
         grouped = self.heads != self.kv_heads
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        x = x + self.o_proj(join_heads(h))
+        x = x + self.o_proj(layers.join_heads(h))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
@@ -297,7 +281,7 @@ class Oft(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.language = nn.ModuleList(LlamaLayer(c) for _ in range(c.depth))
-        self.language_norm = RMSNorm(c.width, c.norm_eps)
+        self.language_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.lm_head = Linear(c.width, c.vocabulary, False)
         self.value_head = self.heads(c)["value_head"]
         table = torch.from_numpy(bins.action_table({}, c.action_dim, c.bins))
@@ -308,7 +292,7 @@ class Oft(nn.Module):
     @staticmethod
     def heads(c: OftConfig) -> dict[str, nn.Module]:
         """RLinf's `ValueHead`: GELU between, no bias at the end."""
-        head = mlp((c.width, *c.value_widths, 1), nn.GELU, bias=False)
+        head = layers.mlp((c.width, *c.value_widths, 1), nn.GELU, bias=False)
         nn.init.normal_(head[-1].weight, std=0.02)
         return {"value_head": head}
 
@@ -350,7 +334,7 @@ class Oft(nn.Module):
         """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
         c = self.config
         f = self.lm_head.weight.dtype
-        require_images(image, c)
+        layers.require_images(image, c)
         image = image.flatten(0, 1)
         if c.center_crop:
             image = pictures.center_crop(image)
@@ -380,7 +364,7 @@ class Oft(nn.Module):
         real = torch.cat([words_real[:, :1], rest], dim=1)
         d = c.width // c.heads
         frequency = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=x.device).float() / d)
-        cos, sin = rotary(real.cumsum(1) - 1, frequency, x.dtype)
+        cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
         for layer in self.language:
             x = layer(x, cos, sin, real[:, None, None])
         start = c.pictures + tokens.shape[1] - 1  # the position of "▁"
@@ -389,7 +373,7 @@ class Oft(nn.Module):
     def action_logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → [n, C·A, bins] fp32: all other words have probability 0."""
         first = self.config.words
-        return wide(self.lm_head(hidden, slice(first, first + self.config.bins)))
+        return layers.wide(self.lm_head(hidden, slice(first, first + self.config.bins)))
 
     def value(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → value [n], from where the first action token is predicted."""
@@ -398,7 +382,7 @@ class Oft(nn.Module):
     # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
-        return image_and_tokens(self.config)
+        return layers.image_and_tokens(self.config)
 
     def slot_fields(self) -> dict[str, Shape]:
         return {"action_tokens": (self.config.played, torch.int32)}
@@ -447,22 +431,18 @@ class Oft(nn.Module):
         entropy = -(logprob.exp() * logprob).sum(-1).mean()
         return {"logprob": chosen, "value": self.value(hidden), "entropy": entropy}
 
-    def imitation_loss(self, image: Tensor, tokens: Tensor, actions: Tensor) -> Tensor:
-        """The originals' fine-tuning loss: mean cross-entropy over the whole vocabulary at the C·A
-        action tokens and </s>. actions [n, C, A] in [-1, 1], of `bins.normalise_actions`."""
-        c = self.config
-        targets = bins.encode_actions(actions, c.words, c.bins).flatten(1)
-        if c.stop_token:
-            targets = F.pad(targets, (0, 1), value=c.stop)
-        logits = wide(self.lm_head(self.hidden(image, tokens, targets.shape[1])))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
     def imitation_draw(self, n: int) -> dict[str, Tensor]:
         return {}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A] in [-1, 1]; nothing is drawn."""
-        return self.imitation_loss(obs["image"], obs["tokens"], actions)
+        """The originals' fine-tuning loss []: mean cross-entropy over the whole vocabulary at the
+        C·A action tokens and </s>. actions [n, C, A] in [-1, 1]; nothing is drawn."""
+        c = self.config
+        targets = bins.encode_actions(actions, c.words, c.bins).flatten(1)
+        if c.stop_token:
+            targets = F.pad(targets, (0, 1), value=c.stop)
+        hidden = self.hidden(obs["image"], obs["tokens"], targets.shape[1])
+        return F.cross_entropy(layers.wide(self.lm_head(hidden)).flatten(0, 1), targets.flatten())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything, or adapters and value head."""

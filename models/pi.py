@@ -28,28 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import layers
 from models.flow import FlowConfig, FlowPolicy, Shape, ode_step
-from models.layers import (
-    SO400M,
-    Siglip,
-    SiglipConfig,
-    frequencies,
-    image_and_tokens,
-    join_heads,
-    mlp,
-    require_images,
-    rotary,
-    rotate,
-    scaled,
-    silent,
-    split_heads,
-    wide,
-)
 from models.tokenize import PAD
 
 
 @dataclass(kw_only=True, frozen=True)
-class PiConfig(SiglipConfig, FlowConfig):
+class PiConfig(layers.SiglipConfig, FlowConfig):
     """The defaults are the embedded π0.5; in the comments openpi's. A missing camera of its three
     equals a masked one."""
 
@@ -83,7 +68,7 @@ class PiConfig(SiglipConfig, FlowConfig):
 
 PI05_FULL = PiConfig(
     views=3,
-    **SO400M,
+    **layers.SO400M,
     vocabulary=257_152,
     tokens=200,
     width=2048,
@@ -134,7 +119,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         dtype = x.dtype
-        x = wide(x)
+        x = layers.wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         if condition is None:
             return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), None
@@ -177,21 +162,21 @@ class GemmaLayer(nn.Module):
         """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S], past
         keys and values [n, 2·kv, P, d] → x and this layer's own keys and values [n, 2·kv, S, d]."""
         h, gate = self.input_layernorm(x, condition)
-        q = rotate(split_heads(self.q_proj(h), self.heads), cos, sin)
-        k = rotate(split_heads(self.k_proj(h), self.kv_heads), cos, sin)
-        v = split_heads(self.v_proj(h), self.kv_heads)
+        q = layers.rotate(layers.split_heads(self.q_proj(h), self.heads), cos, sin)
+        k = layers.rotate(layers.split_heads(self.k_proj(h), self.kv_heads), cos, sin)
+        v = layers.split_heads(self.v_proj(h), self.kv_heads)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
         # A key/value head serves heads/kv query heads, which fold into the query axis.
         folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
         keys, values = both.chunk(2, dim=1)
         out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        x = gated(x, self.o_proj(join_heads(out.view(q.shape))), gate)
+        x = gated(x, self.o_proj(layers.join_heads(out.view(q.shape))), gate)
         h, gate = self.post_attention_layernorm(x, condition)
         return gated(x, self.mlp(h), gate), own
 
 
-class VisionTower(Siglip):
+class VisionTower(layers.Siglip):
     """SigLIP, then a Linear to the language width."""
 
     def __init__(self, c: PiConfig):
@@ -200,7 +185,7 @@ class VisionTower(Siglip):
 
     def forward(self, image: Tensor) -> Tensor:
         """image [n, V, H, W, 3] uint8, or scaled to [-1, 1] → tokens [n, V·(H/patch)², D]."""
-        pixels = scaled(image, self.patch_embedding.weight.dtype)
+        pixels = layers.scaled(image, self.patch_embedding.weight.dtype)
         found = self.projector(super().forward(pixels))
         return found.unflatten(0, image.shape[:2]).flatten(1, 2)
 
@@ -246,10 +231,10 @@ class Pi(FlowPolicy):
         """The value head begins at 0, Flow-Noise's network at the middle of its range."""
         feature = c.width if c.pi05 else c.expert_width
         activation = {"silu": nn.SiLU, "relu": nn.ReLU}[c.value_activation]
-        found = {"value_head": silent(mlp((feature, *c.value_widths, 1), activation))}
+        found = {"value_head": layers.silent(layers.mlp((feature, *c.value_widths, 1), activation))}
         if c.noise == "network":
             widths = (c.expert_width, *c.noise_widths, c.action_dim)
-            found["noise_head"] = silent(mlp(widths, nn.Tanh))
+            found["noise_head"] = layers.silent(layers.mlp(widths, nn.Tanh))
         return found
 
     # ------------------------------------------------------------ the network
@@ -262,17 +247,17 @@ class Pi(FlowPolicy):
         2·kv, P, d], mean feature of the real positions [n, D], real [n, P] bool."""
         real = self.real(tokens) if real is None else real
         x, cache = self.prefix_features(image, tokens, real)
-        return cache, (wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
+        return cache, (layers.wide(x) * real[..., None]).sum(1) / real.sum(1, keepdim=True), real
 
     def prefix_features(self, image: Tensor, tokens: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """As `prefix` → features [n, P, D] (meaningless where not real), cache."""
         c = self.config
-        require_images(image, c, floats=image.is_floating_point())
+        layers.require_images(image, c, floats=image.is_floating_point())
         pictures = self.vision(image)
         words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
         x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
-        frequency = frequencies(c.head_dim, x.device)
-        cos, sin = rotary(real.cumsum(1) - 1, frequency, x.dtype)
+        frequency = layers.frequencies(c.head_dim, x.device)
+        cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
         mask = additive(real, x.dtype)
         cache = []
         for layer in self.language:
@@ -304,7 +289,7 @@ class Pi(FlowPolicy):
         x = x.to(self.expert[0].q_proj.weight.dtype)
         length = x.shape[1]  # S: C, and one for π0's state
         positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
-        cos, sin = rotary(positions, frequencies(c.head_dim, x.device), x.dtype)
+        cos, sin = layers.rotary(positions, layers.frequencies(c.head_dim, x.device), x.dtype)
         mask = additive(F.pad(real, (0, length), value=True), x.dtype)
         if not c.pi05:  # the state token sees the prefix and itself
             mask = mask.repeat(1, 1, length, 1)
@@ -329,7 +314,7 @@ class Pi(FlowPolicy):
 
     def observation_fields(self) -> dict[str, Shape]:
         state = {"state": ((self.config.state_dim,), torch.float32)}
-        return image_and_tokens(self.config) | ({} if self.config.pi05 else state)
+        return layers.image_and_tokens(self.config) | ({} if self.config.pi05 else state)
 
     def cache_fields(self) -> dict[str, Shape]:
         c = self.config
@@ -341,7 +326,10 @@ class Pi(FlowPolicy):
         return self.config.chunk, self.config.action_dim
 
     def times(self) -> list[float]:
-        return denoise_times(self.config.denoise_steps)
+        """linspace(1, 1/N, N), then 0 (RLinf, openpi's direction). In fp32: the fastest wave of the
+        time embedding turns the last bit of t into an error of 1e-4."""
+        steps = self.config.denoise_steps
+        return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
     @property
     def learns_noise(self) -> bool:
@@ -388,12 +376,6 @@ class Pi(FlowPolicy):
         """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew."""
         cache, _, real = self.prefix(obs["image"], obs["tokens"])
         return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
-
-
-def denoise_times(steps: int) -> list[float]:
-    """N + 1 times from noise to data: linspace(1, 1/N, N), then 0 (RLinf, openpi's direction). In
-    fp32: the fastest wave of the time embedding turns the last bit of t into an error of 1e-4."""
-    return [*torch.linspace(1.0, 1.0 / steps, steps).tolist(), 0.0]
 
 
 def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:

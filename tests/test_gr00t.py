@@ -21,7 +21,6 @@ from models.gr00t import (
     PAD,
     Gr00t,
     Gr00tConfig,
-    training_time,
 )
 from models.layers import scaled
 
@@ -400,9 +399,9 @@ def test_imitation_learns_a_few_examples():
     for _ in range(80):
         context = model.context(*features(model, obs))
         state = model.encode_state(obs["state"], TINY.embodiment)
-        noise = torch.randn(6, 7, 5)
+        draw = model.imitation_draw(6)
         loss = model.imitation_loss(
-            context, state, actions, training_time(6), noise, real, TINY.embodiment
+            context, state, actions, draw["t"], draw["noise"], real, TINY.embodiment
         )
         optimizer.zero_grad()
         loss.backward()

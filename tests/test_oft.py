@@ -183,7 +183,9 @@ def test_bins():
     )
     case = CASES["decode_tokens"]
     assert bins.decode_tokens(case["tokens"], 31744).tolist() == case["actions"]
-    centers = torch.from_numpy(bins.bin_centers(256))
+    edges = torch.linspace(-1.0, 1.0, 256, dtype=torch.float64)
+    centers = torch.from_numpy(bins.decode_tokens(np.arange(31744, 32000), 31744))
+    torch.testing.assert_close(centers[1:].flip(0), (edges[:-1] + edges[1:]) / 2.0)
     assert (
         bins.decode_tokens(bins.encode_actions(centers, 31744).numpy(), 31744) == centers.numpy()
     ).all()
@@ -196,7 +198,11 @@ def test_statistics_and_grippers(tmp_path):
     assert stats == oft_files.read_statistics(tmp_path)
     raw = bins.unnormalise_actions(np.array(case["normalised"]), stats)
     assert raw.tolist() == case["actions"]
-    np.testing.assert_allclose(bins.normalise_actions(raw, stats), case["normalised"], atol=1e-7)
+    # The inverse, by which demonstrations are prepared (`BOUNDS_Q99`)
+    low, high = (np.array(stats[end]) for end in ("q01", "q99"))
+    scaled = np.clip(2.0 * (raw - low) / (high - low + 1e-8) - 1.0, -1.0, 1.0)
+    back = np.where(stats["mask"], scaled, raw)
+    np.testing.assert_allclose(back, case["normalised"], atol=1e-7)
     case = CASES["gripper"]
     assert bins.libero_gripper(np.array(case["raw"])).tolist() == case["libero"]
     np.testing.assert_allclose(
@@ -445,7 +451,7 @@ def test_imitation_learns():
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
     for _ in range(40):
-        losses.append(model.imitation_loss(obs["image"], obs["tokens"], actions))
+        losses.append(model.imitate(obs, actions, {}))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()

@@ -15,7 +15,7 @@ from envs import EnvSpec
 from models import build, checkpoint
 from models.flow import flow_sde_step, normal_logprob, ode_step
 from models.layers import frequencies, rotary, rotate
-from models.pi import FULL, SMALL, GemmaLayer, Pi, bounded, denoise_times, time_embedding
+from models.pi import FULL, SMALL, GemmaLayer, Pi, bounded, time_embedding
 
 SMALL_PICTURE = {"image_size": 16, "patch": 8, "chunk": 4}
 KEYS = [(1, lane, 2, 3) for lane in range(5)]
@@ -44,7 +44,7 @@ def stored(model: Pi, obs: dict, out: dict) -> dict:
 def test_flow_sde_matches_the_published_formulas(step):
     times = [1.0, 0.75, 0.5, 0.25, 0.0]
     a = 0.5
-    assert denoise_times(4) == times
+    assert Pi(SMALL["pi0"]).times() == times
     t = times[step]
     t_next = times[step + 1]
     delta = t - t_next

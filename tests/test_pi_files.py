@@ -208,7 +208,7 @@ def test_statistics_that_cannot_be_read(tmp_path):
     shutil.copytree(GOLDEN / "pi05" / "lerobot", tmp_path / "l")
     state = next((tmp_path / "l").glob("policy_preprocessor_*.safetensors"))
     state.write_bytes(state.read_bytes()[:50])
-    with pytest.raises(UserError, match="no q01 and q99 of observation.state"):
+    with pytest.raises(UserError, match="cannot read q01 and q99 of observation.state"):
         pi_files.read_processors(tmp_path / "l")
     file = tmp_path / "l" / "policy_preprocessor.json"
     file.write_text(file.read_text().replace('"STATE": "QUANTILES"', '"STATE": "QUANTILE10"'))

@@ -12,16 +12,12 @@ from torch import Tensor
 from config import require
 
 
-def bin_centers(bins: int) -> np.ndarray:
-    """[bins − 1] float64: the middles between `bins` points from −1 to 1."""
-    edges = np.linspace(-1.0, 1.0, bins)
-    return (edges[:-1] + edges[1:]) / 2.0
-
-
 def decode_tokens(tokens: np.ndarray, words: int, bins: int = 256) -> np.ndarray:
-    """Action token ids → normalised actions. The first word and the second mean the highest."""
+    """Action token ids → normalised actions, the middles between `bins` points from −1 to 1. The
+    first word and the second mean the highest."""
+    edges = np.linspace(-1.0, 1.0, bins)
     index = np.clip(words + bins - np.asarray(tokens) - 1, 0, bins - 2)
-    return bin_centers(bins)[index]
+    return ((edges[:-1] + edges[1:]) / 2.0)[index]
 
 
 def encode_actions(actions: Tensor, words: int, bins: int = 256) -> Tensor:
@@ -31,22 +27,10 @@ def encode_actions(actions: Tensor, words: int, bins: int = 256) -> Tensor:
     return words + bins - torch.bucketize(actions.double().clamp(-1.0, 1.0), edges, right=True)
 
 
-def quantiles(stats: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q01, q99 and which dimensions they scale, each [A]."""
-    return np.array(stats["q01"]), np.array(stats["q99"]), np.array(stats["mask"], dtype=bool)
-
-
 def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
     """[-1, 1] → the data's units by the quantiles, where the mask says so. actions [..., A]."""
-    low, high, mask = quantiles(stats)
-    return np.where(mask, 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions)
-
-
-def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
-    """The inverse, clipped to [-1, 1]: how demonstrations are prepared (`BOUNDS_Q99`)."""
-    low, high, mask = quantiles(stats)
-    scaled = 2.0 * (actions - low) / (high - low + 1e-8) - 1.0
-    return np.where(mask, np.clip(scaled, -1.0, 1.0), actions)
+    low, high = (np.array(stats[end]) for end in ("q01", "q99"))
+    return np.where(stats["mask"], 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions)
 
 
 def libero_gripper(actions: np.ndarray) -> np.ndarray:

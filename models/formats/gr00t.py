@@ -19,7 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from config import UserError, require
@@ -140,10 +139,8 @@ def which(path: str | Path) -> str:
 
 def eagle_of(cfg: dict) -> dict:
     """The Eagle model's configuration in a config.json, or nothing."""
-    for part in (cfg, *cfg.values()):
-        if isinstance(part, dict) and "text_config" in part:
-            return part
-    return {}
+    parts = [part for part in (cfg, *cfg.values()) if isinstance(part, dict)]
+    return next((part for part in parts if "text_config" in part), {})
 
 
 def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
@@ -241,31 +238,27 @@ def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, dict, 
     require(tag or only, f"{path} describes several embodiments ({names}): say which one")
     tag = tag or next(iter(metadata))
     require(tag in metadata, f"unknown embodiment {tag!r}: {path} describes {names}")
-    try:
-        ends = []
-        for what in ("state", "action"):
+    stats = {}
+    with understood(f"statistics of {tag!r} in {path}"):
+        for name in STATISTICS:
+            what, end = name.split("_")
+            key = {"low": "min", "high": "max"}[end]
             parts = metadata[tag]["statistics"][what].values()
-            for end in ("min", "max"):
-                values = [np.asarray(part[end], np.float32).ravel() for part in parts]
-                ends.append(np.concatenate(values).tolist())
-        stats = dict(zip(STATISTICS, ends, strict=True))
+            values = [np.asarray(part[key], np.float32).ravel() for part in parts]
+            stats[name] = np.concatenate(values).tolist()
         return tag, stats, len(metadata[tag]["modalities"]["video"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot read statistics of {tag!r} in {path}: {error!r}") from None
 
 
 def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], dict]:
     """LeRobot's policy_preprocessor.json and the safetensors file that it names. Returns
     embodiment, its table and statistics."""
     path = folder / "policy_preprocessor.json"
-    try:
+    with understood(f"GR00T's statistics from {path}"):
         steps = {step.get("registry_name", ""): step for step in read_json(path)["steps"]}
-        step = steps[next(name for name in steps if name.startswith("groot_pack_inputs"))]
+        step = [steps[name] for name in steps if name.startswith("groot_pack_inputs")][0]
         tensors = load_file(folder / step["state_file"])
         stats = {end: tensors[key].float().flatten().tolist() for end, key in STATISTICS.items()}
         return step["config"]["embodiment_tag"], step["config"]["embodiment_mapping"], stats
-    except (StopIteration, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
-        raise UserError(f"cannot read GR00T's statistics from {path}: {error!r}") from None
 
 
 def describe(

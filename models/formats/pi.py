@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config import UserError, require
+from config import require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
@@ -306,13 +305,9 @@ def read_processors(folder: Path) -> dict:
         if "pi05_prepare_state_tokenizer_processor_step" in steps:
             kinds["prompt"] = "state"
         require(needed is not None, f"{file} normalises {key} by {mode}, which is not supported")
-        try:
+        with understood(f"{' and '.join(needed)} of {key} in {state_file}, which {file} names"):
             tensors = load_file(folder / state_file) if needed else {}
             values = {stat: tensors[f"{key}.{stat}"].tolist() for stat in needed}
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file}: no {' and '.join(needed)} of {key} in {state_file} ({error!r})"
-            ) from None
         kinds[name] = {"kind": f"lerobot_{mode.lower()}", "eps": config.get("eps", 1e-8), **values}
     return kinds
 

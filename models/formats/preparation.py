@@ -1,7 +1,9 @@
 """What stands between a simulator and a model: observations in, actions out.
 
-Every env worker has one. A family derives `PreparationBase`, says how its pictures, prompts and
-states are made, and inherits the checks.
+Every env worker has one. A family derives `PreparationBase` and inherits the checks. It adds
+
+    .resize(images)        pictures [V, H, W, 3] uint8 → [V, size, size, 3] uint8
+    .words(state, task)    → {name: array}, the fields beside the pictures
 """
 
 import numpy as np
@@ -20,14 +22,6 @@ class PreparationBase:
         self.layout = stats.get("layout", "own")
         self.own = self.layout == "own"
 
-    def resize(self, images: np.ndarray) -> np.ndarray:
-        """Pictures [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
-        raise NotImplementedError
-
-    def words(self, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
-        """The fields beside the pictures."""
-        raise NotImplementedError
-
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The model's [C, A] → what the robot executes [C, A]; state [S] of the simulator."""
         return actions
@@ -36,12 +30,12 @@ class PreparationBase:
         """images [V, H, W, 3] uint8, state [S] and task → the model's observation fields. Another
         project's model takes pictures of any size. Raises UserError."""
         c = self.config
-        size = (c.image_size, c.image_size)
-        if images.ndim == 4 and not self.own:
-            size = images.shape[1:3]
-        wanted = f"{size[0]}, {size[1]}" if self.own else "height, width"
+        fits = images.ndim == 4 and images.shape[::3] == (c.views, 3)
+        if self.own:
+            fits = images.shape == (c.views, c.image_size, c.image_size, 3)
+        wanted = f"{c.image_size}, {c.image_size}" if self.own else "height, width"
         require(
-            images.dtype == np.uint8 and images.shape == (c.views, *size, 3),
+            fits and images.dtype == np.uint8,
             f"the images are {list(images.shape)} {images.dtype}: the model needs [{c.views}, "
             f"{wanted}, 3] uint8",
         )

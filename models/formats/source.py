@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from config import UserError, require
@@ -110,12 +110,13 @@ def read_json(path: Path) -> dict:
 
 
 @contextlib.contextmanager
-def understood(path: Path) -> Iterator[None]:
+def understood(what: object) -> Iterator[None]:
     """Makes one sentence of whatever goes wrong inside with what another project's file says."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not say what such a file says: {error!r}") from None
+    except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+        sentence = f"cannot read {what}, or it does not say what such a file says: {error!r}"
+        raise UserError(sentence) from None
 
 
 class Stored(NamedTuple):
