@@ -9,11 +9,13 @@ import copy
 import json
 import math
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from operator import ge, gt, le
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
@@ -39,6 +41,17 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def place_of(error: BaseException) -> str:
+    """Returns "file:line" where an error arose: the innermost place outside installed packages."""
+    place = error
+    if not (isinstance(error, SyntaxError) and error.filename):
+        installed = ("<frozen", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if not frame.filename.startswith(installed)]
+        place = (own or frames)[-1]
+    return f"{place.filename.removeprefix(f'{ROOT}/')}:{place.lineno}"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -377,20 +390,22 @@ def from_json(path: Path) -> Config:
         config = Config()
         for stage_name, values in saved.items():
             stage = getattr(config, stage_name)  # an unknown one is an AttributeError
+            kinds = get_type_hints(type(stage))
             for name, value in values.items():  # so is an unknown setting
-                setattr(stage, name, from_saved(name, value))
+                setattr(stage, name, from_saved(value, kinds.get(name)))
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
     return config
 
 
-def from_saved(name: str, value: Any) -> Any:
-    """Gives a value of config.json the type that JSON does not have."""
-    if name in ("tasks", "workers_given"):
+def from_saved(value: Any, kind: Any) -> Any:
+    """Gives a value of config.json the type of its setting, where JSON does not have it."""
+    kinds = (kind, *get_args(kind))
+    if isinstance(value, list):
         return tuple(value)
-    if name in ("checkpoint", "tokenizer") and value is not None:
+    if Path in kinds and value is not None:
         return Path(value)
-    return math.inf if name == "batch_wait_ms" and value == "inf" else value
+    return math.inf if float in kinds and value == "inf" else value
 
 
 def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
@@ -452,14 +467,10 @@ def check_family(config: Config) -> None:
 
 def check_algorithm(config: Config) -> None:
     algorithm = config.algorithm
-    require(
-        0.0 <= algorithm.group_low <= algorithm.group_high <= 1.0,
-        "--group-low and --group-high must be success rates, and the first not above the second",
-    )
-    require(
-        not algorithm.dual_clip or algorithm.dual_clip > 1,
-        f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off",
-    )
+    rates = "--group-low and --group-high must be success rates, and the first not above the second"
+    require(0.0 <= algorithm.group_low <= algorithm.group_high <= 1.0, rates)
+    dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"
+    require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
     if config.train.algorithm != "grpo":
         return
     group = f"--group-size {algorithm.group_size} must be at least 2"
@@ -474,17 +485,15 @@ def check_shares(config: Config) -> None:
     env = config.env
     actor = config.actor
     ranks = actor.actor_workers
+    every_lane = f"{env.lanes} lanes of each of {env.env_workers} env workers"
     require(
         env.lanes >= 0 and (env.lanes == 0 or env.envs % (env.env_workers * env.lanes) == 0),
-        f"--envs {env.envs} cannot be split evenly into {env.lanes} lanes of each of "
-        f"{env.env_workers} env workers",
+        f"--envs {env.envs} cannot be split evenly into {every_lane}",
     )
     group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
     smaller, larger = sorted((group, env.width))
-    require(
-        group == 1 or larger % smaller == 0,
-        f"--group-size {group} and the {env.width} envs of a lane must divide one another",
-    )
+    both = f"--group-size {group} and the {env.width} envs of a lane must divide one another"
+    require(group == 1 or larger % smaller == 0, both)
     for_each = f"× {ranks} actor workers"
     whole = f"{larger} envs of a {'group' if group > env.width else 'lane'} {for_each}"
     for flag, total, parts, what in (

@@ -94,13 +94,17 @@ class Player:
     def play(self) -> list[Episode]:
         """Plays every episode, ABREAST at a time."""
         count = self.config.episodes
+        tasks = len(self.spec.tasks)
+        seeds = EVAL_SEEDS + 1000 * self.config.seed
         given = self.spec.tasks, self.spec.image_size, self.config.render_quality
         simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
         ended = []
         try:
             while len(ended) < count:
-                numbers = range(len(ended), count)
-                begun = [self.begin(*each) for each in zip(numbers, simulators, strict=False)]
+                begun = []
+                for number, env in zip(range(len(ended), count), simulators, strict=False):
+                    env.reset(number % tasks, seeds + number)
+                    begun.append(Episode(number, number % tasks, env))
                 while playing := [episode for episode in begun if episode.success is None]:
                     for episode, actions in zip(playing, self.plan(playing), strict=True):
                         self.execute(episode, actions)
@@ -109,11 +113,6 @@ class Player:
             for env in simulators:
                 env.close()
         return ended
-
-    def begin(self, number: int, env) -> Episode:
-        task = number % len(self.spec.tasks)
-        env.reset(task, EVAL_SEEDS + 1000 * self.config.seed + number)
-        return Episode(number, task, env)
 
     def plan(self, playing: list[Episode]) -> list[np.ndarray]:
         """Infers once for all of them. Returns the actions that each is to execute [C, A]."""

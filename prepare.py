@@ -100,6 +100,7 @@ def prepare(config: Config) -> Setup:
 
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
+    slots = slot_spec(config, spec, model)
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
     shape = (spec.views, spec.image_size, spec.image_size, 3)
     picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -118,7 +119,7 @@ def prepare(config: Config) -> Setup:
         spec=spec,
         placement=workers.placement,
         note=start.note + workers.note + note,
-        slots=slot_spec(config, spec, model),
+        slots=slots,
         on_gpu=("image", *model.slot_fields()) if stays else (),
         weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
         header=model.header,
@@ -143,7 +144,12 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         if shipped.is_file():
             config = completed(config, checkpoint=shipped)
         else:
-            config = with_random_weights(config, simulator)
+            image_size = config.env.image_size or SMALL_PICTURE
+            spec = simulator.spec(config.train.tasks, image_size)
+            sizes = config.rollout.chunk, config.rollout.tokens or 0
+            runs = ROOT / "runs"
+            made, words = untrained.start(runs, train.model, spec, spec.state_range, *sizes)
+            config = completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
             none = f"no checkpoint is given and none shipped for {train.env}"
             note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
@@ -159,16 +165,6 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         tokenizer = Path(name) if name else None
     config = completed(config, checkpoint=found, image_size=image_size, tokenizer=tokenizer)
     return Start(config, given, resume, note)
-
-
-def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
-    """Makes a small model for a simulator that none was shipped for."""
-    image_size = config.env.image_size or SMALL_PICTURE
-    spec = simulator.spec(config.train.tasks, image_size)
-    sizes = config.rollout.chunk, config.rollout.tokens or 0
-    folder = ROOT / "runs"
-    files = untrained.start(folder, config.train.model, spec, spec.state_range, *sizes)
-    return completed(config, image_size=image_size, checkpoint=files[0], tokenizer=files[1])
 
 
 def resume_from(config: Config) -> tuple[Path, dict]:
@@ -198,9 +194,8 @@ def resume_from(config: Config) -> tuple[Path, dict]:
 def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
     """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
     lanes = config.env.lanes
-    only = f"--lanes {lanes} is for vectorised simulators"
-    alone = f"{config.train.env} steps every env by itself"
-    require(simulator.vectorised or not lanes, f"{only}: {alone}")
+    alone = f"for vectorised simulators: {config.train.env} steps every env by itself"
+    require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")
     if simulator.vectorised:
         config = completed(config, lanes=lanes or 2)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -249,7 +244,7 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
     """Lists the fields of a slot: the common ones, then what the model sees and what it stores.
 
     Rows are the T chunk steps of a trajectory, or T + 1 where the end of the last one counts too.
-    Raises UserError where two fields have one name."""
+    Raises UserError where two fields have one name, or the model trains on one that is missing."""
     segment = config.env.segment
     action = (segment, config.rollout.chunk, spec.action_dim)
     slots: Spec = {
@@ -280,12 +275,12 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
         (f"model {config.train.model}", segment, model.slot_fields()),
     ):
         for name, (shape, dtype) in fields.items():
-            require(
-                name not in slots,
-                f"the {owner} calls one of its slot fields {name!r}, which is taken: rename it; "
-                f"slots already have {', '.join(slots)}",
-            )
+            taken = f"the {owner} calls a slot field {name!r}, which is taken: rename it"
+            require(name not in slots, f"{taken}; slots already have {', '.join(slots)}")
             slots[name] = ((rows, *shape), dtype)
+    for name in model.training_fields():
+        unknown = f"the model {config.train.model} trains on {name!r}, which is no field of a slot"
+        require(name in slots, unknown)
     return slots
 
 

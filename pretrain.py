@@ -69,20 +69,6 @@ class PretrainConfig:
     """seed of demonstrations, initial weights and batches"""
 
 
-def check(config: PretrainConfig) -> None:
-    """Raises UserError where settings cannot be."""
-    least = min(config.demos, config.steps, config.frame_every)
-    require(least >= 1, "--demos, --steps and --frame-every must be at least 1")
-    require(
-        config.batch >= PROCESSES and config.batch % PROCESSES == 0,
-        f"--batch {config.batch} must be a multiple of {PROCESSES}, the processes that share it",
-    )
-    require(
-        0.0 < config.pace <= 1.0,
-        f"--pace {config.pace} must lie above 0 and be at most 1, the scripted expert's own speed",
-    )
-
-
 def demonstrate(
     tasks: tuple[str, ...], task: int, seeds: range, config: PretrainConfig
 ) -> list[tuple]:
@@ -165,7 +151,14 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
 
 
 def main(config: PretrainConfig) -> None:
-    check(config)
+    """Makes a checkpoint and its vocabulary. Raises UserError."""
+    least = min(config.demos, config.steps, config.frame_every)
+    require(least >= 1, "--demos, --steps and --frame-every must be at least 1")
+    multiple = f"must be a multiple of {PROCESSES}, the processes that share it"
+    batch = config.batch
+    require(batch >= PROCESSES and batch % PROCESSES == 0, f"--batch {batch} {multiple}")
+    limits = "must lie above 0 and be at most 1, the scripted expert's own speed"
+    require(0.0 < config.pace <= 1.0, f"--pace {config.pace} {limits}")
     default, vocabulary = embedded_files(config.model, "metaworld")
     out = config.out or default
     vocabulary = out.with_name(vocabulary.name)

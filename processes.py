@@ -13,7 +13,6 @@ import ctypes
 import os
 import signal
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch.multiprocessing as mp
 
 import metrics
 from channel import Counters
-from config import ROOT, UserError
+from config import ROOT, UserError, place_of
 
 # Times the time limit: reading billions of weights and compiling take their time.
 START_UP = 10
@@ -78,17 +77,6 @@ def may_pass(error: BaseException) -> bool:
     one, LinAlgError (a ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
     singular = isinstance(error, np.linalg.LinAlgError)
     return singular or not isinstance(error, (UserError, *WRONG_CODE))
-
-
-def place_of(error: BaseException) -> str:
-    """Returns "file:line" where an error arose: the innermost place outside installed packages."""
-    place = error
-    if not (isinstance(error, SyntaxError) and error.filename):
-        installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not frame.filename.startswith(tuple(installed))]
-        place = (own or frames)[-1]
-    return f"{place.filename.removeprefix(f'{ROOT}/')}:{place.lineno}"
 
 
 def describe(error: BaseException) -> str:

@@ -21,7 +21,6 @@ FOR = {
     "action": "actions",
     "admission": "a newer version",
     "request": "requests",
-    "weights": "weights",
     "trajectory": "trajectories",
     "gradient": "gradients of other ranks",
 }
@@ -243,7 +242,7 @@ def stages(summary: Summary):
 
 def shares(parts: dict[str, float]) -> str:
     """Lists what is worth a word, the largest share first."""
-    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    ordered = Counter(parts).most_common()
     return ", ".join(f"{name} {share:.0%}" for name, share in ordered if share >= 0.005)
 
 

@@ -15,9 +15,9 @@ lanes' business (`EnvSpec.horizon`), so success, failure and truncation stay apa
 
 import importlib
 import inspect
+import os
 import re
-import sysconfig
-import traceback
+import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,10 +25,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from config import UserError, require
+from config import UserError, place_of, require
 
 if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU does not need it
     from torch import Tensor
+
+# What draws must know before it is imported. Of the software rasteriser processes scale, and its
+# threads only fight. Mesa's compiled shaders save each process half a second, and do not belong in
+# the user's home.
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("LP_NUM_THREADS", "0")
+SHADERS = f"{tempfile.gettempdir()}/mesa_shader_cache_{os.getuid()}"
+os.environ.setdefault("MESA_SHADER_CACHE_DIR", SHADERS)
 
 # What --env takes: name → its module, and how to install the packages that it imports.
 SIMULATORS = {
@@ -195,11 +203,10 @@ def load(name: str) -> Simulator:
     except ModuleNotFoundError as error:
         require(error.name != path, f"the simulator {name!r} has no file: there is no {path}")
         how = install or f"pip install {error.name}"
-        raise UserError(
-            f"the simulator {name!r} is not installed (no module {error.name!r}): {how}"
-        ) from None
+        missing = f"the simulator {name!r} is not installed (no module {error.name!r})"
+        raise UserError(f"{missing}: {how}") from None
     except Exception as error:
-        what = f"has an error in {place_of(error)}"
+        what = f"has an error in {place_of(error)}: {type(error).__name__}: {error}"
         if is_about_gl(error):
             what = f"does not start ({error}): see setup.sh for the GL libraries it needs"
         raise UserError(f"the simulator {name!r} {what}") from error
@@ -212,18 +219,6 @@ def is_about_gl(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found)
 
 
-def place_of(error: Exception) -> str:
-    """File, line and message of an error: the innermost line of code that nobody installed."""
-    what = traceback.format_exception_only(error)[-1].strip()
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}: {what}"
-    places = traceback.extract_tb(error.__traceback__)
-    installed = ("<frozen", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
-    own = [place for place in places if not place.filename.startswith(installed)]
-    place = (own or places)[-1]
-    return f"{place.filename}, line {place.lineno}: {what}"
-
-
 def check_contract(name: str, module: ModuleType) -> None:
     """Raises UserError with a sentence that names what a simulator's file lacks or has wrong."""
     offered = vars(module)
@@ -234,10 +229,8 @@ def check_contract(name: str, module: ModuleType) -> None:
     require(classes, f"{where} lacks a class Env, or Envs")
     for base, found in classes.items():
         kind = base.__name__
-        require(
-            inspect.isclass(found) and issubclass(found, base),
-            f"{where} has an {kind} that is no class derived from envs.{kind}",
-        )
+        strange = f"{where} has an {kind} that is no class derived from envs.{kind}"
+        require(inspect.isclass(found) and issubclass(found, base), strange)
         missing = ", ".join(sorted(found.__abstractmethods__))
         require(not missing, f"{where} lacks {missing} in its {kind}")
         members = dict(inspect.getmembers(found))
@@ -267,28 +260,21 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
     """Checks a spec and gives `state_range` one number per dimension. Raises UserError."""
     where = f"the spec of the simulator {name!r}"
     require(isinstance(spec, EnvSpec), f"{where} is a {type(spec).__name__}, not an EnvSpec")
-    require(
-        len(spec.tasks) == len(spec.prompts) > 0,
-        f"{where} has {len(spec.tasks)} tasks and {len(spec.prompts)} prompts: it needs one prompt "
-        "per task, and a task",
-    )
+    tasks = len(spec.tasks)
+    prompts = len(spec.prompts)
+    counts = f"{where} has {tasks} tasks and {prompts} prompts"
+    require(tasks == prompts > 0, f"{counts}: it needs one prompt per task, and a task")
     for field in ("views", "state_dim", "action_dim", "horizon"):
         value = getattr(spec, field)
-        require(
-            isinstance(value, int) and value > 0,
-            f"{where} has {field} {value!r}, which is no whole number above 0",
-        )
-    require(
-        spec.compares in get_args(Compared),
-        f"{where} compares {spec.compares!r}: choose {' or '.join(get_args(Compared))}",
-    )
+        wrong = f"{where} has {field} {value!r}, which is no whole number above 0"
+        require(isinstance(value, int) and value > 0, wrong)
+    choose = f"choose {' or '.join(get_args(Compared))}"
+    require(spec.compares in get_args(Compared), f"{where} compares {spec.compares!r}: {choose}")
     try:
         low, high = (np.broadcast_to(bound, spec.state_dim) for bound in spec.state_range)
     except (ValueError, TypeError):  # another number of them, or none at all
         low = high = np.zeros(1)
-    require(
-        (low < high).all(),
-        f"{where} has state_range {spec.state_range!r}: it must be the lowest and the highest "
-        f"usual state, {spec.state_dim} numbers each",
-    )
+    usual = f"the lowest and the highest usual state, {spec.state_dim} numbers each"
+    wrong = f"{where} has state_range {spec.state_range!r}: it must be {usual}"
+    require((low < high).all(), wrong)
     return spec._replace(state_range=(tuple(low.tolist()), tuple(high.tolist())))

@@ -13,7 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Literal
 
 import imageio.v2 as imageio
@@ -22,7 +24,7 @@ import psutil
 import tyro
 
 import envs
-from config import ROOT, UserError, exit_on_user_error, require
+from config import ROOT, UserError, exit_on_user_error, place_of, require
 from envs import Env, Envs, EnvSpec, Simulator, Step
 
 
@@ -72,7 +74,8 @@ def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> 
     except (BrokenContract, UserError):
         raise
     except Exception as error:
-        raise BrokenContract(f"an error in {envs.place_of(error)}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise BrokenContract(f"an error in {place_of(error)}: {said}") from error
 
 
 def contract_kept(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> Iterator[str]:
@@ -170,14 +173,6 @@ def players(config: CheckConfig, task: str, action_dim: int) -> dict[str, Callab
     return found
 
 
-def seconds(times: int, function: Callable, *arguments) -> float:
-    """Measures one call, the mean of several."""
-    start = time.perf_counter()
-    for _ in range(times):
-        function(*arguments)
-    return (time.perf_counter() - start) / times
-
-
 def print_row(title: str, *values: str) -> None:
     print(f"{title[:56]:56s}" + "".join(f"{value:>11s}" for value in values), flush=True)
 
@@ -210,9 +205,10 @@ def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray
     sheet = []
     print_row("", "make s", "reset ms", "step ms", "frame ms", "ends")
     for task, name in enumerate(spec.tasks[: config.at_most or None]):
-        make_s = seconds(1, env.reset, task, config.seed) + seconds(1, env.observe)
-        reset_s = seconds(3, env.reset, task, config.seed)
-        frame_s = seconds(5, env.observe)
+        reset = partial(env.reset, task, config.seed)
+        make_s = timeit(reset, number=1) + timeit(env.observe, number=1)
+        reset_s = timeit(reset, number=3) / 3
+        frame_s = timeit(env.observe, number=5) / 5
         for player, action in players(config, name, spec.action_dim).items():
             frames, step_s, end = play(env, task, spec.horizon, config, action)
             milliseconds = (f"{1e3 * reset_s:.2f}", f"{1e3 * step_s:.2f}", f"{1e3 * frame_s:.1f}")
@@ -223,10 +219,8 @@ def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray
 
 def main(config: CheckConfig) -> Path:
     """Checks, plays and draws. Raises BrokenContract, and UserError."""
-    require(
-        config.steps >= 0 and config.image_size > 0,
-        "--steps must not be negative, and --image-size at least 1",
-    )
+    numbers = "--steps must not be negative, and --image-size at least 1"
+    require(config.steps >= 0 and config.image_size > 0, numbers)
     (ROOT / "runs").mkdir(exist_ok=True)
     out = config.out or ROOT / "runs" / f"check_{config.env}.png"
     folder = out.absolute().parent

@@ -1,5 +1,4 @@
-"""What MuJoCo simulators share for drawing small frames fast. Import it before mujoco: it says
-which GL is meant.
+"""What MuJoCo simulators share for drawing small frames fast.
 
 On a processor a frame costs what its triangles cost, hardly its pixels, and a model is mostly
 textures and meshes. So both are thinned to what a frame can show.
@@ -10,19 +9,11 @@ import ctypes
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from xml.etree import ElementTree
 
-os.environ.setdefault("MUJOCO_GL", "egl")
-# Of the software rasteriser: processes scale, its threads only fight.
-os.environ.setdefault("LP_NUM_THREADS", "0")
-# Mesa's compiled shaders, which save each process half a second, do not belong in the user's home.
-os.environ.setdefault(
-    "MESA_SHADER_CACHE_DIR", f"{tempfile.gettempdir()}/mesa_shader_cache_{os.getuid()}"
-)
 import mujoco
 import numpy as np
 

@@ -175,7 +175,7 @@ class OneOfMany(Env):
 
     def __init__(self, simulator: Simulator, tasks: tuple[str, ...], image_size: int):
         super().__init__(tasks, image_size)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
         self.many = simulator.make_many(tasks, image_size, 1, self.device)
 
     def reset(self, task: int, seed: int) -> None:

@@ -31,13 +31,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
 
 import envs
 from config import require
-from envs import EnvSpec, Step, stability
+from envs import EnvSpec, Step, drawing, stability
 
 # Control steps after which an episode is cut: RLinf's of π0 and π0.5 (its OFT recipe takes 512 for
 # libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has 373).
@@ -90,11 +89,9 @@ def task_names() -> dict[str, list[str]]:
 def suite_of(task: str) -> str:
     """Finds a task's suite; no two suites share a name. Raises UserError."""
     found = [suite for suite, tasks in task_names().items() if task in tasks]
-    require(
-        found,
-        f"unknown LIBERO task {task!r}: choose suites ({', '.join(SUITES)}) or their tasks, such "
-        f"as {task_names()['libero_goal'][0]}",
-    )
+    choose = f"choose suites ({', '.join(SUITES)}) or their tasks"
+    example = task_names()["libero_goal"][0]
+    require(found, f"unknown LIBERO task {task!r}: {choose}, such as {example}")
     return found[0]
 
 
@@ -290,11 +287,8 @@ class Scene:
 
     def draw(self, camera: str, size: int) -> np.ndarray:
         """Draws what a camera shows, [size, size, 3] uint8. Raises UserError."""
-        require(
-            size <= self.buffer,
-            f"a LIBERO frame of {size} pixels is more than {self.buffer}, which this env was made "
-            "for",
-        )
+        large = f"a LIBERO frame of {size} pixels is more than {self.buffer}"
+        require(size <= self.buffer, f"{large}, which this env was made for")
         if self.gl is None:
             self._prepare_drawing()
         self.gl.make_current()

@@ -36,8 +36,6 @@ from envs import EnvSpec, Step
 if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
     raise ModuleNotFoundError("No module named 'mani_skill'", name="mani_skill")
 
-# Of the software rasteriser: processes scale, its threads only fight.
-os.environ.setdefault("LP_NUM_THREADS", "0")
 # Where setup.sh puts a newer one than the system's.
 SOFTWARE_VULKAN = Path(sys.prefix) / "lavapipe" / "icd.json"
 
@@ -50,14 +48,13 @@ class Task(NamedTuple):
     camera: str = "base_camera"
 
 
-PANDA = {
-    "PickCube-v1": "pick up the red cube and move it to the green ball",
-    "StackCube-v1": "put the red cube on the green cube",
-    "PushCube-v1": "push the blue cube to the target",
-    "PullCube-v1": "pull the blue cube to the target",
-    "PlaceSphere-v1": "put the blue ball into the bin",
+TASKS = {
+    "PickCube-v1": Task("pick up the red cube and move it to the green ball", "PickCube-v1"),
+    "StackCube-v1": Task("put the red cube on the green cube", "StackCube-v1"),
+    "PushCube-v1": Task("push the blue cube to the target", "PushCube-v1"),
+    "PullCube-v1": Task("pull the blue cube to the target", "PullCube-v1"),
+    "PlaceSphere-v1": Task("put the blue ball into the bin", "PlaceSphere-v1"),
 }
-TASKS = {name: Task(prompt, name) for name, prompt in PANDA.items()}
 # RLinf's: name → which of its 25 things and of its 21 tables; each thing is a task of its own, such
 # as NAME/carrot.
 PUT_ON_PLATE = {
@@ -81,21 +78,20 @@ def plate_assets() -> tuple[Path, Path, Path]:
     own = Path(os.environ.get("MS_ASSET_DIR", Path.home() / ".maniskill")) / "data"
     rlinf = Path(os.environ.get("MANISKILL_ASSET_DIR", ROOT / "assets" / "maniskill"))
     things = rlinf / "carrot"
-    database = things / "more_carrot" / "model_db.json"
     stage = own / "tasks/bridge_v2_real2sim_dataset/stages/bridge_table_1_v1.glb"
     robot = own / "robots/widowx/wx250s.urdf"
-    data_set = "the Hugging Face data set RLinf/maniskill_assets"
+    copied = "set MANISKILL_ASSET_DIR to a copy of the Hugging Face data set RLinf/maniskill_assets"
     download = "python -m mani_skill.utils.download_asset"
     needed = {
-        database: f"set MANISKILL_ASSET_DIR to a copy of {data_set}",
+        things
+        / "more_carrot"
+        / "model_db.json": copied,
         stage: f"run `{download} bridge_v2_real2sim`",
         robot: f"run `{download} widowx250s`",
     }
     for path, how in needed.items():
-        require(
-            path.is_file(),
-            f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path}): {how}",
-        )
+        missing = f"PutOnPlateInScene25Main-v3 needs assets that are not installed ({path})"
+        require(path.is_file(), f"{missing}: {how}")
     return things, stage, robot
 
 
@@ -104,22 +100,16 @@ def expand(name: str) -> dict[str, Task]:
     if name in TASKS:
         return {name: TASKS[name]}
     suite, _, thing = name.partition("/")
-    require(
-        suite in PUT_ON_PLATE,
-        f"unknown ManiSkill task {name!r}: choose among {', '.join((*TASKS, *PUT_ON_PLATE))}",
-    )
+    unknown = f"unknown ManiSkill task {name!r}: choose"
+    require(suite in PUT_ON_PLATE, f"{unknown} among {', '.join((*TASKS, *PUT_ON_PLATE))}")
     folder, _, _ = plate_assets()
-    known = json.loads((folder / "more_carrot" / "model_db.json").read_text())
-    plates = json.loads((folder / "more_plate" / "model_db.json").read_text())
-    plate = next(iter(plates.values()))["name"]
+    known = models(folder / "more_carrot")
+    plate = next(iter(models(folder / "more_plate").values()))["name"]
     tasks = {}
     for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]]):
         prompt = f"put {known[key]['name']} on {plate}"
         tasks[f"{suite}/{key}"] = Task(prompt, suite, {"thing": i}, 8, "3rd_view_camera")
-    require(
-        not thing or name in tasks,
-        f"unknown ManiSkill task {name!r}: choose {suite} or one of {', '.join(tasks)}",
-    )
+    require(not thing or name in tasks, f"{unknown} {suite} or one of {', '.join(tasks)}")
     return {name: tasks[name]} if thing else tasks
 
 
@@ -138,20 +128,29 @@ def check_drawing(device: torch.device) -> None:
     import sapien
 
     try:
-        sapien.render.RenderSystem(sapien.Device(place(device)))
+        sapien.render.RenderSystem(sapien.Device(str(device)))
     except RuntimeError as error:
         need = "software Vulkan of Mesa 25 or newer: run `bash setup.sh --maniskill`"
         if device.type != "cpu":
-            need = (
-                "a CUDA device and its driver's Vulkan (libGLX_nvidia.so.0, named by a JSON file "
-                "in /usr/share/vulkan/icd.d)"
-            )
+            vulkan = "libGLX_nvidia.so.0, named by a JSON file in /usr/share/vulkan/icd.d"
+            need = f"a CUDA device and its driver's Vulkan ({vulkan})"
         what = f"ManiSkill finds nothing to draw with on {device} ({error})"
         raise UserError(f"{what}; it needs {need}") from None
 
 
-def place(device: torch.device) -> str:
-    return "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
+def models(folder: Path) -> dict[str, dict]:
+    """Reads what model_db.json says of each thing, plate or table of a folder, in order."""
+    return json.loads((folder / "model_db.json").read_text())
+
+
+def shrink(pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Resizes pictures [N, H, W, 3] uint8 to so many pixels; those of that size stay."""
+    if pictures.shape[1:3] == (rows, columns):
+        return pictures
+    pixels = pictures.permute(0, 3, 1, 2).float()
+    size = (rows, columns)
+    small = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def make(simulator: str, image_size: int, count: int, device: torch.device):
@@ -164,8 +163,8 @@ def make(simulator: str, image_size: int, count: int, device: torch.device):
         "num_envs": count,
         "obs_mode": "none",
         "reward_mode": "none",
-        "sim_backend": f"physx_{place(device)}",
-        "render_backend": f"sapien_{place(device)}",
+        "sim_backend": f"physx_{device}",
+        "render_backend": f"sapien_{device}",
         "sensor_configs": {"shader_pack": "default"},
     }
     if simulator in PUT_ON_PLATE:
@@ -261,8 +260,6 @@ class Envs(envs.Envs):
         return Step(success.float(), success)
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
-        from envs.put_on_plate import shrink  # imports ManiSkill, which takes seconds
-
         shape = (self.count, 1, self.size, self.size, 3)
         images = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         states = torch.zeros(self.count, self.joints, device=self.device)
@@ -278,8 +275,6 @@ class Envs(envs.Envs):
 
     def film(self, size: int = 256) -> np.ndarray:
         """A frame for people, [size, size, 3] uint8: what the policy's camera shows of row 0."""
-        from envs.put_on_plate import shrink
-
         return shrink(self.observe()[0][0], size, size)[0].cpu().numpy()
 
     def close(self) -> None:

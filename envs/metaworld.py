@@ -15,15 +15,13 @@ meta-learning benchmarks (ML1 to ML45), which hide the goal, and the 50 fixed go
 draw per task: here a seed names one of endlessly many.
 """
 
-import envs
-
-from envs import drawing  # isort: skip  (before mujoco, because it chooses GL)
 import mujoco
 import numpy as np
-from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3
 
+import envs
 from config import require
-from envs import EnvSpec, Step, stability
+from envs import EnvSpec, Step, drawing, stability
 
 # Instructions; the wording is ours, Meta-World itself has none. On these tasks the scripted experts
 # mostly need at most 75 control steps,
@@ -84,11 +82,7 @@ LONG_TASKS = {
 }
 PROMPTS = dict(sorted((SHORT_TASKS | LONG_TASKS).items()))
 DEFAULT_TASKS = ("button-press", "faucet-open", "handle-press")
-MT10 = (  # in Meta-World's order
-    "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
-    "peg-insert-side window-open window-close"
-)
-SUITES = {"MT10": tuple(MT10.split()), "MT50": tuple(PROMPTS)}
+SUITES = {"MT10": tuple(task.removesuffix("-v3") for task in MT10_V3), "MT50": tuple(PROMPTS)}
 # Tasks whose goal nothing but a coloured sphere shows, and the sphere's name in the model.
 MARKED = (
     "hand-insert pick-out-of-hole pick-place pick-place-wall push push-back push-wall reach "
@@ -108,11 +102,9 @@ CELL = 0.01  # metres; a pixel of a 64-pixel frame covers 1.5 cm of the table
 def expand(name: str) -> tuple[str, ...]:
     """Lists the tasks of a suite, or of `reach`, `reach-v3`, `MT1-reach`. Raises UserError."""
     task = name.removeprefix("MT1-").removesuffix("-v3")
-    require(
-        name in SUITES or task in PROMPTS,
-        f"unknown Meta-World task {name!r} (another --env's?): choose MT10, MT50, MT1-TASK or "
-        f"TASK, one of {', '.join(PROMPTS)}",
-    )
+    unknown = f"unknown Meta-World task {name!r} (another --env's?)"
+    choose = f"choose MT10, MT50, MT1-TASK or TASK, one of {', '.join(PROMPTS)}"
+    require(name in SUITES or task in PROMPTS, f"{unknown}: {choose}")
     return SUITES.get(name, (task,))
 
 

@@ -11,7 +11,6 @@ direction; a row that begins anew leaves the others alone. Left out: a dense rew
 variants for evaluation (other lights, textures, positions).
 """
 
-import json
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -25,6 +24,8 @@ from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import (
 from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import quaternion_to_matrix
 from mani_skill.utils.structs.types import SimConfig
+
+from envs.maniskill import models, shrink
 
 CAMERA = "3rd_view_camera"
 PICTURE = (480, 640)  # rows, columns: the camera's and the tables'
@@ -50,21 +51,6 @@ def places() -> np.ndarray:
     grid = CENTRE + REACH * np.stack(np.meshgrid(GRID, GRID, indexing="ij"), axis=-1).reshape(-1, 2)
     pairs = np.stack([np.repeat(grid, len(grid), axis=0), np.tile(grid, (len(grid), 1))], axis=1)
     return pairs[np.linalg.norm(pairs[:, 0] - pairs[:, 1], axis=1) > APART]
-
-
-def models(folder: Path) -> dict[str, dict]:
-    """Reads what model_db.json says of each thing, plate or table of a folder, in order."""
-    return json.loads((folder / "model_db.json").read_text())
-
-
-def shrink(pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Resizes pictures [N, H, W, 3] uint8 to so many pixels; those of that size stay."""
-    if pictures.shape[1:3] == (rows, columns):
-        return pictures
-    pixels = pictures.permute(0, 3, 1, 2).float()
-    size = (rows, columns)
-    small = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return small.round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class PutOnPlate(BaseEnv):

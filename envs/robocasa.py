@@ -20,7 +20,6 @@ Left out: soft resets (every episode builds its kitchen anew, as in RoboCasa), f
 
 import importlib.util
 import logging
-import os
 import random
 import re
 
@@ -33,10 +32,6 @@ from envs import EnvSpec, Step
 for package in ("robosuite", "robocasa"):  # imported where they are used: that takes seconds
     if importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-# Of the software rasteriser: processes scale, its threads only fight.
-os.environ.setdefault("LP_NUM_THREADS", "0")
 
 ROBOT = "PandaOmron"
 VIEWS = ("robot0_agentview_left", "robot0_eye_in_hand")
@@ -64,11 +59,9 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of RoboCasa's classes; `Env` says which there are in this version."""
     tasks = tuple(dict.fromkeys(tasks)) or DEFAULT_TASKS
     for name in tasks:
-        require(
-            re.fullmatch(r"([A-Z][a-z0-9]*)+", name),
-            f"unknown RoboCasa task {name!r}: the names look like {DEFAULT_TASKS[0]} or "
-            "PickPlaceCounterToSink",
-        )
+        like = f"the names look like {DEFAULT_TASKS[0]} or PickPlaceCounterToSink"
+        well_formed = re.fullmatch(r"([A-Z][a-z0-9]*)+", name)
+        require(well_formed, f"unknown RoboCasa task {name!r}: {like}")
     prompts = tuple(" ".join(re.findall(r"[A-Z][a-z0-9]*", name)).lower() for name in tasks)
     return EnvSpec(tasks, prompts, len(VIEWS), image_size, len(LOW), ACTIONS, HORIZON, (LOW, HIGH))
 
@@ -89,10 +82,8 @@ class Env(envs.Env):
 
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
         known = ", ".join(sorted(REGISTERED_KITCHEN_ENVS))
-        require(
-            name in robosuite.environments.REGISTERED_ENVS,
-            f"this RoboCasa has no task {name!r}: choose among {known}",
-        )
+        unknown = f"this RoboCasa has no task {name!r}: choose among {known}"
+        require(name in robosuite.environments.REGISTERED_ENVS, unknown)
         return robosuite.make(
             env_name=name,
             robots=ROBOT,
@@ -119,10 +110,9 @@ class Env(envs.Env):
         except (FileNotFoundError, ValueError) as error:
             if "No such file" not in str(error):  # so say both Python and MuJoCo
                 raise
-            raise UserError(
-                f"assets of RoboCasa's kitchens are missing ({error}): run `python -m "
-                "robocasa.scripts.download_kitchen_assets`"
-            ) from None
+            missing = f"assets of RoboCasa's kitchens are missing ({error})"
+            download = "python -m robocasa.scripts.download_kitchen_assets"
+            raise UserError(f"{missing}: run `{download}`") from None
         self.prompt = self.sim.get_ep_meta()["lang"]
 
     def step(self, action: np.ndarray) -> Step:

@@ -58,11 +58,6 @@ PREPARATION = {
     "fields",
     "actions": "(actions [C, A], state [S]) → what the simulator executes [C, A]",
 }
-# Slot fields that every model has (`prepare.slot_spec`), so that none may call its own so.
-COMMON = frozenset(
-    ["actions", "logprob", "value", "reward", "success", "terminated", "truncated", "version"]
-)
-COMMON |= frozenset(["final", "env", "trajectory", "task", "asked", "collected", "length", "done"])
 
 
 def check(thing: object, what: str, contract: dict[str, str]) -> None:
@@ -76,31 +71,17 @@ def check_model(model: torch.nn.Module, family: str) -> None:
     what = f"the model of family {family!r}"
     check(model, what, MODEL)
     observed = model.observation_fields()
-    stored = model.slot_fields()
-    for name, field in [*observed.items(), *stored.items()]:
-        check_field(what, name, field)
+    for name, (shape, dtype) in [*observed.items(), *model.slot_fields().items()]:
+        says = f"{what} gives its field {name!r} the"
+        require(isinstance(dtype, torch.dtype), f"{says} dtype {dtype!r}, not one of torch's")
+        whole = all(isinstance(size, int) and size >= 0 for size in shape)
+        require(whole, f"{says} shape {shape!r}, not whole numbers")
     for name, (_, dtype) in observed.items():
-        twice = f"{what} has {name!r} both as an observation and as a slot field"
-        require(name not in stored, twice)
         half = f"{what} observes {name!r} as bfloat16, which simulators cannot write"
         require(dtype is not torch.bfloat16, half)
-    known = COMMON.union(observed, stored)
-    for name in model.training_fields():
-        require(name in known, f"{what} trains on {name!r}, which is no field of a slot")
     trained = model.trainable()
     for name in model.critic():
         require(name in trained, f"{what} has {name!r} in its critic and does not train it")
-
-
-def check_field(what: str, name: str, field) -> None:
-    """Raises UserError unless `field` is a shape and a torch dtype, under a name of its own."""
-    common = f"{what} calls a field {name!r}, as every slot has one: give it another name"
-    require(name not in COMMON, common)
-    shape, dtype = field
-    says = f"{what} gives its field {name!r} the"
-    require(isinstance(dtype, torch.dtype), f"{says} dtype {dtype!r}, not one of torch's")
-    whole = all(isinstance(size, int) and size >= 0 for size in shape)
-    require(whole, f"{says} shape {shape!r}, not whole numbers")
 
 
 def check_tensors(

@@ -136,6 +136,8 @@ def test_contradictions_are_named(change, words):
 def test_saved_settings_come_back(tmp_path):
     config = from_preset("train-async")  # with an infinite wait, paths and a tuple
     config.train.tasks = ("push", "reach")
+    config.train.run = "inf"  # a name
+    config.actor.grad_clip = config.rollout.temperature = math.inf
     (tmp_path / "config.json").write_text(to_json(config))
     again = from_json(tmp_path / "config.json")
     assert (

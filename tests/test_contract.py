@@ -5,11 +5,9 @@ import types
 
 import pytest
 import torch
-from conftest import tiny_pi
 from torch import nn
 
 import models
-import train
 from config import Config, UserError
 from envs import metaworld
 from models import contract
@@ -107,17 +105,12 @@ class Model(nn.Module):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"slot_fields": {"task": ((), torch.int32)}}, "a field 'task', as every slot has one"),
-        ({"slot_fields": {"version": ((), torch.int32)}}, "a field 'version', as every slot"),
-        ({"observation_fields": {"env": ((), torch.int32)}}, "a field 'env', as every slot"),
-        ({"slot_fields": {"picture": ((), torch.int32)}}, "'picture' both as an observation"),
         ({"slot_fields": {"noise": ((3,), "float32")}}, "'noise' the dtype 'float32', not one of"),
         ({"slot_fields": {"noise": ((0.5,), torch.float32)}}, "'noise' the shape .* whole numbers"),
         (
             {"observation_fields": {"picture": ((2,), torch.bfloat16)}},
             "'picture' as bfloat16, which simulators cannot write",
         ),
-        ({"training_fields": ("picutre",)}, "trains on 'picutre', which is no field"),
         ({"critic": {"value.weight": None}}, "'value.weight' in its critic and does not train it"),
     ],
 )
@@ -161,13 +154,3 @@ def test_a_model_may_call_its_observations_as_it_likes(register):
     ):
         with pytest.raises(UserError, match=words):
             contract.check_acted(model, out, 4)
-
-
-def test_every_common_slot_field_is_refused(tiny_checkpoint):
-    config = Config()
-    config.train.checkpoint = tiny_checkpoint
-    config.env.envs = config.actor.batch = config.actor.minibatch = 4
-    setup = train.prepare(config)
-    model = tiny_pi()
-    own = model.observation_fields().keys() | model.slot_fields().keys()
-    assert setup.slots.keys() - own <= contract.COMMON

@@ -69,7 +69,7 @@ def test_a_new_simulator_starts_from_random_weights(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["observation_fields", "slot_fields"])
-@pytest.mark.parametrize("name", ["task", "version", "final", "image"])
+@pytest.mark.parametrize("name", ["task", "version", "lane", "final", "actions", "image"])
 def test_a_field_may_not_have_the_name_of_another(monkeypatch, where, name):
     family = models.load("emulated")
     fields = getattr(family.Emulated, where)
@@ -77,8 +77,14 @@ def test_a_field_may_not_have_the_name_of_another(monkeypatch, where, name):
         name = "reward"
     extra = {name: ((2,), torch.float32)}
     monkeypatch.setattr(family.Emulated, where, lambda model: fields(model) | extra)
-    sentence = f"calls a field '{name}', as every slot has one|has '{name}' both as"
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=f"calls a slot field '{name}', which is taken: rename it"):
+        prepare.prepare(settings("--bootstrap-truncated"))  # whose loss has "final"
+
+
+def test_a_model_trains_on_fields_that_slots_have(monkeypatch):
+    family = models.load("emulated")
+    monkeypatch.setattr(family.Emulated, "training_fields", lambda model: ("picutre",))
+    with pytest.raises(UserError, match="trains on 'picutre', which is no field of a slot"):
         prepare.prepare(settings())
 
 
