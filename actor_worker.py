@@ -71,12 +71,7 @@ def run(
             with meter.work("train", **numbers):
                 learner.train(inbox.read(micro, device), micro)
             if micro.last:
-                with meter.wait("gradient") if ranks.several else meter.nothing:
-                    ranks.sum_gradients(learner.parameters)
-                with meter.work("optimizer"):
-                    learner.step()
-                if learner.moved_too_far():
-                    learner.spared += streamer.stop()
+                finish_minibatch(learner, streamer, meter)
 
         # Once the batch is complete, publish it, which also frees its slots, and report. Ranks meet
         # in `finish_batch`, so that all of them are through with the slots before that.
@@ -85,19 +80,34 @@ def run(
             learner.tally_accounts(inbox.take_accounts())
             line = learner.finish_batch()
             publish(learner, channels, meter)
-            now = time.monotonic()
+            line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
+            begun = time.monotonic()
+            line["queue_depths"] = {"finished": streamer.waiting}
             if ranks.first:
-                if learner.should_save():
-                    with meter.work("checkpoint"):
-                        learner.save(checkpoints)
-                line["samples_per_s"] = line["trained_once"] / (now - begun)
-                report.send(line | {"queue_depths": {"finished": streamer.waiting}})
-            begun = now
+                save_where_due(learner, checkpoints, meter)
+                report.send(line)
             note_memory(meter, device)
 
     ranks.leave()
     if ranks.first:
         report.send({"done": learner.version})
+
+
+def finish_minibatch(learner: Learner, streamer: Streamer, meter: Meter) -> None:
+    """Sums the gradients over ranks and steps the optimizer."""
+    ranks = learner.ranks
+    with meter.wait("gradient") if ranks.several else meter.nothing:
+        ranks.sum_gradients(learner.parameters)
+    with meter.work("optimizer"):
+        learner.step()
+    if learner.moved_too_far():
+        learner.spared += streamer.stop()
+
+
+def save_where_due(learner: Learner, folder: Path, meter: Meter) -> None:
+    if learner.should_save():
+        with meter.work("checkpoint"):
+            learner.save(folder)
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Config
+from config import Config, require
 
 # ---------------------------------------------------------------- advantages
 
@@ -347,14 +347,19 @@ ALGORITHMS: dict[str, type[Algorithm]] = {"ppo": Ppo, "grpo": Grpo}  # what --al
 
 
 def load(config: Config, spec) -> Algorithm:
-    """Makes the loss of a run. Raises TypeError, naming what is missing, where a class does not
-    keep the contract."""
-    kind = ALGORITHMS[config.train.algorithm]
+    """Makes the loss of a run."""
+    return checked(config.train.algorithm)(config, spec)
+
+
+def checked(name: str) -> type[Algorithm]:
+    """Returns the class of a loss. Raises UserError, naming what is missing, where it does not keep
+    the contract."""
+    kind = ALGORITHMS[name]
     missing = [
         name for name in ("groups", "critic") if not isinstance(getattr(kind, name, None), bool)
     ]
     if kind.targets is Algorithm.targets:
         missing.append("targets")
-    if missing:
-        raise TypeError(f"the loss {kind.__name__} in algorithms.py lacks {', '.join(missing)}")
-    return kind(config, spec)
+    lacks = f"the loss {name!r} ({kind.__name__} in algorithms.py) lacks {', '.join(missing)}"
+    require(not missing, f"{lacks}: `Algorithm` says what it must offer")
+    return kind

@@ -350,6 +350,18 @@ def from_preset(name: str) -> Config:
     return completed(Config(), preset=name, **row)
 
 
+def loss_of(config: Config):
+    """Returns the class of the run's loss, checked against its contract (algorithms.py)."""
+    from algorithms import checked  # here, for it imports torch, which plan.py does without
+
+    return checked(config.train.algorithm)
+
+
+def group_of(config: Config) -> int:
+    """Returns G where the loss compares the episodes of whole groups (GRPO), else 1."""
+    return config.algorithm.group_size if loss_of(config).groups else 1
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -471,13 +483,14 @@ def check_algorithm(config: Config) -> None:
     require(0.0 <= algorithm.group_low <= algorithm.group_high <= 1.0, rates)
     dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"
     require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
-    if config.train.algorithm != "grpo":
-        return
+    name = config.train.algorithm.upper()
     group = f"--group-size {algorithm.group_size} must be at least 2"
-    require(algorithm.group_size >= 2, f"{group}: GRPO compares trajectories with each other")
-    why = "needs a critic, and GRPO has none: leave it out, or give --algorithm ppo"
-    require(not algorithm.bootstrap_truncated, f"--bootstrap-truncated {why}")
-    require(not algorithm.critic_warmup, f"--critic-warmup {algorithm.critic_warmup} {why}")
+    compares = f"{group}: {name} compares trajectories with each other"
+    require(group_of(config) > 1 or not loss_of(config).groups, compares)
+    if not loss_of(config).critic:
+        why = f"needs a critic, and {name} has none: leave it out, or give --algorithm ppo"
+        require(not algorithm.bootstrap_truncated, f"--bootstrap-truncated {why}")
+        require(not algorithm.critic_warmup, f"--critic-warmup {algorithm.critic_warmup} {why}")
 
 
 def check_shares(config: Config) -> None:
@@ -490,7 +503,7 @@ def check_shares(config: Config) -> None:
         env.lanes >= 0 and (env.lanes == 0 or env.envs % (env.env_workers * env.lanes) == 0),
         f"--envs {env.envs} cannot be split evenly into {every_lane}",
     )
-    group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
+    group = group_of(config)
     smaller, larger = sorted((group, env.width))
     both = f"--group-size {group} and the {env.width} envs of a lane must divide one another"
     require(group == 1 or larger % smaller == 0, both)

@@ -107,10 +107,13 @@ class TrainingLane:
             self.shard.meter.count("chunk_s_square", seconds**2)
         elif record.kind == FINAL:
             self.go_on()
-        elif record.kind == VALUE:  # of row T. The lane has moved on, but the slot says what it was
+        elif record.kind == VALUE:  # of row T; the lane may have moved on to the next trajectory
             slots = slice(record.slot, record.slot + len(self.lane.envs))
             trajectory = self.shard.arrays["trajectory"].item(record.slot)
             self.shard.finish(slots, trajectory, self.shard.segment)
+            if trajectory == self.trajectory:  # the lane has waited for this value alone
+                self.move_to(trajectory + 1)
+                self.begin_or_park()
 
     # ---------------------------------------------------------------- the life of a trajectory
 
@@ -196,8 +199,9 @@ class TrainingLane:
         # The value of row T completes the trajectory. It rides along with the first request of the
         # next one, so that the lane waits for one inference instead of two.
         complete = self.slots
-        self.move_to(self.trajectory + 1)
-        self.begin_or_park()
+        if shard.admission.admits(self.trajectory + 1, shard.plane.version):
+            self.move_to(self.trajectory + 1)
+            self.begin_or_park()
         shard.request(self.lane, complete, VALUE, shard.segment)
 
     # ---------------------------------------------------------------- episodes

@@ -17,7 +17,7 @@ import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
 from config import Config, UserError
-from models import checkpoint
+from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks
 from streamer import MicroBatch
@@ -98,6 +98,7 @@ class Learner:
         # The rows that are trained on, and what the policy says of them now.
         stored = {name: rows_of(data[name], segment, chosen) for name in self.fields_of_steps()}
         out = self.model.evaluate(stored)
+        contract.check_evaluated(out, stored["logprob"])
         granularity = self.config.algorithm.granularity
         new = units(out["logprob"], granularity)
         old = units(stored["logprob"], granularity)

@@ -18,7 +18,6 @@ import torch
 import envs
 import models
 import tuning
-from algorithms import ALGORITHMS
 from channel import SlotPool, Spec, layout
 from config import (
     ROOT,
@@ -28,6 +27,7 @@ from config import (
     completed,
     embedded_files,
     flag_of,
+    loss_of,
     require,
     run_path,
     setting,
@@ -110,7 +110,7 @@ def prepare(config: Config) -> Setup:
 
     # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
     drawn_on_gpu = simulator.vectorised and workers.placement.env_devices[0] != "cpu"
-    stays = drawn_on_gpu and np.array_equal(observed["image"], picture)
+    stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
     choices = {config.train.parts: (config, workers.placement)}
     for ratio, (chosen, placement) in workers.choices.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), placement
@@ -228,8 +228,9 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     tasks = len(spec.tasks)
     long = f"--segment {segment} is longer than an episode of {horizon} chunk steps"
     require(segment <= horizon, f"{long}: choose at most {horizon}")
-    cut = f"--segment {segment} cuts episodes of {horizon} chunk steps, which GRPO compares whole"
-    require(config.train.algorithm != "grpo" or segment == horizon, cut)
+    whole = f"{config.train.algorithm.upper()} compares whole"
+    cut = f"--segment {segment} cuts episodes of {horizon} chunk steps, which {whole}"
+    require(not loss_of(config).groups or segment == horizon, cut)
     config = completed(config, segment=segment)
     if config.env.envs % tasks == 0 or segment == horizon:
         return config, ""
@@ -268,9 +269,8 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
         "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }
-    kind = ALGORITHMS[config.train.algorithm]
     for owner, rows, fields in (
-        (f"loss {config.train.algorithm}", segment, kind.slot_fields(config)),
+        (f"loss {config.train.algorithm}", segment, loss_of(config).slot_fields(config)),
         (f"model {config.train.model}", segment + 1, model.observation_fields()),
         (f"model {config.train.model}", segment, model.slot_fields()),
     ):

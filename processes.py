@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -43,6 +44,8 @@ RECENT_S = 3600.0
 # KeyError and IndexError; ValueError is a wrong shape.
 WRONG_CODE = (SyntaxError, NameError, AttributeError, ImportError, NotImplementedError)
 WRONG_CODE += (TypeError, ValueError, LookupError, AssertionError)
+# What torch says of shapes that do not go together, as a RuntimeError.
+WRONG_SHAPES = r"must match|cannot be multiplied|size mismatch|[Ee]xpected .*size|invalid for input"
 
 
 class WorkerFailed(Exception):
@@ -75,6 +78,8 @@ def may_pass(error: BaseException) -> bool:
     It may not after a user's mistake or where the code is wrong. It may after every other error,
     which depends on the moment or on the state of a simulation: FloatingPointError of an unstable
     one, LinAlgError (a ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
+    if isinstance(error, RuntimeError) and re.search(WRONG_SHAPES, str(error)):
+        return False
     singular = isinstance(error, np.linalg.LinAlgError)
     return singular or not isinstance(error, (UserError, *WRONG_CODE))
 
@@ -154,10 +159,10 @@ def note_interrupts() -> list[float]:
         if not interrupts or time.monotonic() - interrupts[-1] > 0.5:
             interrupts.append(time.monotonic())
 
-    resource_tracker.ensure_running()  # which unblocks them
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     for number in INTERRUPTS:
         signal.signal(number, note)
+    resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     forkserver.set_forkserver_preload(
         ["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"]
     )

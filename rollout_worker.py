@@ -46,8 +46,9 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         for record in receive(requests, batcher.remaining(), meter):
             if record.kind == WAKE:
                 fetcher.look()
+                batcher.keep(lanes.is_of_the_living)
             elif lanes.is_to_be_served(record):
-                batcher.add(record, record.kind in (ACT, FINAL), lanes.asked.item(record.slot))
+                batcher.add(record, lanes.waits_for(record), lanes.asked.item(record.slot))
 
         # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
         batcher.expect_at_most(lanes.that_may_ask())
@@ -86,10 +87,12 @@ class LanesServed:
         self.iterations = config.train.iterations
         self.width = config.env.width
         self.eval_width = config.env.eval_width
+        self.lanes = channels.lanes
         self.trajectory = channels.lanes.trajectory[rank::workers]  # lane l asks worker l % workers
         self.generation = channels.lanes.generation
         self.count = len(self.trajectory)
         self.asked = channels.pool.arrays["asked"]
+        self.env_in_slot = channels.pool.arrays["env"]
         self.trajectory_in_slot = channels.pool.arrays["trajectory"]
         self.newest: dict[int, tuple[Record, float]] = {}  # slot → its last request, and of when
 
@@ -97,6 +100,14 @@ class LanesServed:
         """Returns how many lanes play a trajectory that the published version admits. The others
         wait for weights and ask for nothing."""
         return int(np.count_nonzero(self.trajectory < self.admission.admitted(self.plane.version)))
+
+    def waits_for(self, record: Record) -> bool:
+        """Whether a lane does nothing until this is answered: it has asked for actions, or for a
+        last value and may not begin the next trajectory yet."""
+        if record.kind == VALUE:
+            lane = self.env_in_slot.item(record.slot) // self.width
+            return self.lanes.trajectory.item(lane) == self.trajectory_in_slot.item(record.slot)
+        return record.kind != EVAL
 
     def is_of_the_living(self, record: Record) -> bool:
         """Whether the env worker that asked this has not been replaced since."""
@@ -109,9 +120,10 @@ class LanesServed:
         # same episodes, so there the time of asking does.
         told_by = self.asked if record.kind == EVAL else self.trajectory_in_slot
         request = record, told_by.item(record.slot)
-        is_new = self.newest.get(record.slot) != request
+        if not self.is_of_the_living(record) or self.newest.get(record.slot) == request:
+            return False
         self.newest[record.slot] = request
-        return is_new and self.is_of_the_living(record)
+        return True
 
     def version_needed(self, batch: list[Record], version: int) -> int:
         """Returns the oldest version that may serve a batch. version: of the weights in use.
@@ -260,7 +272,7 @@ def serve(
         observed = compiled.pad(observed, padded(n))
         noise = compiled.pad(noise, padded(n))
     out = model.act(to_device(observed, device), to_device(noise, device))
-    contract.check_acted(model, out, padded(n))
+    contract.check_acted(model, out, padded(n), pool.spec["actions"][0][1:])
 
     def write(names: tuple[str, ...], *kinds: int) -> None:
         """Puts results into the rows of those samples that are of these kinds."""

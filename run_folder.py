@@ -24,10 +24,8 @@ Span = tuple[str, float, float] | tuple[str, float, float, dict]
 class RunFolder:
     """Owns runs/NAME."""
 
-    def __init__(self, path: Path, resume: bool, keep_spans: bool = False):
-        """Creates or opens the folder and locks it. Raises UserError.
-
-        keep_spans: the run has just started again at another ratio, and its trace goes on."""
+    def __init__(self, path: Path, resume: bool):
+        """Creates or opens the folder and locks it. Raises UserError."""
         self.path = path
         self.spans = path / ".spans"
         # What --resume takes.
@@ -53,8 +51,11 @@ class RunFolder:
             raise UserError(f"{found}: end that one first, or wait") from None
         except OSError:  # a file system without locks
             pass
+
+    def clear(self, keep_trace: bool) -> None:
+        """Removes what earlier workers left. keep_trace: the run goes on at another ratio."""
         for old in self.spans.iterdir():
-            if not (keep_spans and old.suffix == ".jsonl"):  # actor workers must meet anew
+            if not (keep_trace and old.suffix == ".jsonl"):  # actor workers must meet anew
                 old.unlink()
 
     def append(self, line: dict) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import WORKERS, Config, flag_of, parse_ratio, require, setting
+from config import WORKERS, Config, flag_of, group_of, parse_ratio, require, setting
 
 
 class DynamicBatcher:
@@ -34,6 +34,11 @@ class DynamicBatcher:
         self.queue: deque = deque()  # (request, counted, time queued)
         self.counted = 0
         self.most = math.inf  # lanes that may ask at present
+
+    def keep(self, wanted: Callable[[object], bool]) -> None:
+        """Forgets the requests that `wanted` is not true of: who asked is gone."""
+        self.queue = deque(entry for entry in self.queue if wanted(entry[0]))
+        self.counted = sum(counted for _, counted, _ in self.queue)
 
     def expect_at_most(self, lanes: float) -> None:
         """Says how many lanes may ask at present, queued requests included."""
@@ -74,13 +79,6 @@ class DynamicBatcher:
             room -= counted
             self.counted -= counted
         return batch, waited
-
-
-def group_of(config: Config) -> int:
-    """Returns G where the loss compares the episodes of whole groups (GRPO), else 1."""
-    from algorithms import ALGORITHMS  # here, for it imports torch, which the planner does without
-
-    return config.algorithm.group_size if ALGORITHMS[config.train.algorithm].groups else 1
 
 
 @dataclass(frozen=True)

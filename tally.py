@@ -34,6 +34,8 @@ class Tally:
         if per == "batch" and not self.first_epoch:
             return
         number = float(value)
+        if self.how.get(name, how) != how:
+            raise ValueError(f"the number {name!r} is added as a {how} and as a {self.how[name]}")
         if name not in self.values:
             self.values[name] = number
             self.how[name] = how

@@ -210,9 +210,10 @@ def main(config: Config) -> int:
         memory_report(setup)
         return 0
     path = run_path(train.resume or train.run or time.strftime("%Y%m%d-%H%M%S"))
+    folder = RunFolder(path, resume=bool(train.resume))
     handover = Handover.take(path)
     again = handover.heard is not None
-    folder = RunFolder(path, resume=bool(train.resume), keep_spans=again)
+    folder.clear(keep_trace=again)
     interrupts = processes.note_interrupts()
     if again and processes.was_interrupted(handover.heard):
         interrupts.append(time.monotonic())

@@ -83,9 +83,7 @@ def plate_assets() -> tuple[Path, Path, Path]:
     copied = "set MANISKILL_ASSET_DIR to a copy of the Hugging Face data set RLinf/maniskill_assets"
     download = "python -m mani_skill.utils.download_asset"
     needed = {
-        things
-        / "more_carrot"
-        / "model_db.json": copied,
+        things / "more_carrot" / "model_db.json": copied,
         stage: f"run `{download} bridge_v2_real2sim`",
         robot: f"run `{download} widowx250s`",
     }

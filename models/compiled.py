@@ -43,7 +43,7 @@ def random_observations(model: nn.Module, n: int, device: str) -> dict[str, Tens
         if dtype.is_floating_point:
             obs[name] = torch.randn(n, *shape)
         else:  # words that are special in no vocabulary
-            low, high = (0, 256) if name == "image" else (3, 300)
+            low, high = (0, 256) if dtype is torch.uint8 else (3, 300)
             obs[name] = torch.randint(low, high, (n, *shape), dtype=dtype)
     if hasattr(model.config, "image_token"):
         obs["tokens"][:, : model.config.views] = model.config.image_token

@@ -101,10 +101,23 @@ def check_tensors(
 def check_observed(model: torch.nn.Module, row: dict) -> None:
     """Raises UserError unless what a preparation observed, one row, is what the model sees."""
     found = {name: torch.as_tensor(x) for name, x in row.items()}
-    check_tensors("the preparation's observe", model.observation_fields(), found, ())
+    fields = model.observation_fields()
+    check_tensors("the preparation's observe", fields, found, ())
+    strangers = sorted(found.keys() - fields.keys())
+    require(not strangers, f"the preparation's observe gives {strangers}, which the model has not")
 
 
-def check_acted(model: torch.nn.Module, out: dict[str, Tensor], n: int) -> None:
-    """Raises UserError unless what `act` returned for n samples can be stored."""
+def check_acted(model: torch.nn.Module, out: dict, n: int, chunk: tuple[int, int]) -> None:
+    """Raises UserError unless what `act` returned for n samples of chunks [C, A] can be stored."""
     fields = model.slot_fields() | {"value": ((), torch.float32)}
+    fields |= {name: (chunk, out[name].dtype) for name in ("actions", "logprob") if name in out}
     check_tensors("the model's act", fields, out, (n,))
+
+
+def check_evaluated(out: dict[str, Tensor], logprob: Tensor) -> None:
+    """Raises UserError unless what `evaluate` returned goes with the stored log-probs [m, C, A]."""
+    fields = {
+        "logprob": (logprob.shape[1:], out["logprob"].dtype),
+        "value": ((), out["value"].dtype),
+    }
+    check_tensors("the model's evaluate", fields, out, (len(logprob),))

@@ -29,7 +29,7 @@ from algorithms import (
     units,
     value_loss,
 )
-from config import Config
+from config import Config, UserError
 from envs import EnvSpec
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
@@ -627,7 +627,7 @@ def test_a_loss_that_does_not_keep_the_contract_is_named_with_what_it_lacks(monk
     monkeypatch.setitem(algorithms.ALGORITHMS, "half", Half)
     config = Config()
     config.train.algorithm = "half"
-    with pytest.raises(TypeError, match="loss Half in algorithms.py lacks critic, targets"):
+    with pytest.raises(UserError, match="Half in algorithms.py. lacks critic, targets"):
         algorithms.load(config, SPEC)
     for name, kind in (("ppo", Ppo), ("grpo", Grpo)):
         config.train.algorithm = name

@@ -140,10 +140,20 @@ def test_a_model_may_call_its_observations_as_it_likes(register):
     register(family(build=lambda *_: Model({})))
     model = models.build(emulated(), metaworld.spec((), 64))
     contract.check_observed(model, {"picture": torch.zeros(2, 2, dtype=torch.uint8)})
-    contract.check_acted(model, {"noise": torch.zeros(4, 3), "value": torch.zeros(4)}, 4)
+    chunk = {"actions": torch.zeros(4, 2, 5), "logprob": torch.zeros(4, 2, 5)}
+    good = {"noise": torch.zeros(4, 3), "value": torch.zeros(4)} | chunk
+    contract.check_acted(model, good, 4, (2, 5))
+    flat = torch.zeros(4, 1, 1)
+    for name in chunk:
+        with pytest.raises(UserError, match=f"'{name}' as .4, 1, 1. .*: its field is .4, 2, 5."):
+            contract.check_acted(model, good | {name: flat}, 4, (2, 5))
     for row, words in (
         ({}, "observe does not give 'picture'"),
         ({"picture": torch.zeros(2, 2)}, "'picture' as .2, 2. torch.float32: its field is"),
+        (
+            {"picture": torch.zeros(2, 2, dtype=torch.uint8), "depth": torch.zeros(1)},
+            "observe gives .'depth'., which the model has not",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             contract.check_observed(model, row)
@@ -153,4 +163,4 @@ def test_a_model_may_call_its_observations_as_it_likes(register):
         ({"noise": torch.zeros(4, 3), "value": torch.zeros(4, 1)}, "'value' as .4, 1. "),
     ):
         with pytest.raises(UserError, match=words):
-            contract.check_acted(model, out, 4)
+            contract.check_acted(model, out | chunk, 4, (2, 5))

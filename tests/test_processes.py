@@ -219,13 +219,14 @@ FAULTS = [  # fault, control steps of the process before it, flags, what is said
         "nan",
         100,
         "--preset train-async",
-        "failed: FloatingPointError: the state of task 'emulated' is not a number",
+        "failed: FloatingPointError: a state of lane 0 (envs 0 to 0, task 'emulated') is not a "
+        "number",
     ),
     (
         "reward",
         70,
         "--preset rollout-async",
-        "failed: FloatingPointError: the reward of task 'emulated' is inf",
+        "failed: FloatingPointError: a reward of lane 0 (envs 0 to 0, task 'emulated') is [inf]",
     ),
     ("evaluation", 0, "--preset full --timeout-s 8", "hangs: no sign of life for 8 s"),
 ]

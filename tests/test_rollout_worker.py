@@ -393,6 +393,7 @@ def lanes_served(rank: int) -> tuple[LanesServed, Channels]:
     config.actor.actor_workers = 1
     config.train.iterations = 4
     fields = {"asked": ((), torch.float64), "trajectory": ((), torch.int64)}
+    fields["env"] = ((), torch.int32)
     plane = WeightPlane({"weight": ((1,), torch.float32)})
     channels = Channels.create(config, SlotPool(fields, 33), plane, Counters(1, ("a",)))
     return LanesServed(rank, config, channels), channels
@@ -409,6 +410,22 @@ def test_lanes_that_may_ask_are_those_that_the_published_version_admits():
     channels.lanes.trajectory[1::2] = 8  # what would come after the last batch never starts
     channels.plane.publish({"weight": torch.zeros(1)}, 4)
     assert served.that_may_ask() == 0
+
+
+def test_a_last_value_counts_only_where_its_lane_waits_for_it_alone():
+    """In lockstep a batch then holds all lanes, whether they act or end a batch of training."""
+    served, channels = lanes_served(1)
+    channels.pool["env"][3] = 3
+    channels.pool["trajectory"][3] = 1
+    value = Record(3, 9, VALUE, 0, 0)
+    channels.lanes.trajectory[3] = 1
+    assert served.waits_for(value)
+    channels.lanes.trajectory[3] = 2  # the lane has begun the next one, and asks for its actions
+    assert not served.waits_for(value)
+    assert served.waits_for(value._replace(kind=ACT)) and served.waits_for(
+        value._replace(kind=FINAL)
+    )
+    assert not served.waits_for(value._replace(kind=EVAL))
 
 
 def test_the_version_needed_that_may_serve_is_that_of_the_newest_trajectory():

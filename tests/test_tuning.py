@@ -790,7 +790,7 @@ def decides(self, version, cpu_s):
         self.past.left = self.ratio
         self.past.measured["3:1"] = 1.0
         self.past.rejected.add("2:2")
-        self.ratios.wanted = self.past.news["ratio"] = "1:1"
+        self.ratio = self.past.news["ratio"] = "1:1"
 
 def interrupted(flags):
     if "CTRL_C" in os.environ:
