@@ -11,12 +11,10 @@ anybody pays for them.
                                             against the paper and a measured ladder, each error
 
 `planning/events.py` runs the real batcher, admission and streamer in virtual time; `costs.py` finds
-what to charge there. `--rollout-s` and `--actor-s` are what a synchronous run shows: seconds that
-one iteration's two phases take alone, on the parts that --ratio gives them, the rollout in
-lockstep. How the rollout divides (simulators' tail, inference's share) no synchronous run shows.
-Those flags have defaults, and the result depends on them: `--validate` prints by how much.
+what to charge there. How the rollout divides (simulators' tail, inference's share) no synchronous
+run shows: `--validate` prints how much depends on those defaults.
 
-Communication: inside a node weights go to the rollout workers at --nvlink-gb-s, beside their work.
+Communication: inside a node weights go to the rollout workers in --fetch-s, beside their work.
 Across nodes only gradients go: a ring all-reduce at every optimizer step (`all_reduce_s`), and
 every rank waits for the slowest. Actor time that was given for --gpus contains its communication.
 
@@ -72,10 +70,9 @@ def share_of(node: Node, nodes: int, base: int) -> Node | None:
 def at_size(
     plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int, batch: int
 ) -> Prediction:
-    """Predicts with the all-reduce of `nodes` instead of `base` nodes.
-
-    Fewer trajectories than `batch` scatter more, so they get more iterations."""
+    """Predicts with the all-reduce of `nodes` instead of `base` nodes."""
     gradient_s = costs.gradient_s - all_reduce_s(plan, base) + all_reduce_s(plan, nodes)
+    # Fewer trajectories than `batch` scatter more.
     iterations = plan.iterations * min(50, max(1, batch // node.batch))
     plan = replace(plan, iterations=iterations)
     return predict(plan, node, replace(costs, gradient_s=gradient_s), nodes)
@@ -98,10 +95,9 @@ def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
                 break
             found = at_size(plan, mine, costs, nodes, base, node.batch)
             first = first or found.env_steps_per_s / gpus
-            reducing = all_reduce_s(plan, nodes) * mine.optimizer_steps
             row = {"batch": batch, "gpus": gpus, "nodes": nodes} | asdict(found)
             row["efficiency"] = found.env_steps_per_s / gpus / first
-            row["gradient_share"] = reducing / found.step_s
+            row["gradient_share"] = all_reduce_s(plan, nodes) * mine.optimizer_steps / found.step_s
             rows.append(row)
             busy = " ".join(f"{stage} {share:.0%}" for stage, share in busy_shares(found).items())
             print(
@@ -151,12 +147,9 @@ def advise(plan: PlanConfig, node: Node, costs: Costs, base: int, rows: list[dic
         mine = [row for row in rows if row["batch"] == batch]
         broken = next((row for row in mine if row["efficiency"] < BROKEN), None)
         at = broken or mine[-1]
-        reached = f"{at['efficiency']:.0%}"
-        if broken:
-            line = f"scaling breaks at {at['gpus']} GPUs (efficiency {reached} < {BROKEN:.0%})"
-        else:
-            line = f"efficiency stays above {BROKEN:.0%} up to {at['gpus']} GPUs ({reached})"
-        print(f"\nbatch {batch}: {line}; there")
+        what = "scaling breaks at" if broken else f"efficiency stays above {BROKEN:.0%} up to"
+        reached = f"{at['gpus']} GPUs (efficiency {at['efficiency']:.0%})"
+        print(f"\nbatch {batch}: {what} {reached}; there")
         here = node if batch == "grows" else share_of(node, at["nodes"], base)
         gains = []
         for what, change in changes(plan, here, costs).items():
@@ -242,15 +235,12 @@ def answer(plan: PlanConfig) -> dict:
 
 
 def main(plan: PlanConfig) -> None:
-    require(
-        min(plan.iterations, plan.simulated_nodes) >= 1 and plan.rounds >= 0,
-        "--iterations and --simulated-nodes must be at least 1, and --rounds not negative",
-    )
+    least = "--iterations and --simulated-nodes must be at least 1, and --rounds not negative"
+    require(min(plan.iterations, plan.simulated_nodes) >= 1 and plan.rounds >= 0, least)
     for file in filter(None, (plan.json, plan.plot)):
         folder = file.absolute().parent
-        require(
-            folder.is_dir(), f"the folder {folder} does not exist: create it or name another file"
-        )
+        missing = f"the folder {folder} does not exist"
+        require(folder.is_dir(), f"{missing}: create it or name another file")
     result = answer(plan)
     if plan.plot and plan.sweep:
         draw(result["rows"], plan.plot)

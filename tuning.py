@@ -6,18 +6,15 @@ cost while a run goes on.
 
     counters → Measurement → planning.Costs → simulate → the best candidate
 
-`simulate` runs the real batcher, admission and streamer in virtual time. The launcher calls
-`Tuner`, which decides everything. A rollout worker reads its B_max and T_max from its counters
-before the next batch. Another ratio means that the run starts again from a checkpoint that is
-written for the purpose, so no update is lost; `Past` is what the tuner remembers across that.
+The launcher calls `Tuner`, which decides everything. A rollout worker reads its B_max and T_max
+from its counters before the next batch. For another ratio the run starts again from a checkpoint;
+`Past` is what the tuner remembers across that. docs/tuning.md says what this changes of learning.
 
 What cannot be foreseen: how stages that share cores slow each other down (only that an iteration
 takes at least its CPU seconds over all cores), what more torch threads gain (taken to divide
 times), and how much faster a narrower vectorised lane steps (taken for no faster). So a ratio is
 judged by what it gives: one that turns out slower than the one before, or at which workers cannot
-start, is left for good. B_max and T_max change nothing of what is learnt: noise and episodes are
-named by trajectory and step. Nor does a ratio, as long as the number of actor workers, which
-shuffle their shares of a batch for later epochs, and the lanes of a vectorised simulator stay.
+start, is left for good.
 
 Left out: `--placement`, numbers of envs, several machines.
 """
@@ -39,7 +36,7 @@ from channel import Counters
 from config import WORKERS, Config, UserError, completed, parse_ratio, validate
 from metrics import CAUSES, snapshot
 from planning import Costs, Node, scaled
-from planning.costs import shares_of
+from planning.costs import all_words, shares_of, words
 from planning.events import simulate
 from planning.settings import node_of
 from scheduler import Placement, divide
@@ -51,9 +48,7 @@ Rows = dict[str, list[int]]  # of the counters, by stage
 PROBES = (1 / 4, 1.0, 1 / 2)  # B_max while a run warms up, of the lanes served: sizes must differ
 PROBED = 12  # batches at each of them
 CHUNKS = 8  # of an env worker before costs are believed: a wait is counted where it ends
-FIXED = (
-    0.2  # share of an inference independent of its size, where sizes hardly differ (settings.py)
-)
+FIXED = 0.2  # share of an inference independent of its size, where sizes hardly differ
 MEMORY = 0.6  # what the past weighs against the newest iteration
 
 # What is predicted.
@@ -119,21 +114,6 @@ def costs_of(
         infer_each_s=each,
         train_each_s=busy["actor"] / steps if steps else 0.0,
         fetch_s=gained["rollout", "weight_sync_s"] / fetches,
-    )
-
-
-def words(costs: Costs) -> str:
-    """Says what one inference and one chunk's simulation cost."""
-    return (
-        f"an inference takes {1e3 * costs.infer_fixed_s:.3g} ms + {1e3 * costs.infer_each_s:.3g} "
-        f"ms per sample, a chunk's simulation {1e3 * costs.step_s:.3g} ms (σ {costs.step_tail:.0%})"
-    )
-
-
-def all_words(costs: Costs) -> str:
-    return (
-        f"{words(costs)}, training {1e3 * costs.train_each_s:.3g} ms per chunk step, a weight sync "
-        f"{1e3 * costs.fetch_s:.3g} ms"
     )
 
 
@@ -233,8 +213,7 @@ def speeds(config: Config, placement: Placement) -> tuple[float, float]:
 def options(
     config: Config, counts: tuple[int, int, int], simulator, gpus: int, cores: int
 ) -> Choices:
-    """Returns the ratios that can run here, the present one first, with what they make of the
-    settings.
+    """Returns the ratios that can run here and what each makes of the settings, the present first.
 
     On GPUs those that use them all; without, all of few parts and those with as many parts as
     cores. counts: of env, rollout and actor workers as far as flags say, else 0."""
@@ -245,8 +224,8 @@ def options(
     if gpus and config.train.placement == "colocated":
         pairs = []
     found = {}
+    given = dict(zip(WORKERS, counts, strict=True))
     for ratio in dict.fromkeys([config.train.parts, *(f"{r}:{a}" for r, a in pairs)]):
-        given = dict(zip(WORKERS, counts, strict=True))
         changed = completed(config, ratio_from=ratio, **given)
         try:
             placement = divide(changed, simulator, gpus, cores)
@@ -264,14 +243,12 @@ class Batching(NamedTuple):
     batch_max: int | str
     wait_s: float | str
     env_steps_per_s: float
+    size_mean: float
 
 
-def predicted(
-    node: Node, costs: Costs, batch_max: int | str, wait_s: float
-) -> tuple[float, Batching]:
-    """Returns the mean size of the node's batches with these limits, and the batching."""
+def predicted(node: Node, costs: Costs, batch_max: int | str, wait_s: float) -> Batching:
     result = simulate(replace(node, batch_max=batch_max, batch_wait_s=wait_s), costs, **SIMULATE)
-    return result.batch_size_mean, Batching(batch_max, wait_s, result.env_steps_per_s)
+    return Batching(batch_max, wait_s, result.env_steps_per_s, result.batch_size_mean)
 
 
 def best_batches(node: Node, costs: Costs) -> Batching:
@@ -289,18 +266,19 @@ def best_batches(node: Node, costs: Costs) -> Batching:
         if node.batch_wait_s == "auto":
             waits = [share * inference for share in WAITS]
         found += [predicted(node, costs, size, wait) for wait in waits]
-    fastest = max(batching.env_steps_per_s for _, batching in found)
-    equal = [pair for pair in found if pair[1].env_steps_per_s >= (1 - EQUAL) * fastest]
-    return max(equal, key=lambda pair: pair[0])[1]
+    fastest = max(batching.env_steps_per_s for batching in found)
+    equal = [each for each in found if each.env_steps_per_s >= (1 - EQUAL) * fastest]
+    return max(equal, key=lambda each: each.size_mean)
 
 
-def better_batches(
-    node: Node, costs: Costs, present: Batching | None
-) -> tuple[Batching, Batching | None]:
-    """Returns the best batching, and the present one with what it would give at these costs."""
+def better_batches(node: Node, costs: Costs, present: Batching | None) -> Batching | None:
+    """Returns the best batching, or None if at these costs it is not worth leaving the present."""
+    best = best_batches(node, costs)
     if present:
-        _, present = predicted(node, costs, present.batch_max, present.wait_s)
-    return best_batches(node, costs), present
+        present = predicted(node, costs, present.batch_max, present.wait_s)
+        if best.env_steps_per_s < (1 + WORTH) * present.env_steps_per_s:
+            return None
+    return best
 
 
 def slowest_stage_s(node: Node, costs: Costs, samples: int) -> float:
@@ -318,9 +296,7 @@ def seconds_at(
     choices: Choices, now: str, costs: Costs, cpu_s: float, cores: int
 ) -> dict[str, float]:
     """Predicts the seconds of an iteration at each ratio worth a look, from costs measured at
-    `now`.
-
-    cpu_s: CPU seconds of an iteration, which all cores together cannot go below."""
+    `now`. All cores together cannot go below its CPU seconds `cpu_s`."""
     rollout_now, actor_now = speeds(*choices[now])
     rough = {}
     small = {}
@@ -383,8 +359,7 @@ class Past:
 
 
 def prices(costs: Costs) -> tuple[float, ...]:
-    """Returns the costs to compare: of an inference's two parts the sum, for where a line starts
-    wavers."""
+    # Of an inference's two parts the sum: where a line starts wavers.
     return costs.step_s, costs.train_each_s, costs.infer_fixed_s + costs.infer_each_s
 
 
@@ -405,8 +380,7 @@ class Batches:
         self.probed = 0.0  # batches when the newest probe began
         self.chosen: Batching | None = None
         self.chosen_at: Costs | None = None  # the costs that they were last looked at for
-        self.looked = 0.0  # batches when they were
-        self.looked_at = 0.0  # and the time
+        self.looked = (0.0, 0.0)  # batches when they were, and the time
 
     def warm_up(self) -> bool:
         """Lets batches of several sizes be served. Returns whether it is time to choose."""
@@ -430,8 +404,9 @@ class Batches:
         """Says whether costs are others than those last looked at, and enough was measured."""
         if self.chosen_at is None:
             return True
+        batches, time_s = self.looked
         measured = self.measured
-        if measured.batches() < self.looked + RECHECK or measured.clock() < self.looked_at + PAUSE:
+        if measured.batches() < batches + RECHECK or measured.clock() < time_s + PAUSE:
             return False
         pairs = zip(prices(self.chosen_at), prices(measured.costs()), strict=True)
         return any(abs(new - old) > CHANGED * max(old, 1e-9) for old, new in pairs)
@@ -439,15 +414,13 @@ class Batches:
     def look(self) -> partial:
         """Returns the prediction that `choose` decides on."""
         self.chosen_at = self.measured.costs()
-        self.looked = self.measured.batches()
-        self.looked_at = self.measured.clock()
+        self.looked = (self.measured.batches(), self.measured.clock())
         small = miniature(self.config, self.placement, self.chosen_at)
         return partial(better_batches, *small, self.chosen)
 
-    def choose(self, found: tuple[Batching, Batching | None]) -> str:
-        """Takes the best batching, if it is worth it. Returns what to tell."""
-        best, present = found
-        if present and best.env_steps_per_s < (1 + WORTH) * present.env_steps_per_s:
+    def choose(self, best: Batching | None) -> str:
+        """Takes another batching, if there is a better one. Returns what to tell."""
+        if best is None:
             return ""
         self.chosen = best
         most = math.ceil(self.served)
@@ -559,7 +532,6 @@ class Tuner:
         self.thoughts.append((self.beside(predict), decide))
 
     def think_of_ratio(self, left: int) -> None:
-        """left: iterations of the run."""
         costs = self.measured.costs()
         done = self.measured.trained / self.config.actor.batch  # iterations, as remembered
         seconds = self.measured.seconds / done

@@ -3,8 +3,6 @@
 settings.py   a run's settings → Node; the flags of plan.py → a run's settings
 costs.py      two measured phases, or a run's trace → Costs
 events.py     Node, Costs → Prediction
-
-benchmarks/plan_against_paper.py puts predictions beside what was measured.
 """
 
 import math
@@ -54,7 +52,6 @@ class Node:
 
     @property
     def optimizer_steps(self) -> int:
-        """Optimizer steps of one iteration."""
         return self.update_epochs * self.batch // self.minibatch
 
     def can_share(self, minibatch: int) -> bool:
@@ -72,8 +69,7 @@ class Costs:
     step_samples: tuple[float, ...] = ()  # draw from these measured times instead
     infer_fixed_s: float = 0.0  # one inference, whatever its size
     infer_each_s: float  # and more for each sample (env) in it
-    train_fixed_s: float = 0.0  # one micro-batch, whatever its size
-    train_each_s: float  # and more for each chunk step in it
+    train_each_s: float  # a micro-batch's, for each chunk step in it
     optimizer_s: float = 0.0  # clipping and the optimizer step, per minibatch
     gradient_s: float = 0.0  # summing gradients once all ranks have arrived, per minibatch
     publish_s: float = 0.0  # the actor's part of handing over new weights, per iteration
@@ -102,6 +98,5 @@ def scaled(costs: Costs, env: float = 1.0, rollout: float = 1.0, actor: float = 
         step_samples=tuple(seconds * env for seconds in costs.step_samples),
         infer_fixed_s=costs.infer_fixed_s * rollout,
         infer_each_s=costs.infer_each_s * rollout,
-        train_fixed_s=costs.train_fixed_s * actor,
         train_each_s=costs.train_each_s * actor,
     )

@@ -28,6 +28,22 @@ def all_reduce_s(plan: PlanConfig, nodes: int) -> float:
     return transfer + 2 * (nodes - 1) * plan.network_latency_us * 1e-6
 
 
+def words(costs: Costs) -> str:
+    """Says what one inference and one chunk's simulation cost."""
+    spread = f" (σ {costs.step_tail:.0%})" if not costs.step_samples else ""
+    return (
+        f"an inference takes {1e3 * costs.infer_fixed_s:.3g} ms + {1e3 * costs.infer_each_s:.3g} "
+        f"ms per sample, a chunk's simulation {1e3 * costs.step_s:.3g} ms{spread}"
+    )
+
+
+def all_words(costs: Costs) -> str:
+    return (
+        f"{words(costs)}, training {1e3 * costs.train_each_s:.3g} ms per chunk step, a weight sync "
+        f"{1e3 * costs.fetch_s:.3g} ms"
+    )
+
+
 # ---------------------------------------------------------------- two phases
 
 
@@ -36,38 +52,18 @@ def lockstep(node: Node) -> Node:
 
     There, each simulating device has one vectorised lane. Only rollouts are timed, so one actor
     rank will do."""
-    alone = replace(
-        node, max_staleness=0, batch_max="all", batch_wait_s=math.inf, stream=False, update_epochs=1
-    )
     lanes = min(node.lanes, len(set(node.env_devices)))
-    if node.lane_envs == 1 or node.lanes % lanes:
-        return alone
-    return replace(
-        alone,
-        lanes=lanes,
-        lane_envs=node.envs // lanes,
-        env_devices=node.env_devices[:lanes],
-        rollout_devices=node.rollout_devices[:lanes],
-        actor_devices=node.actor_devices[:1],
-    )
-
-
-def check_phases(plan: PlanConfig) -> None:
-    require(
-        plan.rollout_s is not None and plan.actor_s is not None,
-        "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases, or "
-        "--from RUN",
-    )
-    require(
-        plan.rollout_s > 0 and plan.actor_s >= 0,
-        "--rollout-s must be more than 0 and --actor-s not negative",
-    )
-    shares = (plan.infer_share, plan.infer_fixed, plan.step_fixed)
-    require(
-        all(0 <= share <= 1 for share in shares) and plan.tail >= 0,
-        "--infer-share, --infer-fixed and --step-fixed must lie between 0 and 1, and --tail not "
-        "below 0",
-    )
+    if node.lane_envs > 1 and node.lanes % lanes == 0:
+        node = replace(
+            node,
+            lanes=lanes,
+            lane_envs=node.envs // lanes,
+            env_devices=node.env_devices[:lanes],
+            rollout_devices=node.rollout_devices[:lanes],
+            actor_devices=node.actor_devices[:1],
+        )
+    waits = {"max_staleness": 0, "batch_max": "all", "batch_wait_s": math.inf, "stream": False}
+    return replace(node, update_epochs=1, **waits)
 
 
 def calibrate(plan: PlanConfig) -> Costs:
@@ -76,7 +72,17 @@ def calibrate(plan: PlanConfig) -> Costs:
 
     The rollout is simulated alone, twice: simulators without inference, to give them their share;
     then both, to meet --rollout-s exactly. Raises UserError."""
-    check_phases(plan)
+    # Check the phases and shares.
+    give = "give --rollout-s and --actor-s, the seconds of a synchronous iteration's two phases"
+    require(None not in (plan.rollout_s, plan.actor_s), f"{give}, or --from RUN")
+    phases = plan.rollout_s > 0 and plan.actor_s >= 0
+    require(phases, "--rollout-s must be more than 0 and --actor-s not negative")
+    shares = (plan.infer_share, plan.infer_fixed, plan.step_fixed)
+    between = "--infer-share, --infer-fixed and --step-fixed must lie between 0 and 1"
+    possible = all(0 <= share <= 1 for share in shares) and plan.tail >= 0
+    require(possible, f"{between}, and --tail not below 0")
+
+    # Find the node that was measured.
     ratio = plan.measured_ratio or plan.ratio
     placement = plan.measured_placement or plan.placement
     node, nodes, _ = planned(replace(plan, ratio=ratio, placement=placement))
@@ -102,21 +108,18 @@ def calibrate(plan: PlanConfig) -> Costs:
     steps = node.optimizer_steps
     reduce_s = all_reduce_s(plan, nodes)
     outside = steps * (plan.optimizer_s + reduce_s)
-    require(
-        not plan.actor_s or outside <= plan.actor_s,
-        f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s "
-        f"{plan.actor_s:g}: lower --optimizer-s or --gradient-gb",
-    )
+    longer = f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s"
+    fits = not plan.actor_s or outside <= plan.actor_s
+    require(fits, f"{longer} {plan.actor_s:g}: lower --optimizer-s or --gradient-gb")
     micro_batches = steps * node.minibatch / len(node.actor_devices) / node.micro_batch
     micro_s = max(0.0, plan.actor_s - outside) / micro_batches
     return replace(
         scaled(costs, rollout=scale),
         step_s=step_s,
-        train_fixed_s=plan.train_fixed * micro_s,
-        train_each_s=(1 - plan.train_fixed) * micro_s / (node.micro_batch * node.segment),
+        train_each_s=micro_s / (node.micro_batch * node.segment),
         optimizer_s=plan.optimizer_s * (plan.actor_s > 0),
         gradient_s=reduce_s * (plan.actor_s > 0),
-        fetch_s=plan.weights_gb / plan.nvlink_gb_s,
+        fetch_s=plan.fetch_s,
     )
 
 
@@ -193,9 +196,8 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
     # Inference and training, by their size.
     infers = [span for span in chain(*rollouts) if span[0] == "infer"]
     infers.sort(key=lambda span: span[2])
-    infer_fixed, infer_each = inference_cost(
-        infers, batch_size, node.served * node.lane_envs, fixed
-    )
+    most = node.served * node.lane_envs
+    infer_fixed, infer_each = inference_cost(infers, batch_size, most, fixed)
     micro_s = mean["train"] + np.mean([overhead(rows, "train") for rows in actors])
     return Costs(
         step_s=float(np.mean(chunks)),
@@ -217,10 +219,9 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
     """Returns a run's folder, settings, lines of metrics that count, and spans."""
     run = existing_run(name)
-    require(
-        (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file(),
-        f"{run} has no trace.json and metrics.jsonl: --from takes a finished run that was traced",
-    )
+    missing = f"{run} has no trace.json and metrics.jsonl"
+    traced = (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file()
+    require(traced, f"{missing}: --from takes a finished run that was traced")
     settings = from_json(run / "config.json")
     try:
         lines = read_metrics(run)
@@ -229,18 +230,14 @@ def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]
         raise UserError(f"cannot read what run {run} left behind: {error!r}") from None
     parts = settings.train.parts
     changed = any("ratio" in line.get("tuning", {}) for line in lines)
-    require(
-        settings.train.ratio != "auto" or not changed,
-        f"{run} came to ratio {parts} on its way, and its trace has both: resume it with --ratio "
-        f"{parts} first",
-    )
+    both = f"{run} came to ratio {parts} on its way, and its trace has both"
+    alone = settings.train.ratio != "auto" or not changed
+    require(alone, f"{both}: resume it with --ratio {parts} first")
     if len(lines) > 4:  # the first iterations warm up, the last one stops
         lines = lines[2:-1]
     worked = {(worker.split("-")[0], what) for worker, rows in spans.items() for what, *_ in rows}
-    require(
-        len(lines) >= 2 and {("env", "step"), ("rollout", "infer"), ("actor", "train")} <= worked,
-        f"{run} is too short: it takes two iterations in which every stage has worked",
-    )
+    long = len(lines) >= 2 and {("env", "step"), ("rollout", "infer"), ("actor", "train")} <= worked
+    require(long, f"{run} is too short: it takes two iterations in which every stage has worked")
     return run, settings, lines, spans
 
 
@@ -258,14 +255,11 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
 
     Lanes stay as wide as they were: other parts mean other numbers of env workers, and faster or
     slower rollouts and actors."""
-    require(
-        plan.rollout_s is None and plan.actor_s is None,
-        "--from takes the costs from the run: leave out --rollout-s and --actor-s",
-    )
-    require(
-        0 <= plan.infer_fixed < 1,
-        f"--infer-fixed {plan.infer_fixed} must be at least 0 and less than 1",
-    )
+    unmeasured = plan.rollout_s is None and plan.actor_s is None
+    takes = "--from takes the costs from the run"
+    require(unmeasured, f"{takes}: leave out --rollout-s and --actor-s")
+    fixed = plan.infer_fixed
+    require(0 <= fixed < 1, f"--infer-fixed {fixed} must be at least 0 and less than 1")
     run, settings, lines, spans = read_run(plan.from_)
 
     # Translate the run, and the run as flags change it.
@@ -289,19 +283,14 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
 
     # Measure what the run paid, and scale it to the new parts.
     batch_size = float(np.mean([line["batch_size_mean"] for line in lines]))
-    costs = costs_of_run(spans, ran, batch_size, plan.infer_fixed)
-    line = (
-        f"{run}: a chunk takes {costs.step_s * 1e3:.3g} ms, an inference "
-        f"{costs.infer_fixed_s * 1e3:.3g} + {costs.infer_each_s * 1e3:.3g} ms per sample, a chunk "
-        f"step's training {costs.train_each_s * 1e3:.3g} ms; the run reached "
-        f"{env_steps / seconds:.0f} env steps/s"
-    )
+    costs = costs_of_run(spans, ran, batch_size, fixed)
+    costs = replace(costs, fetch_s=lines[-1]["weight_sync_s"])
+    line = f"{run}: {all_words(costs)}; the run reached {env_steps / seconds:.0f} env steps/s"
     if len(lines) < TOO_FEW:
         line += "; of so few iterations predictions may be far off: ten and more are within 3 %"
     nodes = max(1, plan.gpus // plan.gpus_per_node)
     costs = replace(
         scaled(costs, rollout=1 / rollout, actor=1 / actor),
-        fetch_s=lines[-1]["weight_sync_s"],
         gradient_s=costs.gradient_s + all_reduce_s(plan, nodes),
     )
     return node, nodes, costs, line

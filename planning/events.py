@@ -2,10 +2,9 @@
 
     found = simulate(node, costs, nodes=32, iterations=20, warmup=5)
 
-Whatever decides who waits for whom is imported from `scheduler.py` and `streamer.py` and acts here
-as in a run. Whatever only takes time is a number in `Costs`. The workers below follow the loops of
-`env_worker.run`, `rollout_worker.run` and `actor_worker.run`, down to the order in which an env
-worker meets its replies. Nothing sleeps: the clock jumps from event to event.
+Whatever decides who waits for whom is imported from `scheduler.py` and `streamer.py`. Whatever only
+takes time is a number in `Costs`. The workers below follow the loops of a run's workers, down to
+the order in which an env worker meets its replies. The clock jumps from event to event.
 
 Nodes meet only where gradients are summed. Many nodes are all alike, so a few of them, `simulated`,
 are followed event by event. The others would add a wait for the slowest of all. That wait is drawn:
@@ -19,7 +18,7 @@ share, and whatever a stage does inside its time.
 import math
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from statistics import NormalDist
@@ -51,8 +50,11 @@ class World:
 
     def after(self, seconds: float, function: Callable, *arguments) -> None:
         """Calls the function so many seconds from now."""
+        self.at(self.now + seconds, function, *arguments)
+
+    def at(self, time: float, function: Callable, *arguments) -> None:
         self.planned += 1
-        heappush(self.heap, (self.now + seconds, self.planned, function, arguments))
+        heappush(self.heap, (time, self.planned, function, arguments))
 
     def run(self) -> None:
         """Lets events happen until somebody sets `running` to False."""
@@ -70,24 +72,12 @@ class Device:
 
     def __init__(self, world: World):
         self.world = world
-        self.queue = deque()
-        self.busy = False
+        self.free_at = 0.0  # when it has done all work so far
 
     def after(self, seconds: float, function: Callable, *arguments) -> None:
         """Calls the function once so many seconds of work are done; used like World's."""
-        if self.busy:
-            self.queue.append((seconds, function, arguments))
-        else:
-            self.busy = True
-            self.world.after(seconds, self.done, function, arguments)
-
-    def done(self, function: Callable, arguments: tuple) -> None:
-        if self.queue:
-            seconds, *following = self.queue.popleft()
-            self.world.after(seconds, self.done, *following)
-        else:
-            self.busy = False
-        function(*arguments)
+        self.free_at = max(self.free_at, self.world.now) + seconds
+        self.world.at(self.free_at, function, *arguments)
 
 
 class Worker:
@@ -100,7 +90,7 @@ class Worker:
         self.world = state.world
         self.work = (device or self.world).after
         self.busy = False
-        self.idle_s = 0.0  # until it last began
+        self.idle_s = 0.0  # seconds of waiting, until it last began
         self.idle_since = self.world.now
         self.waking = False  # a message is on its way to it, and it waits
 
@@ -130,7 +120,6 @@ class Worker:
             self.proceed()
 
     def waited(self) -> float:
-        """Returns the seconds of waiting so far."""
         return self.idle_s if self.busy else self.idle_s + self.world.now - self.idle_since
 
 
@@ -156,7 +145,7 @@ class EnvWorker(Worker):
         node = self.node
         chunks = node.batch // node.lane_envs * node.segment // len(node.env_devices)
         strata = max(1, chunks) if node.coarse > 1 else 1  # chunks of this worker in an iteration
-        self.chunk_times = Draws(state.chunk_times, strata, state.rng)
+        self.chunk_times = draws(state.chunk_times, strata, state.rng)
         self.replies: deque[Request] = deque()
         self.parked: list[Lane] = []  # lanes that may not start a trajectory yet
 
@@ -169,7 +158,7 @@ class EnvWorker(Worker):
             lane, kind, trajectory = self.replies.popleft()
             if kind == ACT:
                 self.begin()
-                self.work(self.chunk_times.next(), self.stepped, lane)
+                self.work(next(self.chunk_times), self.stepped, lane)
                 return
             self.state.finish(lane, trajectory)
         self.end()
@@ -211,7 +200,7 @@ class RolloutWorker(Worker):
         self.batcher = DynamicBatcher(size, 0.01 if self.auto else node.batch_wait_s, self.world)
         self.lanes: list[Lane] = []  # that ask this worker
         self.version = 0  # of the weights in use
-        self.fetching = False
+        self.fetching = False  # one fetch at a time
         self.stalled: list[Request] = []  # a batch that waits for newer weights
         self.alarm = math.inf  # when it is to look at its queue again
         self.batches = 0
@@ -275,7 +264,6 @@ class RolloutWorker(Worker):
         self.proceed()
 
     def fetch(self) -> None:
-        """Fetches the newest weights; one fetch at a time."""
         if not self.fetching:
             self.fetching = True
             self.world.after(self.costs.fetch_s, self.fetched, self.state.version)
@@ -297,7 +285,6 @@ class ActorRank(Worker):
     def __init__(self, state: "NodeState", device: Device | None, rank: int):
         super().__init__(state, device)
         node = self.node
-        self.arrived = False  # waits for the gradients of others
         self.streamer = Streamer(
             batch=node.batch,
             minibatch=node.minibatch,
@@ -313,11 +300,11 @@ class ActorRank(Worker):
             group=node.group,
         )
         steps = node.micro_batch * node.segment  # chunk steps of a micro-batch
-        self.seconds = self.costs.train_fixed_s + steps * self.costs.train_each_s
+        self.seconds = steps * self.costs.train_each_s
 
     def proceed(self) -> None:
         """Passes through the worker's loop once."""
-        if self.arrived:
+        if self in self.state.barrier.present:
             return
         micro_batch = self.streamer.next()
         if micro_batch is None:
@@ -329,7 +316,6 @@ class ActorRank(Worker):
     def trained(self, micro_batch) -> None:
         if micro_batch.last:
             self.end()
-            self.arrived = True
             self.state.barrier.arrive(self)
         else:
             self.proceed()
@@ -406,7 +392,6 @@ class Barrier:
         self.version = 0
 
     def arrive(self, rank: ActorRank) -> None:
-        """The last rank to come has the gradients summed."""
         self.present[rank] = self.world.now
         if len(self.present) < sum(len(state.actors) for state in self.states):
             return
@@ -447,8 +432,6 @@ class Barrier:
     def stepped(self, done: bool) -> None:
         ranks = list(self.present)
         self.present = {}
-        for rank in ranks:
-            rank.arrived = False
         if done:
             self.version = [rank.streamer.finish_batch() for rank in ranks][-1]
             self.index = 0
@@ -477,35 +460,23 @@ def quantiles_of(costs: Costs) -> np.ndarray:
     """Returns the times of a chunk in seconds, sorted, all equally likely."""
     if costs.step_samples:
         return np.sort(costs.step_samples)
-    normal = NormalDist()
-    times = np.exp(
-        [costs.step_tail * normal.inv_cdf((i + 0.5) / QUANTILES) for i in range(QUANTILES)]
-    )
+    normal = NormalDist().inv_cdf
+    times = np.exp([costs.step_tail * normal((i + 0.5) / QUANTILES) for i in range(QUANTILES)])
     return times * (costs.step_s / times.mean())
 
 
-class Draws:
+def draws(times: np.ndarray, strata: int, rng: np.random.Generator) -> Iterator[float]:
     """Draws one of `times` after another; of every `strata` draws, each falls into another part of
     the distribution.
 
     A coarse chunk stands for many, and their mean scatters less than one of them. Yet the slowest
     of a round must be as slow as ever. Stratified draws have the distribution of single ones, and
     their sum over an iteration hardly scatters."""
-
-    def __init__(self, times: np.ndarray, strata: int, rng: np.random.Generator):
-        self.times = times
-        self.strata = strata
-        self.rng = rng
-        self.block: list[float] = []  # drawn, and not yet given out
-
-    def next(self) -> float:
-        if not self.block:
-            rounds = max(1, BLOCK // self.strata)
-            parts = self.rng.permuted(np.tile(np.arange(self.strata), (rounds, 1)), axis=1).ravel()
-            part = len(self.times) / self.strata
-            chosen = ((parts + self.rng.random(len(parts))) * part).astype(int)
-            self.block = self.times[chosen].tolist()
-        return self.block.pop()
+    rounds = np.tile(np.arange(strata), (max(1, BLOCK // strata), 1))
+    while True:
+        parts = rng.permuted(rounds, axis=1).ravel() + rng.random(rounds.size)
+        chosen = (parts * (len(times) / strata)).astype(int)
+        yield from reversed(times[chosen].tolist())
 
 
 def slowness_of(nodes: int, followed: int, spread: float) -> list[float]:
@@ -513,8 +484,6 @@ def slowness_of(nodes: int, followed: int, spread: float) -> list[float]:
 
     The slowest of all is always followed. The others stand for the rest, at evenly spaced
     quantiles of a log-normal distribution of this σ."""
-    if nodes == 1:
-        return [1.0]
     rest = [(i + 0.5) / (followed - 1) * (1 - 1 / nodes) for i in range(followed - 1)]
     quantiles = [1 - 0.5 / nodes, *rest]
     return [math.exp(spread * NormalDist().inv_cdf(quantile)) for quantile in quantiles]
@@ -532,8 +501,8 @@ def simulate(
 ) -> Prediction:
     """Runs `iterations` after `warmup` in virtual time and returns means over them.
 
-    simulated: nodes that are followed event by event. spread: σ of the log-normal slowness of whole
-    nodes. Raises RuntimeError when every worker waits for another."""
+    simulated: nodes that are followed. spread: σ of the log-normal slowness of whole nodes. Raises
+    RuntimeError when every worker waits for another."""
     # Build the nodes.
     world = World()
     rng = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ from config import (
     PRESET_SETTINGS,
     PRESETS,
     Config,
+    Preset,
     completed,
     flag_of,
     parse_ratio,
@@ -25,10 +26,8 @@ from planning import Node
 from scheduler import Admission, Placement, place
 
 # Settings of a run that a Node has under the same name.
-TAKEN_OVER = (
-    *("segment", "chunk", "batch", "minibatch", "micro_batch", "update_epochs"),
-    *("max_staleness", "batch_max", "stream"),
-)
+SAME = "segment chunk batch minibatch micro_batch update_epochs max_staleness batch_max stream"
+Where = Literal["", "colocated", "disaggregated", "hybrid"]  # what --placement takes
 AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
 POSITIVE = "gpus gpus_per_node envs rollout_epochs episode_steps chunk update_epochs lane_envs"
 
@@ -37,101 +36,61 @@ POSITIVE = "gpus gpus_per_node envs rollout_epochs episode_steps chunk update_ep
 class PlanConfig:
     """Predicts seconds per iteration, env steps/s and bubbles of a cluster that need not exist."""
 
-    gpus: int = 8
-    """GPUs of the whole cluster"""
-    gpus_per_node: int = 8
-    """a node is a closed unit: nothing but gradients goes to other nodes"""
-    ratio: str = ""
-    """R:A within a node; empty means 1:1, or with --from the run's own"""
-    preset: Literal[
-        "", "sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"
-    ] = ""
-    """as in train.py; empty means full, or with --from the run's own settings"""
-    placement: Literal["", "colocated", "disaggregated", "hybrid"] = ""
-    """instead of the preset's; colocated stages take turns on their devices"""
-    max_staleness: int | None = None
-    """instead of the preset's"""
-    batch_max: int | Literal["auto", "all"] | None = None
-    """instead of the preset's"""
-    batch_wait_ms: float | Literal["auto"] | None = None
-    """instead of the preset's"""
-    stream: bool | None = None
-    """instead of the preset's: True or False"""
+    gpus: int = 8  # GPUs of the whole cluster
+    gpus_per_node: int = 8  # a node is a closed unit: nothing but gradients goes to other nodes
+    ratio: str = ""  # R:A within a node; empty means 1:1, or with --from the run's own
+    preset: Literal["", Preset] = ""  # as in train.py; empty: full, or with --from the run's own
+    placement: Where = ""  # instead of the preset's; colocated stages take turns on their devices
+    max_staleness: int | None = None  # instead of the preset's
+    batch_max: int | Literal["auto", "all"] | None = None  # instead of the preset's
+    batch_wait_ms: float | Literal["auto"] | None = None  # instead of the preset's
+    stream: bool | None = None  # instead of the preset's: True or False
 
     rollout_s: float | None = None
     """seconds that one iteration's rollout takes alone and in lockstep, on the R parts of --gpus"""
-    actor_s: float | None = None
-    """seconds that training on it takes alone, on the A parts of --gpus"""
-    measured_ratio: str = ""
-    """R:A that --rollout-s and --actor-s belong to, if it is not --ratio"""
-    measured_placement: Literal["", "colocated", "disaggregated", "hybrid"] = ""
-    """placement that they belong to, if it is not the one predicted"""
+    actor_s: float | None = None  # seconds that training on it takes alone, on the A parts
+    measured_ratio: str = ""  # R:A that --rollout-s and --actor-s belong to, if it is not --ratio
+    measured_placement: Where = ""  # placement that they belong to, if it is not the one predicted
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     """run whose trace.json and metrics.jsonl give the costs instead; it counts as one node"""
 
-    envs: int = 64
-    """envs of a node (RL-VLA³, setup C: 64)"""
-    rollout_epochs: int = 8
-    """episodes of every env in an iteration (RL-VLA³, setup C: 8)"""
-    episode_steps: int = 480
-    """control steps of an episode, which is one trajectory (RL-VLA³, LIBERO: 480)"""
-    chunk: int = 10
-    """C, control steps per inference (RL-VLA³, π0.5: 10)"""
-    update_epochs: int = 1
-    """passes over a batch (RL-VLA³, setup C: 1)"""
-    minibatch: int = 0
-    """trajectories of one optimizer step, of a node; 0 means one of every env"""
-    micro_batch: int = 0
-    """trajectories of one forward and backward pass of a rank; 0 means at most 4"""
+    envs: int = 64  # envs of a node (RL-VLA³, setup C: 64)
+    rollout_epochs: int = 8  # episodes of every env in an iteration (RL-VLA³, setup C: 8)
+    episode_steps: int = 480  # control steps of an episode: a trajectory (RL-VLA³, LIBERO: 480)
+    chunk: int = 10  # C, control steps per inference (RL-VLA³, π0.5: 10)
+    update_epochs: int = 1  # passes over a batch (RL-VLA³, setup C: 1)
+    minibatch: int = 0  # trajectories of one optimizer step, of a node; 0 means one of every env
+    micro_batch: int = 0  # trajectories of a rank's forward and backward pass; 0 means at most 4
     env_workers: int = 0
     """simulator processes of a node; 0 means one per env, times the share of GPUs that simulate"""
-    lane_envs: int = 1
-    """envs of one vectorised simulator, which shares the GPU with inference; 1: CPU simulators"""
+    lane_envs: int = 1  # envs of a vectorised simulator, on inference's GPU; 1: CPU simulators
 
     tail: float = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
-    infer_share: float = 0.2
-    """inference's share of the lockstep rollout (as in the emulated simulator)"""
-    infer_fixed: float = 0.2
-    """share of a full batch's inference that does not depend on its size (likewise)"""
+    infer_share: float = 0.2  # inference's share of the lockstep rollout (as emulated)
+    infer_fixed: float = 0.2  # share of a full inference that does not depend on size (as emulated)
     step_fixed: float = 0.0
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
-    train_fixed: float = 0.0
-    """share of a micro-batch's time that does not depend on its size"""
-    optimizer_s: float = 0.1
-    """clipping and optimizer step, of each minibatch"""
+    optimizer_s: float = 0.1  # clipping and optimizer step, of each minibatch
     gradient_gb: float = 1.73
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
-    weights_gb: float = 0.87
-    """weights that rollout workers fetch (the same in bf16)"""
-    network_gb_s: float = 50.0
-    """GB/s of a node to the others, each way (one 400 Gb/s link)"""
-    network_latency_us: float = 20.0
-    """of one hop between nodes"""
-    nvlink_gb_s: float = 300.0
-    """GB/s between GPUs of a node"""
+    network_gb_s: float = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
+    network_latency_us: float = 20.0  # of one hop between nodes
+    fetch_s: float = 0.87 / 300
+    """seconds in which a rollout worker fetches weights (0.87 GB of bf16 at NVLink's 300 GB/s)"""
 
-    iterations: int = 20
-    """iterations that the means are over, after 4 to 20 that are not counted"""
+    iterations: int = 20  # iterations that the means are over, after 4 to 20 that are not counted
     rounds: int = 0
     """most chunk steps of a lane and iteration that are simulated, where one stands for several; 0
     means what a second or two allow, but at least four for each trajectory"""
-    node_spread: float = 0.0
-    """σ of the lasting differences in speed between nodes, log-normal; the slowest counts"""
-    simulated_nodes: int = 3
-    """nodes followed event by event; see planning/events.py"""
-    seed: int = 0
-    """seed of the simulated times"""
-    sweep: bool = False
-    """predict every size from one node to 1024 GPUs; costs are those of --gpus"""
-    plot: Path | None = None
-    """picture of the sweep"""
-    validate: bool = False
-    """compare predictions with RL-VLA³'s tables, and with a measured ladder if there is one"""
-    ladder: Path | None = None
-    """--validate: what `python bench.py ladder --setting columns --json FILE` wrote"""
-    json: Path | None = None
-    """also write the result to this file"""
+    node_spread: float = 0.0  # σ of the nodes' lasting slowness, log-normal; the slowest counts
+    simulated_nodes: int = 3  # nodes followed event by event; see planning/events.py
+    seed: int = 0  # seed of the simulated times
+    sweep: bool = False  # predict every size from one node to 1024 GPUs; costs are those of --gpus
+    plot: Path | None = None  # picture of the sweep
+    validate: bool = False  # compare with RL-VLA³'s tables, and with --ladder if there is one
+    ladder: Path | None = None  # what `python bench.py ladder --setting columns --json FILE` wrote
+    json: Path | None = None  # also write the result to this file
 
     @property
     def warmup(self) -> int:
@@ -156,7 +115,7 @@ def node_of(config: Config, placement: Placement) -> Node:
         rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices,
         batch_wait_s=wait if wait == "auto" else wait / 1e3,
-        **{name: setting(config, name) for name in TAKEN_OVER},
+        **{name: setting(config, name) for name in SAME.split()},
     )
 
 
@@ -184,21 +143,15 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     for name in POSITIVE.split():
         value = getattr(plan, name)
         require(value >= 1, f"{flag_of(name)} {value} must be at least 1")
-    require(
-        plan.envs % plan.lane_envs == 0,
-        f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}: choose --envs as a "
-        "multiple of it",
-    )
+    odd = f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}"
+    require(plan.envs % plan.lane_envs == 0, f"{odd}: choose --envs as a multiple of it")
 
     # Cut a node's GPUs into parts.
     config = overridden(Config(), plan.preset or "full", plan)
     per_node = min(plan.gpus, plan.gpus_per_node)
     nodes, rest = divmod(plan.gpus, per_node)
-    require(
-        rest == 0,
-        f"--gpus {plan.gpus} is no multiple of --gpus-per-node {per_node}: every node must be "
-        "whole",
-    )
+    odd = f"--gpus {plan.gpus} is no multiple of --gpus-per-node {per_node}"
+    require(rest == 0, f"{odd}: every node must be whole")
     r, a = parse_ratio(plan.ratio or "1:1")
     common = math.gcd(r, a) if r + a > per_node else 1  # 16:16 of several nodes is 1:1 of each
     ratio = f"{r // common}:{a // common}"
@@ -209,11 +162,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     gpus = placed.env_devices
     if plan.lane_envs > 1:
         workers = plan.env_workers or lanes
-        require(
-            lanes % len(gpus) == 0 and lanes % workers == 0,
-            f"{lanes} lanes cannot be spread evenly over {len(gpus)} GPUs and {workers} env "
-            "workers: change --lane-envs or --envs",
-        )
+        over = f"over {len(gpus)} GPUs and {workers} env workers: change --lane-envs or --envs"
+        even = lanes % len(gpus) == 0 and lanes % workers == 0
+        require(even, f"{lanes} lanes cannot be spread evenly {over}")
     else:
         workers = plan.env_workers or round(plan.envs * len(gpus) / per_node)
         workers = max(1, min(workers, lanes))
@@ -235,10 +186,8 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
         update_epochs=plan.update_epochs,
     )
     node = share_batch(node_of(config, placed), plan)
-    line = (
-        f"{nodes} node{'s' * (nodes > 1)} of {placed.line}; {workers} env workers for {plan.envs} "
-        "envs on each"
-    )
+    line = f"{nodes} node{'s' * (nodes > 1)} of {placed.line}"
+    line += f"; {workers} env workers for {plan.envs} envs on each"
     return coarsened(node, plan, nodes), nodes, line
 
 
@@ -247,23 +196,15 @@ def share_batch(node: Node, plan: PlanConfig) -> Node:
     ranks = len(node.actor_devices)
     fitting = [m for m in range(1, node.batch + 1) if node.batch % m == 0 and node.can_share(m)]
     unit = f"{ranks} actor workers" + f" × {node.whole} envs of a lane" * (node.whole > 1)
-    require(
-        fitting,
-        f"{node.batch} trajectories cannot be shared by {unit}: choose --envs as a multiple of "
-        f"{ranks * node.whole}",
-    )
+    odd = f"{node.batch} trajectories cannot be shared by {unit}"
+    require(fitting, f"{odd}: choose --envs as a multiple of {ranks * node.whole}")
     minibatch = plan.minibatch or min(fitting, key=lambda size: abs(size - node.envs))
-    require(
-        minibatch in fitting,
-        f"--minibatch {minibatch} must divide {node.batch} trajectories and be a multiple of "
-        f"{unit}",
-    )
+    must = f"must divide {node.batch} trajectories and be a multiple of {unit}"
+    require(minibatch in fitting, f"--minibatch {minibatch} {must}")
     micro_batch = plan.micro_batch or divisor(minibatch // ranks, 4)
-    require(
-        micro_batch >= 1 and minibatch % (ranks * micro_batch) == 0,
-        f"--minibatch {minibatch} is not divisible by --micro-batch {micro_batch} × {ranks} actor "
-        "workers",
-    )
+    parts = f"--micro-batch {micro_batch} × {ranks} actor workers"
+    whole = micro_batch >= 1 and minibatch % (ranks * micro_batch) == 0
+    require(whole, f"--minibatch {minibatch} is not divisible by {parts}")
     return replace(node, minibatch=minibatch, micro_batch=micro_batch)
 
 
@@ -272,8 +213,7 @@ def coarsened(node: Node, plan: PlanConfig, nodes: int) -> Node:
     if plan.rounds:
         steps = plan.rounds // plan.rollout_epochs
     else:
-        followed = plan.simulated_nodes
-        followed = followed * 3 if plan.sweep else min(nodes, followed)
+        followed = plan.simulated_nodes * 3 if plan.sweep else min(nodes, plan.simulated_nodes)
         iterations = plan.iterations + plan.warmup
         lanes = node.lanes * plan.rollout_epochs * followed * iterations
         steps = max(4, AFFORDED // lanes)

@@ -149,7 +149,7 @@ def test_costs_of_a_stretch():
     ],
 )
 def test_the_choice_is_as_good_as_the_best_of_all(costs):
-    size, wait, rate = best_batches(NODE, costs)
+    size, wait, rate, _ = best_batches(NODE, costs)
     runs = {"iterations": 8, "warmup": 3}
     limits = {
         n: [
@@ -172,7 +172,7 @@ def test_the_choice_is_as_good_as_the_best_of_all(costs):
 
 def test_of_equal_ones_the_largest_batches():
     slow_actor = replace(COSTS, train_each_s=0.05)  # whatever the others do
-    size, wait, _ = best_batches(NODE, slow_actor)
+    size, wait, *_ = best_batches(NODE, slow_actor)
     means = [
         simulate(replace(NODE, batch_max=n, batch_wait_s=wait), slow_actor).batch_size_mean
         for n in (1, 2)
@@ -355,7 +355,7 @@ def test_warm_up_serves_several_sizes_then_chooses():
     assert run.tuner.watch() == "" and run.tuner.past.news == {}  # now it is being thought of
     said = run.tuner.watch()
     costs = replace(COSTS, train_each_s=0.0)
-    size, wait, _ = best_batches(*miniature(run.config, run.tuner.placement, costs))
+    size, wait, *_ = best_batches(*miniature(run.config, run.tuner.placement, costs))
     assert run.told() == (size, pytest.approx(wait))
     assert said.startswith(
         f"rollout: batches of at most {size} of 8 lanes, waiting at most {1e3 * wait:.3g} ms: "
