@@ -77,8 +77,13 @@ def check_model(model: torch.nn.Module, family: str) -> None:
     check(model, what, MODEL)
     observed = model.observation_fields()
     stored = model.slot_fields()
-    for name, field in [*observed.items(), *stored.items()]:
-        check_field(what, name, field)
+    for name, (shape, dtype) in [*observed.items(), *stored.items()]:
+        common = f"{what} calls a field {name!r}, as every slot has one: give it another name"
+        require(name not in COMMON, common)
+        says = f"{what} gives its field {name!r} the"
+        require(isinstance(dtype, torch.dtype), f"{says} dtype {dtype!r}, not one of torch's")
+        whole = all(isinstance(size, int) and size >= 0 for size in shape)
+        require(whole, f"{says} shape {shape!r}, not whole numbers")
     for name, (_, dtype) in observed.items():
         twice = f"{what} has {name!r} both as an observation and as a slot field"
         require(name not in stored, twice)
@@ -92,20 +97,7 @@ def check_model(model: torch.nn.Module, family: str) -> None:
         require(name in trained, f"{what} has {name!r} in its critic and does not train it")
 
 
-def check_field(what: str, name: str, field) -> None:
-    """Raises UserError unless `field` is a shape and a torch dtype, under a name of its own."""
-    common = f"{what} calls a field {name!r}, as every slot has one: give it another name"
-    require(name not in COMMON, common)
-    shape, dtype = field
-    says = f"{what} gives its field {name!r} the"
-    require(isinstance(dtype, torch.dtype), f"{says} dtype {dtype!r}, not one of torch's")
-    whole = all(isinstance(size, int) and size >= 0 for size in shape)
-    require(whole, f"{says} shape {shape!r}, not whole numbers")
-
-
-def check_tensors(
-    who: str, fields: dict, tensors: dict[str, Tensor], rows: tuple[int, ...]
-) -> None:
+def check_tensors(who: str, fields: dict, tensors: dict[str, Tensor], rows: tuple) -> None:
     """Raises UserError unless every field is there, [*rows, *shape] and of its dtype."""
     for name, (shape, dtype) in fields.items():
         require(name in tensors, f"{who} does not give {name!r}")
