@@ -187,7 +187,8 @@ def oft(folder: Path) -> dict[str, Tensor]:
     source.load(model, file, layout, "cpu", torch.float32)
     key = read_json(folder / "config.json").get("unnorm_key", "")
     stats = oft_files.read_statistics(folder, key)
-    model.set_actions(bins.action_table(stats, config.action_dim, config.bins))
+    table = bins.action_table(stats, config.action_dim, config.bins)
+    model.action_table = torch.from_numpy(table)
 
     image = inputs["image"]
     tokens = inputs["tokens"]

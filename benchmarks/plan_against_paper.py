@@ -261,7 +261,7 @@ def tail_for(column: str, share: float) -> float:
     high = 1.5
     for _ in range(6):
         tail = (low + high) / 2
-        costs = calibrate(replace(plan, rollout_s=1.0, actor_s=0, fetch_s=0.0, tail=tail))
+        costs = calibrate(replace(plan, rollout_s=1.0, actor_s=0, weights_gb=0.0, tail=tail))
         if simulate(twice, costs, iterations=12, warmup=1).step_s > shorter:
             high = tail
         else:

@@ -55,9 +55,7 @@ def preparation(name: str, header: checkpoint.Header, tokenizer: Path | str | No
     return made
 
 
-def build(
-    config: Config, spec, device: str = "cpu", weights: source.Part = "all"
-) -> torch.nn.Module:
+def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> torch.nn.Module:
     """Makes the model of `config.train.checkpoint`, ours or another project's, with those `weights`
     on `device`: `contract.MODEL`.
 
@@ -106,18 +104,10 @@ def build(
 
 def chosen(config: Config, shape) -> dict:
     """What the run's flags say of a family's configuration; None means as the checkpoint says."""
-    rollout = config.rollout
-    flags = {
-        "tokens": rollout.tokens,
-        "denoise_steps": rollout.denoise_steps,
-        "noise_level": rollout.noise_level,
-        "sde_steps": rollout.sde_steps,
-        "noise": rollout.noise,
-        "prefix_dtype": rollout.prefix_dtype,
-        "temperature": rollout.temperature,
-        "train_vlm": config.actor.train_vlm,
-        "cache_prefix": config.actor.cache_prefix,
-    }
+    actor = ("train_vlm", "cache_prefix")
+    flags = {name: getattr(config.actor, name) for name in actor}
+    rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
+    flags |= {name: getattr(config.rollout, name) for name in (*rollout, "temperature")}
     known = {field.name for field in fields(shape)}
     return {name: value for name, value in flags.items() if value is not None and name in known}
 
@@ -151,10 +141,8 @@ def check_family(name: str, path: Path) -> None:
     marks = {family: files(family).MARKS for family in MODELS if load(family).FORMATS is not None}
     found = [family for family in marks if any(mark in names for mark in marks[family])]
     known = ", ".join(dict.fromkeys(chain(*marks.values())))
-    require(
-        found,
-        f"checkpoint {path} is of no family known here: none of its tensors is named {known}",
-    )
+    sentence = f"checkpoint {path} is of no family known here: none of its tensors is named {known}"
+    require(found, sentence)
     require(
         name in found,
         f"checkpoint {path} is of the family {' or '.join(found)}, not {name}: give another "

@@ -78,10 +78,8 @@ def of_family(path: str | Path, family: str) -> Header:
     """The header of a checkpoint of ours, which must be of `family`. Raises UserError."""
     header = read_header(path)
     has = header.family
-    require(
-        has == family,
-        f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint",
-    )
+    sentence = f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint"
+    require(has == family, sentence)
     return header
 
 

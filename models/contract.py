@@ -84,9 +84,7 @@ def check_model(model: torch.nn.Module, family: str) -> None:
         require(name in trained, f"{what} has {name!r} in its critic and does not train it")
 
 
-def check_tensors(
-    who: str, fields: dict, tensors: dict[str, Tensor], rows: tuple[int, ...]
-) -> None:
+def check_tensors(who: str, fields: dict, tensors: dict[str, Tensor], rows: tuple) -> None:
     """Raises UserError unless every field is there, [*rows, *shape] and of its dtype."""
     for name, (shape, dtype) in fields.items():
         require(name in tensors, f"{who} does not give {name!r}")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError
+from config import require
 from models.noise import Key, generator
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -41,9 +41,7 @@ def ode_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
     return x + v * (t_next - t)
 
 
-def flow_sde_step(
-    x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float
-) -> tuple[Tensor, Tensor]:
+def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> tuple[Tensor, ...]:
     """Mean [n, H, A] and standard deviation [n, 1, 1] of one Flow-SDE transition t → t' = t − δ.
 
     σ = a·√(t/(1 − t)), at t = 1 with t' in the denominator; mean = x̂0·(1 − t') + x̂1·(t' −
@@ -93,11 +91,9 @@ class FlowPolicy(nn.Module):
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
-        if not 1 <= config.sde_steps <= config.denoise_steps:
-            raise UserError(
-                f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps "
-                f"{config.denoise_steps}"
-            )
+        most = config.denoise_steps
+        sentence = f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps {most}"
+        require(1 <= config.sde_steps <= most, sentence)
 
     def begin(self, config, stats: dict) -> None:
         """Has nothing to add: the configuration says it all."""
@@ -151,9 +147,7 @@ class FlowPolicy(nn.Module):
         chunk, action_dim = self.config.played
         return x[:, :chunk, :action_dim]
 
-    def transition(
-        self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, ...]:
         """x [n, H, A], features h [n, H, E], t and t_next [n, 1, 1] → the ODE's step and the
         stochastic one's mean [n, H, A], and its standard deviation [n, 1, 1] or [n, H, A]."""
         v = self.direction(h, x)

@@ -176,15 +176,11 @@ class QwenLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         q, k, v = self.qkv(self.input_layernorm(x)).split(self.sizes, dim=-1)
-        q = layers.split_heads(q, self.heads)
-        k = layers.split_heads(k, self.kv_heads)
+        q = layers.rotate(self.q_norm(layers.split_heads(q, self.heads)), cos, sin)
+        k = layers.rotate(self.k_norm(layers.split_heads(k, self.kv_heads)), cos, sin)
         v = layers.split_heads(v, self.kv_heads)
-        q = layers.rotate(self.q_norm(q), cos, sin)
-        k = layers.rotate(self.k_norm(k), cos, sin)
-        out = layers.join_heads(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        )
-        x = x + self.o_proj(out.masked_fill(~keep, 0.0))
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        x = x + self.o_proj(layers.join_heads(h).masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
 
@@ -228,9 +224,8 @@ class Block(nn.Module):
         else:
             h = self.norm1(x)
         k, v = self.keys(h) if keys is None else keys
-        h = F.scaled_dot_product_attention(
-            layers.split_heads(self.q(h), self.heads), k, v, attn_mask=mask
-        )
+        q = layers.split_heads(self.q(h), self.heads)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         x = x + self.out(layers.join_heads(h))
         h = F.layer_norm(x, x.shape[-1:]) if self.adaptive else self.norm3(x)
         return x + self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))

@@ -308,14 +308,11 @@ class Oft(nn.Module):
                 p.data = p.data.to(torch.float32)
         self.train_as(train)
         self.config = replace(self.config, train=train)
-        self.set_actions(bins.action_table(stats, self.config.action_dim, self.config.bins))
+        table = torch.from_numpy(bins.action_table(stats, self.config.action_dim, self.config.bins))
+        self.action_table = table.to(self.lm_head.weight.device)
 
     def dtype_of(self, name: str) -> None:
         """As the file has it; `begin` decides what is widened."""
-
-    def set_actions(self, table: np.ndarray) -> None:
-        """table: of `bins.action_table`."""
-        self.action_table = torch.from_numpy(table).to(self.lm_head.weight.device)
 
     def train_as(self, train: str) -> None:
         """Adds adapters, or folds them into the weights: what is computed stays the same."""

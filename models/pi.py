@@ -352,9 +352,7 @@ class Pi(FlowPolicy):
     def value_of(self, seen: dict[str, Tensor], h: Tensor) -> Tensor:
         return self.value(seen["prefix_feature"] if self.config.pi05 else h.mean(1))
 
-    def transition(
-        self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def transition(self, x: Tensor, h: Tensor, t: Tensor, t_next: Tensor) -> tuple[Tensor, ...]:
         """Flow-Noise: the ODE's step is the mean, the network's bounded answer the deviation."""
         if not self.learns_noise:
             return super().transition(x, h, t, t_next)

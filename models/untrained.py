@@ -21,9 +21,7 @@ import models
 from models import checkpoint, tokenize
 
 
-def start(
-    folder: Path, model: str, spec, state_range, chunk: int, tokens: int
-) -> tuple[Path, Path]:
+def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) -> tuple[Path, ...]:
     """Makes weights and vocabulary unless they exist, and returns both files.
 
     spec: envs.EnvSpec; state_range: lowest and highest usual state [S] each; chunk: actions per

@@ -69,7 +69,8 @@ class Costs:
     step_samples: tuple[float, ...] = ()  # draw from these measured times instead
     infer_fixed_s: float = 0.0  # one inference, whatever its size
     infer_each_s: float  # and more for each sample (env) in it
-    train_each_s: float  # a micro-batch's, for each chunk step in it
+    train_fixed_s: float = 0.0  # one micro-batch, whatever its size
+    train_each_s: float  # and more for each chunk step in it
     optimizer_s: float = 0.0  # clipping and the optimizer step, per minibatch
     gradient_s: float = 0.0  # summing gradients once all ranks have arrived, per minibatch
     publish_s: float = 0.0  # the actor's part of handing over new weights, per iteration
@@ -98,5 +99,6 @@ def scaled(costs: Costs, env: float = 1.0, rollout: float = 1.0, actor: float = 
         step_samples=tuple(seconds * env for seconds in costs.step_samples),
         infer_fixed_s=costs.infer_fixed_s * rollout,
         infer_each_s=costs.infer_each_s * rollout,
+        train_fixed_s=costs.train_fixed_s * actor,
         train_each_s=costs.train_each_s * actor,
     )

@@ -116,10 +116,11 @@ def calibrate(plan: PlanConfig) -> Costs:
     return replace(
         scaled(costs, rollout=scale),
         step_s=step_s,
-        train_each_s=micro_s / (node.micro_batch * node.segment),
+        train_fixed_s=plan.train_fixed * micro_s,
+        train_each_s=(1 - plan.train_fixed) * micro_s / (node.micro_batch * node.segment),
         optimizer_s=plan.optimizer_s * (plan.actor_s > 0),
         gradient_s=reduce_s * (plan.actor_s > 0),
-        fetch_s=plan.fetch_s,
+        fetch_s=plan.weights_gb / plan.nvlink_gb_s,
     )
 
 

@@ -300,7 +300,7 @@ class ActorRank(Worker):
             group=node.group,
         )
         steps = node.micro_batch * node.segment  # chunk steps of a micro-batch
-        self.seconds = steps * self.costs.train_each_s
+        self.seconds = self.costs.train_fixed_s + steps * self.costs.train_each_s
 
     def proceed(self) -> None:
         """Passes through the worker's loop once."""

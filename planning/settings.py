@@ -71,13 +71,14 @@ class PlanConfig:
     infer_fixed: float = 0.2  # share of a full inference that does not depend on size (as emulated)
     step_fixed: float = 0.0
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
+    train_fixed: float = 0.0  # share of a micro-batch's time that does not depend on its size
     optimizer_s: float = 0.1  # clipping and optimizer step, of each minibatch
     gradient_gb: float = 1.73
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
     network_gb_s: float = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
     network_latency_us: float = 20.0  # of one hop between nodes
-    fetch_s: float = 0.87 / 300
-    """seconds in which a rollout worker fetches weights (0.87 GB of bf16 at NVLink's 300 GB/s)"""
+    weights_gb: float = 0.87  # weights that rollout workers fetch (in bf16, those of the gradients)
+    nvlink_gb_s: float = 300.0  # GB/s between GPUs of a node
 
     iterations: int = 20  # iterations that the means are over, after 4 to 20 that are not counted
     rounds: int = 0

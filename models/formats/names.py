@@ -8,6 +8,7 @@ rule whose pattern matches in full wins, so special cases stand before general o
 """
 
 import re
+from collections.abc import Iterable
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -22,8 +23,8 @@ def rename(name: str, rules: Rules) -> tuple[str, ...]:
     return ()
 
 
-def each(key: str, parts: tuple[str, ...]) -> tuple[str, ...]:
-    """`key` once for every part, which stands in the place of `*`."""
+def each(key: str, parts: Iterable[str]) -> tuple[str, ...]:
+    """`key` once for every part (of a word: letter), which stands in the place of `*`."""
     return tuple(key.replace("*", part) for part in parts)
 
 
@@ -35,10 +36,7 @@ def siglip(tower: str) -> Rules:
         (r"vision\.position_embedding", f"{embeddings}.position_embedding.weight"),
         (r"vision\.patch_embedding\.(.*)", rf"{embeddings}.patch_embedding.\1"),
         (r"vision\.post_layernorm\.(.*)", rf"{tower}.post_layernorm.\1"),
-        (
-            r"vision\.layers\.(\d+)\.qkv\.(.*)",
-            each(rf"{layer}.self_attn.*_proj.\2", ("q", "k", "v")),
-        ),
+        (r"vision\.layers\.(\d+)\.qkv\.(.*)", each(rf"{layer}.self_attn.*_proj.\2", "qkv")),
         (r"vision\.layers\.(\d+)\.(out_proj.*)", rf"{layer}.self_attn.\2"),
         (r"vision\.layers\.(\d+)\.(fc.*)", rf"{layer}.mlp.\2"),
         (r"vision\.layers\.(\d+)\.(.*)", rf"{layer}.\2"),

@@ -90,10 +90,8 @@ def which(path: str | Path, stored: dict[str, Stored]) -> str:
     if any(key.startswith("model.paligemma_with_expert.") for key in stored):
         return "lerobot"
     parts = {key.partition(".")[0] for key in stored}
-    require(
-        "paligemma_with_expert" in parts,
-        f"checkpoint {path} is no π0 or π0.5: none of its tensors is named paligemma_with_expert.…",
-    )
+    here = "none of its tensors is named paligemma_with_expert.…"
+    require("paligemma_with_expert" in parts, f"checkpoint {path} is no π0 or π0.5: {here}")
     if (Path(path) / "policy_preprocessor.json").is_file():
         return "lerobot_base"
     if "value_head" not in parts:
@@ -126,10 +124,8 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
 
     def size(key: str, axis: int = 0) -> int:
         key = prefix + key
-        require(
-            key in stored,
-            f"checkpoint {path} has no tensor {key!r}: it is of another model or layout",
-        )
+        sentence = f"checkpoint {path} has no tensor {key!r}: it is of another model or layout"
+        require(key in stored, sentence)
         return stored[key].shape[axis]
 
     def depth(layers: str) -> int:
@@ -211,24 +207,16 @@ def published(path: Path, family: str, config, spec) -> Found:
         in_prompt = says.get("discrete_state_input")
         train = config.train
         stats = read_norm_stats(folder, shape.pi05, train.env, train.statistics, in_prompt)
-    # None: not normalised. Statistics may be padded, to 32 for instance.
-    state = dimensions(stats["state"])
-    actions = dimensions(stats["actions"])
-    for name, has, wanted, fits in (
-        ("state", state, spec.state_dim, state in (None, spec.state_dim) or state >= 14),
-        ("actions", actions, spec.action_dim, actions is None or actions >= spec.action_dim),
-    ):
+    # Statistics may be padded, to 32 for instance.
+    wishes = (("state", spec.state_dim, 14), ("actions", spec.action_dim, spec.action_dim))
+    for name, wanted, padded in wishes:
+        has = next((len(x) for x in stats[name].values() if isinstance(x, list)), None)
         require(
-            fits,
+            has in (None, wanted) or has >= padded,  # None: not normalised
             f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the simulator "
             f"has {wanted}",
         )
     return Found(shape, SOURCES[kind], stats)
-
-
-def dimensions(stats: dict) -> int | None:
-    """Dimensions that statistics of `normalise` are of, or None."""
-    return next((len(x) for x in stats.values() if isinstance(x, list)), None)
 
 
 # ---------------------------------------------------------------- statistics

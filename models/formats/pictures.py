@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def fitted(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width of a picture scaled to touch the sides of a square of `size`."""
+def fitted(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Height and width of a picture scaled to touch the sides of a square of `size`, and what is
+    left above it and on its left."""
     ratio = max(width / size, height / size)
-    return int(height / ratio), int(width / ratio)
+    height, width = (int(side / ratio) for side in (height, width))
+    return height, width, (size - height) // 2, (size - width) // 2
 
 
 @lru_cache
@@ -44,7 +46,7 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
     First across, then down, rounded to 8 bits after each: sums below 2³¹ are exact in fp64."""
     if image.shape[:2] == (size, size):
         return image
-    height, width = fitted(*image.shape[:2], size)
+    height, width, top, left = fitted(*image.shape[:2], size)
 
     def along(x: np.ndarray, new: int) -> np.ndarray:  # [n, old, 3] → [n, new, 3]
         if x.shape[1] == new:
@@ -54,8 +56,6 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
 
     small = along(along(image, width).transpose(1, 0, 2), height).transpose(1, 0, 2)
     out = np.zeros((size, size, 3), np.uint8)
-    top = (size - height) // 2
-    left = (size - width) // 2
     out[top : top + height, left : left + width] = small
     return out
 
@@ -63,11 +63,9 @@ def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
 def resize_torch(image: Tensor, size: int, black: float) -> Tensor:
     """image [n, H, W, 3] fp32 in [black, 1] → [n, size, size, 3], openpi's resize_with_pad_torch
     (black −1) and LeRobot's (0)."""
-    height, width = fitted(*image.shape[1:3], size)
+    height, width, top, left = fitted(*image.shape[1:3], size)
     x = image.permute(0, 3, 1, 2)
     small = F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
-    top = (size - height) // 2
-    left = (size - width) // 2
     sides = (left, size - width - left, top, size - height - top)
     return F.pad(small.clamp(black, 1.0), sides, value=black).permute(0, 2, 3, 1)
 
@@ -92,9 +90,7 @@ def resize_eagle(image: np.ndarray, size: int) -> np.ndarray:
     """Eagle's image processor, one tile: [V, H, W, 3] uint8 → [V, size, size, 3] uint8."""
     if image.shape[1:3] == (size, size):
         return image
-    x = torch.tensor(image).permute(0, 3, 1, 2)  # in 8 bits: torch rounds after each direction
-    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
-    return x.permute(0, 2, 3, 1).numpy()
+    return bicubic(torch.tensor(image), size).numpy()  # in 8 bits: torch rounds both directions
 
 
 def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
@@ -119,6 +115,11 @@ def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
 
 def resize_bicubic(image: Tensor, size: int) -> Tensor:
     """[n, H, W, 3] uint8 → [n, size, size, 3] uint8 as torchvision's antialiased bicubic."""
-    x = image.permute(0, 3, 1, 2).float()
+    return bicubic(image.float(), size).clamp(0.0, 255.0).round().to(torch.uint8)
+
+
+def bicubic(image: Tensor, size: int) -> Tensor:
+    """[n, H, W, 3] → [n, size, size, 3], antialiased, in the type it comes in."""
+    x = image.permute(0, 3, 1, 2)
     x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=True)
-    return x.clamp(0.0, 255.0).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1)

@@ -2,7 +2,7 @@
 
 Every env worker has one. A family derives `PreparationBase` and inherits the checks. It adds
 
-    .resize(images)        pictures [V, H, W, 3] uint8 → [V, size, size, 3] uint8
+    .resize(images)        another project's: pictures [V, H, W, 3] uint8 → [V, size, size, 3]
     .words(state, task)    → {name: array}, the fields beside the pictures
 """
 
@@ -42,4 +42,4 @@ class PreparationBase:
         if not np.isfinite(state).all():
             wrong = int(np.argmin(np.isfinite(state)))
             raise UserError(f"the state of the robot is not a number in dimension {wrong}: {state}")
-        return {"image": self.resize(images)} | self.words(state, task)
+        return {"image": images if self.own else self.resize(images)} | self.words(state, task)

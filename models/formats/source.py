@@ -134,19 +134,15 @@ def weight_files(path: str | Path) -> list[Path]:
     path = Path(path)
     if path.is_file():
         return [path]
-    listed = sorted(set(weight_map(path).values()))
-    for name in listed:
-        sentence = f"checkpoint {path} lacks its file {name}, which {INDEX} lists"
-        require((path / name).is_file(), sentence)
-    whole = path / "model.safetensors"
-    if not listed and whole.is_file():
-        return [whole]
+    files = [path / name for name in sorted(set(weight_map(path).values()))]
+    for file in files:
+        sentence = f"checkpoint {path} lacks its file {file.name}, which {INDEX} lists"
+        require(file.is_file(), sentence)
     # Some shards were uploaded without their index.
-    files = [path / name for name in listed] or sorted(path.glob("model-*-of-*.safetensors"))
-    require(
-        files,
-        f"no checkpoint at {path}: expected model.safetensors, or its shards with {INDEX}",
-    )
+    for pattern in ("model.safetensors", "model-*-of-*.safetensors"):
+        files = files or sorted(path.glob(pattern))
+    sentence = f"no checkpoint at {path}: expected model.safetensors, or its shards with {INDEX}"
+    require(files, sentence)
     return files
 
 
@@ -190,11 +186,10 @@ def layout(path: str | Path) -> dict[str, Stored]:
             raise UserError(
                 f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
             ) from None
-        require(
-            file.stat().st_size == size,
-            f"cannot read checkpoint {file}: it is truncated, or its size is not what its header "
-            "says",
+        sentence = (
+            f"cannot read checkpoint {file}: truncated, or its size is not what its header says"
         )
+        require(file.stat().st_size == size, sentence)
     for key, name in weight_map(path).items():
         require(
             key in found and found[key].file.name == name,
@@ -242,10 +237,8 @@ def match(
         known.update(filter(re.compile(pattern).fullmatch, stored))
     extra = [key for key in stored if key not in known]
     if extra:
-        raise UserError(
-            f"checkpoint {path} has a tensor {extra[0]!r} that the model does not know "
-            f"({len(extra)} such in all)"
-        )
+        what = f"{extra[0]!r} that the model does not know ({len(extra)} such in all)"
+        raise UserError(f"checkpoint {path} has a tensor {what}")
     return parts
 
 
