@@ -354,10 +354,8 @@ def from_preset(name: str) -> Config:
 
 
 def embedded_files(model: str, env: str) -> tuple[Path, Path]:
-    """Returns where a family's shipped checkpoint for this simulator would lie, and its vocabulary.
-
-    A simulator for which none is shipped has no such file."""
-    # OFT's prompts have words of their own.
+    """Returns where a family's checkpoint for this simulator lies if one is shipped, and its
+    vocabulary; OFT's prompts have words of their own."""
     vocabulary = "tokenizer_oft.model" if model == "oft" else "tokenizer.model"
     return ASSETS / f"{model}_{env}.safetensors", ASSETS / vocabulary
 
@@ -486,10 +484,8 @@ def check_shares(config: Config) -> None:
     actor = config.actor
     ranks = actor.actor_workers
     every_lane = f"{env.lanes} lanes of each of {env.env_workers} env workers"
-    require(
-        env.lanes >= 0 and (env.lanes == 0 or env.envs % (env.env_workers * env.lanes) == 0),
-        f"--envs {env.envs} cannot be split evenly into {every_lane}",
-    )
+    even = env.lanes == 0 or env.lanes > 0 and env.envs % (env.env_workers * env.lanes) == 0
+    require(even, f"--envs {env.envs} cannot be split evenly into {every_lane}")
     group = config.algorithm.group_size if config.train.algorithm == "grpo" else 1
     smaller, larger = sorted((group, env.width))
     both = f"--group-size {group} and the {env.width} envs of a lane must divide one another"

@@ -176,10 +176,8 @@ def main(config: PretrainConfig) -> None:
     jobs = [(spec.tasks, n, part, config) for n in range(len(spec.tasks)) for part in parts]
     with mp.get_context("spawn").Pool(PROCESSES) as pool:
         frames = sum(pool.starmap(demonstrate, jobs, chunksize=1), [])
-    require(
-        frames,
-        "no demonstration succeeded: choose other --tasks, a higher --pace or less --action-noise",
-    )
+    choose = "choose other --tasks, a higher --pace or less --action-noise"
+    require(frames, f"no demonstration succeeded: {choose}")
     seconds = f"{time.monotonic() - started:.0f} s"
     print(f"{len(frames)} frames of {config.demos} demonstrations per task in {seconds}")
 
@@ -196,10 +194,10 @@ def main(config: PretrainConfig) -> None:
 
     # Turn frames into what the model sees, and train.
     preparation = family.preparation(header, str(vocabulary))
-    rows = [
-        preparation.observe(image, state, spec.prompts[task]) | {"actions": actions}
-        for task, image, state, actions in frames
-    ]
+    rows = []
+    for task, image, state, actions in frames:
+        observed = preparation.observe(image, state, spec.prompts[task])
+        rows.append(observed | {"actions": actions})
     data = {
         name: torch.from_numpy(np.stack([row[name] for row in rows])).share_memory_()
         for name in rows[0]

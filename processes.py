@@ -30,17 +30,14 @@ import metrics
 from channel import Counters
 from config import ROOT, UserError, place_of
 
-# Times the time limit: reading billions of weights and compiling take their time.
-START_UP = 10
-# Ctrl-C, a scheduler, a closed terminal.
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal
 # The launcher's word to a worker. A scheduler sends SIGTERM to every process, so that is not it.
 LEAVE = signal.SIGUSR1
 LONGEST_BACKOFF = 60.0  # seconds
-# Seconds. Restarts longer ago do not count: a rare fault may come again and again in a run of days.
-RECENT_S = 3600.0
-# Errors of code that is wrong, which come again however often it is started. LookupError is
-# KeyError and IndexError; ValueError is a wrong shape.
+RECENT_S = 3600.0  # restarts longer ago do not count: a run of days may meet many rare faults
+# Errors of wrong code, which come again. LookupError is KeyError and IndexError; ValueError is a
+# wrong shape.
 WRONG_CODE = (SyntaxError, NameError, AttributeError, ImportError, NotImplementedError)
 WRONG_CODE += (TypeError, ValueError, LookupError, AssertionError)
 
@@ -72,9 +69,9 @@ class Failure(NamedTuple):
 def may_pass(error: BaseException) -> bool:
     """Decides, here alone, whether the same work may succeed in a new process.
 
-    It may not after a user's mistake or where the code is wrong. It may after every other error,
-    which depends on the moment or on the state of a simulation: FloatingPointError of an unstable
-    one, LinAlgError (a ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
+    It may not after a user's mistake or where the code is wrong. Every other error depends on the
+    moment or the state of a simulation: FloatingPointError of an unstable one, LinAlgError (a
+    ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
     singular = isinstance(error, np.linalg.LinAlgError)
     return singular or not isinstance(error, (UserError, *WRONG_CODE))
 

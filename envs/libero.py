@@ -9,8 +9,7 @@ same numbers (tests compare both):
   policy's eight numbers, are enough.
 - A scene takes a second or two to build. It is kept, with every initial state that was met, so a
   reset costs microseconds.
-- A frame is drawn only in `observe`. `quality="fast"` leaves out shadows, multisampling and detail
-  finer than its pixels.
+- `quality="fast"` leaves out shadows, multisampling and detail finer than the pixels of a frame.
 - robosuite samples its observables up to two physics steps before a control step ends, and so do
   state and pictures here.
 
@@ -408,7 +407,6 @@ class Env(envs.Env):
         scene.settled[index] = self._remember()
 
     def _enter(self, task: str) -> None:
-        """Takes the scene of a task, and builds it where there is none."""
         key = (task, self.size, self.quality)
         if key not in SCENES:
             SCENES[key] = Scene(*key)
@@ -541,7 +539,6 @@ class Env(envs.Env):
         return image, state.astype(np.float32)
 
     def film(self, size: int = FILM) -> np.ndarray:
-        """A frame for people, [size, size, 3] uint8: the front camera's."""
         self._pose_view()
         return self.scene.draw(CAMERAS[0], size)
 
