@@ -1,7 +1,6 @@
 """Every setting, one dataclass per stage; presets; what must hold between settings.
 
-`python train.py --help` shows them. Left out: any second way to configure (no files, no environment
-variables).
+`python train.py --help` shows them. Left out: configuring by files or environment variables.
 """
 
 import contextlib
@@ -152,8 +151,8 @@ class EnvConfig:
 
     @property
     def eval_width(self) -> int:
-        """Envs of an evaluation lane. Each worker of a vectorised simulator has one such lane, or
-        the first one has them all where they do not divide among the workers."""
+        """Envs of an evaluation lane. A vectorised simulator has one in each worker, or if they do
+        not divide evenly one in the first."""
         if not self.lanes:
             return 1
         if self.eval_envs % self.env_workers:

@@ -198,10 +198,8 @@ def main(config: PretrainConfig) -> None:
     for task, image, state, actions in frames:
         observed = preparation.observe(image, state, spec.prompts[task])
         rows.append(observed | {"actions": actions})
-    data = {
-        name: torch.from_numpy(np.stack([row[name] for row in rows])).share_memory_()
-        for name in rows[0]
-    }
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    data = {name: torch.from_numpy(x).share_memory_() for name, x in stacked.items()}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(fit, (model, data, config, f"{folder}/rendezvous"), PROCESSES)
     checkpoint.save(out, header, model.half().state_dict())

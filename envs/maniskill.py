@@ -276,5 +276,3 @@ class Envs(envs.Envs):
         for sim in self.sims.values():
             sim.close()
         self.sims = {}
-        self.playing = {}
-        self.index = {}
