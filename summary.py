@@ -25,6 +25,7 @@ FOR = {
     "action": "actions",
     "admission": "a newer version",
     "request": "requests",
+    "weights": "weights",
     "trajectory": "trajectories",
     "gradient": "gradients of other ranks",
 }
