@@ -1,7 +1,6 @@
 """Every setting, one dataclass per stage; presets; what must hold between settings.
 
-`python train.py --help` shows them. Left out: any second way to configure (no files, no environment
-variables).
+`python train.py --help` shows them. Left out: configuring by files or environment variables.
 """
 
 import contextlib
@@ -152,8 +151,8 @@ class EnvConfig:
 
     @property
     def eval_width(self) -> int:
-        """Envs of an evaluation lane. Each worker of a vectorised simulator has one such lane, or
-        the first one has them all where they do not divide among the workers."""
+        """Envs of an evaluation lane. A vectorised simulator has one in each worker, or if they do
+        not divide evenly one in the first."""
         if not self.lanes:
             return 1
         if self.eval_envs % self.env_workers:
@@ -366,10 +365,8 @@ def group_of(config: Config) -> int:
 
 
 def embedded_files(model: str, env: str) -> tuple[Path, Path]:
-    """Returns where a family's shipped checkpoint for this simulator would lie, and its vocabulary.
-
-    A simulator for which none is shipped has no such file."""
-    # OFT's prompts have words of their own.
+    """Returns where a family's checkpoint for this simulator lies if one is shipped, and its
+    vocabulary; OFT's prompts have words of their own."""
     vocabulary = "tokenizer_oft.model" if model == "oft" else "tokenizer.model"
     return ASSETS / f"{model}_{env}.safetensors", ASSETS / vocabulary
 
@@ -499,10 +496,8 @@ def check_shares(config: Config) -> None:
     actor = config.actor
     ranks = actor.actor_workers
     every_lane = f"{env.lanes} lanes of each of {env.env_workers} env workers"
-    require(
-        env.lanes >= 0 and (env.lanes == 0 or env.envs % (env.env_workers * env.lanes) == 0),
-        f"--envs {env.envs} cannot be split evenly into {every_lane}",
-    )
+    even = env.lanes == 0 or env.lanes > 0 and env.envs % (env.env_workers * env.lanes) == 0
+    require(even, f"--envs {env.envs} cannot be split evenly into {every_lane}")
     group = group_of(config)
     smaller, larger = sorted((group, env.width))
     both = f"--group-size {group} and the {env.width} envs of a lane must divide one another"

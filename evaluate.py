@@ -193,14 +193,6 @@ def settings_of(config: EvaluateConfig) -> Config:
     return settings
 
 
-def tasks_of(run: Path | None, env: str) -> tuple[str, ...]:
-    """Reads the tasks that a run was trained on, if there is one and the simulator is the same."""
-    if run is None or not (run / "config.json").is_file():
-        return ()
-    train = from_json(run / "config.json").train
-    return train.tasks if train.env == env else ()
-
-
 def main(config: EvaluateConfig) -> dict:
     """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
     require(config.episodes >= 1, f"--episodes {config.episodes} must be at least 1")
@@ -213,7 +205,10 @@ def main(config: EvaluateConfig) -> dict:
     settings = settings_of(config)
     path = settings.train.checkpoint
     run = checkpoint.run_of(path)
-    tasks = tuple(filter(None, (config.suite, *config.tasks))) or tasks_of(run, config.env)
+    tasks = tuple(filter(None, (config.suite, *config.tasks)))
+    if not tasks and run and (run / "config.json").is_file():
+        trained = from_json(run / "config.json").train
+        tasks = trained.tasks if trained.env == config.env else ()
     player = Player(config, settings, tasks)
     print(f"{path}: {config.episodes} episodes of {config.env}", flush=True)
     videos = config.videos or (run or Path(".")) / "videos"

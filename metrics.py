@@ -49,9 +49,8 @@ REASONS = {
     "after_end": "after an episode's end",
     "resume": "under way when the run stopped",
 }
-# Spans, and seconds, between two writes to a file: opening it takes nearly 0.4 ms.
-FLUSH = 500
-FLUSH_S = 10.0
+FLUSH = 500  # spans between two writes to a file: opening it takes nearly 0.4 ms
+FLUSH_S = 10.0  # seconds between them
 LIMIT = 200_000  # spans that one worker records at most
 
 
@@ -230,8 +229,7 @@ class Interval:
 
 
 def cpu_fraction() -> float:
-    """Returns the share of time since the last call in which the cores of this process were busy,
-    with whatever program."""
+    """Returns the share of time since the last call that this process's cores were busy."""
     cores = psutil.cpu_percent(percpu=True)
     mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
     return sum(mine) / max(len(mine), 1) / 100

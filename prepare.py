@@ -178,10 +178,8 @@ def resume_from(config: Config) -> tuple[Path, dict]:
         raise UserError(f"{said}; remove {found} to use an older one") from None
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
-        require(
-            setting(config, name) == before,
-            f"{flag_of(name)} was {before} when run {run} began: it cannot change now",
-        )
+        fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
+        require(setting(config, name) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)

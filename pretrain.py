@@ -176,10 +176,8 @@ def main(config: PretrainConfig) -> None:
     jobs = [(spec.tasks, n, part, config) for n in range(len(spec.tasks)) for part in parts]
     with mp.get_context("spawn").Pool(PROCESSES) as pool:
         frames = sum(pool.starmap(demonstrate, jobs, chunksize=1), [])
-    require(
-        frames,
-        "no demonstration succeeded: choose other --tasks, a higher --pace or less --action-noise",
-    )
+    choose = "choose other --tasks, a higher --pace or less --action-noise"
+    require(frames, f"no demonstration succeeded: {choose}")
     seconds = f"{time.monotonic() - started:.0f} s"
     print(f"{len(frames)} frames of {config.demos} demonstrations per task in {seconds}")
 
@@ -196,14 +194,12 @@ def main(config: PretrainConfig) -> None:
 
     # Turn frames into what the model sees, and train.
     preparation = family.preparation(header, str(vocabulary))
-    rows = [
-        preparation.observe(image, state, spec.prompts[task]) | {"actions": actions}
-        for task, image, state, actions in frames
-    ]
-    data = {
-        name: torch.from_numpy(np.stack([row[name] for row in rows])).share_memory_()
-        for name in rows[0]
-    }
+    rows = []
+    for task, image, state, actions in frames:
+        observed = preparation.observe(image, state, spec.prompts[task])
+        rows.append(observed | {"actions": actions})
+    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    data = {name: torch.from_numpy(x).share_memory_() for name, x in stacked.items()}
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(fit, (model, data, config, f"{folder}/rendezvous"), PROCESSES)
     checkpoint.save(out, header, model.half().state_dict())

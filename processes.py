@@ -31,17 +31,14 @@ import metrics
 from channel import Counters
 from config import ROOT, UserError, place_of
 
-# Times the time limit: reading billions of weights and compiling take their time.
-START_UP = 10
-# Ctrl-C, a scheduler, a closed terminal.
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal
 # The launcher's word to a worker. A scheduler sends SIGTERM to every process, so that is not it.
 LEAVE = signal.SIGUSR1
 LONGEST_BACKOFF = 60.0  # seconds
-# Seconds. Restarts longer ago do not count: a rare fault may come again and again in a run of days.
-RECENT_S = 3600.0
-# Errors of code that is wrong, which come again however often it is started. LookupError is
-# KeyError and IndexError; ValueError is a wrong shape.
+RECENT_S = 3600.0  # restarts longer ago do not count: a run of days may meet many rare faults
+# Errors of wrong code, which come again. LookupError is KeyError and IndexError; ValueError is a
+# wrong shape.
 WRONG_CODE = (SyntaxError, NameError, AttributeError, ImportError, NotImplementedError)
 WRONG_CODE += (TypeError, ValueError, LookupError, AssertionError)
 # What torch says of shapes that do not go together, as a RuntimeError.
@@ -75,9 +72,9 @@ class Failure(NamedTuple):
 def may_pass(error: BaseException) -> bool:
     """Decides, here alone, whether the same work may succeed in a new process.
 
-    It may not after a user's mistake or where the code is wrong. It may after every other error,
-    which depends on the moment or on the state of a simulation: FloatingPointError of an unstable
-    one, LinAlgError (a ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
+    It may not after a user's mistake or where the code is wrong. Every other error depends on the
+    moment or the state of a simulation: FloatingPointError of an unstable one, LinAlgError (a
+    ValueError) of a singular one, RuntimeError, OSError, MemoryError."""
     if isinstance(error, RuntimeError) and re.search(WRONG_SHAPES, str(error)):
         return False
     singular = isinstance(error, np.linalg.LinAlgError)
@@ -95,9 +92,7 @@ def describe(error: BaseException) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory that tensors leave, for the next ones.
-
-    An inference on a CPU takes 17 % less (small π0.5, 12 samples)."""
+    """Keeps the memory of freed tensors: an inference on a CPU takes 17 % less (small π0.5)."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc; bytes
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: what is free at the heap's end stays
         # M_MMAP_THRESHOLD, or the other makes it 2¹⁷, and larger tensors are mapped anew each time.
@@ -285,9 +280,8 @@ class Crew:
         return None
 
     def hangs(self, name: str) -> bool:
-        """Whether a worker that was ready has given no sign of life for too long.
-
-        An actor worker waits for other ranks' gradients silently."""
+        """Whether a worker that was ready has given no sign of life for too long."""
+        # An actor worker waits for other ranks' gradients silently.
         if not self.was_ready(name) or self.waits_for(name) == "gradient":
             return False
         ready = self.counter(name, "ready")
@@ -295,8 +289,7 @@ class Crew:
         return time.monotonic() - alive > self.timeout
 
     def replace(self, failure: Failure) -> None:
-        """Ends what is left of a worker and decides when its successor starts. Raises WorkerFailed
-        where there is to be none."""
+        """Ends what is left of a worker and plans its successor, or raises WorkerFailed."""
         name = failure.name
         said = f"worker {name} {failure.cause}"
         if not (failure.passes and self.jobs[name].replaceable and self.was_ready(name)):

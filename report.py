@@ -8,6 +8,11 @@ import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
 
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
 from channel import Counters
 from config import Config, UserError, to_json
 from metrics import STAGES
@@ -122,18 +127,12 @@ class Panel(Display):
 
     def __init__(self, iterations: int):
         super().__init__(iterations)
-        from rich.live import Live
-
         self.screen = Live("starting workers …", refresh_per_second=4)
 
     def say(self, text: str) -> None:
         self.screen.update(text)
 
     def show(self, line: dict) -> None:
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
         self.history.append(line)
         rates = [line["success_rate"] for line in self.history[-RECENT:]]
         rates = [rate for rate in rates if rate is not None]

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
 
+from rich.columns import Columns
+from rich.console import Console
+from rich.table import Table
+
 from config import Config, UserError, existing_run, exit_on_user_error, from_json, require
 from metrics import HISTOGRAM, REASONS, STAGES
 from pictures import draw, group_of
@@ -21,6 +25,7 @@ FOR = {
     "action": "actions",
     "admission": "a newer version",
     "request": "requests",
+    "weights": "weights",
     "trajectory": "trajectories",
     "gradient": "gradients of other ranks",
 }
@@ -190,9 +195,6 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
 
 
 def show(name: str, summary: Summary, config: Config) -> None:
-    from rich.columns import Columns
-    from rich.console import Console
-
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     train = config.train
     auto = " (auto)" if train.ratio == "auto" else ""
@@ -224,10 +226,8 @@ def facts(summary: Summary) -> str:
     )
 
 
-def stages(summary: Summary):
+def stages(summary: Summary) -> Table:
     """Returns a table of how busy each stage was, and what it waited for."""
-    from rich.table import Table
-
     table = Table("stage", "busy", "bubble", "by cause", "", box=None, header_style="bold")
     for stage in STAGES:
         bubble = summary.bubble[stage]
@@ -246,10 +246,8 @@ def shares(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.0%}" for name, share in ordered if share >= 0.005)
 
 
-def histogram(title: str, counts: Counter, labels: dict[str, str]):
+def histogram(title: str, counts: Counter, labels: dict[str, str]) -> Table:
     """Returns a table with a bar per bucket that is not empty; labels: of the buckets, in order."""
-    from rich.table import Table
-
     table = Table(title, "share", "", box=None, header_style="bold")
     for key, label in labels.items():
         if counts[key]:
@@ -269,10 +267,9 @@ def size_labels() -> dict[str, str]:
 def main() -> None:
     """Draws a run's pictures and prints its summary."""
     with exit_on_user_error():
-        require(
-            len(sys.argv) == 2 and not sys.argv[1].startswith("-"),
-            "give one run to look at: python -m metrics NAME, of runs/NAME, or a path with a slash",
-        )
+        named = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
+        how = "python -m metrics NAME, of runs/NAME, or a path with a slash"
+        require(named, f"give one run to look at: {how}")
         run = existing_run(sys.argv[1])
         file = run / "metrics.jsonl"
         unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"

@@ -30,9 +30,8 @@ from config import UserError, place_of, require
 if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU does not need it
     from torch import Tensor
 
-# What draws must know before it is imported. Of the software rasteriser processes scale, and its
-# threads only fight. Mesa's compiled shaders save each process half a second, and do not belong in
-# the user's home.
+# Read where MuJoCo, SAPIEN and Mesa are imported. Processes of the software rasteriser scale, its
+# threads only fight. Compiled shaders save each process half a second, outside the user's home.
 os.environ.setdefault("MUJOCO_GL", "egl")
 os.environ.setdefault("LP_NUM_THREADS", "0")
 SHADERS = f"{tempfile.gettempdir()}/mesa_shader_cache_{os.getuid()}"

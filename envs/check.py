@@ -234,11 +234,9 @@ def main(config: CheckConfig) -> Path:
     spec = simulator.spec((*suite, *config.tasks), config.image_size)
     import_s = time.perf_counter() - start
     imported = process.memory_info().rss
-    print(
-        f"{config.env}: {len(spec.tasks)} tasks, {spec.views} cameras of {config.image_size} "
-        f"pixels, state [{spec.state_dim}], action [{spec.action_dim}], at most {spec.horizon} "
-        f"control steps; imported in {import_s:.1f} s"
-    )
+    seen = f"{spec.views} cameras of {config.image_size} pixels, state [{spec.state_dim}]"
+    done = f"action [{spec.action_dim}], at most {spec.horizon} control steps"
+    print(f"{config.env}: {len(spec.tasks)} tasks, {seen}, {done}; imported in {import_s:.1f} s")
 
     # Check it, then see what it costs.
     check_contract(simulator, spec, config)
@@ -254,10 +252,9 @@ def main(config: CheckConfig) -> Path:
     finally:
         env.close()
     tasks = len(spec.tasks[: config.at_most or None])
-    print(
-        f"memory in MB: {imported / 1e6:.0f} imported, {(played - imported) / 1e6:.0f} for {tasks} "
-        f"tasks, {(another - played) / 1e6:.0f} for another env of the first"
-    )
+    memory = f"{imported / 1e6:.0f} imported, {(played - imported) / 1e6:.0f} for {tasks} tasks"
+    more = f"{(another - played) / 1e6:.0f} for another env of the first"
+    print(f"memory in MB: {memory}, {more}")
     imageio.imwrite(out, np.concatenate(sheet))
     print(f"one row per line above, each camera at the start, in the middle and at the end: {out}")
     return out

@@ -4,8 +4,6 @@ On a processor a frame costs what its triangles cost, hardly its pixels, and a m
 textures and meshes. So both are thinned to what a frame can show.
 """
 
-import contextlib
-import ctypes
 import hashlib
 import io
 import os
@@ -29,12 +27,6 @@ def forget_missing_device() -> None:
 
         if int(wanted) >= len(egl_ext.eglQueryDevicesEXT()):
             del os.environ["MUJOCO_EGL_DEVICE_ID"]
-
-
-def give_back_memory() -> None:
-    """Returns freed memory to the system: compiling a model takes three times its size."""
-    with contextlib.suppress(AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def merge(vertices: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,4 @@
-"""LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): 130 tasks of a Panda arm in MuJoCo,
-in five suites.
+"""LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): 130 tasks of a Panda arm.
 
 Scenes, initial states and success are LIBERO's own code. Stepping and drawing are ours and give the
 same numbers (tests compare both):
@@ -9,8 +8,7 @@ same numbers (tests compare both):
   policy's eight numbers, are enough.
 - A scene takes a second or two to build. It is kept, with every initial state that was met, so a
   reset costs microseconds.
-- A frame is drawn only in `observe`. `quality="fast"` leaves out shadows, multisampling and detail
-  finer than its pixels.
+- `quality="fast"` leaves out shadows, multisampling and detail finer than the pixels of a frame.
 - robosuite samples its observables up to two physics steps before a control step ends, and so do
   state and pictures here.
 
@@ -20,6 +18,7 @@ does). Left out: LIBERO's procedural variants, demonstrations, segmentation and 
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import math
 import os
@@ -160,7 +159,9 @@ def build_problem(task: str, image_size: int, quality: str):
                 )
     finally:
         np.random.set_state(random)
-        drawing.give_back_memory()
+        # Return freed memory to the system: compiling a model takes three times its size.
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def thinned(kind: type, image_size: int) -> type:
@@ -408,7 +409,6 @@ class Env(envs.Env):
         scene.settled[index] = self._remember()
 
     def _enter(self, task: str) -> None:
-        """Takes the scene of a task, and builds it where there is none."""
         key = (task, self.size, self.quality)
         if key not in SCENES:
             SCENES[key] = Scene(*key)
@@ -541,7 +541,6 @@ class Env(envs.Env):
         return image, state.astype(np.float32)
 
     def film(self, size: int = FILM) -> np.ndarray:
-        """A frame for people, [size, size, 3] uint8: the front camera's."""
         self._pose_view()
         return self.scene.draw(CAMERAS[0], size)
 

@@ -1,5 +1,4 @@
-"""ManiSkill 3 (https://github.com/haosulab/ManiSkill): pick-and-place tasks of a robot arm in
-SAPIEN; a vectorised lane of N envs.
+"""ManiSkill 3 (https://github.com/haosulab/ManiSkill): pick-and-place in SAPIEN, vectorised.
 
 On a GPU one PhysX system simulates the N envs of a task and Vulkan draws them into CUDA memory,
 where pictures, states and rewards stay. On a CPU the N envs are N scenes stepped in turn, drawn by
@@ -215,7 +214,6 @@ class Envs(envs.Envs):
     """The envs of one lane. A simulator is made when first played; on a CPU one per row."""
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str):
-        """Raises UserError where nothing can draw."""
         super().__init__(tasks, image_size, count, torch.device(device))
         self.known = [expand(name)[name] for name in tasks]
         check_drawing(self.device)
@@ -272,12 +270,9 @@ class Envs(envs.Envs):
         return images, states
 
     def film(self, size: int = 256) -> np.ndarray:
-        """A frame for people, [size, size, 3] uint8: what the policy's camera shows of row 0."""
         return shrink(self.observe()[0][0], size, size)[0].cpu().numpy()
 
     def close(self) -> None:
         for sim in self.sims.values():
             sim.close()
         self.sims = {}
-        self.playing = {}
-        self.index = {}

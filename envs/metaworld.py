@@ -1,5 +1,4 @@
-"""Meta-World v3 (https://github.com/Farama-Foundation/Metaworld): 50 manipulation tasks of a Sawyer
-arm in MuJoCo.
+"""Meta-World v3 (https://github.com/Farama-Foundation/Metaworld): 50 tasks of a Sawyer arm.
 
 The policy sees one camera and the hand's own position, never an object's: `state` is obs[:4] (hand
 x, y, z in metres, gripper opening in [0, 1]). A step takes 0.3 ms and a 64-pixel frame 7 to 13 ms,
@@ -126,8 +125,7 @@ class Env(envs.Env):
         super().__init__(tasks, image_size, quality)
         drawing.forget_missing_device()
         self.sims = {}  # by task, the one used last at the end
-        # Sites mark goals and grasp points. The policy sees one only where nothing else shows the
-        # goal, which is then in group 1.
+        # Show no site but one that alone shows a goal, which `_build` puts into group 1.
         self.option = mujoco.MjvOption()
         self.option.sitegroup[:] = 0
         self.option.sitegroup[1] = 1
@@ -161,8 +159,7 @@ class Env(envs.Env):
         self.state = self.sim.reset(seed=seed)[0]
 
     def step(self, action: np.ndarray) -> Step:
-        """action [4] float32: hand displacement x, y, z in units of 1 cm per step and gripper, each
-        clipped to [-1, 1]."""
+        """action [4]: hand displacement x, y, z (1 is 1 cm) and gripper, clipped to [-1, 1]."""
         self.state, _, _, _, info = self.sim.step(np.clip(action, -1.0, 1.0))
         stability.check(self.sim.data)
         success = bool(info["success"])

@@ -1,5 +1,4 @@
-"""PutOnPlateInScene25Main-v3, RLinf's task in ManiSkill: a WidowX arm puts a thing on a plate,
-before a pictured table.
+"""PutOnPlateInScene25Main-v3, RLinf's task in ManiSkill: a WidowX arm puts a thing on a plate.
 
 A digital twin of BridgeData V2 (SimplerEnv): the picture of a real table lies behind whatever is
 robot, thing or plate. Numbers, names and files are RLinf's (https://github.com/RLinf/RLinf,

@@ -1,5 +1,4 @@
-"""RoboCasa (https://robocasa.ai): kitchen tasks of a Panda arm on wheels, in robosuite; one env per
-lane.
+"""RoboCasa (https://robocasa.ai): kitchen tasks of a Panda arm on wheels, in robosuite.
 
 RoboCasa needs robosuite 1.5 and so an environment of its own, since LIBERO needs 1.4; there, `--env
 robocasa` is all:

@@ -107,9 +107,9 @@ def check_observed(model: torch.nn.Module, row: dict) -> None:
 
 def check_acted(model: torch.nn.Module, out: dict, n: int, chunk: tuple[int, int]) -> None:
     """Raises UserError unless what `act` returned for n samples of chunks [C, A] can be stored."""
-    fields = model.slot_fields() | {"value": ((), torch.float32)}
-    fields |= {name: (chunk, out[name].dtype) for name in ("actions", "logprob") if name in out}
-    check_tensors("the model's act", fields, out, (n,))
+    common = {"actions": chunk, "logprob": chunk, "value": ()}
+    fields = {name: (shape, out[name].dtype) for name, shape in common.items() if name in out}
+    check_tensors("the model's act", model.slot_fields() | fields, out, (n,))
 
 
 def check_evaluated(out: dict[str, Tensor], logprob: Tensor) -> None:
