@@ -13,9 +13,11 @@ Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
 import math
 import time
 
+import numpy as np
+
 from channel import ACT, EVAL, FINAL, VALUE, Channels, Record
 from config import Config
-from envs.lanes import Lane
+from envs.lanes import Lane, Outcome
 from evaluation import EvaluationLanes
 from metrics import Meter
 from models.checkpoint import Header
@@ -43,8 +45,8 @@ def run(
     meter.ready()
 
     while True:
-        # Begin whatever the published version admits.
-        for lane in shard.take_parked():
+        # Begin whatever a new version admits.
+        for lane in shard.parked_before_this_version():
             lane.begin_or_park()
         evaluation.begin_round_if_asked()
 
@@ -133,6 +135,8 @@ class TrainingLane:
             shard.observe(self.lane, self.slots, 0)
         else:
             shard.carry_over(before, self.slots)
+        for name in ("success", "terminated", "truncated"):
+            shard.arrays[name][self.slots] = False
         shard.label(self.lane, self.slots, self.trajectory)
         shard.request(self.lane, self.slots, ACT, 0)
         return True
@@ -142,32 +146,35 @@ class TrainingLane:
         shard = self.shard
         lane = self.lane
         t = self.t
+        slots = self.slots
         with shard.meter.work("step"):
-            plans = shard.planned_actions(lane, self.slots, t)
+            plans = shard.planned_actions(lane, slots, t)
             outcome = lane.play(plans, shard.spec.horizon)
         shard.meter.count("env_steps", outcome.steps)
         if not all(map(math.isfinite, outcome.reward)):
             raise FloatingPointError(f"a reward of {lane.describe()} is {outcome.reward}")
-        arrays = shard.arrays
-        arrays["collected"][self.slots] += 1
-        arrays["reward"][self.slots, t] = outcome.reward
-        arrays["success"][self.slots, t] = outcome.won
-        ways = zip(outcome.won, outcome.failed, strict=True)
-        arrays["terminated"][self.slots, t] = [won or failed for won, failed in ways]
-        arrays["truncated"][self.slots, t] = outcome.late
-
+        shard.arrays["collected"][slots] += 1
+        shard.arrays["reward"][slots, t] = outcome.reward
         self.ended = outcome.ended()
         if self.ended:
-            shard.meter.count("episodes", len(self.ended))
-            shard.meter.count("successes", sum(outcome.won))
+            self.write_ends(outcome)
         if shard.trajectories.are_episodes:
             self.end_episodes()
         elif shard.config.algorithm.bootstrap_truncated and any(outcome.late):
             # The value of the last observation is wanted; `go_on` then overwrites its row.
-            shard.observe(lane, self.slots, t + 1)
-            shard.request(lane, self.slots, FINAL, t + 1)
+            shard.observe(lane, slots, t + 1)
+            shard.request(lane, slots, FINAL, t + 1)
         else:
             self.go_on()
+
+    def write_ends(self, outcome: Outcome) -> None:
+        """Writes how episodes ended. All other rows say that none did, since `begin_or_park`."""
+        arrays = self.shard.arrays
+        arrays["success"][self.slots, self.t] = outcome.won
+        arrays["terminated"][self.slots, self.t] = np.logical_or(outcome.won, outcome.failed)
+        arrays["truncated"][self.slots, self.t] = outcome.late
+        self.shard.meter.count("episodes", len(self.ended))
+        self.shard.meter.count("successes", sum(outcome.won))
 
     def end_episodes(self) -> None:
         """A trajectory is one episode: whoever has ended plays on to no effect until all have."""

@@ -56,6 +56,7 @@ class Shard:
 
         # Queues. Records carry the generation, so that nobody takes a dead worker's for this one's.
         self.plane = channels.plane.watch()  # tells the published version
+        self.seen_version: int | None = None  # the last one that parked lanes were asked about
         self.lanes = channels.lanes
         self.requests = channels.requests
         self.finished = channels.finished
@@ -101,7 +102,12 @@ class Shard:
     def lane_of(self, record: Record) -> int:
         return self.arrays["env"].item(record.slot) // self.config.env.width
 
-    def take_parked(self) -> list:
+    def parked_before_this_version(self) -> list:
+        """Takes the lanes that wait for a version, once for every version."""
+        version = self.plane.version
+        if version == self.seen_version:
+            return []
+        self.seen_version = version
         parked = self.parked
         self.parked = []
         return parked

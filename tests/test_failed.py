@@ -65,7 +65,7 @@ class Shard:
         self.requests = []
         self.finished = []
         self.plan = []
-        self.version = Published()
+        self.plane = Published()
 
     def nothing(self, *_) -> None:
         pass

@@ -139,7 +139,7 @@ class Policy:
         ]
         actions = torch.tensor([[[s, a]] * CHUNK for s, a in zip(states, chosen, strict=True)])
         value = torch.tensor(states, dtype=torch.float64) * 1000 + version
-        return {"actions": actions, "logprob": actions[..., 1], "value": value}
+        return {"actions": actions, "logprob": actions[..., 1:].expand_as(actions), "value": value}
 
 
 class Fetcher:
@@ -301,7 +301,7 @@ def slot_fields() -> dict:
         "image": ((SEGMENT + 1, 1, 1, 1, 3), torch.uint8),
         "state": ((SEGMENT + 1, 3), f),
         "actions": ((SEGMENT, CHUNK, 2), f),
-        "logprob": ((SEGMENT, CHUNK), f),
+        "logprob": ((SEGMENT, CHUNK, 2), f),
         "value": ((SEGMENT + 1,), torch.float64),
         "final": ((SEGMENT,), torch.float64),
         "reward": ((SEGMENT,), f),
