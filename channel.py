@@ -117,13 +117,29 @@ def synchronize(device: str) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-class SlotPool:
+class Shared:
+    """What the launcher makes and passes to processes: `KEPT` travels, and each process makes views
+    of its own on it."""
+
+    KEPT: tuple[str, ...]
+
+    def __getstate__(self):
+        return {name: getattr(self, name) for name in self.KEPT}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._view()
+
+
+class SlotPool(Shared):
     """`pool["image"]` is one tensor [slots, *shape] that every process sees at the same place.
 
     spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is
     used (`pin`). "cuda:k": the fields `on_device` (none given: all) are one allocation each, shared
     by CUDA IPC when the pool is passed to a process; the others, which processes read and write
     element by element, stay in shared memory."""
+
+    KEPT = ("spec", "slots", "device", "gpu", "offsets", "bytes", "arena", "pinned")
 
     def __init__(
         self, spec: Spec, slots: int, device: str = "cpu", on_device: tuple[str, ...] = ()
@@ -185,17 +201,6 @@ class SlotPool:
         if self.arena is not None:
             self.arena.pin()
             self.pinned = True
-
-    def __getstate__(self):
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("tensors", "arrays")
-        }
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._view()
 
 
 class Record(NamedTuple):
@@ -300,9 +305,11 @@ class IndexQueue:
                 os.close(fd)
 
 
-class Counters:
+class Counters(Shared):
     """A table of float64 in shared memory, one row per worker. A worker writes its row; the
     launcher writes what it decides for a worker, into columns of its own."""
+
+    KEPT = ("columns", "rows", "arena")
 
     def __init__(self, rows: int, columns: tuple[str, ...]):
         self.columns = columns
@@ -326,16 +333,11 @@ class Counters:
     def get(self, row: int, column: str) -> float:
         return self.cells[row * len(self.columns) + self.index[column]]
 
-    def __getstate__(self):
-        return {"columns": self.columns, "rows": self.rows, "arena": self.arena}
 
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._view()
-
-
-class LaneTable:
+class LaneTable(Shared):
     """Where every lane is. Each number is written by one env worker and read by rollout workers."""
+
+    KEPT = ("sizes", "arena")
 
     def __init__(self, lanes: int, env_workers: int):
         self.sizes = lanes, env_workers
@@ -347,13 +349,6 @@ class LaneTable:
         numbers = self.arena.tensor(0, (lanes + env_workers,), torch.int64).numpy()
         self.trajectory = numbers[:lanes]  # the one that the lane plays, or waits to begin
         self.generation = numbers[lanes:]  # of env workers: how often each was replaced
-
-    def __getstate__(self):
-        return {"sizes": self.sizes, "arena": self.arena}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._view()
 
 
 class Channels(NamedTuple):

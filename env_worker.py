@@ -158,7 +158,7 @@ class TrainingLane:
         self.ended = outcome.ended()
         if self.ended:
             self.write_ends(outcome)
-        if shard.trajectories.are_episodes:
+        if shard.plays_episodes:
             self.end_episodes()
         elif shard.config.algorithm.bootstrap_truncated and any(outcome.late):
             # The value of the last observation is wanted; `go_on` then overwrites its row.
@@ -216,7 +216,7 @@ class TrainingLane:
     def rows_that_need_an_episode(self, before: slice | None) -> list[int]:
         """All at the very beginning and where trajectories are episodes; else those whose task
         changes."""
-        if before is None or self.shard.trajectories.are_episodes:
+        if before is None or self.shard.plays_episodes:
             return list(range(len(self.lane.envs)))
         return [
             row

@@ -42,8 +42,10 @@ class Shard:
         self.spec = self.simulator.spec(config.train.tasks, config.env.image_size)
         self.preparation = models.preparation(config.train.model, header, config.train.tokenizer)
         self.admission = Admission.of(config)
-        self.trajectories = Trajectories.of(config)  # segments (PPO) or episodes (GRPO)
+        self.trajectories = Trajectories.of(config)
+        self.plays_episodes = self.trajectories.are_episodes  # GRPO; PPO plays segments
         self.segment = config.env.segment  # T, chunk steps
+        self.width = config.env.width  # envs of a training lane
 
         # Slots. Where a vectorised simulator draws on the GPU, its pictures stay there.
         self.pool = channels.pool
@@ -100,7 +102,7 @@ class Shard:
         return made
 
     def lane_of(self, record: Record) -> int:
-        return self.arrays["env"].item(record.slot) // self.config.env.width
+        return self.arrays["env"].item(record.slot) // self.width
 
     def parked_before_this_version(self) -> list:
         """Takes the lanes that wait for a version, once for every version."""

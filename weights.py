@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from channel import Arena, SlotPool, Spec, fence, layout, synchronize
+from channel import Arena, Shared, SlotPool, Spec, fence, layout, synchronize
 
 
-class WeightPlane:
+class WeightPlane(Shared):
     """Two buffers and a version. One writer publishes into the older buffer; any number of readers
     copy the newer one.
 
@@ -35,6 +35,8 @@ class WeightPlane:
 
     spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds;
     until it is published the version is −1, so K batches may start before there are weights."""
+
+    KEPT = ("spec", "offsets", "bytes", "buffers", "header")
 
     def __init__(self, spec: Spec, device: str = "cpu", version: int = 0):
         self.spec = spec
@@ -123,19 +125,6 @@ class WeightPlane:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no weights came from the actor within {timeout:.0f} s")
             time.sleep(0)
-
-    def __getstate__(self):
-        return {
-            "spec": self.spec,
-            "offsets": self.offsets,
-            "bytes": self.bytes,
-            "buffers": self.buffers,
-            "header": self.header,
-        }
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._view()
 
 
 class WeightFetcher:

@@ -53,6 +53,7 @@ class Shard:
         self.spec = SPEC
         self.admission = Admission.of(self.config)
         self.trajectories = Trajectories.of(self.config)
+        self.plays_episodes = self.trajectories.are_episodes
         numbers = ("success", "terminated", "truncated")
         fields = {name: ((SEGMENT,), torch.bool) for name in numbers}
         fields |= {"reward": ((SEGMENT,), torch.float32), "collected": ((), torch.int64)}
