@@ -38,11 +38,8 @@ def run(
 ) -> None:
     """Trains until the last version. resume: state.json of the checkpoint that training goes on
     from, or None; report: the first rank tells the launcher through it."""
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        channels.pool.pin()
-    start = resume["version"] if resume else 0
-    ranks = Ranks(rank, config.actor.actor_workers, device, run_folder / ".spans", start)
+    channels.pool.use_on(device)
+    ranks = Ranks.of(config, rank, device, run_folder, resume)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
@@ -53,9 +50,7 @@ def run(
 
     while learner.version < config.train.iterations:
         if ranks.first and channels.counters.get(0, "stop") and not learner.updated:
-            with meter.work("checkpoint"):
-                report.send({"saved": str(learner.save(checkpoints))})
-            wait_to_be_ended()
+            save_and_wait_for_the_end(learner, checkpoints, report, meter)
 
         # Take in what has arrived; wait for more only when no micro-batch is complete.
         inbox.receive(wait_s=0.0)
@@ -86,7 +81,6 @@ def run(
             if ranks.first:
                 save_where_due(learner, checkpoints, meter)
                 report.send(line)
-            note_memory(meter, device)
 
     ranks.leave()
     if ranks.first:
@@ -114,6 +108,8 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
     """The first rank copies the weights into the plane and wakes whoever may wait for a version."""
     first = learner.ranks.first
     size = channels.plane.bytes if first else 0
+    if learner.device != "cpu":
+        meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
     with meter.work("publish", version=learner.version, bytes=size):
         if not first:
             return
@@ -122,16 +118,19 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
             queue.put([Record(0, 0, WAKE, 0, 0)])
 
 
+def save_and_wait_for_the_end(
+    learner: Learner, folder: Path, report: Connection, meter: Meter
+) -> None:
+    with meter.work("checkpoint"):
+        report.send({"saved": str(learner.save(folder))})
+    wait_to_be_ended()
+
+
 def wait_to_be_ended() -> None:
     """The launcher ends this worker. Leaving first would fail the other ranks before the launcher
     has read that all is saved."""
     while True:
         time.sleep(1.0)
-
-
-def note_memory(meter: Meter, device: str) -> None:
-    if device != "cpu":
-        meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
 
 
 class Inbox:

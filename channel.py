@@ -197,7 +197,11 @@ class SlotPool(Shared):
         else:
             tensor[torch.from_numpy(slots), torch.from_numpy(rows)] = values
 
-    def pin(self) -> None:
+    def use_on(self, device: str) -> None:
+        """Makes this process work on a device; a GPU copies fast from page-locked slots."""
+        if device == "cpu":
+            return
+        torch.cuda.set_device(device)
         if self.arena is not None:
             self.arena.pin()
             self.pinned = True

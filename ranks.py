@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from config import Config
 from tally import Tally
 
 
@@ -28,6 +29,13 @@ class Ranks:
             store = dist.FileStore(str(folder / f"rendezvous-{version}"), count)
             backend = "gloo" if device == "cpu" else "nccl"
             dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+
+    @classmethod
+    def of(
+        cls, config: Config, rank: int, device: str, run_folder: Path, resume: dict | None
+    ) -> "Ranks":
+        version = resume["version"] if resume else 0
+        return cls(rank, config.actor.actor_workers, device, run_folder / ".spans", version)
 
     def sum_gradients(self, parameters: list[Tensor]) -> None:
         """Sums gradients over ranks. The loss is already divided by the global count."""

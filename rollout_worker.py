@@ -28,9 +28,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     """Works until the launcher ends it. spec: the simulator's EnvSpec."""
     requests = channels.requests[rank]
     requests.close_writer()
-    if device != "cpu":
-        torch.cuda.set_device(device)
-        channels.pool.pin()
+    channels.pool.use_on(device)
     model = models.build(config, spec, device).eval()
     lanes = LanesServed(rank, config, channels)
     batcher = DynamicBatcher(*first_limits(config, lanes.count))
@@ -274,23 +272,22 @@ def serve(
     out = model.act(to_device(observed, device), to_device(noise, device))
     contract.check_acted(model, out, padded(n), pool.spec["actions"][0][1:])
 
-    def write(names: tuple[str, ...], *kinds: int) -> None:
-        """Puts results into the rows of those samples that are of these kinds."""
-        chosen = [i for i, r in enumerate(samples) if r.kind in kinds]
-        if not chosen:
-            return
+    # Every kind of request wants its own results in its row.
+    kinds = [r.kind for r in samples]
+    for names, wanted in (
+        (("actions",), (ACT, EVAL)),
+        (("value",), (ACT, VALUE)),
+        (("logprob", *model.slot_fields()), (ACT,)),
+    ):
+        chosen = [i for i, kind in enumerate(kinds) if kind in wanted]
         everybody = len(chosen) == padded(n)  # then nothing need be copied out of the results
         at = (slots, rows) if everybody else (slots[chosen], rows[chosen])
-        for name in names:
+        for name in names if chosen else ():
             pool.put(name, *at, out[name] if everybody else out[name][chosen])
-
-    write(("actions",), ACT, EVAL)
-    write(("value",), ACT, VALUE)
-    write(("logprob", *model.slot_fields()), ACT)
-    acting = [i for i, r in enumerate(samples) if r.kind == ACT]
+    acting = [i for i, kind in enumerate(kinds) if kind == ACT]
     pool.arrays["version"][slots[acting], rows[acting]] = version
     # FINAL names the row that holds the last observation for a moment: the one after its step's.
-    finals = [i for i, r in enumerate(samples) if r.kind == FINAL]
+    finals = [i for i, kind in enumerate(kinds) if kind == FINAL]
     if finals:
         pool.put("final", slots[finals], rows[finals] - 1, out["value"][finals])
     synchronize(pool.device)  # written before anybody is told

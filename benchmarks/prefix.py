@@ -89,7 +89,7 @@ class MicroBatches:
         for name in self.fields:
             self.pool[name].unflatten(0, (-1, SAMPLES)).copy_(stored[name].to("cpu"))
         if device == "cuda":
-            self.pool.pin()
+            self.pool.use_on(device)
 
     def read(self) -> dict[str, Tensor]:
         """Reads the next micro-batch: what `evaluate` needs, on the device."""

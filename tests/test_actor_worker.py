@@ -467,6 +467,7 @@ def test_only_the_first_rank_publishes(tmp_path):
         def __init__(self, first):
             self.ranks = type("Ranks", (), {"first": first})
             self.version = 0
+            self.device = "cpu"
 
         def weights_that_act(self):
             return {"w": torch.full((1,), 7.0)}

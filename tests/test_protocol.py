@@ -172,12 +172,12 @@ class Fetcher:
 class Ranks:
     """Stands for `ranks.Ranks`: they meet, and exchange nothing."""
 
-    def __init__(self, run: "Run", rank: int, count: int, *_):
+    def __init__(self, run: "Run", config, rank: int, *_):
         self.run = run
         self.rank = rank
-        self.count = count
+        self.count = config.actor.actor_workers
         self.first = rank == 0
-        self.several = count > 1
+        self.several = self.count > 1
         self.meetings = 0
 
     def meet(self) -> None:
@@ -200,6 +200,7 @@ class Learner:
     def __init__(self, run: "Run", config, spec, device, ranks: Ranks, resume):
         self.run = run
         self.ranks = ranks
+        self.device = device
         self.version = 0
         self.updated = False
         self.parameters = []
@@ -374,7 +375,7 @@ class Run:
         put(models, "preparation", lambda *_: Preparation())
         put(models, "build", lambda *_: Policy())
         put(actor_worker, "Learner", functools.partial(Learner, self))
-        put(actor_worker, "Ranks", functools.partial(Ranks, self))
+        put(actor_worker.Ranks, "of", functools.partial(Ranks, self))
         put(shard, "fence", self.fence)
         put(actor_worker, "fence", self.fence)
         monkeypatch.setitem(envs.SIMULATORS, "metaworld", (__name__, ""))
