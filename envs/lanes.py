@@ -77,7 +77,7 @@ class Lane(ABC):
         """Names the lane, its envs and tasks, for error messages."""
         tasks = dict.fromkeys(self.spec.tasks[task] for task in self.tasks if task >= 0)
         names = ", ".join(map(repr, tasks)) or "none yet"
-        return f"lane {self.index} (envs {self.envs[0]} to {self.envs[-1]}, task {names})"
+        return f"task {names} (lane {self.index}, envs {self.envs[0]} to {self.envs[-1]})"
 
 
 class SingleLane(Lane):

@@ -149,14 +149,14 @@ def test_what_a_lane_shows_and_says():
     lane.reset([0], [1], [3])
     assert lane.prompt == "episode 3"
     assert lane.observe().shape == (1, 1, 2, 2, 3) and lane.states.shape == (1, 4)
-    assert lane.describe() == "lane 0 (envs 0 to 0, task 'two')"
+    assert lane.describe() == "task 'two' (lane 0, envs 0 to 0)"
 
     lane = many(2)
     lane.reset([0, 1], [1, 0], [3, 4])
     pictures = lane.observe()
     assert isinstance(pictures, np.ndarray) and pictures.shape == (2, 1, 2, 2, 3)
     assert lane.states.shape == (2, 4) and lane.prompt is None
-    assert lane.describe() == "lane 1 (envs 4 to 5, task 'two', 'one')"
+    assert lane.describe() == "task 'two', 'one' (lane 1, envs 4 to 5)"
     assert isinstance(many(2, keep_on_gpu=True).many, Envs)
     kept = many(1, keep_on_gpu=True)
     kept.reset([0], [0], [0])
