@@ -612,7 +612,7 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
     status, output = cli(script).finish(timeout=10)
     assert (
         status == 2
-        and "pip install metaworld" in output
+        and "pip install -r requirements.txt" in output
         and "Traceback" not in output
         and output.count("\n") == 1
     )
