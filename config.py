@@ -314,8 +314,6 @@ FLOW = ("prefix_dtype", "denoise_steps", "noise_level", "sde_steps", "train_vlm"
 FAMILIES_OF |= dict.fromkeys(FLOW, ("pi0", "pi05", "gr00t"))
 
 
-# ---------------------------------------------------------------- settings by name
-
 # Flags carry no name of a stage, so a setting's name says which stage it belongs to.
 STAGE_OF = {
     setting.name: stage.name
@@ -359,9 +357,6 @@ def loss_of(config: Config):
 def group_of(config: Config) -> int:
     """Returns G where the loss compares the episodes of whole groups (GRPO), else 1."""
     return config.algorithm.group_size if loss_of(config).groups else 1
-
-
-# ---------------------------------------------------------------- files
 
 
 def embedded_files(model: str, env: str) -> tuple[Path, Path]:
@@ -427,8 +422,6 @@ def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
     )
     return int(left), int(right)
 
-
-# ---------------------------------------------------------------- what must hold
 
 # What must hold of a number. Settings that also take none or a word may be that instead.
 AT_LEAST_1 = ("iterations", "envs", "batch", "minibatch", "micro_batch", "update_epochs", "chunk")

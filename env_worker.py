@@ -117,8 +117,6 @@ class TrainingLane:
                 self.move_to(trajectory + 1)
                 self.begin_or_park()
 
-    # ---------------------------------------------------------------- the life of a trajectory
-
     def begin_or_park(self) -> bool:
         """Moves into the next slots if admission allows, else waits for the next version. Returns
         whether it has begun."""
@@ -210,8 +208,6 @@ class TrainingLane:
             self.move_to(self.trajectory + 1)
             self.begin_or_park()
         shard.request(self.lane, complete, VALUE, shard.segment)
-
-    # ---------------------------------------------------------------- episodes
 
     def rows_that_need_an_episode(self, before: slice | None) -> list[int]:
         """All at the very beginning and where trajectories are episodes; else those whose task

@@ -76,8 +76,6 @@ class Learner:
         self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
         self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
 
-    # ---------------------------------------------------------------- one micro-batch
-
     def train(self, data: dict[str, Tensor], micro: MicroBatch) -> None:
         """Runs forward and backward; gradients accumulate until `step`.
 
@@ -171,8 +169,6 @@ class Learner:
             add("error", error.sum(), "part", per="batch")
             add("error_square", error.square().sum(), "part", per="batch")
 
-    # ---------------------------------------------------------------- one optimizer step
-
     def step(self) -> None:
         """Ends a minibatch: clips the gradients, which must be summed over ranks, and steps."""
         actor = self.config.actor
@@ -209,8 +205,6 @@ class Learner:
             return False
         total, samples = self.ranks.sum(kl)
         return total > limit * samples
-
-    # ---------------------------------------------------------------- one batch
 
     def tally_accounts(self, accounts: dict[str, int]) -> None:
         """Counts chunk steps of this batch that were lost before they could be trained."""

@@ -47,9 +47,6 @@ def predict(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> Predictio
     return simulate(node, costs, nodes, *runs)
 
 
-# ---------------------------------------------------------------- the sweep
-
-
 def share_of(node: Node, nodes: int, base: int) -> Node | None:
     """Returns one of `nodes` that share the batch of `base` nodes, or None if they cannot."""
     batch = node.batch * base // nodes
@@ -191,9 +188,6 @@ def draw(rows: list[dict], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
-
-
-# ---------------------------------------------------------------- the command
 
 
 def busy_shares(found: Prediction) -> dict[str, float]:

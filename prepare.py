@@ -129,9 +129,6 @@ def prepare(config: Config) -> Setup:
     )
 
 
-# ---------------------------------------------------------------- where training starts
-
-
 def find_start(config: Config, simulator: envs.Simulator) -> Start:
     """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random."""
     train = config.train
@@ -186,9 +183,6 @@ def resume_from(config: Config) -> tuple[Path, dict]:
     return found, resume
 
 
-# ---------------------------------------------------------------- which workers there are
-
-
 def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
     """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
     lanes = config.env.lanes
@@ -214,9 +208,6 @@ def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
             note = f"ratio {before} does not fit here, so the run goes on at {now}\n"
     placement = divide(config, simulator, gpus, cores)
     return Workers(completed(config, **placement.workers()), placement, choices, note)
-
-
-# ---------------------------------------------------------------- what slots hold
 
 
 def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:

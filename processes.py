@@ -66,9 +66,6 @@ class Failure(NamedTuple):
     passes: bool  # whether another process may do better
 
 
-# ---------------------------------------------------------------- what went wrong
-
-
 def may_pass(error: BaseException) -> bool:
     """Decides, here alone, whether the same work may succeed in a new process.
 
@@ -86,9 +83,6 @@ def describe(error: BaseException) -> str:
         return f"failed: {error}"
     said = f"failed: {type(error).__name__}: {error}"[:1000]
     return said if may_pass(error) else f"{said}, at {place_of(error)}"
-
-
-# ---------------------------------------------------------------- in a worker
 
 
 def keep_freed_memory() -> None:
@@ -132,9 +126,6 @@ def leave(*_) -> None:
     """Answers LEAVE. What the worker was just building is dropped, and must not complain."""
     sys.unraisablehook = lambda _: None
     sys.exit()
-
-
-# ---------------------------------------------------------------- in the launcher
 
 
 def note_interrupts() -> list[float]:

@@ -73,8 +73,6 @@ class Shard:
         self.chunk_s = 1.0  # running mean: seconds of a chunk step
         self.parked: list = []  # lanes that wait for a version
 
-    # ---------------------------------------------------------------- lanes
-
     def training_lanes(self) -> dict[int, Lane]:
         env = self.config.env
         return self.make_lanes(0, env.envs, env.width)
@@ -113,8 +111,6 @@ class Shard:
         parked = self.parked
         self.parked = []
         return parked
-
-    # ---------------------------------------------------------------- slots
 
     def observe(self, lane: Lane, slots: slice, row: int) -> None:
         """Draws every env of a lane, and writes what the model needs into a row of its slots."""
@@ -156,8 +152,6 @@ class Shard:
             self.preparation.actions(a, state)
             for a, state in zip(actions, lane.states, strict=True)
         ]
-
-    # ---------------------------------------------------------------- messages
 
     def request(self, lane: Lane, slots: slice, kind: int, t: int) -> None:
         """Puts a question for the lane's rollout worker into the outbox. The lane's first slot

@@ -87,8 +87,6 @@ class Streamer:
             admission.group,
         )
 
-    # ---------------------------------------------------------------- what comes in
-
     def add(self, slot: int) -> None:
         """Takes in a complete trajectory. Raises RuntimeError when it was already given, or is
         another rank's."""
@@ -117,8 +115,6 @@ class Streamer:
     def waiting(self) -> int:
         """Finished trajectories not yet trained on."""
         return len(self.finished)
-
-    # ---------------------------------------------------------------- what goes out
 
     def next(self) -> MicroBatch | None:
         """Returns the next micro-batch of the current minibatch. The caller trains it before it
@@ -164,8 +160,6 @@ class Streamer:
     def done(self) -> bool:
         """Whether every epoch of the batch has been given out."""
         return self.epoch == self.epochs
-
-    # ---------------------------------------------------------------- batches and epochs
 
     def _begin_batch(self) -> None:
         self.epoch = 0

@@ -118,9 +118,6 @@ def work_of(stage: str, busy: float, spans: dict[str, list]) -> dict[str, float]
     return {what: busy * s / seconds for what, s in worked.most_common() if s}
 
 
-# ---------------------------------------------------------------- advice
-
-
 def advice(summary: Summary, config: Config) -> str:
     """Returns one sentence: what should be changed, from the most certain finding to the least."""
     bubble = summary.bubble
@@ -189,9 +186,6 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
         if envs % (workers * (config.env.lanes or 1)) == 0:
             return f"give --env-workers {workers}"
     return "give more --envs, and more --env-workers with them"
-
-
-# ---------------------------------------------------------------- print
 
 
 def show(name: str, summary: Summary, config: Config) -> None:

@@ -53,8 +53,6 @@ class Tally:
         """Returns a number as it stands; 0 where nothing was added."""
         return self.values.get(name, 0.0)
 
-    # ---------------------------------------------------------------- a line of metrics.jsonl
-
     def line(self, version: int, config: Config, tasks: tuple[str, ...]) -> dict:
         """Returns what was tallied of a batch, under the names of the run folder's interface.
 

@@ -50,8 +50,6 @@ from report import batch_line, mirror
 from run_folder import RunFolder
 from weights import WeightPlane
 
-# ---------------------------------------------------------------- the command line
-
 
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
@@ -157,9 +155,6 @@ def differences(before: dict, now: dict) -> list[str]:
                 words = [" ".join(map(str, x)) if isinstance(x, list) else x for x in (value, was)]
                 said.append(f"{flag_of(name)[2:]} {words[0]} (was {words[1]})")
     return said
-
-
-# ---------------------------------------------------------------- start again at another ratio
 
 
 @dataclass

@@ -69,9 +69,6 @@ PAYS_BACK = 1.5  # seconds that a new ratio must save, per second that a start t
 SETTLED = 4  # iterations at a ratio before it is judged: the first one warms up
 
 
-# ---------------------------------------------------------------- what is measured
-
-
 def line_through(n: float, x: float, xx: float, y: float, xy: float) -> tuple[float, float]:
     """Returns a and b, both ≥ 0 as costs are, of the least squares y = a + b·x of n points.
 
@@ -185,9 +182,6 @@ class Measurement:
         }
         seconds = {stage: self.seconds * len(rows) for stage, rows in self.rows.items()}
         return costs_of(gained, self.fit, seconds, self.trained, self.config)
-
-
-# ---------------------------------------------------------------- what is predicted
 
 
 def miniature(config: Config, placement: Placement, costs: Costs) -> tuple[Node, Costs]:
@@ -319,9 +313,6 @@ def fewest_workers(seconds: dict[str, float]) -> str:
     fast_enough = (1 + EQUAL) * min(seconds.values(), default=0.0)
     equal = [ratio for ratio, each in seconds.items() if each <= fast_enough]
     return min(equal, key=lambda ratio: sum(parse_ratio(ratio)), default="")
-
-
-# ---------------------------------------------------------------- what is decided
 
 
 @dataclass

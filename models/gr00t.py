@@ -136,9 +136,6 @@ FULL = {
 }
 
 
-# ---------------------------------------------------------------- backbone, bottom up
-
-
 def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """real [n, P] bool → mask of causal attention [n, 1, P, P], and which positions keep what
     attention gives them [n, P, 1].
@@ -183,9 +180,6 @@ class QwenLayer(nn.Module):
         x = x + self.o_proj(layers.join_heads(h).masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
-
-
-# ---------------------------------------------------------------- action head, bottom up
 
 
 class Block(nn.Module):
@@ -317,8 +311,6 @@ class Gr00t(FlowPolicy):
         widths = (c.features + c.dit_width, *c.value_widths, 1)
         return {"value_head": layers.silent(layers.mlp(widths, nn.ReLU))}
 
-    # ------------------------------------------------------------ the network
-
     def spread(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens [n, L], one image token per view, → ids [n, P] and whether they are real, bool."""
         c = self.config
@@ -384,8 +376,6 @@ class Gr00t(FlowPolicy):
     def bucket(self, step: Tensor) -> Tensor:
         """What the network sees of the time of denoise step [n]: ⌊t·1000⌋."""
         return step * self.config.time_buckets // self.config.denoise_steps
-
-    # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
         state = {"state": ((self.config.max_state_dim,), torch.float32)}

@@ -127,9 +127,6 @@ FULL = {
 }
 
 
-# ---------------------------------------------------------------- blocks, bottom up
-
-
 class Lora(nn.Module):
     """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
     `rlinf/models/__init__.py`). Stands before a layer's class, as Linear's."""
@@ -325,8 +322,6 @@ class Oft(nn.Module):
                 elif module.lora_a is None:
                     module.add_lora(self.config.lora_rank)
 
-    # ------------------------------------------------------------ the network
-
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
         c = self.config
@@ -375,8 +370,6 @@ class Oft(nn.Module):
     def value(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → value [n], from where the first action token is predicted."""
         return self.value_head(hidden[:, 0].to(self.value_head[0].weight.dtype))[:, 0]
-
-    # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
         return layers.image_and_tokens(self.config)

@@ -99,9 +99,6 @@ SMALL = {"pi0": PiConfig(pi05=False, value_widths=(64, 32)), "pi05": PiConfig()}
 FULL = {"pi0": PI0_FULL, "pi05": PI05_FULL}
 
 
-# ---------------------------------------------------------------- blocks, bottom up
-
-
 class RMSNorm(nn.Module):
     """Gemma's: x/rms(x)·(1 + w). adaRMS: scale, shift, gate are a Linear of `condition` [n, D]."""
 
@@ -237,8 +234,6 @@ class Pi(FlowPolicy):
             found["noise_head"] = layers.silent(layers.mlp(widths, nn.Tanh))
         return found
 
-    # ------------------------------------------------------------ the network
-
     def prefix(
         self, image: Tensor, tokens: Tensor, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,8 +304,6 @@ class Pi(FlowPolicy):
     def value(self, feature: Tensor) -> Tensor:
         """feature [n, D] (π0: [n, E]) → value [n]; the head's gradient stops at the feature."""
         return self.value_head(feature.detach().to(self.value_head[0].weight.dtype))[:, 0]
-
-    # ------------------------------------------------------------ the policy
 
     def observation_fields(self) -> dict[str, Shape]:
         state = {"state": ((self.config.state_dim,), torch.float32)}

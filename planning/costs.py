@@ -44,9 +44,6 @@ def all_words(costs: Costs) -> str:
     )
 
 
-# ---------------------------------------------------------------- two phases
-
-
 def lockstep(node: Node) -> Node:
     """Returns the same node in the synchronous baseline's rollout.
 
@@ -122,9 +119,6 @@ def calibrate(plan: PlanConfig) -> Costs:
         gradient_s=reduce_s * (plan.actor_s > 0),
         fetch_s=plan.weights_gb / plan.nvlink_gb_s,
     )
-
-
-# ---------------------------------------------------------------- costs that a run measured
 
 
 def chunk_times(rows: list[Span]) -> list[float]:
@@ -212,9 +206,6 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
         publish_s=mean.get("publish", 0.0),
         message_s=message_time(envs, infers),
     )
-
-
-# ---------------------------------------------------------------- a run, and what is changed
 
 
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:

@@ -99,9 +99,6 @@ class PlanConfig:
         return max(4, min(20, self.iterations // 5))
 
 
-# ---------------------------------------------------------------- a run's settings → Node
-
-
 def node_of(config: Config, placement: Placement) -> Node:
     """Translates a run's settings into what is simulated, chunk step by chunk step.
 
@@ -126,9 +123,6 @@ def overridden(config: Config, preset: str, plan: PlanConfig) -> Config:
     flags = {name: getattr(plan, name) for name in PRESET_SETTINGS}
     given = {name: value for name, value in flags.items() if value not in (None, "")}
     return completed(config, **parts | given)
-
-
-# ---------------------------------------------------------------- flags → a run's settings
 
 
 def divisor(whole: int, most: int) -> int:

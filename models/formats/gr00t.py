@@ -49,8 +49,6 @@ EMBODIMENTS = {
 }
 
 
-# ---------------------------------------------------------------- names of weights
-
 EAGLE = "backbone.eagle_model"
 HEAD = "action_head"
 LANGUAGE = f"{EAGLE}.language_model.model"
@@ -127,9 +125,6 @@ def which(path: str | Path) -> str:
         f"checkpoint {path} is not GR00T N1.5: it has no tensor named {EAGLE}.*, but for example "
         f"{next(iter(keys), None)!r}"
     )
-
-
-# ---------------------------------------------------------------- configuration and statistics
 
 
 def eagle_of(cfg: dict) -> dict:
@@ -325,8 +320,6 @@ def denormalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return ((x + 1.0) / 2.0 * (high - low) + low).astype(np.float32)
 
 
-# ---------------------------------------------------------------- prompts
-
 IMAGE = "<IMG_CONTEXT>"
 SPECIAL = {
     "<|endoftext|>": 151643,
@@ -433,9 +426,6 @@ def encode(c: Gr00tConfig, tokenizer, task: str) -> np.ndarray:
     known = ids.count(c.image_token) == c.views
     require(known, f"the task {task!r} contains the image placeholder {IMAGE}")
     return tokenize.padded(ids, c.tokens, PAD, task)
-
-
-# ---------------------------------------------------------------- between simulator and model
 
 
 class Preparation(PreparationBase):

@@ -29,8 +29,6 @@ from models.oft import FULL, Lora, Oft, OftConfig
 
 MARKS = ("vision_backbone.", "base_model.model.")
 
-# ---------------------------------------------------------------- names of weights
-
 TOWERS = {"dino": "vision_backbone.featurizer", "siglip": "vision_backbone.fused_featurizer"}
 LLAMA = "language_model.model"
 PEFT = "base_model.model."
@@ -115,8 +113,6 @@ def save(model: Oft, folder: Path, like: Path) -> None:
     """Writes the policy as the folder `like` it came from, adapters added into the weights."""
     source.save(model, folder, source_of(like, model.config), like, partial(folded, model))
 
-
-# ---------------------------------------------------------------- configuration and statistics
 
 FIELDS = {  # of config.json, as RLinf sets them: ours ← theirs
     "action_dim": "action_dim",
@@ -230,9 +226,6 @@ def published(path: Path, family: str, config, spec) -> Found:
     return Found(c, source_of(path, c), stats | {"layout": "openvla", "gripper": gripper})
 
 
-# ---------------------------------------------------------------- prompts
-
-
 def prompt(task: str) -> str:
     return f"In: What action should the robot take to {task.lower()}?\nOut:"
 
@@ -254,9 +247,6 @@ def encode(tokenizer, task: str, length: int, pad: int) -> np.ndarray:
         ids.append(blank)
     padding = [pad] * (length - 1 - len(ids))
     return tokenize.padded([tokenizer.bos_id(), *padding, *ids], length, pad, prompt(task))
-
-
-# ---------------------------------------------------------------- between simulator and model
 
 
 class Preparation(PreparationBase):

@@ -32,8 +32,6 @@ from models.pi import FULL, SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)
 
-# ---------------------------------------------------------------- names of weights
-
 VLM = "paligemma_with_expert.paligemma.model."
 EXPERT = "paligemma_with_expert.gemma_expert.model."
 VISION = VLM + "vision_tower.vision_model"
@@ -98,8 +96,6 @@ def which(path: str | Path, stored: dict[str, Stored]) -> str:
         return "openpi"
     return "rlinf_noise" if "noise_head" in parts else "rlinf"
 
-
-# ---------------------------------------------------------------- configuration
 
 FIELDS = {  # of a config.json, ours ← theirs: openpi's, then LeRobot's name
     "chunk": ("action_horizon", "chunk_size"),
@@ -217,9 +213,6 @@ def published(path: Path, family: str, config, spec) -> Found:
             f"has {wanted}",
         )
     return Found(shape, SOURCES[kind], stats)
-
-
-# ---------------------------------------------------------------- statistics
 
 
 def read_norm_stats(
@@ -346,9 +339,6 @@ def lerobot_scaled(x: Tensor, a: Tensor, b: Tensor, mode: str, inverse: bool, ep
     return (x + 1.0) * spread / 2.0 + a if mode == "quantiles" else (x + 1.0) / 2.0 * spread + a
 
 
-# ---------------------------------------------------------------- prompts
-
-
 def clean(task: str) -> str:
     return task.strip().replace("_", " ").replace("\n", " ")
 
@@ -364,9 +354,6 @@ def prompt(task: str, state: np.ndarray | None, layout: str = "openpi") -> tuple
     if layout == "lerobot":  # one text, the task as it is
         return (task if task.endswith("\n") else task + "\n",)
     return clean(task), "\n"
-
-
-# ---------------------------------------------------------------- between simulator and model
 
 
 class Preparation(PreparationBase):
