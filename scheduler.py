@@ -138,9 +138,14 @@ class Admission:
         """Whether it may start. For an array of trajectories, an array."""
         return trajectory < self.admitted(version)
 
+    def slots_of(self, batch: int) -> range:
+        """Returns the slots of a batch's trajectories."""
+        first = batch % (self.max_staleness + 1) * self.batch
+        return range(first, first + self.batch)
+
     def slot(self, env: int, trajectory: int) -> int:
         position = trajectory % self.per_lane * self.envs + env
-        return self.batch_of(trajectory) % (self.max_staleness + 1) * self.batch + position
+        return self.slots_of(self.batch_of(trajectory))[position]
 
     def owner(self, slot: int, ranks: int) -> int:
         """The actor rank that trains it: lanes (or groups) in turn, so that each goes to one rank.

@@ -1,7 +1,7 @@
 """Finished slots → micro-batches → minibatches, for one actor rank; every trajectory is consumed
 exactly once per epoch.
 
-Membership is fixed before anything runs: position p of batch b (slot = b % ring · batch + p, see
+Membership is fixed before anything runs: position p of batch b (its p-th slot, see
 `scheduler.Admission`) belongs to minibatch p // minibatch and to rank p // whole % ranks, where
 whole is the envs of a lane or a group. Only the order of micro-batches inside a minibatch follows
 arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³,
@@ -35,35 +35,28 @@ class Streamer:
 
     def __init__(
         self,
-        batch: int,
+        admission: Admission,
         minibatch: int,
         micro_batch: int,
-        ring: int,
         epochs: int,
         stream: bool,
         rank: int,
         ranks: int,
         seed: int,
         version: int,
-        whole: int = 1,
-        group: int = 1,
     ):
-        """batch, minibatch, micro_batch: trajectories, the first two over all ranks; ring: batches
-        that the slots hold; version: the batch to begin with; whole: trajectories that go to
-        one rank together; group: trajectories that are trained as a whole."""
-        self.batch = batch
+        """admission: says which slots a batch has, and whose they are; minibatch, micro_batch:
+        trajectories, the first over all ranks; version: the batch to begin with."""
+        self.admission = admission
         self.minibatch = minibatch
         self.micro_batch = micro_batch
-        self.ring = ring
         self.epochs = epochs
         self.stream = stream
         self.rank = rank
         self.ranks = ranks
         self.seed = seed
         self.version = version
-        self.whole = whole
-        self.group = group
-        self.local = batch // ranks  # trajectories of a batch that this rank trains
+        self.local = admission.batch // ranks  # trajectories of a batch that this rank trains
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
 
@@ -71,20 +64,16 @@ class Streamer:
     def of(cls, config: Config, rank: int, version: int) -> "Streamer":
         """Makes the streamer of an actor rank. version: the batch to begin with."""
         actor = config.actor
-        admission = Admission.of(config)
         return cls(
-            actor.batch,
+            Admission.of(config),
             actor.minibatch,
             actor.micro_batch,
-            actor.max_staleness + 1,
             actor.update_epochs,
             actor.stream,
             rank,
             actor.actor_workers,
             config.train.seed,
             version,
-            admission.whole,
-            admission.group,
         )
 
     def add(self, slot: int) -> None:
@@ -92,23 +81,21 @@ class Streamer:
         another rank's."""
         if slot in self.finished or slot in self.consumed:
             raise RuntimeError(f"slot {slot} was finished twice in batch {self.version}")
-        owner = self._owner(slot)
+        owner = self.admission.owner(slot, self.ranks)
         if owner != self.rank:
             raise RuntimeError(f"slot {slot} belongs to actor rank {owner}, not {self.rank}")
         self.finished.add(slot)
         if slot in self.mine:
             self._arrive(slot)
 
-    def _owner(self, slot: int) -> int:
-        return slot % self.batch // self.whole % self.ranks
-
     def _arrive(self, slot: int) -> None:
         """A group is ready when it is whole: its advantages need every member's outcome."""
-        first = slot - slot % self.group
+        group = self.admission.group
+        first = slot - slot % group
         members = self.partial.setdefault(first, [])
         members.append(slot)
-        if len(members) == self.group:
-            minibatch = slot % self.batch // self.minibatch
+        if len(members) == group:
+            minibatch = slot % self.admission.batch // self.minibatch
             self.ready[minibatch].extend(self.partial.pop(first))
 
     @property
@@ -167,10 +154,10 @@ class Streamer:
         self.dispatched = 0  # trajectories of the minibatch that are given out
         self.stopping = False
         self.consumed: set[int] = set()
-        first = self.version % self.ring * self.batch
-        slots = range(first, first + self.batch)
-        self.mine = {slot for slot in slots if self._owner(slot) == self.rank}
-        self.ready: list[deque[int]] = [deque() for _ in range(self.batch // self.minibatch)]
+        admission = self.admission
+        slots = admission.slots_of(self.version)
+        self.mine = {slot for slot in slots if admission.owner(slot, self.ranks) == self.rank}
+        self.ready: list[deque[int]] = [deque() for _ in range(admission.batch // self.minibatch)]
         # Members of a group that came before the others, by the group's first slot.
         self.partial: dict[int, list[int]] = {}
         for slot in sorted(self.finished & self.mine):

@@ -286,18 +286,15 @@ class ActorRank(Worker):
         super().__init__(state, device)
         node = self.node
         self.streamer = Streamer(
-            batch=node.batch,
+            state.admission,
             minibatch=node.minibatch,
             micro_batch=node.micro_batch,
-            ring=node.max_staleness + 1,
             epochs=node.update_epochs,
             stream=node.stream,
             rank=rank,
             ranks=len(node.actor_devices),
             seed=0,
             version=0,
-            whole=node.whole,
-            group=node.group,
         )
         steps = node.micro_batch * node.segment  # chunk steps of a micro-batch
         self.seconds = self.costs.train_fixed_s + steps * self.costs.train_each_s

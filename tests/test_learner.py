@@ -23,6 +23,7 @@ from models import checkpoint
 from models.formats import source
 from proximal import ExactProximal
 from ranks import Ranks
+from scheduler import Admission
 from streamer import MicroBatch, Streamer
 
 BATCH = 8
@@ -146,7 +147,8 @@ def gradients(
 def streamed(order: np.ndarray, stream: bool = True, group: int = 1) -> list[tuple[int, ...]]:
     """The micro-batches of two trajectories that a streamer makes when they arrive in this
     order."""
-    streamer = Streamer(BATCH, BATCH, 2, 1, 1, stream, 0, 1, seed=1, version=0, group=group)
+    admission = Admission(BATCH, BATCH, 0, group=group)
+    streamer = Streamer(admission, BATCH, 2, 1, stream, 0, 1, seed=1, version=0)
     groups = []
     for slot in order:
         streamer.add(int(slot))
@@ -220,9 +222,8 @@ def updates(
     group = config.algorithm.group_size if learner.algorithm.groups else 1
     found = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    streamer = Streamer(
-        BATCH, BATCH // 2, micro_batch, 1, epochs, True, 0, 1, seed=1, version=0, group=group
-    )
+    admission = Admission(BATCH, BATCH, 0, group=group)
+    streamer = Streamer(admission, BATCH // 2, micro_batch, epochs, True, 0, 1, seed=1, version=0)
     for slot in order:
         streamer.add(slot)
         while (micro := streamer.next()) is not None:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scheduler import Admission
 from streamer import MicroBatch, Streamer
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
@@ -22,18 +23,9 @@ def make(
     version=0,
     width=1,
 ) -> Streamer:
+    admission = Admission(batch, batch, ring - 1, width=width)
     return Streamer(
-        batch,
-        minibatch,
-        micro_batch,
-        ring,
-        epochs,
-        stream,
-        rank,
-        ranks,
-        seed=1,
-        version=version,
-        whole=width,
+        admission, minibatch, micro_batch, epochs, stream, rank, ranks, seed=1, version=version
     )
 
 
@@ -190,9 +182,8 @@ def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(
     order = np.random.default_rng(seed).permutation(batch)
     trained = {}
     for rank in range(ranks):
-        streamer = Streamer(
-            batch, minibatch, micro_batch, 2, epochs, stream, rank, ranks, seed, 0, group, group
-        )
+        admission = Admission(batch, batch, 1, group=group)
+        streamer = Streamer(admission, minibatch, micro_batch, epochs, stream, rank, ranks, seed, 0)
         arrived: set[int] = set()
         for slot in order:
             if slot // group % ranks != rank:
@@ -217,7 +208,7 @@ def test_groups_are_trained_whole_by_one_rank_and_only_once_complete(
 @pytest.mark.parametrize("after", [0, 1, 5, 7, 8])
 def test_stopping_spares_epochs_but_never_a_trajectory(after):
     """Four micro-batches an epoch, three epochs; stopped after so many of them."""
-    streamer = Streamer(8, 4, 2, 1, 3, True, 0, 1, seed=1, version=0)
+    streamer = make(epochs=3, ring=1)
     for slot in range(8):
         streamer.add(slot)
     trained = []
