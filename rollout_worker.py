@@ -20,7 +20,7 @@ from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool, s
 from config import Config
 from metrics import HISTOGRAM, Meter
 from models import compiled, contract
-from scheduler import Admission, DynamicBatcher
+from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max
 from weights import WeightFetcher
 
 
@@ -40,7 +40,6 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
 
     while True:
         # Wait for requests, but no longer than the oldest one may wait (eq. 1).
-        batcher.expect_at_most(lanes.that_may_ask())
         for record in receive(requests, batcher.remaining(), meter):
             if record.kind == WAKE:
                 fetcher.look()
@@ -149,12 +148,10 @@ class LanesServed:
 
 
 def first_limits(config: Config, lanes: int) -> tuple[int, float]:
-    """Returns B_max and T_max in seconds to begin with. auto: half the lanes, and 10 ms until an
-    inference was measured."""
-    chosen = config.rollout.batch_max
-    batch_max = {"all": lanes, "auto": max(1, lanes // 2)}.get(chosen, chosen)
+    """Returns B_max and T_max in seconds to begin with."""
     wait_ms = config.rollout.batch_wait_ms
-    return batch_max, 0.01 if wait_ms == "auto" else wait_ms / 1e3
+    wait_s = FIRST_WAIT_S if wait_ms == "auto" else wait_ms / 1e3
+    return first_batch_max(config.rollout.batch_max, lanes), wait_s
 
 
 def take_tuned_limits(
@@ -166,10 +163,11 @@ def take_tuned_limits(
         if tuned:
             batcher.batch_max = min(tuned, lanes)
     if config.rollout.batch_wait_ms == "auto":
-        # Until the launcher knows better, T_max is half an inference: what comes during one joins
-        # the next batch anyway.
         tuned_s = meter.counters.get(meter.row, "tuned_wait_s")
-        batcher.wait_s = tuned_s or 0.8 * batcher.wait_s + 0.2 * 0.5 * infer_s
+        if tuned_s:
+            batcher.wait_s = tuned_s
+        else:
+            batcher.follow(infer_s)  # until the launcher knows better
 
 
 # ---------------------------------------------------------------- requests and weights

@@ -15,6 +15,13 @@ import numpy as np
 
 from config import WORKERS, Config, flag_of, group_of, parse_ratio, require, setting
 
+FIRST_WAIT_S = 0.01  # T_max where it is auto, until an inference was measured
+
+
+def first_batch_max(chosen: int | str, lanes: int) -> int:
+    """Returns B_max to begin with: the number chosen, "all" lanes, or with "auto" half of them."""
+    return {"all": lanes, "auto": max(1, lanes // 2)}.get(chosen, chosen)
+
 
 class DynamicBatcher:
     """Lets requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
@@ -34,6 +41,11 @@ class DynamicBatcher:
         self.queue: deque = deque()  # (request, counted, time queued)
         self.counted = 0
         self.most = math.inf  # lanes that may ask at present
+
+    def follow(self, infer_s: float) -> None:
+        """Moves T_max, where it is auto, towards half an inference of so many seconds: what comes
+        during one joins the next batch anyway."""
+        self.wait_s = 0.8 * self.wait_s + 0.2 * 0.5 * infer_s
 
     def keep(self, wanted: Callable[[object], bool]) -> None:
         """Forgets the requests that `wanted` is not true of: who asked is gone."""

@@ -26,7 +26,7 @@ from statistics import NormalDist
 import numpy as np
 
 from planning import STAGES, Costs, Node, Prediction, scaled
-from scheduler import Admission, DynamicBatcher
+from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max
 from streamer import Streamer
 
 ACT, VALUE = range(2)  # what a lane asks for: an action, the value that ends a trajectory
@@ -195,9 +195,10 @@ class RolloutWorker(Worker):
     def __init__(self, state: "NodeState", device: Device | None, lanes: int):
         super().__init__(state, device)
         node = self.node
-        size = {"all": lanes, "auto": max(1, lanes // 2)}.get(node.batch_max, node.batch_max)
+        size = first_batch_max(node.batch_max, lanes)
         self.auto = node.batch_wait_s == "auto"
-        self.batcher = DynamicBatcher(size, 0.01 if self.auto else node.batch_wait_s, self.world)
+        wait_s = FIRST_WAIT_S if self.auto else node.batch_wait_s
+        self.batcher = DynamicBatcher(size, wait_s, self.world)
         self.lanes: list[Lane] = []  # that ask this worker
         self.version = 0  # of the weights in use
         self.fetching = False  # one fetch at a time
@@ -252,7 +253,7 @@ class RolloutWorker(Worker):
         fixed = self.costs.infer_fixed_s / (1.0 if acts else node.coarse)
         seconds = fixed + samples * self.costs.infer_each_s
         if self.auto:
-            self.batcher.wait_s = 0.8 * self.batcher.wait_s + 0.2 * 0.5 * seconds
+            self.batcher.follow(seconds)
         self.work(seconds, self.served, batch)
 
     def served(self, batch: list[Request]) -> None:
