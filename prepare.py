@@ -230,14 +230,13 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     )
 
 
-def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
-    """Lists the fields of a slot: the common ones, then what the model sees and what it stores.
+def common_fields(segment: int, chunk: int, action_dim: int) -> Spec:
+    """Lists the fields of every slot, whatever the model and the loss.
 
-    Rows are the T chunk steps of a trajectory, or T + 1 where the end of the last one counts too.
-    Raises UserError where two fields have one name, or the model trains on one that is missing."""
-    segment = config.env.segment
-    action = (segment, config.rollout.chunk, spec.action_dim)
-    slots: Spec = {
+    Rows are the T chunk steps of a trajectory, or T + 1 where the end of the last one counts
+    too."""
+    action = (segment, chunk, action_dim)
+    return {
         "actions": (action, torch.float32),
         "logprob": (action, torch.float32),
         "value": ((segment + 1,), torch.float32),
@@ -258,6 +257,14 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
         "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }
+
+
+def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
+    """Lists the fields of a slot: the common ones, then what the loss and the model add.
+
+    Raises UserError where two fields have one name, or the model trains on one that is missing."""
+    segment = config.env.segment
+    slots = common_fields(segment, config.rollout.chunk, spec.action_dim)
     for owner, rows, fields in (
         (f"loss {config.train.algorithm}", segment, loss_of(config).slot_fields(config)),
         (f"model {config.train.model}", segment + 1, model.observation_fields()),

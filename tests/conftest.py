@@ -47,6 +47,16 @@ TINY = {
     "sde_steps": 4,
 }
 STATS = {"state_low": [-0.1, 0.4, 0.1, 0.2], "state_high": [0.3, 0.9, 0.5, 1.0]}
+# Names of noise (seed, env, trajectory, t): two alike, then each other in a way of its own.
+NOISE_KEYS = [
+    (1, 2, 3, 4),
+    (1, 2, 3, 4),
+    (9, 2, 3, 4),
+    (1, 9, 3, 4),
+    (1, 2, 9, 4),
+    (1, 2, 3, 9),
+    (1, 3, 2, 4),
+]
 # The smallest run that still has several lanes, workers and micro-batches.
 SMALL = (
     "--envs 4 --batch 4 --minibatch 4 --micro-batch 2 --update-epochs 1 --eval-envs 1 "

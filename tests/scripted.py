@@ -18,6 +18,7 @@ from config import ASSETS, Config
 from env_worker import run
 from envs import EnvSpec, Step
 from models.checkpoint import Header
+from prepare import common_fields
 from scheduler import Admission, Trajectories
 from weights import WeightPlane
 
@@ -86,22 +87,9 @@ def plans(*success_at: int | None) -> torch.Tensor:
 
 
 def fields() -> Spec:
-    f = torch.float32
-    return {
+    return common_fields(SEGMENT, CHUNK, 4) | {
         "image": ((SEGMENT + 1, 1, 2, 2, 3), torch.uint8),
         "tokens": ((SEGMENT + 1, 24), torch.int32),
-        "actions": ((SEGMENT, CHUNK, 4), f),
-        "reward": ((SEGMENT,), f),
-        "success": ((SEGMENT,), torch.bool),
-        "terminated": ((SEGMENT,), torch.bool),
-        "truncated": ((SEGMENT,), torch.bool),
-        "asked": ((), torch.float64),
-        "collected": ((), torch.int64),
-        "length": ((), torch.int32),
-        "done": ((), torch.int64),
-        "env": ((), torch.int32),
-        "trajectory": ((), torch.int64),
-        "task": ((), torch.int32),
     }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import slopes
+from conftest import NOISE_KEYS, slopes
 from safetensors.torch import load_file, save_file
 
 from benchmarks import originals
@@ -332,16 +332,7 @@ def test_without_exploration_the_likeliest_bin_is_taken():
 
 def test_noise_is_named_by_seed_lane_trajectory_and_step():
     model = tiny_oft()
-    keys = [
-        (1, 2, 3, 4),
-        (1, 2, 3, 4),
-        (9, 2, 3, 4),
-        (1, 9, 3, 4),
-        (1, 2, 9, 4),
-        (1, 2, 3, 9),
-        (1, 3, 2, 4),
-    ]
-    uniform = model.draw(keys, [True] * 7)["uniform"]
+    uniform = model.draw(NOISE_KEYS, [True] * 7)["uniform"]
     assert torch.equal(uniform[0], uniform[1]) and len(uniform[:, 0].unique()) == 6
     assert uniform.shape == (7, 12) and uniform.min() >= 0 and uniform.max() < 1
 

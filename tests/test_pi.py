@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, observations, slopes, tiny_pi
+from conftest import NOISE_KEYS, TINY, observations, slopes, tiny_pi
 from torch.distributions import Normal
 
 from config import Config, UserError
@@ -189,16 +189,7 @@ def test_noise_does_not_depend_on_who_shares_the_batch():
 
 def test_noise_is_named_by_seed_lane_trajectory_and_step():
     model = tiny_pi()
-    keys = [
-        (1, 2, 3, 4),
-        (1, 2, 3, 4),
-        (9, 2, 3, 4),
-        (1, 9, 3, 4),
-        (1, 2, 9, 4),
-        (1, 2, 3, 9),
-        (1, 3, 2, 4),
-    ]
-    noise = model.draw(keys, [True] * 7)
+    noise = model.draw(NOISE_KEYS, [True] * 7)
     assert torch.equal(noise["noise"][0], noise["noise"][1]) and torch.equal(
         noise["epsilon"][0], noise["epsilon"][1]
     )

@@ -29,6 +29,7 @@ from channel import Channels, Counters, LaneTable, SlotPool, fence
 from config import Config
 from envs import EnvSpec, Step
 from evaluation import Evaluations
+from prepare import common_fields
 from scheduler import Admission, DynamicBatcher, Trajectories
 from weights import WeightPlane
 
@@ -297,26 +298,11 @@ def draw_config(random, algorithm: str, width: int, ranks: int, staleness: int) 
 
 
 def slot_fields() -> dict:
-    f = torch.float32
-    return {
+    return common_fields(SEGMENT, CHUNK, 2) | {
         "image": ((SEGMENT + 1, 1, 1, 1, 3), torch.uint8),
-        "state": ((SEGMENT + 1, 3), f),
-        "actions": ((SEGMENT, CHUNK, 2), f),
-        "logprob": ((SEGMENT, CHUNK, 2), f),
+        "state": ((SEGMENT + 1, 3), torch.float32),
         "value": ((SEGMENT + 1,), torch.float64),
         "final": ((SEGMENT,), torch.float64),
-        "reward": ((SEGMENT,), f),
-        "success": ((SEGMENT,), torch.bool),
-        "terminated": ((SEGMENT,), torch.bool),
-        "truncated": ((SEGMENT,), torch.bool),
-        "version": ((SEGMENT,), torch.int32),
-        "asked": ((), torch.float64),
-        "collected": ((), torch.int64),
-        "length": ((), torch.int32),
-        "done": ((), torch.int64),
-        "env": ((), torch.int32),
-        "trajectory": ((), torch.int64),
-        "task": ((), torch.int32),
     }
 
 
