@@ -133,73 +133,93 @@ def eagle_of(cfg: dict) -> dict:
     return next((part for part in parts if "text_config" in part), {})
 
 
+# What every GR00T N1.5 has in common: a part of its config.json, a name in it, and the value.
+FIXED = (
+    ("eagle", "use_pixel_shuffle", False),
+    ("eagle", "mlp_connector_layers", 1),
+    ("eagle", "select_layer", -1),
+    ("head", "use_vlln", True),
+    ("head", "add_pos_embed", True),
+    ("dit", "interleave_self_attention", True),
+    ("dit", "norm_type", "ada_norm"),
+    ("dit", "positional_embeddings", None),
+    ("blocks", "positional_embeddings", None),
+    ("backbone", "reproject_vision", False),
+)
+# Where our configuration finds its values: a part of config.json, and the name there.
+SAID = {
+    "patch": ("vision", "patch_size"),
+    "vision_width": ("vision", "hidden_size"),
+    "vision_depth": ("vision", "num_hidden_layers"),
+    "vision_heads": ("vision", "num_attention_heads"),
+    "vision_mlp": ("vision", "intermediate_size"),
+    "vocabulary": ("text", "vocab_size"),
+    "image_token": ("eagle", "image_token_index"),
+    "width": ("text", "hidden_size"),
+    "mlp": ("text", "intermediate_size"),
+    "heads": ("text", "num_attention_heads"),
+    "kv_heads": ("text", "num_key_value_heads"),
+    "head_dim": ("text", "head_dim"),
+    "project": ("backbone", "project_to_dim"),
+    "vl_depth": ("blocks", "num_layers"),
+    "vl_heads": ("blocks", "num_attention_heads"),
+    "dit_depth": ("dit", "num_layers"),
+    "dit_heads": ("dit", "num_attention_heads"),
+    "dit_head_dim": ("dit", "attention_head_dim"),
+    "hidden": ("head", "hidden_size"),
+    "future_tokens": ("head", "num_target_vision_tokens"),
+    "positions": ("head", "max_seq_len"),
+    "embodiments": ("head", "max_num_embodiments"),
+    "max_state_dim": ("head", "max_state_dim"),
+    "max_action_dim": ("head", "action_dim"),
+    "horizon": ("head", "action_horizon"),
+    "denoise_steps": ("head", "num_inference_timesteps"),
+    "time_buckets": ("head", "num_timestep_buckets"),
+    "noise_level": ("rl", "noise_level"),
+    "chunk": ("whole", "num_action_chunks"),
+    "action_dim": ("whole", "env_action_dim"),
+}
+
+
+def parts_of(cfg: dict) -> dict[str, dict]:
+    """The parts of a config.json that `FIXED` and `SAID` name; empty where one is missing."""
+    eagle = eagle_of(cfg)
+    head = cfg.get("action_head_cfg") or {}
+    return {
+        "whole": cfg,
+        "eagle": eagle,
+        "vision": eagle.get("vision_config") or {},
+        "text": eagle.get("text_config") or {},
+        "backbone": cfg.get("backbone_cfg") or {},
+        "head": head,
+        "dit": head.get("diffusion_model_cfg") or {},
+        "blocks": head.get("vl_self_attention_cfg") or {},
+        "rl": cfg.get("rl_head_config") or {},
+    }
+
+
 def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
     """Configuration from a config.json; what it does not say is as in `base`.
 
     In reference folders it also holds the Eagle model's own, with `text_config` and
     `vision_config`, under some name. The value head, C and A are said as in RLinf."""
-    head = cfg.get("action_head_cfg") or {}
-    backbone = cfg.get("backbone_cfg") or {}
-    eagle = eagle_of(cfg)
-    vision = eagle.get("vision_config") or {}
-    text = eagle.get("text_config") or {}
-    rl = cfg.get("rl_head_config") or {}
-    dit = head.get("diffusion_model_cfg") or {}
-    blocks = head.get("vl_self_attention_cfg") or {}
-    fixed = [
-        (eagle, "use_pixel_shuffle", False),
-        (eagle, "mlp_connector_layers", 1),
-        (eagle, "select_layer", -1),
-        (head, "use_vlln", True),
-        (head, "add_pos_embed", True),
-        (dit, "interleave_self_attention", True),
-        (dit, "norm_type", "ada_norm"),
-        (dit, "positional_embeddings", None),
-        (blocks, "positional_embeddings", None),
-        (backbone, "reproject_vision", False),
-    ]
-    for part, name, value in fixed:
-        says = part.get(name, value)
-        require(
-            says == value, f"this GR00T has {name} = {says!r}, and only N1.5's {value!r} is known"
-        )
-    given = {
-        "image_size": eagle.get("force_image_size") or vision.get("image_size"),
-        "patch": vision.get("patch_size"),
-        "vision_width": vision.get("hidden_size"),
-        "vision_depth": vision.get("num_hidden_layers"),
-        "vision_heads": vision.get("num_attention_heads"),
-        "vision_mlp": vision.get("intermediate_size"),
-        "vocabulary": text.get("vocab_size"),
-        "image_token": eagle.get("image_token_index"),
-        "width": text.get("hidden_size"),
-        "mlp": text.get("intermediate_size"),
-        "heads": text.get("num_attention_heads"),
-        "kv_heads": text.get("num_key_value_heads"),
-        "head_dim": text.get("head_dim"),
-        "depth": backbone.get("select_layer") or text.get("num_hidden_layers"),
-        "project": backbone.get("project_to_dim"),
-        "vl_depth": blocks.get("num_layers"),
-        "vl_heads": blocks.get("num_attention_heads"),
-        "dit_depth": dit.get("num_layers"),
-        "dit_heads": dit.get("num_attention_heads"),
-        "dit_head_dim": dit.get("attention_head_dim"),
-        "hidden": head.get("hidden_size"),
-        "future_tokens": head.get("num_target_vision_tokens"),
-        "positions": head.get("max_seq_len"),
-        "embodiments": head.get("max_num_embodiments"),
-        "max_state_dim": head.get("max_state_dim"),
-        "max_action_dim": head.get("action_dim"),
-        "horizon": head.get("action_horizon"),
-        "denoise_steps": head.get("num_inference_timesteps"),
-        "time_buckets": head.get("num_timestep_buckets"),
-        "value_widths": rl.get("value_hidden_sizes") and tuple(rl["value_hidden_sizes"]),
-        "noise_level": rl.get("noise_level"),
-        "chunk": cfg.get("num_action_chunks"),
-        "action_dim": cfg.get("env_action_dim"),
-    }
+    parts = parts_of(cfg)
+    for part, name, value in FIXED:
+        says = parts[part].get(name, value)
+        known = f"this GR00T has {name} = {says!r}, and only N1.5's {value!r} is known"
+        require(says == value, known)
+
+    # Most of our values have one place in the file. Three are looked for in two, or are a list.
+    given = {ours: parts[part].get(theirs) for ours, (part, theirs) in SAID.items()}
+    size = parts["eagle"].get("force_image_size") or parts["vision"].get("image_size")
+    depth = parts["backbone"].get("select_layer") or parts["text"].get("num_hidden_layers")
+    values = parts["rl"].get("value_hidden_sizes")
+    given |= {"image_size": size, "depth": depth, "value_widths": values and tuple(values)}
     c = replace(base, **{name: value for name, value in given.items() if value is not None})
-    widths = (head.get("input_embedding_dim", c.dit_width), dit.get("output_dim", c.hidden))
+
+    head = parts["head"]
+    output = parts["dit"].get("output_dim", c.hidden)
+    widths = (head.get("input_embedding_dim", c.dit_width), output)
     require(
         widths == (c.dit_width, c.hidden),
         f"this GR00T's widths contradict each other: DiT {c.dit_width} → {c.hidden}, action head "
