@@ -60,15 +60,12 @@ class WeightPlane(Shared):
 
     def tensors(self, block: Tensor) -> dict[str, Tensor]:
         """The weights that lie in a block [bytes] of uint8, by name."""
-        sizes = {
-            name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self.spec.items()
-        }
-        return {
-            name: block[self.offsets[name] : self.offsets[name] + sizes[name]]
-            .view(dtype)
-            .view(shape)
-            for name, (shape, dtype) in self.spec.items()
-        }
+        found = {}
+        for name, (shape, dtype) in self.spec.items():
+            start = self.offsets[name]
+            end = start + math.prod(shape) * dtype.itemsize
+            found[name] = block[start:end].view(dtype).view(shape)
+        return found
 
     def watch(self) -> "WeightPlane":
         """The version without the weights, for processes that only wait for it: opens no GPU."""
@@ -92,9 +89,8 @@ class WeightPlane(Shared):
         """Copies `weights` into the older buffer and makes it the newest. Only one process may call
         this."""
         side = version % 2
-        self.stamps[
-            side
-        ] = -1  # invalidate → copy → stamp → publish; x86 and ARM's aligned 8-byte stores are whole
+        # Invalidate → copy → stamp → publish. Aligned stores of 8 bytes are whole on x86 and ARM.
+        self.stamps[side] = -1
         fence()
         for name, tensor in weights.items():
             self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
