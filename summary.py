@@ -206,8 +206,8 @@ def show(name: str, summary: Summary, config: Config) -> None:
 
 def facts(summary: Summary) -> str:
     """Returns lines about throughput, success and accounts."""
-    trained = " to ".join(f"{rate:.0%}" for rate in summary.success) or "no episode ended"
-    held_out = " to ".join(f"{rate:.0%}" for rate in summary.held_out) or "not evaluated"
+    trained = first_and_last(summary.success) or "no episode ended"
+    held_out = first_and_last(summary.held_out) or "not evaluated"
     totals = summary.totals
     reasons = totals["discarded_by"].items()
     why = ", ".join(f"{steps:,} {REASONS[reason]}" for reason, steps in reasons if steps)
@@ -218,6 +218,11 @@ def facts(summary: Summary) -> str:
         f"accounts    {totals['restarts']} restarts, {totals['discarded']:,} of "
         f"{totals['collected']:,} chunk steps discarded" + (f" ({why})" if why else "")
     )
+
+
+def first_and_last(rates: list[float]) -> str:
+    """Says what rates were and became, or only once what they are if that is the same."""
+    return " to ".join(dict.fromkeys(f"{rate:.0%}" for rate in rates))
 
 
 def stages(summary: Summary) -> Table:

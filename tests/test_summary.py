@@ -284,7 +284,7 @@ def test_the_command_prints_a_summary_and_draws(tmp_path):
     for words in (
         "3 iterations in 3.0 min; pi05 on metaworld, preset full, ratio 3:1",
         "100 env steps/s, 10.0 chunk steps trained/s",
-        "in training 25% to 100%; on held-out seeds 50% to 50%",
+        "in training 25% to 100%; on held-out seeds 50%\n",
         "1 restarts, 2 of 120 chunk steps discarded (2 lost with a worker)",
         "admission 30%, action 10%",
         "critical: train 97%",
