@@ -664,6 +664,33 @@ def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
         oft_files.config_of(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "named"),
+    [
+        ("action_head--50000_checkpoint.pt", "", "continuous policy: it has action_head--50000"),
+        ("proprio_projector--latest_checkpoint.pt", "", "continuous policy: it has proprio_proj"),
+        ("modeling_prismatic.py", "class OpenVLAForActionPrediction: ...", "plain OpenVLA"),
+        ("dataset_statistics.json", None, "plain OpenVLA"),
+    ],
+)
+def test_policies_with_the_same_tensors_and_another_decoding_are_refused(
+    tmp_path, file, text, named
+):
+    folder = write_folder(tmp_path / "theirs")
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_action_chunks"], config["implement_version"]  # RLinf's alone
+    (folder / "config.json").write_text(json.dumps(config))
+    code = folder / "modeling_prismatic.py"
+    code.write_text("from prismatic.vla.constants import NUM_ACTIONS_CHUNK")
+    oft_files.check_decoding(folder)
+    if text is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(text)
+    with pytest.raises(UserError, match=named):
+        build(settings(folder), spec(), weights="none")
+
+
 def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"a": {"action": {}}, "b": {}}))
     for key, message in (

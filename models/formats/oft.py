@@ -215,8 +215,32 @@ def read_statistics(folder: str | Path, key: str = "") -> dict:
     return stats
 
 
+def check_decoding(folder: Path) -> None:
+    """Raises UserError where a folder has OpenVLA-OFT's tensors, but its actions are no words that
+    are decoded side by side: they would be read from words that nobody has trained.
+
+    openvla-oft keeps what a continuous policy (L1 or diffusion) needs in files of its own, such as
+    action_head--STEP_checkpoint.pt, and its statistics and code beside every policy. Plain
+    OpenVLA's code knows no chunks of actions."""
+    continuous = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
+    parts = sorted(file.name for name in continuous for file in folder.glob(f"{name}--*"))
+    code = folder / "modeling_prismatic.py"
+    chunked = not code.is_file() or "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace")
+    theirs = chunked and (folder / "dataset_statistics.json").is_file()
+    rlinf = "num_action_chunks" in read_json(folder / "config.json")
+    kind = f"a continuous policy: it has {', '.join(parts)}"
+    if not parts:
+        kind = "plain OpenVLA, which decodes one action word by word"
+    require(
+        not parts and (rlinf or theirs),
+        f"{folder} is {kind}; --model oft needs a policy of action tokens: RLinf's, or one of "
+        "openvla-oft without --use_l1_regression, --use_diffusion, --use_proprio and --use_film",
+    )
+
+
 def published(path: Path, family: str, config, spec) -> Found:
     """What an OpenVLA-OFT folder says of itself, made to fit the run. Raises UserError."""
+    check_decoding(Path(path))
     stats = read_statistics(path, config.train.statistics)
     c = replace(config_of(path), train="full", action_dim=len(stats["q01"]))
     if "num_images_in_input" not in read_json(Path(path) / "config.json"):
