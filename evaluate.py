@@ -22,7 +22,7 @@ import envs
 import models
 from config import Config, Family, UserError, embedded_files, exit_on_user_error, from_json, require
 from evaluation import EVAL_SEEDS
-from models import checkpoint
+from models import checkpoint, contract
 from processes import keep_freed_memory
 
 ABREAST = 8  # episodes that are played at the same time, in one batch of inference
@@ -78,7 +78,7 @@ class Player:
     """Lets a policy act in a simulator."""
 
     def __init__(self, config: EvaluateConfig, settings: Config, tasks: tuple[str, ...]):
-        path = settings.train.checkpoint
+        path = self.path = settings.train.checkpoint
         family = settings.train.model
         self.config = config
         self.chunk = settings.rollout.chunk
@@ -128,7 +128,9 @@ class Player:
         obs = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         obs = {name: x.to(self.device) for name, x in obs.items()}
         noise = {name: x.to(self.device) for name, x in noise.items()}
-        plans = self.model.act(obs, noise)["actions"][:, : self.chunk].cpu().numpy()
+        out = self.model.act(obs, noise)
+        contract.check_finite(out, f"the policy of checkpoint {self.path}", "give another one")
+        plans = out["actions"][:, : self.chunk].cpu().numpy()
         return [self.preparation.actions(*pair) for pair in zip(plans, states, strict=True)]
 
     def execute(self, episode: Episode, actions: np.ndarray) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import STATS
+from safetensors.torch import load_file
 from test_pi_files import published
 
 import evaluate
@@ -67,6 +68,19 @@ def test_the_command_line_reads_a_run_s_newest_checkpoint(cli, tiny_checkpoint, 
     ), output
     status, output = cli("evaluate.py", f"--checkpoint {tmp_path / 'none'}").finish(timeout=10)
     assert status == 2 and output.startswith("error: no checkpoint at") and output.count("\n") == 1
+
+
+def test_a_policy_that_gives_nan_is_named_and_nothing_is_counted(tiny_checkpoint, tmp_path, capsys):
+    header = checkpoint.read_header(tiny_checkpoint)
+    tensors = load_file(tiny_checkpoint)
+    tensors["action_out_proj.bias"][0] = torch.nan
+    broken = tmp_path / "broken.safetensors"
+    checkpoint.save(broken, header, tensors)
+    with pytest.raises(
+        UserError, match=f"checkpoint {broken} gives numbers .* not finite .actions"
+    ):
+        evaluate.main(EvaluateConfig(checkpoint=broken, episodes=1, videos=tmp_path))
+    assert "0/1" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

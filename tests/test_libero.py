@@ -131,6 +131,13 @@ def test_language_is_the_benchmark_s():
             ]
 
 
+def test_a_control_that_is_not_a_number_is_an_error(make):
+    env = make()
+    env.reset(0, 0)
+    with pytest.raises(FloatingPointError, match="unstable .mjWARN_BADCTRL"):
+        env.step(np.full(7, np.nan))  # MuJoCo would play 0
+
+
 # ---------------------------------------------------------------- the same as the original
 
 

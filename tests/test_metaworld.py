@@ -258,6 +258,8 @@ def test_a_simulation_that_blows_up_is_an_error_and_leaves_no_log(make, tmp_path
             env.step(np.zeros(4))
     env.reset(0, 1)
     env.step(np.zeros(4))  # a new episode is sound again
+    with pytest.raises(FloatingPointError, match="unstable"):
+        env.step(np.full(4, np.nan))  # MuJoCo would play 0
     assert list(tmp_path.iterdir()) == []
 
 
