@@ -147,7 +147,7 @@ class TrainingLane:
         slots = self.slots
         with shard.meter.work("step"):
             plans = shard.planned_actions(lane, slots, t)
-            outcome = lane.play(plans, shard.spec.horizon)
+            outcome = lane.play(plans)
         shard.meter.count("env_steps", outcome.steps)
         if not all(map(math.isfinite, outcome.reward)):
             raise FloatingPointError(f"a reward of {lane.describe()} is {outcome.reward}")

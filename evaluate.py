@@ -141,7 +141,7 @@ class Player:
                 episode.frames.append(episode.env.film())
             step = episode.env.step(action)
             episode.steps += 1
-            if step.success or step.failed or episode.steps >= self.spec.horizon:
+            if step.success or step.failed or episode.steps >= self.spec.limit(episode.task):
                 episode.success = bool(step.success and not step.failed)
                 return
 

@@ -54,7 +54,7 @@ class EvaluationLanes:
         lane = self.lanes[(record.slot - shard.admission.slots) // width]
         plans = shard.planned_actions(lane, self.slots_of(lane), 0)
         with shard.meter.work("step"):
-            outcome = lane.play(plans, shard.spec.horizon)
+            outcome = lane.play(plans)
 
         ended = []
         for row in outcome.ended():

@@ -10,7 +10,7 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
                                           decides
 
 `load` checks this list, `python -m envs.check --env NAME` checks it by playing. Time limits are the
-lanes' business (`EnvSpec.horizon`), so success, failure and truncation stay apart.
+lanes' business (`EnvSpec.limit`), so success, failure and truncation stay apart.
 """
 
 import importlib
@@ -70,11 +70,16 @@ class EnvSpec(NamedTuple):
     image_size: int  # pixels, square
     state_dim: int  # S, numbers of the proprioception, float32
     action_dim: int  # A
-    horizon: int  # control steps before an episode is truncated
+    horizon: int  # control steps before an episode is truncated, of the longest task
     # lowest and highest usual state [S] each, an untrained model's -1 and 1; a number means all
     state_range: tuple = (-1.0, 1.0)
     # what GRPO compares within a group: who succeeded, or the summed reward of an episode (dense)
     compares: Compared = "success"
+    limits: tuple[int, ...] = ()  # the same of each task; none means the horizon for all
+
+    def limit(self, task: int) -> int:
+        """Control steps before an episode of a task is truncated, whatever tasks it is beside."""
+        return self.limits[task] if self.limits else self.horizon
 
 
 class Step(NamedTuple):
@@ -267,6 +272,10 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
         value = getattr(spec, field)
         wrong = f"{where} has {field} {value!r}, which is no whole number above 0"
         require(isinstance(value, int) and value > 0, wrong)
+    limits = spec.limits or (spec.horizon,) * tasks
+    each = f"{where} has limits {spec.limits!r}: it needs none, or one per task, the longest"
+    right = len(limits) == tasks and 0 < min(limits) <= max(limits) == spec.horizon
+    require(right, f"{each} being its horizon {spec.horizon}")
     choose = f"choose {' or '.join(get_args(Compared))}"
     require(spec.compares in get_args(Compared), f"{where} compares {spec.compares!r}: {choose}")
     try:

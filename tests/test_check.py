@@ -237,6 +237,7 @@ def test_what_a_file_lacks_is_named_when_it_is_loaded(register, offered, sentenc
         ({"tasks": (), "prompts": ()}, "0 tasks and 0 prompts"),
         ({"action_dim": 0}, "action_dim 0, which is no whole number above 0"),
         ({"horizon": 9.5}, "horizon 9.5"),
+        ({"limits": (1, 2, 3)}, "limits .1, 2, 3.: it needs none, or one per task"),
         ({"compares": "points"}, "compares 'points': choose success or reward"),
         (
             {"state_range": ((0.0, 0.0), (1.0, 1.0))},

@@ -1,7 +1,9 @@
 """Success rates with their intervals, on episodes that are the same every time."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import STATS
@@ -10,7 +12,8 @@ from test_pi_files import published
 
 import evaluate
 from config import UserError
-from evaluate import EvaluateConfig, wilson
+from envs import EnvSpec, Step
+from evaluate import Episode, EvaluateConfig, wilson
 from models import checkpoint
 
 
@@ -81,6 +84,21 @@ def test_a_policy_that_gives_nan_is_named_and_nothing_is_counted(tiny_checkpoint
     ):
         evaluate.main(EvaluateConfig(checkpoint=broken, episodes=1, videos=tmp_path))
     assert "0/1" not in capsys.readouterr().out
+
+
+def test_every_task_has_its_own_time_limit():
+    class Still:
+        def step(self, action):
+            return Step(0.0, False)
+
+        def film(self):
+            return None
+
+    player = SimpleNamespace(spec=EnvSpec(("a", "b"), ("a", "b"), 1, 8, 4, 4, 5, limits=(3, 5)))
+    for task, limit in ((0, 3), (1, 5)):
+        episode = Episode(task, task, Still())
+        evaluate.Player.execute(player, episode, np.zeros((10, 4)))
+        assert episode.success is False and episode.steps == limit
 
 
 @pytest.mark.parametrize(

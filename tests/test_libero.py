@@ -88,6 +88,8 @@ def test_all_130_tasks_by_suite_and_by_name():
         == libero.spec(("libero_10",), 64)
         == libero.spec(("libero_10", "libero_10"), 64)
     )
+    for task, limit in zip(everything.tasks, everything.limits, strict=True):
+        assert limit == libero.SUITES[libero.suite_of(task)] == libero.spec((task,), 64).limit(0)
     one = libero.spec((STOVE,), 64)
     assert (one.tasks, one.prompts, one.horizon) == ((STOVE,), ("turn on the stove",), 320)
     for task in everything.tasks:

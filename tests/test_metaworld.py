@@ -139,6 +139,7 @@ def test_suites_are_meta_worlds():
         len(set(metaworld.PROMPTS.values())) == 50
     )  # a policy could not tell two tasks of one prompt apart
     assert metaworld.spec((), 64).horizon == 90 and metaworld.spec(("MT10",), 64).horizon == 150
+    assert metaworld.spec(("reach", "door-open"), 64).limits == (90, 150)  # whatever is beside it
     with pytest.raises(UserError, match="'MT1-juggle'"):
         metaworld.spec(("MT1-juggle",), 64)
 
