@@ -113,7 +113,10 @@ class Player:
         last = (DEMONSTRATION_SEEDS - EVAL_SEEDS) // (count + tasks) - 1
         require(0 <= self.config.seed <= last, f"{most} {last} for {count} episodes")
         given = self.spec.tasks, self.spec.image_size, self.config.render_quality
-        simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
+        with envs.starting(self.config.env):
+            simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
+            simulators[0].reset(0, seeds)
+            simulators[0].observe()
         ended = []
         try:
             while len(ended) < count:

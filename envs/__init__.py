@@ -13,12 +13,14 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
 lanes' business (`EnvSpec.limit`), so success, failure and truncation stay apart.
 """
 
+import contextlib
 import importlib
 import inspect
 import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -30,6 +32,9 @@ from config import UserError, place_of, require
 if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU does not need it
     from torch import Tensor
 
+# What the user's environment says of drawing. Left over from another project, it breaks ours.
+GL_VARIABLES = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM")
+LEFT = {name: os.environ[name] for name in GL_VARIABLES if os.environ.get(name, "egl") != "egl"}
 # Read where MuJoCo, SAPIEN and Mesa are imported. Processes of the software rasteriser scale, its
 # threads only fight. Compiled shaders save each process half a second, outside the user's home.
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -210,9 +215,9 @@ def load(name: str) -> Simulator:
         missing = f"the simulator {name!r} is not installed (no module {error.name!r})"
         raise UserError(f"{missing}: {how}") from None
     except Exception as error:
-        what = f"has an error in {place_of(error)}: {type(error).__name__}: {error}"
         if is_about_gl(error):
-            what = f"does not start ({error}): see setup.sh for the GL libraries it needs"
+            raise does_not_start(name, error) from error
+        what = f"has an error in {place_of(error)}: {type(error).__name__}: {error}"
         raise UserError(f"the simulator {name!r} {what}") from error
     check_contract(name, module)
     return Simulator(name, module)
@@ -221,6 +226,27 @@ def load(name: str) -> Simulator:
 def is_about_gl(error: Exception) -> bool:
     found = (isinstance(error, kind) and re.search(words, str(error)) for kind, words in GL_ERRORS)
     return type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found)
+
+
+def does_not_start(name: str, error: Exception) -> UserError:
+    """Names the variable that is left over, or else the libraries that may be missing."""
+    said = f"the simulator {name!r} does not start ({' '.join(str(error).split())})"
+    given = " and ".join(f"{variable}={value}" for variable, value in LEFT.items())
+    if not given:
+        return UserError(f"{said}: see setup.sh for the GL libraries it needs")
+    return UserError(f"{said} with {given} in the environment: unset {' '.join(LEFT)}")
+
+
+@contextlib.contextmanager
+def starting(name: str) -> Iterator[None]:
+    """Turns an error of a simulator that is made and first drawn into UserError, if GL's or perhaps
+    that of a variable in LEFT."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not (LEFT or is_about_gl(error)):
+            raise
+        raise does_not_start(name, error) from error
 
 
 def check_contract(name: str, module: ModuleType) -> None:

@@ -74,6 +74,8 @@ def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> 
     except (BrokenContract, UserError):
         raise
     except Exception as error:
+        if envs.LEFT or envs.is_about_gl(error):
+            raise envs.does_not_start(simulator.name, error) from error
         said = f"{type(error).__name__}: {error}"
         raise BrokenContract(f"an error in {place_of(error)}: {said}") from error
 
