@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 
+import envs
 from channel import ACT, EVAL, FINAL, VALUE, Channels, Record
 from config import Config
 from envs.lanes import Lane, Outcome
@@ -37,8 +38,10 @@ def run(
     resumes, also for a worker that replaces another."""
     shard = Shard(rank, config, header, device, channels, meter)
     begin = version * shard.admission.per_lane
-    lanes = {i: TrainingLane(shard, lane, begin) for i, lane in shard.training_lanes().items()}
-    evaluation = EvaluationLanes(shard, shard.evaluation_lanes())
+    with envs.starting(config.train.env):
+        lanes = {i: TrainingLane(shard, lane, begin) for i, lane in shard.training_lanes().items()}
+        evaluation = EvaluationLanes(shard, shard.evaluation_lanes())
+        next(iter(lanes.values())).draw_once()
     if shard.generation:  # this worker replaces one that died
         for lane in lanes.values():
             lane.skip_finished_trajectories()
@@ -88,6 +91,15 @@ class TrainingLane:
     def slots_of(self, trajectory: int) -> slice:
         first = self.shard.admission.slot(self.lane.envs[0], trajectory)
         return slice(first, first + len(self.lane.envs))
+
+    def draw_once(self) -> None:
+        """Begins the first episodes for a picture that nobody keeps: a worker that cannot draw is
+        never ready, and so ends the run at once."""
+        lane = self.lane
+        rows = list(range(len(lane.envs)))
+        lane.reset(rows, self.tasks_of(self.trajectory), self.seeds_of(rows, self.trajectory, 0))
+        lane.observe()
+        lane.stop(rows)
 
     def skip_finished_trajectories(self) -> None:
         """After a restart: what the dead worker has marked as done is not played again."""
@@ -147,7 +159,7 @@ class TrainingLane:
         slots = self.slots
         with shard.meter.work("step"):
             plans = shard.planned_actions(lane, slots, t)
-            outcome = lane.play(plans, shard.spec.horizon)
+            outcome = lane.play(plans)
         shard.meter.count("env_steps", outcome.steps)
         if not all(map(math.isfinite, outcome.reward)):
             raise FloatingPointError(f"a reward of {lane.describe()} is {outcome.reward}")
@@ -226,9 +238,12 @@ class TrainingLane:
 
     def begin_episodes(self, rows: list[int], trajectory: int, t: int) -> None:
         """Begins episodes, which are named by where they begin, so a resumed run meets the same."""
-        shard = self.shard
         tasks = self.tasks_of(trajectory)
-        name = shard.trajectories.episode_seed
-        seeds = [name(self.lane.envs[row], trajectory, t, shard.generation) for row in rows]
-        with shard.meter.work("reset"):
+        seeds = self.seeds_of(rows, trajectory, t)
+        with self.shard.meter.work("reset"):
             self.lane.reset(rows, [tasks[row] for row in rows], seeds)
+
+    def seeds_of(self, rows: list[int], trajectory: int, t: int) -> list[int]:
+        name = self.shard.trajectories.episode_seed
+        generation = self.shard.generation
+        return [name(self.lane.envs[row], trajectory, t, generation) for row in rows]

@@ -9,7 +9,8 @@ on several processes.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +21,22 @@ import tyro
 
 import envs
 import models
-from config import Config, Family, UserError, embedded_files, exit_on_user_error, from_json, require
-from evaluation import EVAL_SEEDS
-from models import checkpoint
+from config import (
+    Config,
+    Family,
+    UserError,
+    embedded_files,
+    exit_on_user_error,
+    from_json,
+    require,
+    setting,
+)
+from evaluation import DEMONSTRATION_SEEDS, EVAL_SEEDS
+from models import checkpoint, contract
 from processes import keep_freed_memory
 
 ABREAST = 8  # episodes that are played at the same time, in one batch of inference
+AS_IN_TRAINING = ("env", "image_size", "render_quality")  # settings that a run hands on
 
 
 @dataclass(kw_only=True)
@@ -41,21 +52,22 @@ class EvaluateConfig:
     statistics: str = ""
     """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     image_size: int = 0
-    """pixels of the cameras; 0 means as the model takes them (another project's: 256)"""
+    """pixels of the cameras; 0 means as in the run, else as the model takes them (another
+    project's: 256)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    env: str = "metaworld"
-    """simulator"""
+    env: str = ""
+    """simulator; none means the run's, else metaworld"""
     tasks: tuple[str, ...] = ()
     """tasks; none means those of the run, else the simulator's default task set"""
     suite: str = ""
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
-    render_quality: Literal["fast", "full"] = "fast"
-    """as it was in training"""
+    render_quality: Literal["fast", "full"] | None = None
+    """none means as in the run, else fast"""
     episodes: int = 100
     """episodes, spread evenly over tasks"""
     seed: int = 0
-    """shifts the evaluation seeds by a thousand per step"""
+    """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
     tokenizer: Path | None = None
     """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
     videos: Path | None = None
@@ -78,7 +90,7 @@ class Player:
     """Lets a policy act in a simulator."""
 
     def __init__(self, config: EvaluateConfig, settings: Config, tasks: tuple[str, ...]):
-        path = settings.train.checkpoint
+        path = self.path = settings.train.checkpoint
         family = settings.train.model
         self.config = config
         self.chunk = settings.rollout.chunk
@@ -95,9 +107,16 @@ class Player:
         """Plays every episode, ABREAST at a time."""
         count = self.config.episodes
         tasks = len(self.spec.tasks)
-        seeds = EVAL_SEEDS + 1000 * self.config.seed
+        # Whole rounds of the tasks: LIBERO's initial state is the round's number.
+        seeds = EVAL_SEEDS + self.config.seed * -(-count // tasks) * tasks
+        most = f"--seed {self.config.seed} is out of range: choose 0 to"
+        last = (DEMONSTRATION_SEEDS - EVAL_SEEDS) // (count + tasks) - 1
+        require(0 <= self.config.seed <= last, f"{most} {last} for {count} episodes")
         given = self.spec.tasks, self.spec.image_size, self.config.render_quality
-        simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
+        with envs.starting(self.config.env):
+            simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
+            simulators[0].reset(0, seeds)
+            simulators[0].observe()
         ended = []
         try:
             while len(ended) < count:
@@ -128,7 +147,9 @@ class Player:
         obs = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
         obs = {name: x.to(self.device) for name, x in obs.items()}
         noise = {name: x.to(self.device) for name, x in noise.items()}
-        plans = self.model.act(obs, noise)["actions"][:, : self.chunk].cpu().numpy()
+        out = self.model.act(obs, noise)
+        contract.check_finite(out, f"the policy of checkpoint {self.path}", "give another one")
+        plans = out["actions"][:, : self.chunk].cpu().numpy()
         return [self.preparation.actions(*pair) for pair in zip(plans, states, strict=True)]
 
     def execute(self, episode: Episode, actions: np.ndarray) -> None:
@@ -139,7 +160,7 @@ class Player:
                 episode.frames.append(episode.env.film())
             step = episode.env.step(action)
             episode.steps += 1
-            if step.success or step.failed or episode.steps >= self.spec.horizon:
+            if step.success or step.failed or episode.steps >= self.spec.limit(episode.task):
                 episode.success = bool(step.success and not step.failed)
                 return
 
@@ -159,7 +180,8 @@ def row_of(task: str, episodes: list[Episode]) -> dict:
     successes = sum(episode.success for episode in episodes)
     rate = successes / n
     low, high = wilson(successes, n)
-    print(f"{task:28s} {successes:4d}/{n:<4d} {rate:6.1%}   95 % [{low:.1%}, {high:.1%}]")
+    said = f"{task:28s} {successes:4d}/{n:<4d} {rate:6.1%}   95 % [{low:.1%}, {high:.1%}]"
+    print(said, flush=True)
     return {"task": task, "episodes": n, "success_rate": rate, "low": low, "high": high}
 
 
@@ -193,30 +215,62 @@ def settings_of(config: EvaluateConfig) -> Config:
     return settings
 
 
+def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
+    """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults."""
+    run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
+    saved = run / "config.json" if run else Path()
+    trained = from_json(saved) if saved.is_file() else Config()
+    given = tuple(filter(None, (config.suite, *config.tasks)))
+    tasks = trained.train.tasks if config.env in ("", trained.train.env) else ()
+    filled = {name: getattr(config, name) or setting(trained, name) for name in AS_IN_TRAINING}
+    videos = config.videos or (run or Path()) / "videos"
+    return replace(config, **filled, tasks=given or tasks, videos=videos)
+
+
+def check_writable(path: Path, what: str, flag: str) -> None:
+    """Raises UserError where a file could not be written. One that is there stays as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
+        path.open("a").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        found = f"cannot write {what} to {error.filename}: {error.strerror}"
+        raise UserError(f"{found}; give another {flag}") from None
+
+
+def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) -> None:
+    """Writes a film per task. The result is known, so that trouble here is only a warning."""
+    try:
+        for episode in episodes:
+            if episode.frames:
+                film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
+                partial = folder / ".partial.mp4"
+                imageio.mimwrite(partial, episode.frames, fps=20, macro_block_size=1)
+                partial.replace(film)  # an encoder that fails may say nothing, but leaves no file
+        print(f"videos in {folder}")
+    except Exception as error:  # of the encoder, whatever it may be
+        said = " ".join(str(error).split())[:200]
+        print(f"warning: cannot write videos to {folder}: {said}", file=sys.stderr)
+
+
 def main(config: EvaluateConfig) -> dict:
     """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
     require(config.episodes >= 1, f"--episodes {config.episodes} must be at least 1")
     require(config.chunk >= 1, f"--chunk {config.chunk} must be at least 1")
-    folder = config.json.absolute().parent if config.json else Path()
-    require(folder.is_dir(), f"the folder {folder} does not exist: create it or change --json")
 
-    # Build the policy as its checkpoint says, and play.
+    # Build the policy as its checkpoint says, see that all can be written, and play.
     keep_freed_memory()
+    config = as_in_training(config)
     settings = settings_of(config)
+    player = Player(config, settings, config.tasks)
+    if config.json:
+        check_writable(config.json, "the result", "--json FILE")
+    check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
     path = settings.train.checkpoint
-    run = checkpoint.run_of(path)
-    tasks = tuple(filter(None, (config.suite, *config.tasks)))
-    if not tasks and run and (run / "config.json").is_file():
-        trained = from_json(run / "config.json").train
-        tasks = trained.tasks if trained.env == config.env else ()
-    player = Player(config, settings, tasks)
-    print(f"{path}: {config.episodes} episodes of {config.env}", flush=True)
-    videos = config.videos or (run or Path(".")) / "videos"
-    try:
-        videos.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        found = f"cannot write videos to {videos}: {error.strerror}"
-        raise UserError(f"{found}; give --videos FOLDER") from None
+    shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
+    print(f"{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True)
     episodes = player.play()
 
     # Count successes by task, and write down what was seen.
@@ -226,12 +280,12 @@ def main(config: EvaluateConfig) -> dict:
     rows = [row_of(task, mine) for task, mine in by_task.items() if mine]
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
-        config.json.write_text(json.dumps(result, indent=1))
-    for episode in episodes:
-        if episode.frames:
-            film = videos / f"{player.spec.tasks[episode.task].replace('/', '_')}.mp4"
-            imageio.mimwrite(film, episode.frames, fps=20, macro_block_size=1)
-    print(f"videos in {videos}")
+        try:
+            config.json.write_text(json.dumps(result, indent=1))
+        except OSError as error:
+            found = f"cannot write the result to {config.json}: {error.strerror}"
+            raise UserError(f"{found}; it is printed above") from None
+    write_videos(config.videos, player.spec.tasks, episodes)
     return result
 
 

@@ -16,7 +16,9 @@ from channel import EVAL, Counters, Record
 from config import Config
 from envs.lanes import Lane
 
-EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
+# First of the seeds that evaluation draws, and of those that pretrain.py does.
+EVAL_SEEDS = 500_000
+DEMONSTRATION_SEEDS = 10_000_000
 
 
 class EvaluationLanes:
@@ -54,7 +56,7 @@ class EvaluationLanes:
         lane = self.lanes[(record.slot - shard.admission.slots) // width]
         plans = shard.planned_actions(lane, self.slots_of(lane), 0)
         with shard.meter.work("step"):
-            outcome = lane.play(plans, shard.spec.horizon)
+            outcome = lane.play(plans)
 
         ended = []
         for row in outcome.ended():

@@ -205,6 +205,7 @@ class Crew:
         self.started: dict[str, float] = {}  # when its present process was started
         self.due: dict[str, float] = {}  # when those who have none are started again
         self.lost: dict[str, list[float]] = {}  # when each failed, of late
+        self.at_start: dict[str, str] = {}  # the error of those who last failed before being ready
         self.work = 0.0  # sum of everybody's work
         self.last_work = time.monotonic()  # when it last changed
 
@@ -285,6 +286,12 @@ class Crew:
         said = f"worker {name} {failure.cause}"
         if not (failure.passes and self.jobs[name].replaceable and self.was_ready(name)):
             raise WorkerFailed(said)
+        # An error that comes again before any work is done will not pass; a kill might.
+        earlier = self.at_start.pop(name, "")
+        if failure.cause.startswith("failed") and not self.counter(name, "ready"):
+            if failure.cause == earlier:
+                raise WorkerFailed(f"{said}, twice in a row when it started")
+            self.at_start[name] = failure.cause
         # The window is longer where hanging takes long to tell.
         window = max(RECENT_S, 2 * self.restarts * self.timeout)
         now = time.monotonic()

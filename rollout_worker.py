@@ -64,7 +64,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
         with meter.work("infer", batch=len(samples), version=fetcher.version):
             # --extra-staleness: the actor publishes older weights under a version's number.
             acting = max(begun, fetcher.version - config.actor.extra_staleness)
-            serve(model, samples, channels.pool, config.train.seed, acting, device, padded)
+            policy = named(config, acting, begun)
+            serve(model, samples, channels.pool, config.train.seed, acting, device, padded, policy)
             answer(batch, channels)
         infer_s = time.monotonic() - start
         count_inference(meter, len(samples), infer_s, waited_s, fetcher, device)
@@ -225,6 +226,14 @@ def swap(fetcher: WeightFetcher, wait_s: float, meter: Meter) -> bool:
 # ---------------------------------------------------------------- inference
 
 
+def named(config: Config, version: int, begun: int) -> tuple[str, str]:
+    """Says whose the policy is, and what helps if it gives NaN. begun: the checkpoint's version."""
+    if version > begun:
+        lower = "training has diverged, so resume an older checkpoint with a lower --lr"
+        return f"version {version} of the policy", lower
+    return f"the policy of checkpoint {config.train.checkpoint}", "give another --checkpoint"
+
+
 def compile_where_asked(
     model, config: Config, lanes: LanesServed, batch_max: int, device: str, meter: Meter
 ) -> Callable[[int], int]:
@@ -248,12 +257,13 @@ def serve(
     version: int,
     device: str,
     padded: Callable[[int], int] = int,
+    policy: tuple[str, str] = ("the policy", "give another --checkpoint"),
 ) -> None:
     """Runs one inference: reads the observations of `samples` from the slots, and writes what each
     kind of request asked for.
 
     version: what is noted beside the actions. padded: the number of samples that the model is given
-    in place of n."""
+    in place of n. policy: of `named`. Raises UserError where the policy gives NaN."""
     slots = np.array([r.slot for r in samples])
     rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
     n = len(samples)
@@ -269,6 +279,7 @@ def serve(
         noise = compiled.pad(noise, padded(n))
     out = model.act(to_device(observed, device), to_device(noise, device))
     contract.check_acted(model, out, padded(n), pool.spec["actions"][0][1:])
+    contract.check_finite(out, *policy)
 
     # Every kind of request wants its own results in its row.
     kinds = [r.kind for r in samples]

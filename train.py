@@ -44,6 +44,7 @@ from config import (
     run_path,
 )
 from follow import End, Follower
+from learner import schedule
 from prepare import Setup, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
@@ -139,9 +140,21 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
         before = json.loads((folder.path / "config.json").read_text())
         if changed := differences(before, json.loads(setup.saved)):
             print(f"other settings than this run had so far: {', '.join(changed)}")
+        if jump := rate_jump(from_json(folder.path / "config.json"), setup.config, setup.version):
+            print(jump)
     print(setup.placement.line)
     print(batch_line(setup.config, setup.config.env.segment))
     print(f"{setup.note}run folder {folder.path}", flush=True)
+
+
+def rate_jump(before: Config, now: Config, version: int) -> str:
+    """Says so where more --iterations lift the learning rate again, which had been annealed."""
+    was = schedule(max(0, version - 1), before)
+    becomes = schedule(version, now)
+    if becomes <= 1.5 * was or version <= before.actor.warmup:
+        return ""
+    lift = f"learning rates rise from {was:.0%} to {becomes:.0%} of --lr and --value-lr"
+    return f"{lift}, because the run is longer now: a lower --lr goes on more gently"
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -10,15 +10,17 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
                                           decides
 
 `load` checks this list, `python -m envs.check --env NAME` checks it by playing. Time limits are the
-lanes' business (`EnvSpec.horizon`), so success, failure and truncation stay apart.
+lanes' business (`EnvSpec.limit`), so success, failure and truncation stay apart.
 """
 
+import contextlib
 import importlib
 import inspect
 import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -30,6 +32,9 @@ from config import UserError, place_of, require
 if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU does not need it
     from torch import Tensor
 
+# What the user's environment says of drawing. Left over from another project, it breaks ours.
+GL_VARIABLES = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM")
+LEFT = {name: os.environ[name] for name in GL_VARIABLES if os.environ.get(name, "egl") != "egl"}
 # Read where MuJoCo, SAPIEN and Mesa are imported. Processes of the software rasteriser scale, its
 # threads only fight. Compiled shaders save each process half a second, outside the user's home.
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -70,11 +75,16 @@ class EnvSpec(NamedTuple):
     image_size: int  # pixels, square
     state_dim: int  # S, numbers of the proprioception, float32
     action_dim: int  # A
-    horizon: int  # control steps before an episode is truncated
+    horizon: int  # control steps before an episode is truncated, of the longest task
     # lowest and highest usual state [S] each, an untrained model's -1 and 1; a number means all
     state_range: tuple = (-1.0, 1.0)
     # what GRPO compares within a group: who succeeded, or the summed reward of an episode (dense)
     compares: Compared = "success"
+    limits: tuple[int, ...] = ()  # the same of each task; none means the horizon for all
+
+    def limit(self, task: int) -> int:
+        """Control steps before an episode of a task is truncated, whatever tasks it is beside."""
+        return self.limits[task] if self.limits else self.horizon
 
 
 class Step(NamedTuple):
@@ -205,9 +215,9 @@ def load(name: str) -> Simulator:
         missing = f"the simulator {name!r} is not installed (no module {error.name!r})"
         raise UserError(f"{missing}: {how}") from None
     except Exception as error:
-        what = f"has an error in {place_of(error)}: {type(error).__name__}: {error}"
         if is_about_gl(error):
-            what = f"does not start ({error}): see setup.sh for the GL libraries it needs"
+            raise does_not_start(name, error) from error
+        what = f"has an error in {place_of(error)}: {type(error).__name__}: {error}"
         raise UserError(f"the simulator {name!r} {what}") from error
     check_contract(name, module)
     return Simulator(name, module)
@@ -216,6 +226,27 @@ def load(name: str) -> Simulator:
 def is_about_gl(error: Exception) -> bool:
     found = (isinstance(error, kind) and re.search(words, str(error)) for kind, words in GL_ERRORS)
     return type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found)
+
+
+def does_not_start(name: str, error: Exception) -> UserError:
+    """Names the variable that is left over, or else the libraries that may be missing."""
+    said = f"the simulator {name!r} does not start ({' '.join(str(error).split())})"
+    given = " and ".join(f"{variable}={value}" for variable, value in LEFT.items())
+    if not given:
+        return UserError(f"{said}: see setup.sh for the GL libraries it needs")
+    return UserError(f"{said} with {given} in the environment: unset {' '.join(LEFT)}")
+
+
+@contextlib.contextmanager
+def starting(name: str) -> Iterator[None]:
+    """Turns an error of a simulator that is made and first drawn into UserError, if GL's or perhaps
+    that of a variable in LEFT."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not (LEFT or is_about_gl(error)):
+            raise
+        raise does_not_start(name, error) from error
 
 
 def check_contract(name: str, module: ModuleType) -> None:
@@ -267,6 +298,10 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
         value = getattr(spec, field)
         wrong = f"{where} has {field} {value!r}, which is no whole number above 0"
         require(isinstance(value, int) and value > 0, wrong)
+    limits = spec.limits or (spec.horizon,) * tasks
+    each = f"{where} has limits {spec.limits!r}: it needs none, or one per task, the longest"
+    right = len(limits) == tasks and 0 < min(limits) <= max(limits) == spec.horizon
+    require(right, f"{each} being its horizon {spec.horizon}")
     choose = f"choose {' or '.join(get_args(Compared))}"
     require(spec.compares in get_args(Compared), f"{where} compares {spec.compares!r}: {choose}")
     try:

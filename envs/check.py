@@ -74,6 +74,8 @@ def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> 
     except (BrokenContract, UserError):
         raise
     except Exception as error:
+        if envs.LEFT or envs.is_about_gl(error):
+            raise envs.does_not_start(simulator.name, error) from error
         said = f"{type(error).__name__}: {error}"
         raise BrokenContract(f"an error in {place_of(error)}: {said}") from error
 
@@ -210,7 +212,7 @@ def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray
         reset_s = timeit(reset, number=3) / 3
         frame_s = timeit(env.observe, number=5) / 5
         for player, action in players(config, name, spec.action_dim).items():
-            frames, step_s, end = play(env, task, spec.horizon, config, action)
+            frames, step_s, end = play(env, task, spec.limit(task), config, action)
             milliseconds = (f"{1e3 * reset_s:.2f}", f"{1e3 * step_s:.2f}", f"{1e3 * frame_s:.1f}")
             print_row(f"{name}, {player}", f"{make_s:.2f}", *milliseconds, f"  {end}")
             sheet.append(np.concatenate([view for frame in frames for view in frame], axis=1))

@@ -52,8 +52,8 @@ class Lane(ABC):
         """Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
 
     @abstractmethod
-    def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
-        """Steps each env through its plan [C, A], until its episode ends or has `horizon` steps."""
+    def play(self, plans: list[np.ndarray]) -> Outcome:
+        """Steps each env through its plan [C, A], until its episode ends or its time is up."""
 
     @abstractmethod
     def close(self) -> None: ...
@@ -99,11 +99,11 @@ class SingleLane(Lane):
         self.states = state[None]
         return picture[None]
 
-    def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
+    def play(self, plans: list[np.ndarray]) -> Outcome:
         if self.over[0]:
             return Outcome([0.0], [False], [False], [False], 0)
         step = self.env.step
-        left = horizon - self.taken[0]
+        left = self.spec.limit(self.tasks[0]) - self.taken[0]
         total = 0.0
         steps = 0
         won = lost = late = False
@@ -144,9 +144,10 @@ class VectorisedLane(Lane):
         self.states = states.cpu().numpy()
         return pictures if self.keep_on_gpu else pictures.cpu().numpy()
 
-    def play(self, plans: list[np.ndarray], horizon: int) -> Outcome:
+    def play(self, plans: list[np.ndarray]) -> Outcome:
         actions = torch.from_numpy(np.array(plans)).to(self.device)
         taken = torch.tensor(self.taken, device=self.device)
+        limits = torch.tensor([self.spec.limit(task) for task in self.tasks], device=self.device)
         reward = torch.zeros(len(plans), device=self.device)
         begun = ~torch.tensor(self.over, device=self.device)
         alive = begun
@@ -158,7 +159,7 @@ class VectorisedLane(Lane):
             taken = taken + alive
             failed = failed | (alive & step.failed)
             won = won | (alive & step.success & ~failed)
-            alive = alive & ~won & ~failed & (taken < horizon)
+            alive = alive & ~won & ~failed & (taken < limits)
         late = begun & ~alive & ~won & ~failed
         before = sum(self.taken)
         self.taken = taken.tolist()

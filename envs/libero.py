@@ -106,8 +106,9 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     expanded = [task_names().get(task, [task]) for task in tasks or ("libero_10",)]
     names = tuple(dict.fromkeys(name for group in expanded for name in group))
     prompts = tuple(map(language, names))
-    horizon = max(SUITES[suite_of(name)] for name in names)
-    return EnvSpec(names, prompts, len(CAMERAS), image_size, 8, 7, horizon, STATE_RANGE)
+    limits = tuple(SUITES[suite_of(name)] for name in names)
+    shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
+    return EnvSpec(names, prompts, *shape, limits=limits)
 
 
 @cache

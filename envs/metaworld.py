@@ -110,8 +110,8 @@ def expand(name: str) -> tuple[str, ...]:
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     tasks = tuple(dict.fromkeys(task for name in tasks for task in expand(name))) or DEFAULT_TASKS
     prompts = tuple(PROMPTS[task] for task in tasks)
-    horizon = LONG_HORIZON if LONG_TASKS.keys() & set(tasks) else HORIZON
-    return EnvSpec(tasks, prompts, 1, image_size, 4, 4, horizon, STATE_RANGE)
+    limits = tuple(LONG_HORIZON if task in LONG_TASKS else HORIZON for task in tasks)
+    return EnvSpec(tasks, prompts, 1, image_size, 4, 4, max(limits), STATE_RANGE, limits=limits)
 
 
 # GL contexts of this process by (task, pixels), the one used last at the end; envs of a task share.

@@ -26,7 +26,7 @@ import numpy as np
 
 import envs
 from config import UserError, require
-from envs import EnvSpec, Step
+from envs import EnvSpec, Step, stability
 
 for package in ("robosuite", "robocasa"):  # imported where they are used: that takes seconds
     if importlib.util.find_spec(package) is None:
@@ -117,6 +117,7 @@ class Env(envs.Env):
     def step(self, action: np.ndarray) -> Step:
         """action [12] float32, each clipped to [-1, 1]."""
         self.seen = self.sim.step(np.clip(action, -1.0, 1.0))[0]
+        stability.check(self.sim.sim.data._data)
         success = bool(self.sim._check_success())
         return Step(float(success), success)
 

@@ -112,6 +112,17 @@ def check_acted(model: torch.nn.Module, out: dict, n: int, chunk: tuple[int, int
     check_tensors("the model's act", model.slot_fields() | fields, out, (n,))
 
 
+def check_finite(out: dict[str, Tensor], policy: str, instead: str) -> None:
+    """Raises UserError where what `act` returned is no finite number, before anybody takes it.
+
+    MuJoCo plays 0 for a NaN, so no simulator is to see one. policy: what to call it in the
+    sentence; instead: what to do."""
+    names = [name for name in ("actions", "logprob", "value") if name in out]
+    finite = torch.stack([out[name].isfinite().all() for name in names]).tolist()
+    broken = ", ".join(name for name, good in zip(names, finite, strict=True) if not good)
+    require(not broken, f"{policy} gives numbers that are not finite ({broken}): {instead}")
+
+
 def check_evaluated(out: dict[str, Tensor], logprob: Tensor) -> None:
     """Raises UserError unless what `evaluate` returned goes with the stored log-probs [m, C, A]."""
     fields = {

@@ -237,6 +237,7 @@ def test_what_a_file_lacks_is_named_when_it_is_loaded(register, offered, sentenc
         ({"tasks": (), "prompts": ()}, "0 tasks and 0 prompts"),
         ({"action_dim": 0}, "action_dim 0, which is no whole number above 0"),
         ({"horizon": 9.5}, "horizon 9.5"),
+        ({"limits": (1, 2, 3)}, "limits .1, 2, 3.: it needs none, or one per task"),
         ({"compares": "points"}, "compares 'points': choose success or reward"),
         (
             {"state_range": ((0.0, 0.0), (1.0, 1.0))},
@@ -280,6 +281,20 @@ def test_an_error_in_a_simulators_code_is_named_with_its_place(tmp_path, monkeyp
     with pytest.raises(UserError, match="mine.py:") as raised:
         envs.load("mine")
     assert words in str(raised.value) and "GL" not in str(raised.value)
+
+
+def test_a_variable_that_is_left_over_is_named(monkeypatch):
+    broken = RuntimeError("no context\nwas created")
+    monkeypatch.setattr(envs, "LEFT", {})
+    with pytest.raises(RuntimeError, match="no context"), envs.starting("made"):
+        raise broken
+    monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glfw", "MUJOCO_EGL_DEVICE_ID": ""})
+    words = "not start .no context was created. with MUJOCO_GL=glfw and MUJOCO_EGL_DEVICE_ID= in "
+    words += ".*: unset MUJOCO_GL MUJOCO_EGL_DEVICE_ID$"
+    with pytest.raises(UserError, match=words), envs.starting("made"):
+        raise broken
+    with pytest.raises(UserError, match="^assets are missing$"), envs.starting("made"):
+        raise UserError("assets are missing")
 
 
 @pytest.mark.parametrize(

@@ -304,7 +304,8 @@ def test_success_does_not_select_what_is_trained_on():
     admission = Admission(lanes, lanes, 1)
     speed = np.linspace(1.0, 6.0, lanes)  # fast and slow simulators, which succeed early or late
     tosses = [Coin(rng, rate, (5, 35)[i % 2]) for i in range(lanes)]
-    coins = [SingleLane(i, range(i, i + 1), spec((), 2), coin) for i, coin in enumerate(tosses)]
+    known = spec((), 2)._replace(horizon=horizon)
+    coins = [SingleLane(i, range(i, i + 1), known, coin) for i, coin in enumerate(tosses)]
     # at: trajectory and row of each lane
     at = np.zeros((lanes, 2), int)
     slots = {}
@@ -321,7 +322,7 @@ def test_success_does_not_select_what_is_trained_on():
             if not admission.admits(at[lane, 0], version):
                 continue
             slots[slot] = []
-        outcome = coins[lane].play(chunk[None], horizon)
+        outcome = coins[lane].play(chunk[None])
         (terminated,), (truncated,) = outcome.won, outcome.late
         if terminated or truncated:
             slots[slot].append(terminated)

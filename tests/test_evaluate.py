@@ -1,15 +1,20 @@
 """Success rates with their intervals, on episodes that are the same every time."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import STATS
+from safetensors.torch import load_file
 from test_pi_files import published
 
+import envs
 import evaluate
-from config import UserError
-from evaluate import EvaluateConfig, wilson
+from config import Config, UserError, completed, to_json
+from envs import EnvSpec, Step
+from evaluate import Episode, EvaluateConfig, as_in_training, wilson
 from models import checkpoint
 
 
@@ -67,6 +72,120 @@ def test_the_command_line_reads_a_run_s_newest_checkpoint(cli, tiny_checkpoint, 
     ), output
     status, output = cli("evaluate.py", f"--checkpoint {tmp_path / 'none'}").finish(timeout=10)
     assert status == 2 and output.startswith("error: no checkpoint at") and output.count("\n") == 1
+
+
+def test_a_policy_that_gives_nan_is_named_and_nothing_is_counted(tiny_checkpoint, tmp_path, capsys):
+    header = checkpoint.read_header(tiny_checkpoint)
+    tensors = load_file(tiny_checkpoint)
+    tensors["action_out_proj.bias"][0] = torch.nan
+    broken = tmp_path / "broken.safetensors"
+    checkpoint.save(broken, header, tensors)
+    with pytest.raises(
+        UserError, match=f"checkpoint {broken} gives numbers .* not finite .actions"
+    ):
+        evaluate.main(EvaluateConfig(checkpoint=broken, episodes=1, videos=tmp_path))
+    assert "0/1" not in capsys.readouterr().out
+
+
+def test_every_task_has_its_own_time_limit():
+    class Still:
+        def step(self, action):
+            return Step(0.0, False)
+
+        def film(self):
+            return None
+
+    player = SimpleNamespace(spec=EnvSpec(("a", "b"), ("a", "b"), 1, 8, 4, 4, 5, limits=(3, 5)))
+    for task, limit in ((0, 3), (1, 5)):
+        episode = Episode(task, task, Still())
+        evaluate.Player.execute(player, episode, np.zeros((10, 4)))
+        assert episode.success is False and episode.steps == limit
+
+
+class Plays(envs.Env):
+    """Stands for a simulator; keeps the seeds of its episodes."""
+
+    seeds = []
+
+    def reset(self, task, seed):
+        self.seeds.append((task, seed))
+
+    def observe(self):
+        return np.zeros((1, self.size, self.size, 3), np.uint8), np.full(4, 0.5, np.float32)
+
+    def step(self, action):
+        return Step(0.0, True)
+
+
+def spec(tasks, image_size):
+    return EnvSpec(tasks or ("a", "b"), ("push", "pull"), 1, image_size, 4, 4, 5)
+
+
+Env = Plays
+
+
+@pytest.fixture
+def plays(monkeypatch):
+    """Registers this file as a simulator."""
+    monkeypatch.setitem(envs.SIMULATORS, "plays", (__name__, ""))
+    monkeypatch.setattr(Plays, "seeds", [])
+    return Plays
+
+
+def test_episodes_of_the_next_seed_follow_on(plays, tiny_checkpoint, tmp_path):
+    """LIBERO begins episodes at state seed // tasks % 50, of which a thousand is a multiple."""
+    met = []
+    for seed in (0, 1, 2):
+        plays.seeds.clear()
+        given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path, "seed": seed}
+        evaluate.main(EvaluateConfig(**given, episodes=5))
+        met += [(task, number // 2 % 50) for task, number in plays.seeds[1:]]
+    assert len(set(met)) == len(met) == 15
+    for seed in (-1, 10**8):
+        with pytest.raises(UserError, match=f"--seed {seed} is out of range: choose 0 to"):
+            evaluate.main(EvaluateConfig(**given | {"seed": seed}, episodes=5))
+
+
+def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_path):
+    run = tmp_path / "run"
+    folder = run / "checkpoints" / "000003"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").symlink_to(tiny_checkpoint)
+    trained = {"env": "plays", "tasks": ("b", "a"), "image_size": 32, "render_quality": "full"}
+    (run / "config.json").write_text(to_json(completed(Config(), **trained)))
+    found = as_in_training(EvaluateConfig(checkpoint=run))
+    assert {name: getattr(found, name) for name in trained} == trained
+    assert found.videos == run / "videos"
+    given = {"env": "libero", "suite": "libero_10", "image_size": 48, "render_quality": "fast"}
+    found = as_in_training(EvaluateConfig(checkpoint=run, **given))
+    assert (found.env, found.tasks, found.image_size) == ("libero", ("libero_10",), 48)
+    assert found.render_quality == "fast"
+    assert as_in_training(EvaluateConfig(checkpoint=run, env="metaworld")).tasks == ()
+    found = as_in_training(EvaluateConfig(checkpoint=tiny_checkpoint))
+    assert (found.env, found.image_size, found.render_quality) == ("metaworld", 0, "fast")
+
+
+def test_what_cannot_be_written_is_found_before_the_first_episode(plays, tiny_checkpoint, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("{}")
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2}
+    for videos, result, words in (
+        (file, None, "cannot write videos to .*file.* give another --videos FOLDER"),
+        (tmp_path / "v", tmp_path, "cannot write the result to .* give another --json FILE"),
+        (tmp_path / "v", file / "x.json", "cannot write the result to .*file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate.main(EvaluateConfig(**given, videos=videos, json=result))
+    assert plays.seeds == [] and file.read_text() == "{}" and not (tmp_path / "v").exists()
+
+
+def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, capsys):
+    (tmp_path / "a.mp4").mkdir()
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}
+    evaluate.main(EvaluateConfig(**given, json=tmp_path / "result.json"))
+    said = capsys.readouterr()
+    assert "2/2" in said.out and said.err.startswith(f"warning: cannot write videos to {tmp_path}")
+    assert said.err.count("\n") == 1 and "2" in (tmp_path / "result.json").read_text()
 
 
 @pytest.mark.parametrize(

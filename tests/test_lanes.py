@@ -96,7 +96,7 @@ def test_a_chunk_ends_with_its_episode(begun, script, expected, steps):
     lane = single()
     lane.reset([0], [0], [0])
     lane.taken = [begun]
-    outcome = lane.play([script], HORIZON)
+    outcome = lane.play([script])
     assert outcome_of(0, outcome) == expected and outcome.steps == steps
     assert outcome.ended() == ([0] if any(expected[1:]) else [])
     assert lane.env.steps == steps and lane.taken == [begun + steps]
@@ -104,34 +104,48 @@ def test_a_chunk_ends_with_its_episode(begun, script, expected, steps):
     lane = many(4)
     lane.reset([0, 1, 2, 3], [0] * 4, [0] * 4)
     lane.taken = [0, begun, 3, 0]
-    outcome = lane.play([plan(1), script, plan(), plan(None, 0)], HORIZON)
+    outcome = lane.play([plan(1), script, plan(), plan(None, 0)])
     rows = [outcome_of(row, outcome) for row in range(4)]
     assert rows == [WON, expected, LATE, FAILED]
     assert lane.taken == [2, begun + steps, 6, 1] and outcome.steps == 2 + steps + 3 + 1
 
 
+def test_every_task_has_its_own_time_limit():
+    spec = SPEC._replace(limits=(2, HORIZON))
+    lane = many(3)
+    lane.spec = spec
+    lane.reset([0, 1, 2], [1, 0, 1], [0] * 3)
+    assert lane.play([plan()] * 3).late == [False, True, False]
+    assert lane.play([plan()] * 3).late == [True, False, True] and lane.taken == [6, 2, 6]
+    one = single()
+    one.spec = spec
+    for task, late in ((0, [True]), (1, [False])):
+        one.reset([0], [task], [0])
+        assert one.play([plan()]).late == late
+
+
 def test_an_episode_that_has_ended_plays_on_to_no_effect():
     lane = many(3)
-    assert lane.play([plan(0)] * 3, HORIZON).steps == 0  # none has begun
+    assert lane.play([plan(0)] * 3).steps == 0  # none has begun
     lane.reset([0, 1, 2], [0, 1, 0], [5, 6, 7])
-    assert lane.play([plan(0), plan(), plan()], HORIZON).ended() == [0]
+    assert lane.play([plan(0), plan(), plan()]).ended() == [0]
     lane.stop([1])
-    outcome = lane.play([plan(0), plan(0), plan(0)], HORIZON)
+    outcome = lane.play([plan(0), plan(0), plan(0)])
     assert outcome.reward == [0.0, 0.0, 1.0] and outcome.ended() == [2] and outcome.steps == 1
     lane.reset([0], [1], [8])
-    assert lane.play([plan(1)] * 3, HORIZON).ended() == [0]
+    assert lane.play([plan(1)] * 3).ended() == [0]
 
     lane = single()
-    assert lane.play([plan(0)], HORIZON) == NOTHING
+    assert lane.play([plan(0)]) == NOTHING
     lane.reset([0], [1], [5])
     lane.stop([0])
-    assert lane.play([plan(0)], HORIZON) == NOTHING and lane.env.steps == 0
+    assert lane.play([plan(0)]) == NOTHING and lane.env.steps == 0
 
 
 def test_a_simulator_that_knows_no_failure_leaves_it_out():
     lane = many(2, Plain)
     lane.reset([0, 1], [0, 0], [1, 2])
-    outcome = lane.play([plan(1, 0), plan()], HORIZON)
+    outcome = lane.play([plan(1, 0), plan()])
     assert outcome.won == [True, False] and outcome.failed == [False, False]
 
 

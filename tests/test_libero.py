@@ -88,6 +88,8 @@ def test_all_130_tasks_by_suite_and_by_name():
         == libero.spec(("libero_10",), 64)
         == libero.spec(("libero_10", "libero_10"), 64)
     )
+    for task, limit in zip(everything.tasks, everything.limits, strict=True):
+        assert limit == libero.SUITES[libero.suite_of(task)] == libero.spec((task,), 64).limit(0)
     one = libero.spec((STOVE,), 64)
     assert (one.tasks, one.prompts, one.horizon) == ((STOVE,), ("turn on the stove",), 320)
     for task in everything.tasks:
@@ -129,6 +131,13 @@ def test_language_is_the_benchmark_s():
             assert [task.language for task in tasks] == [
                 libero.language(task.name) for task in tasks
             ]
+
+
+def test_a_control_that_is_not_a_number_is_an_error(make):
+    env = make()
+    env.reset(0, 0)
+    with pytest.raises(FloatingPointError, match="unstable .mjWARN_BADCTRL"):
+        env.step(np.full(7, np.nan))  # MuJoCo would play 0
 
 
 # ---------------------------------------------------------------- the same as the original

@@ -139,6 +139,7 @@ def test_suites_are_meta_worlds():
         len(set(metaworld.PROMPTS.values())) == 50
     )  # a policy could not tell two tasks of one prompt apart
     assert metaworld.spec((), 64).horizon == 90 and metaworld.spec(("MT10",), 64).horizon == 150
+    assert metaworld.spec(("reach", "door-open"), 64).limits == (90, 150)  # whatever is beside it
     with pytest.raises(UserError, match="'MT1-juggle'"):
         metaworld.spec(("MT1-juggle",), 64)
 
@@ -258,6 +259,8 @@ def test_a_simulation_that_blows_up_is_an_error_and_leaves_no_log(make, tmp_path
             env.step(np.zeros(4))
     env.reset(0, 1)
     env.step(np.zeros(4))  # a new episode is sound again
+    with pytest.raises(FloatingPointError, match="unstable"):
+        env.step(np.full(4, np.nan))  # MuJoCo would play 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,3 +93,13 @@ def test_the_flags_of_a_run_that_starts_again():
     others = ["--ratio", "auto", "--tasks", "a", "b", "--seed=3", "--no-trace"]
     for given in ([*own, *others], [*others, *own]):
         assert train.without(given, "--run", "--resume", "--ratio-from") == others
+
+
+def test_a_longer_run_says_that_its_learning_rate_rises():
+    before = settings("--iterations", "60")
+    longer = settings("--iterations", "120")
+    jump = train.rate_jump(before, longer, 60)
+    assert jump.startswith("learning rates rise from 3% to 100% of --lr") and "\n" not in jump
+    assert train.rate_jump(before, before, 40) == "" == train.rate_jump(before, longer, 20)
+    assert train.rate_jump(before, settings("--iterations", "61"), 60) == ""
+    assert train.rate_jump(before, before, 2) == ""  # it warms up

@@ -376,6 +376,26 @@ def test_an_error_is_tried_again_only_where_it_may_pass(monkeypatch, tmp_path, e
         assert tries == 1 and re.fullmatch(words, said), said
 
 
+def fail_at_start(meter) -> None:
+    if not meter.restarts():
+        meter.ready()
+    raise RuntimeError("nothing to draw with")
+
+
+def test_an_error_that_comes_again_at_start_does_not_pass(tmp_path):
+    counters = Counters(1, columns(0))
+    meter = Meter("env-0", 0, counters, None)
+    job = Job("env-0", fail_at_start, (meter,), 1, meter, {}, replaceable=True)
+    crew = Crew([job], counters, tmp_path, restarts=5, timeout=60.0)
+    news, _ = get_context("forkserver").Pipe(duplex=False)
+    crew.start_all()
+    with pytest.raises(WorkerFailed, match="nothing to draw with .* twice in a row when it start"):
+        while True:
+            crew.watch(news)
+    crew.stop()
+    assert counters.get(0, "restarts") == 2
+
+
 def test_an_error_in_a_simulator_s_code_ends_the_run_at_once(faulty, tmp_path):
     status, output = faulty("KeyError", 20, "").finish()
     assert status == 1 and "starting it again" not in output, output

@@ -12,9 +12,9 @@ from torch import nn
 import metrics
 import models
 from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Counters, Record, SlotPool
-from config import Config
+from config import Config, UserError
 from models import compiled
-from rollout_worker import LanesServed, answer, first_limits, run, serve, take_tuned_limits
+from rollout_worker import LanesServed, answer, first_limits, named, run, serve, take_tuned_limits
 from scheduler import DynamicBatcher
 from weights import WeightPlane
 
@@ -107,6 +107,25 @@ def test_each_kind_of_request_writes_its_own_rows_and_no_others(model, channels)
     answer(records, channels)
     assert channels.replies[0].get(0) == [records[1], records[3]]
     assert channels.replies[1].get(0) == [records[0], records[2]]
+
+
+@pytest.mark.parametrize("head, names", [("action_out", "actions.*"), ("value_head", "value")])
+@pytest.mark.parametrize("kind", [ACT, EVAL, VALUE, FINAL])
+def test_nan_is_refused_before_anybody_takes_it(model, channels, kind, head, names):
+    """Whatever is asked for: the sentence names the policy, and slots stay as they were."""
+    next(p for name, p in model.named_parameters() if head in name and "bias" in name).data.fill_(
+        math.nan
+    )
+    before = channels.pool["actions"].clone()
+    config = Config()
+    config.train.checkpoint = "some/model.safetensors"
+    for version, words in ((3, "checkpoint some/model"), (4, "version 4 of the policy")):
+        with pytest.raises(UserError, match=rf"{words}.* not finite \({names}\)"):
+            policy = named(config, version, 3)
+            serve(
+                model, [Record(2, 1, kind, 1, 0)], channels.pool, 1, version, "cpu", policy=policy
+            )
+    assert torch.equal(channels.pool["actions"], before)
 
 
 @pytest.mark.parametrize(

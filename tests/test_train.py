@@ -623,3 +623,9 @@ def test_a_simulator_that_cannot_draw_is_one_sentence_too(cli, tmp_path):
         timeout=10
     )
     assert status == 2 and "error: " in output and "Traceback" not in output, output
+    assert "MUJOCO_GL=no-such-backend in the environment: unset MUJOCO_GL" in output
+    # This backend is one, but fails when it is to draw: in a worker, before that is ready.
+    process = cli("train.py", f"{SMALL} --run {tmp_path / 'y'}", MUJOCO_GL="glx", DISPLAY="")
+    status, output = process.finish(timeout=60)
+    assert status == 1 and "starting it again" not in output and "Traceback" not in output, output
+    assert "does not start" in output and output.endswith(" unset MUJOCO_GL\n"), output
