@@ -28,6 +28,7 @@ import torch
 import torch.multiprocessing as mp
 
 import metrics
+import output
 from channel import Counters
 from config import ROOT, UserError, place_of
 
@@ -107,6 +108,7 @@ def child(job: Job, errors: connection.Connection) -> None:
     # A copy; the fork server ends when the last of them is closed.
     os.close(forkserver._forkserver._forkserver_alive_fd)
     os.environ.update(job.environment)
+    output.never_fail()
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     status = 0
@@ -257,9 +259,14 @@ class Crew:
             if not trace:
                 return failure
             file = self.folder / "error.txt"
-            with open(file, "a") as stream:
-                stream.write(f"{failure.name}\n{trace}\n")
-            return failure._replace(cause=f"{failure.cause} (details in {file})")
+            try:
+                with open(file, "a") as stream:
+                    stream.write(f"{failure.name}\n{trace}\n")
+            except OSError as refused:
+                details = f"without details: {output.disk_trouble(refused, file)}"
+            else:
+                details = f"details in {file}"
+            return failure._replace(cause=f"{failure.cause} ({details})")
         for name, code in dead.items():
             if code or self.jobs[name].replaceable:  # actors end by themselves
                 how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
