@@ -151,8 +151,10 @@ class Follower:
             time.sleep(0.25)
 
     def write(self, line: dict) -> None:
-        """Appends a line to metrics.jsonl and shows it. If that cannot be written, the run saves and
-        stops; no later line follows, so that none is missing between two others."""
+        """Appends a line to metrics.jsonl and shows it.
+
+        If that cannot be written, the run saves and stops, and no later line is tried: none may be
+        missing between two others."""
         try:
             if not self.trouble:
                 self.folder.append(line)

@@ -118,7 +118,8 @@ def child(job: Job, errors: connection.Connection) -> None:
         status = 128 + LEAVE
     except BaseException as error:
         trace = "" if isinstance(error, UserError) else traceback.format_exc()[-2500:]
-        errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
+        with contextlib.suppress(OSError):  # a launcher that is gone asks for nothing
+            errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
         status = 1
     job.meter.flush()
     os._exit(status)
@@ -209,6 +210,8 @@ class Crew:
         self.lost: dict[str, list[float]] = {}  # when each failed, of late
         self.work = 0.0  # sum of everybody's work
         self.last_work = time.monotonic()  # when it last changed
+        self.looked = self.last_work  # when the launcher last looked after its workers
+        self.back = 0.0  # when it last came back after it had been away
 
     def start(self, name: str) -> None:
         process = mp.get_context("forkserver").Process(
@@ -242,10 +245,21 @@ class Crew:
             self.start(name)
         alive = [p.sentinel for p in self.processes.values() if p.exitcode is None]
         ready = connection.wait([news, self.errors, *alive], timeout=0.25)
+        self.notice_absence()
         while failure := self.failure():
             self.replace(failure)
         self.check_progress()
         return news in ready
+
+    def notice_absence(self) -> None:
+        """Starts all clocks again if the launcher itself was away: suspended by Ctrl-Z, with its
+        container or by a cluster. Then workers may have been, too, and silence says nothing."""
+        now = time.monotonic()
+        # It looks four times a second. Half a second more is what a busy machine may take.
+        if now - self.looked > 0.75 + self.timeout / 4:
+            self.back = now
+            self.last_work = now
+        self.looked = now
 
     def failure(self) -> Failure | None:
         """Returns the first failure that is found: an error, a death, or a worker that hangs."""
@@ -284,7 +298,7 @@ class Crew:
             return False
         ready = self.counter(name, "ready")
         alive = self.counter(name, "time") if ready else self.started[name]
-        return time.monotonic() - alive > self.timeout
+        return time.monotonic() - max(alive, self.back) > self.timeout
 
     def replace(self, failure: Failure) -> None:
         """Ends what is left of a worker and plans its successor, or raises WorkerFailed."""
@@ -313,7 +327,7 @@ class Crew:
         self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)
         lost.append(now)
-        backoff = min(2.0**before, LONGEST_BACKOFF)
+        backoff = min(2.0 ** min(before, 10), LONGEST_BACKOFF)  # 2.0**1024 is too large a number
         self.due[name] = time.monotonic() + backoff
         count = f"{before + 1} of {self.restarts} in {minutes}"
         print(f"{said}; starting it again in {backoff:.0f} s ({count})", flush=True)
