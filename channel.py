@@ -248,16 +248,18 @@ class IndexQueue:
     def put(self, records: list[Record], timeout: float = 60.0) -> None:
         """Writes records; those of one call of at most 409 stay together. Raises TimeoutError when
         the reader is stuck."""
-        deadline = time.monotonic() + timeout
+        waited = 0.0  # seconds, without those in which this process was suspended
         for start in range(0, len(records), ATOMIC):
             data = b"".join(RECORD.pack(*record) for record in records[start : start + ATOMIC])
             while not self.write(data):
-                if time.monotonic() > deadline:
+                if waited > timeout:
                     raise TimeoutError(
                         f"a queue of requests stayed full for {timeout:.0f} s: its reader is stuck"
                     )
                 # Waits for room, which another writer may take first.
+                start = time.monotonic()
                 select.select([], [self.writer], [], 0.1)
+                waited += min(0.1, time.monotonic() - start)
 
     def write(self, data: bytes) -> bool:
         """Writes all of it, or where the pipe is too full for that nothing. Returns whether it

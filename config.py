@@ -16,6 +16,8 @@ from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+import output
+
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
 Family = Literal["pi0", "pi05", "gr00t", "oft"]  # what --model takes; files in models/
@@ -34,11 +36,20 @@ def require(condition: object, sentence: str) -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError into one line on stderr and exit status 2."""
+    """Turns a UserError, or a full disk, into one line on stderr and exit status 2. Nothing that is
+    printed can fail within it."""
+    output.never_fail()
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in output.DISK:
+            raise
+        print(
+            f"error: {output.disk_trouble(error)}; make room, or write elsewhere", file=sys.stderr
+        )
         raise SystemExit(2) from None
 
 

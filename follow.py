@@ -11,6 +11,7 @@ from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
 from metrics import TOTALS, Interval, Ledger
+from output import disk_trouble
 from prepare import Setup
 from processes import Crew, WorkerFailed
 from run_folder import RunFolder
@@ -60,6 +61,7 @@ class Follower:
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
         self.beginning = report.Beginning(self.channels.counters, batch)
         self.advice = f"continue with: python train.py --resume {self.folder.name}"
+        self.trouble = ""  # why metrics.jsonl can no longer be written
 
     def follow(self) -> End:
         """Returns when the run is done, interrupted, or to start again. Raises WorkerFailed."""
@@ -113,8 +115,11 @@ class Follower:
     def hear(self, news: dict) -> End | None:
         """Takes in what the actor reports: a line of metrics.jsonl, or its last word."""
         if "done" in news:
-            checkpoints = self.folder.path / "checkpoints"
-            return End(f"{news['done']} iterations done; checkpoint in {checkpoints}")
+            done = f"{news['done']} iterations done; checkpoint in"
+            done = f"{done} {self.folder.path / 'checkpoints'}"
+            return End(f"error: {self.trouble}; {done}", 1) if self.trouble else End(done)
+        if "saved" in news and self.trouble:
+            return End(f"error: {self.trouble}; saved {news['saved']}; {self.advice}", 1)
         if "saved" in news:
             how = f"interrupted; saved {news['saved']}; {self.advice}"
             return End(how, 130, "" if self.interrupts else self.new_ratio)
@@ -146,13 +151,26 @@ class Follower:
             time.sleep(0.25)
 
     def write(self, line: dict) -> None:
-        """Appends a line to metrics.jsonl and shows it."""
-        self.folder.append(line)
+        """Appends a line to metrics.jsonl and shows it.
+
+        If that cannot be written, the run saves and stops, and no later line is tried: none may be
+        missing between two others."""
+        try:
+            if not self.trouble:
+                self.folder.append(line)
+        except OSError as error:
+            self.trouble = disk_trouble(error, self.folder.path / "metrics.jsonl")
+            print(f"{self.trouble}: the run saves and stops", file=sys.stderr, flush=True)
+            self.ask_to_save()
         self.display.show(line)
         for text in self.warnings.of(line):
             print(text, file=sys.stderr, flush=True)
         if self.tracker:
-            self.tracker.log(report.flatten(line), step=line["iteration"])
+            try:
+                self.tracker.log(report.flatten(line), step=line["iteration"])
+            except Exception as error:  # whatever the mirror of a run ends with, the run goes on
+                print(f"warning: Weights & Biases stops: {error}", file=sys.stderr, flush=True)
+                self.tracker = None
 
     def interrupt(self) -> End | None:
         """Lets the actor save at the first Ctrl-C; stops at once at the second, or at start-up."""

@@ -119,8 +119,11 @@ class Meter:
         self.flushed = time.monotonic()
         # A killed worker may tear its last line, and its successor goes on in the same file: so a
         # line begins with its line break. One write of all takes a third of the time of many.
-        with open(self.trace / f"{self.name}.jsonl", "a") as file:
-            file.write("\n" + json.dumps(spans))
+        try:
+            with open(self.trace / f"{self.name}.jsonl", "a") as file:
+                file.write("\n" + json.dumps(spans))
+        except OSError:  # a full disk is no reason to stop working
+            self.trace = None
 
 
 class Stretch:

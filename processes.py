@@ -28,6 +28,7 @@ import torch
 import torch.multiprocessing as mp
 
 import metrics
+import output
 from channel import Counters
 from config import ROOT, UserError, place_of
 
@@ -107,6 +108,7 @@ def child(job: Job, errors: connection.Connection) -> None:
     # A copy; the fork server ends when the last of them is closed.
     os.close(forkserver._forkserver._forkserver_alive_fd)
     os.environ.update(job.environment)
+    output.never_fail()
     torch.set_num_threads(job.threads)
     keep_freed_memory()
     status = 0
@@ -116,7 +118,8 @@ def child(job: Job, errors: connection.Connection) -> None:
         status = 128 + LEAVE
     except BaseException as error:
         trace = "" if isinstance(error, UserError) else traceback.format_exc()[-2500:]
-        errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
+        with contextlib.suppress(OSError):  # a launcher that is gone asks for nothing
+            errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
         status = 1
     job.meter.flush()
     os._exit(status)
@@ -208,6 +211,8 @@ class Crew:
         self.at_start: dict[str, str] = {}  # the error of those who last failed before being ready
         self.work = 0.0  # sum of everybody's work
         self.last_work = time.monotonic()  # when it last changed
+        self.looked = self.last_work  # when the launcher last looked after its workers
+        self.back = 0.0  # when it last came back after it had been away
 
     def start(self, name: str) -> None:
         process = mp.get_context("forkserver").Process(
@@ -241,10 +246,21 @@ class Crew:
             self.start(name)
         alive = [p.sentinel for p in self.processes.values() if p.exitcode is None]
         ready = connection.wait([news, self.errors, *alive], timeout=0.25)
+        self.notice_absence()
         while failure := self.failure():
             self.replace(failure)
         self.check_progress()
         return news in ready
+
+    def notice_absence(self) -> None:
+        """Starts all clocks again if the launcher itself was away: suspended by Ctrl-Z, with its
+        container or by a cluster. Then workers may have been, too, and silence says nothing."""
+        now = time.monotonic()
+        # It looks four times a second. Half a second more is what a busy machine may take.
+        if now - self.looked > 0.75 + self.timeout / 4:
+            self.back = now
+            self.last_work = now
+        self.looked = now
 
     def failure(self) -> Failure | None:
         """Returns the first failure that is found: an error, a death, or a worker that hangs."""
@@ -258,9 +274,14 @@ class Crew:
             if not trace:
                 return failure
             file = self.folder / "error.txt"
-            with open(file, "a") as stream:
-                stream.write(f"{failure.name}\n{trace}\n")
-            return failure._replace(cause=f"{failure.cause} (details in {file})")
+            try:
+                with open(file, "a") as stream:
+                    stream.write(f"{failure.name}\n{trace}\n")
+            except OSError as refused:
+                details = f"without details: {output.disk_trouble(refused, file)}"
+            else:
+                details = f"details in {file}"
+            return failure._replace(cause=f"{failure.cause} ({details})")
         for name, code in dead.items():
             if code or self.jobs[name].replaceable:  # actors end by themselves
                 how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
@@ -278,7 +299,7 @@ class Crew:
             return False
         ready = self.counter(name, "ready")
         alive = self.counter(name, "time") if ready else self.started[name]
-        return time.monotonic() - alive > self.timeout
+        return time.monotonic() - max(alive, self.back) > self.timeout
 
     def replace(self, failure: Failure) -> None:
         """Ends what is left of a worker and plans its successor, or raises WorkerFailed."""
@@ -313,7 +334,7 @@ class Crew:
         self.counters.set(row, "ready", 0.0)
         self.counters.add(row, "restarts", 1.0)
         lost.append(now)
-        backoff = min(2.0**before, LONGEST_BACKOFF)
+        backoff = min(2.0 ** min(before, 10), LONGEST_BACKOFF)  # 2.0**1024 is too large a number
         self.due[name] = time.monotonic() + backoff
         count = f"{before + 1} of {self.restarts} in {minutes}"
         print(f"{said}; starting it again in {backoff:.0f} s ({count})", flush=True)

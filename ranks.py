@@ -4,6 +4,7 @@ weights, because gradients are summed before every step.
 Left out: several machines, FSDP2 (the trainable weights are replicated).
 """
 
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +29,10 @@ class Ranks:
         if self.several:
             store = dist.FileStore(str(folder / f"rendezvous-{version}"), count)
             backend = "gloo" if device == "cpu" else "nccl"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+            # The launcher sees who hangs. Torch's own clock goes on while a run is suspended.
+            limit = timedelta(days=7)
+            group = {"store": store, "rank": rank, "world_size": count, "timeout": limit}
+            dist.init_process_group(backend, **group)
 
     @classmethod
     def of(

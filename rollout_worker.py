@@ -205,9 +205,10 @@ def take_new_weights(fetcher: WeightFetcher, needed: int, config: Config, meter:
     swap(fetcher, 0.0, meter)
     while fetcher.version < needed:
         fetcher.look()
+        # In short waits: a run that was suspended during one of them has the others left.
         limit_s = config.train.timeout_s
         with meter.wait("weights"):
-            if not swap(fetcher, limit_s, meter):
+            if not any(swap(fetcher, limit_s / 20, meter) for _ in range(20)):
                 raise TimeoutError(
                     f"version {needed} never came from the actor within {limit_s:.0f} s"
                 )

@@ -45,6 +45,7 @@ from config import (
 )
 from follow import End, Follower
 from learner import schedule
+from output import disk_trouble
 from prepare import Setup, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
@@ -235,8 +236,11 @@ def main(config: Config) -> int:
     end = run_crew(setup, folder, interrupts, tracker, handover.past)
     if end.ratio:
         start_again(end.ratio, folder, handover.past, interrupts, tracker)
-    folder.finish()
-    pictures.draw(path)
+    try:
+        folder.finish()
+        pictures.draw(path)
+    except OSError as error:
+        print(f"warning: {disk_trouble(error)}: without trace and pictures", file=sys.stderr)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout)
     return end.status
 

@@ -403,12 +403,13 @@ def test_an_error_in_a_simulator_s_code_ends_the_run_at_once(faulty, tmp_path):
     assert re.search(words, output.splitlines()[-1]), output
 
 
+class Gone:
+    """In place of a process that has died."""
+
+    kill = join = is_alive = lambda *_: False
+
+
 def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
-    class Gone:
-        """In place of a process that has died."""
-
-        kill = join = is_alive = lambda *_: False
-
     counters = Counters(1, columns(0))
     clock = [1e6]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -428,6 +429,64 @@ def test_faults_of_long_ago_do_not_count(monkeypatch, tmp_path, capsys):
         WorkerFailed, match="env-0 died, after 2 restarts in 60 min: --restarts allows no more"
     ):
         crew.replace(Failure("env-0", "died", True))
+
+
+def test_a_launcher_that_was_away_starts_its_clocks_again(monkeypatch, tmp_path):
+    """Ctrl-Z, docker pause, a cluster's suspend: all processes were away for ten minutes."""
+    counters = Counters(1, columns(0))
+    clock = [1e6]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = Meter("env-0", 0, counters, None)
+    crew = Crew([Job("env-0", print, (), 1, meter, {})], counters, tmp_path, 2, timeout=60.0)
+    meter.ready()
+    for away in (0.25, 600.0):
+        clock[0] += away
+        crew.notice_absence()
+        crew.check_progress()
+        assert not crew.hangs("env-0")
+    for _ in range(241):  # from here on a minute of silence counts
+        assert not crew.hangs("env-0")
+        clock[0] += 0.25
+        crew.notice_absence()
+    assert crew.hangs("env-0")
+    with pytest.raises(WorkerFailed, match="nothing happened for 60 s: env-0"):
+        crew.check_progress()
+
+
+def test_a_suspended_run_goes_on(cli, tmp_path):
+    run = tmp_path / "x"
+    flags = "--actor-workers 2 --micro-batch 2 --timeout-s 2 --checkpoint-every 1000000"
+    process = cli("train.py", f"{QUICK} {flags} --run {run}")
+    process.wait_for(run / "metrics.jsonl", 20)
+    os.killpg(process.process.pid, signal.SIGSTOP)
+    time.sleep(6.0)
+    before = len(read_metrics(run))
+    os.killpg(process.process.pid, signal.SIGCONT)
+    process.wait_for(run / "metrics.jsonl", before + 20)
+    process.interrupt_group()
+    status, output = process.finish(timeout=30)
+    assert status == 130 and "interrupted; saved" in output and "hangs" not in output, output
+
+
+def test_whoever_loses_its_launcher_says_nothing(cli, tmp_path):
+    """Its actor may be about to report just then."""
+    process = cli("train.py", f"{QUICK} --run {tmp_path / 'x'}")
+    process.wait_for(tmp_path / "x" / "metrics.jsonl", 20)
+    process.process.kill()
+    _, output = process.finish(timeout=30)
+    process.assert_nothing_left()
+    assert "Traceback" not in output and "BrokenPipe" not in output, output
+
+
+def test_a_worker_may_be_replaced_any_number_of_times(tmp_path, capsys):
+    counters = Counters(1, columns(0))
+    job = Job("env-0", print, (), 1, Meter("env-0", 0, counters, None), {}, replaceable=True)
+    crew = Crew([job], counters, tmp_path, restarts=10_000, timeout=60.0)
+    crew.processes["env-0"] = Gone()
+    counters.set(0, "ready", 1)
+    crew.lost["env-0"] = [time.monotonic()] * 2000
+    crew.replace(Failure("env-0", "died", True))
+    assert "starting it again in 60 s (2001 of 10000 in" in capsys.readouterr().out
 
 
 def test_killed_simulators_are_replaced_and_ctrl_c_ends_a_run_without_them(endless, tmp_path):
