@@ -800,3 +800,34 @@ def test_an_optimizer_that_cannot_be_read_is_named(tmp_path):
         (config.train.checkpoint / "optimizer.pt").write_bytes(broken)
         with pytest.raises(UserError, match="cannot read .*optimizer.pt .* remove .*000003 to con"):
             learner_of(Toy(), config, resume=resume)
+
+
+def test_weights_that_are_not_finite_are_neither_published_nor_saved_nor_taken_up(tmp_path):
+    config = Config()
+    learner = trained(Toy(), config)
+    config.train.checkpoint = learner.save(tmp_path)
+    resume = json.loads((config.train.checkpoint / "state.json").read_text())
+    name, weight = next(iter(learner.trainable.items()))
+    with torch.no_grad():
+        weight.view(-1)[0] = math.nan
+    said = f"weights of version 3 are not finite: tensor '{name}' holds NaN or infinity"
+    for act in (learner.weights_that_act, lambda: learner.save(tmp_path / "other")):
+        with pytest.raises(FloatingPointError, match=said):
+            act()
+    assert not (tmp_path / "other").exists()
+    file = config.train.checkpoint / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    state["state"][0]["exp_avg"].view(-1)[0] = math.inf
+    torch.save(state, file)
+    with pytest.raises(UserError, match="its tensor 0 exp_avg holds NaN or infinity"):
+        learner_of(Toy(), config, resume=resume)
+
+
+def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path):
+    learner = trained(Toy(), Config())
+    for left in (".000003.old", ".000003.partial"):
+        (tmp_path / left / "deep").mkdir(parents=True)
+        (tmp_path / left / "model.safetensors").touch()
+    for _ in range(2):
+        learner.save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["000003"]
