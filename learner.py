@@ -71,7 +71,8 @@ class Learner:
 
     def begin_batch(self) -> None:
         self.tally = Tally()
-        self.updated = False  # whether the weights are past those of `version`
+        self.updates = 0  # optimizer steps by which the weights are past those of `version`
+        self.kept: tuple[list[Tensor], dict] | None = None  # what `drop_updates` returns to
         self.kl_sum = 0.0  # of the running minibatch
         self.kl_samples = 0.0
         self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
@@ -191,9 +192,34 @@ class Learner:
         if norm > 0.0:  # else every group was filtered, and weight decay alone teaches nothing
             if self.proximal:
                 self.proximal.keep_weights()
+            if not self.updates and actor.update_epochs * actor.batch > actor.minibatch:
+                self.keep()  # a batch of one step alone is never left unfinished
             self.optimizer.step()
-            self.updated = True
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=False)
+
+    def keep(self) -> None:
+        """Copies weights and optimizer to the host, where a batch's first step is about to change
+        them: 12 bytes for each trained weight (float32)."""
+        weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            number: {name: tensor.to("cpu", copy=True) for name, tensor in one.items()}
+            for number, one in state["state"].items()
+        }
+        self.kept = weights, state
+
+    def drop_updates(self) -> int:
+        """Returns to the weights and the optimizer of `version`. Returns the steps dropped."""
+        dropped = self.updates
+        if dropped:
+            weights, state = self.kept
+            with torch.no_grad():
+                for parameter, weight in zip(self.parameters, weights, strict=True):
+                    parameter.copy_(weight)
+            self.optimizer.load_state_dict(state)
+        self.begin_batch()
+        return dropped
 
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all

@@ -448,7 +448,7 @@ def test_later_epochs_train_again_and_count_no_fact_twice():
     assert (line["version"], line["iteration"], learner.version) == (4, 4, 4)
     assert line["reuse"] == 3.0 and line["trained"] == 3 * line["trained_once"]
     assert line["lr"] == config.actor.lr * schedule(3, config)
-    assert learner.tally.values == {} and not learner.updated
+    assert learner.tally.values == {} and not learner.updates
 
 
 @pytest.mark.parametrize("trained, spared, balances", [(2, 0, True), (1, 1, True)])
@@ -548,7 +548,7 @@ def test_a_minibatch_whose_groups_are_all_filtered_teaches_nothing():
     slots = tuple(range(BATCH))
     learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
     learner.step()
-    assert not learner.updated and all(map(torch.equal, model.parameters(), before))
+    assert not learner.updates and all(map(torch.equal, model.parameters(), before))
     line = learner.finish_batch()
     assert (line["trained"], line["filtered"]) == (0, BATCH * SEGMENT)
     assert line["filtered_fraction"] == pytest.approx(1.0, abs=0.05) and line["success_rate"] == 0.0
