@@ -49,7 +49,9 @@ def run(
     begun = time.monotonic()
 
     while learner.version < config.train.iterations:
-        if ranks.first and channels.counters.get(0, "stop") and not learner.updated:
+        # A new ratio (1) can wait for the batch; who interrupts the run (2) cannot.
+        stop = channels.counters.get(0, "stop")
+        if ranks.first and stop and (stop > 1 or not learner.updates):
             save_and_wait_for_the_end(learner, checkpoints, report, meter)
 
         # Take in what has arrived; wait for more only when no micro-batch is complete.
@@ -121,8 +123,11 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
 def save_and_wait_for_the_end(
     learner: Learner, folder: Path, report: Connection, meter: Meter
 ) -> None:
+    """Saves what was published last, without the updates of the batch under way."""
     with meter.work("checkpoint"):
-        report.send({"saved": str(learner.save(folder))})
+        dropped = learner.drop_updates()
+        news = {"saved": str(learner.save(folder))}
+    report.send(news | {"dropped": dropped} if dropped else news)
     wait_to_be_ended()
 
 

@@ -101,16 +101,17 @@ class Follower:
         if said := self.tuner.watch():
             print(said, flush=True)
         if self.new_ratio:
-            self.ask_to_save()
+            self.ask_to_save(1.0)
 
     @property
     def new_ratio(self) -> str:
         """What the tuner wants instead of the ratio in use, or ""."""
         return self.tuner.ratio if self.tuner.ratio != self.config.train.parts else ""
 
-    def ask_to_save(self) -> None:
-        """The actor saves after the batch that it is training, and reports where."""
-        self.channels.counters.set(0, "stop", 1.0)
+    def ask_to_save(self, how: float) -> None:
+        """Lets the actor save and report where: after the batch that it is training (1), or at once
+        what was published last (2)."""
+        self.channels.counters.set(0, "stop", max(how, self.channels.counters.get(0, "stop")))
 
     def hear(self, news: dict) -> End | None:
         """Takes in what the actor reports: a line of metrics.jsonl, or its last word."""
@@ -122,6 +123,8 @@ class Follower:
             return End(f"error: {self.trouble}; saved {news['saved']}; {self.advice}", 1)
         if "saved" in news:
             how = f"interrupted; saved {news['saved']}; {self.advice}"
+            if "dropped" in news:
+                how = f"{news['dropped']} updates of an unfinished batch are dropped; {how}"
             return End(how, 130, "" if self.interrupts else self.new_ratio)
         self.write(self.complete(news))
         return None
@@ -173,7 +176,8 @@ class Follower:
                 self.tracker = None
 
     def interrupt(self) -> End | None:
-        """Lets the actor save at the first Ctrl-C; stops at once at the second, or at start-up."""
+        """Lets the actor save at the first interrupt; stops at once at the second, or at
+        start-up."""
         if self.channels.plane.version >= self.config.train.iterations:
             return None  # all is trained and saved
         if self.interval is None:
@@ -182,10 +186,10 @@ class Follower:
             return End("interrupted before anything was trained", 130)
         if len(self.interrupts) > 1 and not self.reports.poll():  # else "saved" may come first
             return End("interrupted twice: stopped without saving", 130)
-        if not self.channels.counters.get(0, "stop"):
-            then = "then saving; Ctrl-C again stops without saving"
-            print(f"finishing the batch that is being trained, {then}", flush=True)
-        self.ask_to_save()
+        if self.channels.counters.get(0, "stop") < 2:
+            then = "Ctrl-C again stops without saving"
+            print(f"saving what was published last; {then}", flush=True)
+        self.ask_to_save(2.0)
         return None
 
     def failed(self, failure: WorkerFailed) -> End:

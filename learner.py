@@ -7,6 +7,7 @@ Which trajectories make a micro-batch is decided in streamer.py; who else trains
 import json
 import math
 import os
+import shutil
 from collections import deque
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import Tensor
 import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
-from config import Config, UserError
+from config import Config, UserError, require
 from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks
@@ -70,7 +71,8 @@ class Learner:
 
     def begin_batch(self) -> None:
         self.tally = Tally()
-        self.updated = False  # whether the weights are past those of `version`
+        self.updates = 0  # optimizer steps by which the weights are past those of `version`
+        self.kept: tuple[list[Tensor], dict] | None = None  # what `drop_updates` returns to
         self.kl_sum = 0.0  # of the running minibatch
         self.kl_samples = 0.0
         self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
@@ -190,9 +192,34 @@ class Learner:
         if norm > 0.0:  # else every group was filtered, and weight decay alone teaches nothing
             if self.proximal:
                 self.proximal.keep_weights()
+            if not self.updates and actor.update_epochs * actor.batch > actor.minibatch:
+                self.keep()  # a batch of one step alone is never left unfinished
             self.optimizer.step()
-            self.updated = True
+            self.updates += 1
         self.optimizer.zero_grad(set_to_none=False)
+
+    def keep(self) -> None:
+        """Copies weights and optimizer to the host, where a batch's first step is about to change
+        them: 12 bytes for each trained weight (float32)."""
+        weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            number: {name: tensor.to("cpu", copy=True) for name, tensor in one.items()}
+            for number, one in state["state"].items()
+        }
+        self.kept = weights, state
+
+    def drop_updates(self) -> int:
+        """Returns to the weights and the optimizer of `version`. Returns the steps dropped."""
+        dropped = self.updates
+        if dropped:
+            weights, state = self.kept
+            with torch.no_grad():
+                for parameter, weight in zip(self.parameters, weights, strict=True):
+                    parameter.copy_(weight)
+            self.optimizer.load_state_dict(state)
+        self.begin_batch()
+        return dropped
 
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all
@@ -233,11 +260,19 @@ class Learner:
         return line
 
     def weights_that_act(self) -> dict[str, Tensor]:
-        """Returns those of this version; with --extra-staleness the oldest that are kept."""
+        """Returns those of this version; with --extra-staleness the oldest that are kept. Raises
+        FloatingPointError where those of this version are broken."""
+        self.check_finite(self.trainable)
         if not self.config.actor.extra_staleness:
             return self.trainable
         self.past.append({name: p.detach().clone() for name, p in self.trainable.items()})
         return self.past[0]
+
+    def check_finite(self, weights: dict[str, Tensor]) -> None:
+        """Raises FloatingPointError where weights that are to be published or saved are broken."""
+        if name := checkpoint.not_finite(weights):
+            found = f"the weights of version {self.version} are not finite: tensor {name!r}"
+            raise FloatingPointError(f"{found} holds NaN or infinity; lower --lr")
 
     def should_save(self) -> bool:
         train = self.config.train
@@ -248,8 +283,10 @@ class Learner:
         once. Returns its path."""
         path = folder / f"{self.version:06d}"
         partial = folder / f".{path.name}.partial"
-        partial.mkdir(exist_ok=True)
         weights = self.model.state_dict() | self.idle
+        self.check_finite(dict(self.model.named_parameters()) | self.idle)
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        partial.mkdir()
         checkpoint.save(partial / "model.safetensors", self.model.header, weights)
         torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
         state = {
@@ -275,6 +312,10 @@ class Learner:
         try:
             state = torch.load(saved, map_location=self.device, weights_only=True)
             self.optimizer.load_state_dict(state)
+            states = enumerate(self.optimizer.state.values())
+            remembered = {f"{n} {k}": x for n, each in states for k, x in each.items()}
+            broken = checkpoint.not_finite(remembered)
+            require(not broken, f"its tensor {broken} holds NaN or infinity")
         except Exception as error:  # reading a torn file raises whatever it likes
             raise UserError(
                 f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older "
@@ -296,13 +337,11 @@ def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:
 def put_in_place(partial: Path, path: Path) -> None:
     """Renames a checkpoint into place. One of the same version stays until the new one is there."""
     old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
-    if old.exists():
-        for file in old.iterdir():
-            file.unlink()
-        old.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def rows_of(x: Tensor, segment: int, chosen: Tensor) -> Tensor:

@@ -33,9 +33,10 @@ from channel import Counters
 from config import ROOT, UserError, place_of
 
 START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
-INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal
-# The launcher's word to a worker. A scheduler sends SIGTERM to every process, so that is not it.
-LEAVE = signal.SIGUSR1
+# Ctrl-C, a scheduler, its warning some time before, a terminal.
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# The launcher's word to a worker. A scheduler sends the others to every process.
+LEAVE = signal.SIGUSR2
 LONGEST_BACKOFF = 60.0  # seconds
 RECENT_S = 3600.0  # restarts longer ago do not count: a run of days may meet many rare faults
 # Errors of wrong code, which come again. LookupError is KeyError and IndexError; ValueError is a

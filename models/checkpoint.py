@@ -8,6 +8,7 @@ statistics). Nothing is ever unpickled. Other projects' files: `models/formats/`
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,9 +53,11 @@ def metadata(path: str | Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
-        ) from None
+        said = f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
+        folder = Path(path).parent
+        if folder.parent.name == "checkpoints":  # of a run
+            said += f"; remove {folder} to use an older one"
+        raise UserError(said) from None
 
 
 def read_header(path: str | Path) -> Header:
@@ -128,6 +131,20 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
 def frame_size(path: Path) -> int:
     """Pixels of the pictures to show a model; another project's `preparation` resizes them."""
     return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
+
+
+def not_finite(tensors: dict[str, torch.Tensor]) -> str:
+    """Returns the name of the first tensor that holds a NaN or an infinity, or "".
+
+    One norm of all says that none does. It may overflow (float16): only then is each looked at."""
+    real = {name: x for name, x in tensors.items() if x.is_floating_point() and not x.is_meta}
+    groups: dict[tuple, list[torch.Tensor]] = {}
+    for tensor in real.values():
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+    norms = [torch.nn.utils.get_total_norm(group) for group in groups.values()]
+    if all(math.isfinite(norm) for norm in norms):
+        return ""
+    return next((name for name, x in real.items() if not x.isfinite().all()), "")
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:

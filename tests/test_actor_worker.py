@@ -8,6 +8,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import actor_worker
@@ -460,6 +461,42 @@ def test_asked_to_stop_it_saves_what_it_has_and_waits_to_be_ended(tmp_path):
         run(0, actor.config, SPEC, "cpu", actor.channels, tmp_path, None, report, meter)
     assert received(reports) == [{"saved": str(tmp_path / "checkpoints" / "000000")}]
     assert (tmp_path / "checkpoints" / "000000" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interrupt_saves_what_was_published_and_a_new_ratio_waits_for_the_batch(tmp_path, stop):
+    """Asked while the first of two minibatches is stepped."""
+
+    class Ended(Exception):
+        pass
+
+    class Stopping(actor_worker.Learner):
+        def step(self):
+            super().step()
+            actor.channels.counters.set(0, "stop", stop)
+
+    actor = Actor(tmp_path, settings(), Toy())
+    begun = {name: w.detach().clone() for name, w in actor.model.named_parameters()}
+    reports, report = Pipe(duplex=False)
+    meter = metrics.Meter("actor-0", 0, actor.channels.counters, None)
+    with (
+        patch.object(models, "build", return_value=actor.model),
+        patch.object(actor_worker, "Learner", Stopping),
+        patch.object(actor_worker, "wait_to_be_ended", side_effect=Ended),
+        pytest.raises(Ended),
+    ):
+        run(0, actor.config, SPEC, "cpu", actor.channels, tmp_path, None, report, meter)
+    saved = tmp_path / "checkpoints" / f"{2 - stop:06d}"
+    news = received(reports)
+    weights = load_file(saved / "model.safetensors")
+    optimizer = torch.load(saved / "optimizer.pt", weights_only=True)
+    same = all(torch.equal(weights[name], begun[name]) for name in begun)
+    if stop == 2:
+        assert news == [{"saved": str(saved), "dropped": 1}]
+        assert same and not optimizer["state"]
+    else:
+        assert len(news) == 2 and news[1] == {"saved": str(saved)}
+        assert not same and optimizer["state"][0]["step"] == 2
 
 
 def test_only_the_first_rank_publishes(tmp_path):

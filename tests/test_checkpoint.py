@@ -6,13 +6,15 @@ import json
 import os
 import pickle
 from dataclasses import asdict
+from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import STATS, tiny_pi
 from safetensors.torch import load_file, save_file
 
-from config import ASSETS, UserError
+import models
+from config import ASSETS, Config, UserError
 from models import MODELS, checkpoint
 from models.checkpoint import Header
 from models.formats import source
@@ -179,3 +181,31 @@ def test_header_is_json(tiny_checkpoint):
         and json.loads(meta["shape"])["width"] == 32
         and json.loads(meta["stats"]) == STATS
     )
+
+
+def test_a_name_is_found_where_a_tensor_is_not_finite():
+    fine = {"large": torch.full((4,), 60000.0, dtype=torch.float16), "whole": torch.ones(2).long()}
+    assert checkpoint.not_finite({}) == checkpoint.not_finite(fine) == ""
+    for number in (float("nan"), float("inf"), -float("inf")):
+        assert checkpoint.not_finite(fine | {"bad": torch.tensor([0.0, number])}) == "bad"
+
+
+def test_weights_that_are_not_finite_are_not_loaded(tmp_path, tiny_checkpoint):
+    weights = load_file(tiny_checkpoint)
+    weights["action_out_proj.bias"][0] = float("nan")
+    header = checkpoint.read_header(tiny_checkpoint)
+    checkpoint.save(tmp_path / "bad.safetensors", header, weights)
+    config = Config()
+    config.train.checkpoint = tmp_path / "bad.safetensors"
+    config.rollout.chunk = header.shape["chunk"]
+    said = "tensor 'action_out_proj.bias' holds NaN or infinity"
+    with patch.object(models, "check_fit"), pytest.raises(UserError, match=said):
+        models.build(config, None)
+
+
+def test_a_damaged_checkpoint_of_a_run_leads_to_the_older_one(tmp_path):
+    folder = tmp_path / "checkpoints" / "000002"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text("torn")
+    with pytest.raises(UserError, match=f"; remove {folder} to use an older one$"):
+        checkpoint.metadata(checkpoint.find(tmp_path))

@@ -448,7 +448,7 @@ def test_later_epochs_train_again_and_count_no_fact_twice():
     assert (line["version"], line["iteration"], learner.version) == (4, 4, 4)
     assert line["reuse"] == 3.0 and line["trained"] == 3 * line["trained_once"]
     assert line["lr"] == config.actor.lr * schedule(3, config)
-    assert learner.tally.values == {} and not learner.updated
+    assert learner.tally.values == {} and not learner.updates
 
 
 @pytest.mark.parametrize("trained, spared, balances", [(2, 0, True), (1, 1, True)])
@@ -548,7 +548,7 @@ def test_a_minibatch_whose_groups_are_all_filtered_teaches_nothing():
     slots = tuple(range(BATCH))
     learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
     learner.step()
-    assert not learner.updated and all(map(torch.equal, model.parameters(), before))
+    assert not learner.updates and all(map(torch.equal, model.parameters(), before))
     line = learner.finish_batch()
     assert (line["trained"], line["filtered"]) == (0, BATCH * SEGMENT)
     assert line["filtered_fraction"] == pytest.approx(1.0, abs=0.05) and line["success_rate"] == 0.0
@@ -800,3 +800,34 @@ def test_an_optimizer_that_cannot_be_read_is_named(tmp_path):
         (config.train.checkpoint / "optimizer.pt").write_bytes(broken)
         with pytest.raises(UserError, match="cannot read .*optimizer.pt .* remove .*000003 to con"):
             learner_of(Toy(), config, resume=resume)
+
+
+def test_weights_that_are_not_finite_are_neither_published_nor_saved_nor_taken_up(tmp_path):
+    config = Config()
+    learner = trained(Toy(), config)
+    config.train.checkpoint = learner.save(tmp_path)
+    resume = json.loads((config.train.checkpoint / "state.json").read_text())
+    name, weight = next(iter(learner.trainable.items()))
+    with torch.no_grad():
+        weight.view(-1)[0] = math.nan
+    said = f"weights of version 3 are not finite: tensor '{name}' holds NaN or infinity"
+    for act in (learner.weights_that_act, lambda: learner.save(tmp_path / "other")):
+        with pytest.raises(FloatingPointError, match=said):
+            act()
+    assert not (tmp_path / "other").exists()
+    file = config.train.checkpoint / "optimizer.pt"
+    state = torch.load(file, weights_only=True)
+    state["state"][0]["exp_avg"].view(-1)[0] = math.inf
+    torch.save(state, file)
+    with pytest.raises(UserError, match="its tensor 0 exp_avg holds NaN or infinity"):
+        learner_of(Toy(), config, resume=resume)
+
+
+def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path):
+    learner = trained(Toy(), Config())
+    for left in (".000003.old", ".000003.partial"):
+        (tmp_path / left / "deep").mkdir(parents=True)
+        (tmp_path / left / "model.safetensors").touch()
+    for _ in range(2):
+        learner.save(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["000003"]

@@ -102,10 +102,11 @@ def test_a_run_is_trained_by_one_process_at_a_time(cli, tmp_path):
     assert status == 130 and "interrupted; saved" in output, output
 
 
-def test_sigterm_to_all_processes_saves_too(endless, tmp_path):
+@pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGUSR1])
+def test_sigterm_to_all_processes_saves_too(endless, tmp_path, word):
     """As `timeout` and cluster schedulers send it."""
     process = endless()
-    os.killpg(process.process.pid, signal.SIGTERM)
+    os.killpg(process.process.pid, word)
     status, output = process.finish(timeout=30)
     process.assert_nothing_left()
     assert status == 130 and "interrupted; saved" in output, output
