@@ -19,6 +19,7 @@ import torch
 import tyro
 
 import envs
+import machine
 import models
 from config import Config, Family, UserError, embedded_files, exit_on_user_error, from_json, require
 from evaluation import EVAL_SEEDS
@@ -82,7 +83,7 @@ class Player:
         family = settings.train.model
         self.config = config
         self.chunk = settings.rollout.chunk
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if machine.gpus() else "cpu"
         size = config.image_size or checkpoint.frame_size(path)
         self.simulator = envs.load(config.env)
         self.spec = self.simulator.spec(tasks, size)
