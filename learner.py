@@ -16,7 +16,7 @@ from torch import Tensor
 import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
-from config import Config, UserError
+from config import Config
 from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks
@@ -272,14 +272,8 @@ class Learner:
         self.version = resume["version"]
         self.algorithm.load(resume["scale"])
         saved = Path(self.config.train.checkpoint) / "optimizer.pt"
-        try:
-            state = torch.load(saved, map_location=self.device, weights_only=True)
-            self.optimizer.load_state_dict(state)
-        except Exception as error:  # reading a torn file raises whatever it likes
-            raise UserError(
-                f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older "
-                "checkpoint"
-            ) from None
+        sizes = [parameter.shape for parameter in (*self.policy, *self.critic)]
+        self.optimizer.load_state_dict(checkpoint.read_optimizer(saved, sizes, self.device))
         for group in self.optimizer.param_groups:  # a flag given on resuming counts
             group["weight_decay"] = self.config.actor.weight_decay
 
