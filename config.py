@@ -5,16 +5,20 @@
 
 import contextlib
 import copy
+import errno
+import functools
 import json
 import math
+import os
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from operator import ge, gt, le
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import output
 
@@ -22,6 +26,8 @@ ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
 Family = Literal["pi0", "pi05", "gr00t", "oft"]  # what --model takes; files in models/
 Preset = Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"]
+
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
 class UserError(Exception):
@@ -36,21 +42,24 @@ def require(condition: object, sentence: str) -> None:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError, or a full disk, into one line on stderr and exit status 2. Nothing that is
-    printed can fail within it."""
+    """Turns a UserError, a full disk, and a path that cannot be used, into one line on stderr and
+    exit status 2. Nothing that is printed can fail within it."""
     output.never_fail()
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        said = str(error)
     except OSError as error:
-        if error.errno not in output.DISK:
+        if error.errno in output.DISK:
+            said = f"{output.disk_trouble(error)}; make room, or write elsewhere"
+        elif error.errno in UNUSABLE:
+            said = f"cannot use the path {str(error.filename)[:300]}: {error.strerror}"
+        else:
             raise
-        print(
-            f"error: {output.disk_trouble(error)}; make room, or write elsewhere", file=sys.stderr
-        )
-        raise SystemExit(2) from None
+    else:
+        return
+    print(f"error: {said}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def place_of(error: BaseException) -> str:
@@ -62,6 +71,46 @@ def place_of(error: BaseException) -> str:
         own = [frame for frame in frames if not frame.filename.startswith(installed)]
         place = (own or frames)[-1]
     return f"{place.filename.removeprefix(f'{ROOT}/')}:{place.lineno}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """What a number may be, written beside its field. NaN is in no range, inf only up to inf."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = 10**9
+    below: float | None = None
+
+    def broken(self, value: float) -> str:
+        """Says which limit a number breaks; "" where it breaks none."""
+        for holds, limit, words in (
+            (ge, self.least, "at least"),
+            (gt, self.above, "more than"),
+            (le, self.most, "at most"),
+            (lt, self.below, "less than"),
+        ):
+            if limit is not None and not holds(value, limit):
+                return f"must be {words} {limit}"
+        return ""
+
+
+class Only(tuple[str, ...]):
+    """Who knows a setting, written beside its field; others refuse it. Names of model families or
+    losses, or what a loss must have: "critic" or "groups". A new family or loss adds its name."""
+
+
+Positive = Annotated[int, Range(least=1)]
+Natural = Annotated[int, Range(least=0)]
+Share = Annotated[float, Range(least=0, most=1)]
+AboveZero = Annotated[float, Range(above=0)]
+Bound = Annotated[float, Range(above=0, most=math.inf)]  # inf: none
+FLOW = Only(("pi0", "pi05", "gr00t"))
+PI = Only(("pi0", "pi05"))
+OFT = Only(("oft",))
+LOSS_HAS = {"critic": "a critic", "groups": "groups of trajectories"}
+CRITIC = Only(("critic",))
+GROUPS = Only(("groups",))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,9 +139,9 @@ class RunConfig:
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates
     env from rollout"""
-    iterations: int = 60
+    iterations: Positive = 60
     """optimizer iterations: batches trained; a resumed run counts from its start"""
-    seed: int = 1
+    seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 1
     """seed of episodes, noise and minibatches"""
     run: str = ""
     """name of the run folder under runs/, or a path with a slash; empty means date and time"""
@@ -106,7 +155,7 @@ class RunConfig:
     the checkpoint"""
     statistics: str = ""
     """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
-    checkpoint_every: int = 20
+    checkpoint_every: Positive = 20
     """iterations between checkpoints; there is always one at the end"""
     wandb: Literal["online", "offline", "off"] = "off"
     """mirror metrics to Weights & Biases"""
@@ -114,7 +163,7 @@ class RunConfig:
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
     memory_report: bool = False
     """print the size of each memory pool, then exit"""
-    timeout_s: float = 120.0
+    timeout_s: Bound = 120.0
     """seconds without a sign of life after which a worker counts as hung. An env worker is then
     replaced; another worker ends the run"""
 
@@ -126,29 +175,29 @@ class RunConfig:
 
 @dataclass(kw_only=True, slots=True)
 class EnvConfig:
-    envs: int = 24
+    envs: Positive = 24
     """simulators; each keeps its task if the number of tasks divides --envs, else they alternate"""
-    env_workers: int = 0
+    env_workers: Natural = 0
     """processes that step them; 0 derives it from --ratio"""
-    lanes: int = 0
+    lanes: Natural = 0
     """lanes per env worker of a vectorised simulator, whose envs step together. 0 means 2: one
     steps while the other waits"""
-    image_size: int = 0
+    image_size: Annotated[int, Range(least=0, most=4096)] = 0
     """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (256
     for another project's, which resizes them)"""
     render_quality: Literal["fast", "full"] = "fast"
     """full draws the simulator's own picture; fast leaves out shadows, smooth edges and details too
     small to see (LIBERO)"""
-    segment: int = 0
+    segment: Natural = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
-    restarts: int = 5
+    restarts: Natural = 5
     """how often in an hour each env worker is replaced, 1, 2, 4 … seconds after it failed, before
     the run ends; 0 means never"""
-    eval_envs: int = 4
+    eval_envs: Natural = 4
     """lanes that only evaluate, on seeds never trained on, and hold up nobody before the end"""
-    eval_episodes: int = 24
+    eval_episodes: Natural = 24
     """episodes of one evaluation, spread evenly over tasks"""
-    eval_every: int = 10
+    eval_every: Natural = 10
     """iterations between evaluations, of which the last version always gets one; 0 means never"""
 
     @property
@@ -173,30 +222,30 @@ class EnvConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
-    rollout_workers: int = 0
+    rollout_workers: Natural = 0
     """inference processes; 0 derives it from --ratio"""
-    batch_max: int | Literal["auto", "all"] = "auto"
+    batch_max: Annotated[int | Literal["auto", "all"], Range(least=1)] = "auto"
     """B_max of eq. 1: infer when this many requests are queued. all is lockstep; auto begins with
     half of the lanes, then measures and chooses (tuning.py)"""
-    batch_wait_ms: float | Literal["auto"] = "auto"
+    batch_wait_ms: Annotated[float | Literal["auto"], Range(least=0, most=math.inf)] = "auto"
     """T_max of eq. 1: infer this many milliseconds after the first request was queued (inf: no
     limit). auto begins with half of one inference, then measures and chooses"""
-    chunk: int = 10
+    chunk: Positive = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
-    tokens: int | None = None
+    tokens: Positive | None = None
     """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
-    denoise_steps: int | None = None
+    denoise_steps: Annotated[int | None, Range(least=1, most=1000), FLOW] = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
-    noise_level: float | None = None
+    noise_level: Annotated[float | None, Range(above=0), FLOW] = None
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
-    sde_steps: int | None = None
+    sde_steps: Annotated[int | None, Range(least=1, most=1000), FLOW] = None
     """a sample's stochastic denoise step is drawn from this many last (RLinf: all; shipped: 1)"""
-    temperature: float | None = None
+    temperature: Annotated[Bound | None, OFT] = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
-    noise: Literal["sde", "network"] = "sde"
+    noise: Annotated[Literal["sde", "network"], PI] = "sde"
     """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
     learns (πRL, arXiv 2510.25889)"""
-    prefix_dtype: Literal["float32", "bfloat16"] = "float32"
+    prefix_dtype: Annotated[Literal["float32", "bfloat16"], FLOW] = "float32"
     """dtype of a frozen VLM, and of what slots keep of it (OFT's is the checkpoint's)"""
     compile: bool | None = None
     """compile inference with torch.compile, which takes minutes at start-up and pads batches to
@@ -205,84 +254,84 @@ class RolloutConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ActorConfig:
-    actor_workers: int = 0
+    actor_workers: Natural = 0
     """training processes, which average gradients; 0 derives it from --ratio"""
-    max_staleness: int = 1
+    max_staleness: Natural = 1
     """K: a trajectory of batch b may start once version b − K is published; 0 is synchronous"""
-    extra_staleness: int = 0
+    extra_staleness: Natural = 0
     """versions by which the weights that act are held back, to study what staleness does"""
     stream: bool = True
     """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
-    batch: int = 48
+    batch: Positive = 48
     """trajectories of one iteration; a multiple of --envs"""
-    minibatch: int = 24
+    minibatch: Positive = 24
     """trajectories of one optimizer step"""
-    micro_batch: int = 2
+    micro_batch: Positive = 2
     """trajectories of one forward and backward pass"""
-    update_epochs: int = 2
+    update_epochs: Positive = 2
     """passes over a batch (RL-VLA³, π0.5 on LIBERO: 1)"""
-    lr: float = 1.5e-4
+    lr: AboveZero = 1.5e-4
     """AdamW learning rate of the action expert"""
-    warmup: int = 5
+    warmup: Natural = 5
     """iterations in which learning rates rise from 0: Adam's first steps are the least right"""
-    value_lr: float = 1e-3
+    value_lr: Annotated[AboveZero, CRITIC] = 1e-3
     """AdamW learning rate of the value head"""
     anneal: bool = True
     """lower learning rates linearly to 0 over the second half of --iterations"""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(least=0)] = 0.01
     """AdamW (RLinf: 0.01)"""
-    grad_clip: float = 1.0
+    grad_clip: Bound = 1.0
     """largest gradient norm (RLinf: 1.0)"""
-    train_vlm: bool = False
+    train_vlm: Annotated[bool, FLOW] = False
     """also update the image tower and the prefix, which the published recipe does not"""
-    oft_train: Literal["lora", "full"] | None = None
+    oft_train: Annotated[Literal["lora", "full"] | None, OFT] = None
     """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
-    cache_prefix: bool = True
+    cache_prefix: Annotated[bool, FLOW] = True
     """keep a frozen VLM's keys and values in the slots; False computes them again in every epoch"""
 
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    gamma: float = 0.9
+    gamma: Annotated[float, Range(above=0, most=1)] = 0.9
     """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so every chunk matters"""
-    gae_lambda: float = 0.95
+    gae_lambda: Annotated[Share, CRITIC] = 0.95
     """λ of GAE"""
-    bootstrap_truncated: bool = False
+    bootstrap_truncated: Annotated[bool, CRITIC] = False
     """the time limit is no failure: the return of an episode that it cuts goes on with the value of
     its last observation (RLinf: on)"""
     granularity: Literal["chunk", "action", "token"] = "chunk"
     """unit of the policy ratio: a whole chunk (π0.5), an action, or a number or token (OFT)"""
-    clip_low: float = 0.2
+    clip_low: Bound = 0.2
     """ε of the clipped policy objective, for falling probabilities"""
-    clip_high: float = 0.2
+    clip_high: Bound = 0.2
     """ε for rising ones (RLinf's GRPO of OFT: 0.28)"""
-    dual_clip: float = 0.0
+    dual_clip: Annotated[float, Range(least=0)] = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
     """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact, by
     the weights before a batch's first update; or behaviour, of the policy that acted, which is
     plain PPO. auto is exact where samples may be more than 2 versions old"""
-    behaviour_weight_max: float = 5.0
+    behaviour_weight_max: Bound = 5.0
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
     """what happens to samples above it"""
-    kl_stop: float = 0.0
+    kl_stop: Annotated[float, Range(least=0, most=math.inf)] = 0.0
     """end a batch's epochs when a minibatch's KL from the acting policy is above this; 0: never"""
-    critic_warmup: int = 0
+    critic_warmup: Annotated[Natural, CRITIC] = 0
     """iterations in which only the value head learns"""
-    value_clip: float = 0.2
+    value_clip: Annotated[Bound, CRITIC] = 0.2
     """largest change of a value estimate per update before its loss is clipped"""
-    value_weight: float = 1.0
+    value_weight: Annotated[float, Range(least=0), CRITIC] = 1.0
     """weight of the value loss"""
-    huber: float = 10.0
+    huber: Annotated[AboveZero, CRITIC] = 10.0
     """δ of the value loss (RLinf: 10)"""
-    group_size: int = 8
+    group_size: Annotated[int, Range(least=2), GROUPS] = 8
     """G of GRPO: envs that begin each trajectory in the same state (RLinf: 8)"""
-    group_low: float = 0.1
+    group_low: Annotated[Share, GROUPS] = 0.1
     """GRPO: a group whose success rate lies below this is not trained on (RLinf: 0.1)"""
-    group_high: float = 0.9
+    group_high: Annotated[Share, GROUPS] = 0.9
     """GRPO: nor one above this (RLinf: 0.9)"""
-    advantage_memory: float = 0.8
+    advantage_memory: Annotated[float, Range(least=0, below=1)] = 0.8
     """decay of the running mean square, over earlier batches, that scales advantages"""
 
 
@@ -318,12 +367,6 @@ PRESETS = {
     "rollout-async": ("disaggregated", 1, "auto", "auto", False),
     "full": ("disaggregated", 1, "auto", "auto", True),
 }
-
-# The model families that know a setting; all know the others. A new family adds its name.
-FAMILIES_OF = {"noise": ("pi0", "pi05"), "temperature": ("oft",), "oft_train": ("oft",)}
-FLOW = ("prefix_dtype", "denoise_steps", "noise_level", "sde_steps", "train_vlm", "cache_prefix")
-FAMILIES_OF |= dict.fromkeys(FLOW, ("pi0", "pi05", "gr00t"))
-
 
 # Flags carry no name of a stage, so a setting's name says which stage it belongs to.
 STAGE_OF = {
@@ -386,7 +429,9 @@ def to_json(config: Config) -> str:
 
 
 def run_path(name: str) -> Path:
-    """Returns runs/NAME, or the path itself when the name is one."""
+    """Returns runs/NAME, or the path itself when the name is one. "NAME/" is what a shell makes of
+    a folder's name, and leaves the ~ of "--run=~/x" as it is."""
+    name = os.path.expanduser(name).rstrip("/")
     return Path(name) if "/" in name else ROOT / "runs" / name
 
 
@@ -400,27 +445,89 @@ def existing_run(name: str) -> Path:
 
 def from_json(path: Path) -> Config:
     """Reads a run's config.json. Raises UserError when it is not one."""
-    try:
-        saved = json.loads(path.read_text())
-        config = Config()
-        for stage_name, values in saved.items():
-            stage = getattr(config, stage_name)  # an unknown one is an AttributeError
-            kinds = get_type_hints(type(stage))
-            for name, value in values.items():  # so is an unknown setting
-                setattr(stage, name, from_saved(value, kinds.get(name)))
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot read the settings of the run in {path}: {error}") from None
+    what = f"the settings of the run in {path}"
+    config = Config()
+    for stage_name, values in read_json(path, what).items():
+        stage = getattr(config, stage_name, None)
+        require(stage and isinstance(values, dict), f"cannot read {what}: {stage_name} is no stage")
+        for name, value in typed_fields(values, type(stage), what).items():
+            setattr(stage, name, value)
     return config
 
 
-def from_saved(value: Any, kind: Any) -> Any:
-    """Gives a value of config.json the type of its setting, where JSON does not have it."""
-    kinds = (kind, *get_args(kind))
-    if isinstance(value, list):
-        return tuple(value)
-    if Path in kinds and value is not None:
+def finite(text: str) -> float:
+    """Reads a number. Raises ValueError for NaN and infinity."""
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return float(text)
+
+
+def parse_json(text: str | bytes, what: str) -> dict:
+    """Reads a JSON object of finite numbers, which `what` names. Raises UserError."""
+    try:
+        found = json.loads(text, parse_float=finite, parse_constant=finite)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"cannot read {what}: {why}") from None
+    require(isinstance(found, dict), f"cannot read {what}: it is not a JSON object")
+    return found
+
+
+def read_json(path: Path, what: str) -> dict:
+    """Reads a file of ours as `parse_json`, which `what` names. Raises UserError."""
+    try:
+        return parse_json(path.read_bytes(), what)
+    except OSError as error:
+        raise UserError(f"cannot read {what}: {error.strerror}") from None
+
+
+def typed_fields(values: dict, kind: type, what: str) -> dict:
+    """Gives values out of JSON the types of a class's fields. Raises UserError, naming the field,
+    where there is no such field, or the value is of another type or out of its range."""
+    kinds = hints(kind)
+    found = {}
+    for name, value in values.items():
+        require(name in kinds, f"cannot read {what}: it has no field {name!r}")
+        try:
+            found[name] = typed(value, kinds[name])
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"cannot read {what}: {name} {error}") from None
+    return found
+
+
+def typed(value: Any, kind: Any) -> Any:
+    """Gives a value out of JSON the type of its field: JSON has neither tuples, paths nor infinity.
+
+    Raises ValueError, which says what it should be."""
+    shown = repr(value)[:60]
+    origin = get_origin(kind)
+    options = get_args(kind)
+    if origin is Annotated:
+        value = typed(value, options[0])
+        if wrong := out_of_range(value, kind):
+            raise ValueError(f"{shown} {wrong}")
+        return value
+    if origin in (Union, UnionType):
+        for option in options[:-1]:
+            with contextlib.suppress(ValueError):
+                return typed(value, option)
+        return typed(value, options[-1])
+    if origin is tuple and isinstance(value, list | tuple):
+        parts = (options[0],) * len(value) if options[-1] is ... else options
+        if len(parts) == len(value):
+            return tuple(map(typed, value, parts))
+    elif origin is Literal and isinstance(value, str) and value in options:
+        return value
+    elif kind is float and (type(value) in (int, float) or value == "inf"):
+        return float(value)
+    elif kind is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
-    return math.inf if float in kinds and value == "inf" else value
+    elif kind in (int, bool, str, dict, NoneType) and type(value) is kind:
+        return value
+    name = "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
+    if origin:
+        name = str(kind).replace("typing.", "")
+    raise ValueError(f"is {shown}, not {name}")
 
 
 def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
@@ -434,30 +541,57 @@ def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
     return int(left), int(right)
 
 
-# What must hold of a number. Settings that also take none or a word may be that instead.
-AT_LEAST_1 = ("iterations", "envs", "batch", "minibatch", "micro_batch", "update_epochs", "chunk")
-AT_LEAST_1 += ("checkpoint_every", "tokens", "denoise_steps", "batch_max")
-AT_LEAST_0 = ("seed", "max_staleness", "extra_staleness", "batch_wait_ms", "image_size", "segment")
-AT_LEAST_0 += ("restarts", "eval_every", "eval_envs", "eval_episodes", "weight_decay", "gae_lambda")
-ABOVE_0 = ("timeout_s", "temperature", "clip_low", "clip_high", "lr", "value_lr", "grad_clip")
-ABOVE_0 += ("noise_level", "gamma")
-RANGES = (
-    (ge, 1, "must be at least 1", AT_LEAST_1),
-    (ge, 0, "must be 0 or more", AT_LEAST_0),
-    (gt, 0, "is out of range: it must be more than 0", ABOVE_0),
-    (le, 1, "is out of range: it must be at most 1", ("gamma", "gae_lambda")),
-)
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """Returns the types of a class's fields, with what is written beside them."""
+    return get_type_hints(kind, include_extras=True)
+
+
+def out_of_range(value: Any, kind: Any) -> str:
+    """Says which `Range` of its field a number breaks; "" for what is in range, or no number."""
+    if not isinstance(value, int | float):
+        return ""
+    limits = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Range)]
+    inner = [out_of_range(value, option) for option in get_args(kind)]
+    return next(filter(None, [limit.broken(value) for limit in limits] + inner), "")
+
+
+def check_ranges(settings: object) -> None:
+    """Raises UserError naming the first number of a dataclass that is out of its field's range."""
+    for name, kind in hints(type(settings)).items():
+        value = getattr(settings, name)
+        wrong = out_of_range(value, kind)
+        require(not wrong, f"{flag_of(name)} {value} {wrong}")
+
+
+def check_by_themselves(config: Config) -> None:
+    """Checks every setting for its range, and for meaning something to this model and loss."""
+    for stage in fields(Config):
+        check_ranges(getattr(config, stage.name))
+    loss = loss_of(config)
+    train = config.train
+    known = {train.model, train.algorithm}
+    known |= {trait for trait in LOSS_HAS if getattr(loss, trait)}
+    if train.model == "emulated":
+        known |= {*get_args(Family)}
+    default = Config()
+    for name, stage in STAGE_OF.items():
+        kind = hints(type(getattr(config, stage)))[name]
+        owners = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Only)]
+        for only in owners if setting(config, name) != setting(default, name) else ():
+            means = f"means something to {', '.join(only)}, not to {train.model} with "
+            if needs := LOSS_HAS.get(only[0]):
+                means = f"needs {needs}, unlike "
+            means += f"{train.algorithm}: leave it out"
+            require(known.intersection(only), f"{flag_of(name)} {means}")
+
+
 MOST_WORKERS = 120  # each needs two file descriptors, and the fork server takes 256 at once
 
 
 def validate(config: Config) -> None:
     """Checks what must hold between settings once worker counts are known. Raises UserError."""
-    for holds, limit, words, names in RANGES:
-        for name in names:
-            value = setting(config, name)
-            if isinstance(value, int | float):
-                require(holds(value, limit), f"{flag_of(name)} {value} {words}")
-    check_family(config)
+    check_by_themselves(config)
     check_algorithm(config)
     check_shares(config)
     old = "--extra-staleness makes evaluations meet old weights"
@@ -465,33 +599,15 @@ def validate(config: Config) -> None:
     require(not (config.actor.extra_staleness and config.env.evaluates), f"{old}: {instead}")
 
 
-def check_family(config: Config) -> None:
-    """Refuses settings that the model family does not know."""
-    model = config.train.model
-    default = Config()
-    for name, families in FAMILIES_OF.items():
-        known = model in (*families, "emulated")
-        means = f"{flag_of(name)} means something to {', '.join(families)}, not to {model}"
-        require(known or setting(config, name) == setting(default, name), means)
+def check_algorithm(config: Config) -> None:
+    algorithm = config.algorithm
+    rates = f"--group-low {algorithm.group_low} must not be above --group-high"
+    require(algorithm.group_low <= algorithm.group_high, rates)
+    dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"
+    require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
     frozen = not config.actor.train_vlm or config.rollout.prefix_dtype == "float32"
     instead = "leave out --train-vlm, or give --prefix-dtype float32"
     require(frozen, f"--prefix-dtype bfloat16 is for a frozen VLM: {instead}")
-
-
-def check_algorithm(config: Config) -> None:
-    algorithm = config.algorithm
-    rates = "--group-low and --group-high must be success rates, and the first not above the second"
-    require(0.0 <= algorithm.group_low <= algorithm.group_high <= 1.0, rates)
-    dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"
-    require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
-    name = config.train.algorithm.upper()
-    group = f"--group-size {algorithm.group_size} must be at least 2"
-    compares = f"{group}: {name} compares trajectories with each other"
-    require(group_of(config) > 1 or not loss_of(config).groups, compares)
-    if not loss_of(config).critic:
-        why = f"needs a critic, and {name} has none: leave it out, or give --algorithm ppo"
-        require(not algorithm.bootstrap_truncated, f"--bootstrap-truncated {why}")
-        require(not algorithm.critic_warmup, f"--critic-warmup {algorithm.critic_warmup} {why}")
 
 
 def check_shares(config: Config) -> None:
@@ -500,7 +616,7 @@ def check_shares(config: Config) -> None:
     actor = config.actor
     ranks = actor.actor_workers
     every_lane = f"{env.lanes} lanes of each of {env.env_workers} env workers"
-    even = env.lanes == 0 or env.lanes > 0 and env.envs % (env.env_workers * env.lanes) == 0
+    even = env.lanes == 0 or env.envs % (env.env_workers * env.lanes) == 0
     require(even, f"--envs {env.envs} cannot be split evenly into {every_lane}")
     group = group_of(config)
     smaller, larger = sorted((group, env.width))

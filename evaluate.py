@@ -20,6 +20,7 @@ import torch
 import tyro
 
 import envs
+import machine
 import models
 from config import (
     Config,
@@ -94,7 +95,7 @@ class Player:
         family = settings.train.model
         self.config = config
         self.chunk = settings.rollout.chunk
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = "cuda" if machine.gpus() else "cpu"
         size = config.image_size or checkpoint.frame_size(path)
         self.simulator = envs.load(config.env)
         self.spec = self.simulator.spec(tasks, size)

@@ -47,7 +47,8 @@ class Follower:
         self.began = self.folder.appended or time.monotonic()
         self.interval: Interval | None = None  # once every worker is ready
         self.warnings = Warnings()
-        past = self.folder.lines()  # of a run that is resumed, with warnings that were said
+        # Of a run that is resumed, with warnings that were said.
+        past = [line for line in self.folder.lines() if line["version"] <= self.setup.version]
         for line in past:
             self.warnings.of(line)
         self.earlier = past[-1] if past else {}
@@ -97,11 +98,18 @@ class Follower:
         if self.interval is None:
             if not counters.table[:, counters.index["ready"]].all():
                 return
-            self.interval = Interval(counters, self.tuner.rows)
+            self.begin()
         if said := self.tuner.watch():
             print(said, flush=True)
         if self.new_ratio:
             self.ask_to_save(1.0)
+
+    def begin(self) -> None:
+        """Begins to measure. A resumed run is changed only now: a start that fails leaves it."""
+        self.interval = Interval(self.channels.counters, self.tuner.rows)
+        if self.setup.resume:
+            self.folder.truncate(self.setup.version)
+            self.folder.write("config.json", self.setup.saved)
 
     @property
     def new_ratio(self) -> str:
@@ -131,7 +139,8 @@ class Follower:
 
     def complete(self, line: dict) -> dict:
         """Adds to the actor's part of a line what the launcher knows."""
-        self.interval = self.interval or Interval(self.channels.counters, self.tuner.rows)
+        if self.interval is None:
+            self.begin()
         memory_gb, cpu_s = self.crew.used()
         line |= self.interval.measure()
         line["time"] = time.monotonic() - self.began

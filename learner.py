@@ -17,7 +17,7 @@ from torch import Tensor
 import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
-from config import Config, UserError, require
+from config import Config, require
 from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks
@@ -309,18 +309,13 @@ class Learner:
         self.version = resume["version"]
         self.algorithm.load(resume["scale"])
         saved = Path(self.config.train.checkpoint) / "optimizer.pt"
-        try:
-            state = torch.load(saved, map_location=self.device, weights_only=True)
-            self.optimizer.load_state_dict(state)
-            states = enumerate(self.optimizer.state.values())
-            remembered = {f"{n} {k}": x for n, each in states for k, x in each.items()}
-            broken = checkpoint.not_finite(remembered)
-            require(not broken, f"its tensor {broken} holds NaN or infinity")
-        except Exception as error:  # reading a torn file raises whatever it likes
-            raise UserError(
-                f"cannot read {saved} ({error}): remove {saved.parent} to continue from an older "
-                "checkpoint"
-            ) from None
+        sizes = [parameter.shape for parameter in (*self.policy, *self.critic)]
+        remembered = checkpoint.read_optimizer(saved, sizes, self.device)
+        states = remembered["state"].items()
+        broken = checkpoint.not_finite({f"{n} {k}": x for n, s in states for k, x in s.items()})
+        older = f"remove {saved.parent} to continue from an older checkpoint"
+        require(not broken, f"{saved}: its tensor {broken} holds NaN or infinity; {older}")
+        self.optimizer.load_state_dict(remembered)
         for group in self.optimizer.param_groups:  # a flag given on resuming counts
             group["weight_decay"] = self.config.actor.weight_decay
 

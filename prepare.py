@@ -7,31 +7,37 @@ completed copies of the settings it is given. Left out: tensors and processes, w
 from a `Setup`.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import envs
+import machine
 import models
 import tuning
 from channel import SlotPool, Spec, layout
 from config import (
     ROOT,
+    STAGE_OF,
     WORKERS,
     Config,
+    Natural,
     UserError,
+    check_by_themselves,
     completed,
     embedded_files,
     flag_of,
     loss_of,
+    read_json,
     require,
     run_path,
     setting,
     to_json,
+    typed,
     validate,
 )
 from models import checkpoint, contract, untrained
@@ -91,6 +97,7 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
+    check_by_themselves(config)
     simulator = envs.load(config.train.env)
     start = find_start(config, simulator)
     workers = find_workers(start.config, simulator)
@@ -114,7 +121,9 @@ def prepare(config: Config) -> Setup:
     choices = {config.train.parts: (config, workers.placement)}
     for ratio, (chosen, placement) in workers.choices.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), placement
-    return Setup(
+    if start.resume and config.train.checkpoint:
+        check_memory_of(config, spec, model, start.resume)
+    setup = Setup(
         config=config,
         spec=spec,
         placement=workers.placement,
@@ -127,13 +136,20 @@ def prepare(config: Config) -> Setup:
         saved=to_json(completed(config, checkpoint=start.given)),
         choices=choices,
     )
+    has = machine.memory() / 1e9
+    needs = f"the slots need {setup.pool_gb():.1f} GB of memory, and this machine has {has:.1f} GB"
+    fits = setup.pool_gb() < has or config.train.memory_report
+    require(fits, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
+    return setup
 
 
 def find_start(config: Config, simulator: envs.Simulator) -> Start:
     """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random."""
     train = config.train
     tasks = (train.suite, *train.tasks)
-    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
+    files = {name: setting(config, name) for name in ("checkpoint", "tokenizer")}
+    files = {name: Path(os.path.expanduser(path)) for name, path in files.items() if path}
+    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))), **files)
     note = ""
     has_files = models.load(train.model).FORMATS is not None
     shipped, vocabulary = embedded_files(train.model, train.env)
@@ -145,6 +161,8 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
             spec = simulator.spec(config.train.tasks, image_size)
             sizes = config.rollout.chunk, config.rollout.tokens or 0
             runs = ROOT / "runs"
+            if not os.access(runs if runs.exists() else ROOT, os.W_OK):
+                runs = run_path(train.run).parent  # a checkout that all may read and nobody write
             made, words = untrained.start(runs, train.model, spec, spec.state_range, *sizes)
             config = completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
             none = f"no checkpoint is given and none shipped for {train.env}"
@@ -157,6 +175,9 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         image_size = image_size or SMALL_PICTURE
     else:
         models.check_family(train.model, found)
+        ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
+        alone = f"--statistics {train.statistics} is for another project's checkpoint"
+        require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
         image_size = image_size or checkpoint.frame_size(found)
         name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
         tokenizer = Path(name) if name else None
@@ -164,23 +185,49 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     return Start(config, given, resume, note)
 
 
+STATE = {"version": Natural, "seed": Natural, "settings": dict, "scale": dict}  # state.json
+
+
 def resume_from(config: Config) -> tuple[Path, dict]:
     """Returns the newest checkpoint of the run that is resumed, and its state.json."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
+    older = f"remove {found} to use an older one"
+    what = str(found / "state.json")
     try:
-        resume = json.loads((found / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        said = f"cannot read {found / 'state.json'}: {error}"
-        raise UserError(f"{said}; remove {found} to use an older one") from None
+        resume = read_json(found / "state.json", what)
+        for name, kind in STATE.items():
+            typed(resume.get(name, {} if name == "settings" else None), kind)
+        named = int(found.name)
+        if resume["version"] != named:
+            raise ValueError(f"its version is {resume['version']} and its folder's {named}")
+    except ValueError as error:
+        raise UserError(f"cannot read {what}: {error}; {older}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {older}") from None
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
+        require(name in STAGE_OF, f"cannot read {what}: there is no setting {name!r}; {older}")
         require(setting(config, name) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
     return found, resume
+
+
+def check_memory_of(config: Config, spec: envs.EnvSpec, model: Any, resume: dict) -> None:
+    """Checks what the loss and the optimizer of a resumed run remember. Raises UserError."""
+    found = Path(config.train.checkpoint)
+    try:
+        loss_of(config)(config, spec).load(dict(resume["scale"]))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        said = f"the loss cannot go on from {found / 'state.json'} ({error!r})"
+        raise UserError(f"{said}; remove {found} to use an older one") from None
+    critic = model.critic()
+    sizes = [p.shape for name, p in model.trainable().items() if name not in critic]
+    sizes += [p.shape for p in critic.values()]
+    checkpoint.read_optimizer(found / "optimizer.pt", sizes)
 
 
 def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
@@ -190,8 +237,8 @@ def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
     require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")
     if simulator.vectorised:
         config = completed(config, lanes=lanes or 2)
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cores = len(os.sched_getaffinity(0))
+    gpus = machine.gpus()
+    cores = machine.cores()
     choices = {}
     note = ""
     if config.train.ratio == "auto":

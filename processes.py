@@ -27,6 +27,7 @@ import psutil
 import torch
 import torch.multiprocessing as mp
 
+import machine
 import metrics
 import output
 from channel import Counters
@@ -142,6 +143,7 @@ def note_interrupts() -> list[float]:
     # The fork server looks for what it preloads here alone, and does not say when it fails.
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
+    machine.shorten_temporary()
     interrupts: list[float] = []
 
     def note(*_) -> None:

@@ -72,6 +72,11 @@ class RunFolder:
         kept = [line for line in self.lines() if line["version"] <= version]
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
+    def keep(self, vocabulary: Path | None) -> None:
+        """Copies the vocabulary, so that the folder alone can go to another machine."""
+        if vocabulary and vocabulary.is_file() and not (self.path / vocabulary.name).exists():
+            shutil.copyfile(vocabulary, self.path / vocabulary.name)
+
     def write(self, name: str, text: str) -> None:
         """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""
         partial = self.path / f".{name}.partial"
@@ -93,10 +98,20 @@ class RunFolder:
 
 def read_metrics(run: Path) -> list[dict]:
     """Returns the whole lines of metrics.jsonl. The last one may be torn: it is being written just
-    now, or its writer was killed."""
+    now, or its writer was killed. Raises UserError for what is no line of a run."""
     file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            found.append(json.loads(line))
+            whole = isinstance(found[-1], dict)
+        except (ValueError, RecursionError):
+            whole = False
+        require(whole, f"line {number} of {file} is none that a run wrote: remove it")
+    return found
 
 
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:

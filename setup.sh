@@ -153,5 +153,10 @@ if [ -n "$maniskill" ] && ! draws; then
             "and mesa-vulkan-drivers of version 24.3 or newer" >&2
 fi
 
+# Stop where there are GPUs that this torch cannot use: its driver is too old, for one.
+.venv/bin/python -c 'import config, machine
+with config.exit_on_user_error():
+    machine.gpus()'
+
 touch "$stamp"
 echo "ready" >&2

@@ -23,6 +23,7 @@ import tyro
 
 import actor_worker
 import env_worker
+import machine
 import metrics
 import pictures
 import processes
@@ -33,6 +34,7 @@ from config import (
     WORKERS,
     Config,
     RunConfig,
+    UserError,
     completed,
     existing_run,
     exit_on_user_error,
@@ -211,6 +213,21 @@ def start_again(
     processes.replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
 
 
+def unused_path() -> Path:
+    """Makes runs/DATE-TIME and returns it. Of runs that start at once all but one wait."""
+    while True:
+        path = run_path(time.strftime("%Y%m%d-%H%M%S"))
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            require(not path.parent.exists() or path.parent.is_dir(), f"{path.parent} is no folder")
+            time.sleep(0.2)
+        except OSError as error:
+            found = f"cannot write the run folder {path}: {error.strerror}"
+            raise UserError(f"{found}; choose another with --run") from None
+
+
 def main(config: Config) -> int:
     """Runs to the end and returns the exit status."""
     setup = prepare(config)
@@ -218,8 +235,8 @@ def main(config: Config) -> int:
     if train.memory_report:
         memory_report(setup)
         return 0
-    path = run_path(train.resume or train.run or time.strftime("%Y%m%d-%H%M%S"))
-    folder = RunFolder(path, resume=bool(train.resume))
+    path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
+    folder = RunFolder(path, resume=bool(train.resume or not train.run))
     handover = Handover.take(path)
     again = handover.heard is not None
     folder.clear(keep_trace=again)
@@ -228,10 +245,10 @@ def main(config: Config) -> int:
         interrupts.append(time.monotonic())
     tracker = mirror(setup.config, folder, handover.tracker)
     folder.appended = handover.appended
-    if setup.resume:
-        folder.truncate(setup.version)
     announce(setup, folder, again)
-    folder.write("config.json", setup.saved)
+    if not setup.resume:
+        folder.write("config.json", setup.saved)
+    folder.keep(setup.config.train.tokenizer)
 
     end = run_crew(setup, folder, interrupts, tracker, handover.past)
     if end.ratio:
@@ -257,7 +274,7 @@ def run_crew(
     rows = {stage: [] for stage in metrics.STAGES}
     for job in listed:
         rows[job.name.partition("-")[0]].append(job.meter.row)
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     tuner = tuning.Tuner(setup.choices, channels.counters, rows, past, cores, train.iterations)
     follower = Follower(setup, folder, crew, channels, reports, interrupts, tracker, tuner)
     try:

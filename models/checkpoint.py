@@ -10,7 +10,9 @@ import contextlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import ROOT, UserError, require
-from models.formats.source import INDEX, Source, layout, read_json, weight_files
+from config import (
+    ROOT,
+    Range,
+    UserError,
+    parse_json,
+    read_json,
+    require,
+    typed_fields,
+)
+from models.formats.source import INDEX, Source, layout, raw_header, weight_files
 
 
 class Header(NamedTuple):
@@ -49,6 +59,7 @@ def find(path: str | Path) -> Path:
 
 def metadata(path: str | Path) -> dict[str, str]:
     """What the header of a safetensors file says beside its tensors."""
+    raw_header(Path(path))  # which says what a file that may not be read is
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
@@ -67,14 +78,74 @@ def read_header(path: str | Path) -> Header:
         f"checkpoint {path} was not written by this project: its header lacks family, shape and "
         "stats",
     )
+    what = f"the header of checkpoint {path}"
+    shape = parse_json(meta["shape"], f"{what}, shape")
+    stats = parse_json(meta["stats"], f"{what}, stats")
+    check_stats(stats, what)
+    return Header(meta["family"], checked_shape(meta["family"], shape, what), stats)
+
+
+def checked_shape(family: str, shape: dict, what: str) -> dict:
+    """Gives a header's shape the types of its family's CONFIG. Raises UserError for what is not in
+    it, of another type, or no size that a network can have."""
+    import models  # here, for it imports this file
+
+    known = ", ".join(models.MODELS)
+    require(
+        family in models.MODELS, f"cannot read {what}: its family {family!r} is none of {known}"
+    )
+    module = models.load(family)
+    if module.FORMATS is None:
+        return shape
+    shape = typed_fields(shape, module.CONFIG, what)
+    defaults = {field.name: field.default for field in fields(module.CONFIG)}
+    for name in [name for name in shape if name.endswith("heads")]:
+        width = shape.get(name.removesuffix("heads") + "width", 0)
+        split = name.removesuffix("s") + "_dim" in defaults or width % max(1, shape[name]) == 0
+        require(
+            split, f"cannot read {what}: {name} {shape[name]} does not divide the width {width}"
+        )
+    for name, value in shape.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                # 0 is "none" where it is the default, else no size. No network is 1,000 deep.
+                least = int(isinstance(number, int) and defaults[name] != 0)
+                most = 1000 if name.endswith(("depth", "heads", "steps", "views")) else 10**6
+                wrong = Range(least=least, most=most).broken(number)
+                require(not wrong, f"cannot read {what}: {name} {number} {wrong}")
+    return shape
+
+
+def check_stats(stats: dict, what: str) -> None:
+    """Raises UserError unless the quantiles of a state are there, and go together."""
+    given = [name for name in ("state_low", "state_high") if name in stats]
+    for name in given if "layout" not in stats else ():
+        numbers = stats[name]
+        real = isinstance(numbers, list) and all(type(x) in (int, float) for x in numbers)
+        require(real and numbers, f"cannot read {what}: {name} is no list of numbers")
+        both = len(given) == 2 and len(numbers) == len(stats[given[0]])
+        require(both, f"cannot read {what}: state_low and state_high are not of one length")
+
+
+def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dict:
+    """Reads optimizer.pt, of AdamW over parameters of these shapes, in order. Raises UserError.
+
+    Without a device it only looks: the file is mapped, and takes no memory."""
+    why = "it is damaged, or of other weights"
     try:
-        shape = {
-            name: tuple(value) if isinstance(value, list) else value  # JSON has no tuples
-            for name, value in json.loads(meta["shape"]).items()
-        }
-        return Header(meta["family"], shape, json.loads(meta["stats"]))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"cannot read the header of checkpoint {path}: {error}") from None
+        where = device or "cpu"
+        found = torch.load(path, map_location=where, weights_only=True, mmap=not device)
+        groups = [number for group in found["param_groups"] for number in group["params"]]
+        right = groups == list(range(len(sizes)))
+        for number, state in found["state"].items():
+            right &= state["exp_avg"].shape == state["exp_avg_sq"].shape == sizes[number]
+            right &= state["step"].numel() == 1
+    except Exception as error:  # a damaged file raises anything; torch advises to load it unsafely
+        right = False
+        why = getattr(error, "strerror", None) or why
+    older = f"remove {path.parent} to continue from an older checkpoint"
+    require(right, f"cannot read {path} ({why}): {older}")
+    return found
 
 
 def of_family(path: str | Path, family: str) -> Header:
@@ -108,16 +179,25 @@ def run_of(path: str | Path) -> Path | None:
     return file.parents[2] if file and file.parent.parent.name == "checkpoints" else None
 
 
+def moved(file: Path, run: Path) -> list[Path]:
+    """Where a vocabulary of a run may be that was copied to another clone or machine: a copy in the
+    run's folder, or what is shipped, or made for untrained weights, here."""
+    return [run / file.name, ROOT / file.parent.name / file.name]
+
+
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
     """The tokeniser file for checkpoint `path`: what the user gives, the one in another project's
     folder or of the run, the embedded default's for a small model of ours, or for GR00T "", an
     installed package's. Raises UserError when there is none."""
-    if given is not None:
-        return str(given)
-    places = [Path(path) / "tokenizer.model"]
     run = run_of(path) or Path(path)
+    if given is not None:
+        found = next(filter(Path.exists, [given, *moved(given, run)]), None)
+        require(found, f"there is no vocabulary {given}: give another --tokenizer PATH")
+        return str(found)
+    places = [Path(path) / "tokenizer.model"]
     with contextlib.suppress(UserError, KeyError, TypeError):
-        places.append(Path(read_json(run / "config.json")["train"]["tokenizer"]))
+        named = Path(read_json(run / "config.json", "settings")["train"]["tokenizer"])
+        places += [*moved(named, run), named]
     if not published(path):
         places.append(embedded)
     found = next((str(place) for place in places if place.is_file()), "")
@@ -150,11 +230,17 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str:
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:
     """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     shape = json.dumps(header.shape)
     meta = {"family": header.family, "shape": shape, "stats": json.dumps(header.stats)}
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, meta)
-    os.replace(partial, path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask says; the library's files are their owner's
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, meta)
+        partial.chmod(mode)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def own(path: Path, model: torch.nn.Module, heads: Iterable[str] = ()) -> Source:

@@ -12,6 +12,7 @@ Left out: imitation, which `pretrain.py` does from Meta-World's scripted experts
 
 import hashlib
 import os
+import uuid
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) 
     texts = [family.wording(prompt) for prompt in spec.prompts]
     if not vocabulary.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = vocabulary.with_suffix(f".{os.getpid()}")
+        partial = vocabulary.with_suffix(f".{uuid.uuid4().hex}")
         tokenize.train_vocabulary(texts, partial)
         os.replace(partial, vocabulary)
     if not weights.is_file():

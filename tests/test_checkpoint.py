@@ -3,9 +3,11 @@ unpickled.
 """
 
 import json
+import math
 import os
 import pickle
 from dataclasses import asdict
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -209,3 +211,137 @@ def test_a_damaged_checkpoint_of_a_run_leads_to_the_older_one(tmp_path):
     (folder / "model.safetensors").write_text("torn")
     with pytest.raises(UserError, match=f"; remove {folder} to use an older one$"):
         checkpoint.metadata(checkpoint.find(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"vision_heads": -1},
+        {"vision_heads": 5},
+        {"heads": 0},
+        {"denoise_steps": 10**9},
+        {"depth": 10**5},
+        {"width": None},
+        {"width": [128]},
+        {"width": "wide"},
+        {"width": True},
+        {"noise_level": math.nan},
+        {"noise_range": [0.1]},
+        {"value_widths": 3},
+        {"value_widths": [0]},
+        {"noise": "loud"},
+        {"no_such_size": 1},
+    ],
+    ids=str,
+)
+def test_a_shape_that_no_network_has_is_refused(tmp_path, shape):
+    path = tmp_path / "m.safetensors"
+    model = tiny_pi()
+    checkpoint.save(path, Header("pi05", asdict(model.config) | shape, STATS), {})
+    with pytest.raises(UserError, match="cannot read the header of checkpoint") as error:
+        checkpoint.read_header(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "family, shape, stats",
+    [
+        ("pi05", "[" * 100_000, "{}"),
+        ("pi05", "{}", '{"a":' * 100_000),
+        ("pi05", "null", "{}"),
+        ("pi05", "{}", "[]"),
+        ("pi05", "{}", '{"state_low": [NaN], "state_high": [1]}'),
+        ("pi05", "{}", '{"state_low": null, "state_high": [1]}'),
+        ("pi05", "{}", '{"state_low": [0, 0], "state_high": [1]}'),
+        ("pi05", "{}", '{"state_low": ["0"], "state_high": [1]}'),
+        ("nobody", "{}", "{}"),
+    ],
+)
+def test_a_header_of_other_types_is_refused(tmp_path, family, shape, stats):
+    path = tmp_path / "m.safetensors"
+    save_file({}, path, {"family": family, "shape": shape, "stats": stats})
+    with pytest.raises(UserError, match="cannot read the header of checkpoint"):
+        checkpoint.read_header(path)
+
+
+def test_the_shapes_of_all_published_models_are_in_range():
+    for family in ("pi0", "pi05", "gr00t", "oft"):
+        for shape in models.load(family).FULL.values():
+            found = checkpoint.checked_shape(family, json.loads(json.dumps(asdict(shape))), "it")
+            assert found == asdict(shape)
+
+
+def test_weights_are_as_readable_as_other_files_and_leave_nothing_beside_them(tmp_path):
+    header = Header("pi05", {}, {})
+    for umask, mode in ((0o022, 0o644), (0o007, 0o660)):
+        before = os.umask(umask)
+        checkpoint.save(tmp_path / "m.safetensors", header, {"x": torch.zeros(2)})
+        os.umask(before)
+        assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == mode
+    with pytest.raises(AttributeError):
+        checkpoint.save(tmp_path / "m.safetensors", header, {"x": None})
+    assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+def test_a_file_that_may_not_be_read_is_not_called_truncated(monkeypatch, tiny_checkpoint):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(tiny_checkpoint), "open", refuse)
+    with pytest.raises(UserError, match="Permission denied") as error:
+        checkpoint.read_header(tiny_checkpoint)
+    assert "truncated" not in str(error.value)
+
+
+def adam(*shapes):
+    parameters = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    optimizer = torch.optim.AdamW(parameters)
+    sum(p.sum() for p in parameters).backward()
+    optimizer.step()
+    return optimizer.state_dict(), [p.shape for p in parameters]
+
+
+@pytest.mark.parametrize("what", ["empty", "list", "wrong shape", "fewer", "pickle", "missing"])
+def test_a_damaged_optimizer_is_refused_without_torch_s_advice(tmp_path, what):
+    state, sizes = adam((2, 3), (4,))
+    path = tmp_path / "000007" / "optimizer.pt"
+    path.parent.mkdir()
+    sprung = tmp_path / "sprung"
+    torch.save(state, path)
+    found = checkpoint.read_optimizer(path, sizes)
+    assert torch.equal(found["state"][1]["exp_avg"], state["state"][1]["exp_avg"])
+    if what == "empty":
+        path.write_bytes(b"")
+    elif what == "list":
+        torch.save([1], path)
+    elif what == "wrong shape":
+        torch.save(adam((3, 2), (4,))[0], path)
+    elif what == "fewer":
+        torch.save(adam((2, 3))[0], path)
+    elif what == "pickle":
+        torch.save({"state": Trap(sprung)}, path)
+    else:
+        path.unlink()
+    for device in ("", "cpu"):
+        with pytest.raises(UserError, match="remove .*000007 to continue") as error:
+            checkpoint.read_optimizer(path, sizes, device)
+        said = str(error.value)
+        assert "\n" not in said and "weights_only" not in said and not sprung.exists()
+
+
+def test_a_run_copied_to_another_clone_finds_its_vocabulary(monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoint, "published", lambda path: True)
+    monkeypatch.setattr(checkpoint, "run_of", lambda path: run)
+    (tmp_path / "assets").mkdir()
+    old = Path("/other/clone/assets/tokenizer.model")
+    (run / "config.json").write_text(json.dumps({"train": {"tokenizer": str(old)}}))
+    for given in (None, old):
+        with pytest.raises(UserError, match="no tokeniser|no vocabulary|tokenizer"):
+            checkpoint.vocabulary(given, run, "pi05", old)
+    for here in (tmp_path / "assets", run):  # shipped with this clone, then kept by the run
+        (here / "tokenizer.model").touch()
+        for given in (None, old):
+            assert checkpoint.vocabulary(given, run, "pi05", old) == str(here / "tokenizer.model")

@@ -2,18 +2,30 @@
 
 import json
 import math
+import os
 from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, get_args
 
 import pytest
 
 from config import (
+    ROOT,
+    STAGE_OF,
     ActorConfig,
     Config,
+    Only,
+    Range,
     RunConfig,
     UserError,
+    completed,
     exit_on_user_error,
+    flag_of,
     from_json,
     from_preset,
+    hints,
+    run_path,
+    setting,
     to_json,
     validate,
 )
@@ -82,9 +94,9 @@ def test_what_is_valid():
         ({"actor__update_epochs": 0}, "--update-epochs 0"),
         ({"rollout__chunk": 0}, "--chunk 0"),
         ({"rollout__tokens": 0}, "--tokens 0"),
-        ({"actor__lr": -1.0}, "--lr -1.0 is out of range"),
-        ({"algorithm__gamma": 2.0}, "--gamma 2.0 is out of range"),
-        ({"rollout__noise_level": 0.0}, "--noise-level 0.0 is out of range"),
+        ({"actor__lr": -1.0}, "--lr -1.0 must be more than 0"),
+        ({"algorithm__gamma": 2.0}, "--gamma 2.0 must be at most 1"),
+        ({"rollout__noise_level": 0.0}, "--noise-level 0.0 must be more than 0"),
         (
             {"actor__train_vlm": True, "rollout__prefix_dtype": "bfloat16"},
             "--prefix-dtype bfloat16 is for a frozen VLM",
@@ -110,7 +122,7 @@ def test_what_is_valid():
         ({"rollout__batch_wait_ms": math.nan}, "--batch-wait-ms nan"),
         ({"env__env_workers": 25}, "25 env workers have only 24 envs"),
         ({"rollout__rollout_workers": 25}, "25 rollout workers have only 24 lanes"),
-        ({"env__lanes": -1}, "into -1 lanes"),
+        ({"env__lanes": -1}, "--lanes -1 must be at least 0"),
         (
             {"env__lanes": 5},
             "--envs 24 cannot be split evenly into 5 lanes of each of 3 env workers",
@@ -123,6 +135,19 @@ def test_what_is_valid():
             {"train__algorithm": "grpo", "algorithm__bootstrap_truncated": True},
             "--bootstrap-truncated needs a critic",
         ),
+        ({"actor__warmup": -1}, "--warmup -1 must be at least 0"),
+        ({"algorithm__huber": 0.0}, "--huber 0.0 must be more than 0"),
+        ({"algorithm__advantage_memory": 1.0}, "--advantage-memory 1.0 must be less than 1"),
+        ({"algorithm__value_clip": -1.0}, "--value-clip -1.0 must be more than 0"),
+        ({"algorithm__behaviour_weight_max": 0.0}, "--behaviour-weight-max 0.0"),
+        ({"algorithm__kl_stop": -1.0}, "--kl-stop -1.0"),
+        ({"train__seed": 2**64}, "--seed 18446744073709551616 must be at most"),
+        ({"actor__lr": math.inf}, "--lr inf must be at most"),
+        (
+            {"train__algorithm": "grpo", "algorithm__huber": 1.0},
+            "--huber needs a critic, unlike grpo: leave it out",
+        ),
+        ({"algorithm__group_size": 4}, "--group-size needs groups of trajectories, unlike ppo"),
         ({"env__segment": -1}, "--segment"),
         ({"env__eval_every": -1}, "--eval-every"),
     ],
@@ -131,6 +156,47 @@ def test_contradictions_are_named(change, words):
     with pytest.raises(UserError, match=words) as error:
         validate(valid(**change))
     assert "\n" not in str(error.value)
+
+
+def test_every_number_has_a_range_and_none_takes_nan():
+    for name, stage in STAGE_OF.items():
+        value = setting(Config(), name)
+        kind = hints(type(getattr(Config(), stage)))[name]
+        if isinstance(value, bool | tuple) or not {int, float} & {kind, *parts(kind)}:
+            continue
+        with pytest.raises(UserError, match=f"{flag_of(name)} nan must be"):
+            validate(completed(Config(), **{name: math.nan}))
+
+
+def parts(kind) -> set:
+    """The types that a type is made of."""
+    inner = [part for part in get_args(kind) if not isinstance(part, str)]
+    return {*inner}.union(*map(parts, inner))
+
+
+def test_a_fork_says_who_knows_its_flag(monkeypatch):
+    config = valid(algorithm__clip_low=0.1)
+    kinds = hints(type(config.algorithm))
+    monkeypatch.setitem(kinds, "clip_low", Annotated[float, Range(above=0), Only(("mine",))])
+    with pytest.raises(UserError, match="--clip-low means something to mine, not to pi05 with ppo"):
+        validate(config)
+    monkeypatch.setitem(kinds, "clip_low", Annotated[float, Range(above=0), Only(("ppo",))])
+    validate(config)
+
+
+def test_a_run_s_name_may_end_in_a_slash_or_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert run_path("small/") == run_path("small") == ROOT / "runs" / "small"
+    assert run_path("~/x") == Path("/home/somebody/x")
+
+
+def test_a_path_that_cannot_be_used_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        os.stat("x" * 300)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "File name too long" in said and said.count("\n") == 1
+    with pytest.raises(FileNotFoundError), exit_on_user_error():  # a fault of ours
+        os.stat("/nowhere/at/all")
 
 
 def test_saved_settings_come_back(tmp_path):
@@ -148,13 +214,37 @@ def test_saved_settings_come_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "{", "[]", '{"train": {"no_such_setting": 1}}', '{"no_such_stage": {}}']
+    "text",
+    [
+        None,
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"train": {"no_such_setting": 1}}',
+        '{"no_such_stage": {}}',
+        '{"train": null}',
+        '{"env": {"envs": "many"}}',
+        '{"env": {"envs": true}}',
+        '{"env": {"envs": 0}}',
+        '{"env": {"envs": 2.5}}',
+        '{"actor": {"lr": NaN}}',
+        '{"actor": {"lr": 1e999}}',
+        '{"actor": {"lr": 1' + "0" * 400 + "}}",
+        '{"actor": {"stream": "yes"}}',
+        '{"train": {"preset": "fast"}}',
+        '{"train": {"tasks": [1]}}',
+        '{"train": {"checkpoint": 3}}',
+        '{"rollout": {"batch_max": "some"}}',
+    ],
 )
 def test_unreadable_settings(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match="cannot read the settings"):
+    with pytest.raises(UserError, match="cannot read the settings") as error:
         from_json(tmp_path / "config.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_settings_are_json_objects_by_stage():

@@ -1,5 +1,7 @@
 """What flags become on this machine, before anything starts."""
 
+import json
+
 import pytest
 import torch
 
@@ -7,8 +9,9 @@ import models
 import prepare
 import train
 from benchmarks.emulated import libero
-from config import UserError, completed, embedded_files, to_json
+from config import Config, UserError, completed, embedded_files, to_json
 from envs import EnvSpec
+from run_folder import read_metrics
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
 
@@ -103,3 +106,70 @@ def test_a_longer_run_says_that_its_learning_rate_rises():
     assert train.rate_jump(before, before, 40) == "" == train.rate_jump(before, longer, 20)
     assert train.rate_jump(before, settings("--iterations", "61"), 60) == ""
     assert train.rate_jump(before, before, 2) == ""  # it warms up
+
+
+def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
+    flags = ["--envs", "1000000", "--batch", "1000000", "--minibatch", "1000000"]
+    monkeypatch.setattr(prepare.machine, "memory", lambda: 8 * 10**9)
+    with pytest.raises(UserError, match="slots need .* GB of memory, and this machine has 8.0 GB"):
+        prepare.prepare(settings(*flags))
+    prepare.prepare(settings(*flags, "--memory-report"))  # which only says so
+
+
+def test_statistics_are_for_another_project_s_checkpoint():
+    flags = "--envs 8 --batch 16 --minibatch 8 --statistics nonsense"
+    with pytest.raises(UserError, match="--statistics nonsense is for another project's"):
+        prepare.prepare(train.parse(flags.split()))
+
+
+GOOD = {"version": 3, "seed": 1, "settings": {}, "scale": {}}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        GOOD | {"version": -1},
+        GOOD | {"version": 4},
+        GOOD | {"version": "3"},
+        GOOD | {"version": 3.0},
+        GOOD | {"scale": [1]},
+        GOOD | {"scale": {"x": float("nan")}},
+        GOOD | {"settings": {"nonsense": 1}},
+        GOOD | {"settings": None},
+        {},
+    ],
+    ids=lambda state: str(state)[:40],
+)
+def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
+    folder = tmp_path / "run/checkpoints/000003"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    text = state if isinstance(state, str) else json.dumps(state)
+    (folder / "state.json").write_text(text)
+    config = completed(Config(), resume=str(tmp_path / "run"))
+    with pytest.raises(
+        UserError, match=r"state.json: .*; remove .*000003 to use an older"
+    ) as error:
+        prepare.resume_from(config)
+    assert "\n" not in str(error.value)
+    (folder / "state.json").write_text(json.dumps(GOOD))
+    assert prepare.resume_from(config) == (folder, GOOD)
+
+
+@pytest.mark.parametrize("line", [b"\n", b"null\n", b"\xff\xfe\n", b"{\n", b"[" * 100_000 + b"\n"])
+def test_a_line_of_metrics_that_no_run_wrote_is_named(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"version": 1}\n' + line + b'{"version": 2}\n{"vers')
+    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl"):
+        read_metrics(tmp_path)
+    file.write_bytes(b'{"version": 1}\n{"version": 2}\n{"vers')
+    assert read_metrics(tmp_path) == [{"version": 1}, {"version": 2}]
+
+
+def test_default_names_of_runs_that_start_at_once_differ(monkeypatch, tmp_path):
+    monkeypatch.setattr("config.ROOT", tmp_path)
+    names = {train.unused_path() for _ in range(3)}
+    assert len(names) == 3 and all(name.is_dir() for name in names)

@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict:
     except OSError:
         sentence = f"{path.parent} has no {path.name}, which such a checkpoint needs"
         raise UserError(sentence) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     require(isinstance(found, dict), f"cannot read {path}: it is not a JSON object")
     return found
@@ -114,7 +114,15 @@ def understood(what: object) -> Iterator[None]:
     """Makes one sentence of whatever goes wrong inside with what another project's file says."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, OSError, SafetensorError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OSError,
+        SafetensorError,
+        RecursionError,
+    ) as error:
         sentence = f"cannot read {what}, or it does not say what such a file says: {error!r}"
         raise UserError(sentence) from None
 
@@ -154,7 +162,7 @@ def weight_map(path: str | Path) -> dict[str, str]:
     try:
         listed = json.loads(index.read_text())["weight_map"]
         return {key: str(name) for key, name in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
 
 
@@ -182,7 +190,7 @@ def layout(path: str | Path) -> dict[str, Stored]:
                 begin, end = (len(head) + offset for offset in entry["data_offsets"])
                 found[key] = Stored(file, dtype, tuple(entry["shape"]), begin, end)
                 size = max(size, end)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
             ) from None

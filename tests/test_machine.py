@@ -1,0 +1,92 @@
+"""What a container gives is counted, and a GPU that torch does not see is no CPU."""
+
+import os
+import subprocess
+import tempfile
+
+import pytest
+import torch
+
+import machine
+from config import UserError
+
+
+def written(root, files: dict[str, str]):
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    "files, cores",
+    [
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "250000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 1),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 8),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/docker/x\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "300000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            3,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            8,
+        ),
+        ({}, 8),
+    ],
+)
+def test_cores_are_counted_with_the_container_s_quota(monkeypatch, tmp_path, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert machine.cores(written(tmp_path, files)) == cores
+
+
+def test_memory_is_the_container_s(tmp_path):
+    whole = machine.memory(tmp_path)
+    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "1000000\n"}
+    assert machine.memory(written(tmp_path, files)) == 1_000_000 < whole
+    assert machine.memory(written(tmp_path, {"sys/fs/cgroup/memory.max": "max\n"})) == whole
+
+
+@pytest.mark.parametrize(
+    "cuda, words",
+    [
+        ("13.0", "CUDA 13.0 needs NVIDIA driver 580 or newer, and 535.54 is installed"),
+        (None, "built without CUDA; remove .venv and run setup.sh"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, cuda, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    listed = subprocess.CompletedProcess([], 0, "535.54\n535.54\n")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: listed)
+    with pytest.raises(UserError, match=f"sees none of this machine's 2 GPUs: .*{words}"):
+        machine.gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
+    assert machine.gpus() == 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    listed.returncode = 9  # a driver's tool without a driver
+    assert machine.gpus() == 0
+
+
+def test_sockets_fit_where_tmpdir_is_long(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    if len(str(tmp_path)) <= machine.LONGEST_TEMPORARY:
+        machine.shorten_temporary()
+        assert tempfile.gettempdir() == str(tmp_path)
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(long))
+    machine.shorten_temporary()
+    assert tempfile.gettempdir() == os.environ["TMPDIR"] == "/tmp"
