@@ -22,22 +22,12 @@ import tyro
 import envs
 import machine
 import models
-from config import (
-    Config,
-    Family,
-    UserError,
-    embedded_files,
-    exit_on_user_error,
-    from_json,
-    require,
-    setting,
-)
-from evaluation import DEMONSTRATION_SEEDS, EVAL_SEEDS
+from config import Config, Family, UserError, embedded_files, exit_on_user_error, from_json, require
+from evaluation import EVAL_SEEDS
 from models import checkpoint, contract
 from processes import keep_freed_memory
 
 ABREAST = 8  # episodes that are played at the same time, in one batch of inference
-AS_IN_TRAINING = ("env", "image_size", "render_quality")  # settings that a run hands on
 
 
 @dataclass(kw_only=True)
@@ -110,9 +100,9 @@ class Player:
         tasks = len(self.spec.tasks)
         # Whole rounds of the tasks: LIBERO's initial state is the round's number.
         seeds = EVAL_SEEDS + self.config.seed * -(-count // tasks) * tasks
-        most = f"--seed {self.config.seed} is out of range: choose 0 to"
-        last = (DEMONSTRATION_SEEDS - EVAL_SEEDS) // (count + tasks) - 1
-        require(0 <= self.config.seed <= last, f"{most} {last} for {count} episodes")
+        demonstrations = 10_000_000  # the first of their seeds
+        out = f"--seed {self.config.seed} is out of range: choose a small one, from 0 up"
+        require(EVAL_SEEDS <= seeds <= demonstrations - count, out)
         given = self.spec.tasks, self.spec.image_size, self.config.render_quality
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
@@ -181,8 +171,7 @@ def row_of(task: str, episodes: list[Episode]) -> dict:
     successes = sum(episode.success for episode in episodes)
     rate = successes / n
     low, high = wilson(successes, n)
-    said = f"{task:28s} {successes:4d}/{n:<4d} {rate:6.1%}   95 % [{low:.1%}, {high:.1%}]"
-    print(said, flush=True)
+    print(f"{task:28s} {successes:4d}/{n:<4d} {rate:6.1%}   95 % [{low:.1%}, {high:.1%}]")
     return {"task": task, "episodes": n, "success_rate": rate, "low": low, "high": high}
 
 
@@ -223,9 +212,14 @@ def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
     trained = from_json(saved) if saved.is_file() else Config()
     given = tuple(filter(None, (config.suite, *config.tasks)))
     tasks = trained.train.tasks if config.env in ("", trained.train.env) else ()
-    filled = {name: getattr(config, name) or setting(trained, name) for name in AS_IN_TRAINING}
-    videos = config.videos or (run or Path()) / "videos"
-    return replace(config, **filled, tasks=given or tasks, videos=videos)
+    return replace(
+        config,
+        env=config.env or trained.train.env,
+        tasks=given or tasks,
+        image_size=config.image_size or trained.env.image_size,
+        render_quality=config.render_quality or trained.env.render_quality,
+        videos=config.videos or (run or Path()) / "videos",
+    )
 
 
 def check_writable(path: Path, what: str, flag: str) -> None:

@@ -16,9 +16,7 @@ from channel import EVAL, Counters, Record
 from config import Config
 from envs.lanes import Lane
 
-# First of the seeds that evaluation draws, and of those that pretrain.py does.
-EVAL_SEEDS = 500_000
-DEMONSTRATION_SEEDS = 10_000_000
+EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
 
 
 class EvaluationLanes:

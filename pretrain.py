@@ -29,7 +29,6 @@ import tyro
 import models
 from config import Config, Family, embedded_files, exit_on_user_error, require
 from envs import metaworld
-from evaluation import DEMONSTRATION_SEEDS
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
 from ranks import sum_gradients
@@ -170,7 +169,7 @@ def main(config: PretrainConfig) -> None:
     started = time.monotonic()
     tasks = config.tasks or ("button-press-topdown", *metaworld.DEFAULT_TASKS)
     spec = metaworld.spec(tasks, IMAGE_SIZE)
-    seeds = DEMONSTRATION_SEEDS + 1000 * config.seed  # training and evaluation draw others
+    seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)
     every = range(seeds, seeds + config.demos)
     parts = [every[first : first + half] for first in range(0, config.demos, half)]
