@@ -97,6 +97,8 @@ class RunConfig:
     """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     checkpoint_every: int = 20
     """iterations between checkpoints; there is always one at the end"""
+    keep: int = 0
+    """newest checkpoints that stay; 0 keeps all"""
     wandb: Literal["online", "offline", "off"] = "off"
     """mirror metrics to Weights & Biases"""
     trace: bool = True
@@ -427,7 +429,15 @@ def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
 AT_LEAST_1 = ("iterations", "envs", "batch", "minibatch", "micro_batch", "update_epochs", "chunk")
 AT_LEAST_1 += ("checkpoint_every", "tokens", "denoise_steps", "batch_max")
 AT_LEAST_0 = ("seed", "max_staleness", "extra_staleness", "batch_wait_ms", "image_size", "segment")
-AT_LEAST_0 += ("restarts", "eval_every", "eval_envs", "eval_episodes", "weight_decay", "gae_lambda")
+AT_LEAST_0 += (
+    "keep",
+    "restarts",
+    "eval_every",
+    "eval_envs",
+    "eval_episodes",
+    "weight_decay",
+    "gae_lambda",
+)
 ABOVE_0 = ("timeout_s", "temperature", "clip_low", "clip_high", "lr", "value_lr", "grad_clip")
 ABOVE_0 += ("noise_level", "gamma")
 RANGES = (
