@@ -21,6 +21,7 @@ from config import Config
 from learner import Learner
 from metrics import Meter
 from ranks import Ranks
+from saving import Saver
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
 
@@ -43,7 +44,7 @@ def run(
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
-    checkpoints = run_folder / "checkpoints"
+    saver = Saver(run_folder / "checkpoints", config.train.keep)
     publish(learner, channels, meter)
     meter.ready()
     begun = time.monotonic()
@@ -52,7 +53,7 @@ def run(
         # A new ratio (1) can wait for the batch; who interrupts the run (2) cannot.
         stop = channels.counters.get(0, "stop")
         if ranks.first and stop and (stop > 1 or not learner.updates):
-            save_and_wait_for_the_end(learner, checkpoints, report, meter)
+            save_and_wait_for_the_end(learner, saver, report, meter)
 
         # Take in what has arrived; wait for more only when no micro-batch is complete.
         inbox.receive(wait_s=0.0)
@@ -81,11 +82,12 @@ def run(
             begun = time.monotonic()
             line["queue_depths"] = {"finished": streamer.waiting}
             if ranks.first:
-                save_where_due(learner, checkpoints, meter)
+                save_where_due(learner, saver, meter)
                 report.send(line)
 
     ranks.leave()
     if ranks.first:
+        saver.finish(meter)
         report.send({"done": learner.version})
 
 
@@ -100,10 +102,11 @@ def finish_minibatch(learner: Learner, streamer: Streamer, meter: Meter) -> None
         learner.spared += streamer.stop()
 
 
-def save_where_due(learner: Learner, folder: Path, meter: Meter) -> None:
+def save_where_due(learner: Learner, saver: Saver, meter: Meter) -> None:
     if learner.should_save():
+        saver.finish(meter)  # the one before
         with meter.work("checkpoint"):
-            learner.save(folder)
+            saver.begin(learner.snapshot())
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
@@ -121,12 +124,13 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
 
 
 def save_and_wait_for_the_end(
-    learner: Learner, folder: Path, report: Connection, meter: Meter
+    learner: Learner, saver: Saver, report: Connection, meter: Meter
 ) -> None:
     """Saves what was published last, without the updates of the batch under way."""
-    with meter.work("checkpoint"):
-        dropped = learner.drop_updates()
-        news = {"saved": str(learner.save(folder))}
+    saver.finish(meter)  # the one before
+    dropped = learner.drop_updates()
+    news = {"saved": str(saver.begin(learner.snapshot()))}
+    saver.finish(meter)
     report.send(news | {"dropped": dropped} if dropped else news)
     wait_to_be_ended()
 

@@ -157,6 +157,8 @@ class RunConfig:
     """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     checkpoint_every: Positive = 20
     """iterations between checkpoints; there is always one at the end"""
+    keep: int = 0
+    """newest checkpoints that stay; 0 keeps all"""
     wandb: Literal["online", "offline", "off"] = "off"
     """mirror metrics to Weights & Biases"""
     trace: bool = True

@@ -4,10 +4,7 @@ PPO or GRPO is the affair of `algorithms.Algorithm`: this file asks it for advan
 Which trajectories make a micro-batch is decided in streamer.py; who else trains is in ranks.py.
 """
 
-import json
 import math
-import os
-import shutil
 from collections import deque
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from config import Config, require
 from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks
+from saving import Snapshot
 from streamer import MicroBatch
 from tally import Tally
 
@@ -202,12 +200,15 @@ class Learner:
         """Copies weights and optimizer to the host, where a batch's first step is about to change
         them: 12 bytes for each trained weight (float32)."""
         weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+        self.kept = weights, self.optimizer_on_host()
+
+    def optimizer_on_host(self) -> dict:
         state = self.optimizer.state_dict()
         state["state"] = {
             number: {name: tensor.to("cpu", copy=True) for name, tensor in one.items()}
             for number, one in state["state"].items()
         }
-        self.kept = weights, state
+        return state
 
     def drop_updates(self) -> int:
         """Returns to the weights and the optimizer of `version`. Returns the steps dropped."""
@@ -278,17 +279,13 @@ class Learner:
         train = self.config.train
         return self.version % train.checkpoint_every == 0 or self.version == train.iterations
 
-    def save(self, folder: Path) -> Path:
-        """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
-        once. Returns its path."""
-        path = folder / f"{self.version:06d}"
-        partial = folder / f".{path.name}.partial"
-        weights = self.model.state_dict() | self.idle
+    def snapshot(self) -> Snapshot:
+        """Copies to the host what a checkpoint holds. Frozen weights do not change: they are not
+        copied. Raises FloatingPointError where a weight is not finite."""
         self.check_finite(dict(self.model.named_parameters()) | self.idle)
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
-        partial.mkdir()
-        checkpoint.save(partial / "model.safetensors", self.model.header, weights)
-        torch.save(self.optimizer.state_dict(), partial / "optimizer.pt")
+        weights = self.model.state_dict() | self.idle
+        for name in self.trainable:
+            weights[name] = weights[name].to("cpu", copy=True)
         state = {
             "version": self.version,
             "seed": self.config.train.seed,  # it names all randomness: no generator has a state
@@ -299,9 +296,7 @@ class Learner:
             },
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
         }
-        (partial / "state.json").write_text(json.dumps(state))
-        put_in_place(partial, path)
-        return path
+        return Snapshot(self.model.header, weights, self.optimizer_on_host(), state)
 
     def load(self, resume: dict) -> None:
         """Continues from a checkpoint of this run. Raises UserError if optimizer.pt is
@@ -327,16 +322,6 @@ def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:
         return {}
     whole = models.build(config, spec, weights="idle").state_dict()
     return {name: tensor for name, tensor in whole.items() if name.startswith(model.idle())}
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Renames a checkpoint into place. One of the same version stays until the new one is there."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def rows_of(x: Tensor, segment: int, chosen: Tensor) -> Tensor:

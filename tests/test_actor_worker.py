@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 from multiprocessing import Pipe, get_context
 from unittest.mock import patch
 
@@ -14,11 +16,13 @@ from torch import nn
 import actor_worker
 import metrics
 import models
+import saving
 from actor_worker import Inbox, group_outcomes, publish, run
 from channel import WAKE, Channels, Counters, IndexQueue, Record, SlotPool
 from config import Config
 from envs import EnvSpec
 from models import checkpoint
+from ranks import Ranks
 from report import flatten
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
@@ -461,6 +465,66 @@ def test_asked_to_stop_it_saves_what_it_has_and_waits_to_be_ended(tmp_path):
         run(0, actor.config, SPEC, "cpu", actor.channels, tmp_path, None, report, meter)
     assert received(reports) == [{"saved": str(tmp_path / "checkpoints" / "000000")}]
     assert (tmp_path / "checkpoints" / "000000" / "model.safetensors").is_file()
+
+
+def test_checkpoints_are_written_from_a_copy_with_signs_of_life_and_the_newest_are_kept(tmp_path):
+    config = settings()
+    config.train.checkpoint_every = 1
+    config.train.keep = 1
+    actor = Actor(tmp_path, config, Toy())
+    write = saving.write
+    work = []
+
+    def slowly(snapshot, folder):
+        if snapshot.state["version"] == 1:
+            published.wait(30)  # training has gone on meanwhile
+        else:
+            work.append(actor.channels.counters.get(0, "work_s"))
+            time.sleep(2.5)
+            work.append(actor.channels.counters.get(0, "work_s"))
+        write(snapshot, folder)
+
+    published = threading.Event()
+    weights = []
+
+    class Watched(actor_worker.Learner):
+        def weights_that_act(self):
+            weights.append(self.model.policy.weight.detach().clone())
+            if self.version == 2:
+                published.set()
+            return super().weights_that_act()
+
+    with (
+        patch.object(saving, "write", slowly),
+        patch.object(actor_worker, "Learner", Watched),
+        patch.object(saving.shutil, "rmtree", wraps=saving.shutil.rmtree) as removed,
+    ):
+        assert actor.run()[-1] == {"done": 2}
+    assert published.is_set() and work[1] - work[0] > 0.9
+    assert tmp_path / "checkpoints" / "000001" in [call.args[0] for call in removed.mock_calls]
+    (newest,) = (tmp_path / "checkpoints").iterdir()
+    assert newest.name == "000002"
+    assert torch.equal(load_file(newest / "model.safetensors")["policy.weight"], weights[2])
+
+
+def test_a_snapshot_does_not_change_with_training(tmp_path):
+    actor = Actor(tmp_path, settings(), Toy())
+    with patch.object(models, "build", return_value=actor.model):
+        learner = actor_worker.Learner(
+            actor.config, SPEC, "cpu", Ranks(0, 1, "cpu", tmp_path, 0), None
+        )
+    snapshot = learner.snapshot()
+    before = snapshot.weights["policy.weight"].clone()
+    with torch.no_grad():
+        actor.model.policy.weight += 1.0
+    assert torch.equal(snapshot.weights["policy.weight"], before)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_actor(tmp_path):
+    actor = Actor(tmp_path, settings(), Toy())
+    full = patch.object(saving, "write", side_effect=OSError("disk full"))
+    with full, pytest.raises(OSError, match="disk full"):
+        actor.run()
 
 
 @pytest.mark.parametrize("stop", [1, 2])

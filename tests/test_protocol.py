@@ -203,7 +203,7 @@ class Learner:
         self.ranks = ranks
         self.device = device
         self.version = 0
-        self.updated = False
+        self.updates = 0
         self.parameters = []
         self.fields = tuple(run.channels.pool.spec)
         # A rank may take long to build its model, while others have published already.

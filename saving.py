@@ -1,0 +1,85 @@
+"""Writes checkpoints, in a thread of its own while training goes on."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from metrics import Meter
+from models import checkpoint
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds, copied where training would change it."""
+
+    header: checkpoint.Header
+    weights: dict[str, Tensor]
+    optimizer: dict
+    state: dict  # state.json
+
+
+class Saver:
+    """Writes one snapshot at a time and keeps the newest checkpoints."""
+
+    def __init__(self, folder: Path, keep: int):
+        """keep: how many checkpoints stay, or 0 for all."""
+        self.folder = folder
+        self.keep = keep
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def begin(self, snapshot: Snapshot) -> Path:
+        """Begins to write. `finish` must have been called since the last one."""
+        self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
+        self.thread.start()
+        return self.folder / name_of(snapshot)
+
+    def run(self, snapshot: Snapshot) -> None:
+        try:
+            write(snapshot, self.folder)
+            if self.keep:
+                for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
+                    shutil.rmtree(old)
+        except Exception as error:  # `finish` raises it again, in the worker's own thread
+            self.error = error
+
+    def finish(self, meter: Meter) -> None:
+        """Waits until all is written, with signs of life, however long a slow disk takes."""
+        while self.thread and self.thread.is_alive():
+            with meter.work("checkpoint"):
+                self.thread.join(1.0)
+        if self.error:
+            raise self.error
+
+
+def name_of(snapshot: Snapshot) -> str:
+    return f"{snapshot.state['version']:06d}"
+
+
+def write(snapshot: Snapshot, folder: Path) -> Path:
+    """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
+    once. Returns its path."""
+    path = folder / name_of(snapshot)
+    partial = folder / f".{path.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    partial.mkdir()
+    checkpoint.save(partial / "model.safetensors", snapshot.header, snapshot.weights)
+    torch.save(snapshot.optimizer, partial / "optimizer.pt")
+    (partial / "state.json").write_text(json.dumps(snapshot.state))
+    put_in_place(partial, path)
+    return path
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Renames a checkpoint into place. One of the same version stays until the new one is there."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
