@@ -147,6 +147,8 @@ class RunConfig:
     """name of the run folder under runs/, or a path with a slash; empty means date and time"""
     resume: str = ""
     """run folder (name or path) to continue from its newest checkpoint; its saved settings apply"""
+    resume_or_start: str = ""
+    """--resume where this run has a checkpoint, else --run: for a job that may be queued again"""
     checkpoint: Path | None = None
     """weights to start from, ours or another project's: a .safetensors file or a folder. None means
     those shipped for the simulator, or random ones where none are shipped"""
@@ -157,7 +159,7 @@ class RunConfig:
     """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     checkpoint_every: Positive = 20
     """iterations between checkpoints; there is always one at the end"""
-    keep: int = 0
+    keep: Natural = 0
     """newest checkpoints that stay; 0 keeps all"""
     wandb: Literal["online", "offline", "off"] = "off"
     """mirror metrics to Weights & Biases"""

@@ -32,11 +32,13 @@ class RunFolder:
         self.name = path.name if path.parent == ROOT / "runs" else str(path.absolute())
         # When this launcher wrote its newest line, in monotonic seconds.
         self.appended: float | None = None
-        instead = "it has no checkpoint yet:"
-        if any(path.glob("checkpoints/[0-9]*")):
-            instead = f"continue it with --resume {self.name} or"
+        self.made = not path.exists()
+        saved = has_checkpoint(path)
+        instead = f"continue it with --resume {self.name} or" if saved else "it is not a run's:"
         exists = f"the run folder {path} exists: {instead} choose another --run"
-        require(resume or not path.exists(), exists)
+        # A run that was stopped before its first checkpoint may be started over.
+        ours = path.is_dir() and ((path / "checkpoints").is_dir() or not any(path.iterdir()))
+        require(resume or self.made or (ours and not saved), exists)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.spans.mkdir(exist_ok=True)
@@ -51,6 +53,10 @@ class RunFolder:
             raise UserError(f"{found}: end that one first, or wait") from None
         except OSError:  # a file system without locks
             pass
+        if not resume:
+            for name in ("metrics.jsonl", "error.txt"):
+                if (path / name).exists():
+                    os.replace(path / name, path / f"{name}.old")
 
     def clear(self, keep_trace: bool) -> None:
         """Removes what earlier workers left. keep_trace: the run goes on at another ratio."""
@@ -94,6 +100,10 @@ class RunFolder:
         shutil.rmtree(self.spans)
         if spans:
             write_trace(self.path / "trace.json", spans)
+
+
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoints/[0-9]*"))
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -4,6 +4,7 @@
     python train.py --model pi05 --ratio 3:1        the same, with parts named
     python train.py --preset sync-colocated         a baseline of the paper: same code
     python train.py --resume NAME                   continue runs/NAME from its newest checkpoint
+    python train.py --resume-or-start NAME          the same, or begin it: what a cluster requeues
 
 It goes from flags over `prepare` to shared memory, workers and a `Follower`. With `--ratio auto`
 the run may start again at another ratio, from a checkpoint saved for the purpose (`start_again`).
@@ -51,7 +52,7 @@ from output import disk_trouble
 from prepare import Setup, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
-from run_folder import RunFolder
+from run_folder import RunFolder, has_checkpoint
 from weights import WeightPlane
 
 
@@ -61,6 +62,11 @@ def parse(args: list[str]) -> Config:
     A preset or a resumed run's config.json supplies the defaults, which flags override."""
     known = [word for word in args if word not in ("-h", "--help")]
     look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
+    if name := look.resume_or_start:
+        both = f"--resume-or-start {name} says which run: leave out --run and --resume"
+        require(not gives(args, "--run", "--resume"), both)
+        flag = "--resume" if has_checkpoint(run_path(name)) else "--run"
+        return parse([*without(args, "--resume-or-start"), flag, name])
     default = from_preset(look.preset)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
@@ -209,7 +215,7 @@ def start_again(
     folder.write("tuning.json", json.dumps(known))
     if tracker:
         tracker.finish()
-    flags = without(sys.argv[1:], "--run", "--resume", "--ratio-from")
+    flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")
     processes.replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
 
 

@@ -275,7 +275,7 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
         ("step", 3.0, 3.5),
     ]
 
-    with pytest.raises(UserError, match="exists: it has no checkpoint yet: choose another --run"):
+    with pytest.raises(UserError, match="is being trained by another process: end that one first"):
         RunFolder(folder.path, resume=False)
     (folder.path / "checkpoints" / "000002").mkdir()
     with pytest.raises(

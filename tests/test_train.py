@@ -5,6 +5,7 @@ every mistake.
 import itertools
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from conftest import SMALL, assert_balanced
 from safetensors.torch import load_file
 
 import train
-from config import PRESETS, ROOT, Config, exit_on_user_error, to_json
+from config import PRESETS, ROOT, Config, UserError, exit_on_user_error, to_json
 from models import checkpoint
+from run_folder import RunFolder
 
 KEYS = {
     "iteration",
@@ -540,8 +542,9 @@ def refused(flags: str) -> None:
         ("--checkpoint {tmp}/truncated.safetensors", "truncated"),
         ("--checkpoint {tmp}/other.safetensors", "no tensor"),
         ("--run {tmp}/file/x", "cannot write the run folder"),
-        ("--run {tmp}/old", "exists: it has no checkpoint yet: choose another --run"),
+        ("--run {tmp}/old", "exists: it is not a run's: choose another --run"),
         ("--resume {tmp}/old --run {tmp}/new", "exclude each other"),
+        ("--resume-or-start {tmp}/old --run {tmp}/new", "leave out --run and --resume"),
         ("--resume {tmp}/none", "there is no run {tmp}/none: runs/ holds"),
         ("--resume no-such-run", "runs/no-such-run: runs/ holds"),
         ("--resume {tmp}", "cannot read the settings of the run"),
@@ -586,6 +589,30 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
         or "--help" in printed.err
     )  # ours, or tyro's
     assert not (tmp_path / "new").exists()
+
+
+def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path):
+    """A run that was stopped before its first checkpoint starts over; what is no run's stays."""
+    path = tmp_path / "x"
+    flags = ["--resume-or-start", str(path), "--iterations", "7"]
+    assert train.parse(flags).train.run == str(path)
+    for _ in range(2):
+        folder = RunFolder(path, resume=False)
+        assert folder.lines() == []
+        folder.append({"version": 1})
+        os.close(folder.lock)
+    assert (path / "metrics.jsonl.old").read_text() == '{"version": 1}\n'
+    (path / "checkpoints" / "000001").mkdir()
+    (path / "config.json").write_text(to_json(Config()))
+    train_config = train.parse(flags).train
+    assert train_config.resume == str(path) and train_config.run == ""
+    assert train_config.iterations == 7
+    with pytest.raises(UserError, match="continue it with --resume"):
+        RunFolder(path, resume=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="it is not a run's: choose another --run"):
+        RunFolder(tmp_path / "mine", resume=False)
 
 
 @pytest.mark.parametrize(
