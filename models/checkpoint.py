@@ -191,9 +191,7 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
     installed package's. Raises UserError when there is none."""
     run = run_of(path) or Path(path)
     if given is not None:
-        found = next(filter(Path.exists, [given, *moved(given, run)]), None)
-        require(found, f"there is no vocabulary {given}: give another --tokenizer PATH")
-        return str(found)
+        return str(next(filter(Path.exists, [given, *moved(given, run)]), given))
     places = [Path(path) / "tokenizer.model"]
     with contextlib.suppress(UserError, KeyError, TypeError):
         named = Path(read_json(run / "config.json", "settings")["train"]["tokenizer"])
