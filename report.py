@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from rich.console import Group
 from rich.live import Live
@@ -160,16 +161,18 @@ def progress(iterations: int, interactive: bool) -> Display:
     return Panel(iterations) if interactive else Display(iterations)
 
 
-def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
+def mirror(config: Config, folder: RunFolder):
     """Returns the run of Weights & Biases that metrics are logged to, or None. Raises UserError.
 
-    run_id: of the one that goes on, where this run has started again."""
+    A run that goes on, resumed or at another ratio, goes on there too: wandb.id has its id."""
     if config.train.wandb == "off":
         return None
     import wandb
 
+    remembered = folder.path / "wandb.id"
+    run_id = remembered.read_text() if remembered.is_file() else None
     try:
-        return wandb.init(
+        tracker = wandb.init(
             project="vla3",
             name=folder.path.name,
             id=run_id,
@@ -181,9 +184,13 @@ def mirror(config: Config, folder: RunFolder, run_id: str | None = None):
         )
     except wandb.errors.Error as error:
         # The next start may have the name of this folder. W&B may still be writing there.
-        if not config.train.resume:
+        if folder.made:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise UserError(f"Weights & Biases: {str(error).strip()} Or give --wandb offline") from None
+    folder.write("wandb.id", tracker.id)
+    if config.train.wandb == "offline":
+        print(f"Weights & Biases is offline: later, run wandb sync {Path(tracker.dir).parent}")
+    return tracker
 
 
 def flatten(line: dict, above: str = "") -> dict[str, float]:

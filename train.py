@@ -186,7 +186,6 @@ class Handover:
     process: int = field(default_factory=os.getpid)  # which keeps its number
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
-    tracker: str | None = None  # id of the W&B run
     heard: int | None = None  # the pipe of `keep_interrupts`; None where the run has just begun
 
     @classmethod
@@ -210,7 +209,7 @@ def start_again(
     heard = processes.keep_interrupts()
     if interrupts:
         return
-    handover = Handover(os.getpid(), past, folder.appended, tracker and tracker.id, heard)
+    handover = Handover(os.getpid(), past, folder.appended, heard)
     known = vars(handover) | {"past": past.to_json()}
     folder.write("tuning.json", json.dumps(known))
     if tracker:
@@ -249,7 +248,7 @@ def main(config: Config) -> int:
     interrupts = processes.note_interrupts()
     if again and processes.was_interrupted(handover.heard):
         interrupts.append(time.monotonic())
-    tracker = mirror(setup.config, folder, handover.tracker)
+    tracker = mirror(setup.config, folder)
     folder.appended = handover.appended
     announce(setup, folder, again)
     if not setup.resume:

@@ -369,7 +369,12 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     (line,) = lines_of(tmp_path / "x")
     assert line["episodes"] >= 2 and 0.0 <= line["success_rate"] <= 1.0 and line["reuse"] == 2.0
     assert line["reward"] == pytest.approx(line["success_rate"] * line["episodes"] / 2)
-    assert list((tmp_path / "x").glob("wandb/offline-run-*"))
+    (mirrored,) = (tmp_path / "x").glob("wandb/offline-run-*")
+    assert f"run wandb sync {mirrored}" in output
+    status, output = cli("train.py", f"--resume {tmp_path / 'x'} --iterations 2").finish()
+    assert status == 0, output
+    mirrors = list((tmp_path / "x").glob("wandb/offline-run-*"))
+    assert len(mirrors) == 2 and len({str(path)[-8:] for path in mirrors}) == 1  # one id
 
 
 def test_without_a_login_weights_and_biases_is_refused_in_a_sentence(cli, tmp_path):
