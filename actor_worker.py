@@ -85,9 +85,9 @@ def run(
                 save_where_due(learner, saver, meter)
                 report.send(line)
 
+    saver.finish(meter)
     ranks.leave()
     if ranks.first:
-        saver.finish(meter)
         report.send({"done": learner.version})
 
 
