@@ -20,6 +20,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
 import output
 
 ROOT = Path(__file__).parent
@@ -134,7 +136,7 @@ class RunConfig:
     ratio_from: str = ""
     """R:A that --ratio auto begins with; empty means 3:1 where it fits. config.json holds the one
     that a run uses last"""
-    workers_given: tuple[int, int, int] = field(default=(0, 0, 0), init=False)
+    workers_given: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (0, 0, 0)
     """no flag: worker counts given beside --ratio auto, for a resumed run; 0 where it decides"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates

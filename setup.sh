@@ -81,8 +81,10 @@ if ! have_gl || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
 fi
 
 # Make .venv.
-echo "making .venv: some minutes and 3.5 GB the first time" >&2
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+if [ ! -x .venv/bin/python ]; then
+    echo "making .venv: some minutes and 3.5 GB the first time" >&2
+    "$python" -m venv .venv
+fi
 pip() {
     .venv/bin/python -m pip --disable-pip-version-check install --quiet "$@"
 }
