@@ -173,7 +173,7 @@ class Follower:
         except OSError as error:
             self.trouble = disk_trouble(error, self.folder.path / "metrics.jsonl")
             print(f"{self.trouble}: the run saves and stops", file=sys.stderr, flush=True)
-            self.ask_to_save()
+            self.ask_to_save(1.0)
         self.display.show(line)
         for text in self.warnings.of(line):
             print(text, file=sys.stderr, flush=True)

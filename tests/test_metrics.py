@@ -422,12 +422,12 @@ def test_every_key_is_documented_and_every_documented_key_exists(cli, tmp_path):
     """Of real runs by PPO and GRPO, with evaluation, on the emulated simulator and model."""
     flags = (
         "--model emulated --env emulated --tasks 0 --image-size 8 --envs 4 --batch 8 --minibatch 4 "
-        "--group-size 2 --iterations 2 --eval-envs 1 --eval-episodes 2 --eval-every 1"
+        "--iterations 2 --eval-envs 1 --eval-episodes 2 --eval-every 1"
     )
     written = set()
-    for algorithm in ("ppo", "grpo"):
-        run = tmp_path / algorithm
-        status, output = cli("train.py", f"{flags} --algorithm {algorithm} --run {run}").finish(150)
+    for algorithm in ("ppo", "grpo --group-size 2"):
+        run = tmp_path / algorithm[:4].strip()
+        status, output = cli("train.py", f"{flags} --run {run} --algorithm {algorithm}").finish(150)
         assert status == 0, output
         assert "8 trajectories = 64 chunk steps, 4 optimizer steps per batch\n" in output
         assert "workers are ready after" in output

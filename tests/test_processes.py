@@ -157,7 +157,7 @@ def test_a_rollout_worker_that_hangs_ends_the_run_by_name(endless, tmp_path):
 
 
 def test_an_error_in_a_worker_ends_the_run_by_name(endless, tmp_path):
-    process = endless("--lr 1e30 --warmup 0 --minibatch 2", wait=False)
+    process = endless("--lr 1e9 --warmup 0 --minibatch 2", wait=False)
     status, output = process.finish()
     process.assert_nothing_left()
     assert (
