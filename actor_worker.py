@@ -50,9 +50,7 @@ def run(
     begun = time.monotonic()
 
     while learner.version < config.train.iterations:
-        # A new ratio (1) can wait for the batch; who interrupts the run (2) cannot.
-        stop = channels.counters.get(0, "stop")
-        if ranks.first and stop and (stop > 1 or not learner.updates):
+        if ranks.first and is_to_stop(channels, learner):
             save_and_wait_for_the_end(learner, saver, report, meter)
 
         # Take in what has arrived; wait for more only when no micro-batch is complete.
@@ -85,10 +83,14 @@ def run(
                 save_where_due(learner, saver, meter)
                 report.send(line)
 
-    saver.finish(meter)
-    ranks.leave()
-    if ranks.first:
-        report.send({"done": learner.version})
+    leave(learner, saver, report, meter)
+
+
+def is_to_stop(channels: Channels, learner: Learner) -> bool:
+    """Whether the launcher asks to save. A new ratio (1) can wait until the batch is trained; who
+    interrupts the run (2) cannot."""
+    stop = channels.counters.get(0, "stop")
+    return stop > 1 or stop > 0 and not learner.updates
 
 
 def finish_minibatch(learner: Learner, streamer: Streamer, meter: Meter) -> None:
@@ -133,6 +135,14 @@ def save_and_wait_for_the_end(
     saver.finish(meter)
     report.send(news | {"dropped": dropped} if dropped else news)
     wait_to_be_ended()
+
+
+def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
+    """Ends the last save, and then tells the launcher, after all ranks have come here."""
+    saver.finish(meter)
+    learner.ranks.leave()
+    if learner.ranks.first:
+        report.send({"done": learner.version})
 
 
 def wait_to_be_ended() -> None:
