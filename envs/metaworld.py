@@ -116,6 +116,9 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
 
 # GL contexts of this process by (task, pixels), the one used last at the end; envs of a task share.
 RENDERERS: dict[tuple[str, int], mujoco.Renderer] = {}
+# Without them MuJoCo prints a traceback when it drops a renderer whose context could not be made.
+mujoco.Renderer._gl_context = None
+mujoco.Renderer._mjr_context = None
 
 
 class Env(envs.Env):
