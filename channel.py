@@ -257,9 +257,9 @@ class IndexQueue:
                         f"a queue of requests stayed full for {timeout:.0f} s: its reader is stuck"
                     )
                 # Waits for room, which another writer may take first.
-                start = time.monotonic()
+                began = time.monotonic()
                 select.select([], [self.writer], [], 0.1)
-                waited += min(0.1, time.monotonic() - start)
+                waited += min(0.1, time.monotonic() - began)
 
     def write(self, data: bytes) -> bool:
         """Writes all of it, or where the pipe is too full for that nothing. Returns whether it

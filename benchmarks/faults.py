@@ -31,7 +31,7 @@ import tyro
 
 from benchmarks.measuring import end_on_sigterm
 from config import ROOT, exit_on_user_error
-from run_folder import read_metrics
+from run_folder import has_checkpoint, read_metrics
 
 BASE = (
     "--model emulated --env-workers 2 --envs 8 --batch 8 --minibatch 8 --micro-batch 4 --segment 2 "
@@ -79,8 +79,7 @@ class Life:
         self.folder = folder
         self.mark = uuid.uuid4().hex  # every descendant inherits it
         self.log = folder.with_suffix(".log")
-        known = any(folder.glob("checkpoints/[0-9]*"))
-        where = f"--resume {folder}" if known else f"--run {folder}"
+        where = f"--resume {folder}" if has_checkpoint(folder) else f"--run {folder}"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "train.py", *flags.split(), *where.split()],
@@ -153,7 +152,8 @@ def size_of(process: psutil.Process) -> tuple[float, int]:
 
 
 def shared_memory() -> set[str]:
-    """Returns the names in /dev/shm that no living process has mapped."""
+    """Returns the names in /dev/shm that no living process has mapped. Somebody else's may come and
+    go meanwhile."""
     found = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
     for process in psutil.process_iter() if found else ():
         try:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import metrics
+from benchmarks.faults import shared_memory
 from channel import Channels, Counters
 from config import ROOT
 from models import checkpoint
@@ -243,7 +244,7 @@ def cli():
     """Starts command lines; afterwards none of their processes may be left, nor a file in
     /dev/shm."""
     started = []
-    before = shared_memory_files()
+    before = shared_memory()
 
     def start(file: str | Path, flags: str = "", cwd: Path = ROOT, **environment: str) -> Cli:
         started.append(Cli(file, flags, cwd, **environment))
@@ -255,27 +256,12 @@ def cli():
             if one.process.poll() is None:
                 one.kill()
             one.assert_nothing_left()
-        left = shared_memory_files() - before
+        left = shared_memory() - before
         for _ in range(25):  # one that is being made or removed
             if left:
                 time.sleep(0.2)
-                left &= shared_memory_files()
+                left &= shared_memory()
         assert not left, f"left in /dev/shm: {left}"
     finally:
         for one in started:
             one.kill()
-
-
-def shared_memory_files() -> set[str]:
-    """Names in /dev/shm that no living process has mapped (somebody else's may come and go
-    meanwhile)."""
-    found = {entry.inode(): entry.name for entry in os.scandir("/dev/shm")}
-    for process in psutil.process_iter() if found else ():
-        try:
-            maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-        except OSError:
-            continue
-        for line in maps:
-            if "/dev/shm/" in line:
-                found.pop(int(line.split()[4]), None)
-    return set(found.values())
