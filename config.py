@@ -528,7 +528,7 @@ def typed(value: Any, kind: Any) -> Any:
         return float(value)
     elif kind is Path and isinstance(value, str) and "\0" not in value:
         return Path(value)
-    elif kind in (int, bool, str, dict, NoneType) and type(value) is kind:
+    elif kind in (int, bool, str, list, dict, NoneType) and type(value) is kind:
         return value
     name = "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
     if origin:

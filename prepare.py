@@ -41,6 +41,7 @@ from config import (
     validate,
 )
 from models import checkpoint, contract, untrained
+from run_folder import lines_until
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
@@ -50,7 +51,7 @@ SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 class Start:
     config: Config  # with checkpoint, tokenizer and image size
     given: Path | None  # the checkpoint that config.json names; a resumed run begins at another
-    resume: dict | None  # state.json of the checkpoint that continues
+    resume: dict | None  # of `resume_from`
     note: str  # what the user should know, in whole lines
 
 
@@ -189,7 +190,8 @@ STATE = {"version": Natural, "seed": Natural, "settings": dict, "scale": dict}  
 
 
 def resume_from(config: Config) -> tuple[Path, dict]:
-    """Returns the newest checkpoint of the run that is resumed, and its state.json."""
+    """Returns the newest checkpoint of the run that is resumed, and its state.json. Its
+    "lines" are all those of metrics.jsonl that the run goes on from."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     older = f"remove {found} to use an older one"
@@ -198,6 +200,8 @@ def resume_from(config: Config) -> tuple[Path, dict]:
         resume = read_json(found / "state.json", what)
         for name, kind in STATE.items():
             typed(resume.get(name, {} if name == "settings" else None), kind)
+        for line in typed(resume.setdefault("lines", []), list):
+            typed(typed(line, dict).get("version"), Natural)
         named = int(found.name)
         if resume["version"] != named:
             raise ValueError(f"its version is {resume['version']} and its folder's {named}")
@@ -213,6 +217,7 @@ def resume_from(config: Config) -> tuple[Path, dict]:
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
+    resume["lines"] = lines_until(run_path(run), done, resume["lines"])
     return found, resume
 
 

@@ -73,10 +73,9 @@ class RunFolder:
     def lines(self) -> list[dict]:
         return read_metrics(self.path)
 
-    def truncate(self, version: int) -> None:
-        """Drops lines after a checkpoint's version, so that a resumed run's lines follow on."""
-        kept = [line for line in self.lines() if line["version"] <= version]
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    def go_on_from(self, lines: list[dict]) -> None:
+        """Makes these lines (`lines_until`) the whole metrics.jsonl."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def keep(self, vocabulary: Path | None) -> None:
         """Copies the vocabulary, so that the folder alone can go to another machine."""
@@ -122,6 +121,16 @@ def read_metrics(run: Path) -> list[dict]:
             whole = False
         require(whole, f"line {number} of {file} is none that a run wrote: remove it")
     return found
+
+
+def lines_until(run: Path, version: int, saved: list[dict]) -> list[dict]:
+    """Returns the lines of metrics.jsonl that a checkpoint's follow on: none is newer.
+
+    saved: those of its state.json. What is missing is added: the launcher was killed, or its disk
+    full, before it wrote them. They lack what only the launcher measures."""
+    lines = [line for line in read_metrics(run) if line["version"] <= version]
+    newest = lines[-1]["version"] if lines else 0
+    return lines + [line for line in saved if line["version"] > newest]
 
 
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
