@@ -750,8 +750,8 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     cache, _, real = model.prefix(*observations(model, 2).values())
     model.velocity(cache, real, torch.randn(2, 10, 4), torch.rand(2)).sum().backward()
     learner.step()
-    for scale in (0.5, 0.25):  # saved again at the same version: the newer one replaces it
-        learner.algorithm.advantage_scale = AdvantageScale(0.8, scale)
+    learner.algorithm.advantage_scale = AdvantageScale(0.8, 0.25)
+    for _ in range(2):  # saved again at the same version, as when a run is interrupted
         path = write(learner.snapshot([]), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["000003"] and path == tmp_path / "000003"
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
@@ -828,9 +828,13 @@ def test_weights_that_are_not_finite_are_neither_published_nor_saved_nor_taken_u
 
 def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path):
     learner = trained(Toy(), Config())
-    for left in (".000003.old", ".000003.partial"):
+    for left in (".000003.old", ".000002.partial", ".000003.partial"):
         (tmp_path / left / "deep").mkdir(parents=True)
         (tmp_path / left / "model.safetensors").touch()
+    (tmp_path / "000003").mkdir()  # whose weights somebody has moved away
+    times = []
     for _ in range(2):
-        write(learner.snapshot([]), tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["000003"]
+        path = write(learner.snapshot([]), tmp_path)
+        assert path.name == "000003" and list(tmp_path.iterdir()) == [path]
+        times.append((path / "model.safetensors").stat().st_mtime_ns)
+    assert times[0] == times[1]  # a good one is never away, not even for a moment
