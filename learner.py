@@ -190,8 +190,10 @@ class Learner:
         if norm > 0.0:  # else every group was filtered, and weight decay alone teaches nothing
             if self.proximal:
                 self.proximal.keep_weights()
-            if not self.updates and actor.update_epochs * actor.batch > actor.minibatch:
-                self.keep()  # a batch of one step alone is never left unfinished
+            # A batch of one step alone is never left unfinished, and the first rank saves.
+            several = actor.update_epochs * actor.batch > actor.minibatch
+            if not self.updates and several and self.ranks.first:
+                self.keep()
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=False)

@@ -33,7 +33,7 @@ class RunFolder:
         # When this launcher wrote its newest line, in monotonic seconds.
         self.appended: float | None = None
         self.made = not path.exists()
-        saved = has_checkpoint(path)
+        saved = newest_version(path) is not None
         instead = f"continue it with --resume {self.name} or" if saved else "it is not a run's:"
         exists = f"the run folder {path} exists: {instead} choose another --run"
         # A run that was stopped before its first checkpoint may be started over.
@@ -101,8 +101,9 @@ class RunFolder:
             write_trace(self.path / "trace.json", spans)
 
 
-def has_checkpoint(run: Path) -> bool:
-    return any(run.glob("checkpoints/[0-9]*"))
+def newest_version(run: Path) -> int | None:
+    """Returns that of a run's newest checkpoint, or None where there is none."""
+    return max((int(path.name) for path in run.glob("checkpoints/" + 6 * "[0-9]")), default=None)
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -35,7 +35,7 @@ import tyro
 
 from benchmarks.measuring import end_on_sigterm
 from config import ROOT, exit_on_user_error
-from run_folder import has_checkpoint, read_metrics
+from run_folder import newest_version, read_metrics
 
 BASE = (
     "--model emulated --env-workers 4 --envs 8 --batch 8 --minibatch 8 --micro-batch 4 --segment 2 "
@@ -86,7 +86,7 @@ class Life:
         self.folder = folder
         self.mark = uuid.uuid4().hex  # every descendant inherits it
         self.log = folder.with_suffix(".log")
-        where = f"--resume {folder}" if has_checkpoint(folder) else f"--run {folder}"
+        where = f"--run {folder}" if newest_version(folder) is None else f"--resume {folder}"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "train.py", *flags.split(), *where.split()],
@@ -259,6 +259,8 @@ def live(run: str, folder: Path, plan: list[tuple[str, str]], rng: random.Random
 def end(life: Life, stage: str, name: str, rng: random.Random) -> None:
     """Injects the fault that ends a life. SIGSTOP of the launcher or of the fork server does not: a
     killing or an interrupt follows it. Raises Wrong."""
+    if tracker := life.living().get("resource tracker"):
+        tracker.resume()  # who was stopped cannot see that all others have ended
     hit(life, stage, name, rng)
     if name == "SIGSTOP" and stage == "launcher":
         time.sleep(AWAY_S)  # the actor goes on and saves until its reports fill a pipe

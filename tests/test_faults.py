@@ -20,7 +20,8 @@ def test_a_life_with_faults(tmp_path, monkeypatch, run):
     rng = random.Random(2)
     monkeypatch.setattr(rng, "random", lambda: 0.1)
     events = faults.live(run, tmp_path / "x", LIVES[run], rng)
-    events += faults.live(run, tmp_path / "x", [("actor", "SIGKILL")], rng)
+    last = ("actor", "SIGKILL") if run == "GRPO" else ("fork server", "SIGSTOP")
+    events += faults.live(run, tmp_path / "x", [last], rng)
     assert not any(event["wrong"] for event in events), events
     assert [(event["process"], event["signal"]) for event in events[:-1]] == LIVES[run]
     assert f"| {LIVES[run][0][0]} | " in faults.table(events)

@@ -606,8 +606,9 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
     assert not (tmp_path / "new").exists()
 
 
-def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path):
-    """A run that was stopped before its first checkpoint starts over; what is no run's stays."""
+def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path, capsys):
+    """A run that was stopped before its first checkpoint starts over; what is no run's stays. Where
+    nothing is left to do, the job has done it."""
     path = tmp_path / "x"
     flags = ["--resume-or-start", str(path), "--iterations", "7"]
     assert train.parse(flags).train.run == str(path)
@@ -622,6 +623,10 @@ def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path):
     train_config = train.parse(flags).train
     assert train_config.resume == str(path) and train_config.run == ""
     assert train_config.iterations == 7
+    with pytest.raises(SystemExit) as ended:
+        train.parse([*flags[:2], "--iterations", "1"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.endswith("has 1 iterations: nothing is left to do\n")
     with pytest.raises(UserError, match="continue it with --resume"):
         RunFolder(path, resume=False)
     (tmp_path / "mine").mkdir()
