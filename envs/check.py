@@ -87,12 +87,12 @@ def contract_kept(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> I
         import torch
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        player = simulator.make_many(spec.tasks, config.image_size, ROWS, device)
+        player = simulator.make_many(spec, ROWS, device)
         lead = (ROWS,)
         episodes = (list(range(ROWS)), 0, [config.seed + row for row in range(ROWS)])
     else:
         device = None
-        player = simulator.make(spec.tasks, config.image_size, config.render_quality)
+        player = simulator.make(spec, config.render_quality)
         lead = ()
         episodes = (0, config.seed)
     try:
@@ -242,11 +242,11 @@ def main(config: CheckConfig) -> Path:
 
     # Check it, then see what it costs.
     check_contract(simulator, spec, config)
-    env = simulator.make(spec.tasks, config.image_size, config.render_quality)
+    env = simulator.make(spec, config.render_quality)
     try:
         sheet = print_costs(env, spec, config)
         played = process.memory_info().rss
-        second = simulator.make(spec.tasks, config.image_size, config.render_quality)
+        second = simulator.make(spec, config.render_quality)
         second.reset(0, config.seed + len(spec.tasks))
         second.observe()
         another = process.memory_info().rss

@@ -97,7 +97,7 @@ class SingleLane(Lane):
     def observe(self) -> np.ndarray:
         picture, state = self.env.observe()
         self.states = state[None]
-        return picture[None]
+        return picture[None, : self.spec.views]
 
     def play(self, plans: list[np.ndarray]) -> Outcome:
         if self.over[0]:
@@ -141,6 +141,7 @@ class VectorisedLane(Lane):
 
     def observe(self) -> np.ndarray | Tensor:
         pictures, states = self.many.observe()
+        pictures = pictures[:, : self.spec.views]
         self.states = states.cpu().numpy()
         return pictures if self.keep_on_gpu else pictures.cpu().numpy()
 
@@ -174,10 +175,10 @@ class VectorisedLane(Lane):
 class OneOfMany(Env):
     """One env of a vectorised simulator, as if it were not: for evaluation and to look at it."""
 
-    def __init__(self, simulator: Simulator, tasks: tuple[str, ...], image_size: int):
-        super().__init__(tasks, image_size)
+    def __init__(self, simulator: Simulator, spec: EnvSpec):
+        super().__init__(spec.tasks, spec.image_size)
         self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.many = simulator.make_many(tasks, image_size, 1, self.device)
+        self.many = simulator.make_many(spec, 1, self.device)
 
     def reset(self, task: int, seed: int) -> None:
         self.many.reset([0], task, [seed])
@@ -208,9 +209,8 @@ def make_lane(
     keep_on_gpu: bool,
 ) -> Lane:
     """Makes a lane of these envs. config: the run's `Config`, which has lanes if vectorised."""
-    size = config.env.image_size
     if not config.env.lanes:
-        env = simulator.make(spec.tasks, size, config.env.render_quality)
+        env = simulator.make(spec, config.env.render_quality)
         return SingleLane(index, envs, spec, env)
-    many = simulator.make_many(spec.tasks, size, len(envs), device)
+    many = simulator.make_many(spec, len(envs), device)
     return VectorisedLane(index, envs, spec, many, device, keep_on_gpu)

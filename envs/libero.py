@@ -108,7 +108,7 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     prompts = tuple(map(language, names))
     limits = tuple(SUITES[suite_of(name)] for name in names)
     shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
-    return EnvSpec(names, prompts, *shape, limits=limits)
+    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero")
 
 
 @cache
@@ -533,10 +533,10 @@ class Env(envs.Env):
         return j.T @ (wrench - unseen) + self.bias[scene.arm] + mass @ to_rest
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures from front and hand; state [8]: the hand's position, axis-angle and fingers."""
+        """Pictures from front, hand; state [8]: the hand's position, axis-angle and fingers."""
         self._pose_view()
         scene = self.scene
-        image = np.stack([scene.draw(camera, self.size) for camera in CAMERAS])
+        image = np.stack([scene.draw(camera, self.size) for camera in CAMERAS[: self.views]])
         turn = axis_angle(scene.view.xquat[scene.hand])
         state = np.concatenate([scene.view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)

@@ -179,7 +179,7 @@ def test_what_a_lane_shows_and_says():
 
 def test_one_env_of_a_vectorised_simulator_is_an_env():
     simulator = Simulator("stacked", SimpleNamespace(Envs=Envs))
-    one = simulator.make(SPEC.tasks, 2, "full")
+    one = simulator.make(SPEC, "full")
     assert simulator.vectorised and isinstance(one, OneOfMany)
     one.reset(1, 7)
     one.device = "cpu"

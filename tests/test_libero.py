@@ -403,5 +403,20 @@ assert os.environ["MESA_SHADER_CACHE_DIR"].startswith(tempfile.gettempdir())
 
 
 def test_the_quality_reaches_a_simulator_that_knows_it():
-    assert envs.load("libero").make((STOVE,), 64, "full").quality == "full"
-    assert envs.load("metaworld").make(("reach",), 64, "full").size == 64  # knows none
+    for name, task in (("libero", STOVE), ("metaworld", "reach")):  # which knows none
+        simulator = envs.load(name)
+        env = simulator.make(simulator.spec((task,), 64), "full")
+        assert (env.quality, env.size) == ("full", 64)
+
+
+def test_a_camera_that_nobody_sees_is_not_drawn(make, monkeypatch):
+    env = make()
+    env.reset(0, 0)
+    both = env.observe()[0]
+    drawn = []
+    draw = libero.Scene.draw
+    monkeypatch.setattr(
+        libero.Scene, "draw", lambda self, *given: drawn.append(given[0]) or draw(self, *given)
+    )
+    env.views = 1
+    assert np.array_equal(env.observe()[0], both[:1]) and drawn == ["agentview"]
