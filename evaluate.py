@@ -284,11 +284,7 @@ def main(config: EvaluateConfig) -> dict:
     rows = [row_of(task, mine) for task, mine in by_task.items() if mine]
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
-        try:
-            config.json.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            found = f"cannot write the result to {config.json}: {error.strerror}"
-            raise UserError(f"{found}; it is printed above") from None
+        config.json.write_text(json.dumps(result, indent=1))
     write_videos(config.videos, player.spec.tasks, episodes)
     return result
 

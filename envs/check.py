@@ -57,7 +57,7 @@ ROWS = 2  # envs of a vectorised simulator that the check plays
 FILM = 64  # pixels of the frame for people that the check asks for
 
 
-class BrokenContract(Exception):
+class BrokenContract(UserError):
     """A simulator does not do what it must. The message is one sentence that says what."""
 
 
@@ -69,13 +69,12 @@ def demand(condition: object, sentence: str) -> None:
 def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> None:
     """Plays a few steps of the first task. Raises BrokenContract at the first failure."""
     try:
-        for what in contract_kept(simulator, spec, config):
-            print(f"ok    {what}", flush=True)
-    except (BrokenContract, UserError):
+        with envs.starting(simulator.name):
+            for what in contract_kept(simulator, spec, config):
+                print(f"ok    {what}", flush=True)
+    except UserError:
         raise
     except Exception as error:
-        if envs.LEFT or envs.is_about_gl(error):
-            raise envs.does_not_start(simulator.name, error) from error
         said = f"{type(error).__name__}: {error}"
         raise BrokenContract(f"an error in {place_of(error)}: {said}") from error
 

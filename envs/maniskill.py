@@ -290,9 +290,6 @@ class Envs(envs.Envs):
             states[index, : joints.shape[1]] = joints
         return images, states
 
-    def film(self, size: int = 256) -> np.ndarray:
-        return shrink(self.observe()[0][0], size, size)[0].cpu().numpy()
-
     def close(self) -> None:
         for sim in self.sims.values():
             sim.close()
