@@ -70,6 +70,7 @@ class Found(NamedTuple):
     shape: Any  # the family's CONFIG
     source: Source
     stats: dict  # of a `checkpoint.Header`
+    assumed: dict[str, str] = {}  # what its files do not say: value and why, by name of setting
 
 
 Part = Literal["all", "none", "training", "idle"]
