@@ -31,7 +31,8 @@ import machine
 import metrics
 import output
 from channel import Counters
-from config import ROOT, UserError, place_of
+from config import ROOT
+from errors import UserError, place_of
 
 START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
 # Ctrl-C, a scheduler, its warning some time before, a terminal.
@@ -366,8 +367,10 @@ class Crew:
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
+        # Who is left dies with the fork server. That may itself be suspended, and tell of no end.
+        if any(process.is_alive() for process in self.processes.values()):
+            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            for process in self.processes.values():
                 process.join()
 
     def used(self) -> tuple[float, float]:

@@ -33,7 +33,9 @@ from typing import NamedTuple
 import numpy as np
 
 from channel import Counters
-from config import WORKERS, Config, UserError, completed, parse_ratio, validate
+from checks import parse_json
+from config import WORKERS, Config, completed, parse_ratio, validate
+from errors import UserError
 from metrics import CAUSES, snapshot
 from planning import Costs, Node, scaled
 from planning.costs import all_words, shares_of, words
@@ -323,13 +325,7 @@ class Past:
     @classmethod
     def from_json(cls, text: str) -> "Past":
         """Reads what `to_json` wrote. Raises UserError where it is something else."""
-        try:
-            past = cls(**json.loads(text))
-            past.rejected = set(past.rejected)
-            past.measured = {ratio: float(seconds) for ratio, seconds in past.measured.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read what the tuner remembered of the run: {error}") from None
-        return past
+        return parse_json(text, cls, "what the tuner remembered of the run")
 
 
 def prices(costs: Costs) -> tuple[float, ...]:

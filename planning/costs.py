@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, UserError, existing_run, from_json, parse_ratio, require
+from config import Config, existing_run, from_json, parse_ratio
+from errors import UserError, require
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, overridden, planned
@@ -208,7 +209,7 @@ def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]
     require(traced, f"{missing}: --from takes a finished run that was traced")
     settings = from_json(run / "config.json")
     try:
-        lines = read_metrics(run)
+        lines = [line for line in read_metrics(run) if "batch_size_mean" in line]  # measured
         spans = read_trace(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read what run {run} left behind: {error!r}") from None

@@ -11,21 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import (
-    PRESET_SETTINGS,
-    PRESETS,
-    AboveZero,
-    Config,
-    Natural,
-    Positive,
-    Preset,
-    Range,
-    Share,
-    completed,
-    parse_ratio,
-    require,
-    setting,
-)
+from checks import AboveZero, FromZero, Natural, Positive, Share
+from config import PRESET_SETTINGS, PRESETS, Config, Preset, completed, parse_ratio, setting
+from errors import require
 from planning import Node
 from scheduler import Admission, Placement, place
 
@@ -33,7 +21,6 @@ from scheduler import Admission, Placement, place
 SAME = "segment chunk batch minibatch micro_batch update_epochs max_staleness batch_max stream"
 Where = Literal["", "colocated", "disaggregated", "hybrid"]  # what --placement takes
 AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
-NotNegative = Annotated[float, Range(least=0)]
 
 
 @dataclass(kw_only=True)
@@ -52,7 +39,7 @@ class PlanConfig:
 
     rollout_s: AboveZero | None = None
     """seconds that one iteration's rollout takes alone and in lockstep, on the R parts of --gpus"""
-    actor_s: NotNegative | None = None  # seconds that training on it takes alone, on the A parts
+    actor_s: FromZero | None = None  # seconds that training on it takes alone, on the A parts
     measured_ratio: str = ""  # R:A that --rollout-s and --actor-s belong to, if it is not --ratio
     measured_placement: Where = ""  # placement that they belong to, if it is not the one predicted
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
@@ -69,18 +56,18 @@ class PlanConfig:
     """simulator processes of a node; 0 means one per env, times the share of GPUs that simulate"""
     lane_envs: Positive = 1  # envs of a vectorised simulator, on inference's GPU; 1: CPU simulators
 
-    tail: NotNegative = 0.27
+    tail: FromZero = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
     infer_share: Share = 0.2  # inference's share of the lockstep rollout (as emulated)
     infer_fixed: Share = 0.2  # share of a full inference that does not depend on size (as emulated)
     step_fixed: Share = 0.0
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
     train_fixed: Share = 0.0  # share of a micro-batch's time that does not depend on its size
-    optimizer_s: NotNegative = 0.1  # clipping and optimizer step, of each minibatch
-    gradient_gb: NotNegative = 1.73
+    optimizer_s: FromZero = 0.1  # clipping and optimizer step, of each minibatch
+    gradient_gb: FromZero = 1.73
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
     network_gb_s: AboveZero = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
-    network_latency_us: NotNegative = 20.0  # of one hop between nodes
+    network_latency_us: FromZero = 20.0  # of one hop between nodes
     weights_gb: float = 0.87  # weights that rollout workers fetch (in bf16, those of the gradients)
     nvlink_gb_s: AboveZero = 300.0  # GB/s between GPUs of a node
 

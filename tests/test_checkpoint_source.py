@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks import originals
-from config import ROOT, UserError
+from config import ROOT
+from errors import UserError
 from models import checkpoint
 from models.formats import source
 from models.formats.source import Source

@@ -17,8 +17,9 @@ from algorithms import (
     interpolated_proximal,
     value_loss,
 )
-from config import Config, UserError
+from config import Config
 from envs import EnvSpec
+from errors import UserError
 
 SPEC = EnvSpec(("push",), ("push the puck",), 1, 16, 4, 4, 60)
 

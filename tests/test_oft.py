@@ -14,8 +14,9 @@ from conftest import NOISE_KEYS, slopes
 from safetensors.torch import load_file, save_file
 
 from benchmarks import originals
-from config import Config, UserError
+from config import Config
 from envs import EnvSpec
+from errors import UserError
 from models import build, checkpoint, tokenize
 from models.formats import bins, pictures, source
 from models.formats import oft as oft_files

@@ -12,7 +12,8 @@ import envs
 import metrics
 import tuning
 from channel import Counters
-from config import Config, UserError
+from config import Config
+from errors import UserError
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import divide
