@@ -546,6 +546,7 @@ def test_ratios_on_gpus_differ_in_workers_alone():
     choices = options(config, (8, 0, 0), METAWORLD, 4, 16)
     infer_bound = Costs(step_s=0.001, infer_fixed_s=0.01, infer_each_s=0.02, train_each_s=0.001)
     found = seconds_at(choices, "1:1", infer_bound, 0.0, 16)
+    assert set(found) == set(choices)
     assert found["1:1"] / found["3:1"] == pytest.approx(
         1.5, rel=0.15
     )  # three rollout workers instead of two
