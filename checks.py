@@ -41,6 +41,7 @@ MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
 Bound = Annotated[float, Field(gt=0), BeforeValidator(infinity)]  # inf: none

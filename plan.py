@@ -28,6 +28,7 @@ from pathlib import Path
 
 import tyro
 
+from checks import check_ranges
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
 from planning.costs import all_reduce_s, calibrate, from_run
@@ -229,8 +230,7 @@ def answer(plan: PlanConfig) -> dict:
 
 
 def main(plan: PlanConfig) -> None:
-    least = "--iterations and --simulated-nodes must be at least 1, and --rounds not negative"
-    require(min(plan.iterations, plan.simulated_nodes) >= 1 and plan.rounds >= 0, least)
+    check_ranges(plan)
     for file in filter(None, (plan.json, plan.plot)):
         folder = file.absolute().parent
         missing = f"the folder {folder} does not exist"

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,7 +31,7 @@ import processes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
-from checks import flag_of
+from checks import flag_of, read_json
 from config import (
     WORKERS,
     Config,
@@ -192,9 +192,8 @@ class Handover:
         file = path / "tuning.json"
         if not file.is_file():
             return cls()
-        known = json.loads(file.read_text())
+        found = read_json(file, cls, f"what the tuner remembered ({file}; remove it)")
         file.unlink()
-        found = cls(**known | {"past": tuning.Past.from_json(known["past"])})
         return found if found.process == os.getpid() else cls()
 
 
@@ -208,8 +207,7 @@ def start_again(
     if interrupts:
         return
     handover = Handover(os.getpid(), past, folder.appended, heard)
-    known = vars(handover) | {"past": past.to_json()}
-    folder.write("tuning.json", json.dumps(known))
+    folder.write("tuning.json", json.dumps(asdict(handover), default=sorted))  # sets become lists
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")

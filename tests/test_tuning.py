@@ -8,7 +8,7 @@ import re
 import time
 from collections import Counter
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -563,22 +563,24 @@ def test_ratios_on_gpus_differ_in_workers_alone():
     assert found["3:1"] / found["1:3"] == pytest.approx(3.0, rel=0.05)
 
 
-def test_what_is_remembered_survives_a_start():
+def test_what_is_remembered_survives_a_start(tmp_path):
     """A run that goes on at another ratio is another process: nothing may be tried twice."""
     past = Past("3:1", {"3:1": 12.8, "1:1": 1 / 3}, {"1:2", "2:1"}, {"batch_wait_ms": "inf"})
-    again = Past.from_json(past.to_json())
-    assert again == past and again.to_json() == past.to_json()
-    assert Past.from_json(Past().to_json()) == Past()
-    assert again.go_back("1:1") == "3:1" and again.rejected == {"1:1", "1:2", "2:1"}
+    file = tmp_path / "tuning.json"
+    for left in (train.Handover(past=past, heard=3), train.Handover()):
+        file.write_text(json.dumps(asdict(left), default=sorted))
+        assert train.Handover.take(tmp_path) == left and not file.exists()
+    assert past.go_back("1:1") == "3:1" and past.rejected == {"1:1", "1:2", "2:1"}
     for text in (
         "",
         "[]",
-        '{"left": "", "more": 1}',
-        '{"rejected": 3}',
-        '{"measured": {"1:1": []}}',
+        '{"past": {"left": "", "more": 1}}',
+        '{"past": {"rejected": 3}}',
+        '{"past": {"measured": {"1:1": []}}}',
     ):
+        file.write_text(text)
         with pytest.raises(UserError, match="cannot read what the tuner remembered"):
-            Past.from_json(text)
+            train.Handover.take(tmp_path)
 
 
 def test_a_vectorised_run_is_predicted_with_lanes_as_wide_as_its_own():
