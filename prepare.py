@@ -36,27 +36,20 @@ from config import (
     to_json,
     validate,
 )
-from errors import UserError, require
+from errors import UserError, require, understood
 from models import checkpoint, contract, untrained
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 
 
-@dataclass(frozen=True)
-class Start:
-    config: Config  # with checkpoint, tokenizer and image size
-    given: Path | None  # the checkpoint that config.json names; a resumed run begins at another
-    resume: dict | None  # state.json of the checkpoint that continues
-    note: str  # what the user should know, in whole lines
+class State(TypedDict):
+    """state.json of a checkpoint."""
 
-
-@dataclass(frozen=True)
-class Workers:
-    config: Config  # with numbers of workers and lanes, and the ratio in use
-    placement: Placement
-    choices: tuning.Choices  # the ratios that can run here, with --ratio auto
-    note: str
+    version: Natural
+    seed: Natural
+    settings: NotRequired[dict]  # settings that cannot change, by name
+    scale: Finite  # what the loss remembers
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class Setup:
     on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
     weights: Spec
     header: checkpoint.Header
-    resume: dict | None
+    resume: State | None
     saved: str  # config.json, complete and as the user meant it
     choices: tuning.Choices  # the ratio in use, then others for --ratio auto
 
@@ -96,11 +89,11 @@ def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
-    start = find_start(config, simulator)
-    workers = find_workers(start.config, simulator)
-    validate(workers.config)
-    spec = simulator.spec(start.config.train.tasks, start.config.env.image_size)
-    config, note = with_segment(workers.config, spec)
+    config, given, resume, note = find_start(config, simulator)
+    config, placement, options, fits = find_workers(config, simulator)
+    validate(config)
+    spec = simulator.spec(config.train.tasks, config.env.image_size)
+    config, turns = with_segment(config, spec)
 
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
@@ -113,40 +106,46 @@ def prepare(config: Config) -> Setup:
         contract.check_observed(model, observed)
 
     # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
-    drawn_on_gpu = simulator.vectorised and workers.placement.env_devices[0] != "cpu"
+    drawn_on_gpu = simulator.vectorised and placement.env_devices[0] != "cpu"
     stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
-    choices = {config.train.parts: (config, workers.placement)}
-    for ratio, (chosen, placement) in workers.choices.items():
-        choices[ratio] = completed(chosen, segment=config.env.segment), placement
-    if start.resume and config.train.checkpoint:
-        check_memory_of(config, spec, model, start.resume)
+    choices = {config.train.parts: (config, placement)}
+    for ratio, (chosen, divided) in options.items():
+        choices[ratio] = completed(chosen, segment=config.env.segment), divided
+    if resume and config.train.checkpoint:
+        check_memory_of(config, spec, model, resume)
     setup = Setup(
         config=config,
         spec=spec,
-        placement=workers.placement,
-        note=start.note + workers.note + note,
+        placement=placement,
+        note=note + fits + turns,
         slots=slots,
         on_gpu=("image", *model.slot_fields()) if stays else (),
         weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
         header=model.header,
-        resume=start.resume,
-        saved=to_json(completed(config, checkpoint=start.given)),
+        resume=resume,
+        saved=to_json(completed(config, checkpoint=given)),
         choices=choices,
     )
     has = machine.memory() / 1e9
     needs = f"the slots need {setup.pool_gb():.1f} GB of memory, and this machine has {has:.1f} GB"
-    fits = setup.pool_gb() < has or config.train.memory_report
-    require(fits, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
+    enough = setup.pool_gb() < has or config.train.memory_report
+    require(enough, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
     return setup
 
 
-def find_start(config: Config, simulator: envs.Simulator) -> Start:
-    """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random."""
+def find_start(
+    config: Config, simulator: envs.Simulator
+) -> tuple[Config, Path | None, State | None, str]:
+    """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random.
+
+    Returns the settings with them; the checkpoint that config.json names, for a resumed run begins
+    at another; state.json of that one; and what the user should know, in whole lines."""
     train = config.train
     tasks = (train.suite, *train.tasks)
-    files = {name: setting(config, name) for name in ("checkpoint", "tokenizer")}
-    files = {name: Path(os.path.expanduser(path)) for name, path in files.items() if path}
-    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))), **files)
+    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
+    for name in ("checkpoint", "tokenizer"):
+        if path := setting(config, name):
+            config = completed(config, **{name: Path(os.path.expanduser(path))})
     note = ""
     has_files = models.load(train.model).FORMATS is not None
     shipped, vocabulary = embedded_files(train.model, train.env)
@@ -179,16 +178,7 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
         tokenizer = Path(name) if name else None
     config = completed(config, checkpoint=found, image_size=image_size, tokenizer=tokenizer)
-    return Start(config, given, resume, note)
-
-
-class State(TypedDict):
-    """state.json of a checkpoint."""
-
-    version: Natural
-    seed: Natural
-    settings: NotRequired[dict]  # settings that cannot change, by name
-    scale: Finite  # what the loss remembers
+    return config, given, resume, note
 
 
 def resume_from(config: Config) -> tuple[Path, State]:
@@ -217,19 +207,21 @@ def resume_from(config: Config) -> tuple[Path, State]:
 def check_memory_of(config: Config, spec: envs.EnvSpec, model: Any, resume: dict) -> None:
     """Checks what the loss and the optimizer of a resumed run remember. Raises UserError."""
     found = Path(config.train.checkpoint)
-    try:
+    with understood(f"{found / 'state.json'} (remove {found} to use an older one)"):
         loss_of(config)(config, spec).load(dict(resume["scale"]))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = f"the loss cannot go on from {found / 'state.json'} ({error!r})"
-        raise UserError(f"{said}; remove {found} to use an older one") from None
     critic = model.critic()
     sizes = [p.shape for name, p in model.trainable().items() if name not in critic]
     sizes += [p.shape for p in critic.values()]
     checkpoint.read_optimizer(found / "optimizer.pt", sizes)
 
 
-def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
-    """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
+def find_workers(
+    config: Config, simulator: envs.Simulator
+) -> tuple[Config, Placement, tuning.Choices, str]:
+    """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here.
+
+    Returns the settings with numbers of workers and lanes, the placement, what else can run here
+    with --ratio auto, and what the user should know."""
     lanes = config.env.lanes
     alone = f"for vectorised simulators: {config.train.env} steps every env by itself"
     require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")
@@ -252,7 +244,7 @@ def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
         if before not in ("", now):
             note = f"ratio {before} does not fit here, so the run goes on at {now}\n"
     placement = divide(config, simulator, gpus, cores)
-    return Workers(completed(config, **placement.workers()), placement, choices, note)
+    return completed(config, **placement.workers()), placement, choices, note
 
 
 def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:

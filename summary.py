@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from config import Config, existing_run, from_json
-from errors import UserError, exit_on_user_error, require
+from errors import exit_on_user_error, require, understood
 from metrics import HISTOGRAM, REASONS, STAGES
 from pictures import draw, group_of
 from run_folder import read_metrics, read_trace
@@ -274,13 +274,10 @@ def main() -> None:
         file = run / "metrics.jsonl"
         unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
         require(file.is_file(), unknown)
-        try:
+        with understood(f"what run {run} left behind"):
             lines = read_metrics(run)
             require(lines, f"{file} is empty: the run ended before its first iteration")
             spans = read_trace(run) if (run / "trace.json").is_file() else {}
             summary = summarise(lines, spans)
             draw(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            found = f"cannot read what run {run} left behind ({error!r})"
-            raise UserError(f"{found}: it is of another version, or damaged") from None
         show(run.name, summary, from_json(run / "config.json"))

@@ -23,13 +23,13 @@ import numpy as np
 from safetensors.torch import load_file
 
 from checks import read_json
-from errors import UserError, require
+from errors import UserError, require, understood
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import bins, pictures, source
 from models.formats.names import Rules, each, siglip
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, understood
+from models.formats.source import Found, Source
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
 MARKS = ("eagle_model.",)
