@@ -60,7 +60,8 @@ def flag_of(name: str) -> str:
 
 
 def mistake(error: ValidationError) -> tuple[str, str]:
-    """Returns the name of the first field that is wrong, and its value with what it must be."""
+    """Returns the name of the first field that is wrong, or "it", and its value with what it must
+    be."""
     found = error.errors(include_url=False)
     # A field of several types is wrong once for each; its place ends in the type, as pydantic says.
     tried = ("constrained-", "function-", "literal[")
@@ -70,7 +71,8 @@ def mistake(error: ValidationError) -> tuple[str, str]:
     words = " or ".join(one["msg"] for one in found if one["loc"] == first["loc"])
     for theirs, ours in WORDS.items():
         words = words.replace(theirs, ours)
-    return ".".join(first["loc"]), f"{first['input']!r:.60} {words}"
+    name = ".".join(first["loc"])
+    return (name, f"{first['input']!r:.60} {words}") if name else ("it", words)
 
 
 def check_ranges(settings: Any) -> None:
@@ -88,7 +90,7 @@ def parse_json(text: str | bytes, kind: Any, what: object) -> Any:
     try:
         return adapter(kind).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
-        said = " ".join(mistake(error)).strip()
+        said = " ".join(mistake(error))
         raise UserError(f"cannot read {what}: {said}") from None
 
 
