@@ -22,6 +22,7 @@ WORDS = {
     "less than or equal to": "at most",
     "Unexpected keyword argument": "is no field of it",
     "Invalid JSON": "is no JSON",
+    "Value error, ": "",
 }
 
 
@@ -32,7 +33,10 @@ def infinity(value: object) -> object:
 
 def finite(found: dict) -> dict:
     """Raises ValueError where NaN or infinity is somewhere inside."""
-    json.dumps(found, allow_nan=False)
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise ValueError("must hold finite numbers only") from None
     return found
 
 
@@ -71,7 +75,7 @@ def mistake(error: ValidationError) -> tuple[str, str]:
     words = " or ".join(one["msg"] for one in found if one["loc"] == first["loc"])
     for theirs, ours in WORDS.items():
         words = words.replace(theirs, ours)
-    name = ".".join(first["loc"])
+    name = " ".join(".".join(first["loc"]).split())[:200]  # names in files may be anything
     return (name, f"{first['input']!r:.60} {words}") if name else ("it", words)
 
 
