@@ -36,7 +36,7 @@ from config import (
     to_json,
     validate,
 )
-from errors import UserError, require, understood
+from errors import require, understood
 from models import checkpoint, contract, untrained
 from scheduler import Admission, Placement, divide
 
@@ -141,62 +141,62 @@ def find_start(
     Returns the settings with them; the checkpoint that config.json names, for a resumed run begins
     at another; state.json of that one; and what the user should know, in whole lines."""
     train = config.train
-    tasks = (train.suite, *train.tasks)
-    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
+    tasks = filter(None, (train.suite, *train.tasks))
+    config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
     for name in ("checkpoint", "tokenizer"):
         if path := setting(config, name):
             config = completed(config, **{name: Path(os.path.expanduser(path))})
-    note = ""
-    has_files = models.load(train.model).FORMATS is not None
     shipped, vocabulary = embedded_files(train.model, train.env)
-    if train.checkpoint is None and has_files:
-        if shipped.is_file():
-            config = completed(config, checkpoint=shipped)
-        else:
-            image_size = config.env.image_size or SMALL_PICTURE
-            spec = simulator.spec(config.train.tasks, image_size)
-            sizes = config.rollout.chunk, config.rollout.tokens or 0
-            runs = ROOT / "runs"
-            if not os.access(runs if runs.exists() else ROOT, os.W_OK):
-                runs = run_path(train.run).parent  # a checkout that all may read and nobody write
-            made, words = untrained.start(runs, train.model, spec, spec.state_range, *sizes)
-            config = completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
-            none = f"no checkpoint is given and none shipped for {train.env}"
-            note = f"{none}: a small {train.model} of random weights starts\n"
+    has_files = models.load(train.model).FORMATS is not None
+    note = ""
+    if has_files and train.checkpoint is None and shipped.is_file():
+        config = completed(config, checkpoint=shipped)
+    elif has_files and train.checkpoint is None:
+        config = with_random_weights(config, simulator)
+        none = f"no checkpoint is given and none shipped for {train.env}"
+        note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
+    config = completed(config, checkpoint=found)
     image_size = config.env.image_size
-    tokenizer = config.train.tokenizer
     if not has_files:
-        image_size = image_size or SMALL_PICTURE
-    else:
-        models.check_family(train.model, found)
-        ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
-        alone = f"--statistics {train.statistics} is for another project's checkpoint"
-        require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
-        image_size = image_size or checkpoint.frame_size(found)
-        name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
-        tokenizer = Path(name) if name else None
-    config = completed(config, checkpoint=found, image_size=image_size, tokenizer=tokenizer)
+        config = completed(config, image_size=image_size or SMALL_PICTURE)
+        return config, given, resume, note
+
+    models.check_family(train.model, found)
+    ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
+    alone = f"--statistics {train.statistics} is for another project's checkpoint"
+    require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
+    image_size = image_size or checkpoint.frame_size(found)
+    name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
+    config = completed(config, image_size=image_size, tokenizer=Path(name) if name else None)
     return config, given, resume, note
+
+
+def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
+    """Makes a small model and its vocabulary, where no checkpoint is given or shipped."""
+    image_size = config.env.image_size or SMALL_PICTURE
+    spec = simulator.spec(config.train.tasks, image_size)
+    sizes = config.rollout.chunk, config.rollout.tokens or 0
+    runs = ROOT / "runs"
+    if not os.access(runs if runs.exists() else ROOT, os.W_OK):
+        runs = run_path(config.train.run).parent  # a checkout that all may read and nobody write
+    made, words = untrained.start(runs, config.train.model, spec, spec.state_range, *sizes)
+    return completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
 
 
 def resume_from(config: Config) -> tuple[Path, State]:
     """Returns the newest checkpoint of the run that is resumed, and its state.json."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
-    file = found / "state.json"
-    older = f"remove {found} to use an older one"
-    try:
-        resume = read_json(file, State)
-    except UserError as error:
-        raise UserError(f"{error}; {older}") from None
-    other = f"cannot read {file}: its version {resume['version']} is not its folder's; {older}"
+    what = f"{found / 'state.json'} (remove {found} to use an older one)"
+    resume = read_json(found / "state.json", State, what)
+    other = f"cannot read {what}: its version {resume['version']} is not its folder's"
     require(found.name.isdecimal() and resume["version"] == int(found.name), other)
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
-        require(name in STAGE_OF, f"cannot read {file}: there is no setting {name!r}; {older}")
+        require(name in STAGE_OF, f"cannot read {what}: there is no setting {name!r}")
         require(setting(config, name) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
