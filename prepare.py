@@ -10,10 +10,11 @@ from a `Setup`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
 import envs
@@ -38,9 +39,20 @@ from config import (
 )
 from errors import require, understood
 from models import checkpoint, contract, untrained
+from run_folder import lines_until
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
+
+
+def numbered(line: dict) -> dict:
+    """Raises ValueError for what is no line of metrics.jsonl."""
+    if type(line.get("version")) is not int:
+        raise ValueError("a line has no version")
+    return line
+
+
+Line = Annotated[dict, AfterValidator(numbered)]
 
 
 class State(TypedDict):
@@ -50,6 +62,7 @@ class State(TypedDict):
     seed: Natural
     settings: NotRequired[dict]  # settings that cannot change, by name
     scale: Finite  # what the loss remembers
+    lines: NotRequired[list[Line]]  # the newest of metrics.jsonl, perhaps not yet written there
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,8 @@ def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
 
 
 def resume_from(config: Config) -> tuple[Path, State]:
-    """Returns the newest checkpoint of the run that is resumed, and its state.json."""
+    """Returns the newest checkpoint of the run that is resumed, and its state.json. Its "lines" are
+    all those of metrics.jsonl that the run goes on from."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     what = f"{found / 'state.json'} (remove {found} to use an older one)"
@@ -201,6 +215,7 @@ def resume_from(config: Config) -> tuple[Path, State]:
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
+    resume["lines"] = lines_until(run_path(run), done, resume.get("lines", []))
     return found, resume
 
 

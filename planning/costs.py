@@ -210,7 +210,7 @@ def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]
     require(traced, f"{missing}: --from takes a finished run that was traced")
     settings = from_json(run / "config.json")
     with understood(f"what run {run} left behind"):
-        lines = read_metrics(run)
+        lines = [line for line in read_metrics(run) if "waits" in line]  # none without measures
         spans = read_trace(run)
     parts = settings.train.parts
     changed = any("ratio" in line.get("tuning", {}) for line in lines)
