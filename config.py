@@ -17,6 +17,7 @@ from pydantic import Field
 from checks import (
     AboveZero,
     Bound,
+    Fraction,
     FromZero,
     Limit,
     Natural,
@@ -234,7 +235,7 @@ class ActorConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    gamma: Fraction = 0.9
     """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so every chunk matters"""
     gae_lambda: Annotated[Share, CRITIC] = 0.95
     """λ of GAE"""

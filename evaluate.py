@@ -22,6 +22,7 @@ import tyro
 import envs
 import machine
 import models
+from checks import Natural, Positive, check_ranges
 from config import Config, Family, embedded_files, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
@@ -39,17 +40,17 @@ class EvaluateConfig:
     """a file, a checkpoint or run folder, or another project's; none means Meta-World's shipped"""
     model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
-    chunk: int = Config().rollout.chunk
+    chunk: Positive = Config().rollout.chunk
     """actions executed per inference, of another project's checkpoint; ours say it themselves"""
     statistics: str = ""
     """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
-    image_size: int = 0
+    image_size: Natural = 0
     """pixels of the cameras; 0 means as in the run, else as the model takes them (of another
     project's: its data's own size in this simulator)"""
-    cameras: int = 0
+    cameras: Natural = 0
     """cameras whose pictures the policy sees, the simulator's first ones; 0 means as in the run,
     else as many as the checkpoint was trained with"""
-    tokens: int | None = None
+    tokens: Positive | None = None
     """prompt length in tokens; none means as the checkpoint says"""
     env: str = ""
     """simulator; none means the run's, else metaworld"""
@@ -59,7 +60,7 @@ class EvaluateConfig:
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     render_quality: Literal["fast", "full"] | None = None
     """none means as in the run, else fast"""
-    episodes: int = 100
+    episodes: Positive = 100
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
@@ -260,8 +261,7 @@ def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) 
 
 def main(config: EvaluateConfig) -> dict:
     """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
-    require(config.episodes >= 1, f"--episodes {config.episodes} must be at least 1")
-    require(config.chunk >= 1, f"--chunk {config.chunk} must be at least 1")
+    check_ranges(config)
 
     # Build the policy as its checkpoint says, see that all can be written, and play.
     keep_freed_memory()

@@ -19,21 +19,19 @@ start, is left for good.
 Left out: `--placement`, numbers of envs, several machines.
 """
 
-import json
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from channel import Counters
-from checks import parse_json
 from config import WORKERS, Config, completed, parse_ratio, validate
 from errors import UserError
 from metrics import CAUSES, snapshot
@@ -318,14 +316,6 @@ class Past:
         self.news["ratio"] = before
         self.left = ""
         return before
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"rejected": sorted(self.rejected)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Past":
-        """Reads what `to_json` wrote. Raises UserError where it is something else."""
-        return parse_json(text, cls, "what the tuner remembered of the run")
 
 
 def prices(costs: Costs) -> tuple[float, ...]:

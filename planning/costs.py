@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from config import Config, existing_run, from_json, parse_ratio
-from errors import UserError, require
+from errors import require, understood
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, overridden, planned
@@ -208,11 +208,9 @@ def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]
     traced = (run / "trace.json").is_file() and (run / "metrics.jsonl").is_file()
     require(traced, f"{missing}: --from takes a finished run that was traced")
     settings = from_json(run / "config.json")
-    try:
+    with understood(f"what run {run} left behind"):
         lines = [line for line in read_metrics(run) if "batch_size_mean" in line]  # measured
         spans = read_trace(run)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read what run {run} left behind: {error!r}") from None
     parts = settings.train.parts
     changed = any("ratio" in line.get("tuning", {}) for line in lines)
     both = f"{run} came to ratio {parts} on its way, and its trace has both"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checks import AboveZero, FromZero, Natural, Positive, Share
+from checks import AboveZero, FromZero, Limit, Natural, Positive, Share
 from config import PRESET_SETTINGS, PRESETS, Config, Preset, completed, parse_ratio, setting
 from errors import require
 from planning import Node
@@ -32,9 +32,9 @@ class PlanConfig:
     ratio: str = ""  # R:A within a node; empty means 1:1, or with --from the run's own
     preset: Literal["", Preset] = ""  # as in train.py; empty: full, or with --from the run's own
     placement: Where = ""  # instead of the preset's; colocated stages take turns on their devices
-    max_staleness: int | None = None  # instead of the preset's
-    batch_max: int | Literal["auto", "all"] | None = None  # instead of the preset's
-    batch_wait_ms: float | Literal["auto"] | None = None  # instead of the preset's
+    max_staleness: Natural | None = None  # instead of the preset's
+    batch_max: Positive | Literal["auto", "all"] | None = None  # instead of the preset's
+    batch_wait_ms: Limit | Literal["auto"] | None = None  # instead of the preset's
     stream: bool | None = None  # instead of the preset's: True or False
 
     rollout_s: AboveZero | None = None
@@ -68,14 +68,14 @@ class PlanConfig:
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
     network_gb_s: AboveZero = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
     network_latency_us: FromZero = 20.0  # of one hop between nodes
-    weights_gb: float = 0.87  # weights that rollout workers fetch (in bf16, those of the gradients)
+    weights_gb: FromZero = 0.87  # weights that rollout workers fetch (bf16, those of the gradients)
     nvlink_gb_s: AboveZero = 300.0  # GB/s between GPUs of a node
 
     iterations: Positive = 20  # that the means are over, after 4 to 20 that are not counted
     rounds: Natural = 0
     """most chunk steps of a lane and iteration that are simulated, where one stands for several; 0
     means what a second or two allow, but at least four for each trajectory"""
-    node_spread: float = 0.0  # σ of the nodes' lasting slowness, log-normal; the slowest counts
+    node_spread: FromZero = 0.0  # σ of the nodes' lasting slowness, log-normal; the slowest counts
     simulated_nodes: Positive = 3  # nodes followed event by event; see planning/events.py
     seed: Natural = 0  # seed of the simulated times
     sweep: bool = False  # predict every size from one node to 1024 GPUs; costs are those of --gpus

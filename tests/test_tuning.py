@@ -13,7 +13,6 @@ import metrics
 import tuning
 from channel import Counters
 from config import Config
-from errors import UserError
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import divide
@@ -554,24 +553,6 @@ def test_ratios_on_gpus_differ_in_workers_alone():
     train_bound = Costs(step_s=0.001, infer_fixed_s=0.0, infer_each_s=0.0001, train_each_s=0.1)
     found = seconds_at(choices, "1:1", train_bound, 0.0, 16)
     assert found["3:1"] / found["1:3"] == pytest.approx(3.0, rel=0.05)
-
-
-def test_what_is_remembered_survives_a_start():
-    """A run that goes on at another ratio is another process: nothing may be tried twice."""
-    past = Past("3:1", {"3:1": 12.8, "1:1": 1 / 3}, {"1:2", "2:1"}, {"batch_wait_ms": "inf"})
-    again = Past.from_json(past.to_json())
-    assert again == past and again.to_json() == past.to_json()
-    assert Past.from_json(Past().to_json()) == Past()
-    assert again.go_back("1:1") == "3:1" and again.rejected == {"1:1", "1:2", "2:1"}
-    for text in (
-        "",
-        "[]",
-        '{"left": "", "more": 1}',
-        '{"rejected": 3}',
-        '{"measured": {"1:1": []}}',
-    ):
-        with pytest.raises(UserError, match="cannot read what the tuner remembered"):
-            Past.from_json(text)
 
 
 def test_a_vectorised_run_is_predicted_with_lanes_as_wide_as_its_own():

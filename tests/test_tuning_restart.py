@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import train
 from config import ROOT, Config, from_json
 from errors import UserError
 from scheduler import divide
+from tuning import Past
 
 
 def test_auto_begins_where_it_is_told_to_or_at_three_to_one(tmp_path):
@@ -25,6 +27,26 @@ def test_auto_begins_where_it_is_told_to_or_at_three_to_one(tmp_path):
         json.dumps({"train": {"ratio": "auto", "ratio_from": "1:2"}})
     )
     assert from_json(tmp_path / "config.json").train.parts == "1:2"
+
+
+def test_what_is_remembered_survives_a_start(tmp_path):
+    """A run that goes on at another ratio is another process: nothing may be tried twice."""
+    past = Past("3:1", {"3:1": 12.8, "1:1": 1 / 3}, {"1:2", "2:1"}, {"batch_wait_ms": "inf"})
+    file = tmp_path / "tuning.json"
+    for left in (train.Handover(past=past, heard=3), train.Handover()):
+        file.write_text(json.dumps(asdict(left), default=sorted))
+        assert train.Handover.take(tmp_path) == left and not file.exists()
+    assert past.go_back("1:1") == "3:1" and past.rejected == {"1:1", "1:2", "2:1"}
+    for text in (
+        "",
+        "[]",
+        '{"past": {"left": "", "more": 1}}',
+        '{"past": {"rejected": 3}}',
+        '{"past": {"measured": {"1:1": []}}}',
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match="cannot read what the tuner remembered"):
+            train.Handover.take(tmp_path)
 
 
 # training takes nearly all of an iteration, so three parts of four for simulators are a waste

@@ -11,7 +11,6 @@ other than minimum and maximum, rotations, images of several tiles.
 """
 
 import base64
-import json
 import re
 import unicodedata
 from dataclasses import replace
@@ -23,13 +22,13 @@ import numpy as np
 from safetensors.torch import load_file
 
 from checks import read_json
-from errors import UserError, require
+from errors import UserError, require, understood
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, each, siglip
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, understood
+from models.formats.source import Found, Source
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
 MARKS = ("eagle_model.",)
@@ -397,13 +396,11 @@ def tokeniser(path: str = "") -> Tokeniser:
     except ImportError as missing:
         raise UserError(f"GR00T's prompts need the package {missing.name}: {hint}") from None
     file = Path(path)
-    try:
+    with understood(f"Qwen's vocabulary from {file} (or take {hint})"):
         if (file / "vocab.json").is_file():
             to_byte = {letter: byte for byte, letter in byte_letters().items()}
-            ranks = {
-                bytes(to_byte[letter] for letter in piece): rank
-                for piece, rank in json.loads((file / "vocab.json").read_text()).items()
-            }
+            listed = read_json(file / "vocab.json", dict[str, int]).items()
+            ranks = {bytes(to_byte[letter] for letter in piece): rank for piece, rank in listed}
         else:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
             ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
@@ -414,8 +411,6 @@ def tokeniser(path: str = "") -> Tokeniser:
         encoding = tiktoken.Encoding(
             "Qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
         )
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read Qwen's vocabulary from {file} ({error!r}): {hint}") from None
     return Tokeniser(encoding, special[IMAGE])
 
 

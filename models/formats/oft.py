@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from checks import read_json
-from errors import require
+from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, understood
+from models.formats.source import Found, Source
 from models.oft import FULL, Lora, Oft, OftConfig
 
 MARKS = ("vision_backbone.", "base_model.model.")

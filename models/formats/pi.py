@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checks import read_json
-from errors import require
+from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, Stored, understood
+from models.formats.source import Found, Source, Stored
 from models.pi import FULL, SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)
