@@ -29,7 +29,7 @@ from config import (
     require,
     typed_fields,
 )
-from models.formats.source import INDEX, Source, layout, raw_header, weight_files
+from models.formats.source import INDEX, Source, layout, other_kind, raw_header, weight_files
 
 
 class Header(NamedTuple):
@@ -49,8 +49,10 @@ def find(path: str | Path) -> Path:
     for base in (path, ROOT / "runs" / path):
         newest = sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]
         for candidate in (base, base / "model.safetensors", *newest):
-            if candidate.is_file():
+            if candidate.is_file() and not other_kind(candidate):
                 return candidate
+    other = other_kind(path)
+    require(not other, f"{path} holds {other}")
     raise UserError(
         f"no checkpoint at {path}: expected a .safetensors file, a folder that holds "
         "model.safetensors, or a run with one"
@@ -226,11 +228,14 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     shape = json.dumps(header.shape)
     meta = {"family": header.family, "shape": shape, "stats": json.dumps(header.stats)}
+    write(Path(path), tensors, meta)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
+    """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask says; the library's files are their owner's

@@ -316,6 +316,29 @@ def test_a_published_checkpoint_loads_acts_and_goes_back(family, layout, tmp_pat
     assert files(tmp_path / "saved") == files(folder)
 
 
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_names_of_older_transformers_are_known(layout, tmp_path):
+    folder = published("pi0", layout, tmp_path / "published")
+    model = build(settings("pi0", folder), SPEC)
+    file = folder / "model.safetensors"
+    older = {}
+    for key, x in load_file(file).items():
+        key = key.replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+        key = key.replace("paligemma.lm_head.", "paligemma.language_model.lm_head.")
+        older[key.replace("paligemma.model.", "paligemma.")] = x.clone()
+    assert not any("paligemma.model." in key for key in older)
+    save_file(older, file)
+    again = build(settings("pi0", folder), SPEC)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    pi_files.save(again, tmp_path / "saved", folder)
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == file.read_bytes()
+    save_file(older | {"normalize_inputs.buffer_observation_state.mean": torch.zeros(8)}, file)
+    with pytest.raises(UserError, match="migrate_policy_normalization.py"):
+        build(settings("pi0", folder), SPEC)
+
+
 @both
 def test_a_run_s_own_checkpoint_of_a_published_model(family, tmp_path):
     folder = published(family, "openpi", tmp_path / "published")

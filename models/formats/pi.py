@@ -179,6 +179,11 @@ def published(path: Path, family: str, config, spec) -> Found:
     folder = path if path.is_dir() else path.parent
     stored = source.layout(path)
     kind = which(path, stored)
+    require(
+        not any(key.startswith("normalize_") for key in stored),
+        f"checkpoint {path} keeps statistics among its weights, as older LeRobot did: convert it "
+        "with LeRobot's lerobot/processor/migrate_policy_normalization.py",
+    )
     file = folder / "config.json"
     says = read_json(file) if file.is_file() else {}
     chunk = config.rollout.chunk

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +39,29 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+}
+
+# What wrappers put into a key, and what older transformers called it → what `rules` call it.
+SPELLINGS = (
+    (r"(^|(?<=\.))(_orig_mod|module)\.", ""),  # torch.compile; DistributedDataParallel
+    (r"(\.paligemma)\.language_model\.lm_head\.", r"\1.lm_head."),  # before transformers 4.52
+    (r"(\.paligemma)\.language_model\.model\.", r"\1.model.language_model."),
+    (r"(\.paligemma)\.(vision_tower|multi_modal_projector)\.", r"\1.model.\2."),
+)
+# Files of what is no checkpoint of safetensors: pattern of a name, what it is and what to do.
+ADAPTER = (
+    "a PEFT adapter without the model that it changes: merge them with peft's merge_and_unload, "
+    "and give the folder that save_pretrained then writes"
+)
+SAVED_BY_TORCH = "weights that torch saved: python -m models.convert FILE FOLDER converts them"
+OTHER_KINDS = {
+    "adapter_config.json": ADAPTER,
+    "adapter_model.*": ADAPTER,
+    **dict.fromkeys(("*.pt", "*.pth", "*.bin", "*.ckpt"), SAVED_BY_TORCH),
+    "*.distcp": "shards of FSDP: convert them with RLinf's convert_dcp_to_pt.py, then with "
+    "python -m models.convert",
+    "manifest.ocdbt": "weights of JAX: convert the folder above params/ with openpi's "
+    "examples/convert_jax_model_to_pytorch.py",
 }
 
 
@@ -131,10 +155,29 @@ class Stored(NamedTuple):
     """Where a tensor lies on disk."""
 
     file: Path
+    key: str  # its name there
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
+
+
+def spelled(key: str) -> str:
+    """A key of a file as `rules` call it."""
+    for pattern, ours in SPELLINGS:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def other_kind(path: Path) -> str:
+    """What a file or folder is instead of safetensors, and what to do; "" where nobody knows.
+
+    RLinf's weights lie two folders below what it calls a checkpoint."""
+    for pattern, kind in OTHER_KINDS.items():
+        inside = (path.glob(depth + pattern) for depth in ("", "*/", "*/*/"))
+        if any(map(any, inside)) if path.is_dir() else fnmatch(path.name, pattern):
+            return kind
+    return ""
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -177,7 +220,8 @@ def raw_header(file: Path) -> bytes:
 
 
 def layout(path: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, from headers alone. Raises UserError if damaged."""
+    """Every tensor of a checkpoint by its key, `spelled` as in `rules`, from headers alone. Raises
+    UserError if damaged."""
     found = {}
     for file in weight_files(path):
         head = raw_header(file)
@@ -188,7 +232,9 @@ def layout(path: str | Path) -> dict[str, Stored]:
             for key, entry in entries.items():
                 dtype = DTYPES[entry["dtype"]]
                 begin, end = (len(head) + offset for offset in entry["data_offsets"])
-                found[key] = Stored(file, dtype, tuple(entry["shape"]), begin, end)
+                stored = Stored(file, key, dtype, tuple(entry["shape"]), begin, end)
+                twice = f"checkpoint {path} has {key!r} twice, under different names"
+                require(found.setdefault(spelled(key), stored) is stored, twice)
                 size = max(size, end)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
@@ -199,8 +245,9 @@ def layout(path: str | Path) -> dict[str, Stored]:
         )
         require(file.stat().st_size == size, sentence)
     for key, name in weight_map(path).items():
+        entry = found.get(spelled(key))
         require(
-            key in found and found[key].file.name == name,
+            entry and entry.file.name == name,
             f"checkpoint {path} has no tensor {key!r} in {name}, where {INDEX} says it is",
         )
     return found
@@ -284,13 +331,14 @@ def load(
         kind = dtype(name) if callable(dtype) else dtype
         new = torch.empty(old.shape, device=device, dtype=kind or stored[keys[0]].dtype)
         for key in keys:
-            rows = new[places[key].begin : places[key].end] if stored[key].shape else new.reshape(1)
-            for begin, end in pieces(stored[key]):
+            entry = stored[key]
+            rows = new[places[key].begin : places[key].end] if entry.shape else new.reshape(1)
+            for begin, end in pieces(entry):
                 # Opened anew for each piece: closing the file lets its mapped pages go, which
                 # otherwise count as memory in use.
-                with safe_open(stored[key].file, framework="pt") as file:
-                    scalar = not stored[key].shape
-                    piece = file.get_tensor(key) if scalar else file.get_slice(key)[begin:end]
+                with safe_open(entry.file, framework="pt") as file:
+                    whole = file.get_slice(entry.key) if entry.shape else None
+                    piece = whole[begin:end] if whole else file.get_tensor(entry.key)
                     rows[begin:end].copy_(piece)
                     del piece
         module, _, leaf = name.rpartition(".")
