@@ -175,7 +175,7 @@ def other_kind(path: Path) -> str:
     RLinf's weights lie two folders below what it calls a checkpoint."""
     for pattern, kind in OTHER_KINDS.items():
         inside = (path.glob(depth + pattern) for depth in ("", "*/", "*/*/"))
-        if any(map(any, inside)) if path.is_dir() else fnmatch(path.name, pattern):
+        if any(map(any, inside)) or path.is_file() and fnmatch(path.name, pattern):
             return kind
     return ""
 
