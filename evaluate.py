@@ -47,6 +47,12 @@ class EvaluateConfig:
     project's: 256)"""
     tokens: int | None = None
     """prompt length in tokens; none means as the checkpoint says"""
+    horizon: int | None = None
+    """actions that the model predicts at once, where another project's checkpoint does not say"""
+    center_crop: bool | None = None
+    """OFT sees the middle 0.9 of a picture; none means as the checkpoint says"""
+    stop_token: bool | None = None
+    """</s> stands after OFT's action tokens; none means as the checkpoint says"""
     env: str = ""
     """simulator; none means the run's, else metaworld"""
     tasks: tuple[str, ...] = ()
@@ -197,7 +203,10 @@ def settings_of(config: EvaluateConfig) -> Config:
         require(family, unknown)
         models.check_family(family, path)
         rollout.chunk = config.chunk
-    rollout.tokens = config.tokens or rollout.tokens
+    for name in ("tokens", "horizon", "center_crop", "stop_token"):
+        given = getattr(config, name)
+        if given is not None:
+            setattr(rollout, name, given)
     settings.train.checkpoint = path
     settings.train.model = family
     settings.train.env = config.env
@@ -264,6 +273,7 @@ def main(config: EvaluateConfig) -> dict:
         check_writable(config.json, "the result", "--json FILE")
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
     path = settings.train.checkpoint
+    print(models.assumptions(settings, player.spec), end="")
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
     print(f"{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True)
     episodes = player.play()

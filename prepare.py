@@ -118,6 +118,7 @@ def prepare(config: Config) -> Setup:
     # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
     drawn_on_gpu = simulator.vectorised and workers.placement.env_devices[0] != "cpu"
     stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
+    note += models.assumptions(config, spec)
     choices = {config.train.parts: (config, workers.placement)}
     for ratio, (chosen, placement) in workers.choices.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), placement

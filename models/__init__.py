@@ -77,7 +77,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         stored = family.CONFIG(**header.shape)
         stats = header.stats
     else:
-        stored, layout, stats = files(name).published(path, name, config, spec)
+        stored, layout, stats, _ = files(name).published(path, name, config, spec)
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
 
@@ -105,12 +105,25 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     return model
 
 
+def assumptions(config: Config, spec) -> str:
+    """A line that says what is assumed of another project's checkpoint, whose files do not say it;
+    "" where there is nothing. spec: envs.EnvSpec. Raises UserError as `build`."""
+    name = config.train.model
+    path = config.train.checkpoint
+    if load(name).FORMATS is None or checkpoint.is_ours(path):
+        return ""
+    assumed = files(name).published(Path(path), name, config, spec).assumed
+    listed = ", ".join(f"{setting} = {value}" for setting, value in assumed.items())
+    return f"checkpoint {path} does not say, so it is assumed: {listed}\n" if listed else ""
+
+
 def chosen(config: Config, shape) -> dict:
     """What the run's flags say of a family's configuration; None means as the checkpoint says."""
     actor = ("train_vlm", "cache_prefix")
     flags = {name: getattr(config.actor, name) for name in actor}
     rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
-    flags |= {name: getattr(config.rollout, name) for name in (*rollout, "temperature")}
+    rollout += ("temperature", "center_crop", "stop_token")
+    flags |= {name: getattr(config.rollout, name) for name in rollout}
     known = {field.name for field in fields(shape)}
     return {name: value for name, value in flags.items() if value is not None and name in known}
 
@@ -118,7 +131,10 @@ def chosen(config: Config, shape) -> dict:
 def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
     """Raises UserError unless a checkpoint suits the simulator and the run's chunks."""
     chunk, action_dim = shape.played
+    sizes = asdict(shape)
+    horizon = sizes.get("horizon", sizes["chunk"])
     agree = {
+        "horizon": (horizon, config.rollout.horizon or horizon),
         "views": (shape.views, spec.views),
         "action_dim": (action_dim, spec.action_dim),
         "chunk": (chunk, config.rollout.chunk),

@@ -13,6 +13,7 @@ import torch
 from conftest import NOISE_KEYS, slopes
 from safetensors.torch import load_file, save_file
 
+import models
 from benchmarks import originals
 from config import Config, UserError
 from envs import EnvSpec
@@ -643,6 +644,36 @@ def test_chunk_and_views_are_what_the_checkpoint_was_trained_with(tmp_path):
     del config["num_images_in_input"]  # as the published ones, which say nothing of it
     (folder / "config.json").write_text(json.dumps(config))
     assert build(settings(folder), spec(views=2), weights="none").config.views == 2
+
+
+def test_what_rlinf_and_openvla_oft_leave_unsaid(tmp_path):
+    folder = write_folder(tmp_path / "theirs")
+    assert models.assumptions(settings(folder), spec()) == ""
+    says = json.loads((folder / "config.json").read_text())
+    del says["implement_version"], says["center_crop"], says["temperature"]
+    (folder / "config.json").write_text(json.dumps(says))
+    config = settings(folder)
+    line = models.assumptions(config, spec())
+    assert line.endswith(
+        "temperature = 1.6 (as published on LIBERO), center_crop = False (RLinf's), "
+        "stop_token = False (RLinf's)\n"
+    )
+    c = build(config, spec(), weights="none").config
+    assert (c.center_crop, c.stop_token) == (False, False)
+    del says["num_action_chunks"]  # RLinf's mark; the value head is another
+    (folder / "config.json").write_text(json.dumps(says))
+    assert "horizon = 8" in models.assumptions(config, spec())
+    config.rollout.horizon = 3
+    assert build(config, spec(), weights="none").config.stop_token is False
+    heads = [key for key in source.layout(folder) if key.startswith("value_head.")]
+    write_folder(folder, **dict.fromkeys(heads))
+    (folder / "config.json").write_text(json.dumps(says))
+    line = models.assumptions(config, spec())
+    assert "center_crop = True (openvla-oft's), stop_token = True (openvla-oft's)\n" in line
+    config.rollout.center_crop, config.rollout.stop_token = False, False
+    c = build(config, spec(), weights="none").config
+    assert (c.center_crop, c.stop_token, c.chunk) == (False, False, 3)
+    assert "crop" not in models.assumptions(config, spec())
 
 
 def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):

@@ -4,7 +4,9 @@ and clear errors.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from conftest import STATS, TINY
 from safetensors.torch import load_file, save_file
 
+import models
 from config import ROOT, Config, UserError
 from envs import EnvSpec
 from models import build, checkpoint, tokenize
@@ -465,6 +468,64 @@ def test_the_state_stands_in_the_prompt_of_real_robots_or_where_config_says_so(
     assert (
         pi_files.read_norm_stats(tmp_path, False, env, "", None)["prompt"] == "newline"
     )  # π0 has a state token
+
+
+@pytest.mark.parametrize(
+    "family, env, horizon", [("pi05", "libero", 10), ("pi0", "libero", 50), ("pi0", "metaworld", 5)]
+)
+def test_what_a_folder_does_not_say_is_assumed_and_said(family, env, horizon, tmp_path):
+    folder = published(family, "openpi", tmp_path / "published")
+    config = settings(family, folder)
+    config.train.env = env
+    for file in folder.rglob("norm_stats.json"):
+        if "libero" not in str(file):
+            file.unlink()
+    state = {"state": "not in the prompt"} if family == "pi05" else {}
+    assert ("state = not in the prompt" in models.assumptions(config, SPEC)) == bool(state)
+    (folder / "config.json").unlink()
+    line = models.assumptions(config, SPEC)
+    whose = "RLinf's in metaworld" if env == "metaworld" else "as published"
+    assert line.count("\n") == 1 and f"horizon = {horizon} ({whose})" in line
+    assert {"tokens", "denoise_steps", "noise_level", *state} <= set(line.split())
+    heads = {"vision_width": 36, "vision_heads": 3}  # which no published model has
+    assert build_sized(config, heads).chunk == horizon
+    config.rollout.horizon = 4
+    assert (
+        "horizon" not in models.assumptions(config, SPEC) and build_sized(config, heads).chunk == 4
+    )
+    config.rollout.horizon, config.rollout.chunk = None, horizon + 1
+    with pytest.raises(UserError, match="as is assumed: say with --horizon"):
+        models.assumptions(config, SPEC)
+
+
+def build_sized(config: Config, changes: dict) -> PiConfig:
+    with patch.dict(pi_files.FULL, {f: replace(c, **changes) for f, c in pi_files.FULL.items()}):
+        return build(config, SPEC, weights="none").config
+
+
+def test_a_horizon_that_the_checkpoint_denies_is_refused(tmp_path, tiny_checkpoint):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    with pytest.raises(UserError, match="has horizon = 6 and the run asks for 5"):
+        build(settings("pi05", folder, horizon=5), SPEC)
+    build(settings("pi05", folder, horizon=6), SPEC, weights="none")
+
+
+def test_lerobot_s_processors_may_leave_the_state_out_of_the_prompt(tmp_path):
+    folder = published("pi05", "lerobot", tmp_path / "published")
+    file = folder / "policy_preprocessor.json"
+    said = json.loads(file.read_text())
+    assert "state = in the prompt" in models.assumptions(settings("pi05", folder), SPEC)
+    said["steps"][-1]["config"] = {"include_state_in_prompt": False}
+    file.write_text(json.dumps(said))
+    assert "state" not in models.assumptions(settings("pi05", folder), SPEC)
+    stats = pi_files.read_processors(folder)
+    found = prepare("pi05", stats).words(np.zeros(8, np.float32), " pick_up\n")["tokens"]
+    words = prepare("pi05", stats).tokenizer.decode([i for i in found.tolist() if i][1:])
+    assert words == "Task: pick up;\nAction: "
+    said["steps"][-1]["config"] = {"use_episode_metadata": True}
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="speed and quality, which is not supported"):
+        pi_files.read_processors(folder)
 
 
 def test_statistics_of_another_robot_are_refused(tmp_path):

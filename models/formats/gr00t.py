@@ -47,7 +47,10 @@ EMBODIMENTS = {
     "isaaclab_franka": 31,
     "maniskill_widowx": 30,
 }
-
+# Of these their own code gives the model sine and cosine of the state (Isaac-GR00T
+# gr00t/experiment/data_config.py: Fourier's GR-1; RLinf modality_config.py: WidowX). LeRobot scales
+# every state by its ends.
+SINE_AND_COSINE = ("gr1", "maniskill_widowx")
 
 EAGLE = "backbone.eagle_model"
 HEAD = "action_head"
@@ -299,6 +302,9 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
     tag = tag or said
     # LeRobot would silently take row 0 for an unknown one.
     require(tag in table, f"unknown embodiment {tag!r}: GR00T knows {', '.join(table)}")
+    waves = f"the states of {tag!r} enter the model of {folder} as sine and cosine"
+    known = kind == "lerobot" or tag not in SINE_AND_COSINE
+    require(known, f"{waves}, which is not supported: give a checkpoint of another embodiment")
     number = table[tag]
     action_dim = len(stats["action_low"])
     require(
@@ -318,15 +324,20 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
     found = describe(path, config.train.statistics)
+    parts = parts_of(read_json(path / "config.json"))
+    said = {ours for ours, (part, name) in SAID.items() if parts[part].get(name) is not None}
+    settings = ("horizon", "denoise_steps", "noise_level")
+    defaults = {name: (getattr(found.shape, name), "as published") for name in settings}
+    shape, assumed = source.filled(found.shape, said, defaults, config.rollout)
     chunk = config.rollout.chunk
-    most = found.shape.horizon
+    most = shape.horizon
     require(
         chunk <= most,
         f"--chunk {chunk} is longer than the {most} actions that checkpoint {path} produces",
     )
     gripper = "libero" if config.train.env == "libero" else ""
-    shape = replace(found.shape, chunk=chunk)
-    return found._replace(shape=shape, stats=found.stats | {"gripper": gripper})
+    stats = found.stats | {"gripper": gripper}
+    return Found(replace(shape, chunk=chunk), found.source, stats, assumed)
 
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:

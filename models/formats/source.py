@@ -11,7 +11,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -94,6 +95,25 @@ class Found(NamedTuple):
     shape: Any  # the family's CONFIG
     source: Source
     stats: dict  # of a `checkpoint.Header`
+    assumed: dict[str, str] = {}  # what its files do not say: value and why, by name of setting
+
+
+def filled(
+    shape: Any, said: Container[str], defaults: dict[str, tuple[Any, str]], rollout: Any
+) -> tuple[Any, dict[str, str]]:
+    """Gives a CONFIG what a checkpoint's files do not say of it: by the run's flags, or a default.
+
+    said: the fields that the files do say; defaults: {field: (value, whose it is)}. Returns the
+    CONFIG and `Found.assumed`."""
+    assumed = {}
+    for name, (value, why) in defaults.items():
+        flag = "horizon" if name == "chunk" else name
+        given = getattr(rollout, flag)
+        if name not in said:
+            shape = replace(shape, **{name: value if given is None else given})
+        if name not in said and given is None:
+            assumed[flag] = f"{value} ({why})"
+    return shape, assumed
 
 
 Part = Literal["all", "none", "training", "idle"]
