@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from config import Config, require
-from models import checkpoint, contract
+from models import checkpoint, contract, tokenize
 from models.formats import source
 
 MODELS = {
@@ -51,6 +51,12 @@ def files(name: str):
 def preparation(name: str, header: checkpoint.Header, tokenizer: Path | str | None):
     """Makes what env workers use between a simulator and a model: `contract.PREPARATION`."""
     made = files(name).preparation(header, str(tokenizer or ""))
+    same = not (tokenizer and header.vocabulary)
+    require(
+        same or tokenize.fingerprint(tokenizer) == header.vocabulary,
+        f"{tokenizer} is not the vocabulary that the checkpoint was trained with: give that one "
+        "with --tokenizer",
+    )
     contract.check(made, f"the preparation of model family {name!r}", contract.PREPARATION)
     return made
 
@@ -76,7 +82,9 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         header = checkpoint.of_family(path, name)
         stored = family.CONFIG(**header.shape)
         stats = header.stats
+        words = header.vocabulary
     else:
+        words = ""
         stored, layout, stats, _ = files(name).published(path, name, config, spec)
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
@@ -100,7 +108,9 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
             if key in missing:
                 model.add_module(key, head.to(device))
     model.begin(config, stats)
-    model.header = checkpoint.Header(name, asdict(model.config), stats)
+    if config.train.tokenizer:
+        words = words or tokenize.fingerprint(config.train.tokenizer)
+    model.header = checkpoint.Header(name, asdict(model.config), stats, words)
     contract.check_model(model, name)
     return model
 

@@ -3,7 +3,8 @@
 The header's metadata are JSON strings: `family` (a key of `models.MODELS`), `shape` (the family's
 configuration) and `stats` (for the embedded models `state_low`, `state_high`: the quantiles that
 map the robot's state to [-1, 1]; for published ones what their family's file reader made of their
-statistics). Nothing is ever unpickled. Other projects' files: `models/formats/`.
+statistics). `vocabulary`, no JSON, is the fingerprint of what prompts are made with, if known.
+Nothing is ever unpickled. Other projects' files: `models/formats/`.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from config import (
     require,
     typed_fields,
 )
+from models import tokenize
 from models.formats.source import INDEX, Source, layout, other_kind, raw_header, weight_files
 
 
@@ -36,6 +38,7 @@ class Header(NamedTuple):
     family: str
     shape: dict
     stats: dict
+    vocabulary: str = ""  # `tokenize.fingerprint`; "" where nobody knows
 
     @property
     def published(self) -> bool:
@@ -84,7 +87,8 @@ def read_header(path: str | Path) -> Header:
     shape = parse_json(meta["shape"], f"{what}, shape")
     stats = parse_json(meta["stats"], f"{what}, stats")
     check_stats(stats, what)
-    return Header(meta["family"], checked_shape(meta["family"], shape, what), stats)
+    shape = checked_shape(meta["family"], shape, what)
+    return Header(meta["family"], shape, stats, meta.get("vocabulary", ""))
 
 
 def checked_shape(family: str, shape: dict, what: str) -> dict:
@@ -188,24 +192,32 @@ def moved(file: Path, run: Path) -> list[Path]:
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
-    """The tokeniser file for checkpoint `path`: what the user gives, the one in another project's
-    folder or of the run, the embedded default's for a small model of ours, or for GR00T "", an
-    installed package's. Raises UserError when there is none."""
-    run = run_of(path) or Path(path)
+    """The tokeniser file for checkpoint `path`: what the user gives, the one beside it, of its run,
+    the embedded default's for a small model of ours, or for GR00T "", an installed package's. Of
+    several the one whose fingerprint the checkpoint has. Raises UserError when there is none."""
+    path = Path(path)
+    run = run_of(path) or path
+    ours = is_ours(path)
     if given is not None:
-        return str(next(filter(Path.exists, [given, *moved(given, run)]), given))
-    places = [Path(path) / "tokenizer.model"]
-    with contextlib.suppress(UserError, KeyError, TypeError):
-        named = Path(read_json(run / "config.json", "settings")["train"]["tokenizer"])
-        places += [*moved(named, run), named]
-    if not published(path):
-        places.append(embedded)
-    found = next((str(place) for place in places if place.is_file()), "")
+        places = [given, *moved(given, run)]
+    else:
+        beside = find(path) if ours or path.is_file() else path / "model.safetensors"
+        places = [beside.with_suffix(".model"), beside.with_name("tokenizer.model")]
+        places.append(beside.with_name(embedded.name))
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            named = Path(read_json(run / "config.json", "settings")["train"]["tokenizer"])
+            places += [*moved(named, run), named]
+        if not published(path):
+            places.append(embedded)
+    there = [place for place in places if place.exists()]
+    wanted = read_header(find(path)).vocabulary if ours else ""
+    right = [place for place in there if wanted and tokenize.fingerprint(place) == wanted]
+    found = next(iter(right + there), given)
     require(
         found or family == "gr00t",
         f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH",
     )
-    return found
+    return str(found or "")
 
 
 def frame_size(path: Path) -> int:
@@ -230,6 +242,8 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str:
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:
     shape = json.dumps(header.shape)
     meta = {"family": header.family, "shape": shape, "stats": json.dumps(header.stats)}
+    if header.vocabulary:
+        meta["vocabulary"] = header.vocabulary
     write(Path(path), tensors, meta)
 
 

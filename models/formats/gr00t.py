@@ -506,4 +506,5 @@ def wording(task: str) -> str:
 
 
 def embedded(family: str, tokenizer: str) -> Gr00t:
-    return Gr00t(Gr00tConfig(train_vlm=True))
+    words = tokenize.load(tokenizer).vocab_size()  # the next one stands for a picture
+    return Gr00t(Gr00tConfig(train_vlm=True, vocabulary=words + 1, image_token=words))

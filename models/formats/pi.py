@@ -439,4 +439,4 @@ def wording(task: str) -> str:
 
 
 def embedded(family: str, tokenizer: str) -> Pi:
-    return Pi(SMALL[family])
+    return Pi(replace(SMALL[family], vocabulary=tokenize.load(tokenizer).vocab_size()))
