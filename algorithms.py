@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from config import Config, require
+from config import Config
+from errors import require
 
 # ---------------------------------------------------------------- advantages
 

@@ -47,7 +47,8 @@ from benchmarks import (
     weights,
 )
 from benchmarks.measuring import end_on_sigterm
-from config import Family, exit_on_user_error, parse_ratio, require
+from config import Family, parse_ratio
+from errors import exit_on_user_error, require
 from processes import keep_freed_memory
 
 

@@ -3,98 +3,35 @@
 `python train.py --help` shows them. Left out: configuring by files or environment variables.
 """
 
-import contextlib
 import copy
-import errno
-import functools
 import json
 import math
 import os
-import sys
-import sysconfig
-import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from operator import ge, gt, le, lt
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
+from pydantic import Field
 
-import output
+from checks import (
+    AboveZero,
+    Bound,
+    FromZero,
+    Limit,
+    Natural,
+    Positive,
+    Share,
+    check_ranges,
+    flag_of,
+    read_json,
+)
+from errors import require
 
 ROOT = Path(__file__).parent
 ASSETS = ROOT / "assets"
 Family = Literal["pi0", "pi05", "gr00t", "oft"]  # what --model takes; files in models/
 Preset = Literal["sync-colocated", "sync-disaggregated", "train-async", "rollout-async", "full"]
-
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
-
-
-class UserError(Exception):
-    """A mistake of the user's. The message is one sentence saying what is wrong and what to do."""
-
-
-def require(condition: object, sentence: str) -> None:
-    """Raises UserError with this sentence unless the condition holds."""
-    if not condition:
-        raise UserError(sentence)
-
-
-@contextlib.contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError, a full disk, and a path that cannot be used, into one line on stderr and
-    exit status 2. Nothing that is printed can fail within it."""
-    output.never_fail()
-    try:
-        yield
-    except UserError as error:
-        said = str(error)
-    except OSError as error:
-        if error.errno in output.DISK:
-            said = f"{output.disk_trouble(error)}; make room, or write elsewhere"
-        elif error.errno in UNUSABLE:
-            said = f"cannot use the path {str(error.filename)[:300]}: {error.strerror}"
-        else:
-            raise
-    else:
-        return
-    print(f"error: {said}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def place_of(error: BaseException) -> str:
-    """Returns "file:line" where an error arose: the innermost place outside installed packages."""
-    place = error
-    if not (isinstance(error, SyntaxError) and error.filename):
-        installed = ("<frozen", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if not frame.filename.startswith(installed)]
-        place = (own or frames)[-1]
-    return f"{place.filename.removeprefix(f'{ROOT}/')}:{place.lineno}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """What a number may be, written beside its field. NaN is in no range, inf only up to inf."""
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = 10**9
-    below: float | None = None
-
-    def broken(self, value: float) -> str:
-        """Says which limit a number breaks; "" where it breaks none."""
-        for holds, limit, words in (
-            (ge, self.least, "at least"),
-            (gt, self.above, "more than"),
-            (le, self.most, "at most"),
-            (lt, self.below, "less than"),
-        ):
-            if limit is not None and not holds(value, limit):
-                return f"must be {words} {limit}"
-        return ""
 
 
 class Only(tuple[str, ...]):
@@ -102,11 +39,7 @@ class Only(tuple[str, ...]):
     losses, or what a loss must have: "critic" or "groups". A new family or loss adds its name."""
 
 
-Positive = Annotated[int, Range(least=1)]
-Natural = Annotated[int, Range(least=0)]
-Share = Annotated[float, Range(least=0, most=1)]
-AboveZero = Annotated[float, Range(above=0)]
-Bound = Annotated[float, Range(above=0, most=math.inf)]  # inf: none
+Steps = Annotated[int, Field(ge=1, le=1000)]
 FLOW = Only(("pi0", "pi05", "gr00t"))
 PI = Only(("pi0", "pi05"))
 OFT = Only(("oft",))
@@ -143,7 +76,7 @@ class RunConfig:
     env from rollout"""
     iterations: Positive = 60
     """optimizer iterations: batches trained; a resumed run counts from its start"""
-    seed: Annotated[int, Range(least=0, most=2**63 - 1)] = 1
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 1
     """seed of episodes, noise and minibatches"""
     run: str = ""
     """name of the run folder under runs/, or a path with a slash; empty means date and time"""
@@ -188,7 +121,7 @@ class EnvConfig:
     lanes: Natural = 0
     """lanes per env worker of a vectorised simulator, whose envs step together. 0 means 2: one
     steps while the other waits"""
-    image_size: Annotated[int, Range(least=0, most=4096)] = 0
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (256
     for another project's, which resizes them)"""
     render_quality: Literal["fast", "full"] = "fast"
@@ -230,10 +163,10 @@ class EnvConfig:
 class RolloutConfig:
     rollout_workers: Natural = 0
     """inference processes; 0 derives it from --ratio"""
-    batch_max: Annotated[int | Literal["auto", "all"], Range(least=1)] = "auto"
+    batch_max: Positive | Literal["auto", "all"] = "auto"
     """B_max of eq. 1: infer when this many requests are queued. all is lockstep; auto begins with
     half of the lanes, then measures and chooses (tuning.py)"""
-    batch_wait_ms: Annotated[float | Literal["auto"], Range(least=0, most=math.inf)] = "auto"
+    batch_wait_ms: Limit | Literal["auto"] = "auto"
     """T_max of eq. 1: infer this many milliseconds after the first request was queued (inf: no
     limit). auto begins with half of one inference, then measures and chooses"""
     chunk: Positive = 10
@@ -242,11 +175,11 @@ class RolloutConfig:
     """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
     horizon: Positive | None = None
     """actions that the model predicts at once, where another project's checkpoint does not say"""
-    denoise_steps: Annotated[int | None, Range(least=1, most=1000), FLOW] = None
+    denoise_steps: Annotated[Steps | None, FLOW] = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
-    noise_level: Annotated[float | None, Range(above=0), FLOW] = None
+    noise_level: Annotated[AboveZero | None, FLOW] = None
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
-    sde_steps: Annotated[int | None, Range(least=1, most=1000), FLOW] = None
+    sde_steps: Annotated[Steps | None, FLOW] = None
     """a sample's stochastic denoise step is drawn from this many last (RLinf: all; shipped: 1)"""
     temperature: Annotated[Bound | None, OFT] = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
@@ -290,7 +223,7 @@ class ActorConfig:
     """AdamW learning rate of the value head"""
     anneal: bool = True
     """lower learning rates linearly to 0 over the second half of --iterations"""
-    weight_decay: Annotated[float, Range(least=0)] = 0.01
+    weight_decay: FromZero = 0.01
     """AdamW (RLinf: 0.01)"""
     grad_clip: Bound = 1.0
     """largest gradient norm (RLinf: 1.0)"""
@@ -304,7 +237,7 @@ class ActorConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    gamma: Annotated[float, Range(above=0, most=1)] = 0.9
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
     """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so every chunk matters"""
     gae_lambda: Annotated[Share, CRITIC] = 0.95
     """λ of GAE"""
@@ -317,7 +250,7 @@ class AlgorithmConfig:
     """ε of the clipped policy objective, for falling probabilities"""
     clip_high: Bound = 0.2
     """ε for rising ones (RLinf's GRPO of OFT: 0.28)"""
-    dual_clip: Annotated[float, Range(least=0)] = 0.0
+    dual_clip: FromZero = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
     """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact, by
@@ -327,23 +260,23 @@ class AlgorithmConfig:
     """decoupled PPO: largest behaviour weight (AReaL: 5)"""
     behaviour_weight: Literal["mask", "truncate"] = "mask"
     """what happens to samples above it"""
-    kl_stop: Annotated[float, Range(least=0, most=math.inf)] = 0.0
+    kl_stop: Limit = 0.0
     """end a batch's epochs when a minibatch's KL from the acting policy is above this; 0: never"""
     critic_warmup: Annotated[Natural, CRITIC] = 0
     """iterations in which only the value head learns"""
     value_clip: Annotated[Bound, CRITIC] = 0.2
     """largest change of a value estimate per update before its loss is clipped"""
-    value_weight: Annotated[float, Range(least=0), CRITIC] = 1.0
+    value_weight: Annotated[FromZero, CRITIC] = 1.0
     """weight of the value loss"""
     huber: Annotated[AboveZero, CRITIC] = 10.0
     """δ of the value loss (RLinf: 10)"""
-    group_size: Annotated[int, Range(least=2), GROUPS] = 8
+    group_size: Annotated[int, Field(ge=2, le=10**9), GROUPS] = 8
     """G of GRPO: envs that begin each trajectory in the same state (RLinf: 8)"""
     group_low: Annotated[Share, GROUPS] = 0.1
     """GRPO: a group whose success rate lies below this is not trained on (RLinf: 0.1)"""
     group_high: Annotated[Share, GROUPS] = 0.9
     """GRPO: nor one above this (RLinf: 0.9)"""
-    advantage_memory: Annotated[float, Range(least=0, below=1)] = 0.8
+    advantage_memory: Annotated[float, Field(ge=0, lt=1)] = 0.8
     """decay of the running mean square, over earlier batches, that scales advantages"""
 
 
@@ -403,10 +336,6 @@ def completed(config: Config, **settings: Any) -> Config:
     return copied
 
 
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def from_preset(name: str) -> Config:
     """Returns the defaults under a preset."""
     row = dict(zip(PRESET_SETTINGS, PRESETS[name], strict=True))
@@ -457,89 +386,7 @@ def existing_run(name: str) -> Path:
 
 def from_json(path: Path) -> Config:
     """Reads a run's config.json. Raises UserError when it is not one."""
-    what = f"the settings of the run in {path}"
-    config = Config()
-    for stage_name, values in read_json(path, what).items():
-        stage = getattr(config, stage_name, None)
-        require(stage and isinstance(values, dict), f"cannot read {what}: {stage_name} is no stage")
-        for name, value in typed_fields(values, type(stage), what).items():
-            setattr(stage, name, value)
-    return config
-
-
-def finite(text: str) -> float:
-    """Reads a number. Raises ValueError for NaN and infinity."""
-    if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return float(text)
-
-
-def parse_json(text: str | bytes, what: str) -> dict:
-    """Reads a JSON object of finite numbers, which `what` names. Raises UserError."""
-    try:
-        found = json.loads(text, parse_float=finite, parse_constant=finite)
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"cannot read {what}: {why}") from None
-    require(isinstance(found, dict), f"cannot read {what}: it is not a JSON object")
-    return found
-
-
-def read_json(path: Path, what: str) -> dict:
-    """Reads a file of ours as `parse_json`, which `what` names. Raises UserError."""
-    try:
-        return parse_json(path.read_bytes(), what)
-    except OSError as error:
-        raise UserError(f"cannot read {what}: {error.strerror}") from None
-
-
-def typed_fields(values: dict, kind: type, what: str) -> dict:
-    """Gives values out of JSON the types of a class's fields. Raises UserError, naming the field,
-    where there is no such field, or the value is of another type or out of its range."""
-    kinds = hints(kind)
-    found = {}
-    for name, value in values.items():
-        require(name in kinds, f"cannot read {what}: it has no field {name!r}")
-        try:
-            found[name] = typed(value, kinds[name])
-        except (ValueError, OverflowError) as error:
-            raise UserError(f"cannot read {what}: {name} {error}") from None
-    return found
-
-
-def typed(value: Any, kind: Any) -> Any:
-    """Gives a value out of JSON the type of its field: JSON has neither tuples, paths nor infinity.
-
-    Raises ValueError, which says what it should be."""
-    shown = repr(value)[:60]
-    origin = get_origin(kind)
-    options = get_args(kind)
-    if origin is Annotated:
-        value = typed(value, options[0])
-        if wrong := out_of_range(value, kind):
-            raise ValueError(f"{shown} {wrong}")
-        return value
-    if origin in (Union, UnionType):
-        for option in options[:-1]:
-            with contextlib.suppress(ValueError):
-                return typed(value, option)
-        return typed(value, options[-1])
-    if origin is tuple and isinstance(value, list | tuple):
-        parts = (options[0],) * len(value) if options[-1] is ... else options
-        if len(parts) == len(value):
-            return tuple(map(typed, value, parts))
-    elif origin is Literal and isinstance(value, str) and value in options:
-        return value
-    elif kind is float and (type(value) in (int, float) or value == "inf"):
-        return float(value)
-    elif kind is Path and isinstance(value, str) and "\0" not in value:
-        return Path(value)
-    elif kind in (int, bool, str, dict, NoneType) and type(value) is kind:
-        return value
-    name = "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
-    if origin:
-        name = str(kind).replace("typing.", "")
-    raise ValueError(f"is {shown}, not {name}")
+    return read_json(path, Config, f"the settings of the run in {path}")
 
 
 def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
@@ -553,49 +400,27 @@ def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
     return int(left), int(right)
 
 
-@functools.cache
-def hints(kind: type) -> dict[str, Any]:
-    """Returns the types of a class's fields, with what is written beside them."""
-    return get_type_hints(kind, include_extras=True)
-
-
-def out_of_range(value: Any, kind: Any) -> str:
-    """Says which `Range` of its field a number breaks; "" for what is in range, or no number."""
-    if not isinstance(value, int | float):
-        return ""
-    limits = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Range)]
-    inner = [out_of_range(value, option) for option in get_args(kind)]
-    return next(filter(None, [limit.broken(value) for limit in limits] + inner), "")
-
-
-def check_ranges(settings: object) -> None:
-    """Raises UserError naming the first number of a dataclass that is out of its field's range."""
-    for name, kind in hints(type(settings)).items():
-        value = getattr(settings, name)
-        wrong = out_of_range(value, kind)
-        require(not wrong, f"{flag_of(name)} {value} {wrong}")
-
-
 def check_by_themselves(config: Config) -> None:
     """Checks every setting for its range, and for meaning something to this model and loss."""
-    for stage in fields(Config):
-        check_ranges(getattr(config, stage.name))
     loss = loss_of(config)
     train = config.train
     known = {train.model, train.algorithm}
     known |= {trait for trait in LOSS_HAS if getattr(loss, trait)}
     if train.model == "emulated":
         known |= {*get_args(Family)}
-    default = Config()
-    for name, stage in STAGE_OF.items():
-        kind = hints(type(getattr(config, stage)))[name]
-        owners = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, Only)]
-        for only in owners if setting(config, name) != setting(default, name) else ():
-            means = f"means something to {', '.join(only)}, not to {train.model} with "
-            if needs := LOSS_HAS.get(only[0]):
-                means = f"needs {needs}, unlike "
-            means += f"{train.algorithm}: leave it out"
-            require(known.intersection(only), f"{flag_of(name)} {means}")
+    for stage in fields(Config):
+        settings = getattr(config, stage.name)
+        check_ranges(settings)
+        for flag in fields(settings):
+            marks = getattr(flag.type, "__metadata__", ())
+            owners = [mark for mark in marks if isinstance(mark, Only)]
+            changed = getattr(settings, flag.name) != flag.default
+            for only in owners if changed else ():
+                means = f"means something to {', '.join(only)}, not to {train.model} with "
+                if needs := LOSS_HAS.get(only[0]):
+                    means = f"needs {needs}, unlike "
+                means += f"{train.algorithm}: leave it out"
+                require(known.intersection(only), f"{flag_of(flag.name)} {means}")
 
 
 MOST_WORKERS = 120  # each needs two file descriptors, and the fork server takes 256 at once

@@ -22,7 +22,8 @@ import tyro
 import envs
 import machine
 import models
-from config import Config, Family, UserError, embedded_files, exit_on_user_error, from_json, require
+from config import Config, Family, embedded_files, from_json
+from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
 from models import checkpoint, contract
 from processes import keep_freed_memory

@@ -14,7 +14,8 @@ from torch import Tensor
 import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
-from config import Config, require
+from config import Config
+from errors import require
 from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import UserError, require
+from errors import UserError, require
 
 # The oldest NVIDIA driver for a CUDA of this major version (CUDA Toolkit release notes, table
 # "minimum required driver version for CUDA minor version compatibility").

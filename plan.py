@@ -28,7 +28,7 @@ from pathlib import Path
 
 import tyro
 
-from config import exit_on_user_error, require
+from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
 from planning.costs import all_reduce_s, calibrate, from_run
 from planning.events import simulate

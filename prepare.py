@@ -10,36 +10,33 @@ from a `Setup`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 import envs
 import machine
 import models
 import tuning
 from channel import SlotPool, Spec, layout
+from checks import Finite, Natural, flag_of, read_json
 from config import (
     ROOT,
     STAGE_OF,
     WORKERS,
     Config,
-    Natural,
-    UserError,
     check_by_themselves,
     completed,
     embedded_files,
-    flag_of,
     loss_of,
-    read_json,
-    require,
     run_path,
     setting,
     to_json,
-    typed,
     validate,
 )
+from errors import UserError, require
 from models import checkpoint, contract, untrained
 from scheduler import Admission, Placement, divide
 
@@ -186,30 +183,31 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     return Start(config, given, resume, note)
 
 
-STATE = {"version": Natural, "seed": Natural, "settings": dict, "scale": dict}  # state.json
+class State(TypedDict):
+    """state.json of a checkpoint."""
+
+    version: Natural
+    seed: Natural
+    settings: NotRequired[dict]  # settings that cannot change, by name
+    scale: Finite  # what the loss remembers
 
 
-def resume_from(config: Config) -> tuple[Path, dict]:
+def resume_from(config: Config) -> tuple[Path, State]:
     """Returns the newest checkpoint of the run that is resumed, and its state.json."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
+    file = found / "state.json"
     older = f"remove {found} to use an older one"
-    what = str(found / "state.json")
     try:
-        resume = read_json(found / "state.json", what)
-        for name, kind in STATE.items():
-            typed(resume.get(name, {} if name == "settings" else None), kind)
-        named = int(found.name)
-        if resume["version"] != named:
-            raise ValueError(f"its version is {resume['version']} and its folder's {named}")
-    except ValueError as error:
-        raise UserError(f"cannot read {what}: {error}; {older}") from None
+        resume = read_json(file, State)
     except UserError as error:
         raise UserError(f"{error}; {older}") from None
+    other = f"cannot read {file}: its version {resume['version']} is not its folder's; {older}"
+    require(found.name.isdecimal() and resume["version"] == int(found.name), other)
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
-        require(name in STAGE_OF, f"cannot read {what}: there is no setting {name!r}; {older}")
+        require(name in STAGE_OF, f"cannot read {file}: there is no setting {name!r}; {older}")
         require(setting(config, name) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"

@@ -28,8 +28,9 @@ import torch.multiprocessing as mp
 import tyro
 
 import models
-from config import Config, Family, embedded_files, exit_on_user_error, require
+from config import Config, Family, embedded_files
 from envs import metaworld
+from errors import exit_on_user_error, require
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
 from ranks import sum_gradients

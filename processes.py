@@ -31,7 +31,8 @@ import machine
 import metrics
 import output
 from channel import Counters
-from config import ROOT, UserError, place_of
+from config import ROOT
+from errors import UserError, place_of
 
 START_UP = 10  # times the time limit: reading billions of weights and compiling take their time
 # Ctrl-C, a scheduler, its warning some time before, a terminal.

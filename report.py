@@ -15,7 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from channel import Counters
-from config import Config, UserError, to_json
+from config import Config, to_json
+from errors import UserError
 from metrics import STAGES
 from run_folder import RunFolder
 

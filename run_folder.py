@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from config import ROOT, UserError, require
+from checks import parse_json, read_json
+from config import ROOT
+from errors import UserError, require
 
 # A trace's rows are grouped: "weights" are transfers beside what a worker does.
 GROUPS = ("env", "rollout", "weights", "actor")
@@ -113,14 +115,8 @@ def read_metrics(run: Path) -> list[dict]:
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     found = []
     for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            found.append(json.loads(line))
-            whole = isinstance(found[-1], dict)
-        except (ValueError, RecursionError):
-            whole = False
-        require(whole, f"line {number} of {file} is none that a run wrote: remove it")
+        if line.endswith(b"\n"):
+            found.append(parse_json(line, dict, f"line {number} of {file} (remove it)"))
     return found
 
 
@@ -165,7 +161,7 @@ def trace_events(rows: dict[tuple[int, int, str], list[Span]]) -> Iterator[dict]
 def read_trace(run: Path) -> dict[str, list[tuple[str, float, float, dict]]]:
     """Returns the rows of a run's trace.json by name: spans (what, start, end, args) in order, in
     seconds. Rows without spans are left out."""
-    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    events = read_json(run / "trace.json")["traceEvents"]
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     spans: dict[str, list] = {name: [] for name in names.values()}
     for event in events:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from config import WORKERS, Config, flag_of, group_of, parse_ratio, require, setting
+from checks import flag_of
+from config import WORKERS, Config, group_of, parse_ratio, setting
+from errors import require
 
 FIRST_WAIT_S = 0.01  # T_max where it is auto, until an inference was measured
 

@@ -156,8 +156,8 @@ if [ -n "$maniskill" ] && ! draws; then
 fi
 
 # Stop where there are GPUs that this torch cannot use: its driver is too old, for one.
-.venv/bin/python -c 'import config, machine
-with config.exit_on_user_error():
+.venv/bin/python -c 'import errors, machine
+with errors.exit_on_user_error():
     machine.gpus()'
 
 touch "$stamp"

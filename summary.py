@@ -14,7 +14,8 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.table import Table
 
-from config import Config, UserError, existing_run, exit_on_user_error, from_json, require
+from config import Config, existing_run, from_json
+from errors import UserError, exit_on_user_error, require
 from metrics import HISTOGRAM, REASONS, STAGES
 from pictures import draw, group_of
 from run_folder import read_metrics, read_trace

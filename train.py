@@ -31,21 +31,19 @@ import processes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
+from checks import flag_of
 from config import (
     WORKERS,
     Config,
     RunConfig,
-    UserError,
     completed,
     existing_run,
-    exit_on_user_error,
-    flag_of,
     from_json,
     from_preset,
     parse_ratio,
-    require,
     run_path,
 )
+from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
 from learner import schedule
 from output import disk_trouble

@@ -33,7 +33,8 @@ from typing import NamedTuple
 import numpy as np
 
 from channel import Counters
-from config import WORKERS, Config, UserError, completed, parse_ratio, validate
+from config import WORKERS, Config, completed, parse_ratio, validate
+from errors import UserError
 from metrics import CAUSES, snapshot
 from planning import Costs, Node, scaled
 from planning.costs import all_words, shares_of, words

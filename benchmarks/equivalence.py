@@ -51,7 +51,8 @@ import tyro
 from scipy import stats
 
 from benchmarks.measuring import end_on_sigterm
-from config import ROOT, exit_on_user_error, require
+from config import ROOT
+from errors import exit_on_user_error, require
 
 RESULTS = ROOT / "benchmarks" / "results"
 MARGIN = 0.05  # success rate

@@ -30,7 +30,8 @@ import psutil
 import tyro
 
 from benchmarks.measuring import end_on_sigterm
-from config import ROOT, exit_on_user_error
+from config import ROOT
+from errors import exit_on_user_error
 from run_folder import has_checkpoint, read_metrics
 
 BASE = (

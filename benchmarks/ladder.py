@@ -45,7 +45,8 @@ import metrics
 from benchmarks.emulated import gr00t, libero, maniskill
 from benchmarks.machinery import cpu_seconds
 from benchmarks.plan_against_paper import MAIN
-from config import PRESETS, ROOT, Config, from_json, parse_ratio, require
+from config import PRESETS, ROOT, Config, from_json, parse_ratio
+from errors import require
 from planning.settings import divisor
 from run_folder import read_metrics
 

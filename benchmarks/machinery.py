@@ -50,7 +50,8 @@ import psutil
 
 import metrics
 from channel import layout
-from config import ROOT, UserError, require
+from config import ROOT
+from errors import UserError, require
 from run_folder import read_metrics
 from scheduler import Admission
 

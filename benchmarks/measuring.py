@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from config import ROOT, embedded_files, require
+from config import ROOT, embedded_files
+from errors import require
 
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices that `matmul` multiplies
 

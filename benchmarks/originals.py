@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checks import read_json
 from models.flow import flow_sde_step, normal_entropy, normal_logprob, ode_step
 from models.formats import bins, source
 from models.formats import gr00t as gr00t_files
 from models.formats import oft as oft_files
 from models.formats import pi as pi_files
-from models.formats.source import read_json
 from models.gr00t import Gr00t
 from models.oft import Oft
 from models.pi import Pi, bounded

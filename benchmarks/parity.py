@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.originals import OUTPUTS
-from config import UserError, exit_on_user_error, require
+from errors import UserError, exit_on_user_error, require
 
 BOUND = 1e-4  # absolute; for `grad.*` relative to the largest element of the reference
 

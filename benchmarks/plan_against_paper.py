@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.emulated import libero
-from config import PRESETS, UserError, from_preset, parse_ratio, require
+from config import PRESETS, from_preset, parse_ratio
+from errors import UserError, require
 from planning import STAGES, Costs, Node, Prediction, scaled
 from planning.costs import calibrate
 from planning.events import simulate

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.measuring import flops_of, matmul, peak_bytes_of, random_model, seconds_of, where
 from channel import SlotPool
-from config import require
+from errors import require
 from models.compiled import random_noise, random_observations
 
 SAMPLES = 32  # chunk steps of a micro-batch

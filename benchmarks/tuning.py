@@ -26,7 +26,8 @@ from pathlib import Path
 from benchmarks import ladder
 from benchmarks.emulated import libero
 from benchmarks.plan_against_paper import emulated_node
-from config import ROOT, require
+from config import ROOT
+from errors import require
 from planning import Costs, Node
 from planning.events import simulate
 from run_folder import read_metrics

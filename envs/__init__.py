@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from config import UserError, place_of, require
+from errors import UserError, place_of, require
 
 if TYPE_CHECKING:  # importing it takes seconds, and a simulator without a GPU does not need it
     from torch import Tensor

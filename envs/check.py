@@ -24,8 +24,9 @@ import psutil
 import tyro
 
 import envs
-from config import ROOT, UserError, exit_on_user_error, place_of, require
+from config import ROOT
 from envs import Env, Envs, EnvSpec, Simulator, Step
+from errors import UserError, exit_on_user_error, place_of, require
 
 
 @dataclass(kw_only=True)

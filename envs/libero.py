@@ -34,8 +34,8 @@ import mujoco
 import numpy as np
 
 import envs
-from config import require
 from envs import EnvSpec, Step, drawing, stability
+from errors import require
 
 # Control steps after which an episode is cut: RLinf's of π0 and π0.5 (its OFT recipe takes 512 for
 # libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has 373).

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 import envs
-from config import ROOT, UserError, require
+from config import ROOT
 from envs import EnvSpec, Step
+from errors import UserError, require
 
 if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
     raise ModuleNotFoundError("No module named 'mani_skill'", name="mani_skill")

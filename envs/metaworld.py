@@ -19,8 +19,8 @@ import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3
 
 import envs
-from config import require
 from envs import EnvSpec, Step, drawing, stability
+from errors import require
 
 # Instructions; the wording is ours, Meta-World itself has none. On these tasks the scripted experts
 # mostly need at most 75 control steps,

@@ -25,8 +25,8 @@ import re
 import numpy as np
 
 import envs
-from config import UserError, require
 from envs import EnvSpec, Step, stability
+from errors import UserError, require
 
 for package in ("robosuite", "robocasa"):  # imported where they are used: that takes seconds
     if importlib.util.find_spec(package) is None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from config import Config, require
+from config import Config
+from errors import require
 from models import checkpoint, contract, tokenize
 from models.formats import source
 

@@ -21,15 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config import (
-    ROOT,
-    Range,
-    UserError,
-    parse_json,
-    read_json,
-    require,
-    typed_fields,
-)
+from checks import Finite, parse_json, read_json
+from config import ROOT
+from errors import UserError, require
 from models import tokenize
 from models.formats.source import INDEX, Source, layout, other_kind, raw_header, weight_files
 
@@ -84,8 +78,8 @@ def read_header(path: str | Path) -> Header:
         "stats",
     )
     what = f"the header of checkpoint {path}"
-    shape = parse_json(meta["shape"], f"{what}, shape")
-    stats = parse_json(meta["stats"], f"{what}, stats")
+    shape = parse_json(meta["shape"], Finite, f"{what}, shape")
+    stats = parse_json(meta["stats"], Finite, f"{what}, stats")
     check_stats(stats, what)
     shape = checked_shape(meta["family"], shape, what)
     return Header(meta["family"], shape, stats, meta.get("vocabulary", ""))
@@ -103,7 +97,8 @@ def checked_shape(family: str, shape: dict, what: str) -> dict:
     module = models.load(family)
     if module.FORMATS is None:
         return shape
-    shape = typed_fields(shape, module.CONFIG, what)
+    found = parse_json(json.dumps(shape), module.CONFIG, what)
+    shape = {name: getattr(found, name) for name in shape}
     defaults = {field.name: field.default for field in fields(module.CONFIG)}
     for name in [name for name in shape if name.endswith("heads")]:
         width = shape.get(name.removesuffix("heads") + "width", 0)
@@ -117,8 +112,8 @@ def checked_shape(family: str, shape: dict, what: str) -> dict:
                 # 0 is "none" where it is the default, else no size. No network is 1,000 deep.
                 least = int(isinstance(number, int) and defaults[name] != 0)
                 most = 1000 if name.endswith(("depth", "heads", "steps", "views")) else 10**6
-                wrong = Range(least=least, most=most).broken(number)
-                require(not wrong, f"cannot read {what}: {name} {number} {wrong}")
+                range_ = f"{name} {number} must be from {least} to {most}"
+                require(least <= number <= most, f"cannot read {what}: {range_}")
     return shape
 
 
@@ -205,7 +200,7 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
         places = [beside.with_suffix(".model"), beside.with_name("tokenizer.model")]
         places.append(beside.with_name(embedded.name))
         with contextlib.suppress(UserError, KeyError, TypeError):
-            named = Path(read_json(run / "config.json", "settings")["train"]["tokenizer"])
+            named = Path(read_json(run / "config.json")["train"]["tokenizer"])
             places += [*moved(named, run), named]
         if not published(path):
             places.append(embedded)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from config import UserError
+from errors import UserError
 
 SMALLEST = 8  # samples; below, an inference is bound by reading weights, so padding is nearly free
 

@@ -6,7 +6,7 @@ n samples, C actions per chunk of A dimensions. A *field* is a name with a shape
 import torch
 from torch import Tensor
 
-from config import UserError, require
+from errors import UserError, require
 
 FAMILY = {
     "FORMATS": "the name of the module that knows its files, or None: then `build` and "

@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from config import UserError, exit_on_user_error, require
+from errors import UserError, exit_on_user_error, require
 from models import checkpoint
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import tyro
 
 import models
-from config import exit_on_user_error, require
+from errors import exit_on_user_error, require
 from models import checkpoint
 from models.formats import source
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import require
+from errors import require
 from models.noise import Key, generator
 
 Shape = tuple[tuple[int, ...], torch.dtype]

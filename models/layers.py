@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError
+from errors import UserError
 
 
 def image_and_tokens(c) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from config import UserError, require
+from errors import UserError, require
 
 PAD = 0
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import Config, UserError, existing_run, from_json, parse_ratio, require
+from config import Config, existing_run, from_json, parse_ratio
+from errors import UserError, require
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, overridden, planned

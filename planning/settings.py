@@ -11,17 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import (
-    PRESET_SETTINGS,
-    PRESETS,
-    Config,
-    Preset,
-    completed,
-    flag_of,
-    parse_ratio,
-    require,
-    setting,
-)
+from checks import flag_of
+from config import PRESET_SETTINGS, PRESETS, Config, Preset, completed, parse_ratio, setting
+from errors import require
 from planning import Node
 from scheduler import Admission, Placement, place
 

@@ -95,7 +95,7 @@ class Env(libero.Env):
 
 if __name__ == "__main__":
     import train
-    from config import exit_on_user_error
+    from errors import exit_on_user_error
 
     with exit_on_user_error():
         sys.exit(train.main(train.parse(sys.argv[1:])))

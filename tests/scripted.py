@@ -172,15 +172,18 @@ def records(channels: Channels, count: int) -> list[Record]:
     return got
 
 
-def requests(channels: Channels, count: int) -> list[Record]:
+def requests(channels: Channels, count: int, since: int = 0) -> list[Record]:
     """Returns the next requests, which must be so many, in the order of their slots. Records that
-    only wake are left out."""
+    only wake are left out, and those of generations before `since`: nobody can say which requests
+    a worker still made before it was killed."""
     got = []
+    deadline = time.monotonic() + 10.0
     while len(got) < count:
-        more = channels.requests[0].get(10.0)
-        assert more, f"only {got} came"
-        got += [record for record in more if record.kind != WAKE]
-    got += [record for record in channels.requests[0].get(0.1) if record.kind != WAKE]
+        assert time.monotonic() < deadline, f"only {got} came"
+        got += channels.requests[0].get(10.0)
+        got = [record for record in got if record.kind != WAKE and record.generation >= since]
+    more = channels.requests[0].get(0.1)
+    got += [record for record in more if record.kind != WAKE and record.generation >= since]
     assert len(got) == count, got
     return sorted(got)
 

@@ -29,8 +29,9 @@ from algorithms import (
     units,
     value_loss,
 )
-from config import Config, UserError
+from config import Config
 from envs import EnvSpec
+from errors import UserError
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 10**6)

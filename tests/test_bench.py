@@ -19,8 +19,8 @@ from benchmarks import inference, ladder, machinery, measuring, prefix, tracing,
 from benchmarks.emulated import libero, maniskill
 from benchmarks.plan_against_paper import emulated_node
 from channel import layout
-from config import UserError
 from envs import Step
+from errors import UserError
 from planning.events import simulate
 
 

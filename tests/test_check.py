@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import envs
-from config import ROOT, UserError
+from config import ROOT
 from envs import EnvSpec, Step
 from envs.check import BrokenContract, CheckConfig, main
+from errors import UserError
 
 
 def test_meta_world(tmp_path, capsys):

@@ -16,8 +16,9 @@ from conftest import STATS, tiny_pi
 from safetensors.torch import load_file, save_file
 
 import models
-from config import ASSETS, Config, UserError
+from config import ASSETS, Config
 from envs import metaworld
+from errors import UserError
 from models import MODELS, checkpoint, tokenize
 from models.checkpoint import Header
 from models.formats import source

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from benchmarks import originals
-from config import ROOT, UserError
+from config import ROOT
+from errors import UserError
 from models import checkpoint, convert
 from models.formats import source
 from models.formats.source import Source

@@ -9,7 +9,7 @@ from conftest import SMALL, observations, tiny_pi
 
 import models
 from benchmarks.measuring import random_model
-from config import UserError
+from errors import UserError
 from models import compiled
 
 FAMILIES = [name for name in models.MODELS if name != "emulated"]

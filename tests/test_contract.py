@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import models
-from config import Config, UserError
+from config import Config
 from envs import metaworld
+from errors import UserError
 from models import contract
 from models.flow import FlowPolicy
 

@@ -39,12 +39,12 @@ def test_a_replacement_plays_again_what_is_not_marked_as_done(worker):
     assert stale == asks(2, 1, ACT) and pool["trajectory"][2] == 1
     assert pool["collected"][:4].tolist() == [SEGMENT, 0, 1, 0]
     assert pool["done"][:4].tolist() == [1, 0, 0, 0]
-    # An answer that the dead one does not live to read, or does not live to use.
+    # An answer that the dead one does not live to read, or to use, or uses and asks once more.
     answer(channels, stale, plan(success_at=0))
 
     worker(replaces=channels)
     answer(channels, one, plan(success_at=0))  # another one, which was on its way
-    one, zero = requests(channels, 2)
+    one, zero = requests(channels, 2, since=1)
     # Lane 0 goes on at its second trajectory, lane 1 at its first.
     assert (zero, one) == (asks(2, 0, ACT, 1), asks(1, 0, ACT, 1))
     assert [pool["trajectory"][slot].item() for slot in (2, 1)] == [1, 0]

@@ -11,7 +11,7 @@ from scipy import stats
 import train
 from benchmarks import equivalence
 from benchmarks.equivalence import MARGIN, STUDIES, area, bootstrap, holm, summary, table, tost
-from config import UserError
+from errors import UserError
 
 
 def test_tost_by_its_interval():

@@ -12,8 +12,9 @@ from test_pi_files import published
 
 import envs
 import evaluate
-from config import Config, UserError, completed, to_json
+from config import Config, completed, to_json
 from envs import EnvSpec, Step
+from errors import UserError
 from evaluate import Episode, EvaluateConfig, as_in_training, wilson
 from models import checkpoint
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributions import Normal
 
 from benchmarks import originals
+from checks import read_json
 from models.flow import flow_sde_step
 from models.formats import gr00t as gr00t_files
 from models.formats import source
-from models.formats.source import read_json
 from models.gr00t import (
     FULL,
     PAD,

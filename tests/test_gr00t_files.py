@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_gr00t import FOLDERS, GOLDEN, KEYS, TINY, observations, tiny
 
 import models
-from config import ASSETS, Config, UserError
+from checks import read_json
+from config import ASSETS, Config
 from envs import EnvSpec
+from errors import UserError
 from models import build, checkpoint, tokenize
 from models.formats import bins, source
 from models.formats import gr00t as gr00t_files
-from models.formats.source import read_json
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
 # ---------------------------------------------------------------- preprocessing

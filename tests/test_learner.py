@@ -16,8 +16,9 @@ import models
 from actor_worker import group_outcomes
 from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
-from config import Config, UserError
+from config import Config
 from envs import EnvSpec
+from errors import UserError
 from learner import Learner, schedule
 from models import checkpoint
 from models.formats import source

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import envs
-from config import ROOT, UserError
+from config import ROOT
 from envs import Step
+from errors import UserError
 
 try:
     libero = envs.load("libero").module

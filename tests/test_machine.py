@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import machine
-from config import UserError
+from errors import UserError
 
 
 def written(root, files: dict[str, str]):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import envs
-from config import ROOT, UserError
+from config import ROOT
+from errors import UserError
 
 pytest.importorskip(
     "mani_skill",

@@ -7,8 +7,8 @@ import pytest
 
 import envs
 from benchmarks.emulated import libero
-from config import UserError
 from envs import Step, metaworld
+from errors import UserError
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 import metrics
 from channel import Counters
-from config import ROOT, Config, UserError
+from config import ROOT, Config
+from errors import UserError
 from metrics import HISTOGRAM, Interval, Ledger, Meter
 from report import Beginning, batch_line, flatten, progress
 from run_folder import RunFolder, read_metrics, read_trace, write_trace

@@ -12,8 +12,9 @@ from conftest import SMALL, STATS
 from safetensors.torch import save_file
 
 import models
-from config import Config, UserError
+from config import Config
 from envs import metaworld
+from errors import UserError
 from models import checkpoint, tokenize
 from models.formats import pictures
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import models
 from benchmarks import originals
-from config import Config, UserError
+from config import Config
 from envs import EnvSpec
+from errors import UserError
 from models import build, checkpoint, tokenize
 from models.formats import bins, pictures, source
 from models.formats import oft as oft_files

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from test_processes import QUICK
 
-from config import ROOT, exit_on_user_error
+from config import ROOT
+from errors import exit_on_user_error
 from run_folder import read_metrics
 
 PRINTS = """
 import sys
-from config import exit_on_user_error
+from errors import exit_on_user_error
 with exit_on_user_error():
     for _ in range(3):
         print("π0.5 ▇ é" + "x" * 100_000, flush=True)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import parity
-from config import ROOT, UserError
+from config import ROOT
+from errors import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
 FOLDERS = sorted(folder.parent for folder in GOLDEN.glob("*/config.json"))

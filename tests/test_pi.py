@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from conftest import NOISE_KEYS, TINY, observations, slopes, tiny_pi
 from torch.distributions import Normal
 
-from config import Config, UserError
+from config import Config
 from envs import EnvSpec
+from errors import UserError
 from models import build, checkpoint
 from models.flow import flow_sde_step, normal_logprob, ode_step
 from models.layers import frequencies, rotary, rotate

@@ -15,8 +15,9 @@ from conftest import STATS, TINY
 from safetensors.torch import load_file, save_file
 
 import models
-from config import ROOT, Config, UserError
+from config import ROOT, Config
 from envs import EnvSpec
+from errors import UserError
 from models import build, checkpoint, tokenize
 from models.formats import pi as pi_files
 from models.formats import pictures

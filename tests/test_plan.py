@@ -15,7 +15,8 @@ import plan
 import scheduler
 import streamer
 from benchmarks import plan_against_paper
-from config import PRESETS, ROOT, Config, UserError, to_json
+from config import PRESETS, ROOT, Config, to_json
+from errors import UserError
 from planning import Costs, Node, events
 from planning.costs import all_reduce_s, calibrate, from_run, inference_cost
 from planning.events import Device, NodeState, World, simulate

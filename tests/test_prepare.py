@@ -9,8 +9,9 @@ import models
 import prepare
 import train
 from benchmarks.emulated import libero
-from config import Config, UserError, completed, embedded_files, to_json
+from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
+from errors import UserError
 from run_folder import read_metrics
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 import pretrain
-from config import Config, UserError, embedded_files
+from config import Config, embedded_files
 from envs import metaworld
+from errors import UserError
 from models import build, checkpoint, tokenize
 from models.pi import PiConfig
 from pretrain import PretrainConfig

@@ -21,7 +21,8 @@ from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
 
 from channel import Counters, IndexQueue, SlotPool
-from config import ROOT, UserError, run_path
+from config import ROOT, run_path
+from errors import UserError
 from metrics import Meter, columns
 from processes import Crew, Failure, Job, WorkerFailed, may_pass
 from run_folder import read_metrics

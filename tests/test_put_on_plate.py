@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import envs
-from config import UserError
+from errors import UserError
 
 pytest.importorskip(
     "mani_skill",

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 import envs
-from config import UserError
 from envs import Step
+from errors import UserError
 
 if importlib.util.find_spec("robocasa") is None:
     pytest.skip("RoboCasa is not installed: envs/robocasa.py says how", allow_module_level=True)

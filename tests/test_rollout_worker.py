@@ -12,7 +12,8 @@ from torch import nn
 import metrics
 import models
 from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Counters, Record, SlotPool
-from config import Config, UserError
+from config import Config
+from errors import UserError
 from models import compiled
 from rollout_worker import LanesServed, answer, first_limits, named, run, serve, take_tuned_limits
 from scheduler import DynamicBatcher

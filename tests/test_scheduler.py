@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import UserError, parse_ratio
+from config import parse_ratio
+from errors import UserError
 from scheduler import Admission, DynamicBatcher, place
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from config import ASSETS, UserError
+from config import ASSETS
 from envs import metaworld
+from errors import UserError
 from models import tokenize
 from models.pi import PiConfig
 

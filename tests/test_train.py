@@ -16,7 +16,8 @@ from conftest import SMALL, assert_balanced
 from safetensors.torch import load_file
 
 import train
-from config import PRESETS, ROOT, Config, UserError, exit_on_user_error, to_json
+from config import PRESETS, ROOT, Config, to_json
+from errors import UserError, exit_on_user_error
 from models import checkpoint
 from run_folder import RunFolder
 

@@ -10,7 +10,8 @@ import torch
 
 import envs
 import models
-from config import ROOT, Config, UserError
+from config import ROOT, Config
+from errors import UserError
 from models import checkpoint, untrained
 
 try:

@@ -20,7 +20,8 @@ import prepare
 import train
 import tuning
 from channel import Counters
-from config import ROOT, Config, UserError, from_json
+from config import ROOT, Config, from_json
+from errors import UserError
 from planning import Costs, Node
 from planning.events import simulate
 from scheduler import divide
@@ -729,7 +730,7 @@ def test_a_run_goes_on_at_a_better_ratio(cli, tmp_path):
 ONE_RATIO = """
 import sys
 import actor_worker
-from config import exit_on_user_error
+from errors import exit_on_user_error
 
 run = actor_worker.run
 
@@ -778,7 +779,7 @@ import sys
 import processes
 import train
 import tuning
-from config import exit_on_user_error
+from errors import exit_on_user_error
 
 iteration = tuning.Tuner.iteration
 replace = processes.replace_this_process

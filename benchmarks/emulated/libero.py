@@ -50,8 +50,9 @@ import time
 import numpy as np
 
 import envs
-from config import parse_ratio, require
+from config import parse_ratio
 from envs import EnvSpec, Step
+from errors import require
 
 SCALE = 1 / 10  # seconds here per second there
 ROUND = 1070 / (8 * 48) * SCALE  # seconds of one lockstep round of all lanes, inference included

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import require
+from errors import require
 
 
 def decode_tokens(tokens: np.ndarray, words: int, bins: int = 256) -> np.ndarray:

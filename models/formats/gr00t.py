@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.torch import load_file
 
-from config import UserError, require
+from checks import read_json
+from errors import UserError, require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import bins, pictures, source
 from models.formats.names import Rules, each, siglip
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, read_json, understood
+from models.formats.source import Found, Source, understood
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
 MARKS = ("eagle_model.",)

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import require
+from checks import read_json
+from errors import require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, read_json, understood
+from models.formats.source import Found, Source, understood
 from models.oft import FULL, Lora, Oft, OftConfig
 
 MARKS = ("vision_backbone.", "base_model.model.")

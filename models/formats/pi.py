@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config import require
+from checks import read_json
+from errors import require
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, Stored, read_json, understood
+from models.formats.source import Found, Source, Stored, understood
 from models.pi import FULL, SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)

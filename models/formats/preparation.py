@@ -8,7 +8,7 @@ Every env worker has one. A family derives `PreparationBase` and inherits the ch
 
 import numpy as np
 
-from config import UserError, require
+from errors import UserError, require
 
 
 class PreparationBase:

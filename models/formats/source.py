@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
-from config import UserError, require
+from errors import UserError, require
 from models.formats.names import Rules, rename
 
 INDEX = "model.safetensors.index.json"
@@ -138,19 +138,6 @@ def sketch(network: type[torch.nn.Module], config) -> torch.nn.Module:
     """The network without memory for its weights."""
     with torch.device("meta"), Uninitialised():
         return network(config)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises UserError."""
-    try:
-        found = json.loads(path.read_text())
-    except OSError:
-        sentence = f"{path.parent} has no {path.name}, which such a checkpoint needs"
-        raise UserError(sentence) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    require(isinstance(found, dict), f"cannot read {path}: it is not a JSON object")
-    return found
 
 
 @contextlib.contextmanager

@@ -1,0 +1,100 @@
+"""Types and ranges of settings, and of what JSON files say: each stated once, beside its field.
+
+pydantic checks them; what is said about a mistake is one sentence of ours.
+"""
+
+import functools
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
+
+from errors import UserError
+
+# pydantic's words, and ours.
+WORDS = {
+    "Input should": "must",
+    "greater than or equal to": "at least",
+    "greater than": "more than",
+    "less than or equal to": "at most",
+    "Unexpected keyword argument": "is no field of it",
+    "Invalid JSON": "is no JSON",
+}
+
+
+def infinity(value: object) -> object:
+    """Reads "inf": JSON has no infinity."""
+    return math.inf if value == "inf" else value
+
+
+def finite(found: dict) -> dict:
+    """Raises ValueError where NaN or infinity is somewhere inside."""
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+# NaN is in no range.
+MOST = 10**9
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+AboveZero = Annotated[float, Field(gt=0, le=MOST)]
+FromZero = Annotated[float, Field(ge=0, le=MOST)]
+Bound = Annotated[float, Field(gt=0), BeforeValidator(infinity)]  # inf: none
+Limit = Annotated[float, Field(ge=0), BeforeValidator(infinity)]  # inf: none
+Finite = Annotated[dict, AfterValidator(finite)]
+
+
+@functools.cache
+def adapter(kind: Any) -> TypeAdapter:
+    """Returns what checks values of a type, such as a dataclass; making it takes milliseconds."""
+    return TypeAdapter(kind)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def mistake(error: ValidationError) -> tuple[str, str]:
+    """Returns the name of the first field that is wrong, and its value with what it must be."""
+    found = error.errors(include_url=False)
+    # A field of several types is wrong once for each; its place ends in the type, as pydantic says.
+    tried = ("constrained-", "function-", "literal[")
+    for one in found:
+        one["loc"] = [str(part) for part in one["loc"] if not str(part).startswith(tried)]
+    first = found[0]
+    words = " or ".join(one["msg"] for one in found if one["loc"] == first["loc"])
+    for theirs, ours in WORDS.items():
+        words = words.replace(theirs, ours)
+    return ".".join(first["loc"]), f"{first['input']!r:.60} {words}"
+
+
+def check_ranges(settings: Any) -> None:
+    """Raises UserError naming the first setting of a dataclass that is out of its field's range."""
+    try:
+        adapter(type(settings)).validate_python(asdict(settings))
+    except ValidationError as error:
+        name, words = mistake(error)
+        raise UserError(f"{flag_of(name)} {words}") from None
+
+
+def parse_json(text: str | bytes, kind: Any, what: object) -> Any:
+    """Reads JSON as a type. Raises UserError, which names `what` and the field, where there is no
+    such field, or its value is of another type or out of its range."""
+    try:
+        return adapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        said = " ".join(mistake(error)).strip()
+        raise UserError(f"cannot read {what}: {said}") from None
+
+
+def read_json(path: Path, kind: Any = dict, what: object = "") -> Any:
+    """Reads a file as `parse_json`. Raises UserError, which names the file or `what`."""
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {what or path}: {error.strerror}") from None
+    return parse_json(text, kind, what or path)
