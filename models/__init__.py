@@ -86,7 +86,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         words = header.vocabulary
     else:
         words = ""
-        stored, layout, stats, _ = files(name).published(path, name, config, spec)
+        stored, layout, stats, _ = published(config, spec)
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
 
@@ -116,6 +116,16 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     return model
 
 
+def published(config: Config, spec) -> source.Found:
+    """What another project's checkpoint says of itself, made to fit the run. Raises UserError, also
+    for sizes that no network has."""
+    name = config.train.model
+    path = Path(config.train.checkpoint)
+    found = files(name).published(path, name, config, spec)
+    checkpoint.checked_shape(name, asdict(found.shape), f"the configuration of checkpoint {path}")
+    return found
+
+
 def assumptions(config: Config, spec) -> str:
     """A line that says what is assumed of another project's checkpoint, whose files do not say it;
     "" where there is nothing. spec: envs.EnvSpec. Raises UserError as `build`."""
@@ -123,7 +133,7 @@ def assumptions(config: Config, spec) -> str:
     path = config.train.checkpoint
     if load(name).FORMATS is None or checkpoint.is_ours(path):
         return ""
-    assumed = files(name).published(Path(path), name, config, spec).assumed
+    assumed = published(config, spec).assumed
     listed = ", ".join(f"{setting} = {value}" for setting, value in assumed.items())
     return f"checkpoint {path} does not say, so it is assumed: {listed}\n" if listed else ""
 

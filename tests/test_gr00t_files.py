@@ -276,6 +276,22 @@ def test_statistics_that_cannot_be_read(tmp_path):
             read(where)
 
 
+def test_a_number_that_is_none_is_named_by_file_and_key(tmp_path):
+    path = tmp_path / "metadata.json"
+    good = json.loads((GOLDEN / "experiment_cfg" / "metadata.json").read_text())
+    good["gr1"]["statistics"]["action"]["arm"]["min"][0] = float("nan")
+    path.write_text(json.dumps(good))
+    with pytest.raises(UserError, match="metadata.json: gr1.statistics.action.arm.min.0 is nan"):
+        gr00t_files.metadata_statistics(path)
+    folder, _ = folder_of("lerobot", tmp_path / "lerobot")
+    file = next(folder.glob("policy_preprocessor*.safetensors"))
+    tensors = {key: x.clone() for key, x in load_file(file).items()}
+    tensors["action.max"][0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}: 'action.max' holds NaN or infinity"):
+        gr00t_files.lerobot_statistics(folder)
+
+
 @pytest.mark.parametrize("how", ["missing", "extra", "mis-shaped", "wrong family", "other model"])
 def test_a_checkpoint_that_does_not_fit_is_refused(how, tmp_path):
     folder, base = folder_of("lerobot", tmp_path / "in")

@@ -738,6 +738,19 @@ def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
         bins.action_table({"q01": [0, 0], "q99": [1, 1], "mask": [True, True]}, 7)
 
 
+@pytest.mark.parametrize("file", ["dataset_statistics.json", "config.json"])
+def test_a_number_that_is_none_is_named_by_file_and_key(tmp_path, file):
+    folder = write_folder(tmp_path / "theirs")
+    says = json.loads((folder / file).read_text())
+    if file == "config.json":
+        says["text_config"]["rms_norm_eps"] = math.inf
+    else:
+        says["tiny_no_noops"]["action"]["q99"][2] = math.nan
+    (folder / file).write_text(json.dumps(says))
+    with pytest.raises(UserError, match=f"{file}: .*(q99.2 is nan|rms_norm_eps is inf), not a"):
+        build(settings(folder), spec(), weights="none")
+
+
 @pytest.mark.parametrize(
     "wrong", [torch.float32, (2, 1, 16, 16, 3, 1), (2, 1, 15, 16, 3), (2, 2, 16, 16, 3)]
 )

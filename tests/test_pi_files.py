@@ -562,6 +562,49 @@ def test_files_that_say_something_else_are_named(tmp_path, file, contents):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "file, contents, key",
+    [
+        ("config.json", '{"noise_level": #}', "noise_level is"),
+        ("config.json", '{"vision": {"num_attention_heads": [1, #]}}', "num_attention_heads.1 is"),
+        (
+            "norm_stats.json",
+            '{"norm_stats": {"state": {"q01": [0, #]}}}',
+            "norm_stats.state.q01.1 is",
+        ),
+    ],
+)
+def test_a_number_that_is_none_is_named_by_file_and_key(tmp_path, file, contents, key, number):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    for found in folder.rglob(file):
+        found.write_text(contents.replace("#", number))
+    with pytest.raises(UserError, match=f"cannot read .*{file}: .*{key} -?(nan|inf)") as error:
+        build(settings("pi05", folder), SPEC)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_statistics_that_are_no_numbers_are_named_by_file_and_key(tmp_path):
+    folder = published("pi05", "lerobot", tmp_path / "published")
+    file = next(folder.glob("policy_preprocessor_*.safetensors"))
+    tensors = {key: x.clone() for key, x in load_file(file).items()}
+    tensors["observation.state.q99"][1] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}: 'observation.state.q99' holds NaN") as error:
+        build(settings("pi05", folder), SPEC)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("says", [{"num_steps": -3}, {"num_steps": 10**9}, {"noise_level": "loud"}])
+def test_sizes_that_no_network_has_are_the_checkpoint_s_fault(tmp_path, says):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | says))
+    with pytest.raises(UserError, match="cannot read the configuration of checkpoint") as error:
+        build(settings("pi05", folder), SPEC)
+    assert "\n" not in str(error.value)
+
+
 def test_every_parameter_has_its_key():
     for family, layout in ((f, name) for f in FAMILIES for name in SOURCES):
         shape = PiConfig(**TINY | {"pi05": family == "pi05", "noise": "network"})

@@ -270,8 +270,9 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], dict]:
     with understood(f"GR00T's statistics from {path}"):
         steps = {step.get("registry_name", ""): step for step in read_json(path)["steps"]}
         step = [steps[name] for name in steps if name.startswith("groot_pack_inputs")][0]
-        tensors = load_file(folder / step["state_file"])
-        stats = {end: tensors[key].float().flatten().tolist() for end, key in STATISTICS.items()}
+        file = folder / step["state_file"]
+        tensors = load_file(file)
+        stats = {end: source.numbers(file, tensors, key) for end, key in STATISTICS.items()}
         return step["config"]["embodiment_tag"], step["config"]["embodiment_mapping"], stats
 
 

@@ -314,7 +314,8 @@ def read_processors(folder: Path) -> dict:
         require(needed is not None, f"{file} normalises {key} by {mode}, which is not supported")
         with understood(f"{' and '.join(needed)} of {key} in {state_file}, which {file} names"):
             tensors = load_file(folder / state_file) if needed else {}
-            values = {stat: tensors[f"{key}.{stat}"].tolist() for stat in needed}
+            place = folder / str(state_file)
+            values = {x: source.numbers(place, tensors, f"{key}.{x}") for x in needed}
         kinds[name] = {"kind": f"lerobot_{mode.lower()}", "eps": config.get("eps", 1e-8), **values}
     return kinds
 

@@ -140,6 +140,13 @@ def sketch(network: type[torch.nn.Module], config) -> torch.nn.Module:
         return network(config)
 
 
+def numbers(file: Path, tensors: dict[str, torch.Tensor], key: str) -> list[float]:
+    """A tensor of statistics out of a file's. Raises UserError where it holds NaN or infinity."""
+    found = tensors[key].float().flatten()
+    require(found.isfinite().all(), f"cannot read {file}: {key!r} holds NaN or infinity")
+    return found.tolist()
+
+
 @contextlib.contextmanager
 def understood(what: object) -> Iterator[None]:
     """Makes one sentence of whatever goes wrong inside with what another project's file says."""
