@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checks import Finite, parse_json, read_json
 from config import ROOT
 from errors import UserError, require
 from models import tokenize
-from models.formats.source import INDEX, Source, layout, other_kind, raw_header, weight_files
+from models.formats.source import INDEX, Source, header, layout, other_kind, weight_files
 
 
 class Header(NamedTuple):
@@ -56,22 +55,8 @@ def find(path: str | Path) -> Path:
     )
 
 
-def metadata(path: str | Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors."""
-    raw_header(Path(path))  # which says what a file that may not be read is
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        said = f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
-        folder = Path(path).parent
-        if folder.parent.name == "checkpoints":  # of a run
-            said += f"; remove {folder} to use an older one"
-        raise UserError(said) from None
-
-
 def read_header(path: str | Path) -> Header:
-    meta = metadata(path)
+    meta = header(Path(path))[1]
     require(
         {"family", "shape", "stats"} <= meta.keys(),
         f"checkpoint {path} was not written by this project: its header lacks family, shape and "
@@ -166,7 +151,7 @@ def is_ours(path: str | Path) -> bool:
         if (Path(path) / INDEX).is_file() or any(Path(path).glob("model-*-of-*.safetensors")):
             return not weight_files(path)  # shards are never ours
         raise
-    return "family" in metadata(file)
+    return "family" in header(file)[1]
 
 
 def published(path: Path) -> bool:

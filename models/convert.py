@@ -6,7 +6,6 @@ FOLDER then needs what lies beside the weights that their training began from: c
 statistics, vocabulary. Left out: shards, whose tensors are parts.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -17,25 +16,18 @@ from errors import UserError, exit_on_user_error, require
 from models import checkpoint
 
 
-@dataclass
-class ConvertConfig:
+def main(
+    weights: Annotated[Path, tyro.conf.Positional], folder: Annotated[Path, tyro.conf.Positional]
+) -> None:
     """Writes weights that torch saved as FOLDER/model.safetensors."""
-
-    weights: Annotated[Path, tyro.conf.Positional]
-    """a .pt file: one tensor per name"""
-    folder: Annotated[Path, tyro.conf.Positional]
-    """folder to write model.safetensors into; it is made if need be"""
-
-
-def main(config: ConvertConfig) -> None:
-    out = config.folder / "model.safetensors"
+    out = folder / "model.safetensors"
     require(not out.exists(), f"{out} exists already: give another folder")
     try:
-        found = torch.load(config.weights, map_location="cpu", weights_only=True, mmap=True)
+        found = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
         tensors = {str(name): tensor.detach() for name, tensor in found.items()}
     except Exception as error:  # a damaged file raises anything; torch advises to load it unsafely
         why = getattr(error, "strerror", None) or "damaged, or not one tensor per name"
-        raise UserError(f"cannot read weights from {config.weights}: {why}") from None
+        raise UserError(f"cannot read weights from {weights}: {why}") from None
 
     # A safetensors file holds every name's numbers anew, also of tensors that are tied.
     seen = set()
@@ -43,7 +35,7 @@ def main(config: ConvertConfig) -> None:
         place = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
-    config.folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(out, tensors, {"format": "pt"})
     beside = "put config.json, statistics and vocabulary of what they were trained from beside it"
     print(f"wrote {out}: {beside}")
@@ -51,4 +43,4 @@ def main(config: ConvertConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(ConvertConfig))
+        tyro.cli(main)

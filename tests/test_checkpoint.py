@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_of_a_run_leads_to_the_older_one(tmp_path):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text("torn")
     with pytest.raises(UserError, match=f"; remove {folder} to use an older one$"):
-        checkpoint.metadata(checkpoint.find(tmp_path))
+        checkpoint.read_header(checkpoint.find(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -407,4 +407,4 @@ def test_a_run_writes_down_its_vocabulary(tmp_path):
     config.train.checkpoint = tmp_path / "m.safetensors"
     checkpoint.save(tmp_path / "m.safetensors", model.header._replace(vocabulary="x"), {})
     header = checkpoint.read_header(tmp_path / "m.safetensors")
-    assert header.vocabulary == "x" and checkpoint.metadata(config.train.checkpoint)["vocabulary"]
+    assert header.vocabulary == "x"

@@ -284,15 +284,15 @@ def test_weights_that_torch_saved_are_converted(tmp_path):
     saved = tmp_path / "full_weights.pt"
     out = tmp_path / "folder"
     torch.save(weights() | {"emb": weights()["head"].T.contiguous().T}, saved)
-    convert.main(convert.ConvertConfig(saved, out))
+    convert.main(saved, out)
     found = load_file(out / "model.safetensors")
     assert found.keys() == weights().keys() | {"emb"} and os.listdir(out) == ["model.safetensors"]
     assert all(torch.equal(found[key], x) for key, x in weights().items())
     with pytest.raises(UserError, match="exists already"):
-        convert.main(convert.ConvertConfig(saved, out))
+        convert.main(saved, out)
     tied = weights()
     torch.save(tied | {"emb": tied["head"]}, saved)
-    convert.main(convert.ConvertConfig(saved, tmp_path / "tied"))
+    convert.main(saved, tmp_path / "tied")
     assert torch.equal(load_file(tmp_path / "tied" / "model.safetensors")["emb"], tied["head"])
 
 
@@ -307,7 +307,7 @@ def test_what_torch_saved_of_another_kind_is_refused_and_not_unpickled(tmp_path,
             {"list": [1], "nested": {"a": {"b": torch.ones(1)}}, "pickle": trap}[what], saved
         )
     with pytest.raises(UserError, match="cannot read weights from") as error:
-        convert.main(convert.ConvertConfig(saved, tmp_path / "out"))
+        convert.main(saved, tmp_path / "out")
     said = str(error.value)
     assert "\n" not in said and "weights_only" not in said and not (tmp_path / "out").exists()
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES as DTYPES  # by its names in a header
 from torch.overrides import TorchFunctionMode
 
 from errors import UserError, require
@@ -27,21 +28,6 @@ from models.formats.names import Rules, rename
 INDEX = "model.safetensors.index.json"
 BLOCK = 64 * 2**20  # bytes moved at once
 SMALL = 64 * 2**20  # bytes; files up to this size (statistics, tokeniser, …) are copied along
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
 # What wrappers put into a key, and what older transformers called it → what `rules` call it.
 SPELLINGS = (
     (r"(^|(?<=\.))(_orig_mod|module)\.", ""),  # torch.compile; DistributedDataParallel
@@ -223,14 +209,25 @@ def weight_map(path: str | Path) -> dict[str, str]:
         raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
 
 
-def raw_header(file: Path) -> bytes:
-    """A safetensors file up to its tensors: a length (8 bytes, little-endian) and as much JSON."""
+def header(file: Path) -> tuple[bytes, dict[str, str], dict]:
+    """A safetensors file up to its tensors (a length of 8 bytes, little-endian, and as much JSON),
+    what it says of itself, and the entries of its tensors. Raises UserError."""
     try:
         with file.open("rb") as stream:
             length = stream.read(8)
-            return length + stream.read(min(int.from_bytes(length, "little"), 100_000_000))
+            head = length + stream.read(min(int.from_bytes(length, "little"), 100_000_000))
+        with safe_open(file, framework="pt") as whole:  # which checks it to its end
+            meta = whole.metadata() or {}
     except OSError as error:
         raise UserError(f"cannot read checkpoint {file}: {error}") from None
+    except SafetensorError as error:
+        why = f"not a safetensors file, truncated, or not what its header says ({error})"
+        of_run = file.parent.parent.name == "checkpoints"
+        older = f"; remove {file.parent} to use an older one" if of_run else ""
+        raise UserError(f"cannot read checkpoint {file}: it is {why}{older}") from None
+    entries = json.loads(head[8:])
+    entries.pop("__metadata__", None)
+    return head, meta, entries
 
 
 def layout(path: str | Path) -> dict[str, Stored]:
@@ -238,26 +235,12 @@ def layout(path: str | Path) -> dict[str, Stored]:
     UserError if damaged."""
     found = {}
     for file in weight_files(path):
-        head = raw_header(file)
-        size = len(head)  # bytes that the file should have
-        try:
-            entries = json.loads(head[8:])
-            entries.pop("__metadata__", None)
-            for key, entry in entries.items():
-                dtype = DTYPES[entry["dtype"]]
-                begin, end = (len(head) + offset for offset in entry["data_offsets"])
-                stored = Stored(file, key, dtype, tuple(entry["shape"]), begin, end)
-                twice = f"checkpoint {path} has {key!r} twice, under different names"
-                require(found.setdefault(spelled(key), stored) is stored, twice)
-                size = max(size, end)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
-            ) from None
-        sentence = (
-            f"cannot read checkpoint {file}: truncated, or its size is not what its header says"
-        )
-        require(file.stat().st_size == size, sentence)
+        head, _, entries = header(file)
+        for key, entry in entries.items():
+            begin, end = (len(head) + offset for offset in entry["data_offsets"])
+            stored = Stored(file, key, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+            twice = f"checkpoint {path} has {key!r} twice, under different names"
+            require(found.setdefault(spelled(key), stored) is stored, twice)
     for key, name in weight_map(path).items():
         entry = found.get(spelled(key))
         require(
@@ -419,7 +402,7 @@ def write_like(
     have them."""
     here = sorted((entry.begin, key) for key, entry in stored.items() if entry.file == like)
     with out.open("wb") as stream, like.open("rb") as original:
-        stream.write(raw_header(like))
+        stream.write(header(like)[0])
         for _, key in here:
             entry = stored[key]
             if key not in parts:
