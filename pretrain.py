@@ -171,14 +171,6 @@ def make_model(config: PretrainConfig, spec, vocabulary: Path) -> torch.nn.Modul
     return model
 
 
-def check_overwriting(config: PretrainConfig, files: dict[Path, bytes | None]) -> None:
-    """Raises UserError where a file is there that would become another. None: any would."""
-    for file, contents in files.items():
-        same = not file.exists() or contents is not None and file.read_bytes() == contents
-        lost = f"{file} exists already and would become another"
-        require(same or config.overwrite, f"{lost}: give another --out, or --overwrite")
-
-
 def gather(config: PretrainConfig, spec) -> list[tuple]:
     """Lets the experts act, half of a task's demonstrations in each job, as `demonstrate`."""
     started = time.monotonic()
@@ -216,7 +208,10 @@ def main(config: PretrainConfig) -> None:
         vocabulary = Path(folder) / shipped.name
         model = make_model(config, spec, vocabulary)
         beside = out.with_name(shipped.name)
-        check_overwriting(config, {out: None, beside: vocabulary.read_bytes()})
+        other = beside.exists() and beside.read_bytes() != vocabulary.read_bytes()
+        for file, lost in ((out, out.exists()), (beside, other)):
+            there = f"{file} exists already and would become another: give another --out"
+            require(config.overwrite or not lost, f"{there}, or --overwrite")
         frames = gather(config, spec)
 
         # Turn frames into what the model sees, and train.

@@ -202,6 +202,18 @@ def parts_of(cfg: dict) -> dict[str, dict]:
     }
 
 
+def said_by(cfg: dict) -> dict[str, Any]:
+    """What a config.json says of our fields: {field: value}."""
+    parts = parts_of(cfg)
+    found = {ours: parts[part].get(theirs) for ours, (part, theirs) in SAID.items()}
+    # Most of our values have one place in the file. Three are looked for in two, or are a list.
+    size = parts["eagle"].get("force_image_size") or parts["vision"].get("image_size")
+    depth = parts["backbone"].get("select_layer") or parts["text"].get("num_hidden_layers")
+    values = parts["rl"].get("value_hidden_sizes")
+    found |= {"image_size": size, "depth": depth, "value_widths": values and tuple(values)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
     """Configuration from a config.json; what it does not say is as in `base`.
 
@@ -212,15 +224,7 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
         says = parts[part].get(name, value)
         known = f"this GR00T has {name} = {says!r}, and only N1.5's {value!r} is known"
         require(says == value, known)
-
-    # Most of our values have one place in the file. Three are looked for in two, or are a list.
-    given = {ours: parts[part].get(theirs) for ours, (part, theirs) in SAID.items()}
-    size = parts["eagle"].get("force_image_size") or parts["vision"].get("image_size")
-    depth = parts["backbone"].get("select_layer") or parts["text"].get("num_hidden_layers")
-    values = parts["rl"].get("value_hidden_sizes")
-    given |= {"image_size": size, "depth": depth, "value_widths": values and tuple(values)}
-    c = replace(base, **{name: value for name, value in given.items() if value is not None})
-
+    c = replace(base, **said_by(cfg))
     head = parts["head"]
     output = parts["dit"].get("output_dim", c.hidden)
     widths = (head.get("input_embedding_dim", c.dit_width), output)
@@ -326,8 +330,7 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
     found = describe(path, config.train.statistics)
-    parts = parts_of(read_json(path / "config.json"))
-    said = {ours for ours, (part, name) in SAID.items() if parts[part].get(name) is not None}
+    said = said_by(read_json(path / "config.json"))
     settings = ("horizon", "denoise_steps", "noise_level")
     defaults = {name: (getattr(found.shape, name), "as published") for name in settings}
     shape, assumed = source.filled(found.shape, said, defaults, config.rollout)

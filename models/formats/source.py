@@ -26,6 +26,8 @@ from errors import UserError, require
 from models.formats.names import Rules, rename
 
 INDEX = "model.safetensors.index.json"
+# What code raises that reads a file as something that it is not.
+WRONG_FILE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 BLOCK = 64 * 2**20  # bytes moved at once
 SMALL = 64 * 2**20  # bytes; files up to this size (statistics, tokeniser, …) are copied along
 # What wrappers put into a key, and what older transformers called it → what `rules` call it.
@@ -92,12 +94,12 @@ def filled(
     said: the fields that the files do say; defaults: {field: (value, whose it is)}. Returns the
     CONFIG and `Found.assumed`."""
     assumed = {}
-    for name, (value, why) in defaults.items():
+    for name in [name for name in defaults if name not in said]:
         flag = "horizon" if name == "chunk" else name
+        value, why = defaults[name]
         given = getattr(rollout, flag)
-        if name not in said:
-            shape = replace(shape, **{name: value if given is None else given})
-        if name not in said and given is None:
+        shape = replace(shape, **{name: value if given is None else given})
+        if given is None:
             assumed[flag] = f"{value} ({why})"
     return shape, assumed
 
@@ -138,15 +140,7 @@ def understood(what: object) -> Iterator[None]:
     """Makes one sentence of whatever goes wrong inside with what another project's file says."""
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OSError,
-        SafetensorError,
-        RecursionError,
-    ) as error:
+    except (*WRONG_FILE, OSError, SafetensorError) as error:
         sentence = f"cannot read {what}, or it does not say what such a file says: {error!r}"
         raise UserError(sentence) from None
 
@@ -202,11 +196,9 @@ def weight_map(path: str | Path) -> dict[str, str]:
     index = Path(path) / INDEX
     if not index.is_file():
         return {}
-    try:
+    with understood(f"{index}: it holds no weight_map"):
         listed = json.loads(index.read_text())["weight_map"]
         return {key: str(name) for key, name in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
 
 
 def header(file: Path) -> tuple[bytes, dict[str, str], dict]:
