@@ -10,10 +10,11 @@ from a `Setup`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
 import envs
@@ -38,6 +39,7 @@ from config import (
 )
 from errors import UserError, require
 from models import checkpoint, contract, untrained
+from run_folder import lines_until
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
@@ -47,7 +49,7 @@ SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 class Start:
     config: Config  # with checkpoint, tokenizer and image size
     given: Path | None  # the checkpoint that config.json names; a resumed run begins at another
-    resume: dict | None  # state.json of the checkpoint that continues
+    resume: dict | None  # of `resume_from`
     note: str  # what the user should know, in whole lines
 
 
@@ -183,6 +185,16 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     return Start(config, given, resume, note)
 
 
+def numbered(line: dict) -> dict:
+    """Raises ValueError for what is no line of metrics.jsonl."""
+    if type(line.get("version")) is not int:
+        raise ValueError("a line has no version")
+    return line
+
+
+Line = Annotated[dict, AfterValidator(numbered)]
+
+
 class State(TypedDict):
     """state.json of a checkpoint."""
 
@@ -190,10 +202,12 @@ class State(TypedDict):
     seed: Natural
     settings: NotRequired[dict]  # settings that cannot change, by name
     scale: Finite  # what the loss remembers
+    lines: NotRequired[list[Line]]  # the newest of metrics.jsonl, perhaps not yet written there
 
 
 def resume_from(config: Config) -> tuple[Path, State]:
-    """Returns the newest checkpoint of the run that is resumed, and its state.json."""
+    """Returns the newest checkpoint of the run that is resumed, and its state.json. Its "lines" are
+    all those of metrics.jsonl that the run goes on from."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     file = found / "state.json"
@@ -212,6 +226,7 @@ def resume_from(config: Config) -> tuple[Path, State]:
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
+    resume["lines"] = lines_until(run_path(run), done, resume.get("lines", []))
     return found, resume
 
 

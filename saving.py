@@ -63,23 +63,18 @@ def name_of(snapshot: Snapshot) -> str:
 
 def write(snapshot: Snapshot, folder: Path) -> Path:
     """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
-    once. Returns its path."""
+    once. Returns its path.
+
+    A version is trained once in a run. So a whole checkpoint of it is the same, and stays."""
     path = folder / name_of(snapshot)
+    if (path / "model.safetensors").is_file():
+        return path
+    for left in (*folder.glob(".*"), path):  # of saves that were killed, or without weights
+        shutil.rmtree(left, ignore_errors=True)
     partial = folder / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     partial.mkdir()
     checkpoint.save(partial / "model.safetensors", snapshot.header, snapshot.weights)
     torch.save(snapshot.optimizer, partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps(snapshot.state))
-    put_in_place(partial, path)
-    return path
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Renames a checkpoint into place. One of the same version stays until the new one is there."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
-    if path.exists():
-        os.replace(path, old)
     os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    return path

@@ -70,16 +70,22 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
     """Returns a run's numbers. lines: of metrics.jsonl, not []; spans: of trace.json, or {}."""
     first = lines[0]
     last = lines[-1]
-    measured = lines[1:] or lines
-    seconds = [after["time"] - before["time"] for before, after in pairwise(lines)] or [1.0]
+    # A line that was made up for on resuming has nothing that the launcher measures.
+    measured = [line for line in lines[1:] or lines if "waits" in line]
+    took = {after["iteration"]: after["time"] - before["time"] for before, after in pairwise(lines)}
+    seconds = [took.get(line["iteration"], 1.0) for line in measured]
     rates = [line["success_rate"] for line in lines if line["success_rate"] is not None]
     ends = min(10, max(1, len(rates) // 2))
     held_out = [line["eval_success_rate"] for line in lines if "eval_success_rate" in line]
 
     # Rates are of totals and of the time that passed. So the starts of workers count too.
-    per_second = {"env_steps": first["env_steps_per_s"], "trained_once": first["samples_per_s"]}
+    per_second = {
+        "env_steps": first.get("env_steps_per_s", 0.0),
+        "trained_once": first["samples_per_s"],
+    }
     if len(lines) > 1:
-        per_second = {name: (last[name] - first[name]) / sum(seconds) for name in per_second}
+        elapsed = sum(took.values())
+        per_second = {name: (last[name] - first[name]) / elapsed for name in per_second}
 
     # Shares are means over iterations, weighted by their time.
     waits: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
@@ -101,7 +107,7 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         held_out=[held_out[0], held_out[-1]] if held_out else [],
         totals={name: last[name] for name in totals},
         cpu=fmean([line["cpu_fraction"] for line in measured], seconds),
-        gpu=last["gpu_memory_gb"] > 0,
+        gpu=measured[-1]["gpu_memory_gb"] > 0,
     )
     summary.busy_with = work_of(summary.critical, 1.0 - summary.bubble[summary.critical], spans)
     return summary

@@ -50,21 +50,27 @@ from output import disk_trouble
 from prepare import Setup, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
-from run_folder import RunFolder, has_checkpoint
+from run_folder import RunFolder, newest_version
 from weights import WeightPlane
 
 
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
 
-    A preset or a resumed run's config.json supplies the defaults, which flags override."""
+    A preset or a resumed run's config.json supplies the defaults, which flags override. A run that
+    is done ends the program with status 0 where it is to be resumed or started."""
     known = [word for word in args if word not in ("-h", "--help")]
     look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
     if name := look.resume_or_start:
         both = f"--resume-or-start {name} says which run: leave out --run and --resume"
         require(not gives(args, "--run", "--resume"), both)
-        flag = "--resume" if has_checkpoint(run_path(name)) else "--run"
-        return parse([*without(args, "--resume-or-start"), flag, name])
+        saved = newest_version(run_path(name))
+        flag = "--run" if saved is None else "--resume"
+        config = parse([*without(args, "--resume-or-start"), flag, name])
+        if saved is not None and saved >= config.train.iterations:
+            print(f"run {name} already has {saved} iterations: nothing is left to do")
+            sys.exit(0)
+        return config
     default = from_preset(look.preset)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"

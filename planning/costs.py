@@ -217,7 +217,7 @@ def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]
     require(traced, f"{missing}: --from takes a finished run that was traced")
     settings = from_json(run / "config.json")
     try:
-        lines = read_metrics(run)
+        lines = [line for line in read_metrics(run) if "waits" in line]  # none without measures
         spans = read_trace(run)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read what run {run} left behind: {error!r}") from None

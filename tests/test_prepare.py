@@ -140,6 +140,9 @@ GOOD = {"version": 3, "seed": 1, "settings": {}, "scale": {}}
         GOOD | {"scale": {"x": float("nan")}},
         GOOD | {"settings": {"nonsense": 1}},
         GOOD | {"settings": None},
+        GOOD | {"lines": {}},
+        GOOD | {"lines": [None]},
+        GOOD | {"lines": [{"version": "3"}]},
         {},
     ],
     ids=lambda state: str(state)[:40],
@@ -157,7 +160,7 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
         prepare.resume_from(config)
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
-    assert prepare.resume_from(config) == (folder, GOOD)
+    assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
 
 
 @pytest.mark.parametrize("line", [b"\n", b"null\n", b"\xff\xfe\n", b"{\n", b"[" * 100_000 + b"\n"])
