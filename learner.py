@@ -95,7 +95,8 @@ class Learner:
             return
 
         # The rows that are trained on, and what the policy says of them now.
-        stored = {name: rows_of(data[name], segment, chosen) for name in self.fields_of_steps()}
+        of_steps = [name for name in self.fields if name not in ("task", "length")]
+        stored = {name: rows_of(data[name], segment, chosen) for name in of_steps}
         out = self.model.evaluate(stored)
         contract.check_evaluated(out, stored["logprob"])
         granularity = self.config.algorithm.granularity
@@ -114,11 +115,6 @@ class Learner:
         total = self.config.actor.minibatch * segment
         (loss / total).backward()
         self.tally_samples(samples, staleness, numbers, out.get("entropy"))
-
-    def fields_of_steps(self) -> tuple[str, ...]:
-        """Returns the fields that have a row per chunk step, which is all but a trajectory's
-        own."""
-        return tuple(name for name in self.fields if name not in ("task", "length"))
 
     def proximal_logprob(self, stored, logprob, new, old, staleness, micro, chosen) -> Tensor:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""

@@ -106,6 +106,8 @@ def prepare(config: Config) -> Setup:
 
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
+    note += models.assumptions(config, spec)
+    spec = spec.seen_by(model.header)
     slots = slot_spec(config, spec, model)
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
     shape = (spec.views, spec.image_size, spec.image_size, 3)
@@ -117,7 +119,6 @@ def prepare(config: Config) -> Setup:
     # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
     drawn_on_gpu = simulator.vectorised and workers.placement.env_devices[0] != "cpu"
     stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
-    note += models.assumptions(config, spec)
     choices = {config.train.parts: (config, workers.placement)}
     for ratio, (chosen, placement) in workers.choices.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), placement
@@ -159,6 +160,7 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         else:
             image_size = config.env.image_size or SMALL_PICTURE
             spec = simulator.spec(config.train.tasks, image_size)
+            spec = spec._replace(views=min(config.env.cameras or spec.views, spec.views))
             sizes = config.rollout.chunk, config.rollout.tokens or 0
             runs = ROOT / "runs"
             if not os.access(runs if runs.exists() else ROOT, os.W_OK):
@@ -178,7 +180,8 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
         alone = f"--statistics {train.statistics} is for another project's checkpoint"
         require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
-        image_size = image_size or checkpoint.frame_size(found)
+        theirs = simulator.spec(config.train.tasks, 0).picture
+        image_size = image_size or checkpoint.frame_size(found, theirs)
         name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
         tokenizer = Path(name) if name else None
     config = completed(config, checkpoint=found, image_size=image_size, tokenizer=tokenizer)

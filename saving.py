@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,31 +30,28 @@ class Saver:
         """keep: how many checkpoints stay, or 0 for all."""
         self.folder = folder
         self.keep = keep
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future | None = None
 
     def begin(self, snapshot: Snapshot) -> Path:
         """Begins to write. `finish` must have been called since the last one."""
-        self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
-        self.thread.start()
+        self.writing = self.thread.submit(self.run, snapshot)
         return self.folder / name_of(snapshot)
 
     def run(self, snapshot: Snapshot) -> None:
-        try:
-            write(snapshot, self.folder)
-            if self.keep:
-                for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
-                    shutil.rmtree(old)
-        except Exception as error:  # `finish` raises it again, in the worker's own thread
-            self.error = error
+        write(snapshot, self.folder)
+        if self.keep:
+            for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
+                shutil.rmtree(old)
 
     def finish(self, meter: Meter) -> None:
-        """Waits until all is written, with signs of life, however long a slow disk takes."""
-        while self.thread and self.thread.is_alive():
+        """Waits until all is written, with signs of life, however long a slow disk takes. Raises
+        what went wrong."""
+        while self.writing and not self.writing.done():
             with meter.work("checkpoint"):
-                self.thread.join(1.0)
-        if self.error:
-            raise self.error
+                wait([self.writing], 1.0)
+        if self.writing:
+            self.writing.result()
 
 
 def name_of(snapshot: Snapshot) -> str:

@@ -14,7 +14,7 @@ import torch
 from config import Config
 from errors import require
 from models import checkpoint, contract, tokenize
-from models.formats import source
+from models.formats import bins, source
 
 MODELS = {
     "pi0": "models.pi",
@@ -87,6 +87,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     else:
         words = ""
         stored, layout, stats, _ = published(config, spec)
+        stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
 
@@ -154,9 +155,12 @@ def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
     chunk, action_dim = shape.played
     sizes = asdict(shape)
     horizon = sizes.get("horizon", sizes["chunk"])
+    cameras = config.env.cameras
+    few = f"--cameras {cameras} is more than the {spec.views} that the simulator has"
+    require(cameras <= spec.views, few)
     agree = {
         "horizon": (horizon, config.rollout.horizon or horizon),
-        "views": (shape.views, spec.views),
+        "views": (shape.views, cameras or min(shape.views, spec.views)),
         "action_dim": (action_dim, spec.action_dim),
         "chunk": (chunk, config.rollout.chunk),
     }

@@ -26,7 +26,7 @@ from checks import read_json
 from errors import UserError, require
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import bins, pictures, source
+from models.formats import pictures, source
 from models.formats.names import Rules, each, siglip
 from models.formats.preparation import PreparationBase
 from models.formats.source import Found, Source, understood
@@ -299,8 +299,9 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
     with understood(file):
         c = config_of(cfg, base)
         features = (cfg.get("input_features") or {}).values()
-        views = sum(feature.get("type") == "VISUAL" for feature in features) or c.views
+        views = sum(feature.get("type") == "VISUAL" for feature in features)
     if kind == "lerobot":
+        require(views, f"{file} names no camera under input_features")
         said, table, stats = lerobot_statistics(folder)
     else:
         said, stats, views = metadata_statistics(folder / "experiment_cfg" / "metadata.json", tag)
@@ -340,9 +341,7 @@ def published(path: Path, family: str, config, spec) -> Found:
         chunk <= most,
         f"--chunk {chunk} is longer than the {most} actions that checkpoint {path} produces",
     )
-    gripper = "libero" if config.train.env == "libero" else ""
-    stats = found.stats | {"gripper": gripper}
-    return Found(replace(shape, chunk=chunk), found.source, stats, assumed)
+    return found._replace(shape=replace(shape, chunk=chunk), assumed=found.assumed | assumed)
 
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -494,8 +493,7 @@ class Preparation(PreparationBase):
 
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         ends = self.ends("action")
-        actions = denormalise(actions, *ends) if ends else actions
-        return bins.GRIPPERS[self.stats.get("gripper", "")](actions)
+        return self.grip(denormalise(actions, *ends) if ends else actions)
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

@@ -258,9 +258,10 @@ def published(path: Path, family: str, config, spec) -> Found:
     c, assumed = source.filled(c, said, defaults, config.rollout)
     if "num_images_in_input" not in says:
         # Nor do the weights say how many cameras there are: positions alone tell tokens apart.
-        c = replace(c, views=spec.views)
-    gripper = "libero" if config.train.env == "libero" else ""
-    stats |= {"layout": "openvla", "gripper": gripper}
+        c = replace(c, views=config.env.cameras or 1)
+        if not config.env.cameras and spec.views > 1:
+            assumed["cameras"] = "1 (RLinf's, and openvla-oft's where it is not told)"
+    stats |= {"layout": "openvla", "fit": "bicubic"}
     return Found(c, source_of(path, c), stats, assumed)
 
 
