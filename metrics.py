@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -61,19 +62,19 @@ def columns(eval_episodes: int) -> tuple[str, ...]:
     return (*COLUMNS, *(f"outcome_{episode}" for episode in range(eval_episodes)))
 
 
+@dataclass(eq=False)
 class Meter:
     """Writes one worker's row of the counters, and its spans."""
 
     nothing = contextlib.nullcontext()  # in place of a span that is not to be recorded
 
-    def __init__(self, name: str, row: int, counters: Counters, trace: Path | None):
-        self.name = name  # "env-0"
-        self.row = row
-        self.counters = counters
-        self.trace = trace  # the folder for spans
-        self.spans: list[Span] = []  # not yet in the file
-        self.recorded = 0
-        self.flushed = time.monotonic()
+    name: str  # "env-0"
+    row: int
+    counters: Counters
+    trace: Path | None  # the folder for spans
+    spans: list[Span] = field(default_factory=list)  # not yet in the file
+    recorded: int = 0
+    flushed: float = field(default_factory=time.monotonic)
 
     def count(self, column: str, amount: float) -> None:
         self.counters.add(self.row, column, amount)
@@ -128,40 +129,34 @@ class Meter:
             self.trace = None
 
 
+@dataclass(eq=False, slots=True)
 class Stretch:
     """Measures a `with` block of a hot loop. contextlib's generators would take twice as long."""
 
-    __slots__ = ("meter", "name", "column", "waiting", "args", "start")
-
-    def __init__(self, meter: Meter, name: str, column: str, waiting: int, args: dict | None):
-        self.meter = meter
-        self.name = name
-        self.column = column  # to which the seconds are added
-        self.waiting = waiting  # 1 + the cause's place in CAUSES, or 0
-        self.args = args
+    meter: Meter
+    name: str
+    column: str  # to which the seconds are added
+    waiting: int  # 1 + the cause's place in CAUSES, or 0
+    args: dict | None
+    start: float = 0.0
 
     def __enter__(self) -> None:
-        self.start = start = time.monotonic()
+        self.start = time.monotonic()
         if self.waiting:
-            row = self.meter.row
-            write = self.meter.counters.set
-            write(row, "since", start)
-            write(row, "time", start)
-            write(row, "waiting", self.waiting)
+            self.meter.set("since", self.start)
+            self.meter.set("time", self.start)
+            self.meter.set("waiting", self.waiting)
 
     def __exit__(self, error, *_) -> None:
         if error is not None:  # the worker ends in this block, and its row keeps the wait
             return
         end = time.monotonic()
         meter = self.meter
-        row = meter.row
-        counters = meter.counters
         if self.waiting:
-            counters.set(row, "waiting", 0)
-        counters.add(row, self.column, end - self.start)
-        counters.set(row, "time", end)
-        if meter.trace is not None:
-            meter.record(self.name, self.start, end, self.args)
+            meter.set("waiting", 0)
+        meter.count(self.column, end - self.start)
+        meter.set("time", end)
+        meter.record(self.name, self.start, end, self.args)
 
 
 def snapshot(counters: Counters) -> np.ndarray:

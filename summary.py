@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from config import Config, existing_run, from_json
-from errors import UserError, exit_on_user_error, require
-from metrics import HISTOGRAM, REASONS, STAGES
+from errors import exit_on_user_error, require, understood
+from metrics import REASONS, STAGES
 from pictures import draw, group_of
 from run_folder import read_metrics, read_trace
 
@@ -30,8 +30,10 @@ FOR = {
     "trajectory": "trajectories",
     "gradient": "gradients of other ranks",
 }
-# Labels of the buckets of staleness.
+# Labels of the buckets of staleness, and of batch sizes, of which the last one has no end.
 STALENESS = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
+SIZES = {"1": "1", "2": "2"} | {str(2**i): f"{2**i // 2 + 1} to {2**i}" for i in range(2, 8)}
+SIZES |= {"256": "129 or more"}
 
 
 @dataclass
@@ -205,7 +207,7 @@ def show(name: str, summary: Summary, config: Config) -> None:
     )
     console.print(facts(summary), end="\n\n", soft_wrap=True)
     console.print(stages(summary), "")
-    sizes = histogram("batch size", summary.batch_sizes, size_labels())
+    sizes = histogram("batch size", summary.batch_sizes, SIZES)
     ages = histogram("staleness", summary.staleness, STALENESS)
     console.print(Columns([sizes, ages], padding=(0, 6)), "")
     console.print(f"[b]advice:[/] {advice(summary, config)}", soft_wrap=True)
@@ -262,14 +264,6 @@ def histogram(title: str, counts: Counter, labels: dict[str, str]) -> Table:
     return table
 
 
-def size_labels() -> dict[str, str]:
-    """Returns the labels of the buckets of batch sizes: "4" → "3 to 4". The last one has no end."""
-    sizes = [2**i for i in range(2, len(HISTOGRAM))]
-    labels = {str(size): f"{size // 2 + 1} to {size}" for size in sizes}
-    last = sizes[-1]
-    return {"1": "1", "2": "2"} | labels | {str(last): f"{last // 2 + 1} or more"}
-
-
 def main() -> None:
     """Draws a run's pictures and prints its summary."""
     with exit_on_user_error():
@@ -280,13 +274,10 @@ def main() -> None:
         file = run / "metrics.jsonl"
         unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
         require(file.is_file(), unknown)
-        try:
+        with understood(f"what run {run} left behind"):
             lines = read_metrics(run)
             require(lines, f"{file} is empty: the run ended before its first iteration")
             spans = read_trace(run) if (run / "trace.json").is_file() else {}
             summary = summarise(lines, spans)
             draw(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            found = f"cannot read what run {run} left behind ({error!r})"
-            raise UserError(f"{found}: it is of another version, or damaged") from None
         show(run.name, summary, from_json(run / "config.json"))

@@ -155,7 +155,7 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     (folder / "state.json").write_text(text)
     config = completed(Config(), resume=str(tmp_path / "run"))
     with pytest.raises(
-        UserError, match=r"state.json: .*; remove .*000003 to use an older"
+        UserError, match=r"state.json \(remove .*000003 to use an older one\): "
     ) as error:
         prepare.resume_from(config)
     assert "\n" not in str(error.value)
