@@ -80,9 +80,10 @@ class RunFolder:
         self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def keep(self, vocabulary: Path | None) -> None:
-        """Copies the vocabulary, so that the folder alone can go to another machine."""
-        if vocabulary and vocabulary.is_file() and not (self.path / vocabulary.name).exists():
-            shutil.copyfile(vocabulary, self.path / vocabulary.name)
+        """Copies the vocabulary in use, so that the folder alone can go to another machine."""
+        if vocabulary and vocabulary.is_file():
+            with contextlib.suppress(shutil.SameFileError):
+                shutil.copyfile(vocabulary, self.path / vocabulary.name)
 
     def write(self, name: str, text: str) -> None:
         """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""

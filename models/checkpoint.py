@@ -160,15 +160,12 @@ def published(path: Path) -> bool:
 
 
 def run_of(path: str | Path) -> Path | None:
-    """The run folder that a checkpoint of ours is in, if it is in one."""
-    file = find(path) if is_ours(path) else None
-    return file.parents[2] if file and file.parent.parent.name == "checkpoints" else None
-
-
-def moved(file: Path, run: Path) -> list[Path]:
-    """Where a vocabulary of a run may be that was copied to another clone or machine: a copy in the
-    run's folder, or what is shipped, or made for untrained weights, here."""
-    return [run / file.name, ROOT / file.parent.name / file.name]
+    """The run folder that a checkpoint of ours is in, also by a link or from inside of it."""
+    if not is_ours(path):
+        return None
+    file = find(path)
+    folders = (file.parent.resolve(), file.resolve().parent)
+    return next((f.parents[1] for f in folders if f.parent.name == "checkpoints"), None)
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
@@ -178,17 +175,19 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
     path = Path(path)
     run = run_of(path) or path
     ours = is_ours(path)
-    if given is not None:
-        places = [given, *moved(given, run)]
-    else:
-        beside = find(path) if ours or path.is_file() else path / "model.safetensors"
-        places = [beside.with_suffix(".model"), beside.with_name("tokenizer.model")]
-        places.append(beside.with_name(embedded.name))
-        with contextlib.suppress(UserError, KeyError, TypeError):
-            named = Path(read_json(run / "config.json")["train"]["tokenizer"])
-            places += [*moved(named, run), named]
-        if not published(path):
-            places.append(embedded)
+    named = None
+    with contextlib.suppress(UserError, KeyError, TypeError):
+        named = Path(read_json(run / "config.json")["train"]["tokenizer"])
+    if given not in (None, named):
+        return str(given)  # who reads it says what is wrong
+    beside = find(path) if ours or path.is_file() else path / "model.safetensors"
+    places = [beside.with_suffix(".model"), beside.with_name("tokenizer.model")]
+    places.append(beside.with_name(embedded.name))
+    if named:
+        # A run keeps a copy. What it names may be of another clone, which ships it as this one.
+        places += [run / named.name, named, ROOT / named.parent.name / named.name]
+    if not published(path):
+        places.append(embedded)
     there = [place for place in places if place.exists()]
     wanted = read_header(find(path)).vocabulary if ours else ""
     right = [place for place in there if wanted and tokenize.fingerprint(place) == wanted]

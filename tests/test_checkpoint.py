@@ -353,6 +353,45 @@ def test_a_run_copied_to_another_clone_finds_its_vocabulary(monkeypatch, tmp_pat
             assert checkpoint.vocabulary(given, run, "pi05", old) == str(here / "tokenizer.model")
 
 
+def test_no_other_file_takes_the_place_of_a_vocabulary_that_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "here")
+    there = tmp_path / "there" / "assets" / "tokenizer.model"
+    shipped = tmp_path / "here" / "assets" / "tokenizer.model"
+    for file in (there, shipped):
+        file.parent.mkdir(parents=True)
+        file.write_text(str(file))
+    run = tmp_path / "run"
+    saved_with(run / "checkpoints" / "000001" / "model.safetensors", "", {"layout": "openpi"})
+    (run / "config.json").write_text(json.dumps({"train": {"tokenizer": str(there)}}))
+
+    # What the run names comes before what this clone ships, and what a user gives is all there is.
+    assert checkpoint.vocabulary(None, run, "pi05", shipped) == str(there)
+    missing = Path("/nowhere/assets/tokenizer.model")
+    given = checkpoint.vocabulary(missing, run, "pi05", shipped)
+    with pytest.raises(UserError, match=f"no SentencePiece file at {missing}"):
+        tokenize.load(given)
+
+
+def test_a_checkpoint_knows_its_run_from_wherever_it_is_named(monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    weights = saved_with(run / "checkpoints" / "000001" / "model.safetensors")
+    (tmp_path / "newest").symlink_to(weights.parent)
+    (tmp_path / "newest.safetensors").symlink_to(weights)
+    for place, names in (
+        (tmp_path, ("run", "newest", "newest.safetensors", "run/checkpoints/000001")),
+        (run, (".",)),
+        (run / "checkpoints", ("000001", "..", "000001/model.safetensors")),
+        (weights.parent, (".", "model.safetensors")),
+    ):
+        monkeypatch.chdir(place)
+        assert {checkpoint.run_of(name) for name in names} == {run}
+    # On some disks the weights themselves are links.
+    blob = weights.rename(tmp_path / "blob")
+    weights.symlink_to(blob)
+    assert checkpoint.run_of("model.safetensors") == run
+    assert checkpoint.run_of(blob) is None
+
+
 def test_a_checkpoint_finds_the_vocabulary_that_it_was_trained_with(monkeypatch, tmp_path):
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     shipped = tmp_path / "assets" / "tokenizer.model"

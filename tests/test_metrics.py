@@ -266,6 +266,18 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
     assert rows["weights to rollout-0"] == [("fetch", 0.25, 0.5, {"version": 0, "bytes": 8})]
 
 
+def test_a_run_that_is_started_over_keeps_the_vocabulary_that_it_uses(tmp_path):
+    vocabulary = tmp_path / "tokenizer.model"
+    for words in ("first", "second"):
+        vocabulary.write_text(words)
+        folder = RunFolder(tmp_path / "run", resume=False)
+        folder.keep(vocabulary)
+        os.close(folder.lock)
+        kept = folder.path / vocabulary.name
+        folder.keep(kept)  # as a resumed run does
+        assert kept.read_text() == words
+
+
 def test_a_run_folder_from_begin_to_end(tmp_path):
     folder = RunFolder(tmp_path / "runs" / "one", resume=False)
     for version in (1, 2, 3):
