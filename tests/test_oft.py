@@ -2,6 +2,7 @@
 log-prob repeats.
 """
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, replace
@@ -454,6 +455,10 @@ def test_imitation_learns():
 # ---------------------------------------------------------------- folders in and out
 
 
+# What the code of a policy with chunks of actions holds.
+CHUNKS = "from prismatic.vla.constants import NUM_ACTIONS_CHUNK"
+
+
 def write_folder(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
     """The first reference model as users have it: two shards with an index, statistics,
     configuration, an unrelated file."""
@@ -685,6 +690,7 @@ def test_what_rlinf_and_openvla_oft_leave_unsaid(tmp_path):
     c = build(config, spec(), weights="none").config
     assert (c.center_crop, c.stop_token) == (False, False)
     del says["num_action_chunks"]  # RLinf's mark; the value head is another
+    (folder / "modeling_prismatic.py").write_text(CHUNKS)
     (folder / "config.json").write_text(json.dumps(says))
     assert "horizon = 8" in models.assumptions(config, spec())
     config.rollout.horizon = 3
@@ -726,6 +732,7 @@ def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
         ("proprio_projector--latest_checkpoint.pt", "", "continuous policy: it has proprio_proj"),
         ("modeling_prismatic.py", "class OpenVLAForActionPrediction: ...", "plain OpenVLA"),
         ("dataset_statistics.json", None, "plain OpenVLA"),
+        ("modeling_prismatic.py", None, "lacks modeling_prismatic.py, which tells: download"),
     ],
 )
 def test_policies_with_the_same_tensors_and_another_decoding_are_refused(
@@ -736,7 +743,7 @@ def test_policies_with_the_same_tensors_and_another_decoding_are_refused(
     del config["num_action_chunks"], config["implement_version"]  # RLinf's alone
     (folder / "config.json").write_text(json.dumps(config))
     code = folder / "modeling_prismatic.py"
-    code.write_text("from prismatic.vla.constants import NUM_ACTIONS_CHUNK")
+    code.write_text(CHUNKS)
     oft_files.check_decoding(folder)
     if text is None:
         (folder / file).unlink()
@@ -744,6 +751,19 @@ def test_policies_with_the_same_tensors_and_another_decoding_are_refused(
         (folder / file).write_text(text)
     with pytest.raises(UserError, match=named):
         build(settings(folder), spec(), weights="none")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "code", "good"), [(3, "", True), (3, "x", False), (1, "", False)]
+)
+def test_a_number_of_chunks_says_less_than_code(tmp_path, chunks, code, good):
+    folder = write_folder(tmp_path / "theirs")
+    says = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(says | {"num_action_chunks": chunks}))
+    if code:
+        (folder / "modeling_prismatic.py").write_text(code)
+    with contextlib.nullcontext() if good else pytest.raises(UserError, match="plain OpenVLA"):
+        oft_files.check_decoding(folder)
 
 
 def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):

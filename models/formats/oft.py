@@ -222,18 +222,22 @@ def check_decoding(folder: Path) -> None:
 
     openvla-oft keeps what a continuous policy (L1 or diffusion) needs in files of its own, such as
     action_head--STEP_checkpoint.pt, and its statistics and code beside every policy. Plain
-    OpenVLA's code knows no chunks of actions."""
+    OpenVLA's code knows no chunks of actions. Where it is not there, only RLinf's setting tells."""
     continuous = ("action_head", "noisy_action_projector", "proprio_projector", "vision_backbone")
     parts = sorted(file.name for name in continuous for file in folder.glob(f"{name}--*"))
+    counted = (folder / "dataset_statistics.json").is_file()
     code = folder / "modeling_prismatic.py"
-    chunked = not code.is_file() or "NUM_ACTIONS_CHUNK" in code.read_text(errors="replace")
-    theirs = chunked and (folder / "dataset_statistics.json").is_file()
-    rlinf = "num_action_chunks" in read_json(folder / "config.json")
-    kind = f"a continuous policy: it has {', '.join(parts)}"
-    if not parts:
+    plain = code.is_file() and "NUM_ACTIONS_CHUNK" not in code.read_text(errors="replace")
+    rlinf = (read_json(folder / "config.json").get("num_action_chunks") or 1) != 1
+    kind = ""
+    if parts:
+        kind = f"a continuous policy: it has {', '.join(parts)}"
+    elif plain or not (rlinf or counted):
         kind = "plain OpenVLA, which decodes one action word by word"
+    elif not (rlinf or code.is_file()):
+        kind = f"perhaps plain OpenVLA, for it lacks {code.name}, which tells: download that too"
     require(
-        not parts and (rlinf or theirs),
+        not kind,
         f"{folder} is {kind}; --model oft needs a policy of action tokens: RLinf's, or one of "
         "openvla-oft without --use_l1_regression, --use_diffusion, --use_proprio and --use_film",
     )
