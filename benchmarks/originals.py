@@ -111,7 +111,7 @@ def gr00t(folder: Path) -> dict[str, Tensor]:
     file = folder / "weights.safetensors"
     cfg = read_json(folder / "config.json")
     given = load_file(folder / "inputs.safetensors")
-    eagle = gr00t_files.eagle_of(cfg)
+    eagle = gr00t_files.whole(cfg)["eagle"]
     attention = eagle.get("_attn_implementation") or cfg.get("attn_implementation")
     rows = {"flash_attention_2": "flash", "sdpa": "sdpa"}.get(attention, "eager")
     c = replace(gr00t_files.config_of(cfg), mask_padding=False, padded_rows=rows, train_vlm=True)

@@ -130,107 +130,81 @@ def which(path: str | Path) -> str:
     )
 
 
-def eagle_of(cfg: dict) -> dict:
-    """The Eagle model's configuration in a config.json, or nothing."""
+def whole(cfg: dict) -> dict:
+    """A config.json with the Eagle model's configuration under "eagle", wherever it stands.
+
+    Reference folders hold it, with `text_config` and `vision_config`, under some name."""
     parts = [part for part in (cfg, *cfg.values()) if isinstance(part, dict)]
-    return next((part for part in parts if "text_config" in part), {})
+    return cfg | {"eagle": next((part for part in parts if "text_config" in part), {})}
 
 
-# What every GR00T N1.5 has in common: a part of its config.json, a name in it, and the value.
-FIXED = (
-    ("eagle", "use_pixel_shuffle", False),
-    ("eagle", "mlp_connector_layers", 1),
-    ("eagle", "select_layer", -1),
-    ("head", "use_vlln", True),
-    ("head", "add_pos_embed", True),
-    ("dit", "interleave_self_attention", True),
-    ("dit", "norm_type", "ada_norm"),
-    ("dit", "positional_embeddings", None),
-    ("blocks", "positional_embeddings", None),
-    ("backbone", "reproject_vision", False),
-)
-# Where our configuration finds its values: a part of config.json, and the name there.
+BLOCKS = "action_head_cfg.vl_self_attention_cfg"
+DIT = "action_head_cfg.diffusion_model_cfg"
+# What every GR00T N1.5 has in common: a place in its config.json, and the value.
+FIXED = {
+    "eagle.use_pixel_shuffle": False,
+    "eagle.mlp_connector_layers": 1,
+    "eagle.select_layer": -1,
+    "action_head_cfg.use_vlln": True,
+    "action_head_cfg.add_pos_embed": True,
+    f"{DIT}.interleave_self_attention": True,
+    f"{DIT}.norm_type": "ada_norm",
+    f"{DIT}.positional_embeddings": None,
+    f"{BLOCKS}.positional_embeddings": None,
+    "backbone_cfg.reproject_vision": False,
+}
+# Where our configuration finds its values in config.json. The value head, C and A are RLinf's.
 SAID = {
-    "patch": ("vision", "patch_size"),
-    "vision_width": ("vision", "hidden_size"),
-    "vision_depth": ("vision", "num_hidden_layers"),
-    "vision_heads": ("vision", "num_attention_heads"),
-    "vision_mlp": ("vision", "intermediate_size"),
-    "vocabulary": ("text", "vocab_size"),
-    "image_token": ("eagle", "image_token_index"),
-    "width": ("text", "hidden_size"),
-    "mlp": ("text", "intermediate_size"),
-    "heads": ("text", "num_attention_heads"),
-    "kv_heads": ("text", "num_key_value_heads"),
-    "head_dim": ("text", "head_dim"),
-    "project": ("backbone", "project_to_dim"),
-    "vl_depth": ("blocks", "num_layers"),
-    "vl_heads": ("blocks", "num_attention_heads"),
-    "dit_depth": ("dit", "num_layers"),
-    "dit_heads": ("dit", "num_attention_heads"),
-    "dit_head_dim": ("dit", "attention_head_dim"),
-    "hidden": ("head", "hidden_size"),
-    "future_tokens": ("head", "num_target_vision_tokens"),
-    "positions": ("head", "max_seq_len"),
-    "embodiments": ("head", "max_num_embodiments"),
-    "max_state_dim": ("head", "max_state_dim"),
-    "max_action_dim": ("head", "action_dim"),
-    "horizon": ("head", "action_horizon"),
-    "denoise_steps": ("head", "num_inference_timesteps"),
-    "time_buckets": ("head", "num_timestep_buckets"),
-    "noise_level": ("rl", "noise_level"),
-    "chunk": ("whole", "num_action_chunks"),
-    "action_dim": ("whole", "env_action_dim"),
+    "image_size": ("eagle.force_image_size", "eagle.vision_config.image_size"),
+    "patch": ("eagle.vision_config.patch_size",),
+    "vision_width": ("eagle.vision_config.hidden_size",),
+    "vision_depth": ("eagle.vision_config.num_hidden_layers",),
+    "vision_heads": ("eagle.vision_config.num_attention_heads",),
+    "vision_mlp": ("eagle.vision_config.intermediate_size",),
+    "vocabulary": ("eagle.text_config.vocab_size",),
+    "image_token": ("eagle.image_token_index",),
+    "depth": ("backbone_cfg.select_layer", "eagle.text_config.num_hidden_layers"),
+    "width": ("eagle.text_config.hidden_size",),
+    "mlp": ("eagle.text_config.intermediate_size",),
+    "heads": ("eagle.text_config.num_attention_heads",),
+    "kv_heads": ("eagle.text_config.num_key_value_heads",),
+    "head_dim": ("eagle.text_config.head_dim",),
+    "project": ("backbone_cfg.project_to_dim",),
+    "vl_depth": (f"{BLOCKS}.num_layers",),
+    "vl_heads": (f"{BLOCKS}.num_attention_heads",),
+    "dit_depth": (f"{DIT}.num_layers",),
+    "dit_heads": (f"{DIT}.num_attention_heads",),
+    "dit_head_dim": (f"{DIT}.attention_head_dim",),
+    "hidden": ("action_head_cfg.hidden_size",),
+    "future_tokens": ("action_head_cfg.num_target_vision_tokens",),
+    "positions": ("action_head_cfg.max_seq_len",),
+    "embodiments": ("action_head_cfg.max_num_embodiments",),
+    "max_state_dim": ("action_head_cfg.max_state_dim",),
+    "max_action_dim": ("action_head_cfg.action_dim",),
+    "horizon": ("action_head_cfg.action_horizon",),
+    "denoise_steps": ("action_head_cfg.num_inference_timesteps",),
+    "time_buckets": ("action_head_cfg.num_timestep_buckets",),
+    "noise_level": ("rl_head_config.noise_level",),
+    "value_widths": ("rl_head_config.value_hidden_sizes",),
+    "chunk": ("num_action_chunks",),
+    "action_dim": ("env_action_dim",),
 }
 
 
-def parts_of(cfg: dict) -> dict[str, dict]:
-    """The parts of a config.json that `FIXED` and `SAID` name; empty where one is missing."""
-    eagle = eagle_of(cfg)
-    head = cfg.get("action_head_cfg") or {}
-    return {
-        "whole": cfg,
-        "eagle": eagle,
-        "vision": eagle.get("vision_config") or {},
-        "text": eagle.get("text_config") or {},
-        "backbone": cfg.get("backbone_cfg") or {},
-        "head": head,
-        "dit": head.get("diffusion_model_cfg") or {},
-        "blocks": head.get("vl_self_attention_cfg") or {},
-        "rl": cfg.get("rl_head_config") or {},
-    }
-
-
-def said_by(cfg: dict) -> dict[str, Any]:
-    """What a config.json says of our fields: {field: value}."""
-    parts = parts_of(cfg)
-    found = {ours: parts[part].get(theirs) for ours, (part, theirs) in SAID.items()}
-    # Most of our values have one place in the file. Three are looked for in two, or are a list.
-    size = parts["eagle"].get("force_image_size") or parts["vision"].get("image_size")
-    depth = parts["backbone"].get("select_layer") or parts["text"].get("num_hidden_layers")
-    values = parts["rl"].get("value_hidden_sizes")
-    found |= {"image_size": size, "depth": depth, "value_widths": values and tuple(values)}
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
-    """Configuration from a config.json; what it does not say is as in `base`.
-
-    In reference folders it also holds the Eagle model's own, with `text_config` and
-    `vision_config`, under some name. The value head, C and A are said as in RLinf."""
-    parts = parts_of(cfg)
-    for part, name, value in FIXED:
-        says = parts[part].get(name, value)
-        known = f"this GR00T has {name} = {says!r}, and only N1.5's {value!r} is known"
-        require(says == value, known)
-    c = replace(base, **said_by(cfg))
-    head = parts["head"]
-    output = parts["dit"].get("output_dim", c.hidden)
-    widths = (head.get("input_embedding_dim", c.dit_width), output)
+    """Configuration from a config.json; what it does not say is as in `base`."""
+    says = whole(cfg)
+    for place, value in FIXED.items():
+        found = source.at(says, place)
+        known = f"this GR00T has {place} = {found!r}, and only N1.5's {value!r} is known"
+        require(found in (None, value), known)
+    c = replace(base, **source.said_by(says, SAID))
+    wide = source.at(says, "action_head_cfg.input_embedding_dim") or c.dit_width
+    hidden = source.at(says, f"{DIT}.output_dim") or c.hidden
     require(
-        widths == (c.dit_width, c.hidden),
+        (wide, hidden) == (c.dit_width, c.hidden),
         f"this GR00T's widths contradict each other: DiT {c.dit_width} → {c.hidden}, action head "
-        f"{head}",
+        f"{wide} → {hidden}",
     )
     return replace(c, chunk=min(c.chunk, c.horizon), action_dim=min(c.action_dim, c.max_action_dim))
 
@@ -330,7 +304,7 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
     found = describe(path, config.train.statistics)
-    said = said_by(read_json(path / "config.json"))
+    said = source.said_by(whole(read_json(path / "config.json")), SAID)
     settings = ("horizon", "denoise_steps", "noise_level")
     defaults = {name: (getattr(found.shape, name), "as published") for name in settings}
     shape, assumed = source.filled(found.shape, said, defaults, config.rollout)

@@ -17,9 +17,7 @@ def rename(name: str, rules: Rules) -> tuple[str, ...]:
     """Finds their keys for our parameter; none where no rule knows it."""
     for pattern, keys in rules:
         if found := re.fullmatch(pattern, name):
-            if keys is None:
-                return ()
-            return tuple(found.expand(key) for key in ((keys,) if isinstance(keys, str) else keys))
+            return tuple(map(found.expand, (keys,) if isinstance(keys, str) else keys or ()))
     return ()
 
 

@@ -116,24 +116,24 @@ def save(model: Oft, folder: Path, like: Path) -> None:
 
 
 FIELDS = {  # of config.json, as RLinf sets them: ours ← theirs
-    "action_dim": "action_dim",
-    "chunk": "num_action_chunks",
-    "views": "num_images_in_input",
-    "tokens": "max_prompt_length",
-    "temperature": "temperature",
-    "center_crop": "center_crop",
-    "lora_rank": "lora_rank",
-    "bins": "n_action_bins",
-    "spare": "pad_to_multiple_of",
-    "pad": "pad_token_id",
-}
-TEXT = {  # of its `text_config`
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
+    "action_dim": ("action_dim",),
+    "chunk": ("num_action_chunks",),
+    "views": ("num_images_in_input",),
+    "tokens": ("max_prompt_length",),
+    "temperature": ("temperature",),
+    "center_crop": ("center_crop",),
+    "lora_rank": ("lora_rank",),
+    "bins": ("n_action_bins",),
+    "spare": ("pad_to_multiple_of",),
+    "pad": ("pad_token_id",),
+    "value_widths": ("value_head_sizes",),
+    "width": ("text_config.hidden_size",),
+    "depth": ("text_config.num_hidden_layers",),
+    "heads": ("text_config.num_attention_heads",),
+    "kv_heads": ("text_config.num_key_value_heads", "text_config.num_attention_heads"),
+    "mlp": ("text_config.intermediate_size",),
+    "norm_eps": ("text_config.rms_norm_eps",),
+    "rope_theta": ("text_config.rope_theta",),
 }
 
 
@@ -150,18 +150,13 @@ def config_of(folder: str | Path) -> OftConfig:
         known = "dinosiglip-vit-so-224px"
         sentence = f"{folder} has the vision backbone {backbone!r}: OpenVLA-OFT's is {known!r}"
         require(backbone == known, sentence)
-        text = found.get("text_config") or {}
-        given = {ours: found.get(theirs) for ours, theirs in FIELDS.items()}
-        given |= {ours: text.get(theirs) for ours, theirs in TEXT.items()}
-        shape = {name: value for name, value in given.items() if value is not None}
+        shape = source.said_by(found, FIELDS)
         for tower, prefix in (("featurizer", "dino"), ("fused_featurizer", "siglip")):
             shape |= tower_of(found.get("vision", {}).get(tower), prefix)
         c = replace(FULL["oft"], **shape)
         c = replace(
             c,
-            kv_heads=text.get("num_key_value_heads", c.heads),
-            words=text.get("vocab_size", 32064) - c.spare - c.bins,
-            value_widths=tuple(found.get("value_head_sizes", c.value_widths)),
+            words=(source.at(found, "text_config.vocab_size") or 32064) - c.spare - c.bins,
             image_size=found.get("image_sizes", [c.image_size])[0],
             stop_token=found.get("implement_version", "official") != "rlinf",
             train="lora" if found.get("is_lora", False) else "full",
@@ -257,8 +252,7 @@ def published(path: Path, family: str, config, spec) -> Found:
     names = ("chunk", "tokens", "temperature")
     defaults = {name: (getattr(c, name), "as published on LIBERO") for name in names}
     defaults |= {name: (not rlinf, whose) for name in ("center_crop", "stop_token")}
-    theirs = FIELDS | {"stop_token": "implement_version"}
-    said = {ours for ours, name in theirs.items() if says.get(name) is not None}
+    said = source.said_by(says, FIELDS | {"stop_token": ("implement_version",)})
     c, assumed = source.filled(c, said, defaults, config.rollout)
     if "num_images_in_input" not in says:
         # Nor do the weights say how many cameras there are: positions alone tell tokens apart.

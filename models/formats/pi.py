@@ -167,11 +167,7 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
         shape["value_widths"] = found
     if found := widths("noise_head.mlp_logvar.moduleList.{}.linear_1.weight", 1):
         shape |= {"noise": "network", "noise_widths": found}
-    for ours, theirs in FIELDS.items():
-        for name in theirs:
-            if config.get(name) is not None:
-                said = config[name]
-                shape[ours] = tuple(said) if isinstance(said, list) else said
+    shape |= source.said_by(config, FIELDS)
     c = replace(FULL["pi05" if pi05 else "pi0"], **shape)
     return replace(c, sde_steps=c.denoise_steps)
 
@@ -205,8 +201,7 @@ def published(path: Path, family: str, config, spec) -> Found:
     train = config.train
     with understood(file):
         shape = shape_of(path, stored, says)
-        found = {name for name, value in says.items() if value is not None}
-        said = {ours for ours, theirs in FIELDS.items() if found.intersection(theirs)}
+        said = source.said_by(says, FIELDS)
         settings = ("chunk", "tokens", "denoise_steps", "noise_level")
         defaults = {name: (getattr(shape, name), "as published") for name in settings}
         if not kind.startswith("lerobot") and train.env in RLINF_HORIZON:

@@ -68,11 +68,8 @@ class Source(NamedTuple):
 
     def keys(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Our parameters → their keys."""
-        found = {}
-        for name in names:
-            if keys := rename(name, self.rules):
-                found[name] = tuple(self.prefix + key for key in keys)
-        return found
+        renamed = ((name, rename(name, self.rules)) for name in names)
+        return {name: tuple(self.prefix + key for key in keys) for name, keys in renamed if keys}
 
 
 class Found(NamedTuple):
@@ -82,6 +79,25 @@ class Found(NamedTuple):
     source: Source
     stats: dict  # of a `checkpoint.Header`
     assumed: dict[str, str] = {}  # what its files do not say: value and why, by name of setting
+
+
+def at(says: dict, path: str) -> Any:
+    """Finds "a.b" in JSON: b in the object a; None where it is not there."""
+    for name in path.split("."):
+        says = (says or {}).get(name)
+    return says
+
+
+def said_by(says: dict, places: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """What a config.json says of the fields of a CONFIG, lists as tuples.
+
+    places: {field: paths for `at`}; the first that is there counts."""
+    found = {}
+    for field, paths in places.items():
+        value = next((at(says, path) for path in paths if at(says, path) is not None), None)
+        if value is not None:
+            found[field] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def filled(
@@ -301,11 +317,12 @@ def load(
     for key, place in places.items():
         if includes(part, model, place.name):
             wanted.setdefault(place.name, []).append(key)
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    read = {}
     for name, keys in wanted.items():
-        old = tensors[name]
         kind = dtype(name) if callable(dtype) else dtype
-        new = torch.empty(old.shape, device=device, dtype=kind or stored[keys[0]].dtype)
+        new = torch.empty(shapes[name], device=device, dtype=kind or stored[keys[0]].dtype)
+        read[name] = new
         for key in keys:
             entry = stored[key]
             rows = new[places[key].begin : places[key].end] if entry.shape else new.reshape(1)
@@ -317,12 +334,7 @@ def load(
                     piece = whole[begin:end] if whole else file.get_tensor(entry.key)
                     rows[begin:end].copy_(piece)
                     del piece
-        module, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(module)
-        if isinstance(old, torch.nn.Parameter):
-            setattr(owner, leaf, torch.nn.Parameter(new, requires_grad=old.requires_grad))
-        else:
-            owner.register_buffer(leaf, new, persistent=True)
+    model.load_state_dict(read, strict=False, assign=True)
 
 
 def save(
@@ -335,7 +347,7 @@ def save(
     """Writes `model` as the checkpoint `like` it was loaded from: same files, keys, shapes, dtypes
     and order. Tensors that we do not read are copied, as are the small files beside them.
 
-    `folder` appears at once: a crash leaves the old one. With a file as `like` it is a file too.
+    `folder` appears at once, and whole. With a file as `like` it is a file too.
     tensor_of: our tensor by its name, if it is not what `model` holds."""
     folder = Path(folder)
     like = Path(like)
@@ -362,12 +374,8 @@ def save(
     partial.mkdir(exist_ok=True)
     for file in files:
         write_like(tensor_of, partial / file.name, file, stored, parts)
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_like(
