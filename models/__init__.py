@@ -141,8 +141,7 @@ def assumptions(config: Config, spec) -> str:
 
 def chosen(config: Config, shape) -> dict:
     """What the run's flags say of a family's configuration; None means as the checkpoint says."""
-    actor = ("train_vlm", "cache_prefix")
-    flags = {name: getattr(config.actor, name) for name in actor}
+    flags = {name: getattr(config.actor, name) for name in ("train_vlm", "cache_prefix")}
     rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
     rollout += ("temperature", "center_crop", "stop_token")
     flags |= {name: getattr(config.rollout, name) for name in rollout}

@@ -137,10 +137,13 @@ def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dic
 def of_family(path: str | Path, family: str) -> Header:
     """The header of a checkpoint of ours, which must be of `family`. Raises UserError."""
     header = read_header(path)
-    has = header.family
+    require_family(path, header.family, family)
+    return header
+
+
+def require_family(path: str | Path, has: str, family: str) -> None:
     sentence = f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint"
     require(has == family, sentence)
-    return header
 
 
 def is_ours(path: str | Path) -> bool:

@@ -134,6 +134,12 @@ FIELDS = {  # of config.json, as RLinf sets them: ours ← theirs
     "mlp": ("text_config.intermediate_size",),
     "norm_eps": ("text_config.rms_norm_eps",),
     "rope_theta": ("text_config.rope_theta",),
+    "patch": ("vision.featurizer.patch_size",),
+    "dino_width": ("vision.featurizer.embed_dim",),
+    "dino_heads": ("vision.featurizer.num_heads",),
+    "dino_registers": ("vision.featurizer.reg_tokens",),
+    "siglip_width": ("vision.fused_featurizer.embed_dim",),
+    "siglip_heads": ("vision.fused_featurizer.num_heads",),
 }
 
 
@@ -152,7 +158,9 @@ def config_of(folder: str | Path) -> OftConfig:
         require(backbone == known, sentence)
         shape = source.said_by(found, FIELDS)
         for tower, prefix in (("featurizer", "dino"), ("fused_featurizer", "siglip")):
-            shape |= tower_of(found.get("vision", {}).get(tower), prefix)
+            if timm := source.at(found, f"vision.{tower}"):
+                shape[f"{prefix}_depth"] = timm["depth"] - 1
+                shape[f"{prefix}_mlp"] = int(timm["embed_dim"] * timm.get("mlp_ratio", 4.0))
         c = replace(FULL["oft"], **shape)
         c = replace(
             c,
@@ -165,20 +173,6 @@ def config_of(folder: str | Path) -> OftConfig:
             says = read_json(folder / "preprocessor_config.json")
             c = replace(c, dino_mean=tuple(says["means"][0]), dino_std=tuple(says["stds"][0]))
     return c
-
-
-def tower_of(timm: dict | None, prefix: str) -> dict:
-    """Fields of `OftConfig` from timm's arguments of one tower, which may be left out."""
-    if timm is None:
-        return {}
-    fields = {
-        f"{prefix}_width": timm["embed_dim"],
-        f"{prefix}_depth": timm["depth"] - 1,
-        f"{prefix}_heads": timm["num_heads"],
-        f"{prefix}_mlp": int(timm["embed_dim"] * timm.get("mlp_ratio", 4.0)),
-        "patch": timm["patch_size"],
-    }
-    return fields | ({"dino_registers": timm["reg_tokens"]} if "reg_tokens" in timm else {})
 
 
 def read_statistics(folder: str | Path, key: str = "") -> dict:

@@ -24,7 +24,7 @@ from torch import Tensor
 from checks import read_json
 from errors import require, understood
 from models import tokenize
-from models.checkpoint import Header
+from models.checkpoint import Header, require_family
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
 from models.formats.preparation import PreparationBase
@@ -175,12 +175,9 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
 def cameras_of(says: dict) -> int:
     """How many cameras a config.json names; 0 where it is silent. LeRobot's lists all pictures, of
     which those called empty are masked."""
-    shown = [
-        name
-        for name, feature in (says.get("input_features") or {}).items()
-        if feature.get("type") == "VISUAL" and "empty_camera" not in name
-    ]
-    return says.get("num_images") or len(shown)
+    features = (says.get("input_features") or {}).items()
+    real = [feature.get("type") for name, feature in features if "empty_camera" not in name]
+    return says.get("num_images") or real.count("VISUAL")
 
 
 def published(path: Path, family: str, config, spec) -> Found:
@@ -209,11 +206,7 @@ def published(path: Path, family: str, config, spec) -> Found:
         shape, assumed = source.filled(shape, said, defaults, config.rollout)
         trained = cameras_of(says)
         views = config.env.cameras or min(trained or spec.views, spec.views)
-        has = "pi05" if shape.pi05 else "pi0"
-        require(
-            has == family,
-            f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint",
-        )
+        require_family(path, "pi05" if shape.pi05 else "pi0", family)
         for what, wanted, most in (
             ("actions per inference (--chunk)", chunk, shape.chunk),
             ("action dimensions", spec.action_dim, shape.action_dim),

@@ -26,8 +26,6 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int, int, int]:
 
 def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
     """image [H, W, 3] uint8 → [size, size, 3] uint8, centred on black: openpi's."""
-    if image.shape[:2] == (size, size):
-        return image
     height, width, top, left = fitted(*image.shape[:2], size)
     small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     out = np.zeros((size, size, 3), np.uint8)

@@ -94,9 +94,9 @@ def said_by(says: dict, places: dict[str, tuple[str, ...]]) -> dict[str, Any]:
     places: {field: paths for `at`}; the first that is there counts."""
     found = {}
     for field, paths in places.items():
-        value = next((at(says, path) for path in paths if at(says, path) is not None), None)
-        if value is not None:
-            found[field] = tuple(value) if isinstance(value, list) else value
+        values = [value for path in paths if (value := at(says, path)) is not None]
+        if values:
+            found[field] = tuple(values[0]) if isinstance(values[0], list) else values[0]
     return found
 
 
