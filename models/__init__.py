@@ -81,15 +81,13 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     if ours:
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, name)
-        stored = family.CONFIG(**header.shape)
-        stats = header.stats
-        words = header.vocabulary
     else:
-        words = ""
-        stored, layout, stats, _ = published(config, spec)
+        shape, layout, stats, _ = published(config, spec)
         stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
+        header = checkpoint.Header(name, asdict(shape), stats)
+    stored = family.CONFIG(**header.shape)
     shape = replace(stored, **chosen(config, stored))
-    check_fit(path, shape, stats, config, spec)
+    check_fit(path, shape, header.stats, config, spec)
 
     # Make the network and read its weights
     model = source.sketch(family.NETWORK, shape)
@@ -109,10 +107,11 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         for key, head in model.heads(shape).items():
             if key in missing:
                 model.add_module(key, head.to(device))
-    model.begin(config, stats)
+    model.begin(config, header.stats)
+    words = header.vocabulary
     if config.train.tokenizer:
         words = words or tokenize.fingerprint(config.train.tokenizer)
-    model.header = checkpoint.Header(name, asdict(model.config), stats, words)
+    model.header = header._replace(shape=asdict(model.config), vocabulary=words)
     contract.check_model(model, name)
     return model
 
