@@ -199,7 +199,7 @@ class Handover:
 
 
 def start_again(
-    ratio: str, folder: RunFolder, past: tuning.Past, interrupts: list[float], tracker
+    ratio: str, folder: RunFolder, past: tuning.Past, interrupts: processes.Interrupts, tracker
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
@@ -244,8 +244,8 @@ def main(config: Config) -> int:
     again = handover.heard is not None
     folder.clear(keep_trace=again)
     interrupts = processes.note_interrupts()
-    if again and processes.was_interrupted(handover.heard):
-        interrupts.append(time.monotonic())
+    for number in processes.kept_interrupts(handover.heard) if again else b"":
+        interrupts.note(number)
     tracker = mirror(setup.config, folder)
     folder.appended = handover.appended
     announce(setup, folder, again)
@@ -266,7 +266,7 @@ def main(config: Config) -> int:
 
 
 def run_crew(
-    setup: Setup, folder: RunFolder, interrupts: list[float], tracker, past: tuning.Past
+    setup: Setup, folder: RunFolder, interrupts: processes.Interrupts, tracker, past: tuning.Past
 ) -> End:
     """Starts all workers, follows them, and ends them."""
     channels = connect(setup)
