@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -104,8 +105,15 @@ class RunFolder:
             write_trace(self.path / "trace.json", spans)
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Returns the folders of a run's checkpoints, the newest last. Each is named by its version: a
+    folder of another name, such as the copy 000003-best, is the user's."""
+    found = [path for path in run.glob("checkpoints/*/") if re.fullmatch("[0-9]{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name))
+
+
 def has_checkpoint(run: Path) -> bool:
-    return any(run.glob("checkpoints/[0-9]*"))
+    return bool(checkpoints(run))
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metrics import Meter
 from models import checkpoint
+from run_folder import checkpoints
 
 
 class Snapshot(NamedTuple):
@@ -27,7 +28,7 @@ class Saver:
     """Writes one snapshot at a time and keeps the newest checkpoints."""
 
     def __init__(self, folder: Path, keep: int):
-        """keep: how many checkpoints stay, or 0 for all."""
+        """folder: RUN/checkpoints; keep: how many checkpoints stay, or 0 for all."""
         self.folder = folder
         self.keep = keep
         self.thread: threading.Thread | None = None
@@ -43,8 +44,8 @@ class Saver:
         try:
             write(snapshot, self.folder)
             if self.keep:
-                for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
-                    shutil.rmtree(old)
+                for old in checkpoints(self.folder.parent)[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)  # a file that is open may stay on NFS
         except Exception as error:  # `finish` raises it again, in the worker's own thread
             self.error = error
 

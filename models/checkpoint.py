@@ -24,6 +24,7 @@ from checks import Finite, parse_json, read_json
 from config import ROOT
 from errors import UserError, require
 from models.formats.source import INDEX, Source, layout, raw_header, weight_files
+from run_folder import checkpoints
 
 
 class Header(NamedTuple):
@@ -41,10 +42,10 @@ def find(path: str | Path) -> Path:
     """The weights file of a file, a checkpoint folder or a run (its newest checkpoint)."""
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
-        newest = sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]
-        for candidate in (base, base / "model.safetensors", *newest):
-            if candidate.is_file():
-                return candidate
+        for folder in (base, *reversed(checkpoints(base))):
+            for candidate in (folder, folder / "model.safetensors"):
+                if candidate.is_file():
+                    return candidate
     raise UserError(
         f"no checkpoint at {path}: expected a .safetensors file, a folder that holds "
         "model.safetensors, or a run with one"

@@ -507,6 +507,27 @@ def test_checkpoints_are_written_from_a_copy_with_signs_of_life_and_the_newest_a
     assert torch.equal(load_file(newest / "model.safetensors")["policy.weight"], weights[2])
 
 
+def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_nothing(tmp_path):
+    folder = tmp_path / "checkpoints"
+    names = ("000001", "000001-best", "000002", "1", "999999", "1000000")
+    for name in names:
+        (folder / name).mkdir(parents=True)
+    saver = saving.Saver(folder, keep=1)
+    removed = []
+
+    def busy(path, ignore_errors=False):
+        removed.append(path.name)
+        if not ignore_errors:
+            raise OSError("device or resource busy")
+
+    with (
+        patch.object(saving, "write"),
+        patch.object(saving.shutil, "rmtree", busy),
+    ):
+        saver.run(None)
+    assert removed == ["000001", "000002", "999999"] and saver.error is None
+
+
 def test_a_snapshot_does_not_change_with_training(tmp_path):
     actor = Actor(tmp_path, settings(), Toy())
     with patch.object(models, "build", return_value=actor.model):

@@ -154,7 +154,9 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):
-    for version in ("000002", "000010", ".000011.partial"):  # the last: killed while it was saved
+    # One was killed while it was saved; copies and notes are the user's.
+    names = ("000002", "000010", ".000011.partial", "000011-backup", "12", "best")
+    for version in names:
         folder = tmp_path / "run" / "checkpoints" / version
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_text(version)
@@ -165,6 +167,12 @@ def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):
         == checkpoint.find(newest)
         == newest
     )
+    later = tmp_path / "run/checkpoints/1000000/model.safetensors"
+    later.parent.mkdir()
+    later.touch()
+    assert checkpoint.find(tmp_path / "run") == later
+    later.unlink()  # a newest one of which nothing is left is passed over
+    assert checkpoint.find(tmp_path / "run") == newest
 
 
 def test_half_a_checkpoint_is_never_found(tmp_path):
