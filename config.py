@@ -102,7 +102,7 @@ class RunConfig:
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
     memory_report: bool = False
     """print the size of each memory pool, then exit"""
-    timeout_s: Bound = 120.0
+    timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 120.0
     """seconds without a sign of life after which a worker counts as hung. An env worker is then
     replaced; another worker ends the run"""
 

@@ -139,6 +139,7 @@ def test_what_is_valid():
         ({"algorithm__value_clip": -1.0}, "--value-clip -1.0 must be more than 0"),
         ({"algorithm__behaviour_weight_max": 0.0}, "--behaviour-weight-max 0.0"),
         ({"algorithm__kl_stop": -1.0}, "--kl-stop -1.0"),
+        ({"train__timeout_s": math.inf}, "--timeout-s inf must be at most 1000000"),
         ({"train__seed": 2**64}, "--seed 18446744073709551616 must be at most"),
         ({"actor__lr": math.inf}, "--lr inf must be at most"),
         (
