@@ -1,9 +1,12 @@
 """Writes checkpoints, in a thread of its own while training goes on."""
 
 import json
+import math
 import os
 import shutil
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,10 +30,13 @@ class Snapshot(NamedTuple):
 class Saver:
     """Writes one snapshot at a time and keeps the newest checkpoints."""
 
-    def __init__(self, folder: Path, keep: int):
-        """folder: RUN/checkpoints; keep: how many checkpoints stay, or 0 for all."""
+    def __init__(self, folder: Path, keep: int, patience_s: float = 120.0):
+        """folder: RUN/checkpoints; keep: how many checkpoints stay, or 0 for all; patience_s: after
+        which a person is told whom all wait for."""
         self.folder = folder
         self.keep = keep
+        self.patience_s = patience_s
+        self.late = math.inf  # monotonic seconds, when that is to be said
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -38,6 +44,7 @@ class Saver:
         """Begins to write. `finish` must have been called since the last one."""
         self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
         self.thread.start()
+        self.late = time.monotonic() + self.patience_s
         return self.folder / name_of(snapshot)
 
     def run(self, snapshot: Snapshot) -> None:
@@ -54,6 +61,10 @@ class Saver:
         while self.thread and self.thread.is_alive():
             with meter.work("checkpoint"):
                 self.thread.join(1.0)
+            if time.monotonic() > self.late:
+                self.late = math.inf
+                slow = f"a checkpoint is still being written after {self.patience_s:.0f} s"
+                print(f"{slow}: is {self.folder} on a disk that hangs?", file=sys.stderr)
         if self.error:
             raise self.error
 

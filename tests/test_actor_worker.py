@@ -528,6 +528,16 @@ def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_not
     assert removed == ["000001", "000002", "999999"] and saver.error is None
 
 
+def test_a_disk_that_hangs_is_named_once(tmp_path, capsys):
+    saver = saving.Saver(tmp_path / "checkpoints", 0, patience_s=0.5)
+    snapshot = saving.Snapshot(None, {}, {}, {"version": 1})
+    with patch.object(saving, "write", lambda *_: time.sleep(2.5)):
+        saver.begin(snapshot)
+        saver.finish(metrics.Meter("actor-0", 0, Counters(1, metrics.columns(0)), None))
+    said = capsys.readouterr().err
+    assert said.count("a checkpoint is still being written after 0 s: is ") == 1, said
+
+
 def test_a_snapshot_does_not_change_with_training(tmp_path):
     actor = Actor(tmp_path, settings(), Toy())
     with patch.object(models, "build", return_value=actor.model):
