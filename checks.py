@@ -21,7 +21,7 @@ WORDS = {
     "greater than": "more than",
     "less than or equal to": "at most",
     "Unexpected keyword argument": "is no field of it",
-    "Invalid JSON": "is no JSON",
+    "Invalid JSON": "is damaged, no JSON",
 }
 
 
@@ -42,6 +42,7 @@ Positive = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
 Bound = Annotated[float, Field(gt=0), BeforeValidator(infinity)]  # inf: none
 Limit = Annotated[float, Field(ge=0), BeforeValidator(infinity)]  # inf: none
@@ -81,11 +82,12 @@ def check_ranges(settings: Any) -> None:
         raise UserError(f"{flag_of(name)} {words}") from None
 
 
-def parse_json(text: str | bytes, kind: Any, what: object) -> Any:
+def parse_json(text: str | bytes, kind: Any, what: object, extra: str | None = "forbid") -> Any:
     """Reads JSON as a type. Raises UserError, which names `what` and the field, where there is no
-    such field, or its value is of another type or out of its range."""
+    such field, or its value is of another type or out of its range. extra: None where the type says
+    itself what further fields may be."""
     try:
-        return adapter(kind).validate_json(text, strict=True, extra="forbid")
+        return adapter(kind).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
         said = " ".join(mistake(error)).strip()
         raise UserError(f"cannot read {what}: {said}") from None

@@ -38,6 +38,7 @@ from config import (
 )
 from errors import UserError, require
 from models import checkpoint, contract, untrained
+from run_folder import read_metrics
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
@@ -87,9 +88,9 @@ class Setup:
         return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
 
     def pool_gb(self) -> float:
-        """Host memory of the training slots."""
+        """Host memory of the slots."""
         on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
-        return layout(on_host, Admission.of(self.config).slots)[1] / 1e9
+        return layout(on_host, self.slot_count)[1] / 1e9
 
 
 def prepare(config: Config) -> Setup:
@@ -136,7 +137,7 @@ def prepare(config: Config) -> Setup:
     has = machine.memory() / 1e9
     needs = f"the slots need {setup.pool_gb():.1f} GB of memory, and this machine has {has:.1f} GB"
     fits = setup.pool_gb() < has or config.train.memory_report
-    require(fits, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
+    require(fits, f"{needs}: lower --envs, --eval-envs, --batch, --segment or --max-staleness")
     return setup
 
 
@@ -211,6 +212,7 @@ def resume_from(config: Config) -> tuple[Path, State]:
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
+    read_metrics(run_path(run))  # lines that no run wrote are better named now than later
     return found, resume
 
 
@@ -219,8 +221,8 @@ def check_memory_of(config: Config, spec: envs.EnvSpec, model: Any, resume: dict
     found = Path(config.train.checkpoint)
     try:
         loss_of(config)(config, spec).load(dict(resume["scale"]))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = f"the loss cannot go on from {found / 'state.json'} ({error!r})"
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        said = f"the loss cannot go on from {found / 'state.json'} ({error})"
         raise UserError(f"{said}; remove {found} to use an older one") from None
     critic = model.critic()
     sizes = [p.shape for name, p in model.trainable().items() if name not in critic]

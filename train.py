@@ -11,6 +11,7 @@ the run may start again at another ratio, from a checkpoint saved for the purpos
 Left out: several machines.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -31,7 +32,7 @@ import processes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
-from checks import flag_of
+from checks import Natural, adapter, flag_of, read_json
 from config import (
     WORKERS,
     Config,
@@ -184,17 +185,17 @@ class Handover:
     process: int = field(default_factory=os.getpid)  # which keeps its number
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
-    heard: int | None = None  # the pipe of `keep_interrupts`; None where the run has just begun
+    heard: Natural | None = None  # the pipe of `keep_interrupts`; None where the run has just begun
 
     @classmethod
     def take(cls, path: Path) -> "Handover":
-        """Reads and removes the file. Returns nothing's if it is of another process, or missing."""
+        """Reads and removes the file. Returns nothing's if it is of another process, missing, or
+        damaged."""
         file = path / "tuning.json"
-        if not file.is_file():
-            return cls()
-        known = json.loads(file.read_text())
-        file.unlink()
-        found = cls(**known | {"past": tuning.Past.from_json(known["past"])})
+        found = cls()
+        with contextlib.suppress(UserError):
+            found = read_json(file, cls)
+        file.unlink(missing_ok=True)
         return found if found.process == os.getpid() else cls()
 
 
@@ -208,8 +209,7 @@ def start_again(
     if interrupts:
         return
     handover = Handover(os.getpid(), past, folder.appended, heard)
-    known = vars(handover) | {"past": past.to_json()}
-    folder.write("tuning.json", json.dumps(known))
+    folder.write("tuning.json", adapter(Handover).dump_json(handover).decode())
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")

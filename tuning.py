@@ -19,14 +19,13 @@ start, is left for good.
 Left out: `--placement`, numbers of envs, several machines.
 """
 
-import json
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -334,20 +333,6 @@ class Past:
         self.news["ratio"] = before
         self.left = ""
         return before
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"rejected": sorted(self.rejected)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Past":
-        """Reads what `to_json` wrote. Raises UserError where it is something else."""
-        try:
-            past = cls(**json.loads(text))
-            past.rejected = set(past.rejected)
-            past.measured = {ratio: float(seconds) for ratio, seconds in past.measured.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read what the tuner remembered of the run: {error}") from None
-        return past
 
 
 def prices(costs: Costs) -> tuple[float, ...]:

@@ -123,25 +123,33 @@ def check_stats(stats: dict, what: str) -> None:
         require(both, f"cannot read {what}: state_low and state_high are not of one length")
 
 
-def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dict:
-    """Reads optimizer.pt, of AdamW over parameters of these shapes, in order. Raises UserError.
+def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dict[int, dict]:
+    """Reads what optimizer.pt remembers: AdamW's state of parameters of these shapes, in order, but
+    of those that never had a gradient. Raises UserError.
 
     Without a device it only looks: the file is mapped, and takes no memory."""
     why = "it is damaged, or of other weights"
+    tensors = {}
     try:
         where = device or "cpu"
         found = torch.load(path, map_location=where, weights_only=True, mmap=not device)
-        groups = [number for group in found["param_groups"] for number in group["params"]]
-        right = groups == list(range(len(sizes)))
+        numbers = [number for group in found["param_groups"] for number in group["params"]]
+        right = numbers == list(range(len(sizes)))
         for number, state in found["state"].items():
+            tensors |= {f"{number} {name}": tensor for name, tensor in state.items()}
+            right &= state.keys() == {"step", "exp_avg", "exp_avg_sq"}
             right &= state["exp_avg"].shape == state["exp_avg_sq"].shape == sizes[number]
-            right &= state["step"].numel() == 1
+            right &= state["step"].numel() == 1 and bool(state["step"] >= 1)
+            right &= not device or bool((state["exp_avg_sq"] < 0).logical_not().all())
+        right &= all(tensor.is_floating_point() for tensor in tensors.values())
     except Exception as error:  # a damaged file raises anything; torch advises to load it unsafely
         right = False
         why = getattr(error, "strerror", None) or why
     older = f"remove {path.parent} to continue from an older checkpoint"
     require(right, f"cannot read {path} ({why}): {older}")
-    return found
+    broken = not_finite(tensors) if device else ""
+    require(not broken, f"{path}: its tensor {broken} holds NaN or infinity; {older}")
+    return found["state"]
 
 
 def of_family(path: str | Path, family: str) -> Header:

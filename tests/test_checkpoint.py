@@ -318,7 +318,7 @@ def test_a_damaged_optimizer_is_refused_without_torch_s_advice(tmp_path, what):
     sprung = tmp_path / "sprung"
     torch.save(state, path)
     found = checkpoint.read_optimizer(path, sizes)
-    assert torch.equal(found["state"][1]["exp_avg"], state["state"][1]["exp_avg"])
+    assert torch.equal(found[1]["exp_avg"], state["state"][1]["exp_avg"])
     if what == "empty":
         path.write_bytes(b"")
     elif what == "list":
@@ -336,6 +336,39 @@ def test_a_damaged_optimizer_is_refused_without_torch_s_advice(tmp_path, what):
             checkpoint.read_optimizer(path, sizes, device)
         said = str(error.value)
         assert "\n" not in said and "weights_only" not in said and not sprung.exists()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("step", torch.tensor(-1.0)),
+        ("step", torch.tensor(math.nan)),
+        ("step", 3.0),
+        ("more", 1),
+        ("more", torch.ones(2, 3)),
+        ("exp_avg", torch.ones(2, 3, dtype=torch.complex64)),
+        ("exp_avg", torch.ones(2, 3, dtype=torch.int32)),
+    ],
+    ids=str,
+)
+def test_what_adam_never_remembers_is_refused(tmp_path, name, value):
+    state, sizes = adam((2, 3), (4,))
+    path = tmp_path / "optimizer.pt"
+    state["state"][0][name] = value
+    torch.save(state, path)
+    for device in ("", "cpu"):
+        with pytest.raises(UserError, match="cannot read .*optimizer.pt"):
+            checkpoint.read_optimizer(path, sizes, device)
+
+
+def test_moments_that_no_gradient_has_are_refused_where_they_are_loaded(tmp_path):
+    state, sizes = adam((2, 3), (4,))
+    path = tmp_path / "optimizer.pt"
+    state["state"][1]["exp_avg_sq"][2] = -1.0
+    torch.save(state, path)
+    checkpoint.read_optimizer(path, sizes)  # it reads no large tensor
+    with pytest.raises(UserError, match="cannot read .*optimizer.pt"):
+        checkpoint.read_optimizer(path, sizes, "cpu")
 
 
 def test_a_run_copied_to_another_clone_finds_its_vocabulary(monkeypatch, tmp_path):

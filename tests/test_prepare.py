@@ -1,14 +1,20 @@
 """What flags become on this machine, before anything starts."""
 
+import dataclasses
 import json
+import math
+import os
 
 import pytest
 import torch
+from conftest import LINE
 
 import models
 import prepare
 import train
+import tuning
 from benchmarks.emulated import libero
+from checks import adapter
 from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
 from errors import UserError
@@ -115,6 +121,10 @@ def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
     with pytest.raises(UserError, match="slots need .* GB of memory, and this machine has 8.0 GB"):
         prepare.prepare(settings(*flags))
     prepare.prepare(settings(*flags, "--memory-report"))  # which only says so
+    monkeypatch.setattr(prepare.machine, "memory", lambda: 10**9)
+    prepare.prepare(settings())
+    with pytest.raises(UserError, match="slots need .* GB .* lower --envs, --eval-envs"):
+        prepare.prepare(settings("--eval-envs", "1000000"))
 
 
 def test_statistics_are_for_another_project_s_checkpoint():
@@ -160,14 +170,97 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert prepare.resume_from(config) == (folder, GOOD)
 
 
-@pytest.mark.parametrize("line", [b"\n", b"null\n", b"\xff\xfe\n", b"{\n", b"[" * 100_000 + b"\n"])
+def with_line(**changes) -> bytes:
+    return json.dumps(LINE | changes).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"null\n",
+        b"\xff\xfe\n",
+        b"{\n",
+        b"[" * 100_000 + b"\n",
+        b"{}\n",
+        b'{"version": 1}\n',
+        with_line(version="three"),
+        with_line(version=math.nan),
+        with_line(version=2.0),
+        with_line(time=None),
+        with_line(collected="x"),
+        with_line(restarts=-1),
+        with_line(discarded_by=3),
+        with_line(discarded_by={"restart": "x"}),
+        with_line(success_rate="high"),
+        with_line(eval_version=None),
+        with_line(grad_norm="x"),
+        with_line(approx_kl={"a": 1}),
+        with_line(trajectories_per_task={"push": "x"}),
+    ],
+    ids=lambda line: line[:60].decode(errors="replace"),
+)
 def test_a_line_of_metrics_that_no_run_wrote_is_named(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"version": 1}\n' + line + b'{"version": 2}\n{"vers')
-    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl"):
+    file.write_bytes(with_line() + line + with_line(version=2) + b'{"vers')
+    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl") as error:
         read_metrics(tmp_path)
-    file.write_bytes(b'{"version": 1}\n{"version": 2}\n{"vers')
-    assert read_metrics(tmp_path) == [{"version": 1}, {"version": 2}]
+    assert "\n" not in str(error.value)
+    more = {"version": 2, "ratio_max": math.inf, "tuning": {"batch_wait_ms": "inf"}, "lr": None}
+    file.write_bytes(with_line() + with_line(**more) + b'{"vers')
+    assert read_metrics(tmp_path) == [LINE, LINE | more]
+
+
+def test_lines_are_looked_at_before_a_run_is_touched(tmp_path):
+    folder = tmp_path / "run/checkpoints/000003"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    (folder / "state.json").write_text(json.dumps(GOOD))
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 of .*metrics.jsonl"):
+        prepare.resume_from(completed(Config(), resume=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        {},
+        {"decay": 0.8, "square": "x"},
+        {"decay": 0.8, "square": None},
+        {"decay": 0.8, "square": []},
+        {"decay": 0.8, "square": -1.0},
+        {"decay": 0.8, "square": 1e40},
+        {"decay": 1.0, "square": 1.0},
+        {"decay": "x", "square": 1.0},
+        {"decay": 0.8, "square": 1.0, "more": 1},
+    ],
+    ids=str,
+)
+def test_what_no_loss_remembers_is_refused(tmp_path, scale):
+    config = completed(Config(), checkpoint=tmp_path / "000003")
+    with pytest.raises(
+        UserError, match="cannot go on from .*state.json .*remove .*000003"
+    ) as error:
+        prepare.check_memory_of(config, None, None, {"scale": scale})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "null", "[]", '{"process": "x"}', '{"heard": -1}', '{"past": "{}"}']
+)
+def test_a_handover_that_no_run_wrote_is_none(tmp_path, text):
+    (tmp_path / "tuning.json").write_text(text)
+    assert train.Handover.take(tmp_path) == train.Handover()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_handover_is_taken_once_and_by_its_own_process(tmp_path):
+    left = train.Handover(os.getpid(), tuning.Past("3:1", {"3:1": 1 / 3}, {"1:2"}), 7.5, 3)
+    for process, found in ((os.getpid(), left), (1, train.Handover())):
+        written = dataclasses.replace(left, process=process)
+        (tmp_path / "tuning.json").write_bytes(adapter(train.Handover).dump_json(written))
+        assert train.Handover.take(tmp_path) == found
+        assert train.Handover.take(tmp_path) == train.Handover()
 
 
 def test_default_names_of_runs_that_start_at_once_differ(monkeypatch, tmp_path):
