@@ -22,6 +22,7 @@ WORDS = {
     "less than or equal to": "at most",
     "Unexpected keyword argument": "is no field of it",
     "Invalid JSON": "is damaged, no JSON",
+    "Value error, ": "",
 }
 
 
@@ -32,7 +33,10 @@ def infinity(value: object) -> object:
 
 def finite(found: dict) -> dict:
     """Raises ValueError where NaN or infinity is somewhere inside."""
-    json.dumps(found, allow_nan=False)
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise ValueError("must hold finite numbers only") from None
     return found
 
 
@@ -41,6 +45,7 @@ MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
@@ -60,7 +65,8 @@ def flag_of(name: str) -> str:
 
 
 def mistake(error: ValidationError) -> tuple[str, str]:
-    """Returns the name of the first field that is wrong, and its value with what it must be."""
+    """Returns the name of the first field that is wrong, or "it", and its value with what it must
+    be."""
     found = error.errors(include_url=False)
     # A field of several types is wrong once for each; its place ends in the type, as pydantic says.
     tried = ("constrained-", "function-", "literal[")
@@ -70,7 +76,8 @@ def mistake(error: ValidationError) -> tuple[str, str]:
     words = " or ".join(one["msg"] for one in found if one["loc"] == first["loc"])
     for theirs, ours in WORDS.items():
         words = words.replace(theirs, ours)
-    return ".".join(first["loc"]), f"{first['input']!r:.60} {words}"
+    name = " ".join(".".join(first["loc"]).split())[:200]  # names in files may be anything
+    return (name, f"{first['input']!r:.60} {words}") if name else ("it", words)
 
 
 def check_ranges(settings: Any) -> None:
@@ -89,14 +96,14 @@ def parse_json(text: str | bytes, kind: Any, what: object, extra: str | None = "
     try:
         return adapter(kind).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
-        said = " ".join(mistake(error)).strip()
+        said = " ".join(mistake(error))
         raise UserError(f"cannot read {what}: {said}") from None
 
 
-def read_json(path: Path, kind: Any = dict, what: object = "") -> Any:
+def read_json(path: Path, kind: Any = dict, what: object = "", extra: str | None = "forbid") -> Any:
     """Reads a file as `parse_json`. Raises UserError, which names the file or `what`."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {what or path}: {error.strerror}") from None
-    return parse_json(text, kind, what or path)
+    return parse_json(text, kind, what or path, extra)

@@ -22,6 +22,7 @@ import tyro
 import envs
 import machine
 import models
+from checks import Natural, Positive, check_ranges
 from config import Config, Family, embedded_files, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
@@ -39,14 +40,17 @@ class EvaluateConfig:
     """a file, a checkpoint or run folder, or another project's; none means Meta-World's shipped"""
     model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
-    chunk: int = Config().rollout.chunk
+    chunk: Positive = Config().rollout.chunk
     """actions executed per inference, of another project's checkpoint; ours say it themselves"""
     statistics: str = ""
     """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
-    image_size: int = 0
-    """pixels of the cameras; 0 means as in the run, else as the model takes them (another
-    project's: 256)"""
-    tokens: int | None = None
+    image_size: Natural = 0
+    """pixels of the cameras; 0 means as in the run, else as the model takes them (of another
+    project's: its data's own size in this simulator)"""
+    cameras: Natural = 0
+    """cameras whose pictures the policy sees, the simulator's first ones; 0 means as in the run,
+    else as many as the checkpoint was trained with"""
+    tokens: Positive | None = None
     """prompt length in tokens; none means as the checkpoint says"""
     env: str = ""
     """simulator; none means the run's, else metaworld"""
@@ -56,7 +60,7 @@ class EvaluateConfig:
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     render_quality: Literal["fast", "full"] | None = None
     """none means as in the run, else fast"""
-    episodes: int = 100
+    episodes: Positive = 100
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
@@ -87,10 +91,12 @@ class Player:
         self.config = config
         self.chunk = settings.rollout.chunk
         self.device = "cuda" if machine.gpus() else "cpu"
-        size = config.image_size or checkpoint.frame_size(path)
         self.simulator = envs.load(config.env)
-        self.spec = self.simulator.spec(tasks, size)
-        self.model = models.build(settings, self.spec, self.device).eval()
+        spec = self.simulator.spec(tasks, 0)
+        size = config.image_size or checkpoint.frame_size(path, spec.picture)
+        self.model = models.build(settings, spec._replace(image_size=size), self.device).eval()
+        self.assumed = models.assumptions(settings, spec)
+        self.spec = spec._replace(image_size=size).seen_by(self.model.header)
         _, shipped = embedded_files(family, config.env)
         tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, shipped)
         self.preparation = models.preparation(family, self.model.header, tokenizer)
@@ -104,7 +110,7 @@ class Player:
         demonstrations = 10_000_000  # the first of their seeds
         out = f"--seed {self.config.seed} is out of range: choose a small one, from 0 up"
         require(EVAL_SEEDS <= seeds <= demonstrations - count, out)
-        given = self.spec.tasks, self.spec.image_size, self.config.render_quality
+        given = self.spec, self.config.render_quality
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
             simulators[0].reset(0, seeds)
@@ -132,7 +138,7 @@ class Player:
         for episode in playing:
             images, state = episode.env.observe()
             prompt = episode.env.prompt or self.spec.prompts[episode.task]
-            rows.append(self.preparation.observe(images, state, prompt))
+            rows.append(self.preparation.observe(images[: self.spec.views], state, prompt))
             states.append(state)
         keys = [(self.config.seed, 0, episode.number, episode.steps) for episode in playing]
         noise = self.model.draw(keys, [False] * len(playing))
@@ -203,6 +209,7 @@ def settings_of(config: EvaluateConfig) -> Config:
     settings.train.model = family
     settings.train.env = config.env
     settings.train.statistics = config.statistics
+    settings.env.cameras = config.cameras
     return settings
 
 
@@ -218,6 +225,7 @@ def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
         env=config.env or trained.train.env,
         tasks=given or tasks,
         image_size=config.image_size or trained.env.image_size,
+        cameras=config.cameras or trained.env.cameras,
         render_quality=config.render_quality or trained.env.render_quality,
         videos=config.videos or (run or Path()) / "videos",
     )
@@ -253,8 +261,7 @@ def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) 
 
 def main(config: EvaluateConfig) -> dict:
     """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
-    require(config.episodes >= 1, f"--episodes {config.episodes} must be at least 1")
-    require(config.chunk >= 1, f"--chunk {config.chunk} must be at least 1")
+    check_ranges(config)
 
     # Build the policy as its checkpoint says, see that all can be written, and play.
     keep_freed_memory()
@@ -266,7 +273,9 @@ def main(config: EvaluateConfig) -> dict:
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
     path = settings.train.checkpoint
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
-    print(f"{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True)
+    print(
+        f"{player.assumed}{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True
+    )
     episodes = player.play()
 
     # Count successes by task, and write down what was seen.
@@ -276,11 +285,7 @@ def main(config: EvaluateConfig) -> dict:
     rows = [row_of(task, mine) for task, mine in by_task.items() if mine]
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
-        try:
-            config.json.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            found = f"cannot write the result to {config.json}: {error.strerror}"
-            raise UserError(f"{found}; it is printed above") from None
+        config.json.write_text(json.dumps(result, indent=1))
     write_videos(config.videos, player.spec.tasks, episodes)
     return result
 

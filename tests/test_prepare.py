@@ -1,9 +1,7 @@
 """What flags become on this machine, before anything starts."""
 
-import dataclasses
 import json
 import math
-import os
 
 import pytest
 import torch
@@ -12,9 +10,7 @@ from conftest import LINE
 import models
 import prepare
 import train
-import tuning
 from benchmarks.emulated import libero
-from checks import adapter
 from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
 from errors import UserError
@@ -150,6 +146,10 @@ GOOD = {"version": 3, "seed": 1, "settings": {}, "scale": {}}
         GOOD | {"scale": {"x": float("nan")}},
         GOOD | {"settings": {"nonsense": 1}},
         GOOD | {"settings": None},
+        GOOD | {"more": 1},
+        GOOD | {"lines": {}},
+        GOOD | {"lines": [None]},
+        GOOD | {"lines": [{"version": "3"}]},
         {},
     ],
     ids=lambda state: str(state)[:40],
@@ -162,12 +162,12 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     (folder / "state.json").write_text(text)
     config = completed(Config(), resume=str(tmp_path / "run"))
     with pytest.raises(
-        UserError, match=r"state.json: .*; remove .*000003 to use an older"
+        UserError, match=r"state.json \(remove .*000003 to use an older one\): "
     ) as error:
         prepare.resume_from(config)
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
-    assert prepare.resume_from(config) == (folder, GOOD)
+    assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
 
 
 def with_line(**changes) -> bytes:
@@ -238,29 +238,9 @@ def test_lines_are_looked_at_before_a_run_is_touched(tmp_path):
 )
 def test_what_no_loss_remembers_is_refused(tmp_path, scale):
     config = completed(Config(), checkpoint=tmp_path / "000003")
-    with pytest.raises(
-        UserError, match="cannot go on from .*state.json .*remove .*000003"
-    ) as error:
+    with pytest.raises(UserError, match="cannot read .*remembers") as error:
         prepare.check_memory_of(config, None, None, {"scale": scale})
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{}", "null", "[]", '{"process": "x"}', '{"heard": -1}', '{"past": "{}"}']
-)
-def test_a_handover_that_no_run_wrote_is_none(tmp_path, text):
-    (tmp_path / "tuning.json").write_text(text)
-    assert train.Handover.take(tmp_path) == train.Handover()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_handover_is_taken_once_and_by_its_own_process(tmp_path):
-    left = train.Handover(os.getpid(), tuning.Past("3:1", {"3:1": 1 / 3}, {"1:2"}), 7.5, 3)
-    for process, found in ((os.getpid(), left), (1, train.Handover())):
-        written = dataclasses.replace(left, process=process)
-        (tmp_path / "tuning.json").write_bytes(adapter(train.Handover).dump_json(written))
-        assert train.Handover.take(tmp_path) == found
-        assert train.Handover.take(tmp_path) == train.Handover()
 
 
 def test_default_names_of_runs_that_start_at_once_differ(monkeypatch, tmp_path):

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from checks import read_json
-from errors import require
+from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, understood
+from models.formats.source import Found, Source
 from models.oft import FULL, Lora, Oft, OftConfig
 
 MARKS = ("vision_backbone.", "base_model.model.")
@@ -244,11 +244,14 @@ def published(path: Path, family: str, config, spec) -> Found:
     check_decoding(Path(path))
     stats = read_statistics(path, config.train.statistics)
     c = replace(config_of(path), train="full", action_dim=len(stats["q01"]))
+    assumed = {}
     if "num_images_in_input" not in read_json(Path(path) / "config.json"):
         # Nor do the weights say how many cameras there are: positions alone tell tokens apart.
-        c = replace(c, views=spec.views)
-    gripper = "libero" if config.train.env == "libero" else ""
-    return Found(c, source_of(path, c), stats | {"layout": "openvla", "gripper": gripper})
+        c = replace(c, views=config.env.cameras or 1)
+        if not config.env.cameras and spec.views > 1:
+            assumed["cameras"] = "1 (RLinf's, and openvla-oft's where it is not told)"
+    stats |= {"layout": "openvla", "fit": "bicubic"}
+    return Found(c, source_of(path, c), stats, assumed)
 
 
 def prompt(task: str) -> str:

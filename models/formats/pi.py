@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checks import read_json
-from errors import require
+from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
 from models.formats.preparation import PreparationBase
-from models.formats.source import Found, Source, Stored, understood
+from models.formats.source import Found, Source, Stored
 from models.pi import FULL, SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)
@@ -173,6 +173,17 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
     return replace(c, sde_steps=c.denoise_steps)
 
 
+def cameras_of(says: dict) -> int:
+    """How many cameras a config.json names; 0 where it is silent. LeRobot's lists all pictures, of
+    which those called empty are masked."""
+    shown = [
+        name
+        for name, feature in (says.get("input_features") or {}).items()
+        if feature.get("type") == "VISUAL" and "empty_camera" not in name
+    ]
+    return says.get("num_images") or len(shown)
+
+
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError.
 
@@ -185,6 +196,8 @@ def published(path: Path, family: str, config, spec) -> Found:
     chunk = config.rollout.chunk
     with understood(file):
         shape = shape_of(path, stored, says)
+        trained = cameras_of(says)
+        views = config.env.cameras or min(trained or spec.views, spec.views)
         has = "pi05" if shape.pi05 else "pi0"
         require(
             has == family,
@@ -193,11 +206,14 @@ def published(path: Path, family: str, config, spec) -> Found:
         for what, wanted, most in (
             ("actions per inference (--chunk)", chunk, shape.chunk),
             ("action dimensions", spec.action_dim, shape.action_dim),
-            ("cameras", spec.views, 3),
+            ("cameras", views, trained or 3),
         ):
             sentence = f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
             require(wanted <= most, sentence)
-    shape = replace(shape, views=spec.views, executed_steps=chunk, executed_dims=spec.action_dim)
+    shape = replace(shape, views=views, executed_steps=chunk, executed_dims=spec.action_dim)
+    assumed = {}
+    if not (trained or config.env.cameras) and spec.views > 1:
+        assumed["cameras"] = f"{views} (all, as openpi and RLinf show in this simulator)"
     if kind.startswith("lerobot"):
         stats = read_processors(folder)
     else:
@@ -213,7 +229,7 @@ def published(path: Path, family: str, config, spec) -> Found:
             f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the simulator "
             f"has {wanted}",
         )
-    return Found(shape, SOURCES[kind], stats)
+    return Found(shape, SOURCES[kind], stats | {"fit": "letterbox"}, assumed)
 
 
 def read_norm_stats(
@@ -397,7 +413,7 @@ class Preparation(PreparationBase):
         delta = np.array(self.stats["delta"][: out.shape[-1]], bool)
         if delta.any():  # openpi's AbsoluteActions
             out[..., : len(delta)] += np.where(delta, state[: len(delta)], 0.0)
-        return out.astype(np.float32)
+        return self.grip(out).astype(np.float32)
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

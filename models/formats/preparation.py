@@ -9,6 +9,7 @@ Every env worker has one. A family derives `PreparationBase` and inherits the ch
 import numpy as np
 
 from errors import UserError, require
+from models.formats import bins
 
 
 class PreparationBase:
@@ -21,6 +22,7 @@ class PreparationBase:
         self.tokenizer = tokenizer
         self.layout = stats.get("layout", "own")
         self.own = self.layout == "own"
+        self.grip = bins.GRIPPERS[stats.get("gripper", "")]
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The model's [C, A] → what the robot executes [C, A]; state [S] of the simulator."""
