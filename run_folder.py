@@ -68,7 +68,7 @@ class RunFolder:
         saved = newest_version(path) is not None
         instead = f"continue it with --resume {self.name} or" if saved else "it is not a run's:"
         exists = f"the run folder {path} exists: {instead} choose another --run"
-        require(resume or self.made or (may_begin(path) and not saved), exists)
+        require(resume or self.made or may_begin(path), exists)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.spans.mkdir(exist_ok=True)
@@ -141,14 +141,12 @@ def checkpoints(run: Path) -> list[Path]:
 def may_begin(path: Path) -> bool:
     """Whether a folder is empty, or of a run of ours that was stopped before its first checkpoint.
     Other projects have checkpoints/ and config.json, too."""
-    if not path.is_dir():
-        return False
-    left = {file.name for file in path.iterdir()}
-    foreign = [one for one in path.glob("checkpoints/*") if not one.name.startswith(".")]
+    left = {file.name for file in path.iterdir()} if path.is_dir() else {"a file"}
     with contextlib.suppress(UserError):
         if "config.json" in left:
             from_json(path / "config.json")
-        return not left or "checkpoints" in left and not foreign
+        saved = any(not one.name.startswith(".") for one in path.glob("checkpoints/*"))
+        return not left or "checkpoints" in left and not saved
     return False
 
 

@@ -798,7 +798,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path)
 def test_settings_are_the_flags_whatever_optimizer_pt_says_of_them(tmp_path):
     config = Config()
     learner = trained(Toy(), config)
-    config.train.checkpoint = write(learner.snapshot(), tmp_path)
+    config.train.checkpoint = write(learner.snapshot([]), tmp_path)
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
     file = config.train.checkpoint / "optimizer.pt"
     saved = torch.load(file, weights_only=True)
