@@ -378,8 +378,9 @@ class Crew:
     def stop(self) -> None:
         """Ends all workers. None outlives this call."""
         for process in self.processes.values():
-            if process.is_alive():
-                os.kill(process.pid, LEAVE)
+            with contextlib.suppress(ProcessLookupError):  # dead, and the fork server yet to say so
+                if process.is_alive():
+                    os.kill(process.pid, LEAVE)
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))

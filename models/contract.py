@@ -27,7 +27,7 @@ FILES = {
     "published": "(path, family, config, spec) → `formats.source.Found`, of another project's file",
     "save": "(model, path, like): writes that project's layout again",
     "preparation": "(header, tokenizer) → what stands between simulator and model",
-    "embedded": "(family, tokenizer) → the small model with random weights",
+    "embedded": "(family, tokenizer) → the small model with random weights, of that many words",
     "wording": "(task) → the words that the embedded vocabulary must hold",
 }
 NETWORK = {
