@@ -119,6 +119,7 @@ def prepare(config: Config) -> Setup:
     for ratio, (chosen, placement) in workers.choices.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), placement
     if start.resume and config.train.checkpoint:
+        checkpoint.check_finite(config.train.checkpoint)
         check_memory_of(config, spec, model, start.resume)
     setup = Setup(
         config=config,
@@ -171,6 +172,8 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     if not has_files:
         image_size = image_size or SMALL_PICTURE
     else:
+        if resume:
+            checkpoint.read_header(checkpoint.find(found))
         models.check_family(train.model, found)
         ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
         alone = f"--statistics {train.statistics} is for another project's checkpoint"

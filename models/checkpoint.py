@@ -11,7 +11,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -41,42 +41,57 @@ def find(path: str | Path) -> Path:
     """The weights file of a file, a checkpoint folder or a run (its newest checkpoint)."""
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
-        newest = sorted(base.glob("checkpoints/[0-9]*/model.safetensors"))[-1:]
-        for candidate in (base, base / "model.safetensors", *newest):
-            if candidate.is_file():
-                return candidate
+        newest = sorted(base.glob("checkpoints/[0-9]*"))[-1:]
+        for folder in (base, *newest):
+            for candidate in (folder, folder / "model.safetensors"):
+                if candidate.is_file():
+                    return candidate
+        for folder in newest:  # an older one is not taken in its place without a word
+            lost = f"checkpoint {folder} has no model.safetensors"
+            raise UserError(f"{lost}; remove {folder} to use an older one")
     raise UserError(
         f"no checkpoint at {path}: expected a .safetensors file, a folder that holds "
         "model.safetensors, or a run with one"
     )
 
 
+@contextlib.contextmanager
+def or_another(path: str | Path) -> Iterator[None]:
+    """Adds to a UserError about a weights file what to use in its place."""
+    folder = Path(path).parent
+    of_run = folder.parent.name == "checkpoints"
+    instead = f"remove {folder} to use an older one" if of_run else "give another one"
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; {instead}") from None
+
+
 def metadata(path: str | Path) -> dict[str, str]:
     """What the header of a safetensors file says beside its tensors."""
     raw_header(Path(path))  # which says what a file that may not be read is
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        said = f"cannot read checkpoint {path}: it is truncated or not a safetensors file ({error})"
-        folder = Path(path).parent
-        if folder.parent.name == "checkpoints":  # of a run
-            said += f"; remove {folder} to use an older one"
-        raise UserError(said) from None
+    with or_another(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            said = f"cannot read checkpoint {path}: it is truncated or not a safetensors file"
+            raise UserError(f"{said} ({error})") from None
 
 
 def read_header(path: str | Path) -> Header:
     meta = metadata(path)
-    require(
-        {"family", "shape", "stats"} <= meta.keys(),
-        f"checkpoint {path} was not written by this project: its header lacks family, shape and "
-        "stats",
-    )
-    what = f"the header of checkpoint {path}"
-    shape = parse_json(meta["shape"], Finite, f"{what}, shape")
-    stats = parse_json(meta["stats"], Finite, f"{what}, stats")
-    check_stats(stats, what)
-    return Header(meta["family"], checked_shape(meta["family"], shape, what), stats)
+    with or_another(path):
+        require(
+            {"family", "shape", "stats"} <= meta.keys(),
+            f"checkpoint {path} was not written by this project: its header lacks family, shape "
+            "and stats",
+        )
+        what = f"the header of checkpoint {path}"
+        shape = parse_json(meta["shape"], Finite, f"{what}, shape")
+        stats = parse_json(meta["stats"], Finite, f"{what}, stats")
+        check_stats(stats, what)
+        return Header(meta["family"], checked_shape(meta["family"], shape, what), stats)
 
 
 def checked_shape(family: str, shape: dict, what: str) -> dict:
@@ -218,6 +233,21 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str:
     if all(math.isfinite(norm) for norm in norms):
         return ""
     return next((name for name, x in real.items() if not x.isfinite().all()), "")
+
+
+def require_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises UserError where a tensor of a checkpoint holds a NaN or an infinity."""
+    broken = not_finite(tensors)
+    require(not broken, f"checkpoint {path}: tensor {broken!r} holds NaN or infinity")
+
+
+def check_finite(path: str | Path) -> None:
+    """The same of each tensor in the file of a checkpoint of ours, one after the other."""
+    path = find(path)
+    metadata(path)
+    with or_another(path), safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no dictionary
+            require_finite(path, {name: file.get_tensor(name)})
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:

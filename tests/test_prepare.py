@@ -1,9 +1,11 @@
 """What flags become on this machine, before anything starts."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import models
 import prepare
@@ -12,6 +14,7 @@ from benchmarks.emulated import libero
 from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
 from errors import UserError
+from models import checkpoint
 from run_folder import read_metrics
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
@@ -158,6 +161,48 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
     assert prepare.resume_from(config) == (folder, GOOD)
+
+
+def lack(weights, meta):
+    del weights["action_out_proj.bias"]
+
+
+def spoil(weights, meta):
+    weights["action_out_proj.bias"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lack, "has no tensor 'action_out_proj.bias'"),
+        (spoil, "tensor 'action_out_proj.bias' holds NaN"),
+        (lambda weights, meta: meta.update(shape="null"), "cannot read the header"),
+        (lambda weights, meta: meta.update(family="nobody"), "its family 'nobody' is none of"),
+        (lambda weights, meta: meta.clear(), "was not written by this project"),
+        (None, "has no model.safetensors"),
+    ],
+)
+def test_a_resumed_checkpoint_that_cannot_be_read_leads_to_the_older_one(
+    tmp_path, tiny_checkpoint, damage, words
+):
+    for version in ("000002", "000003"):
+        folder = tmp_path / "run/checkpoints" / version
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(GOOD))
+        shutil.copy(tiny_checkpoint, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    if damage:
+        weights = load_file(file)
+        meta = checkpoint.metadata(file)
+        damage(weights, meta)
+        save_file(weights, file, meta)
+    else:
+        file.unlink()
+    flags = ["--envs", "8", "--batch", "16", "--minibatch", "8", "--checkpoint", tiny_checkpoint]
+    config = completed(train.parse([*map(str, flags)]), resume=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"({words}).*; remove {folder} to use an older") as error:
+        prepare.prepare(config)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("line", [b"\n", b"null\n", b"\xff\xfe\n", b"{\n", b"[" * 100_000 + b"\n"])
