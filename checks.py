@@ -22,6 +22,7 @@ WORDS = {
     "less than or equal to": "at most",
     "Unexpected keyword argument": "is no field of it",
     "Invalid JSON": "is no JSON",
+    "Value error, ": "",
 }
 
 
@@ -40,6 +41,9 @@ def finite(found: dict) -> dict:
 MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
+Size = Annotated[int, Field(ge=1, le=10**6)]  # of a network's layer
+Length = Annotated[int, Field(ge=1, le=4096)]  # of a picture or sequence that it sees
+Count = Annotated[int, Field(ge=1, le=1000)]  # of its layers and heads
 Share = Annotated[float, Field(ge=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
@@ -81,11 +85,12 @@ def check_ranges(settings: Any) -> None:
         raise UserError(f"{flag_of(name)} {words}") from None
 
 
-def parse_json(text: str | bytes, kind: Any, what: object) -> Any:
+def parse_json(text: str | bytes, kind: Any, what: object, strangers: str = "forbid") -> Any:
     """Reads JSON as a type. Raises UserError, which names `what` and the field, where there is no
-    such field, or its value is of another type or out of its range."""
+    such field, or its value is of another type or out of its range. strangers: "forbid" or "ignore"
+    fields that the type does not know."""
     try:
-        return adapter(kind).validate_json(text, strict=True, extra="forbid")
+        return adapter(kind).validate_json(text, strict=True, extra=strangers)
     except ValidationError as error:
         said = " ".join(mistake(error)).strip()
         raise UserError(f"cannot read {what}: {said}") from None

@@ -79,6 +79,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         stats = header.stats
     else:
         stored, layout, stats = files(name).published(path, name, config, spec)
+        checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
 

@@ -9,10 +9,10 @@ statistics). Nothing is ever unpickled. Other projects' files: `models/formats/`
 import contextlib
 import json
 import math
+import operator
 import os
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,8 +90,33 @@ def read_header(path: str | Path) -> Header:
         what = f"the header of checkpoint {path}"
         shape = parse_json(meta["shape"], Finite, f"{what}, shape")
         stats = parse_json(meta["stats"], Finite, f"{what}, stats")
-        check_stats(stats, what)
-        return Header(meta["family"], checked_shape(meta["family"], shape, what), stats)
+        shape = checked_shape(meta["family"], shape, what)
+        check_stats(meta["family"], stats, f"{what}, stats")
+        return Header(meta["family"], shape, stats)
+
+
+def divides(size: int, whole: int) -> bool:
+    return whole % size == 0
+
+
+# What must hold in a configuration, and neither its types nor the sizes of the weights show.
+MUST = {divides: "divide", operator.le: "be at most", operator.lt: "be less than"}
+RELATIONS = (
+    ("patch", divides, "image_size"),
+    ("heads", divides, "width"),
+    ("kv_heads", divides, "heads"),
+    ("vl_heads", divides, "features"),
+    ("vision_heads", divides, "vision_width"),
+    ("dino_heads", divides, "dino_width"),
+    ("siglip_heads", divides, "siglip_width"),
+    ("executed_steps", operator.le, "chunk"),
+    ("executed_dims", operator.le, "action_dim"),
+    ("horizon", operator.le, "positions"),
+    ("embodiment", operator.lt, "embodiments"),
+    ("image_token", operator.lt, "vocabulary"),
+    ("pad_token", operator.lt, "vocabulary"),
+    ("pad", operator.lt, "vocabulary"),
+)
 
 
 def checked_shape(family: str, shape: dict, what: str) -> dict:
@@ -107,34 +132,28 @@ def checked_shape(family: str, shape: dict, what: str) -> dict:
     if module.FORMATS is None:
         return shape
     found = parse_json(json.dumps(shape), module.CONFIG, what)
-    shape = {name: getattr(found, name) for name in shape}
-    defaults = {field.name: field.default for field in fields(module.CONFIG)}
-    for name in [name for name in shape if name.endswith("heads")]:
-        width = shape.get(name.removesuffix("heads") + "width", 0)
-        split = name.removesuffix("s") + "_dim" in defaults or width % max(1, shape[name]) == 0
-        require(
-            split, f"cannot read {what}: {name} {shape[name]} does not divide the width {width}"
-        )
-    for name, value in shape.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                # 0 is "none" where it is the default, else no size. No network is 1,000 deep.
-                least = int(isinstance(number, int) and defaults[name] != 0)
-                most = 1000 if name.endswith(("depth", "heads", "steps", "views")) else 10**6
-                range_ = f"{name} {number} must be from {least} to {most}"
-                require(least <= number <= most, f"cannot read {what}: {range_}")
-    return shape
+    lacks = ", ".join({"views", "image_size", "tokens", "chunk", "action_dim"} - shape.keys())
+    require(not lacks, f"cannot read {what}: it lacks {lacks}")
+    for name, relation, other in RELATIONS:
+        pair = [getattr(found, part, None) for part in (name, other)]
+        wide = name == "heads" and hasattr(found, "head_dim")  # each head has a width of its own
+        holds = wide or None in pair or relation(*pair)
+        said = f"{name} {pair[0]} must {MUST[relation]} {other} {pair[1]}"
+        require(holds, f"cannot read {what}: {said}")
+    return {name: getattr(found, name) for name in shape}
 
 
-def check_stats(stats: dict, what: str) -> None:
-    """Raises UserError unless the quantiles of a state are there, and go together."""
-    given = [name for name in ("state_low", "state_high") if name in stats]
-    for name in given if "layout" not in stats else ():
-        numbers = stats[name]
-        real = isinstance(numbers, list) and all(type(x) in (int, float) for x in numbers)
-        require(real and numbers, f"cannot read {what}: {name} is no list of numbers")
-        both = len(given) == 2 and len(numbers) == len(stats[given[0]])
-        require(both, f"cannot read {what}: state_low and state_high are not of one length")
+def check_stats(family: str, stats: dict, what: str) -> None:
+    """Raises UserError unless statistics are what the family's files say of their layout."""
+    import models  # here, for it imports this file
+
+    if models.load(family).FORMATS is None:
+        return
+    kinds = models.files(family).STATS
+    layout = stats.get("layout", "own")
+    known = isinstance(layout, str) and layout in kinds
+    require(known, f"cannot read {what}: its layout {layout!r:.60} is none of {', '.join(kinds)}")
+    parse_json(json.dumps(stats), kinds[layout], what, "ignore")
 
 
 def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dict:

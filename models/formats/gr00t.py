@@ -17,7 +17,7 @@ import unicodedata
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import bins, pictures, source
 from models.formats.names import Rules, each, siglip
-from models.formats.preparation import PreparationBase
+from models.formats.preparation import Numbers, PreparationBase, States, Together
 from models.formats.source import Found, Source, understood
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
@@ -481,6 +481,17 @@ class Preparation(PreparationBase):
         ends = self.ends("action")
         actions = denormalise(actions, *ends) if ends else actions
         return bins.GRIPPERS[self.stats.get("gripper", "")](actions)
+
+
+class Ends(States):
+    """Minimum and maximum of another project's robot, which ours have in the place of quantiles."""
+
+    action_low: Numbers
+    action_high: Numbers
+    gripper: NotRequired[bins.Gripper]
+
+
+STATS = {"own": Annotated[States, Together]} | dict.fromkeys(SOURCES, Annotated[Ends, Together])
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

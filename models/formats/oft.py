@@ -13,18 +13,20 @@ originals pass it through JPEG. Pictures rendered at the model's size need neith
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated, NotRequired
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from checks import read_json
 from errors import require
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import pictures, source
+from models.formats import bins, pictures, source
 from models.formats.names import Rules
-from models.formats.preparation import PreparationBase
+from models.formats.preparation import Numbers, PreparationBase, Together
 from models.formats.source import Found, Source, understood
 from models.oft import FULL, Lora, Oft, OftConfig
 
@@ -290,6 +292,28 @@ class Preparation(PreparationBase):
         """tokens [L] int32."""
         c = self.config
         return {"tokens": encode(self.tokenizer, task, c.tokens, c.pad)}
+
+
+class Own(TypedDict, total=False):
+    """Of our own models, whose prompts hold no state and whose actions may be in [-1, 1]."""
+
+    state_low: Numbers
+    state_high: Numbers
+    q01: Numbers
+    q99: Numbers
+    mask: list[bool]
+
+
+class Quantiles(TypedDict):
+    """Of the actions of another project's robot."""
+
+    q01: Numbers
+    q99: Numbers
+    mask: list[bool]
+    gripper: NotRequired[bins.Gripper]
+
+
+STATS = {"own": Annotated[Own, Together], "openvla": Annotated[Quantiles, Together]}
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

@@ -15,19 +15,22 @@ out.
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Literal, NotRequired, Union
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from checks import read_json
 from errors import require
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import pictures, source
+from models.formats import bins, pictures, source
 from models.formats.names import Rules, siglip
-from models.formats.preparation import PreparationBase
+from models.formats.preparation import Numbers, PreparationBase, States, Together
 from models.formats.source import Found, Source, Stored, understood
 from models.pi import FULL, SMALL, Pi, PiConfig
 
@@ -398,6 +401,30 @@ class Preparation(PreparationBase):
         if delta.any():  # openpi's AbsoluteActions
             out[..., : len(delta)] += np.where(delta, state[: len(delta)], 0.0)
         return out.astype(np.float32)
+
+
+def scale(kind: str) -> type:
+    """The type of what `normalise` goes by, of one kind."""
+    project, _, mode = kind.partition("_")
+    numbers = dict.fromkeys(ENDS[mode], Numbers) | ({"eps": float} if project == "lerobot" else {})
+    return TypedDict("Scale", {"kind": Literal[kind]} | numbers)
+
+
+SCALES = tuple(scale(f"{project}_{mode}") for project in ("openpi", "lerobot") for mode in ENDS)
+Scale = Annotated[Union[SCALES], Field(discriminator="kind"), Together]  # noqa: UP007  no `|` here
+
+
+class Statistics(TypedDict):
+    """What `read_norm_stats` and `read_processors` make of another project's statistics."""
+
+    state: Scale
+    actions: Scale
+    prompt: Literal["state", "newline"]
+    delta: list[bool]
+    gripper: NotRequired[bins.Gripper]
+
+
+STATS = {"own": Annotated[States, Together], "openpi": Statistics, "lerobot": Statistics}
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:
