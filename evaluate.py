@@ -12,17 +12,19 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
+from pydantic import Field
 
 import envs
 import machine
 import models
-from config import Config, Family, embedded_files, from_json
+from checks import Length, Natural, Positive, check_ranges
+from config import Config, Family, embedded_files, expanded, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
 from models import checkpoint, contract
@@ -39,14 +41,15 @@ class EvaluateConfig:
     """a file, a checkpoint or run folder, or another project's; none means Meta-World's shipped"""
     model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
-    chunk: int = Config().rollout.chunk
-    """actions executed per inference, of another project's checkpoint; ours say it themselves"""
+    chunk: Positive | None = None
+    """actions executed per inference (10), of another project's checkpoint; ours say it
+    themselves"""
     statistics: str = ""
     """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
-    image_size: int = 0
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     """pixels of the cameras; 0 means as in the run, else as the model takes them (another
     project's: 256)"""
-    tokens: int | None = None
+    tokens: Length | None = None
     """prompt length in tokens; none means as the checkpoint says"""
     env: str = ""
     """simulator; none means the run's, else metaworld"""
@@ -56,9 +59,9 @@ class EvaluateConfig:
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     render_quality: Literal["fast", "full"] | None = None
     """none means as in the run, else fast"""
-    episodes: int = 100
+    episodes: Annotated[int, Field(ge=1, le=10**6)] = 100
     """episodes, spread evenly over tasks"""
-    seed: int = 0
+    seed: Natural = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
     tokenizer: Path | None = None
     """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
@@ -184,6 +187,7 @@ def settings_of(config: EvaluateConfig) -> Config:
     family = config.model
     settings = Config()
     rollout = settings.rollout
+    checkpoint.check_choice(config.statistics, path)
     if checkpoint.is_ours(path):
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, family) if family else checkpoint.read_header(path)
@@ -193,11 +197,14 @@ def settings_of(config: EvaluateConfig) -> Config:
         for name in header.shape.keys() & asdict(rollout).keys():
             setattr(rollout, name, header.shape[name])
         rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
+        asked = config.chunk or rollout.chunk
+        says = f"checkpoint {path} executes {rollout.chunk} actions per inference"
+        require(asked == rollout.chunk, f"{says}: leave out --chunk {asked}")
     else:
         unknown = f"checkpoint {path} is another project's: say with --model of which family it is"
         require(family, unknown)
         models.check_family(family, path)
-        rollout.chunk = config.chunk
+        rollout.chunk = config.chunk or rollout.chunk
     rollout.tokens = config.tokens or rollout.tokens
     settings.train.checkpoint = path
     settings.train.model = family
@@ -253,8 +260,7 @@ def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) 
 
 def main(config: EvaluateConfig) -> dict:
     """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
-    require(config.episodes >= 1, f"--episodes {config.episodes} must be at least 1")
-    require(config.chunk >= 1, f"--chunk {config.chunk} must be at least 1")
+    check_ranges(config)
 
     # Build the policy as its checkpoint says, see that all can be written, and play.
     keep_freed_memory()
@@ -287,4 +293,4 @@ def main(config: EvaluateConfig) -> dict:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(EvaluateConfig))
+        main(expanded(tyro.cli(EvaluateConfig)))

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import tyro
 
+from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
 from planning.costs import all_reduce_s, calibrate, from_run
@@ -244,4 +245,4 @@ def main(plan: PlanConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(PlanConfig))
+        main(expanded(tyro.cli(PlanConfig)))

@@ -30,6 +30,7 @@ from config import (
     check_by_themselves,
     completed,
     embedded_files,
+    expanded,
     loss_of,
     run_path,
     setting,
@@ -145,9 +146,8 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
     """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random."""
     train = config.train
     tasks = (train.suite, *train.tasks)
-    files = {name: setting(config, name) for name in ("checkpoint", "tokenizer")}
-    files = {name: Path(os.path.expanduser(path)) for name, path in files.items() if path}
-    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))), **files)
+    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
+    config.train = expanded(config.train)
     note = ""
     has_files = models.load(train.model).FORMATS is not None
     shipped, vocabulary = embedded_files(train.model, train.env)
@@ -160,6 +160,7 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
             sizes = config.rollout.chunk, config.rollout.tokens or 0
             runs = ROOT / "runs"
             if not os.access(runs if runs.exists() else ROOT, os.W_OK):
+                require(train.run, f"cannot write {runs}: give --run PATH, where you may write")
                 runs = run_path(train.run).parent  # a checkout that all may read and nobody write
             made, words = untrained.start(runs, train.model, spec, spec.state_range, *sizes)
             config = completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
@@ -175,9 +176,8 @@ def find_start(config: Config, simulator: envs.Simulator) -> Start:
         if resume:
             checkpoint.read_header(checkpoint.find(found))
         models.check_family(train.model, found)
-        ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
-        alone = f"--statistics {train.statistics} is for another project's checkpoint"
-        require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
+        if not (resume and checkpoint.published(found)):
+            checkpoint.check_choice(train.statistics, found)
         image_size = image_size or checkpoint.frame_size(found)
         name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
         tokenizer = Path(name) if name else None

@@ -19,15 +19,19 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
+from pydantic import Field
 
+import envs
 import models
-from config import Config, Family, embedded_files
+from checks import AboveZero, FromZero, Positive, check_ranges
+from config import Config, Family, embedded_files, expanded
 from envs import metaworld
 from errors import exit_on_user_error, require
 from models import checkpoint, tokenize
@@ -52,21 +56,21 @@ class PretrainConfig:
     tasks: tuple[str, ...] = ()
     """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes
     make better features"""
-    demos: int = 25
+    demos: Positive = 25
     """demonstrations per task"""
-    pace: float = 0.6
+    pace: Annotated[float, Field(gt=0, le=1)] = 0.6
     """the demonstrator's speed as a fraction of the expert's: careful, as people who teleoperate"""
-    frame_every: int = 3
+    frame_every: Positive = 3
     """control steps between stored frames"""
-    action_noise: float = 0.5
+    action_noise: FromZero = 0.5
     """standard deviation of the noise on executed actions, in units of the action range [-1, 1]"""
-    steps: int = 1200
+    steps: Positive = 1200
     """optimizer steps"""
-    batch: int = 64
+    batch: Annotated[int, Field(ge=PROCESSES, le=10**6, multiple_of=PROCESSES)] = 64
     """frames per optimizer step"""
-    lr: float = 1e-3
+    lr: AboveZero = 1e-3
     """peak learning rate of AdamW; linear warm-up over 50 steps, then cosine to zero"""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, le=10**9)] = 0
     """seed of demonstrations, initial weights and batches"""
 
 
@@ -77,7 +81,10 @@ def demonstrate(
     from metaworld.policies import ENV_POLICY_MAP
 
     warnings.filterwarnings("ignore")
-    env = metaworld.Env(tasks, IMAGE_SIZE)
+    with envs.starting("metaworld"):
+        env = metaworld.Env(tasks, IMAGE_SIZE)
+        env.reset(task, seeds[0])
+        env.observe()
     expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
     frames = []
     for seed in seeds:
@@ -153,13 +160,7 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
 
 def main(config: PretrainConfig) -> None:
     """Makes a checkpoint and its vocabulary. Raises UserError."""
-    least = min(config.demos, config.steps, config.frame_every)
-    require(least >= 1, "--demos, --steps and --frame-every must be at least 1")
-    multiple = f"must be a multiple of {PROCESSES}, the processes that share it"
-    batch = config.batch
-    require(batch >= PROCESSES and batch % PROCESSES == 0, f"--batch {batch} {multiple}")
-    limits = "must lie above 0 and be at most 1, the scripted expert's own speed"
-    require(0.0 < config.pace <= 1.0, f"--pace {config.pace} {limits}")
+    check_ranges(config)
     default, vocabulary = embedded_files(config.model, "metaworld")
     out = config.out or default
     vocabulary = out.with_name(vocabulary.name)
@@ -209,4 +210,4 @@ def main(config: PretrainConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(PretrainConfig))
+        main(expanded(tyro.cli(PretrainConfig)))

@@ -132,8 +132,8 @@ def checked_shape(family: str, shape: dict, what: str) -> dict:
     if module.FORMATS is None:
         return shape
     found = parse_json(json.dumps(shape), module.CONFIG, what)
-    lacks = ", ".join({"views", "image_size", "tokens", "chunk", "action_dim"} - shape.keys())
-    require(not lacks, f"cannot read {what}: it lacks {lacks}")
+    lacks = {"views", "image_size", "tokens", "chunk", "action_dim"} - shape.keys()
+    require(not lacks, f"cannot read {what}: it lacks {', '.join(sorted(lacks))}")
     for name, relation, other in RELATIONS:
         pair = [getattr(found, part, None) for part in (name, other)]
         wide = name == "heads" and hasattr(found, "head_dim")  # each head has a width of its own
@@ -200,6 +200,12 @@ def is_ours(path: str | Path) -> bool:
 def published(path: Path) -> bool:
     """Whether the checkpoint is another project's, or a run's that began from one."""
     return not is_ours(path) or read_header(find(path)).published
+
+
+def check_choice(statistics: str, path: Path) -> None:
+    """Raises UserError where statistics are chosen, and the checkpoint is none to choose from."""
+    alone = f"--statistics {statistics} is for another project's checkpoint"
+    require(not (statistics and is_ours(path)), f"{alone}: {path} has none to choose from")
 
 
 def run_of(path: str | Path) -> Path | None:

@@ -193,6 +193,8 @@ def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, caps
     "change, words",
     [
         ({"episodes": 0}, "at least 1"),
+        ({"chunk": 7}, "executes 10 actions per inference: leave out --chunk 7"),
+        ({"statistics": "nonsense"}, "--statistics nonsense is for another project's"),
         ({"tasks": ("juggle",)}, "juggle"),
         ({"family": "emulated"}, "emulated"),
     ],

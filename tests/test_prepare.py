@@ -120,6 +120,13 @@ def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
     prepare.prepare(settings(*flags, "--memory-report"))  # which only says so
 
 
+def test_a_checkout_that_nobody_may_write_needs_a_run_elsewhere(monkeypatch):
+    monkeypatch.setattr(prepare.os, "access", lambda *_: False)
+    config = train.parse(["--env", "libero", "--envs", "8", "--batch", "16", "--minibatch", "8"])
+    with pytest.raises(UserError, match="cannot write .*: give --run PATH, where you may write"):
+        prepare.find_start(config, prepare.envs.load("emulated"))
+
+
 def test_statistics_are_for_another_project_s_checkpoint():
     flags = "--envs 8 --batch 16 --minibatch 8 --statistics nonsense"
     with pytest.raises(UserError, match="--statistics nonsense is for another project's"):
