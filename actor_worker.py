@@ -19,7 +19,7 @@ from torch import Tensor
 from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
 from learner import Learner
-from metrics import Meter
+from metrics import Ledger, Meter
 from ranks import Ranks
 from saving import Saver
 from scheduler import Admission
@@ -38,20 +38,22 @@ def run(
     meter: Meter,
 ) -> None:
     """Trains until the last version. resume: state.json of the checkpoint that training goes on
-    from, or None; report: the first rank tells the launcher through it."""
+    from, and its "lines" of metrics.jsonl, or None; report: the first rank tells the launcher
+    through it."""
     channels.pool.use_on(device)
     ranks = Ranks.of(config, rank, device, run_folder, resume)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
     saver = Saver(run_folder / "checkpoints", config.train.keep)
+    ledger = Ledger(resume["lines"] if resume else [], config.actor.update_epochs)
     publish(learner, channels, meter)
     meter.ready()
     begun = time.monotonic()
 
     while learner.version < config.train.iterations:
         if ranks.first and is_to_stop(channels, learner):
-            save_and_wait_for_the_end(learner, saver, report, meter)
+            save_and_wait_for_the_end(learner, saver, ledger, report, meter)
 
         # Take in what has arrived; wait for more only when no micro-batch is complete.
         inbox.receive(wait_s=0.0)
@@ -80,7 +82,8 @@ def run(
             begun = time.monotonic()
             line["queue_depths"] = {"finished": streamer.waiting}
             if ranks.first:
-                save_where_due(learner, saver, meter)
+                ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
+                save_where_due(learner, saver, ledger, meter)
                 report.send(line)
 
     leave(learner, saver, report, meter)
@@ -104,11 +107,11 @@ def finish_minibatch(learner: Learner, streamer: Streamer, meter: Meter) -> None
         learner.spared += streamer.stop()
 
 
-def save_where_due(learner: Learner, saver: Saver, meter: Meter) -> None:
+def save_where_due(learner: Learner, saver: Saver, ledger: Ledger, meter: Meter) -> None:
     if learner.should_save():
         saver.finish(meter)  # the one before
         with meter.work("checkpoint"):
-            saver.begin(learner.snapshot())
+            saver.begin(learner.snapshot(ledger.lines))
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
@@ -126,12 +129,12 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
 
 
 def save_and_wait_for_the_end(
-    learner: Learner, saver: Saver, report: Connection, meter: Meter
+    learner: Learner, saver: Saver, ledger: Ledger, report: Connection, meter: Meter
 ) -> None:
     """Saves what was published last, without the updates of the batch under way."""
     saver.finish(meter)  # the one before
     dropped = learner.drop_updates()
-    news = {"saved": str(saver.begin(learner.snapshot()))}
+    news = {"saved": str(saver.begin(learner.snapshot(ledger.lines)))}
     saver.finish(meter)
     report.send(news | {"dropped": dropped} if dropped else news)
     wait_to_be_ended()

@@ -47,6 +47,7 @@ from benchmarks import (
     weights,
 )
 from benchmarks.measuring import end_on_sigterm
+from checks import AboveZero, Natural, Positive, check_ranges
 from config import Family, expanded, parse_ratio
 from errors import exit_on_user_error, require
 from processes import keep_freed_memory
@@ -73,10 +74,10 @@ class BenchConfig:
     """what to measure"""
     json: Path | None = None
     """also write the result to this file"""
-    repeats: int = 5
+    repeats: Positive = 5
     """transport, machinery: repetitions behind each median; weights: tens of versions; tracing:
     runs with and without"""
-    seconds: float = 1.0
+    seconds: AboveZero = 1.0
     """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each
     median"""
     setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = (
@@ -88,7 +89,7 @@ class BenchConfig:
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that
     --setting"""
-    iterations: int = 0
+    iterations: Natural = 0
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
     vectorised, 4 real, 10 tuning"""
     ratio: str = ""
@@ -112,10 +113,7 @@ def check(config: BenchConfig) -> None:
     require(
         folder.is_dir(), f"the folder {folder} does not exist: create it or give another --json"
     )
-    require(
-        config.repeats >= 1 and config.seconds > 0 and config.iterations >= 0,
-        "--repeats must be at least 1, --seconds more than 0 and --iterations not negative",
-    )
+    check_ranges(config)
     require(
         config.what != "envs" or config.env != "vectorised",
         "--env vectorised only takes time, so there is nothing to compare: give libero or "

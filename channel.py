@@ -290,11 +290,6 @@ class IndexQueue:
             os.close(self.writer)
         self.writer = -1
 
-    def close_reader(self) -> None:
-        if self.reader >= 0:
-            os.close(self.reader)
-        self.reader = -1
-
     def __getstate__(self):
         return {"reader": DupFd(self.reader), "writer": DupFd(self.writer)}
 

@@ -33,7 +33,10 @@ def infinity(value: object) -> object:
 
 def finite(found: dict) -> dict:
     """Raises ValueError where NaN or infinity is somewhere inside."""
-    json.dumps(found, allow_nan=False)
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise ValueError("must hold finite numbers only") from None
     return found
 
 
@@ -45,6 +48,7 @@ Size = Annotated[int, Field(ge=1, le=10**6)]  # of a network's layer
 Length = Annotated[int, Field(ge=1, le=4096)]  # of a picture or sequence that it sees
 Count = Annotated[int, Field(ge=1, le=1000)]  # of its layers and heads
 Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
 Bound = Annotated[float, Field(gt=0), BeforeValidator(infinity)]  # inf: none
@@ -63,7 +67,8 @@ def flag_of(name: str) -> str:
 
 
 def mistake(error: ValidationError) -> tuple[str, str]:
-    """Returns the name of the first field that is wrong, and its value with what it must be."""
+    """Returns the name of the first field that is wrong, or "it", and its value with what it must
+    be."""
     found = error.errors(include_url=False)
     # A field of several types is wrong once for each; its place ends in the type, as pydantic says.
     tried = ("constrained-", "function-", "literal[")
@@ -73,7 +78,8 @@ def mistake(error: ValidationError) -> tuple[str, str]:
     words = " or ".join(one["msg"] for one in found if one["loc"] == first["loc"])
     for theirs, ours in WORDS.items():
         words = words.replace(theirs, ours)
-    return ".".join(first["loc"]), f"{first['input']!r:.60} {words}"
+    name = " ".join(".".join(first["loc"]).split())[:200]  # names in files may be anything
+    return (name, f"{first['input']!r:.60} {words}") if name else ("it", words)
 
 
 def check_ranges(settings: Any) -> None:
@@ -92,7 +98,7 @@ def parse_json(text: str | bytes, kind: Any, what: object, strangers: str = "for
     try:
         return adapter(kind).validate_json(text, strict=True, extra=strangers)
     except ValidationError as error:
-        said = " ".join(mistake(error)).strip()
+        said = " ".join(mistake(error))
         raise UserError(f"cannot read {what}: {said}") from None
 
 

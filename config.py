@@ -17,7 +17,9 @@ from pydantic import Field
 from checks import (
     AboveZero,
     Bound,
+    Fraction,
     FromZero,
+    Length,
     Limit,
     Natural,
     Positive,
@@ -122,8 +124,11 @@ class EnvConfig:
     """lanes per env worker of a vectorised simulator, whose envs step together. 0 means 2: one
     steps while the other waits"""
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
-    """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (256
-    for another project's, which resizes them)"""
+    """width and height of the pictures in pixels; 0 means what the checkpoint's model takes (of
+    another project's: its data's own size in this simulator, which it resizes)"""
+    cameras: Natural = 0
+    """cameras whose pictures the policy sees, the simulator's first ones; 0 means as many as the
+    checkpoint was trained with"""
     render_quality: Literal["fast", "full"] = "fast"
     """full draws the simulator's own picture; fast leaves out shadows, smooth edges and details too
     small to see (LIBERO)"""
@@ -171,7 +176,7 @@ class RolloutConfig:
     limit). auto begins with half of one inference, then measures and chooses"""
     chunk: Positive = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
-    tokens: Positive | None = None
+    tokens: Length | None = None
     """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
     denoise_steps: Annotated[Steps | None, FLOW] = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
@@ -231,7 +236,7 @@ class ActorConfig:
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    gamma: Fraction = 0.9
     """discount per chunk step (RLinf: 0.99). 0.9 rewards being quick, so every chunk matters"""
     gae_lambda: Annotated[Share, CRITIC] = 0.95
     """λ of GAE"""

@@ -24,6 +24,18 @@ def require(condition: object, sentence: str) -> None:
 
 
 @contextlib.contextmanager
+def understood(what: object) -> Iterator[None]:
+    """Makes one sentence of whatever goes wrong inside with what a file says."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        damaged = f"it is of another kind or version, or damaged ({error!r})"
+        raise UserError(f"cannot read {what}: {damaged}") from None
+
+
+@contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turns a UserError, a full disk, and a path that cannot be used, into one line on stderr and
     exit status 2. Nothing that is printed can fail within it."""

@@ -47,8 +47,11 @@ class EvaluateConfig:
     statistics: str = ""
     """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
-    """pixels of the cameras; 0 means as in the run, else as the model takes them (another
-    project's: 256)"""
+    """pixels of the cameras; 0 means as in the run, else as the model takes them (of another
+    project's: its data's own size in this simulator)"""
+    cameras: Natural = 0
+    """cameras whose pictures the policy sees, the simulator's first ones; 0 means as in the run,
+    else as many as the checkpoint was trained with"""
     tokens: Length | None = None
     """prompt length in tokens; none means as the checkpoint says"""
     env: str = ""
@@ -61,7 +64,7 @@ class EvaluateConfig:
     """none means as in the run, else fast"""
     episodes: Annotated[int, Field(ge=1, le=10**6)] = 100
     """episodes, spread evenly over tasks"""
-    seed: Natural = 0
+    seed: int = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
     tokenizer: Path | None = None
     """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
@@ -90,10 +93,12 @@ class Player:
         self.config = config
         self.chunk = settings.rollout.chunk
         self.device = "cuda" if machine.gpus() else "cpu"
-        size = config.image_size or checkpoint.frame_size(path)
         self.simulator = envs.load(config.env)
-        self.spec = self.simulator.spec(tasks, size)
-        self.model = models.build(settings, self.spec, self.device).eval()
+        spec = self.simulator.spec(tasks, 0)
+        size = config.image_size or checkpoint.frame_size(path, spec.picture)
+        self.model = models.build(settings, spec._replace(image_size=size), self.device).eval()
+        self.assumed = models.assumptions(settings, spec)
+        self.spec = spec._replace(image_size=size).seen_by(self.model.header)
         _, shipped = embedded_files(family, config.env)
         tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, shipped)
         self.preparation = models.preparation(family, self.model.header, tokenizer)
@@ -107,7 +112,7 @@ class Player:
         demonstrations = 10_000_000  # the first of their seeds
         out = f"--seed {self.config.seed} is out of range: choose a small one, from 0 up"
         require(EVAL_SEEDS <= seeds <= demonstrations - count, out)
-        given = self.spec.tasks, self.spec.image_size, self.config.render_quality
+        given = self.spec, self.config.render_quality
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
             simulators[0].reset(0, seeds)
@@ -135,7 +140,7 @@ class Player:
         for episode in playing:
             images, state = episode.env.observe()
             prompt = episode.env.prompt or self.spec.prompts[episode.task]
-            rows.append(self.preparation.observe(images, state, prompt))
+            rows.append(self.preparation.observe(images[: self.spec.views], state, prompt))
             states.append(state)
         keys = [(self.config.seed, 0, episode.number, episode.steps) for episode in playing]
         noise = self.model.draw(keys, [False] * len(playing))
@@ -197,19 +202,17 @@ def settings_of(config: EvaluateConfig) -> Config:
         for name in header.shape.keys() & asdict(rollout).keys():
             setattr(rollout, name, header.shape[name])
         rollout.chunk = header.shape.get("executed_steps") or header.shape["chunk"]
-        asked = config.chunk or rollout.chunk
-        says = f"checkpoint {path} executes {rollout.chunk} actions per inference"
-        require(asked == rollout.chunk, f"{says}: leave out --chunk {asked}")
     else:
         unknown = f"checkpoint {path} is another project's: say with --model of which family it is"
         require(family, unknown)
         models.check_family(family, path)
-        rollout.chunk = config.chunk or rollout.chunk
+    rollout.chunk = config.chunk or rollout.chunk
     rollout.tokens = config.tokens or rollout.tokens
     settings.train.checkpoint = path
     settings.train.model = family
     settings.train.env = config.env
     settings.train.statistics = config.statistics
+    settings.env.cameras = config.cameras
     return settings
 
 
@@ -225,6 +228,7 @@ def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
         env=config.env or trained.train.env,
         tasks=given or tasks,
         image_size=config.image_size or trained.env.image_size,
+        cameras=config.cameras or trained.env.cameras,
         render_quality=config.render_quality or trained.env.render_quality,
         videos=config.videos or (run or Path()) / "videos",
     )
@@ -272,7 +276,9 @@ def main(config: EvaluateConfig) -> dict:
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
     path = settings.train.checkpoint
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
-    print(f"{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True)
+    print(
+        f"{player.assumed}{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True
+    )
     episodes = player.play()
 
     # Count successes by task, and write down what was seen.
@@ -282,11 +288,7 @@ def main(config: EvaluateConfig) -> dict:
     rows = [row_of(task, mine) for task, mine in by_task.items() if mine]
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
-        try:
-            config.json.write_text(json.dumps(result, indent=1))
-        except OSError as error:
-            found = f"cannot write the result to {config.json}: {error.strerror}"
-            raise UserError(f"{found}; it is printed above") from None
+        config.json.write_text(json.dumps(result, indent=1))
     write_videos(config.videos, player.spec.tasks, episodes)
     return result
 

@@ -10,7 +10,7 @@ import report
 from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
-from metrics import TOTALS, Interval, Ledger
+from metrics import Interval
 from output import disk_trouble
 from prepare import Setup
 from processes import Crew, WorkerFailed
@@ -44,15 +44,16 @@ class Follower:
 
     def __post_init__(self):
         self.config = self.setup.config
-        self.began = self.folder.appended or time.monotonic()
         self.interval: Interval | None = None  # once every worker is ready
         self.warnings = Warnings()
         # Of a run that is resumed, with warnings that were said.
-        past = [line for line in self.folder.lines() if line["version"] <= self.setup.version]
+        past = self.setup.resume["lines"] if self.setup.resume else []
         for line in past:
             self.warnings.of(line)
-        self.earlier = past[-1] if past else {}
-        self.ledger = Ledger(self.earlier, self.config.actor.update_epochs)
+        # Time goes on from the run's last line, or where the ratio changes, from when that came.
+        began = self.folder.appended or time.monotonic()
+        began -= past[-1].get("time", 0.0) if past else 0.0
+        self.channels.counters.set(0, "began", began)
         # Workers that come at another ratio keep the schedule, or each would be judged while it
         # evaluates as the one before did not.
         before = past if self.folder.appended else []
@@ -108,7 +109,8 @@ class Follower:
         """Begins to measure. A resumed run is changed only now: a start that fails leaves it."""
         self.interval = Interval(self.channels.counters, self.tuner.rows)
         if self.setup.resume:
-            self.folder.truncate(self.setup.version)
+            self.folder.go_on_from(self.setup.resume["lines"])
+            self.channels.counters.set(0, "written", self.setup.version)
             self.folder.write("config.json", self.setup.saved)
 
     @property
@@ -143,14 +145,10 @@ class Follower:
             self.begin()
         memory_gb, cpu_s = self.crew.used()
         line |= self.interval.measure()
-        line["time"] = time.monotonic() - self.began
         line["rss_gb"] = memory_gb + self.setup.pool_gb()
         if line["iteration"] == self.config.train.iterations and self.config.env.evaluates:
             self.finish_evaluating()
-        line |= self.evaluations.report() | self.interval.totals()
-        for name in ("time", *TOTALS):
-            line[name] += self.earlier.get(name, 0)
-        line |= self.ledger.add(line, int(self.channels.pool["collected"].sum()))
+        line |= self.evaluations.report()
         self.tuner.iteration(line["version"], cpu_s)
         line["tuning"] = self.tuner.report()
         return line
@@ -170,6 +168,7 @@ class Follower:
         try:
             if not self.trouble:
                 self.folder.append(line)
+                self.channels.counters.set(0, "written", line["version"])
         except OSError as error:
             self.trouble = disk_trouble(error, self.folder.path / "metrics.jsonl")
             print(f"{self.trouble}: the run saves and stops", file=sys.stderr, flush=True)

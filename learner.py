@@ -95,7 +95,8 @@ class Learner:
             return
 
         # The rows that are trained on, and what the policy says of them now.
-        stored = {name: rows_of(data[name], segment, chosen) for name in self.fields_of_steps()}
+        of_steps = [name for name in self.fields if name not in ("task", "length")]
+        stored = {name: rows_of(data[name], segment, chosen) for name in of_steps}
         out = self.model.evaluate(stored)
         contract.check_evaluated(out, stored["logprob"])
         granularity = self.config.algorithm.granularity
@@ -114,11 +115,6 @@ class Learner:
         total = self.config.actor.minibatch * segment
         (loss / total).backward()
         self.tally_samples(samples, staleness, numbers, out.get("entropy"))
-
-    def fields_of_steps(self) -> tuple[str, ...]:
-        """Returns the fields that have a row per chunk step, which is all but a trajectory's
-        own."""
-        return tuple(name for name in self.fields if name not in ("task", "length"))
 
     def proximal_logprob(self, stored, logprob, new, old, staleness, micro, chosen) -> Tensor:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
@@ -191,8 +187,10 @@ class Learner:
         if norm > 0.0:  # else every group was filtered, and weight decay alone teaches nothing
             if self.proximal:
                 self.proximal.keep_weights()
-            if not self.updates and actor.update_epochs * actor.batch > actor.minibatch:
-                self.keep()  # a batch of one step alone is never left unfinished
+            # A batch of one step alone is never left unfinished, and the first rank saves.
+            several = actor.update_epochs * actor.batch > actor.minibatch
+            if not self.updates and several and self.ranks.first:
+                self.keep()
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=False)
@@ -241,17 +239,9 @@ class Learner:
             self.tally.add(reason, steps, "part")
 
     def finish_batch(self) -> dict:
-        """Ends version v and begins v + 1. Returns the learner's part of a line of metrics.jsonl.
-
-        Raises RuntimeError where chunk steps were trained more or less often than once an epoch."""
+        """Ends version v and begins v + 1. Returns its part of a line of metrics.jsonl."""
         self.tally.add("skipped", sum(self.steps[slot] for slot in self.spared))
         tally = self.ranks.combine(self.tally)
-        uses = self.config.actor.update_epochs * tally.get("trained_once")
-        if tally.get("trained") + tally.get("skipped") != uses:
-            raise RuntimeError(
-                f"of version {self.version}, {tally.get('trained'):.0f} chunk steps were trained "
-                f"and {tally.get('skipped'):.0f} skipped over all epochs, but {uses:.0f} were due"
-            )
         self.version += 1
         self.algorithm.finish_batch(tally.values, first=self.version == 1)
         if self.proximal:
@@ -280,9 +270,11 @@ class Learner:
         train = self.config.train
         return self.version % train.checkpoint_every == 0 or self.version == train.iterations
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, lines: list[dict]) -> Snapshot:
         """Copies to the host what a checkpoint holds. Frozen weights do not change: they are not
-        copied. Raises FloatingPointError where a weight is not finite."""
+        copied. Raises FloatingPointError where a weight is not finite.
+
+        lines: the newest of metrics.jsonl, which may not have been written when a run is killed."""
         self.check_finite(dict(self.model.named_parameters()) | self.idle)
         weights = self.model.state_dict() | self.idle
         for name in self.trainable:
@@ -296,6 +288,7 @@ class Learner:
                 "noise": self.config.rollout.noise,
             },
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
+            "lines": lines,
         }
         return Snapshot(self.model.header, weights, self.optimizer_on_host(), state)
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))
 COLUMNS = (
     # Every worker. "time": its last sign of life, "since": the beginning of its running wait, both
-    # in monotonic seconds. The launcher writes "restarts", and "stop" and "eval_round" into row 0.
-    *("ready", "time", "waiting", "since", "restarts", "stop", "eval_round", "gpu_memory_gb"),
+    # in monotonic seconds. The launcher writes "restarts", and into row 0 "stop", "eval_round",
+    # when the run "began", and the newest version whose line is "written".
+    *("ready", "time", "waiting", "since", "restarts", "gpu_memory_gb"),
+    *("stop", "eval_round", "began", "written"),
     *("work_s", *(f"wait_{cause}_s" for cause in CAUSES)),
     # Env workers. The chunk columns are sums over lanes' chunks, for the costs in tuning.py.
     *("env_steps", "episodes", "successes", "chunks", "chunk_s", "chunk_s_square"),
@@ -59,19 +62,19 @@ def columns(eval_episodes: int) -> tuple[str, ...]:
     return (*COLUMNS, *(f"outcome_{episode}" for episode in range(eval_episodes)))
 
 
+@dataclass(eq=False)
 class Meter:
     """Writes one worker's row of the counters, and its spans."""
 
     nothing = contextlib.nullcontext()  # in place of a span that is not to be recorded
 
-    def __init__(self, name: str, row: int, counters: Counters, trace: Path | None):
-        self.name = name  # "env-0"
-        self.row = row
-        self.counters = counters
-        self.trace = trace  # the folder for spans
-        self.spans: list[Span] = []  # not yet in the file
-        self.recorded = 0
-        self.flushed = time.monotonic()
+    name: str  # "env-0"
+    row: int
+    counters: Counters
+    trace: Path | None  # the folder for spans
+    spans: list[Span] = field(default_factory=list)  # not yet in the file
+    recorded: int = 0
+    flushed: float = field(default_factory=time.monotonic)
 
     def count(self, column: str, amount: float) -> None:
         self.counters.add(self.row, column, amount)
@@ -126,40 +129,34 @@ class Meter:
             self.trace = None
 
 
+@dataclass(eq=False, slots=True)
 class Stretch:
     """Measures a `with` block of a hot loop. contextlib's generators would take twice as long."""
 
-    __slots__ = ("meter", "name", "column", "waiting", "args", "start")
-
-    def __init__(self, meter: Meter, name: str, column: str, waiting: int, args: dict | None):
-        self.meter = meter
-        self.name = name
-        self.column = column  # to which the seconds are added
-        self.waiting = waiting  # 1 + the cause's place in CAUSES, or 0
-        self.args = args
+    meter: Meter
+    name: str
+    column: str  # to which the seconds are added
+    waiting: int  # 1 + the cause's place in CAUSES, or 0
+    args: dict | None
+    start: float = 0.0
 
     def __enter__(self) -> None:
-        self.start = start = time.monotonic()
+        self.start = time.monotonic()
         if self.waiting:
-            row = self.meter.row
-            write = self.meter.counters.set
-            write(row, "since", start)
-            write(row, "time", start)
-            write(row, "waiting", self.waiting)
+            self.meter.set("since", self.start)
+            self.meter.set("time", self.start)
+            self.meter.set("waiting", self.waiting)
 
     def __exit__(self, error, *_) -> None:
         if error is not None:  # the worker ends in this block, and its row keeps the wait
             return
         end = time.monotonic()
         meter = self.meter
-        row = meter.row
-        counters = meter.counters
         if self.waiting:
-            counters.set(row, "waiting", 0)
-        counters.add(row, self.column, end - self.start)
-        counters.set(row, "time", end)
-        if meter.trace is not None:
-            meter.record(self.name, self.start, end, self.args)
+            meter.set("waiting", 0)
+        meter.count(self.column, end - self.start)
+        meter.set("time", end)
+        meter.record(self.name, self.start, end, self.args)
 
 
 def snapshot(counters: Counters) -> np.ndarray:
@@ -187,11 +184,6 @@ class Interval:
         self.last_time = time.monotonic()
         self.gained = np.zeros_like(self.last)
         cpu_fraction()
-
-    def totals(self) -> dict[str, int]:
-        """Returns the sums over workers of TOTALS, since the workers started."""
-        column = self.counters.index
-        return {name: int(self.counters.table[:, column[name]].sum()) for name in TOTALS}
 
     def gain(self, stage: str, name: str) -> float:
         """Returns what a column gained in the measured interval, summed over a stage's workers."""
@@ -240,6 +232,7 @@ def cpu_fraction() -> float:
 
 class Ledger:
     """Accounts for every chunk step of a run, also when it is resumed. Two identities hold.
+    The first actor rank keeps it, because a checkpoint holds its newest lines.
 
     1. In every line of metrics.jsonl, in chunk steps of the whole run so far:
            collected = trained_once + discarded + in flight        discarded = Σ discarded_by
@@ -250,8 +243,10 @@ class Ledger:
 
     `add` raises RuntimeError where one of them does not hold."""
 
-    def __init__(self, earlier: dict, epochs: int):
-        """earlier: the last line of the run that is resumed, or {}. epochs: --update-epochs."""
+    def __init__(self, lines: list[dict], epochs: int):
+        """lines: of the run that is resumed, or []. epochs: --update-epochs."""
+        self.lines = lines  # those that the launcher may not have written yet, and the newest one
+        self.earlier = earlier = lines[-1] if lines else {}
         self.epochs = epochs
         self.collected = earlier.get("collected", 0)
         self.trained_once = earlier.get("trained_once", 0)
@@ -272,11 +267,30 @@ class Ledger:
             "discarded": sum(self.discarded_by.values()),
             "discarded_by": dict(self.discarded_by),
         }
-        in_flight = out["collected"] - out["trained_once"] - out["discarded"]
-        samples = line["trained"] + line["skipped"]
-        if in_flight < 0 or samples != self.epochs * line["trained_once"]:
-            raise RuntimeError(f"the ledger of chunk steps does not balance: {line} gives {out}")
+        of = f"the ledger does not balance: of iteration {line['iteration']},"
+        if out["collected"] < out["trained_once"] + out["discarded"]:
+            raise RuntimeError(
+                f"{of} {out['collected']} chunk steps were collected in all, but "
+                f"{out['trained_once']} trained and {out['discarded']} discarded"
+            )
+        due = self.epochs * line["trained_once"]
+        if line["trained"] + line["skipped"] != due:
+            raise RuntimeError(
+                f"{of} {line['trained']} samples were trained and {line['skipped']} skipped, but "
+                f"{self.epochs} epochs of {line['trained_once']} chunk steps are {due}"
+            )
         return out
+
+    def enter(self, line: dict, collected: int, counters: Counters) -> None:
+        """Completes the actor's line of one batch by the totals of the run, and keeps it until the
+        launcher has written it."""
+        line |= self.add(line, collected)
+        line["time"] = time.monotonic() - counters.get(0, "began")
+        for name in TOTALS:
+            gained = int(counters.table[:, counters.index[name]].sum())
+            line[name] = self.earlier.get(name, 0) + gained
+        written = counters.get(0, "written")
+        self.lines = [one for one in self.lines if one["version"] > written] + [line]
 
 
 if __name__ == "__main__":

@@ -53,16 +53,6 @@ def draw(run: Path) -> None:
         draw_curve(run / "curve.png", lines)
 
 
-def plotting():
-    """Returns matplotlib's pyplot, set to draw into files."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def group_of(row: str) -> str:
     """Returns the stage of a trace's row, or "weights"."""
     return next(group for group in GROUPS if row.startswith(group))
@@ -70,7 +60,8 @@ def group_of(row: str) -> str:
 
 def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     """Draws a row per worker, by stage. spans: of `read_trace`."""
-    plt = plotting()
+    from matplotlib.figure import Figure
+
     first, last = window(spans)
 
     # Place the rows from above to below, with a gap between two stages.
@@ -78,7 +69,8 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     for above, below in pairwise(spans):
         heights.append(heights[-1] - (1.0 if group_of(above) == group_of(below) else 1.35))
     size = (12, min(0.45 * (1 - heights[-1]) + 1.5, 24))  # inches
-    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
 
     # Draw what each row did in the window.
     seen = set()
@@ -90,9 +82,7 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
 
     # Label the axes and the colours.
     axes.set_yticks(heights, list(spans))
-    axes.set_ylim(heights[-1] - 0.6, 0.6)
-    axes.set_xlim(first, last)
-    axes.set_xlabel("seconds")
+    axes.set(xlim=(first, last), ylim=(heights[-1] - 0.6, 0.6), xlabel="seconds")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
@@ -102,7 +92,6 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
     figure.legend(handles=handles, ncol=min(len(handles), 9), **style)
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def window(spans: dict[str, list]) -> tuple[float, float]:
@@ -162,11 +151,12 @@ def legend(seen: set[str], colours: dict[str, str], kind: str, alpha: float) -> 
 
 def draw_curve(file: Path, lines: list[dict]) -> None:
     """Draws success of training episodes and of evaluations against minutes."""
-    plt = plotting()
+    from matplotlib.figure import Figure
+
     minutes = np.array([line["time"] for line in lines]) / 60
     rates = [line["success_rate"] for line in lines]
     success = np.array([np.nan if rate is None else rate for rate in rates])
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     axes.plot(minutes, success, color=BLUE, alpha=0.25, linewidth=1)
 
     # Average over a window, of the iterations in which an episode ended.
@@ -181,10 +171,7 @@ def draw_curve(file: Path, lines: list[dict]) -> None:
         at = [line["time"] / 60 for line in evaluated]
         rates = [line["eval_success_rate"] for line in evaluated]
         axes.plot(at, rates, "o-", color=ORANGE, label="evaluation, held-out seeds")
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("minutes")
-    axes.set_ylabel("success rate")
+    axes.set(xlabel="minutes", ylabel="success rate", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    axes.figure.savefig(file, dpi=110)

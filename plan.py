@@ -28,6 +28,7 @@ from pathlib import Path
 
 import tyro
 
+from checks import check_ranges
 from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
@@ -172,20 +173,17 @@ def draw(rows: list[dict], path: Path) -> None:
         mine = [row for row in rows if row["batch"] == batch]
         gpus = [row["gpus"] for row in mine]
         rates = [row["env_steps_per_s"] for row in mine]
-        shares = [row["efficiency"] for row in mine]
-        linear = [rates[0] * n / gpus[0] for n in gpus]
-        speed.loglog(gpus, rates, "o-", color=colour, label=f"batch {batch}")
-        speed.loglog(gpus, linear, ":", color=colour, linewidth=1)
-        efficient.semilogx(gpus, shares, "o-", color=colour, label=f"batch {batch}")
-    speed.set_ylabel("env steps/s (dotted: linear)")
-    efficient.set_ylabel("share of linear scaling")
+        style = {"color": colour, "label": f"batch {batch}"}
+        speed.loglog(gpus, rates, "o-", **style)
+        speed.loglog(gpus, [rates[0] * n / gpus[0] for n in gpus], ":", color=colour, linewidth=1)
+        efficient.semilogx(gpus, [row["efficiency"] for row in mine], "o-", **style)
+    speed.set(ylabel="env steps/s (dotted: linear)")
+    efficient.set(ylabel="share of linear scaling", ylim=(0, 1.1))
     efficient.axhline(BROKEN, color="#777777", linewidth=0.8)
-    efficient.set_ylim(0, 1.1)
     ticks = sorted({row["gpus"] for row in rows})
     for axes in (speed, efficient):
-        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.set(xlabel="GPUs", xticks=ticks, xticklabels=ticks)
         axes.minorticks_off()
-        axes.set_xlabel("GPUs")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
@@ -230,8 +228,7 @@ def answer(plan: PlanConfig) -> dict:
 
 
 def main(plan: PlanConfig) -> None:
-    least = "--iterations and --simulated-nodes must be at least 1, and --rounds not negative"
-    require(min(plan.iterations, plan.simulated_nodes) >= 1 and plan.rounds >= 0, least)
+    check_ranges(plan)
     for file in filter(None, (plan.json, plan.plot)):
         folder = file.absolute().parent
         missing = f"the folder {folder} does not exist"

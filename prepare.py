@@ -10,10 +10,11 @@ from a `Setup`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Annotated, Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
 import envs
@@ -37,27 +38,32 @@ from config import (
     to_json,
     validate,
 )
-from errors import UserError, require
+from errors import require, understood
 from models import checkpoint, contract, untrained
+from run_folder import lines_until
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 
 
-@dataclass(frozen=True)
-class Start:
-    config: Config  # with checkpoint, tokenizer and image size
-    given: Path | None  # the checkpoint that config.json names; a resumed run begins at another
-    resume: dict | None  # state.json of the checkpoint that continues
-    note: str  # what the user should know, in whole lines
+def numbered(line: dict) -> dict:
+    """Raises ValueError for what is no line of metrics.jsonl."""
+    if type(line.get("version")) is not int:
+        raise ValueError("a line has no version")
+    return line
 
 
-@dataclass(frozen=True)
-class Workers:
-    config: Config  # with numbers of workers and lanes, and the ratio in use
-    placement: Placement
-    choices: tuning.Choices  # the ratios that can run here, with --ratio auto
-    note: str
+Line = Annotated[dict, AfterValidator(numbered)]
+
+
+class State(TypedDict):
+    """state.json of a checkpoint."""
+
+    version: Natural
+    seed: Natural
+    settings: NotRequired[dict]  # settings that cannot change, by name
+    scale: Finite  # what the loss remembers
+    lines: NotRequired[list[Line]]  # the newest of metrics.jsonl, perhaps not yet written there
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Setup:
     on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
     weights: Spec
     header: checkpoint.Header
-    resume: dict | None
+    resume: State | None
     saved: str  # config.json, complete and as the user meant it
     choices: tuning.Choices  # the ratio in use, then others for --ratio auto
 
@@ -97,14 +103,16 @@ def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
-    start = find_start(config, simulator)
-    workers = find_workers(start.config, simulator)
-    validate(workers.config)
-    spec = simulator.spec(start.config.train.tasks, start.config.env.image_size)
-    config, note = with_segment(workers.config, spec)
+    config, given, resume, note = find_start(config, simulator)
+    config, placement, options, fits = find_workers(config, simulator)
+    validate(config)
+    spec = simulator.spec(config.train.tasks, config.env.image_size)
+    config, turns = with_segment(config, spec)
 
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
+    note += models.assumptions(config, spec)
+    spec = spec.seen_by(model.header)
     slots = slot_spec(config, spec, model)
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
     shape = (spec.views, spec.image_size, spec.image_size, 3)
@@ -114,125 +122,127 @@ def prepare(config: Config) -> Setup:
         contract.check_observed(model, observed)
 
     # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
-    drawn_on_gpu = simulator.vectorised and workers.placement.env_devices[0] != "cpu"
+    drawn_on_gpu = simulator.vectorised and placement.env_devices[0] != "cpu"
     stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
-    choices = {config.train.parts: (config, workers.placement)}
-    for ratio, (chosen, placement) in workers.choices.items():
-        choices[ratio] = completed(chosen, segment=config.env.segment), placement
-    if start.resume and config.train.checkpoint:
+    choices = {config.train.parts: (config, placement)}
+    for ratio, (chosen, divided) in options.items():
+        choices[ratio] = completed(chosen, segment=config.env.segment), divided
+    if resume and config.train.checkpoint:
         checkpoint.check_finite(config.train.checkpoint)
-        check_memory_of(config, spec, model, start.resume)
+        check_memory_of(config, spec, model, resume)
     setup = Setup(
         config=config,
         spec=spec,
-        placement=workers.placement,
-        note=start.note + workers.note + note,
+        placement=placement,
+        note=note + fits + turns,
         slots=slots,
         on_gpu=("image", *model.slot_fields()) if stays else (),
         weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
         header=model.header,
-        resume=start.resume,
-        saved=to_json(completed(config, checkpoint=start.given)),
+        resume=resume,
+        saved=to_json(completed(config, checkpoint=given)),
         choices=choices,
     )
     has = machine.memory() / 1e9
     needs = f"the slots need {setup.pool_gb():.1f} GB of memory, and this machine has {has:.1f} GB"
-    fits = setup.pool_gb() < has or config.train.memory_report
-    require(fits, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
+    enough = setup.pool_gb() < has or config.train.memory_report
+    require(enough, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
     return setup
 
 
-def find_start(config: Config, simulator: envs.Simulator) -> Start:
-    """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random."""
+def find_start(
+    config: Config, simulator: envs.Simulator
+) -> tuple[Config, Path | None, State | None, str]:
+    """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random.
+
+    Returns the settings with them; the checkpoint that config.json names, for a resumed run begins
+    at another; state.json of that one; and what the user should know, in whole lines."""
     train = config.train
-    tasks = (train.suite, *train.tasks)
-    config = completed(config, tasks=tuple(dict.fromkeys(filter(None, tasks))))
+    tasks = filter(None, (train.suite, *train.tasks))
+    config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
     config.train = expanded(config.train)
-    note = ""
-    has_files = models.load(train.model).FORMATS is not None
     shipped, vocabulary = embedded_files(train.model, train.env)
-    if train.checkpoint is None and has_files:
-        if shipped.is_file():
-            config = completed(config, checkpoint=shipped)
-        else:
-            image_size = config.env.image_size or SMALL_PICTURE
-            spec = simulator.spec(config.train.tasks, image_size)
-            sizes = config.rollout.chunk, config.rollout.tokens or 0
-            runs = ROOT / "runs"
-            if not os.access(runs if runs.exists() else ROOT, os.W_OK):
-                require(train.run, f"cannot write {runs}: give --run PATH, where you may write")
-                runs = run_path(train.run).parent  # a checkout that all may read and nobody write
-            made, words = untrained.start(runs, train.model, spec, spec.state_range, *sizes)
-            config = completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
-            none = f"no checkpoint is given and none shipped for {train.env}"
-            note = f"{none}: a small {train.model} of random weights starts\n"
+    has_files = models.load(train.model).FORMATS is not None
+    note = ""
+    if has_files and train.checkpoint is None and shipped.is_file():
+        config = completed(config, checkpoint=shipped)
+    elif has_files and train.checkpoint is None:
+        config = with_random_weights(config, simulator)
+        none = f"no checkpoint is given and none shipped for {train.env}"
+        note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
+    config = completed(config, checkpoint=found)
     image_size = config.env.image_size
-    tokenizer = config.train.tokenizer
     if not has_files:
-        image_size = image_size or SMALL_PICTURE
-    else:
-        if resume:
-            checkpoint.read_header(checkpoint.find(found))
-        models.check_family(train.model, found)
-        if not (resume and checkpoint.published(found)):
-            checkpoint.check_choice(train.statistics, found)
-        image_size = image_size or checkpoint.frame_size(found)
-        name = checkpoint.vocabulary(tokenizer, found, train.model, vocabulary)
-        tokenizer = Path(name) if name else None
-    config = completed(config, checkpoint=found, image_size=image_size, tokenizer=tokenizer)
-    return Start(config, given, resume, note)
+        config = completed(config, image_size=image_size or SMALL_PICTURE)
+        return config, given, resume, note
+
+    if resume:
+        checkpoint.read_header(checkpoint.find(found))
+    models.check_family(train.model, found)
+    if not (resume and checkpoint.published(found)):
+        checkpoint.check_choice(train.statistics, found)
+    theirs = simulator.spec(config.train.tasks, 0).picture
+    image_size = image_size or checkpoint.frame_size(found, theirs)
+    name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
+    config = completed(config, image_size=image_size, tokenizer=Path(name) if name else None)
+    return config, given, resume, note
 
 
-class State(TypedDict):
-    """state.json of a checkpoint."""
-
-    version: Natural
-    seed: Natural
-    settings: NotRequired[dict]  # settings that cannot change, by name
-    scale: Finite  # what the loss remembers
+def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
+    """Makes a small model and its vocabulary, where no checkpoint is given or shipped."""
+    image_size = config.env.image_size or SMALL_PICTURE
+    spec = simulator.spec(config.train.tasks, image_size)
+    spec = spec._replace(views=min(config.env.cameras or spec.views, spec.views))
+    sizes = config.rollout.chunk, config.rollout.tokens or 0
+    runs = ROOT / "runs"
+    if not os.access(runs if runs.exists() else ROOT, os.W_OK):
+        require(config.train.run, f"cannot write {runs}: give --run PATH, where you may write")
+        runs = run_path(config.train.run).parent  # a checkout that all may read and nobody write
+    made, words = untrained.start(runs, config.train.model, spec, spec.state_range, *sizes)
+    return completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
 
 
 def resume_from(config: Config) -> tuple[Path, State]:
-    """Returns the newest checkpoint of the run that is resumed, and its state.json."""
+    """Returns the newest checkpoint of the run that is resumed, and its state.json. Its "lines" are
+    all those of metrics.jsonl that the run goes on from."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
-    file = found / "state.json"
-    older = f"remove {found} to use an older one"
-    try:
-        resume = read_json(file, State)
-    except UserError as error:
-        raise UserError(f"{error}; {older}") from None
-    other = f"cannot read {file}: its version {resume['version']} is not its folder's; {older}"
+    what = f"{found / 'state.json'} (remove {found} to use an older one)"
+    resume = read_json(found / "state.json", State, what)
+    other = f"cannot read {what}: its version {resume['version']} is not its folder's"
     require(found.name.isdecimal() and resume["version"] == int(found.name), other)
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
-        require(name in STAGE_OF, f"cannot read {file}: there is no setting {name!r}; {older}")
+        require(name in STAGE_OF, f"cannot read {what}: there is no setting {name!r}")
         require(setting(config, name) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
+    resume["lines"] = lines_until(run_path(run), done, resume.get("lines", []))
     return found, resume
 
 
 def check_memory_of(config: Config, spec: envs.EnvSpec, model: Any, resume: dict) -> None:
     """Checks what the loss and the optimizer of a resumed run remember. Raises UserError."""
     found = Path(config.train.checkpoint)
-    try:
+    with understood(f"{found / 'state.json'} (remove {found} to use an older one)"):
         loss_of(config)(config, spec).load(dict(resume["scale"]))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        said = f"the loss cannot go on from {found / 'state.json'} ({error!r})"
-        raise UserError(f"{said}; remove {found} to use an older one") from None
     critic = model.critic()
     sizes = [p.shape for name, p in model.trainable().items() if name not in critic]
     sizes += [p.shape for p in critic.values()]
     checkpoint.read_optimizer(found / "optimizer.pt", sizes)
 
 
-def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
-    """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here."""
+def find_workers(
+    config: Config, simulator: envs.Simulator
+) -> tuple[Config, Placement, tuning.Choices, str]:
+    """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here.
+
+    Returns the settings with numbers of workers and lanes, the placement, what else can run here
+    with --ratio auto, and what the user should know."""
     lanes = config.env.lanes
     alone = f"for vectorised simulators: {config.train.env} steps every env by itself"
     require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")
@@ -255,7 +265,7 @@ def find_workers(config: Config, simulator: envs.Simulator) -> Workers:
         if before not in ("", now):
             note = f"ratio {before} does not fit here, so the run goes on at {now}\n"
     placement = divide(config, simulator, gpus, cores)
-    return Workers(completed(config, **placement.workers()), placement, choices, note)
+    return completed(config, **placement.workers()), placement, choices, note
 
 
 def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:

@@ -30,7 +30,7 @@ from pydantic import Field
 
 import envs
 import models
-from checks import AboveZero, FromZero, Positive, check_ranges
+from checks import AboveZero, Fraction, FromZero, Natural, Positive, check_ranges
 from config import Config, Family, embedded_files, expanded
 from envs import metaworld
 from errors import exit_on_user_error, require
@@ -58,7 +58,7 @@ class PretrainConfig:
     make better features"""
     demos: Positive = 25
     """demonstrations per task"""
-    pace: Annotated[float, Field(gt=0, le=1)] = 0.6
+    pace: Fraction = 0.6
     """the demonstrator's speed as a fraction of the expert's: careful, as people who teleoperate"""
     frame_every: Positive = 3
     """control steps between stored frames"""
@@ -66,11 +66,11 @@ class PretrainConfig:
     """standard deviation of the noise on executed actions, in units of the action range [-1, 1]"""
     steps: Positive = 1200
     """optimizer steps"""
-    batch: Annotated[int, Field(ge=PROCESSES, le=10**6, multiple_of=PROCESSES)] = 64
-    """frames per optimizer step"""
+    batch: Annotated[int, Field(ge=1, le=10**6, multiple_of=PROCESSES)] = 64
+    """frames per optimizer step, in equal parts for two processes"""
     lr: AboveZero = 1e-3
     """peak learning rate of AdamW; linear warm-up over 50 steps, then cosine to zero"""
-    seed: Annotated[int, Field(ge=0, le=10**9)] = 0
+    seed: Natural = 0
     """seed of demonstrations, initial weights and batches"""
 
 

@@ -367,8 +367,10 @@ class Crew:
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                process.kill()
+        # Who is left dies with the fork server. That may itself be suspended, and tell of no end.
+        if any(process.is_alive() for process in self.processes.values()):
+            os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+            for process in self.processes.values():
                 process.join()
 
     def used(self) -> tuple[float, float]:

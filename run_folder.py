@@ -35,7 +35,7 @@ class RunFolder:
         # When this launcher wrote its newest line, in monotonic seconds.
         self.appended: float | None = None
         self.made = not path.exists()
-        saved = has_checkpoint(path)
+        saved = newest_version(path) is not None
         instead = f"continue it with --resume {self.name} or" if saved else "it is not a run's:"
         exists = f"the run folder {path} exists: {instead} choose another --run"
         # A run that was stopped before its first checkpoint may be started over.
@@ -75,10 +75,9 @@ class RunFolder:
     def lines(self) -> list[dict]:
         return read_metrics(self.path)
 
-    def truncate(self, version: int) -> None:
-        """Drops lines after a checkpoint's version, so that a resumed run's lines follow on."""
-        kept = [line for line in self.lines() if line["version"] <= version]
-        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    def go_on_from(self, lines: list[dict]) -> None:
+        """Makes these lines (`lines_until`) the whole metrics.jsonl."""
+        self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def keep(self, vocabulary: Path | None) -> None:
         """Copies the vocabulary, so that the folder alone can go to another machine."""
@@ -104,8 +103,9 @@ class RunFolder:
             write_trace(self.path / "trace.json", spans)
 
 
-def has_checkpoint(run: Path) -> bool:
-    return any(run.glob("checkpoints/[0-9]*"))
+def newest_version(run: Path) -> int | None:
+    """Returns that of a run's newest checkpoint, or None where there is none."""
+    return max((int(path.name) for path in run.glob("checkpoints/" + 6 * "[0-9]")), default=None)
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -118,6 +118,16 @@ def read_metrics(run: Path) -> list[dict]:
         if line.endswith(b"\n"):
             found.append(parse_json(line, dict, f"line {number} of {file} (remove it)"))
     return found
+
+
+def lines_until(run: Path, version: int, saved: list[dict]) -> list[dict]:
+    """Returns the lines of metrics.jsonl that a checkpoint's follow on: none is newer.
+
+    saved: those of its state.json. What is missing is added: the launcher was killed, or its disk
+    full, before it wrote them. They lack what only the launcher measures."""
+    lines = [line for line in read_metrics(run) if line["version"] <= version]
+    newest = lines[-1]["version"] if lines else 0
+    return lines + [line for line in saved if line["version"] > newest]
 
 
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:

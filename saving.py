@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,31 +30,28 @@ class Saver:
         """keep: how many checkpoints stay, or 0 for all."""
         self.folder = folder
         self.keep = keep
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
+        self.thread = ThreadPoolExecutor(1)
+        self.writing: Future | None = None
 
     def begin(self, snapshot: Snapshot) -> Path:
         """Begins to write. `finish` must have been called since the last one."""
-        self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
-        self.thread.start()
+        self.writing = self.thread.submit(self.run, snapshot)
         return self.folder / name_of(snapshot)
 
     def run(self, snapshot: Snapshot) -> None:
-        try:
-            write(snapshot, self.folder)
-            if self.keep:
-                for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
-                    shutil.rmtree(old)
-        except Exception as error:  # `finish` raises it again, in the worker's own thread
-            self.error = error
+        write(snapshot, self.folder)
+        if self.keep:
+            for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
+                shutil.rmtree(old)
 
     def finish(self, meter: Meter) -> None:
-        """Waits until all is written, with signs of life, however long a slow disk takes."""
-        while self.thread and self.thread.is_alive():
+        """Waits until all is written, with signs of life, however long a slow disk takes. Raises
+        what went wrong."""
+        while self.writing and not self.writing.done():
             with meter.work("checkpoint"):
-                self.thread.join(1.0)
-        if self.error:
-            raise self.error
+                wait([self.writing], 1.0)
+        if self.writing:
+            self.writing.result()
 
 
 def name_of(snapshot: Snapshot) -> str:
@@ -63,23 +60,18 @@ def name_of(snapshot: Snapshot) -> str:
 
 def write(snapshot: Snapshot, folder: Path) -> Path:
     """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
-    once. Returns its path."""
+    once. Returns its path.
+
+    A version is trained once in a run. So a whole checkpoint of it is the same, and stays."""
     path = folder / name_of(snapshot)
+    if (path / "model.safetensors").is_file():
+        return path
+    for left in (*folder.glob(".*"), path):  # of saves that were killed, or without weights
+        shutil.rmtree(left, ignore_errors=True)
     partial = folder / f".{path.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     partial.mkdir()
     checkpoint.save(partial / "model.safetensors", snapshot.header, snapshot.weights)
     torch.save(snapshot.optimizer, partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps(snapshot.state))
-    put_in_place(partial, path)
-    return path
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Renames a checkpoint into place. One of the same version stays until the new one is there."""
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a save that was killed
-    if path.exists():
-        os.replace(path, old)
     os.replace(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    return path

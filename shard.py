@@ -39,7 +39,8 @@ class Shard:
         self.device = device
         self.meter = meter
         self.simulator = envs.load(config.train.env)
-        self.spec = self.simulator.spec(config.train.tasks, config.env.image_size)
+        spec = self.simulator.spec(config.train.tasks, config.env.image_size)
+        self.spec = spec.seen_by(header)
         self.preparation = models.preparation(config.train.model, header, config.train.tokenizer)
         self.admission = Admission.of(config)
         self.trajectories = Trajectories.of(config)

@@ -29,34 +29,23 @@ class MicroBatch:
     last: bool  # the optimizer steps after this one
 
 
+@dataclass(eq=False)
 class Streamer:
     """Feed it finished slots with `add`; `next` gives the next micro-batch, or None while none is
     complete."""
 
-    def __init__(
-        self,
-        admission: Admission,
-        minibatch: int,
-        micro_batch: int,
-        epochs: int,
-        stream: bool,
-        rank: int,
-        ranks: int,
-        seed: int,
-        version: int,
-    ):
-        """admission: says which slots a batch has, and whose they are; minibatch, micro_batch:
-        trajectories, the first over all ranks; version: the batch to begin with."""
-        self.admission = admission
-        self.minibatch = minibatch
-        self.micro_batch = micro_batch
-        self.epochs = epochs
-        self.stream = stream
-        self.rank = rank
-        self.ranks = ranks
-        self.seed = seed
-        self.version = version
-        self.local = admission.batch // ranks  # trajectories of a batch that this rank trains
+    admission: Admission  # says which slots a batch has, and whose they are
+    minibatch: int  # trajectories, over all ranks
+    micro_batch: int  # trajectories
+    epochs: int
+    stream: bool
+    rank: int
+    ranks: int
+    seed: int
+    version: int  # the batch to begin with, then the running one
+
+    def __post_init__(self):
+        self.local = self.admission.batch // self.ranks  # trajectories that this rank trains
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
 

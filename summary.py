@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from config import Config, existing_run, from_json
-from errors import UserError, exit_on_user_error, require
-from metrics import HISTOGRAM, REASONS, STAGES
+from errors import exit_on_user_error, require, understood
+from metrics import REASONS, STAGES
 from pictures import draw, group_of
 from run_folder import read_metrics, read_trace
 
@@ -30,8 +30,10 @@ FOR = {
     "trajectory": "trajectories",
     "gradient": "gradients of other ranks",
 }
-# Labels of the buckets of staleness.
+# Labels of the buckets of staleness, and of batch sizes, of which the last one has no end.
 STALENESS = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
+SIZES = {"1": "1", "2": "2"} | {str(2**i): f"{2**i // 2 + 1} to {2**i}" for i in range(2, 8)}
+SIZES |= {"256": "129 or more"}
 
 
 @dataclass
@@ -70,16 +72,22 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
     """Returns a run's numbers. lines: of metrics.jsonl, not []; spans: of trace.json, or {}."""
     first = lines[0]
     last = lines[-1]
-    measured = lines[1:] or lines
-    seconds = [after["time"] - before["time"] for before, after in pairwise(lines)] or [1.0]
+    # A line that was made up for on resuming has nothing that the launcher measures.
+    measured = [line for line in lines[1:] or lines if "waits" in line]
+    took = {after["iteration"]: after["time"] - before["time"] for before, after in pairwise(lines)}
+    seconds = [took.get(line["iteration"], 1.0) for line in measured]
     rates = [line["success_rate"] for line in lines if line["success_rate"] is not None]
     ends = min(10, max(1, len(rates) // 2))
     held_out = [line["eval_success_rate"] for line in lines if "eval_success_rate" in line]
 
     # Rates are of totals and of the time that passed. So the starts of workers count too.
-    per_second = {"env_steps": first["env_steps_per_s"], "trained_once": first["samples_per_s"]}
+    per_second = {
+        "env_steps": first.get("env_steps_per_s", 0.0),
+        "trained_once": first["samples_per_s"],
+    }
     if len(lines) > 1:
-        per_second = {name: (last[name] - first[name]) / sum(seconds) for name in per_second}
+        elapsed = sum(took.values())
+        per_second = {name: (last[name] - first[name]) / elapsed for name in per_second}
 
     # Shares are means over iterations, weighted by their time.
     waits: dict[str, dict[str, float]] = {stage: {} for stage in STAGES}
@@ -101,7 +109,7 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         held_out=[held_out[0], held_out[-1]] if held_out else [],
         totals={name: last[name] for name in totals},
         cpu=fmean([line["cpu_fraction"] for line in measured], seconds),
-        gpu=last["gpu_memory_gb"] > 0,
+        gpu=measured[-1]["gpu_memory_gb"] > 0,
     )
     summary.busy_with = work_of(summary.critical, 1.0 - summary.bubble[summary.critical], spans)
     return summary
@@ -199,7 +207,7 @@ def show(name: str, summary: Summary, config: Config) -> None:
     )
     console.print(facts(summary), end="\n\n", soft_wrap=True)
     console.print(stages(summary), "")
-    sizes = histogram("batch size", summary.batch_sizes, size_labels())
+    sizes = histogram("batch size", summary.batch_sizes, SIZES)
     ages = histogram("staleness", summary.staleness, STALENESS)
     console.print(Columns([sizes, ages], padding=(0, 6)), "")
     console.print(f"[b]advice:[/] {advice(summary, config)}", soft_wrap=True)
@@ -256,14 +264,6 @@ def histogram(title: str, counts: Counter, labels: dict[str, str]) -> Table:
     return table
 
 
-def size_labels() -> dict[str, str]:
-    """Returns the labels of the buckets of batch sizes: "4" → "3 to 4". The last one has no end."""
-    sizes = [2**i for i in range(2, len(HISTOGRAM))]
-    labels = {str(size): f"{size // 2 + 1} to {size}" for size in sizes}
-    last = sizes[-1]
-    return {"1": "1", "2": "2"} | labels | {str(last): f"{last // 2 + 1} or more"}
-
-
 def main() -> None:
     """Draws a run's pictures and prints its summary."""
     with exit_on_user_error():
@@ -274,13 +274,10 @@ def main() -> None:
         file = run / "metrics.jsonl"
         unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
         require(file.is_file(), unknown)
-        try:
+        with understood(f"what run {run} left behind"):
             lines = read_metrics(run)
             require(lines, f"{file} is empty: the run ended before its first iteration")
             spans = read_trace(run) if (run / "trace.json").is_file() else {}
             summary = summarise(lines, spans)
             draw(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            found = f"cannot read what run {run} left behind ({error!r})"
-            raise UserError(f"{found}: it is of another version, or damaged") from None
         show(run.name, summary, from_json(run / "config.json"))

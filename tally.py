@@ -9,6 +9,8 @@ from algorithms import STALENESS, explained_variance
 from config import Config
 
 How = Literal["sum", "mean", "max", "part"]
+ALWAYS = ("loss_policy", "loss_value", "approx_kl", "clip_fraction", "masked_fraction")
+ALWAYS += ("ratio_max", "staleness_mean")
 
 
 @dataclass
@@ -59,15 +61,11 @@ class Tally:
         version: the one that the batch made. docs/metrics.md says what each number means."""
         trained = max(1.0, self.get("trained"))  # chunk steps, over all epochs
         once = max(1.0, self.get("trained_once"))  # and in the first
-        line = {"iteration": version, "version": version}
+        # A batch whose groups were all filtered has added none of these.
+        line = dict.fromkeys(ALWAYS, 0.0) | {"iteration": version, "version": version}
         for name, value in self.values.items():
             if self.how[name] != "part":
                 line[name] = value / trained if self.how[name] == "mean" else value
-        # A batch whose groups were all filtered has added none of these.
-        for name in ("loss_policy", "loss_value", "approx_kl", "clip_fraction", "masked_fraction"):
-            line.setdefault(name, 0.0)
-        for name in ("ratio_max", "staleness_mean", "staleness_max"):
-            line.setdefault(name, 0.0)
         for name in ("trained", "trained_once", "filtered", "skipped", "staleness_max"):
             line[name] = int(self.get(name))
         line |= self.successes(tasks)

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -31,8 +31,9 @@ import processes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
-from checks import flag_of
+from checks import flag_of, read_json
 from config import (
+    STAGE_OF,
     WORKERS,
     Config,
     RunConfig,
@@ -42,6 +43,7 @@ from config import (
     from_preset,
     parse_ratio,
     run_path,
+    setting,
 )
 from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
@@ -50,21 +52,27 @@ from output import disk_trouble
 from prepare import Setup, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
-from run_folder import RunFolder, has_checkpoint
+from run_folder import RunFolder, newest_version
 from weights import WeightPlane
 
 
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
 
-    A preset or a resumed run's config.json supplies the defaults, which flags override."""
+    A preset or a resumed run's config.json supplies the defaults, which flags override. A run that
+    is done ends the program with status 0 where it is to be resumed or started."""
     known = [word for word in args if word not in ("-h", "--help")]
     look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
     if name := look.resume_or_start:
         both = f"--resume-or-start {name} says which run: leave out --run and --resume"
         require(not gives(args, "--run", "--resume"), both)
-        flag = "--resume" if has_checkpoint(run_path(name)) else "--run"
-        return parse([*without(args, "--resume-or-start"), flag, name])
+        saved = newest_version(run_path(name))
+        flag = "--run" if saved is None else "--resume"
+        config = parse([*without(args, "--resume-or-start"), flag, name])
+        if saved is not None and saved >= config.train.iterations:
+            print(f"run {name} already has {saved} iterations: nothing is left to do")
+            sys.exit(0)
+        return config
     default = from_preset(look.preset)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
@@ -144,10 +152,10 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
         print(setup.placement.line, flush=True)
         return
     if setup.resume:
-        before = json.loads((folder.path / "config.json").read_text())
-        if changed := differences(before, json.loads(setup.saved)):
+        before = from_json(folder.path / "config.json")
+        if changed := differences(before, setup.config):
             print(f"other settings than this run had so far: {', '.join(changed)}")
-        if jump := rate_jump(from_json(folder.path / "config.json"), setup.config, setup.version):
+        if jump := rate_jump(before, setup.config, setup.version):
             print(jump)
     print(setup.placement.line)
     print(batch_line(setup.config, setup.config.env.segment))
@@ -164,16 +172,15 @@ def rate_jump(before: Config, now: Config, version: int) -> str:
     return f"{lift}, because the run is longer now: a lower --lr goes on more gently"
 
 
-def differences(before: dict, now: dict) -> list[str]:
-    """Lists the settings that differ between two config.json, as they are now."""
+def differences(before: Config, now: Config) -> list[str]:
+    """Lists the settings that differ, as they are now."""
     own = ("checkpoint", "resume", "run", "ratio_from", "workers_given")  # of every start
     said = []
-    for stage, values in now.items():
-        for name, value in values.items():
-            was = before.get(stage, {}).get(name)
-            if value != was and name not in own:
-                words = [" ".join(map(str, x)) if isinstance(x, list) else x for x in (value, was)]
-                said.append(f"{flag_of(name)[2:]} {words[0]} (was {words[1]})")
+    for name in STAGE_OF:
+        pair = setting(now, name), setting(before, name)
+        if pair[0] != pair[1] and name not in own:
+            words = [" ".join(map(str, x)) if isinstance(x, tuple) else x for x in pair]
+            said.append(f"{flag_of(name)[2:]} {words[0]} (was {words[1]})")
     return said
 
 
@@ -192,9 +199,8 @@ class Handover:
         file = path / "tuning.json"
         if not file.is_file():
             return cls()
-        known = json.loads(file.read_text())
+        found = read_json(file, cls, f"what the tuner remembered ({file}; remove it)")
         file.unlink()
-        found = cls(**known | {"past": tuning.Past.from_json(known["past"])})
         return found if found.process == os.getpid() else cls()
 
 
@@ -208,8 +214,7 @@ def start_again(
     if interrupts:
         return
     handover = Handover(os.getpid(), past, folder.appended, heard)
-    known = vars(handover) | {"past": past.to_json()}
-    folder.write("tuning.json", json.dumps(known))
+    folder.write("tuning.json", json.dumps(asdict(handover), default=sorted))  # sets become lists
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")

@@ -19,14 +19,13 @@ start, is left for good.
 Left out: `--placement`, numbers of envs, several machines.
 """
 
-import json
 import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -57,7 +56,6 @@ SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)  # B_max tried, of the 
 WAITS = (0.25, 0.5, 1.0, 2.0)  # T_max tried, in inferences of that size
 SIMULATED = 16_000  # chunk steps of lanes behind one prediction: some 0.1 s
 SIMULATE = {"iterations": 8, "warmup": 3}
-LARGEST = 8  # ratios that are simulated, of those with the fastest slowest stage
 
 # What is decided.
 EQUAL = 0.005  # differences in throughput that random times make
@@ -115,23 +113,24 @@ def costs_of(
     )
 
 
+@dataclass(eq=False)
 class Measurement:
     """What the workers' counters gained since measuring began, the newest weighing most."""
 
-    def __init__(self, counters: Counters, rows: Rows, config: Config, clock: Callable[[], float]):
-        self.counters = counters
-        self.rows = rows
-        self.config = config
-        self.clock = clock  # seconds
-        self.last: np.ndarray | None = None  # the table when it was last taken in
-        self.taken = 0.0  # when that was
-        self.gained = np.zeros_like(counters.table)
-        self.fit = np.zeros(5)  # of inferences: n, Σsize, Σsize², Σseconds, Σsize·seconds
-        self.seconds = 0.0  # that `gained` is of
-        self.trained = 0.0  # trajectories
-        self.cpu_s = 0.0  # of all workers
-        self.batches_before = 0.0  # when measuring began; likewise chunks
-        self.chunks_before = 0.0
+    counters: Counters
+    rows: Rows
+    config: Config
+    clock: Callable[[], float]  # seconds
+    last: np.ndarray | None = None  # the table when it was last taken in
+    taken: float = 0.0  # when that was
+    gained: np.ndarray | None = None  # by every counter, since measuring began
+    # Of inferences: n, Σsize, Σsize², Σseconds, Σsize·seconds.
+    fit: np.ndarray = field(default_factory=partial(np.zeros, 5))
+    seconds: float = 0.0  # that `gained` is of
+    trained: float = 0.0  # trajectories
+    cpu_s: float = 0.0  # of all workers
+    batches_before: float = 0.0  # when measuring began; likewise chunks
+    chunks_before: float = 0.0
 
     def batches(self) -> float:
         """Returns the inferences so far of the rollout worker that had the fewest."""
@@ -156,7 +155,7 @@ class Measurement:
         self.taken = self.clock()
         self.batches_before = self.batches()
         self.chunks_before = self.chunks()
-        self.gained = np.zeros_like(self.gained)
+        self.gained = np.zeros_like(self.last)
         self.seconds = 0.0
 
     def take(self, memory: float, trained: float = 0.0, cpu_s: float = 0.0) -> None:
@@ -276,35 +275,18 @@ def better_batches(node: Node, costs: Costs, present: Batching | None) -> Batchi
     return best
 
 
-def slowest_stage_s(node: Node, costs: Costs, samples: int) -> float:
-    """Returns what the slowest stage alone needs for so many chunk steps of envs, in seconds."""
-    full = node.served * node.lane_envs  # samples of a full batch
-    simulators = min(node.lanes, len(node.env_devices))
-    return max(
-        samples / node.lane_envs * costs.step_s / simulators,
-        samples / len(node.rollout_devices) * (costs.infer_fixed_s / full + costs.infer_each_s),
-        samples * node.update_epochs * costs.train_each_s / len(node.actor_devices),
-    )
-
-
 def seconds_at(
     choices: Choices, now: str, costs: Costs, cpu_s: float, cores: int
 ) -> dict[str, float]:
-    """Predicts the seconds of an iteration at each ratio worth a look, from costs measured at
-    `now`. All cores together cannot go below its CPU seconds `cpu_s`."""
+    """Predicts the seconds of an iteration at each ratio, from costs measured at `now`. All cores
+    together cannot go below its CPU seconds `cpu_s`."""
     rollout_now, actor_now = speeds(*choices[now])
-    rough = {}
-    small = {}
+    found = {}
     for ratio, (config, placement) in choices.items():
         rollout, actor = speeds(config, placement)
         priced = scaled(costs, rollout=rollout_now / rollout, actor=actor_now / actor)
-        small[ratio] = miniature(config, placement, priced)
-        samples = config.actor.batch * config.env.segment
-        rough[ratio] = slowest_stage_s(small[ratio][0], priced, samples)
-    found = {}
-    for ratio in dict.fromkeys([now, *sorted(rough, key=rough.get)[:LARGEST]]):
-        node, priced = small[ratio]
-        longer = choices[ratio][0].env.segment / node.segment
+        node, priced = miniature(config, placement, priced)
+        longer = config.env.segment / node.segment
         found[ratio] = max(longer * simulate(node, priced, **SIMULATE).step_s, cpu_s / cores)
     return found
 
@@ -313,7 +295,7 @@ def fewest_workers(seconds: dict[str, float]) -> str:
     """Returns the fastest ratio, of equal ones that with the fewest workers; "" of none."""
     fast_enough = (1 + EQUAL) * min(seconds.values(), default=0.0)
     equal = [ratio for ratio, each in seconds.items() if each <= fast_enough]
-    return min(equal, key=lambda ratio: sum(parse_ratio(ratio)), default="")
+    return min(equal, key=lambda ratio: (sum(parse_ratio(ratio)), seconds[ratio]), default="")
 
 
 @dataclass
@@ -335,44 +317,33 @@ class Past:
         self.left = ""
         return before
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"rejected": sorted(self.rejected)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Past":
-        """Reads what `to_json` wrote. Raises UserError where it is something else."""
-        try:
-            past = cls(**json.loads(text))
-            past.rejected = set(past.rejected)
-            past.measured = {ratio: float(seconds) for ratio, seconds in past.measured.items()}
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read what the tuner remembered of the run: {error}") from None
-        return past
-
 
 def prices(costs: Costs) -> tuple[float, ...]:
     # Of an inference's two parts the sum: where a line starts wavers.
     return costs.step_s, costs.train_each_s, costs.infer_fixed_s + costs.infer_each_s
 
 
+@dataclass(eq=False)
 class Batches:
     """Chooses B_max and T_max: tries several sizes first, and looks again when costs change."""
 
-    def __init__(self, config: Config, placement: Placement, measured: Measurement, past: Past):
-        self.config = config
-        self.placement = placement
-        self.measured = measured
-        self.past = past
-        rollout = config.rollout
+    config: Config
+    placement: Placement
+    measured: Measurement
+    past: Past
+    probed: float = 0.0  # batches when the newest probe began
+    chosen: Batching | None = None
+    chosen_at: Costs | None = None  # the costs that they were last looked at for
+    looked: tuple[float, float] = (0.0, 0.0)  # batches when they were, and the time
+
+    def __post_init__(self):
+        env = self.config.env
+        rollout = self.config.rollout
         self.tunes = "auto" in (rollout.batch_max, rollout.batch_wait_ms)
         # Lanes that ask one rollout worker, on average.
-        self.served = config.env.envs // config.env.width / len(measured.rows["rollout"])
+        self.served = env.envs // env.width / len(self.measured.rows["rollout"])
         # B_max still to be tried while the run warms up, of the lanes served; 0: as it is.
         self.probes = list(PROBES) if rollout.batch_max == "auto" else [0.0] * self.tunes
-        self.probed = 0.0  # batches when the newest probe began
-        self.chosen: Batching | None = None
-        self.chosen_at: Costs | None = None  # the costs that they were last looked at for
-        self.looked = (0.0, 0.0)  # batches when they were, and the time
 
     def warm_up(self) -> bool:
         """Lets batches of several sizes be served. Returns whether it is time to choose."""
@@ -447,40 +418,32 @@ def settle(future: Future, function: Callable) -> None:
         future.set_exception(error)
 
 
+@dataclass(eq=False)
 class Tuner:
     """Follows a run from the first batches on.
 
     The launcher calls `watch` often and `iteration` after every iteration. Once `ratio` is another
     one than that in use, the run is to start again with it."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        counters: Counters,
-        rows: Rows,
-        past: Past,
-        cores: int,
-        iterations: int,
-        clock: Callable[[], float] = time.monotonic,
-        beside: Callable[[Callable], Future] = beside,
-    ):
-        """choices: of `options`, the first one being in use; iterations: of the whole run."""
-        self.config, self.placement = next(iter(choices.values()))
-        self.choices = choices
-        self.rows = rows
-        self.past = past
-        self.cores = cores
-        self.iterations = iterations
-        self.clock = clock
-        self.beside = beside
-        self.measured = Measurement(counters, rows, self.config, clock)
-        self.batches = Batches(self.config, self.placement, self.measured, past)
+    choices: Choices  # of `options`, the first one being in use
+    counters: Counters
+    rows: Rows
+    past: Past
+    cores: int
+    iterations: int  # of the whole run
+    clock: Callable[[], float] = time.monotonic
+    beside: Callable[[Callable], Future] = beside
+    start_s: float = 0.0  # seconds that the workers took to their first iteration
+    lines: int = 0  # iterations since the workers started
+    cpu_s: float = 0.0  # that the workers had used by the last one
+
+    def __post_init__(self):
+        self.config, self.placement = next(iter(self.choices.values()))
+        self.measured = Measurement(self.counters, self.rows, self.config, self.clock)
+        self.batches = Batches(self.config, self.placement, self.measured, self.past)
         self.now = self.config.train.parts  # the ratio in use
         self.ratio = self.now  # the one to go on at
-        self.began = clock()
-        self.start_s = 0.0  # seconds that the workers took to their first iteration
-        self.lines = 0  # iterations since the workers started
-        self.cpu_s = 0.0  # that the workers had used by the last one
+        self.began = self.clock()
         # Predictions under way, and what decides on them.
         self.thoughts: deque[tuple[Future, Callable[..., str]]] = deque()
 

@@ -45,7 +45,7 @@ class Ours:
         self.reset()
 
     def make(self):
-        return self.simulator.make(self.spec.tasks, self.spec.image_size, self.quality)
+        return self.simulator.make(self.spec, self.quality)
 
     def reset(self) -> None:
         """Goes back to initial states that were met before."""

@@ -1,16 +1,20 @@
 """Kills, stops and crashes random processes of running trainings, and checks what is left.
 
-    python -m benchmarks.faults --seconds 300                5 minutes
-    python -m benchmarks.faults --events 1000 --seconds 1e6  a campaign
+    python -m benchmarks.faults --seconds 300                              5 minutes
+    python -m benchmarks.faults --events 1000 --seconds 1e6 --json FILE    a campaign
 
-A signal of SIGNALS goes to a random process of a run: an env, rollout or actor worker, the
-launcher, or the fork server. Four kinds of run take turns (RUNS). A run lives through up to LIVES
-faults of env workers, and SIGSTOP of the whole run for longer than --timeout-s, which it must
-survive; then comes a fault that ends it, after which it goes on from its newest checkpoint. Checked
-are: what survives trains on; what ends does so within END_S, without a traceback, and leaves no
-process and no file in /dev/shm; both identities of the accounts hold in every line, of which none
-is missing or doubled; survivors gain at most GROWTH_MB and no open file. Stages are emulated ones,
-since faults are those of processes. Left out: full disks, lost networks, several machines.
+A signal of SIGNALS goes to a random process of a run. Four kinds of run take turns (RUNS). A life
+of a run goes through faults that it must survive (SURVIVED): of env workers, several at once, of
+the resource tracker, and SIGSTOP of everything for longer than --timeout-s. Then comes a fault that
+ends it (FATAL), of a rollout or actor worker, of the launcher or of the fork server, and in its
+next life the run goes on from its newest checkpoint. A launcher that is stopped is either let go
+again, or killed after the actor has gone on without it.
+
+Checked are: what survives trains on; what ends does so within END_S, without a traceback, and
+leaves no process and no file in /dev/shm; both identities of the accounts hold in every line, of
+which none is missing or doubled; survivors gain at most GROWTH_MB and no open file. Stages are
+emulated ones, since faults are those of processes. Left out: full disks, lost networks, several
+machines.
 """
 
 import json
@@ -32,24 +36,27 @@ import tyro
 from benchmarks.measuring import end_on_sigterm
 from config import ROOT
 from errors import exit_on_user_error
-from run_folder import has_checkpoint, read_metrics
+from run_folder import newest_version, read_metrics
 
 BASE = (
-    "--model emulated --env-workers 2 --envs 8 --batch 8 --minibatch 8 --micro-batch 4 --segment 2 "
-    "--update-epochs 1 --eval-envs 0 --eval-every 0 --no-trace --checkpoint-every 3 "
-    "--ratio 1:1 --restarts 1000 --timeout-s 4 --iterations 1000000"
+    "--model emulated --env-workers 4 --envs 8 --batch 8 --minibatch 8 --micro-batch 4 --segment 2 "
+    "--update-epochs 1 --eval-envs 0 --eval-every 0 --no-trace --checkpoint-every 3 --keep 5 "
+    "--ratio 1:1 --restarts 1000 --timeout-s 5 --iterations 1000000"
 )
 RUNS = {
     "PPO": "--env emulated --tasks 0",
     "GRPO": "--env emulated --tasks 0 --algorithm grpo --group-size 4 --segment 8",
-    "vectorised": "--env vectorised",
+    "vectorised": "--env vectorised --lanes 1",
     "colocated": "--env emulated --tasks 0 --placement colocated",
 }
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGABRT")
+SURVIVED = ("env",) * 6 + ("resource tracker", "everything")  # by how often they are hit
 FATAL = ("rollout", "actor", "launcher", "fork server")
-LIVES = 3  # faults that a run survives before the one that ends it; each delays the next restart
-END_S = 20.0  # seconds, --timeout-s and the five for saying good-bye included
-GOES_ON_S = 60.0  # seconds until a run trains again
+LIVES = 12  # faults that a run survives before the one that ends it
+AT_ONCE = 4  # of env workers at most, as each one's later restarts are delayed more
+AWAY_S = 7.0  # seconds: longer than --timeout-s
+END_S = 25.0  # seconds, --timeout-s and the five for saying good-bye included
+GOES_ON_S = 90.0  # seconds until a run trains again
 GROWTH_MB = 64.0  # of a survivor's private memory within one life of a run
 
 
@@ -66,7 +73,7 @@ class FaultsConfig:
     runs: tuple[str, ...] = tuple(RUNS)
     """kinds of run"""
     json: Path | None = None
-    """also write the events to this file"""
+    """also write the table and the counts behind it to this file, after each life of a run"""
 
 
 class Wrong(Exception):
@@ -80,7 +87,7 @@ class Life:
         self.folder = folder
         self.mark = uuid.uuid4().hex  # every descendant inherits it
         self.log = folder.with_suffix(".log")
-        where = f"--resume {folder}" if has_checkpoint(folder) else f"--run {folder}"
+        where = f"--run {folder}" if newest_version(folder) is None else f"--resume {folder}"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "train.py", *flags.split(), *where.split()],
@@ -105,8 +112,10 @@ class Life:
                 if process.pid == self.process.pid:
                     name = "launcher"
                 elif name.partition("-")[0] not in ("env", "rollout", "actor"):
-                    server = any("forkserver" in word for word in process.cmdline())
-                    name = "fork server" if server else f"other {process.pid}"
+                    command = " ".join(process.cmdline())
+                    name = f"other {process.pid}"
+                    name = "fork server" if ".forkserver" in command else name
+                    name = "resource tracker" if ".resource_tracker" in command else name
                 found[name] = process
             except (psutil.Error, OSError):
                 pass
@@ -185,60 +194,60 @@ def check_accounts(folder: Path) -> None:
 
 
 def hit(life: Life, stage: str, name: str, rng: random.Random) -> str:
-    """Sends a signal to one process of a stage, and returns which process it was."""
-    time.sleep(rng.uniform(0.0, 0.5))
-    living = life.living()
-    chosen = rng.choice(sorted(one for one in living if one.partition("-")[0] == stage))
+    """Sends a signal to one process of a stage, and returns which process it was, or ""."""
+    time.sleep(rng.uniform(0.0, 0.3))
+    if stage == "everything":
+        os.killpg(life.process.pid, signal.SIGSTOP)
+        time.sleep(AWAY_S)
+        os.killpg(life.process.pid, signal.SIGCONT)
+        return ""
+    alike = []
+    while not alike:  # every env worker may be just being replaced
+        living = life.living()
+        alike = sorted(one for one in living if one.partition("-")[0] == stage)
+    chosen = rng.choice(alike)
     living[chosen].send_signal(signal.Signals[name])
     return chosen
 
 
-def live(run: str, folder: Path, count: int, rng: random.Random) -> list[dict]:
-    """Starts or resumes a run, injects `count` faults of which the last one ends it, and returns
-    what came of each."""
+def plan_of(count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Returns processes and signals of one life of a run. Only the last one ends it."""
+    plan = []
+    for n in range(count):
+        stage = rng.choice(FATAL if n == count - 1 else SURVIVED)
+        if stage in ("resource tracker", "everything") and stage in dict(plan):
+            stage = "env"  # there is one resource tracker, and everything takes long
+        plan.append((stage, "SIGSTOP" if stage == "everything" else rng.choice(SIGNALS)))
+    return plan
+
+
+def live(run: str, folder: Path, plan: list[tuple[str, str]], rng: random.Random) -> list[dict]:
+    """Starts or resumes a run, injects the faults of a plan, and returns what came of each."""
     events = []
     life = Life(folder, f"{BASE} {RUNS[run]}")
     try:
         life.trains(2)
         before = {name: size_of(process) for name, process in life.living().items()}
         replaced = set()
-        for n in range(count):
-            last = n == count - 1
-            stage = rng.choice(FATAL if last else ("env", "env", "everything"))
-            name = "SIGSTOP" if stage == "everything" else rng.choice(SIGNALS)
+        at_once = 0
+        for n, (stage, name) in enumerate(plan):
+            start = time.monotonic()
             event = {"run": run, "process": stage, "signal": name, "seconds": 0.0, "wrong": ""}
             events.append(event)
-            start = time.monotonic()
-            if stage == "everything":
-                os.killpg(life.process.pid, signal.SIGSTOP)
-                time.sleep(6.0)  # longer than --timeout-s
-                os.killpg(life.process.pid, signal.SIGCONT)
-                life.trains(2)
-            elif not last:
-                replaced.add(hit(life, stage, name, rng))
-                life.trains(4)  # more than a launcher that is late may have had in store
-            elif stage == "launcher" and name == "SIGSTOP":
-                # It must survive this one, and is ended as by a user.
-                hit(life, stage, name, rng)
-                time.sleep(6.0)
-                life.process.send_signal(signal.SIGCONT)
-                life.trains(2)
+            if n == len(plan) - 1:
                 check_size(life, before, replaced)
-                life.process.send_signal(signal.SIGINT)
-                life.ends()
+                end(life, stage, name, rng)
             else:
-                check_size(life, before, replaced)
-                hit(life, stage, name, rng)
-                if stage == "fork server" and name == "SIGSTOP":
-                    life.trains(2)  # nobody misses it until a worker is to be replaced
-                    life.process.send_signal(signal.SIGINT)
-                life.ends()
+                replaced.add(hit(life, stage, name, rng))
+                # Env workers are hit several at once.
+                at_once += 1
+                if at_once < AT_ONCE and stage == plan[n + 1][0] == "env" and rng.random() < 0.8:
+                    continue
+                at_once = 0
+                life.trains(4)  # more than a launcher that is late may have had in store
             event["seconds"] = round(time.monotonic() - start, 2)
         check_accounts(folder)
-        left = shared_memory()
-        time.sleep(1.0)  # somebody else's may be just being made
-        if left := left & shared_memory():
-            raise Wrong(f"left in /dev/shm: {sorted(left)}")
+        check_left()
     except Wrong as wrong:
         if not events:
             raise
@@ -246,6 +255,37 @@ def live(run: str, folder: Path, count: int, rng: random.Random) -> list[dict]:
     finally:
         life.kill()
     return events
+
+
+def end(life: Life, stage: str, name: str, rng: random.Random) -> None:
+    """Injects the fault that ends a life. SIGSTOP of the launcher or of the fork server does not: a
+    killing or an interrupt follows it. Raises Wrong."""
+    if tracker := life.living().get("resource tracker"):
+        tracker.resume()  # who was stopped cannot see that all others have ended
+    hit(life, stage, name, rng)
+    if name == "SIGSTOP" and stage == "launcher":
+        time.sleep(AWAY_S)  # the actor goes on and saves until its reports fill a pipe
+        if rng.random() < 0.5:
+            life.process.kill()
+        else:
+            life.process.send_signal(signal.SIGCONT)
+            life.trains(2)
+            life.process.send_signal(signal.SIGINT)
+    elif name == "SIGSTOP" and stage == "fork server":
+        life.trains(2)  # nobody misses it until a worker is to be replaced
+        life.process.send_signal(signal.SIGINT)
+    life.ends()
+
+
+def check_left() -> None:
+    """Raises Wrong where something stays in /dev/shm. Somebody else's may be just being made."""
+    left = shared_memory()
+    for _ in range(10):
+        if not left:
+            return
+        time.sleep(0.5)
+        left &= shared_memory()
+    raise Wrong(f"left in /dev/shm: {sorted(left)}")
 
 
 def check_size(life: Life, before: dict[str, tuple[float, int]], replaced: set[str]) -> None:
@@ -267,17 +307,33 @@ def campaign(config: FaultsConfig) -> list[dict]:
         turn = 0
         while len(events) < config.events and time.monotonic() < end:
             run = config.runs[turn % len(config.runs)]
-            count = min(LIVES + 1, config.events - len(events))
-            events += live(run, Path(folder) / run, count, rng)
+            plan = plan_of(min(LIVES + 1, config.events - len(events)), rng)
+            events += live(run, Path(folder) / run, plan, rng)
             turn += 1
+            if config.json:
+                config.json.write_text(json.dumps(report(events, config.seed), indent=1) + "\n")
     return events
+
+
+def report(events: list[dict], seed: int) -> dict:
+    """Returns what --json holds: counts of runs and of processes with their signals, what was
+    wrong, and the table, in Markdown."""
+    return {
+        "what": "faults",
+        "machine": f"{os.cpu_count()} cores",
+        "seed": seed,
+        "events": len(events),
+        "runs": dict(Counter(event["run"] for event in events)),
+        "wrong": [event for event in events if event["wrong"]],
+        "table": table(events).splitlines(),
+    }
 
 
 def table(events: list[dict]) -> str:
     """Writes a row per kind of process: events by signal, the slowest, and what went wrong."""
     heads = ("process", *SIGNALS, "slowest, s", "wrong")
     rows = [heads, ("---",) * len(heads)]
-    for stage in ("env", *FATAL, "everything"):
+    for stage in (*dict.fromkeys(SURVIVED), *FATAL):
         mine = [event for event in events if event["process"] == stage]
         if mine:
             count = Counter(event["signal"] for event in mine)
@@ -291,14 +347,11 @@ def main(config: FaultsConfig) -> int:
     """Returns the exit status: 1 where something was wrong."""
     end_on_sigterm()
     events = campaign(config)
-    print(f"{len(events)} events, runs: {dict(Counter(event['run'] for event in events))}")
-    print(table(events))
-    wrong = [event for event in events if event["wrong"]]
-    for event in wrong:
+    found = report(events, config.seed)
+    print(f"{found['events']} events, runs: {found['runs']}", *found["table"], sep="\n")
+    for event in found["wrong"]:
         print(f"{event['run']}, {event['process']}, {event['signal']}: {event['wrong']}")
-    if config.json:
-        config.json.write_text("".join(json.dumps(event) + "\n" for event in events))
-    return int(bool(wrong))
+    return int(bool(found["wrong"]))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def embedded() -> tuple[Config, envs.EnvSpec]:
     """Makes the embedded default: settings to build its model from, and its simulator."""
     config = Config()
     config.train.checkpoint, _ = embedded_files(config.train.model, "metaworld")
-    size = checkpoint.frame_size(config.train.checkpoint)
+    size = checkpoint.frame_size(config.train.checkpoint, 256)
     return config, envs.load(config.train.env).spec((), size)
 
 

@@ -64,6 +64,8 @@ GL_ERRORS = (
 GL_PACKAGES = ("OpenGL", "glfw")  # whose own errors are always of this kind
 
 Compared = Literal["success", "reward"]
+# How a wide picture becomes square: squeezed (bilinear, or bicubic), or whole between black bars.
+Fit = Literal["squeeze", "bicubic", "letterbox"]
 
 
 class EnvSpec(NamedTuple):
@@ -71,7 +73,7 @@ class EnvSpec(NamedTuple):
 
     tasks: tuple[str, ...]
     prompts: tuple[str, ...]  # one language instruction per task
-    views: int  # cameras
+    views: int  # cameras: all that there are, then those that the policy sees
     image_size: int  # pixels, square
     state_dim: int  # S, numbers of the proprioception, float32
     action_dim: int  # A
@@ -81,10 +83,20 @@ class EnvSpec(NamedTuple):
     # what GRPO compares within a group: who succeeded, or the summed reward of an episode (dense)
     compares: Compared = "success"
     limits: tuple[int, ...] = ()  # the same of each task; none means the horizon for all
+    # What other projects' policies are used to: a robot of `models.formats.bins.ROBOTS`, and the
+    # size that their data's pictures were drawn in, pixels
+    robot: str = ""
+    picture: int = 256
+    fit: Fit = "squeeze"  # of wide pictures, as the policy wants it
 
     def limit(self, task: int) -> int:
         """Control steps before an episode of a task is truncated, whatever tasks it is beside."""
         return self.limits[task] if self.limits else self.horizon
+
+    def seen_by(self, header) -> "EnvSpec":
+        """The same with the cameras and the fit of a policy's `models.checkpoint.Header`."""
+        views = header.shape.get("views", self.views)
+        return self._replace(views=views, fit=header.stats.get("fit", self.fit))
 
 
 class Step(NamedTuple):
@@ -103,6 +115,8 @@ class Env(ABC):
 
     # The instruction of the running episode, where episodes of one task differ in it.
     prompt: str | None = None
+    # How many cameras the policy sees, the first ones; others need not be drawn. None means all.
+    views: int | None = None
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         """quality: "fast" or "full" pictures, for a simulator that knows the difference."""
@@ -132,6 +146,10 @@ class Env(ABC):
 
 class Envs(ABC):
     """The envs of one lane of a vectorised simulator, which step together."""
+
+    # How many cameras the policy sees, the first ones; others need not be drawn. None means all.
+    views: int | None = None
+    fit: Fit = "squeeze"
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str):
         """device: "cpu" or "cuda:k", where all tensors are."""
@@ -183,17 +201,22 @@ class Simulator:
         """Describes these tasks; none means the default ones. Raises UserError."""
         return checked_spec(self.name, self.module.spec(tasks, image_size))
 
-    def make(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast") -> Env:
+    def make(self, spec: EnvSpec, quality: str = "fast") -> Env:
         """Makes one env, also of a vectorised simulator."""
-        if Env in offered_classes(self.module):
-            return self.module.Env(tasks, image_size, quality)
-        from envs.lanes import OneOfMany
+        if Env not in offered_classes(self.module):
+            from envs.lanes import OneOfMany
 
-        return OneOfMany(self, tasks, image_size)
+            return OneOfMany(self, spec)
+        env = self.module.Env(spec.tasks, spec.image_size, quality)
+        env.views = spec.views
+        return env
 
-    def make_many(self, tasks: tuple[str, ...], image_size: int, count: int, device: str) -> Envs:
+    def make_many(self, spec: EnvSpec, count: int, device: str) -> Envs:
         """Makes `count` envs of a vectorised simulator, which step together."""
-        return self.module.Envs(tasks, image_size, count, device)
+        many = self.module.Envs(spec.tasks, spec.image_size, count, device)
+        many.views = spec.views
+        many.fit = spec.fit
+        return many
 
     def workers(self, ratio: str, placement: str) -> int | None:
         """Says how many env workers to start; None leaves that to --ratio."""

@@ -58,7 +58,7 @@ ROWS = 2  # envs of a vectorised simulator that the check plays
 FILM = 64  # pixels of the frame for people that the check asks for
 
 
-class BrokenContract(Exception):
+class BrokenContract(UserError):
     """A simulator does not do what it must. The message is one sentence that says what."""
 
 
@@ -70,13 +70,12 @@ def demand(condition: object, sentence: str) -> None:
 def check_contract(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> None:
     """Plays a few steps of the first task. Raises BrokenContract at the first failure."""
     try:
-        for what in contract_kept(simulator, spec, config):
-            print(f"ok    {what}", flush=True)
-    except (BrokenContract, UserError):
+        with envs.starting(simulator.name):
+            for what in contract_kept(simulator, spec, config):
+                print(f"ok    {what}", flush=True)
+    except UserError:
         raise
     except Exception as error:
-        if envs.LEFT or envs.is_about_gl(error):
-            raise envs.does_not_start(simulator.name, error) from error
         said = f"{type(error).__name__}: {error}"
         raise BrokenContract(f"an error in {place_of(error)}: {said}") from error
 
@@ -88,12 +87,12 @@ def contract_kept(simulator: Simulator, spec: EnvSpec, config: CheckConfig) -> I
         import torch
 
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        player = simulator.make_many(spec.tasks, config.image_size, ROWS, device)
+        player = simulator.make_many(spec, ROWS, device)
         lead = (ROWS,)
         episodes = (list(range(ROWS)), 0, [config.seed + row for row in range(ROWS)])
     else:
         device = None
-        player = simulator.make(spec.tasks, config.image_size, config.render_quality)
+        player = simulator.make(spec, config.render_quality)
         lead = ()
         episodes = (0, config.seed)
     try:
@@ -243,11 +242,11 @@ def main(config: CheckConfig) -> Path:
 
     # Check it, then see what it costs.
     check_contract(simulator, spec, config)
-    env = simulator.make(spec.tasks, config.image_size, config.render_quality)
+    env = simulator.make(spec, config.render_quality)
     try:
         sheet = print_costs(env, spec, config)
         played = process.memory_info().rss
-        second = simulator.make(spec.tasks, config.image_size, config.render_quality)
+        second = simulator.make(spec, config.render_quality)
         second.reset(0, config.seed + len(spec.tasks))
         second.observe()
         another = process.memory_info().rss

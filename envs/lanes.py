@@ -34,7 +34,8 @@ class Lane(ABC):
 
     prompt: str | None = None  # of the running episode, where it differs from the task's
 
-    def __init__(self, index: int, envs: range, spec: EnvSpec):
+    def __init__(self, index: int, envs: range, spec: EnvSpec, player: Env | Envs):
+        self.player = player  # the simulator
         self.index = index
         self.envs = envs  # their numbers; those of evaluation come after all others
         self.spec = spec
@@ -55,8 +56,8 @@ class Lane(ABC):
     def play(self, plans: list[np.ndarray]) -> Outcome:
         """Steps each env through its plan [C, A], until its episode ends or its time is up."""
 
-    @abstractmethod
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.player.close()
 
     def reset(self, rows: list[int], tasks: list[int], seeds: list[int]) -> None:
         """Begins an episode in some envs; those of one task together."""
@@ -83,26 +84,22 @@ class Lane(ABC):
 class SingleLane(Lane):
     """One env as a lane of one."""
 
-    def __init__(self, index: int, envs: range, spec: EnvSpec, env: Env):
-        super().__init__(index, envs, spec)
-        self.env = env
-
     @property
     def prompt(self) -> str | None:
-        return self.env.prompt
+        return self.player.prompt
 
     def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
-        self.env.reset(task, seeds[0])
+        self.player.reset(task, seeds[0])
 
     def observe(self) -> np.ndarray:
-        picture, state = self.env.observe()
+        picture, state = self.player.observe()
         self.states = state[None]
-        return picture[None]
+        return picture[None, : self.spec.views]
 
     def play(self, plans: list[np.ndarray]) -> Outcome:
         if self.over[0]:
             return Outcome([0.0], [False], [False], [False], 0)
-        step = self.env.step
+        step = self.player.step
         left = self.spec.limit(self.tasks[0]) - self.taken[0]
         total = 0.0
         steps = 0
@@ -120,9 +117,6 @@ class SingleLane(Lane):
         self.taken[0] += steps
         return Outcome([float(total)], [won], [lost], [late], steps)
 
-    def close(self) -> None:
-        self.env.close()
-
 
 class VectorisedLane(Lane):
     """The envs of a vectorised simulator as a lane."""
@@ -131,16 +125,16 @@ class VectorisedLane(Lane):
         self, index: int, envs: range, spec: EnvSpec, many: Envs, device: str, keep_on_gpu: bool
     ):
         """keep_on_gpu: pictures stay where they are drawn; else they come to the host."""
-        super().__init__(index, envs, spec)
-        self.many = many
+        super().__init__(index, envs, spec, many)
         self.device = device
         self.keep_on_gpu = keep_on_gpu
 
     def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
-        self.many.reset(rows, task, seeds)
+        self.player.reset(rows, task, seeds)
 
     def observe(self) -> np.ndarray | Tensor:
-        pictures, states = self.many.observe()
+        pictures, states = self.player.observe()
+        pictures = pictures[:, : self.spec.views]
         self.states = states.cpu().numpy()
         return pictures if self.keep_on_gpu else pictures.cpu().numpy()
 
@@ -154,7 +148,7 @@ class VectorisedLane(Lane):
         won = torch.zeros_like(begun)
         failed = torch.zeros_like(begun)
         for c in range(actions.shape[1]):
-            step = self.many.step(actions[:, c])
+            step = self.player.step(actions[:, c])
             reward = torch.where(alive, reward + step.reward, reward)
             taken = taken + alive
             failed = failed | (alive & step.failed)
@@ -167,17 +161,14 @@ class VectorisedLane(Lane):
         steps = sum(self.taken) - before
         return Outcome(reward.tolist(), won.tolist(), failed.tolist(), late.tolist(), steps)
 
-    def close(self) -> None:
-        self.many.close()
-
 
 class OneOfMany(Env):
     """One env of a vectorised simulator, as if it were not: for evaluation and to look at it."""
 
-    def __init__(self, simulator: Simulator, tasks: tuple[str, ...], image_size: int):
-        super().__init__(tasks, image_size)
+    def __init__(self, simulator: Simulator, spec: EnvSpec):
+        super().__init__(spec.tasks, spec.image_size)
         self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.many = simulator.make_many(tasks, image_size, 1, self.device)
+        self.many = simulator.make_many(spec, 1, self.device)
 
     def reset(self, task: int, seed: int) -> None:
         self.many.reset([0], task, [seed])
@@ -208,9 +199,8 @@ def make_lane(
     keep_on_gpu: bool,
 ) -> Lane:
     """Makes a lane of these envs. config: the run's `Config`, which has lanes if vectorised."""
-    size = config.env.image_size
     if not config.env.lanes:
-        env = simulator.make(spec.tasks, size, config.env.render_quality)
+        env = simulator.make(spec, config.env.render_quality)
         return SingleLane(index, envs, spec, env)
-    many = simulator.make_many(spec.tasks, size, len(envs), device)
+    many = simulator.make_many(spec, len(envs), device)
     return VectorisedLane(index, envs, spec, many, device, keep_on_gpu)

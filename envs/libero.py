@@ -108,12 +108,12 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     prompts = tuple(map(language, names))
     limits = tuple(SUITES[suite_of(name)] for name in names)
     shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
-    return EnvSpec(names, prompts, *shape, limits=limits)
+    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero")
 
 
 @cache
-def original() -> None:
-    """Imports LIBERO, with stand-ins for what it never needs here.
+def original() -> types.ModuleType:
+    """Imports LIBERO, with stand-ins for what it never needs here. Returns robosuite's rotations.
 
     matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
     half a minute; robosuite warns without private macros and logs to /tmp, and refuses an EGL
@@ -131,6 +131,9 @@ def original() -> None:
             del sys.modules[name]
         if device is not None:
             os.environ["MUJOCO_EGL_DEVICE_ID"] = device
+    from robosuite.utils import transform_utils
+
+    return transform_utils
 
 
 def build_problem(task: str, image_size: int, quality: str):
@@ -234,11 +237,11 @@ class Scene:
         for name in dict.fromkeys(vars(self.problem).get("visualization_sites_list", ())):
             sites = self.problem.get_object(name).object_properties["vis_site_names"]
             self.lamps += [self.model.site(site).id for site, _ in sites.values()]
-        self.start = self._remember_start(self.problem.robots[0].controller)
+        self.start = self._remember_start(self.controller)
 
     def _find_arm(self, robot) -> None:
         """Looks up where the arm is in the model, and how robosuite controls it."""
-        controller = robot.controller
+        self.controller = robot.controller
         self.site = robot.eef_site_id
         self.hand = self.model.body(robot.robot_model.eef_name).id
         self.arm = in_a_row(robot._ref_joint_vel_indexes)
@@ -251,10 +254,6 @@ class Scene:
         self.grip_bias = 0.5 * (high + low)
         self.grip_weight = 0.5 * (high - low)
         self.grip_speed = robot.gripper.speed
-        self.scale = controller.output_max
-        self.kp = controller.kp
-        self.kd = controller.kd
-        self.rest = controller.initial_joint  # [7], what redundancy is resolved towards
 
     def _remember_start(self, controller) -> Memory:
         """What robosuite has right after its own reset."""
@@ -347,40 +346,7 @@ def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:
 
 def in_a_row(indexes: list[int]) -> slice:
     """Consecutive indexes as a slice, which copies nothing: most of the cost of seven numbers."""
-    found = slice(indexes[0], indexes[0] + len(indexes))
-    if [*indexes] != [*range(found.start, found.stop)]:
-        raise ValueError(f"expected consecutive indexes, not {indexes}")
-    return found
-
-
-def rotation_of(turn: np.ndarray) -> np.ndarray:
-    """Axis-angle [3] → rotation matrix [3, 3], bit for bit robosuite's: by an fp32 quaternion."""
-    angle = np.linalg.norm(turn)
-    if angle == 0.0:
-        return np.identity(3)
-    xyz = turn / angle * np.sin(angle / 2.0)
-    q = np.array([np.cos(angle / 2.0), *xyz]).astype(np.float32)
-    q = (q * math.sqrt(2.0 / np.dot(q, q))).astype(np.float32)
-    a = np.outer(q, q).astype(np.float64)
-    f = np.float32
-
-    def off(i, j, k, m, sign):
-        return float(f(a[i, j]) + f(sign * a[k, m]))
-
-    return np.array(
-        [
-            [1.0 - a[2, 2] - a[3, 3], off(1, 2, 3, 0, -1), off(1, 3, 2, 0, 1)],
-            [off(1, 2, 3, 0, 1), 1.0 - a[1, 1] - a[3, 3], off(2, 3, 1, 0, -1)],
-            [off(1, 3, 2, 0, -1), off(2, 3, 1, 0, 1), 1.0 - a[1, 1] - a[2, 2]],
-        ]
-    )
-
-
-def axis_angle(q: np.ndarray) -> np.ndarray:
-    """Quaternion (w, x, y, z) → axis times angle [3], in (0, 2π) (openpi): downwards no jump."""
-    w = min(1.0, max(-1.0, q[0]))
-    length = math.sqrt(1.0 - w * w)
-    return np.zeros(3) if math.isclose(length, 0.0) else q[1:] * 2.0 * math.acos(w) / length
+    return slice(indexes[0], indexes[-1] + 1)
 
 
 class Env(envs.Env):
@@ -452,7 +418,7 @@ class Env(envs.Env):
         data = self.data
         model = scene.model
         action = np.asarray(action, np.float64)
-        delta = np.clip(action[:6], -1.0, 1.0) * scene.scale
+        delta = np.clip(action[:6], -1.0, 1.0) * scene.controller.output_max
         close = float(np.sign(action[6])) * scene.grip_speed
         low, high = scene.torque_limits
         for substep in range(SUBSTEPS):
@@ -461,8 +427,10 @@ class Env(envs.Env):
             pose = self.stale or self._pose()
             self.stale = None
             if substep == 0:
-                turned = delta[3:].any()
-                rotation = rotation_of(delta[3:]) @ pose.rotation if turned else self.goal[1]
+                rotation = self.goal[1]
+                if delta[3:].any():
+                    turn = original().axisangle2quat(delta[3:])
+                    rotation = original().quat2mat(turn) @ pose.rotation
                 self.goal = (pose.position + delta[:3], rotation)
 
             # Drive arm and fingers.
@@ -522,10 +490,11 @@ class Env(envs.Env):
         force[3] = 0.5 * (ay * dz - az * dy + by * ez - bz * ey + cy * fz - cz * fy)
         force[4] = 0.5 * (az * dx - ax * dz + bz * ex - bx * ez + cz * fx - cx * fz)
         force[5] = 0.5 * (ax * dy - ay * dx + bx * ey - by * ex + cx * fy - cy * fx)
-        force = scene.kp * force - scene.kd * velocity
+        controller = scene.controller
+        force = controller.kp * force - controller.kd * velocity
 
         # The acceleration that is left to redundancy.
-        to_rest = REST_STIFFNESS * (scene.rest - joints) - REST_DAMPING * speeds
+        to_rest = REST_STIFFNESS * (controller.initial_joint - joints) - REST_DAMPING * speeds
         spread = j @ np.linalg.solve(mass, j.T)  # [6, 6], Λ⁻¹
         systems = np.array((spread, spread))
         systems[0, :3, 3:] = systems[0, 3:, :3] = 0.0  # position and rotation are decoupled
@@ -533,11 +502,12 @@ class Env(envs.Env):
         return j.T @ (wrench - unseen) + self.bias[scene.arm] + mass @ to_rest
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures from front and hand; state [8]: the hand's position, axis-angle and fingers."""
+        """Pictures from front, hand; state [8]: the hand's position, axis-angle and fingers."""
         self._pose_view()
         scene = self.scene
-        image = np.stack([scene.draw(camera, self.size) for camera in CAMERAS])
-        turn = axis_angle(scene.view.xquat[scene.hand])
+        image = np.stack([scene.draw(camera, self.size) for camera in CAMERAS[: self.views]])
+        # The axis times an angle in (0, 2π), as in openpi: downwards it does not jump.
+        turn = original().quat2axisangle(np.roll(scene.view.xquat[scene.hand], -1))
         state = np.concatenate([scene.view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate, pad
 
 import envs
 from config import ROOT
@@ -46,6 +47,8 @@ class Task(NamedTuple):
     episode: dict = {}  # what its episodes are told, beside the seed
     joints: int = 9  # of the robot, fingers included
     camera: str = "base_camera"
+    robot: str = "panda"
+    picture: int = 256  # as of EnvSpec
 
 
 TASKS = {
@@ -106,7 +109,9 @@ def expand(name: str) -> dict[str, Task]:
     tasks = {}
     for i, key in enumerate(list(known)[PUT_ON_PLATE[suite][0]]):
         prompt = f"put {known[key]['name']} on {plate}"
-        tasks[f"{suite}/{key}"] = Task(prompt, suite, {"thing": i}, 8, "3rd_view_camera")
+        tasks[f"{suite}/{key}"] = Task(
+            prompt, suite, {"thing": i}, 8, "3rd_view_camera", "widowx", 224
+        )
     require(not thing or name in tasks, f"{unknown} {suite} or one of {', '.join(tasks)}")
     return {name: tasks[name]} if thing else tasks
 
@@ -116,7 +121,10 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     prompts = tuple(task.prompt for task in known.values())
     joints = max(task.joints for task in known.values())
     usual = tuple(bound[:joints] for bound in STATE_RANGE)
-    return EnvSpec(tuple(known), prompts, 1, image_size, joints, ACTIONS, HORIZON, usual)
+    robot = " and ".join(sorted({task.robot for task in known.values()}))
+    picture = max(task.picture for task in known.values())
+    shape = (1, image_size, joints, ACTIONS, HORIZON, usual)
+    return EnvSpec(tuple(known), prompts, *shape, robot=robot, picture=picture)
 
 
 def check_drawing(device: torch.device) -> None:
@@ -141,14 +149,28 @@ def models(folder: Path) -> dict[str, dict]:
     return json.loads((folder / "model_db.json").read_text())
 
 
-def shrink(pictures: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def shrink(pictures: torch.Tensor, rows: int, columns: int, mode="bilinear") -> torch.Tensor:
     """Resizes pictures [N, H, W, 3] uint8 to so many pixels; those of that size stay."""
     if pictures.shape[1:3] == (rows, columns):
         return pictures
     pixels = pictures.permute(0, 3, 1, 2).float()
-    size = (rows, columns)
-    small = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return small.round().to(torch.uint8).permute(0, 2, 3, 1)
+    small = interpolate(pixels, (rows, columns), mode=mode, antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def square(pictures: torch.Tensor, size: int, fit: envs.Fit) -> torch.Tensor:
+    """Makes pictures [N, H, W, 3] uint8 squares of `size`, a wide one by `fit`.
+
+    "letterbox" is openpi's resize_with_pad (within a grey level of Pillow's rounding), "bicubic"
+    the resize-naive of OpenVLA."""
+    if fit != "letterbox":
+        return shrink(pictures, size, size, "bicubic" if fit == "bicubic" else "bilinear")
+    longest = max(pictures.shape[1:3])
+    rows, columns = (side * size // longest for side in pictures.shape[1:3])
+    top = (size - rows) // 2
+    left = (size - columns) // 2
+    bars = (0, 0, left, size - columns - left, top, size - rows - top)
+    return pad(shrink(pictures, rows, columns), bars)
 
 
 def make(simulator: str, image_size: int, count: int, device: torch.device):
@@ -264,14 +286,10 @@ class Envs(envs.Envs):
             sim = self.sims[key]
             camera = next(task.camera for task in self.known if task.simulator == key[0])
             pictures = self._at(key, sim._get_obs_sensor_data()[camera]["rgb"])
-            # A wide picture becomes narrow, as OpenVLA's preparation has it.
-            images[index, 0] = shrink(pictures, self.size, self.size)
+            images[index, 0] = square(pictures, self.size, self.fit)
             joints = self._at(key, sim.agent.robot.get_qpos()).float()
             states[index, : joints.shape[1]] = joints
         return images, states
-
-    def film(self, size: int = 256) -> np.ndarray:
-        return shrink(self.observe()[0][0], size, size)[0].cpu().numpy()
 
     def close(self) -> None:
         for sim in self.sims.values():

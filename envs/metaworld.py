@@ -111,7 +111,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     tasks = tuple(dict.fromkeys(task for name in tasks for task in expand(name))) or DEFAULT_TASKS
     prompts = tuple(PROMPTS[task] for task in tasks)
     limits = tuple(LONG_HORIZON if task in LONG_TASKS else HORIZON for task in tasks)
-    return EnvSpec(tasks, prompts, 1, image_size, 4, 4, max(limits), STATE_RANGE, limits=limits)
+    shape = (1, image_size, 4, 4, max(limits), STATE_RANGE)
+    return EnvSpec(tasks, prompts, *shape, limits=limits, picture=480)
 
 
 # GL contexts of this process by (task, pixels), the one used last at the end; envs of a task share.

@@ -62,7 +62,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
         well_formed = re.fullmatch(r"([A-Z][a-z0-9]*)+", name)
         require(well_formed, f"unknown RoboCasa task {name!r}: {like}")
     prompts = tuple(" ".join(re.findall(r"[A-Z][a-z0-9]*", name)).lower() for name in tasks)
-    return EnvSpec(tasks, prompts, len(VIEWS), image_size, len(LOW), ACTIONS, HORIZON, (LOW, HIGH))
+    shape = (len(VIEWS), image_size, len(LOW), ACTIONS, HORIZON, (LOW, HIGH))
+    return EnvSpec(tasks, prompts, *shape, picture=224)
 
 
 class Env(envs.Env):
@@ -122,7 +123,7 @@ class Env(envs.Env):
         return Step(float(success), success)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
-        pictures = np.stack([self._render(view, self.size) for view in VIEWS])
+        pictures = np.stack([self._render(view, self.size) for view in VIEWS[: self.views]])
         numbers = [np.asarray(self.seen[name], np.float32).reshape(-1) for name in STATE]
         return pictures, np.concatenate(numbers)
 

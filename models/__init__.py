@@ -14,7 +14,7 @@ import torch
 from config import Config
 from errors import require
 from models import checkpoint, contract
-from models.formats import source
+from models.formats import bins, source
 
 MODELS = {
     "pi0": "models.pi",
@@ -78,7 +78,8 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         stored = family.CONFIG(**header.shape)
         stats = header.stats
     else:
-        stored, layout, stats = files(name).published(path, name, config, spec)
+        stored, layout, stats, _ = files(name).published(path, name, config, spec)
+        stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
         checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
@@ -106,6 +107,18 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     return model
 
 
+def assumptions(config: Config, spec) -> str:
+    """A line that says what is assumed of another project's checkpoint, whose files do not say it;
+    "" where there is nothing. spec: envs.EnvSpec. Raises UserError as `build`."""
+    name = config.train.model
+    path = config.train.checkpoint
+    if load(name).FORMATS is None or checkpoint.is_ours(path):
+        return ""
+    assumed = files(name).published(Path(path), name, config, spec).assumed
+    listed = ", ".join(f"{setting} = {value}" for setting, value in assumed.items())
+    return f"checkpoint {path} does not say, so it is assumed: {listed}\n" if listed else ""
+
+
 def chosen(config: Config, shape) -> dict:
     """What the run's flags say of a family's configuration; None means as the checkpoint says."""
     actor = ("train_vlm", "cache_prefix")
@@ -119,8 +132,11 @@ def chosen(config: Config, shape) -> dict:
 def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
     """Raises UserError unless a checkpoint suits the simulator and the run's chunks."""
     chunk, action_dim = shape.played
+    cameras = config.env.cameras
+    few = f"--cameras {cameras} is more than the {spec.views} that the simulator has"
+    require(cameras <= spec.views, few)
     agree = {
-        "views": (shape.views, spec.views),
+        "views": (shape.views, cameras or min(shape.views, spec.views)),
         "action_dim": (action_dim, spec.action_dim),
         "chunk": (chunk, config.rollout.chunk),
     }

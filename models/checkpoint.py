@@ -241,9 +241,10 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
     return found
 
 
-def frame_size(path: Path) -> int:
-    """Pixels of the pictures to show a model; another project's `preparation` resizes them."""
-    return 256 if published(path) else read_header(find(path)).shape.get("image_size", 64)
+def frame_size(path: Path, theirs: int) -> int:
+    """Pixels of the pictures to show a model. theirs: what other projects' data has, whose
+    `preparation` resizes it."""
+    return theirs if published(path) else read_header(find(path)).shape.get("image_size", 64)
 
 
 def not_finite(tensors: dict[str, torch.Tensor]) -> str:

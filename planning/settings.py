@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from checks import flag_of
+from checks import AboveZero, FromZero, Limit, Natural, Positive, Share
 from config import PRESET_SETTINGS, PRESETS, Config, Preset, completed, parse_ratio, setting
 from errors import require
 from planning import Node
@@ -21,64 +21,63 @@ from scheduler import Admission, Placement, place
 SAME = "segment chunk batch minibatch micro_batch update_epochs max_staleness batch_max stream"
 Where = Literal["", "colocated", "disaggregated", "hybrid"]  # what --placement takes
 AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
-POSITIVE = "gpus gpus_per_node envs rollout_epochs episode_steps chunk update_epochs lane_envs"
 
 
 @dataclass(kw_only=True)
 class PlanConfig:
     """Predicts seconds per iteration, env steps/s and bubbles of a cluster that need not exist."""
 
-    gpus: int = 8  # GPUs of the whole cluster
-    gpus_per_node: int = 8  # a node is a closed unit: nothing but gradients goes to other nodes
+    gpus: Positive = 8  # GPUs of the whole cluster
+    gpus_per_node: Positive = 8  # a node is closed: nothing but gradients goes to other nodes
     ratio: str = ""  # R:A within a node; empty means 1:1, or with --from the run's own
     preset: Literal["", Preset] = ""  # as in train.py; empty: full, or with --from the run's own
     placement: Where = ""  # instead of the preset's; colocated stages take turns on their devices
-    max_staleness: int | None = None  # instead of the preset's
-    batch_max: int | Literal["auto", "all"] | None = None  # instead of the preset's
-    batch_wait_ms: float | Literal["auto"] | None = None  # instead of the preset's
+    max_staleness: Natural | None = None  # instead of the preset's
+    batch_max: Positive | Literal["auto", "all"] | None = None  # instead of the preset's
+    batch_wait_ms: Limit | Literal["auto"] | None = None  # instead of the preset's
     stream: bool | None = None  # instead of the preset's: True or False
 
-    rollout_s: float | None = None
+    rollout_s: AboveZero | None = None
     """seconds that one iteration's rollout takes alone and in lockstep, on the R parts of --gpus"""
-    actor_s: float | None = None  # seconds that training on it takes alone, on the A parts
+    actor_s: FromZero | None = None  # seconds that training on it takes alone, on the A parts
     measured_ratio: str = ""  # R:A that --rollout-s and --actor-s belong to, if it is not --ratio
     measured_placement: Where = ""  # placement that they belong to, if it is not the one predicted
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
     """run whose trace.json and metrics.jsonl give the costs instead; it counts as one node"""
 
-    envs: int = 64  # envs of a node (RL-VLA³, setup C: 64)
-    rollout_epochs: int = 8  # episodes of every env in an iteration (RL-VLA³, setup C: 8)
-    episode_steps: int = 480  # control steps of an episode: a trajectory (RL-VLA³, LIBERO: 480)
-    chunk: int = 10  # C, control steps per inference (RL-VLA³, π0.5: 10)
-    update_epochs: int = 1  # passes over a batch (RL-VLA³, setup C: 1)
-    minibatch: int = 0  # trajectories of one optimizer step, of a node; 0 means one of every env
-    micro_batch: int = 0  # trajectories of a rank's forward and backward pass; 0 means at most 4
-    env_workers: int = 0
+    envs: Positive = 64  # envs of a node (RL-VLA³, setup C: 64)
+    rollout_epochs: Positive = 8  # episodes of every env in an iteration (RL-VLA³, setup C: 8)
+    episode_steps: Positive = 480  # control steps of a trajectory (RL-VLA³, LIBERO: 480)
+    chunk: Positive = 10  # C, control steps per inference (RL-VLA³, π0.5: 10)
+    update_epochs: Positive = 1  # passes over a batch (RL-VLA³, setup C: 1)
+    minibatch: Natural = 0  # trajectories of a node's optimizer step; 0 means one of every env
+    micro_batch: Natural = 0  # trajectories of a rank's forward and backward; 0 means at most 4
+    env_workers: Natural = 0
     """simulator processes of a node; 0 means one per env, times the share of GPUs that simulate"""
-    lane_envs: int = 1  # envs of a vectorised simulator, on inference's GPU; 1: CPU simulators
+    lane_envs: Positive = 1  # envs of a vectorised simulator, on inference's GPU; 1: CPU simulators
 
-    tail: float = 0.27
+    tail: FromZero = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
-    infer_share: float = 0.2  # inference's share of the lockstep rollout (as emulated)
-    infer_fixed: float = 0.2  # share of a full inference that does not depend on size (as emulated)
-    step_fixed: float = 0.0
+    infer_share: Share = 0.2  # inference's share of the lockstep rollout (as emulated)
+    infer_fixed: Share = 0.2  # share of a full inference that does not depend on size (as emulated)
+    step_fixed: Share = 0.0
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
-    train_fixed: float = 0.0  # share of a micro-batch's time that does not depend on its size
-    optimizer_s: float = 0.1  # clipping and optimizer step, of each minibatch
-    gradient_gb: float = 1.73
+    train_fixed: Share = 0.0  # share of a micro-batch's time that does not depend on its size
+    optimizer_s: FromZero = 0.1  # clipping and optimizer step, of each minibatch
+    gradient_gb: FromZero = 1.73
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
-    network_gb_s: float = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
-    network_latency_us: float = 20.0  # of one hop between nodes
-    weights_gb: float = 0.87  # weights that rollout workers fetch (in bf16, those of the gradients)
-    nvlink_gb_s: float = 300.0  # GB/s between GPUs of a node
+    network_gb_s: AboveZero = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
+    network_latency_us: FromZero = 20.0  # of one hop between nodes
+    weights_gb: FromZero = 0.87  # weights that rollout workers fetch (bf16, those of the gradients)
+    nvlink_gb_s: AboveZero = 300.0  # GB/s between GPUs of a node
 
-    iterations: int = 20  # iterations that the means are over, after 4 to 20 that are not counted
-    rounds: int = 0
+    iterations: Positive = 20  # that the means are over, after 4 to 20 that are not counted
+    rounds: Natural = 0
     """most chunk steps of a lane and iteration that are simulated, where one stands for several; 0
     means what a second or two allow, but at least four for each trajectory"""
-    node_spread: float = 0.0  # σ of the nodes' lasting slowness, log-normal; the slowest counts
-    simulated_nodes: int = 3  # nodes followed event by event; see planning/events.py
-    seed: int = 0  # seed of the simulated times
+    node_spread: FromZero = 0.0  # σ of the nodes' lasting slowness, log-normal; the slowest counts
+    simulated_nodes: Positive = 3  # nodes followed event by event; see planning/events.py
+    seed: Natural = 0  # seed of the simulated times
     sweep: bool = False  # predict every size from one node to 1024 GPUs; costs are those of --gpus
     plot: Path | None = None  # picture of the sweep
     validate: bool = False  # compare with RL-VLA³'s tables, and with --ladder if there is one
@@ -126,13 +125,6 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     """Returns one node of the cluster, how many nodes there are, and what was decided, in words.
 
     Raises UserError."""
-    # Check the flags by themselves.
-    for name in POSITIVE.split():
-        value = getattr(plan, name)
-        require(value >= 1, f"{flag_of(name)} {value} must be at least 1")
-    odd = f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}"
-    require(plan.envs % plan.lane_envs == 0, f"{odd}: choose --envs as a multiple of it")
-
     # Cut a node's GPUs into parts.
     config = overridden(Config(), plan.preset or "full", plan)
     per_node = min(plan.gpus, plan.gpus_per_node)
@@ -145,7 +137,9 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     placed = place(ratio, config.train.placement, per_node, per_node, 0, 0, 0)
 
     # Divide the envs among simulator processes.
-    lanes = plan.envs // plan.lane_envs
+    lanes, rest = divmod(plan.envs, plan.lane_envs)
+    odd = f"--envs {plan.envs} is not divisible by --lane-envs {plan.lane_envs}"
+    require(rest == 0, f"{odd}: choose --envs as a multiple of it")
     gpus = placed.env_devices
     if plan.lane_envs > 1:
         workers = plan.env_workers or lanes

@@ -9,9 +9,11 @@ this file too, and register it in place of the emulated family and simulator.
 
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import envs
@@ -66,7 +68,10 @@ def preparation(header, tokenizer):
 
 
 def build(config, env_spec, device="cpu", weights="all"):
-    return Exact(config.rollout.chunk, env_spec.image_size)
+    model = Exact(config.rollout.chunk, env_spec.image_size)
+    if config.train.resume and weights != "none":
+        model.load_state_dict(load_file(Path(config.train.checkpoint) / "model.safetensors"))
+    return model
 
 
 class Exact(nn.Module):

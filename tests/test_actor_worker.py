@@ -21,9 +21,11 @@ from actor_worker import Inbox, group_outcomes, publish, run
 from channel import WAKE, Channels, Counters, IndexQueue, Record, SlotPool
 from config import Config
 from envs import EnvSpec
+from metrics import Ledger
 from models import checkpoint
 from ranks import Ranks
 from report import flatten
+from run_folder import RunFolder, lines_until
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
 from weights import WeightPlane
@@ -374,14 +376,15 @@ def test_the_loop_trains_publishes_saves_and_reports_every_batch(tmp_path):
     first, second, end = actor.run()
     assert end == {"done": 2} and [line["version"] for line in (first, second)] == [1, 2]
     for line in (first, second):
-        assert line["trained_once"] == 16 * SEGMENT and line["trained"] == 2 * 16 * SEGMENT
+        assert line["trained"] == 2 * 16 * SEGMENT
         assert line["episodes"] == 16 and line["success_rate"] == 0.0
         assert line["samples_per_s"] > 0 and line["entropy_or_noise"] is None
     assert first["queue_depths"] == {"finished": 16} and second["queue_depths"] == {"finished": 0}
     assert first["staleness_hist"] == {"0": 2 * 16 * SEGMENT}
     assert second["staleness_hist"] == {"1": 2 * 16 * SEGMENT}
-    lost = [line["discarded_by"] for line in (first, second)]
-    assert lost == [{"restart": n, "filtered": 0, "after_end": 0} for n in (4, 0)]
+    by = {"restart": 4, "filtered": 0, "after_end": 0, "resume": 0}
+    assert [line["discarded_by"] for line in (first, second)] == [by, by]
+    assert [line["trained_once"] for line in (first, second)] == [16 * SEGMENT, 2 * 16 * SEGMENT]
 
     for name, tensor in actor.published().items():
         assert torch.equal(tensor, model.trainable()[name])
@@ -433,7 +436,7 @@ def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, k
     assert len(lines) == len(others) == 3
     for one, two in zip(lines[:2], others[:2], strict=True):
         for line in (one, two):
-            del line["samples_per_s"], line["queue_depths"]
+            del line["samples_per_s"], line["queue_depths"], line["time"]
         assert flatten(two) == pytest.approx(flatten(one), rel=1e-6, abs=1e-12)
         assert (one["skipped"] > 0) == (kl_stop > 0)
     if algorithm == "grpo":
@@ -507,13 +510,48 @@ def test_checkpoints_are_written_from_a_copy_with_signs_of_life_and_the_newest_a
     assert torch.equal(load_file(newest / "model.safetensors")["policy.weight"], weights[2])
 
 
+@pytest.mark.parametrize("written, saved", [(0, 1), (0, 2), (1, 2), (1, 1), (2, 2), (2, 1)])
+def test_a_launcher_that_dies_between_save_and_line_loses_no_line(tmp_path, written, saved):
+    """It has written so many lines when it dies, and so many versions are saved."""
+    config = settings()
+    config.train.checkpoint_every = 1
+    actor = Actor(tmp_path, config, Toy())
+    actor.pool["collected"][5] += 4  # once its worker was replaced
+    lines = []
+
+    class Launcher:
+        def send(self, line):
+            lines.append(line)
+            if len(lines) <= written:
+                folder.append(line | {"cpu_fraction": 0.5})
+                actor.channels.counters.set(0, "written", line["version"])
+
+    folder = RunFolder(tmp_path, resume=True)
+    actor.run_rank(0, Launcher())
+    state = json.loads((tmp_path / "checkpoints" / f"{saved:06d}" / "state.json").read_text())
+    kept = lines_until(tmp_path, saved, state["lines"])
+    assert [line["version"] for line in kept] == list(range(1, saved + 1))
+    for line, sent in zip(kept, lines, strict=False):
+        assert {name: line[name] for name in sent} == json.loads(json.dumps(sent))
+        assert ("cpu_fraction" in line) == (line["version"] <= written)
+
+    # What was collected beyond the batch that is saved is played again.
+    beyond = kept[-1]["collected"] - saved * 16 * SEGMENT - 4
+    after = {"trained": 48, "skipped": 0, "trained_once": 48, "iteration": saved + 1}
+    after |= {"discarded_by": {"restart": 0, "filtered": 0, "after_end": 0}}
+    total = Ledger(kept, epochs=1).add(after, 48)
+    assert total["trained_once"] == (saved + 1) * 16 * SEGMENT
+    assert total["discarded_by"] == {"restart": 4, "filtered": 0, "after_end": 0, "resume": beyond}
+    assert total["collected"] == total["trained_once"] + total["discarded"]
+
+
 def test_a_snapshot_does_not_change_with_training(tmp_path):
     actor = Actor(tmp_path, settings(), Toy())
     with patch.object(models, "build", return_value=actor.model):
         learner = actor_worker.Learner(
             actor.config, SPEC, "cpu", Ranks(0, 1, "cpu", tmp_path, 0), None
         )
-    snapshot = learner.snapshot()
+    snapshot = learner.snapshot([])
     before = snapshot.weights["policy.weight"].clone()
     with torch.no_grad():
         actor.model.policy.weight += 1.0

@@ -215,7 +215,6 @@ def test_every_path_of_a_flag_may_begin_at_home(monkeypatch):
         EvaluateConfig(tokens=10**7),
         EvaluateConfig(image_size=-5),
         EvaluateConfig(episodes=10**13),
-        EvaluateConfig(seed=-1),
         EvaluateConfig(chunk=0),
     ],
     ids=str,

@@ -153,14 +153,16 @@ def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_pat
     folder.mkdir(parents=True)
     (folder / "model.safetensors").symlink_to(tiny_checkpoint)
     trained = {"env": "plays", "tasks": ("b", "a"), "image_size": 32, "render_quality": "full"}
+    trained["cameras"] = 1
     (run / "config.json").write_text(to_json(completed(Config(), **trained)))
     found = as_in_training(EvaluateConfig(checkpoint=run))
     assert {name: getattr(found, name) for name in trained} == trained
     assert found.videos == run / "videos"
     given = {"env": "libero", "suite": "libero_10", "image_size": 48, "render_quality": "fast"}
+    given["cameras"] = 2
     found = as_in_training(EvaluateConfig(checkpoint=run, **given))
     assert (found.env, found.tasks, found.image_size) == ("libero", ("libero_10",), 48)
-    assert found.render_quality == "fast"
+    assert (found.render_quality, found.cameras) == ("fast", 2)
     assert as_in_training(EvaluateConfig(checkpoint=run, env="metaworld")).tasks == ()
     found = as_in_training(EvaluateConfig(checkpoint=tiny_checkpoint))
     assert (found.env, found.image_size, found.render_quality) == ("metaworld", 0, "fast")
@@ -193,7 +195,7 @@ def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, caps
     "change, words",
     [
         ({"episodes": 0}, "at least 1"),
-        ({"chunk": 7}, "executes 10 actions per inference: leave out --chunk 7"),
+        ({"chunk": 7}, "has chunk = 10 and the run asks for 7"),
         ({"statistics": "nonsense"}, "--statistics nonsense is for another project's"),
         ({"tasks": ("juggle",)}, "juggle"),
         ({"family": "emulated"}, "emulated"),

@@ -6,13 +6,25 @@ import pytest
 
 from benchmarks import faults
 
+LIVES = {
+    "GRPO": [("env", "SIGKILL"), ("env", "SIGBUS"), ("rollout", "SIGSEGV")],
+    "PPO": [("resource tracker", "SIGABRT"), ("launcher", "SIGSTOP")],
+}
 
-def test_a_life_with_faults(tmp_path):
-    """One env worker is lost, then whatever ends the run."""
-    events = faults.live("GRPO", tmp_path / "x", 2, random.Random(3))
-    assert len(events) == 2 and not any(event["wrong"] for event in events), events
-    assert {event["process"] for event in events} & set(faults.FATAL)
-    assert "| env |" in faults.table(events) or "| everything |" in faults.table(events)
+
+@pytest.mark.parametrize("run", LIVES)
+def test_a_life_with_faults(tmp_path, monkeypatch, run):
+    """Env workers are lost, then whatever ends the run, which goes on and is ended again. A stopped
+    launcher is killed when the actor has saved what it has no line of."""
+    monkeypatch.setattr(faults, "BASE", f"{faults.BASE} --checkpoint-every 1")
+    rng = random.Random(2)
+    monkeypatch.setattr(rng, "random", lambda: 0.1)
+    events = faults.live(run, tmp_path / "x", LIVES[run], rng)
+    last = ("actor", "SIGKILL") if run == "GRPO" else ("fork server", "SIGSTOP")
+    events += faults.live(run, tmp_path / "x", [last], rng)
+    assert not any(event["wrong"] for event in events), events
+    assert [(event["process"], event["signal"]) for event in events[:-1]] == LIVES[run]
+    assert f"| {LIVES[run][0][0]} | " in faults.table(events)
 
 
 def test_accounts_that_do_not_balance_are_seen(tmp_path, monkeypatch):

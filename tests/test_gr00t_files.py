@@ -53,6 +53,12 @@ def test_state_and_action_are_scaled_as_in_the_originals(cases):
         found = ready.actions(np.array(case["model"][:5], np.float32))
         np.testing.assert_allclose(found, case["lerobot"], rtol=0, atol=1e-6)
         np.testing.assert_allclose(found, case["isaac"], rtol=0, atol=1e-6)
+    robots = ("libero", "widowx", "panda")
+    names = {
+        kind: [bins.gripper_of(robot, kind) for robot in robots] for kind in ("isaac", "lerobot")
+    }
+    # LeRobot's data has LIBERO's own sign.
+    assert names == {"isaac": ["libero", "widowx", ""], "lerobot": ["", "widowx", ""]}
     grip = bins.libero_gripper(np.array(cases["gripper"]["in"], np.float32))
     np.testing.assert_array_equal(grip, np.array(cases["gripper"]["out"], np.float32))
 

@@ -99,7 +99,7 @@ def test_a_chunk_ends_with_its_episode(begun, script, expected, steps):
     outcome = lane.play([script])
     assert outcome_of(0, outcome) == expected and outcome.steps == steps
     assert outcome.ended() == ([0] if any(expected[1:]) else [])
-    assert lane.env.steps == steps and lane.taken == [begun + steps]
+    assert lane.player.steps == steps and lane.taken == [begun + steps]
 
     lane = many(4)
     lane.reset([0, 1, 2, 3], [0] * 4, [0] * 4)
@@ -139,7 +139,7 @@ def test_an_episode_that_has_ended_plays_on_to_no_effect():
     assert lane.play([plan(0)]) == NOTHING
     lane.reset([0], [1], [5])
     lane.stop([0])
-    assert lane.play([plan(0)]) == NOTHING and lane.env.steps == 0
+    assert lane.play([plan(0)]) == NOTHING and lane.player.steps == 0
 
 
 def test_a_simulator_that_knows_no_failure_leaves_it_out():
@@ -152,7 +152,7 @@ def test_a_simulator_that_knows_no_failure_leaves_it_out():
 def test_episodes_of_one_task_begin_together():
     lane = many(3)
     begun = []
-    lane.many.reset = lambda rows, task, seeds: begun.append((rows, task, seeds))
+    lane.player.reset = lambda rows, task, seeds: begun.append((rows, task, seeds))
     lane.reset([2, 0, 1], [1, 0, 1], [7, 8, 9])
     assert begun == [([2, 1], 1, [7, 9]), ([0], 0, [8])] and lane.tasks == [0, 1, 1]
 
@@ -171,7 +171,7 @@ def test_what_a_lane_shows_and_says():
     assert isinstance(pictures, np.ndarray) and pictures.shape == (2, 1, 2, 2, 3)
     assert lane.states.shape == (2, 4) and lane.prompt is None
     assert lane.describe() == "task 'two', 'one' (lane 1, envs 4 to 5)"
-    assert isinstance(many(2, keep_on_gpu=True).many, Envs)
+    assert isinstance(many(2, keep_on_gpu=True).player, Envs)
     kept = many(1, keep_on_gpu=True)
     kept.reset([0], [0], [0])
     assert isinstance(kept.observe(), torch.Tensor)
@@ -179,7 +179,7 @@ def test_what_a_lane_shows_and_says():
 
 def test_one_env_of_a_vectorised_simulator_is_an_env():
     simulator = Simulator("stacked", SimpleNamespace(Envs=Envs))
-    one = simulator.make(SPEC.tasks, 2, "full")
+    one = simulator.make(SPEC, "full")
     assert simulator.vectorised and isinstance(one, OneOfMany)
     one.reset(1, 7)
     one.device = "cpu"
@@ -197,8 +197,8 @@ def test_lanes_are_made_as_the_run_says():
     config.env.image_size = 2
     simulator = Simulator("both", SimpleNamespace(Env=Env, Envs=Envs))
     lane = make_lane(simulator, SPEC, config, 3, range(3, 4), "cpu", False)
-    assert isinstance(lane, SingleLane) and lane.env.quality == "fast" and lane.index == 3
+    assert isinstance(lane, SingleLane) and lane.player.quality == "fast" and lane.index == 3
     config.env.lanes = 1
     lane = make_lane(simulator, SPEC, config, 0, range(0, 3), "cpu", False)
-    assert isinstance(lane, VectorisedLane) and len(lane.many.envs) == 3
+    assert isinstance(lane, VectorisedLane) and len(lane.player.envs) == 3
     lane.close()

@@ -20,6 +20,7 @@ from config import Config
 from envs import EnvSpec
 from errors import UserError
 from learner import Learner, schedule
+from metrics import Ledger
 from models import checkpoint
 from models.formats import source
 from proximal import ExactProximal
@@ -469,10 +470,11 @@ def test_a_batch_must_be_trained_once_an_epoch_or_spared(trained, spared, balanc
         learner.train(read(learner, pool, slots), MicroBatch(slots, epoch, 0, False))
     learner.spared = list(range(BATCH - (wrong == -1))) * spared
     if wrong:
-        with pytest.raises(RuntimeError, match="of version 3, .* chunk steps were trained and"):
-            learner.finish_batch()
+        with pytest.raises(RuntimeError, match="of iteration 4, .* samples were trained and"):
+            Ledger([], epochs=2).add(learner.finish_batch(), 10**6)
         return
     line = learner.finish_batch()
+    Ledger([], epochs=2).add(line, 10**6)
     assert line["skipped"] == spared * BATCH * SEGMENT
     assert line["trained"] == trained * BATCH * SEGMENT
 
@@ -704,7 +706,7 @@ def test_a_new_loss_has_a_slot_field_a_number_in_the_metrics_and_a_memory(imitat
     assert line["loss_policy"] == line["loss_value"] == 0.0  # it names none of these
     assert line["approx_kl"] > 0 and "explained_variance" not in line
 
-    imitating.train.checkpoint = write(learner.snapshot(), tmp_path)
+    imitating.train.checkpoint = write(learner.snapshot([]), tmp_path)
     resume = json.loads((tmp_path / "000001" / "state.json").read_text())
     again = learner_of(Toy(), imitating, resume=resume)
     assert again.version == 1 and again.algorithm.batches == 1
@@ -749,9 +751,9 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     cache, _, real = model.prefix(*observations(model, 2).values())
     model.velocity(cache, real, torch.randn(2, 10, 4), torch.rand(2)).sum().backward()
     learner.step()
-    for scale in (0.5, 0.25):  # saved again at the same version: the newer one replaces it
-        learner.algorithm.advantage_scale = AdvantageScale(0.8, scale)
-        path = write(learner.snapshot(), tmp_path)
+    learner.algorithm.advantage_scale = AdvantageScale(0.8, 0.25)
+    for _ in range(2):  # saved again at the same version, as when a run is interrupted
+        path = write(learner.snapshot([]), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["000003"] and path == tmp_path / "000003"
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
     state = json.loads((path / "state.json").read_text())
@@ -775,7 +777,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path)
     model = Toy()
     learner = trained(model, config)
     assert learner.should_save()
-    config.train.checkpoint = write(learner.snapshot(), tmp_path)
+    config.train.checkpoint = write(learner.snapshot([]), tmp_path)
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
     twin = Toy()
     twin.load_state_dict(model.state_dict())
@@ -795,7 +797,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path)
 
 def test_an_optimizer_that_cannot_be_read_is_named(tmp_path):
     config = Config()
-    config.train.checkpoint = write(trained(Toy(), config).snapshot(), tmp_path)
+    config.train.checkpoint = write(trained(Toy(), config).snapshot([]), tmp_path)
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
     whole = (config.train.checkpoint / "optimizer.pt").read_bytes()
     for broken in (b"", b"torn", whole[: len(whole) // 2], whole[:-30]):
@@ -807,13 +809,13 @@ def test_an_optimizer_that_cannot_be_read_is_named(tmp_path):
 def test_weights_that_are_not_finite_are_neither_published_nor_saved_nor_taken_up(tmp_path):
     config = Config()
     learner = trained(Toy(), config)
-    config.train.checkpoint = write(learner.snapshot(), tmp_path)
+    config.train.checkpoint = write(learner.snapshot([]), tmp_path)
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
     name, weight = next(iter(learner.trainable.items()))
     with torch.no_grad():
         weight.view(-1)[0] = math.nan
     said = f"weights of version 3 are not finite: tensor '{name}' holds NaN or infinity"
-    for act in (learner.weights_that_act, lambda: write(learner.snapshot(), tmp_path / "other")):
+    for act in (learner.weights_that_act, lambda: write(learner.snapshot([]), tmp_path / "other")):
         with pytest.raises(FloatingPointError, match=said):
             act()
     assert not (tmp_path / "other").exists()
@@ -827,9 +829,13 @@ def test_weights_that_are_not_finite_are_neither_published_nor_saved_nor_taken_u
 
 def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path):
     learner = trained(Toy(), Config())
-    for left in (".000003.old", ".000003.partial"):
+    for left in (".000003.old", ".000002.partial", ".000003.partial"):
         (tmp_path / left / "deep").mkdir(parents=True)
         (tmp_path / left / "model.safetensors").touch()
+    (tmp_path / "000003").mkdir()  # whose weights somebody has moved away
+    times = []
     for _ in range(2):
-        write(learner.snapshot(), tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["000003"]
+        path = write(learner.snapshot([]), tmp_path)
+        assert path.name == "000003" and list(tmp_path.iterdir()) == [path]
+        times.append((path / "model.safetensors").stat().st_mtime_ns)
+    assert times[0] == times[1]  # a good one is never away, not even for a moment

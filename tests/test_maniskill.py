@@ -16,6 +16,7 @@ import torch
 import envs
 from config import ROOT
 from errors import UserError
+from models.formats import pictures
 
 pytest.importorskip(
     "mani_skill",
@@ -253,3 +254,17 @@ def test_on_a_gpu_rows_are_as_independent_and_nothing_leaves_it(make):
     now = sim_of(lane).get_state()
     torch.testing.assert_close(now[1], start[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(now[[0, 2, 3]], moved[[0, 2, 3]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows, columns", [(480, 640), (640, 480), (48, 48)])
+def test_a_wide_picture_becomes_square_as_the_policy_was_trained(rows, columns):
+    picture = np.random.default_rng(0).integers(0, 256, (rows, columns, 3), np.uint8)
+    given = torch.from_numpy(picture)[None]
+    boxed = maniskill.square(given, 224, "letterbox")[0].numpy()
+    theirs = pictures.resize_pil(picture, 224)
+    assert np.abs(boxed.astype(int) - theirs).max() <= 1  # Pillow rounds twice
+    if rows == 480:
+        assert not boxed[:28].any() and not boxed[-28:].any() and boxed[28:-28].any()
+    bicubic = maniskill.square(given, 224, "bicubic")
+    assert torch.equal(bicubic, pictures.resize_bicubic(given, 224))
+    assert maniskill.square(given, 224, "squeeze").shape == (1, 224, 224, 3)

@@ -16,7 +16,7 @@ from config import ROOT, Config
 from errors import UserError
 from metrics import HISTOGRAM, Interval, Ledger, Meter
 from report import Beginning, batch_line, flatten, progress
-from run_folder import RunFolder, read_metrics, read_trace, write_trace
+from run_folder import RunFolder, lines_until, read_metrics, read_trace, write_trace
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 
@@ -111,7 +111,9 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     table.add(3, "wait_admission_s", 2.0)
     table.add(0, "wait_trajectory_s", 10.0)
     out = interval.measure()
-    assert interval.totals()["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
+    entered = of_batch(10, 2, 3, 1)
+    Ledger([], epochs=2).enter(entered, 16, table)
+    assert entered["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
     assert (
         out["batch_size_mean"] == 3.0
         and out["batch_size_hist"] == {"2": 3, "8": 1}
@@ -160,6 +162,8 @@ def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
 def of_batch(trained_once: int, restart: int, filtered: int, after_end: int) -> dict:
     """What the actor says of a batch that was trained in two epochs."""
     return {
+        "iteration": 1,
+        "version": 1,
         "trained": 2 * trained_once - 1,
         "skipped": 1,
         "trained_once": trained_once,
@@ -168,7 +172,7 @@ def of_batch(trained_once: int, restart: int, filtered: int, after_end: int) -> 
 
 
 def test_the_ledger_goes_on_where_a_resumed_run_stopped():
-    ledger = Ledger({}, epochs=2)
+    ledger = Ledger([], epochs=2)
     first = ledger.add(of_batch(10, 2, 3, 1), 20)
     by = {"restart": 2, "filtered": 3, "after_end": 1, "resume": 0}
     assert first == {"collected": 20, "trained_once": 10, "discarded": 6, "discarded_by": by}
@@ -177,16 +181,19 @@ def test_the_ledger_goes_on_where_a_resumed_run_stopped():
     assert second == {"collected": 35, "trained_once": 14, "discarded": 14, "discarded_by": by}
     assert first["discarded_by"]["filtered"] == 3  # a line of its own
     # 7 were in flight, of which nothing is left.
-    resumed = Ledger(second, epochs=2).add(of_batch(10, 2, 3, 1), 16)
+    resumed = Ledger([second], epochs=2).add(of_batch(10, 2, 3, 1), 16)
     by = {"restart": 4, "filtered": 14, "after_end": 2, "resume": 7}
     assert resumed == {"collected": 51, "trained_once": 24, "discarded": 27, "discarded_by": by}
 
 
 def test_a_ledger_that_does_not_balance_is_an_error():
-    Ledger({}, epochs=2).add(of_batch(10, 2, 3, 1), 16)
-    for epochs, collected in ((2, 15), (3, 16)):
-        with pytest.raises(RuntimeError, match="does not balance"):
-            Ledger({}, epochs).add(of_batch(10, 2, 3, 1), collected)
+    Ledger([], epochs=2).add(of_batch(10, 2, 3, 1), 16)
+    for epochs, collected, sides in (
+        (2, 15, "15 chunk steps were collected in all, but 10 trained and 6 discarded"),
+        (3, 16, "19 samples were trained and 1 skipped, but 3 epochs of 10 chunk steps are 30"),
+    ):
+        with pytest.raises(RuntimeError, match=f"does not balance: of iteration 1, {sides}"):
+            Ledger([], epochs).add(of_batch(10, 2, 3, 1), collected)
 
 
 SPANS = {
@@ -287,7 +294,7 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
         RunFolder(folder.path, resume=True)
     os.close(folder.lock)
     again = RunFolder(folder.path, resume=True)
-    again.truncate(2)
+    again.go_on_from(lines_until(folder.path, 2, []))
     assert (
         [one["version"] for one in again.lines()]
         == [1, 2]

@@ -13,6 +13,7 @@ import torch
 from conftest import NOISE_KEYS, slopes
 from safetensors.torch import load_file, save_file
 
+import models
 from benchmarks import originals
 from config import Config
 from envs import EnvSpec
@@ -638,12 +639,35 @@ def test_chunk_and_views_are_what_the_checkpoint_was_trained_with(tmp_path):
     folder = write_folder(tmp_path / "theirs")
     with pytest.raises(UserError, match="chunk = 3 and the run asks for 4"):
         build(settings(folder, chunk=4), spec())
+    config = settings(folder)
+    assert build(config, spec(views=2), weights="none").config.views == 1
+    assert "cameras" not in models.assumptions(config, spec(views=2))
+    config.env.cameras = 2
     with pytest.raises(UserError, match="views = 1 and the run asks for 2"):
-        build(settings(folder), spec(views=2))
-    config = json.loads((folder / "config.json").read_text())
-    del config["num_images_in_input"]  # as the published ones, which say nothing of it
-    (folder / "config.json").write_text(json.dumps(config))
-    assert build(settings(folder), spec(views=2), weights="none").config.views == 2
+        build(config, spec(views=2))
+    with pytest.raises(UserError, match="--cameras 2 is more than the 1 that the simulator has"):
+        build(config, spec())
+    says = json.loads((folder / "config.json").read_text())
+    del says["num_images_in_input"]  # as the published ones: RLinf's and openvla-oft's code take 1
+    (folder / "config.json").write_text(json.dumps(says))
+    assert build(config, spec(views=2), weights="none").config.views == 2
+    assert "cameras" not in models.assumptions(config, spec(views=2))
+    config.env.cameras = 0
+    assert build(config, spec(views=2), weights="none").config.views == 1
+    assert "cameras = 1 (RLinf's" in models.assumptions(config, spec(views=2))
+    assert "cameras" not in models.assumptions(config, spec())  # with one there is no question
+
+
+@pytest.mark.parametrize("robot, name", [("libero", "libero"), ("widowx", "widowx"), ("", "")])
+def test_the_robot_says_what_its_gripper_is_told(tmp_path, robot, name):
+    model = build(settings(write_folder(tmp_path / "theirs")), spec(robot=robot))
+    stats = model.header.stats
+    assert (stats["gripper"], stats["fit"]) == (name, "bicubic")
+    told = bins.action_table(stats, 4)[3]
+    assert set(told) == ({-1.0, 1.0} if robot else set(told)) and len(told) == 256
+    two = spec(robot="panda and widowx")
+    with pytest.raises(UserError, match="one robot, and the tasks have panda and widowx"):
+        build(settings(tmp_path / "theirs"), two)
 
 
 def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):

@@ -12,6 +12,7 @@ import torch
 from conftest import STATS, TINY
 from safetensors.torch import load_file, save_file
 
+import models
 from config import ROOT, Config
 from envs import EnvSpec
 from errors import UserError
@@ -404,6 +405,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path, damage, wor
     spec = spec._replace(
         action_dim=7 if damage == "dims" else 5, views=4 if damage == "views" else 2
     )
+    config.env.cameras = 4 if damage == "views" else 0
     with pytest.raises(UserError, match=words) as error:
         build(config, spec)
     assert "\n" not in str(error.value)
@@ -498,3 +500,46 @@ def test_every_parameter_has_its_key():
             for key in ((value,) if isinstance(value, str) else value)
         ]
         assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    "says, cameras, views, assumed",
+    [
+        ({}, 0, 2, True),  # all, as openpi's own robots
+        ({}, 1, 1, False),
+        ({"num_images": 1}, 0, 1, False),
+        ({"num_images": 3}, 0, 2, False),  # the third is masked
+    ],
+)
+def test_the_policy_sees_the_cameras_that_it_was_trained_with(
+    says, cameras, views, assumed, tmp_path
+):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    config = cases("pi05", "config.json")
+    del config["num_images"]
+    (folder / "config.json").write_text(json.dumps(config | says))
+    run = settings("pi05", folder)
+    run.env.cameras = cameras
+    model = build(run, SPEC, weights="none")
+    assert model.config.views == SPEC.seen_by(model.header).views == views
+    assert ("cameras = 2 (all" in models.assumptions(run, SPEC)) == assumed
+
+
+def test_pictures_that_lerobot_calls_empty_are_no_cameras():
+    names = ("images.image", "images.image2", "images.empty_camera_0")
+    features = {f"observation.{name}": {"type": "VISUAL"} for name in names}
+    features["observation.state"] = {"type": "STATE"}
+    assert pi_files.cameras_of({"input_features": features}) == 2
+
+
+@both
+def test_the_gripper_of_widowx_is_open_or_closed(family, tmp_path):
+    folder = published(family, "openpi", tmp_path / "published")
+    model = build(settings(family, folder), SPEC._replace(robot="widowx"), weights="none")
+    stats = model.header.stats
+    assert (stats["gripper"], stats["fit"]) == ("widowx", "letterbox")
+    asked = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    raw = prepare(family, stats | {"gripper": ""}).actions(asked, np.zeros(8, np.float32))
+    told = prepare(family, stats).actions(asked, np.zeros(8, np.float32))
+    assert np.array_equal(told[:, :4], raw[:, :4])
+    assert np.array_equal(told[:, 4], np.where(raw[:, 4] > 0.5, 1.0, -1.0))

@@ -572,6 +572,8 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
         ({"infer_share": 2.0}, "--infer-share"),
         ({"optimizer_s": 1000.0}, "--optimizer-s"),
         ({"iterations": 0}, "--iterations"),
+        ({"network_gb_s": 0.0}, "--network-gb-s 0.0 must be more than 0"),
+        ({"tail": math.nan}, "--tail nan must"),
         ({"from_": "no-such-run", "rollout_s": None, "actor_s": None}, "there is no run"),
         ({"from_": f"{ROOT}/tests", "rollout_s": None, "actor_s": None}, "no trace.json"),
         ({"from_": "no-such-run", "actor_s": None}, "leave out --rollout-s"),

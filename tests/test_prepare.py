@@ -150,6 +150,9 @@ GOOD = {"version": 3, "seed": 1, "settings": {}, "scale": {}}
         GOOD | {"scale": {"x": float("nan")}},
         GOOD | {"settings": {"nonsense": 1}},
         GOOD | {"settings": None},
+        GOOD | {"lines": {}},
+        GOOD | {"lines": [None]},
+        GOOD | {"lines": [{"version": "3"}]},
         {},
     ],
     ids=lambda state: str(state)[:40],
@@ -162,12 +165,12 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     (folder / "state.json").write_text(text)
     config = completed(Config(), resume=str(tmp_path / "run"))
     with pytest.raises(
-        UserError, match=r"state.json: .*; remove .*000003 to use an older"
+        UserError, match=r"state.json \(remove .*000003 to use an older one\): "
     ) as error:
         prepare.resume_from(config)
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
-    assert prepare.resume_from(config) == (folder, GOOD)
+    assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
 
 
 def lack(weights, meta):

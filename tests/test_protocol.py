@@ -229,7 +229,8 @@ class Learner:
     def finish_batch(self) -> dict:
         self.ranks.meet()
         self.version += 1
-        return {"trained_once": 0}
+        numbers = dict.fromkeys(("trained", "skipped", "trained_once"), 0)
+        return numbers | {"version": self.version, "iteration": self.version, "discarded_by": {}}
 
     def should_save(self) -> bool:
         return False

@@ -185,6 +185,9 @@ def test_each_thing_is_a_task_with_an_instruction_of_its_own():
         and spec.prompts[3] == "put thing 3 on plate 0"
     )
     assert (spec.views, spec.state_dim, spec.action_dim, spec.horizon) == (1, 8, 7, 80)
+    assert (spec.robot, spec.picture) == ("widowx", 224)
+    mixed = maniskill.spec((f"{MAIN}/002_carrot", "PickCube-v1"), 64)
+    assert mixed.robot == "panda and widowx"
     assert maniskill.spec((f"{MAIN}-test",), 224).prompts[0] == "put thing 16 on plate 0"
     assert maniskill.spec((f"{MAIN}/002_carrot", "PickCube-v1"), 64).state_dim == 9
     with pytest.raises(UserError, match="'.*/umbrella'"):
@@ -236,6 +239,9 @@ def test_the_pictured_table_lies_behind_robot_thing_and_plate(make):
     colour = 10 * int(sim.table[0])
     table = (image[0, 0] == colour).all(dim=-1).float().mean()
     assert 0.3 < table < 0.99  # the rest is the robot and what lies before it
+    lane.fit = "letterbox"  # as openpi shows it to π
+    boxed = lane.observe()[0][0, 0]
+    assert not boxed[:8].any() and not boxed[-8:].any() and (boxed[8] == colour).all()
     tables = set()
     for seed in range(6):
         lane.reset([0], 0, [seed])

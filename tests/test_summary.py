@@ -310,8 +310,8 @@ def test_mistakes_are_one_sentence(tmp_path):
         ((tmp_path,), "holds no metrics.jsonl"),
         (("no-such-run",), "runs/no-such-run: runs/ holds"),
         ((empty,), "metrics.jsonl is empty"),
-        ((other,), "another version"),
-        ((torn,), "damaged"),
+        ((other,), "of another kind or version"),
+        ((torn,), "trace.json: "),
     ):
         failed = command(*args)
         assert (

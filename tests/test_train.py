@@ -288,7 +288,7 @@ def test_staleness_on_purpose(cli, tmp_path, tiny_checkpoint):
 EXACT = (
     "--model emulated --env emulated --image-size 8 --envs 4 --batch 8 --minibatch 4 --micro-batch "
     "4 --segment 4 --update-epochs 2 "
-    "--lr 0.02 --eval-envs 0 --iterations 4 --ratio 1:1"
+    "--lr 0.02 --eval-envs 0 --iterations 4 --ratio 1:1 --checkpoint-every 2"
 )
 
 
@@ -298,7 +298,7 @@ EXACT = (
 )
 def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, algorithm):
     """On simulators of random speed. Where a micro-batch is a minibatch, sums have one order;
-    smaller ones differ by rounding."""
+    smaller ones differ by rounding. A run of GRPO that is resumed learns the same bits, too."""
     settings = {
         "sync": "--preset sync-colocated --env-workers 1",
         "async": (
@@ -307,13 +307,22 @@ def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, al
         "streamed": "--preset full --max-staleness 0 --env-workers 2 --micro-batch 2",
     }
     weights = {}
-    for name, flags in settings.items():
-        command = f"{EXACT} {algorithm} {flags} --run {tmp_path / name}"
-        status, output = cli(
-            Path(__file__).with_name("exact.py"), command, PYTHONPATH=str(ROOT)
-        ).finish(timeout=240)
+
+    def learn(name: str, flags: str) -> None:
+        file = Path(__file__).with_name("exact.py")
+        status, output = cli(file, flags, PYTHONPATH=str(ROOT)).finish(timeout=240)
         assert status == 0, output
         weights[name] = load_file(tmp_path / name / "checkpoints" / "000004" / "model.safetensors")
+
+    for name, flags in settings.items():
+        learn(name, f"{EXACT} {algorithm} {flags} --run {tmp_path / name}")
+    if "grpo" in algorithm:
+        shutil.copytree(tmp_path / "async", tmp_path / "resumed")
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "000004")
+        learn("resumed", f"--resume {tmp_path / 'resumed'}")
+        assert learned(tmp_path / "resumed", 4) == learned(tmp_path / "async", 4)
+        for name, tensor in weights["async"].items():
+            assert torch.equal(weights["resumed"][name], tensor), (name, weights)
     for name, tensor in weights["sync"].items():
         assert torch.equal(weights["async"][name], tensor), (name, weights)
         torch.testing.assert_close(weights["streamed"][name], tensor, rtol=1e-3, atol=1e-5)
@@ -598,8 +607,9 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
     assert not (tmp_path / "new").exists()
 
 
-def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path):
-    """A run that was stopped before its first checkpoint starts over; what is no run's stays."""
+def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path, capsys):
+    """A run that was stopped before its first checkpoint starts over; what is no run's stays. Where
+    nothing is left to do, the job has done it."""
     path = tmp_path / "x"
     flags = ["--resume-or-start", str(path), "--iterations", "7"]
     assert train.parse(flags).train.run == str(path)
@@ -614,6 +624,10 @@ def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path):
     train_config = train.parse(flags).train
     assert train_config.resume == str(path) and train_config.run == ""
     assert train_config.iterations == 7
+    with pytest.raises(SystemExit) as ended:
+        train.parse([*flags[:2], "--iterations", "1"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.endswith("has 1 iterations: nothing is left to do\n")
     with pytest.raises(UserError, match="continue it with --resume"):
         RunFolder(path, resume=False)
     (tmp_path / "mine").mkdir()

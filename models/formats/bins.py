@@ -50,6 +50,19 @@ def widowx_gripper(actions: np.ndarray) -> np.ndarray:
 
 GRIPPERS = {"": np.asarray, "libero": libero_gripper, "widowx": widowx_gripper}
 Gripper = Literal[tuple(GRIPPERS)]
+# Which of them a robot (`EnvSpec.robot`) needs, by the layout of a checkpoint's files, where its
+# policies do not speak as the simulator does. The sources are in docs/simulators.md.
+ROBOTS = {
+    "libero": dict.fromkeys(("openvla", "isaac", "rlinf"), "libero"),
+    "widowx": dict.fromkeys(("openpi", "lerobot", "openvla", "isaac", "rlinf"), "widowx"),
+}
+
+
+def gripper_of(robot: str, layout: str) -> str:
+    """Names the gripper of another project's policy. Raises UserError for several robots."""
+    several = f"another project's checkpoint plays one robot, and the tasks have {robot}"
+    require(" and " not in robot, f"{several}: choose tasks of one")
+    return ROBOTS.get(robot, {}).get(layout, "")
 
 
 def action_table(stats: dict, action_dim: int, bins: int = 256) -> np.ndarray:

@@ -11,25 +11,24 @@ other than minimum and maximum, rotations, images of several tiles.
 """
 
 import base64
-import json
 import re
 import unicodedata
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.torch import load_file
 
 from checks import read_json
-from errors import UserError, require
+from errors import UserError, require, understood
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import bins, pictures, source
+from models.formats import pictures, source
 from models.formats.names import Rules, each, siglip
-from models.formats.preparation import Numbers, PreparationBase, States, Together
-from models.formats.source import Found, Source, understood
+from models.formats.preparation import OWN, Numbers, PreparationBase, statistics
+from models.formats.source import Found, Source
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
 MARKS = ("eagle_model.",)
@@ -291,8 +290,9 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
     with understood(file):
         c = config_of(cfg, base)
         features = (cfg.get("input_features") or {}).values()
-        views = sum(feature.get("type") == "VISUAL" for feature in features) or c.views
+        views = sum(feature.get("type") == "VISUAL" for feature in features)
     if kind == "lerobot":
+        require(views, f"{file} names no camera under input_features")
         said, table, stats = lerobot_statistics(folder)
     else:
         said, stats, views = metadata_statistics(folder / "experiment_cfg" / "metadata.json", tag)
@@ -325,9 +325,7 @@ def published(path: Path, family: str, config, spec) -> Found:
         chunk <= most,
         f"--chunk {chunk} is longer than the {most} actions that checkpoint {path} produces",
     )
-    gripper = "libero" if config.train.env == "libero" else ""
-    shape = replace(found.shape, chunk=chunk)
-    return found._replace(shape=shape, stats=found.stats | {"gripper": gripper})
+    return found._replace(shape=replace(found.shape, chunk=chunk))
 
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -398,13 +396,11 @@ def tokeniser(path: str = "") -> Tokeniser:
     except ImportError as missing:
         raise UserError(f"GR00T's prompts need the package {missing.name}: {hint}") from None
     file = Path(path)
-    try:
+    with understood(f"Qwen's vocabulary from {file} (or take {hint})"):
         if (file / "vocab.json").is_file():
             to_byte = {letter: byte for byte, letter in byte_letters().items()}
-            ranks = {
-                bytes(to_byte[letter] for letter in piece): rank
-                for piece, rank in json.loads((file / "vocab.json").read_text()).items()
-            }
+            listed = read_json(file / "vocab.json", dict[str, int]).items()
+            ranks = {bytes(to_byte[letter] for letter in piece): rank for piece, rank in listed}
         else:
             lines = (line.split() for line in file.read_bytes().splitlines() if line)
             ranks = {base64.b64decode(piece): int(rank) for piece, rank in lines}
@@ -415,8 +411,6 @@ def tokeniser(path: str = "") -> Tokeniser:
         encoding = tiktoken.Encoding(
             "Qwen", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special
         )
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read Qwen's vocabulary from {file} ({error!r}): {hint}") from None
     return Tokeniser(encoding, special[IMAGE])
 
 
@@ -479,19 +473,11 @@ class Preparation(PreparationBase):
 
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         ends = self.ends("action")
-        actions = denormalise(actions, *ends) if ends else actions
-        return bins.GRIPPERS[self.stats.get("gripper", "")](actions)
+        return self.grip(denormalise(actions, *ends) if ends else actions)
 
 
-class Ends(States):
-    """Minimum and maximum of another project's robot, which ours have in the place of quantiles."""
-
-    action_low: Numbers
-    action_high: Numbers
-    gripper: NotRequired[bins.Gripper]
-
-
-STATS = {"own": Annotated[States, Together]} | dict.fromkeys(SOURCES, Annotated[Ends, Together])
+THEIRS = statistics(**dict.fromkeys(STATISTICS, Numbers))
+STATS = {"own": OWN} | dict.fromkeys(SOURCES, THEIRS)
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

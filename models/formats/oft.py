@@ -13,21 +13,20 @@ originals pass it through JPEG. Pictures rendered at the model's size need neith
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NotRequired
+from typing import NotRequired
 
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from checks import read_json
-from errors import require
+from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import bins, pictures, source
+from models.formats import pictures, source
 from models.formats.names import Rules
-from models.formats.preparation import Numbers, PreparationBase, Together
-from models.formats.source import Found, Source, understood
+from models.formats.preparation import Numbers, PreparationBase, statistics
+from models.formats.source import Found, Source
 from models.oft import FULL, Lora, Oft, OftConfig
 
 MARKS = ("vision_backbone.", "base_model.model.")
@@ -246,11 +245,14 @@ def published(path: Path, family: str, config, spec) -> Found:
     check_decoding(Path(path))
     stats = read_statistics(path, config.train.statistics)
     c = replace(config_of(path), train="full", action_dim=len(stats["q01"]))
+    assumed = {}
     if "num_images_in_input" not in read_json(Path(path) / "config.json"):
         # Nor do the weights say how many cameras there are: positions alone tell tokens apart.
-        c = replace(c, views=spec.views)
-    gripper = "libero" if config.train.env == "libero" else ""
-    return Found(c, source_of(path, c), stats | {"layout": "openvla", "gripper": gripper})
+        c = replace(c, views=config.env.cameras or 1)
+        if not config.env.cameras and spec.views > 1:
+            assumed["cameras"] = "1 (RLinf's, and openvla-oft's where it is not told)"
+    stats |= {"layout": "openvla", "fit": "bicubic"}
+    return Found(c, source_of(path, c), stats, assumed)
 
 
 def prompt(task: str) -> str:
@@ -294,26 +296,13 @@ class Preparation(PreparationBase):
         return {"tokens": encode(self.tokenizer, task, c.tokens, c.pad)}
 
 
-class Own(TypedDict, total=False):
-    """Of our own models, whose prompts hold no state and whose actions may be in [-1, 1]."""
-
-    state_low: Numbers
-    state_high: Numbers
-    q01: Numbers
-    q99: Numbers
-    mask: list[bool]
-
-
-class Quantiles(TypedDict):
-    """Of the actions of another project's robot."""
-
-    q01: Numbers
-    q99: Numbers
-    mask: list[bool]
-    gripper: NotRequired[bins.Gripper]
-
-
-STATS = {"own": Annotated[Own, Together], "openvla": Annotated[Quantiles, Together]}
+# Our own prompts hold no state, and our own actions may be in [-1, 1].
+ACTIONS = {"q01": Numbers, "q99": Numbers, "mask": list[bool]}
+MAYBE = {"state_low": Numbers, "state_high": Numbers} | ACTIONS
+STATS = {
+    "own": statistics(**{name: NotRequired[kind] for name, kind in MAYBE.items()}),
+    "openvla": statistics(**ACTIONS),
+}
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

@@ -15,23 +15,22 @@ out.
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NotRequired, Union
+from typing import Annotated, Any, Literal, Union
 
 import numpy as np
 import torch
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from checks import read_json
-from errors import require
+from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import bins, pictures, source
+from models.formats import pictures, source
 from models.formats.names import Rules, siglip
-from models.formats.preparation import Numbers, PreparationBase, States, Together
-from models.formats.source import Found, Source, Stored, understood
+from models.formats.preparation import OWN, Numbers, PreparationBase, statistics
+from models.formats.source import Found, Source, Stored
 from models.pi import FULL, SMALL, Pi, PiConfig
 
 MARKS = ("paligemma_with_expert.",)
@@ -176,6 +175,17 @@ def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiCon
     return replace(c, sde_steps=c.denoise_steps)
 
 
+def cameras_of(says: dict) -> int:
+    """How many cameras a config.json names; 0 where it is silent. LeRobot's lists all pictures, of
+    which those called empty are masked."""
+    shown = [
+        name
+        for name, feature in (says.get("input_features") or {}).items()
+        if feature.get("type") == "VISUAL" and "empty_camera" not in name
+    ]
+    return says.get("num_images") or len(shown)
+
+
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError.
 
@@ -188,6 +198,8 @@ def published(path: Path, family: str, config, spec) -> Found:
     chunk = config.rollout.chunk
     with understood(file):
         shape = shape_of(path, stored, says)
+        trained = cameras_of(says)
+        views = config.env.cameras or min(trained or spec.views, spec.views)
         has = "pi05" if shape.pi05 else "pi0"
         require(
             has == family,
@@ -196,11 +208,14 @@ def published(path: Path, family: str, config, spec) -> Found:
         for what, wanted, most in (
             ("actions per inference (--chunk)", chunk, shape.chunk),
             ("action dimensions", spec.action_dim, shape.action_dim),
-            ("cameras", spec.views, 3),
+            ("cameras", views, trained or 3),
         ):
             sentence = f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
             require(wanted <= most, sentence)
-    shape = replace(shape, views=spec.views, executed_steps=chunk, executed_dims=spec.action_dim)
+    shape = replace(shape, views=views, executed_steps=chunk, executed_dims=spec.action_dim)
+    assumed = {}
+    if not (trained or config.env.cameras) and spec.views > 1:
+        assumed["cameras"] = f"{views} (all, as openpi and RLinf show in this simulator)"
     if kind.startswith("lerobot"):
         stats = read_processors(folder)
     else:
@@ -216,7 +231,7 @@ def published(path: Path, family: str, config, spec) -> Found:
             f"the statistics of checkpoint {path} are of {has} dimensions of {name}, the simulator "
             f"has {wanted}",
         )
-    return Found(shape, SOURCES[kind], stats)
+    return Found(shape, SOURCES[kind], stats | {"fit": "letterbox"}, assumed)
 
 
 def read_norm_stats(
@@ -400,31 +415,21 @@ class Preparation(PreparationBase):
         delta = np.array(self.stats["delta"][: out.shape[-1]], bool)
         if delta.any():  # openpi's AbsoluteActions
             out[..., : len(delta)] += np.where(delta, state[: len(delta)], 0.0)
-        return out.astype(np.float32)
+        return self.grip(out).astype(np.float32)
 
 
-def scale(kind: str) -> type:
-    """The type of what `normalise` goes by, of one kind."""
+def scale(kind: str) -> Any:
+    """Returns the type of what `normalise` goes by, of one kind."""
     project, _, mode = kind.partition("_")
-    numbers = dict.fromkeys(ENDS[mode], Numbers) | ({"eps": float} if project == "lerobot" else {})
-    return TypedDict("Scale", {"kind": Literal[kind]} | numbers)
+    more = {"eps": float} if project == "lerobot" else {}
+    return statistics(kind=Literal[kind], **dict.fromkeys(ENDS[mode], Numbers), **more)
 
 
-SCALES = tuple(scale(f"{project}_{mode}") for project in ("openpi", "lerobot") for mode in ENDS)
-Scale = Annotated[Union[SCALES], Field(discriminator="kind"), Together]  # noqa: UP007  no `|` here
-
-
-class Statistics(TypedDict):
-    """What `read_norm_stats` and `read_processors` make of another project's statistics."""
-
-    state: Scale
-    actions: Scale
-    prompt: Literal["state", "newline"]
-    delta: list[bool]
-    gripper: NotRequired[bins.Gripper]
-
-
-STATS = {"own": Annotated[States, Together], "openpi": Statistics, "lerobot": Statistics}
+KINDS = tuple(scale(f"{project}_{mode}") for project in ("openpi", "lerobot") for mode in ENDS)
+Scale = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007  no `|` for a tuple
+Prompt = Literal["state", "newline"]
+THEIRS = statistics(state=Scale, actions=Scale, prompt=Prompt, delta=list[bool])
+STATS = {"own": OWN, "openpi": THEIRS, "lerobot": THEIRS}
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

@@ -9,11 +9,10 @@ NVIDIA/Isaac-GR00T gr00t/data; moojink/openvla-oft experiments/robot/openvla_uti
 exact.
 """
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 
@@ -25,36 +24,12 @@ def fitted(height: int, width: int, size: int) -> tuple[int, int, int, int]:
     return height, width, (size - height) // 2, (size - width) // 2
 
 
-@lru_cache
-def triangle_weights(old: int, new: int) -> np.ndarray:
-    """Pillow's bilinear filter (libImaging/Resample.c): [new, old], multiples of 2⁻²²."""
-    scale = old / new
-    reach = max(scale, 1.0)  # a smaller picture averages over the pixels it merges
-    weights = np.zeros((new, old))
-    for i in range(new):
-        centre = (i + 0.5) * scale
-        first = max(0, int(centre - reach + 0.5))
-        last = min(old, int(centre + reach + 0.5))
-        w = np.maximum(0.0, 1.0 - np.abs((np.arange(first, last) - centre + 0.5) / reach))
-        weights[i, first:last] = np.floor(w / w.sum() * 2**22 + 0.5)
-    return weights
-
-
 def resize_pil(image: np.ndarray, size: int) -> np.ndarray:
-    """image [H, W, 3] uint8 → [size, size, 3] uint8, centred on black: openpi's without Pillow.
-
-    First across, then down, rounded to 8 bits after each: sums below 2³¹ are exact in fp64."""
+    """image [H, W, 3] uint8 → [size, size, 3] uint8, centred on black: openpi's."""
     if image.shape[:2] == (size, size):
         return image
     height, width, top, left = fitted(*image.shape[:2], size)
-
-    def along(x: np.ndarray, new: int) -> np.ndarray:  # [n, old, 3] → [n, new, 3]
-        if x.shape[1] == new:
-            return x
-        sums = triangle_weights(x.shape[1], new) @ x.astype(np.float64)
-        return np.clip(np.floor((sums + 2**21) / 2**22), 0, 255).astype(np.uint8)
-
-    small = along(along(image, width).transpose(1, 0, 2), height).transpose(1, 0, 2)
+    small = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     out = np.zeros((size, size, 3), np.uint8)
     out[top : top + height, left : left + width] = small
     return out

@@ -7,13 +7,14 @@ Every env worker has one. A family derives `PreparationBase` and inherits the ch
 """
 
 import operator
-from typing import Annotated
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from errors import UserError, require
+from models.formats import bins
 
 # Of a robot's state or action, one per dimension.
 Numbers = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1)]
@@ -31,14 +32,16 @@ def go_together(stats: dict) -> dict:
     return stats
 
 
-class States(TypedDict):
-    """Statistics of our own models: the quantiles that map the robot's state to [-1, 1]."""
+def statistics(**fields: Any) -> Any:
+    """Returns the type of a header's statistics, or of a part of them, that have these fields, and
+    of another project perhaps what its robot's gripper and wide pictures need (`envs.Fit`)."""
+    fit = NotRequired[Literal["squeeze", "letterbox", "bicubic"]]
+    kind = TypedDict("Statistics", {"gripper": NotRequired[bins.Gripper], "fit": fit} | fields)
+    return Annotated[kind, AfterValidator(go_together)]
 
-    state_low: Numbers
-    state_high: Numbers
 
-
-Together = AfterValidator(go_together)
+# Of our own models: the quantiles that map the robot's state to [-1, 1].
+OWN = statistics(state_low=Numbers, state_high=Numbers)
 
 
 class PreparationBase:
@@ -51,6 +54,7 @@ class PreparationBase:
         self.tokenizer = tokenizer
         self.layout = stats.get("layout", "own")
         self.own = self.layout == "own"
+        self.grip = bins.GRIPPERS[stats.get("gripper", "")]
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The model's [C, A] → what the robot executes [C, A]; state [S] of the simulator."""

@@ -6,7 +6,6 @@ so the host never holds more than the model itself, in the type it is wanted in,
 Nothing is ever unpickled.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
-from errors import UserError, require
+from checks import read_json
+from errors import UserError, require, understood
 from models.formats.names import Rules, rename
 
 INDEX = "model.safetensors.index.json"
@@ -70,6 +70,7 @@ class Found(NamedTuple):
     shape: Any  # the family's CONFIG
     source: Source
     stats: dict  # of a `checkpoint.Header`
+    assumed: dict[str, str] = {}  # what its files do not say: value and why, by name of setting
 
 
 Part = Literal["all", "none", "training", "idle"]
@@ -94,24 +95,6 @@ def sketch(network: type[torch.nn.Module], config) -> torch.nn.Module:
     """The network without memory for its weights."""
     with torch.device("meta"), Uninitialised():
         return network(config)
-
-
-@contextlib.contextmanager
-def understood(what: object) -> Iterator[None]:
-    """Makes one sentence of whatever goes wrong inside with what another project's file says."""
-    try:
-        yield
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OSError,
-        SafetensorError,
-        RecursionError,
-    ) as error:
-        sentence = f"cannot read {what}, or it does not say what such a file says: {error!r}"
-        raise UserError(sentence) from None
 
 
 class Stored(NamedTuple):
@@ -146,11 +129,8 @@ def weight_map(path: str | Path) -> dict[str, str]:
     index = Path(path) / INDEX
     if not index.is_file():
         return {}
-    try:
-        listed = json.loads(index.read_text())["weight_map"]
-        return {key: str(name) for key, name in listed.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"cannot read {index}: it holds no weight_map ({error!r})") from None
+    with understood(index):
+        return {key: str(name) for key, name in read_json(index)["weight_map"].items()}
 
 
 def raw_header(file: Path) -> bytes:
