@@ -4,7 +4,6 @@ pydantic checks them; what is said about a mistake is one sentence of ours.
 """
 
 import functools
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -31,12 +30,14 @@ def infinity(value: object) -> object:
     return math.inf if value == "inf" else value
 
 
-def finite(found: dict) -> dict:
-    """Raises ValueError where NaN or infinity is somewhere inside."""
-    try:
-        json.dumps(found, allow_nan=False)
-    except ValueError:
-        raise ValueError("must hold finite numbers only") from None
+def finite(found: Any, key: str = "") -> Any:
+    """Raises ValueError naming the key of a NaN or infinity that is somewhere inside."""
+    parts = found.items() if isinstance(found, dict) else ()
+    parts = enumerate(found) if isinstance(found, list) else parts
+    for name, part in parts:
+        finite(part, f"{key}.{name}".lstrip("."))
+    if isinstance(found, float) and not math.isfinite(found):
+        raise ValueError(f"{key} is {found}, not a finite number")
     return found
 
 
@@ -53,7 +54,7 @@ AboveZero = Annotated[float, Field(gt=0, le=MOST)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
 Bound = Annotated[float, Field(gt=0), BeforeValidator(infinity)]  # inf: none
 Limit = Annotated[float, Field(ge=0), BeforeValidator(infinity)]  # inf: none
-Finite = Annotated[dict, AfterValidator(finite)]
+Finite = Annotated[dict, AfterValidator(lambda found: finite(found))]
 
 
 @functools.cache
@@ -78,6 +79,8 @@ def mistake(error: ValidationError) -> tuple[str, str]:
     words = " or ".join(one["msg"] for one in found if one["loc"] == first["loc"])
     for theirs, ours in WORDS.items():
         words = words.replace(theirs, ours)
+    if first["type"] == "value_error":  # of `finite`, which says where and what
+        return "", str(first["ctx"]["error"])
     name = " ".join(".".join(first["loc"]).split())[:200]  # names in files may be anything
     return (name, f"{first['input']!r:.60} {words}") if name else ("it", words)
 
@@ -98,11 +101,11 @@ def parse_json(text: str | bytes, kind: Any, what: object, strangers: str = "for
     try:
         return adapter(kind).validate_json(text, strict=True, extra=strangers)
     except ValidationError as error:
-        said = " ".join(mistake(error))
+        said = " ".join(mistake(error)).strip()
         raise UserError(f"cannot read {what}: {said}") from None
 
 
-def read_json(path: Path, kind: Any = dict, what: object = "") -> Any:
+def read_json(path: Path, kind: Any = Finite, what: object = "") -> Any:
     """Reads a file as `parse_json`. Raises UserError, which names the file or `what`."""
     try:
         text = path.read_bytes()

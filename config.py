@@ -178,6 +178,8 @@ class RolloutConfig:
     """C, control steps per inference (π0.5 LIBERO: 10)"""
     tokens: Length | None = None
     """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
+    horizon: Positive | None = None
+    """actions that the model predicts at once, where another project's checkpoint does not say"""
     denoise_steps: Annotated[Steps | None, FLOW] = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
     noise_level: Annotated[AboveZero | None, FLOW] = None
@@ -186,6 +188,10 @@ class RolloutConfig:
     """a sample's stochastic denoise step is drawn from this many last (RLinf: all; shipped: 1)"""
     temperature: Annotated[Bound | None, OFT] = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""
+    center_crop: Annotated[bool | None, OFT] = None
+    """OFT sees the middle 0.9 of a picture (openvla-oft: yes; RLinf: no)"""
+    stop_token: Annotated[bool | None, OFT] = None
+    """</s> stands after OFT's action tokens (openvla-oft: yes; RLinf: no)"""
     noise: Annotated[Literal["sde", "network"], PI] = "sde"
     """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
     learns (πRL, arXiv 2510.25889)"""

@@ -54,6 +54,12 @@ class EvaluateConfig:
     else as many as the checkpoint was trained with"""
     tokens: Length | None = None
     """prompt length in tokens; none means as the checkpoint says"""
+    horizon: Length | None = None
+    """actions that the model predicts at once, where another project's checkpoint does not say"""
+    center_crop: bool | None = None
+    """OFT sees the middle 0.9 of a picture; none means as the checkpoint says"""
+    stop_token: bool | None = None
+    """</s> stands after OFT's action tokens; none means as the checkpoint says"""
     env: str = ""
     """simulator; none means the run's, else metaworld"""
     tasks: tuple[str, ...] = ()
@@ -207,7 +213,10 @@ def settings_of(config: EvaluateConfig) -> Config:
         require(family, unknown)
         models.check_family(family, path)
     rollout.chunk = config.chunk or rollout.chunk
-    rollout.tokens = config.tokens or rollout.tokens
+    for name in ("tokens", "horizon", "center_crop", "stop_token"):
+        given = getattr(config, name)
+        if given is not None:
+            setattr(rollout, name, given)
     settings.train.checkpoint = path
     settings.train.model = family
     settings.train.env = config.env

@@ -1,9 +1,9 @@
 """Imitates demonstrations: makes the checkpoint that reinforcement learning starts from.
 
-    python pretrain.py                      the shipped assets/pi05_metaworld.safetensors, about 10
-                                            minutes on 2 cores
-    python pretrain.py --model gr00t        assets/gr00t_metaworld.safetensors
     python pretrain.py --pace 1 --out strong.safetensors
+    python pretrain.py --overwrite          the shipped assets/pi05_metaworld.safetensors anew, in
+                                            about 10 minutes on 2 cores
+    python pretrain.py --model gr00t --overwrite        assets/gr00t_metaworld.safetensors
 
 Meta-World's scripted experts act. Gaussian noise on the action that they execute (DART, arXiv
 1703.09327) makes the data show how to recover, too. Each stored frame is labelled with the expert's
@@ -14,6 +14,7 @@ frozen, something to learn. Left out: a validation split, as success in the simu
 
 import copy
 import math
+import shutil
 import tempfile
 import time
 import warnings
@@ -53,6 +54,8 @@ class PretrainConfig:
     """policy family, at its embedded small size"""
     out: Path | None = None
     """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside"""
+    overwrite: bool = False
+    """replace a checkpoint, or another vocabulary, that is there; the shipped families share one"""
     tasks: tuple[str, ...] = ()
     """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes
     make better features"""
@@ -158,19 +161,26 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
     dist.destroy_process_group()
 
 
-def main(config: PretrainConfig) -> None:
-    """Makes a checkpoint and its vocabulary. Raises UserError."""
-    check_ranges(config)
-    default, vocabulary = embedded_files(config.model, "metaworld")
-    out = config.out or default
-    vocabulary = out.with_name(vocabulary.name)
-    nowhere = f"the folder {out.parent} does not exist: create it or give another --out"
-    require(out.parent.is_dir(), nowhere)
+def make_model(config: PretrainConfig, spec, vocabulary: Path) -> torch.nn.Module:
+    """Makes a vocabulary of all of Meta-World's prompts, and a model that knows it, in shared
+    memory. Raises UserError where the model has no room for a prompt."""
+    family = models.files(config.model)
+    words = [family.wording(task) for task in metaworld.PROMPTS.values()]
+    tokenize.train_vocabulary(words, vocabulary)
+    torch.manual_seed(config.seed)
+    model = family.embedded(config.model, str(vocabulary)).share_memory()
+    ends = {"state_low": [0.0] * spec.state_dim, "state_high": [1.0] * spec.state_dim}
+    header = checkpoint.Header(config.model, asdict(model.config), ends)
+    preparation = family.preparation(header, str(vocabulary))
+    blank = np.zeros((spec.views, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for prompt in spec.prompts:
+        preparation.observe(blank, np.zeros(spec.state_dim, np.float32), prompt)
+    return model
 
-    # Let the experts act, half of a task's demonstrations in each job.
+
+def gather(config: PretrainConfig, spec) -> list[tuple]:
+    """Lets the experts act, half of a task's demonstrations in each job, as `demonstrate`."""
     started = time.monotonic()
-    tasks = config.tasks or ("button-press-topdown", *metaworld.DEFAULT_TASKS)
-    spec = metaworld.spec(tasks, IMAGE_SIZE)
     seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)
     every = range(seeds, seeds + config.demos)
@@ -182,30 +192,46 @@ def main(config: PretrainConfig) -> None:
     require(frames, f"no demonstration succeeded: {choose}")
     seconds = f"{time.monotonic() - started:.0f} s"
     print(f"{len(frames)} frames of {config.demos} demonstrations per task in {seconds}")
+    return frames
 
-    # Make the vocabulary, the model and the statistics that go with it.
-    family = models.files(config.model)
-    words = [family.wording(task) for task in metaworld.PROMPTS.values()]
-    tokenize.train_vocabulary(words, vocabulary)
-    torch.manual_seed(config.seed)
-    model = family.embedded(config.model, str(vocabulary)).share_memory()
-    states = np.stack([state for _, _, state, _ in frames])
-    low, high = (np.quantile(states, share, axis=0).tolist() for share in (0.01, 0.99))
-    stats = {"state_low": low, "state_high": high}
-    header = checkpoint.Header(config.model, asdict(model.config), stats)
 
-    # Turn frames into what the model sees, and train.
-    preparation = family.preparation(header, str(vocabulary))
-    rows = []
-    for task, image, state, actions in frames:
-        observed = preparation.observe(image, state, spec.prompts[task])
-        rows.append(observed | {"actions": actions})
-    stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    data = {name: torch.from_numpy(x).share_memory_() for name, x in stacked.items()}
+def main(config: PretrainConfig) -> None:
+    """Makes a checkpoint and its vocabulary. Raises UserError."""
+    check_ranges(config)
+    default, shipped = embedded_files(config.model, "metaworld")
+    out = config.out or default
+    nowhere = f"the folder {out.parent} does not exist: create it or give another --out"
+    require(out.parent.is_dir(), nowhere)
+    tasks = config.tasks or ("button-press-topdown", *metaworld.DEFAULT_TASKS)
+    spec = metaworld.spec(tasks, IMAGE_SIZE)
     with tempfile.TemporaryDirectory() as folder:
+        # Find out what would go wrong at the end, then let the experts act.
+        vocabulary = Path(folder) / shipped.name
+        model = make_model(config, spec, vocabulary)
+        beside = out.with_name(shipped.name)
+        other = beside.exists() and beside.read_bytes() != vocabulary.read_bytes()
+        for file, lost in ((out, out.exists()), (beside, other)):
+            there = f"{file} exists already and would become another: give another --out"
+            require(config.overwrite or not lost, f"{there}, or --overwrite")
+        frames = gather(config, spec)
+
+        # Turn frames into what the model sees, and train.
+        states = np.stack([state for _, _, state, _ in frames])
+        low, high = (np.quantile(states, share, axis=0).tolist() for share in (0.01, 0.99))
+        stats = {"state_low": low, "state_high": high}
+        words = tokenize.fingerprint(vocabulary)
+        header = checkpoint.Header(config.model, asdict(model.config), stats, words)
+        preparation = models.preparation(config.model, header, vocabulary)
+        rows = []
+        for task, image, state, actions in frames:
+            observed = preparation.observe(image, state, spec.prompts[task])
+            rows.append(observed | {"actions": actions})
+        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        data = {name: torch.from_numpy(x).share_memory_() for name, x in stacked.items()}
         mp.spawn(fit, (model, data, config, f"{folder}/rendezvous"), PROCESSES)
+        shutil.copyfile(vocabulary, beside)
     checkpoint.save(out, header, model.half().state_dict())
-    print(f"wrote {out} and {vocabulary}")
+    print(f"wrote {out} and {beside}")
 
 
 if __name__ == "__main__":

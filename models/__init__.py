@@ -13,7 +13,7 @@ import torch
 
 from config import Config
 from errors import require
-from models import checkpoint, contract
+from models import checkpoint, contract, tokenize
 from models.formats import bins, source
 
 MODELS = {
@@ -52,6 +52,12 @@ def files(name: str):
 def preparation(name: str, header: checkpoint.Header, tokenizer: Path | str | None):
     """Makes what env workers use between a simulator and a model: `contract.PREPARATION`."""
     made = files(name).preparation(header, str(tokenizer or ""))
+    same = not (tokenizer and header.vocabulary)
+    require(
+        same or tokenize.fingerprint(tokenizer) == header.vocabulary,
+        f"{tokenizer} is not the vocabulary that the checkpoint was trained with: give that one "
+        "with --tokenizer",
+    )
     contract.check(made, f"the preparation of model family {name!r}", contract.PREPARATION)
     return made
 
@@ -77,8 +83,10 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         header = checkpoint.of_family(path, name)
         stored = family.CONFIG(**header.shape)
         stats = header.stats
+        words = header.vocabulary
     else:
-        stored, layout, stats, _ = files(name).published(path, name, config, spec)
+        words = ""
+        stored, layout, stats, _ = published(config, spec)
         stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
         checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
     shape = replace(stored, **chosen(config, stored))
@@ -102,9 +110,21 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
             if key in missing:
                 model.add_module(key, head.to(device))
     model.begin(config, stats)
-    model.header = checkpoint.Header(name, asdict(model.config), stats)
+    if config.train.tokenizer:
+        words = words or tokenize.fingerprint(config.train.tokenizer)
+    model.header = checkpoint.Header(name, asdict(model.config), stats, words)
     contract.check_model(model, name)
     return model
+
+
+def published(config: Config, spec) -> source.Found:
+    """What another project's checkpoint says of itself, made to fit the run. Raises UserError, also
+    for sizes that no network has."""
+    name = config.train.model
+    path = Path(config.train.checkpoint)
+    found = files(name).published(path, name, config, spec)
+    checkpoint.checked_shape(name, asdict(found.shape), f"the configuration of checkpoint {path}")
+    return found
 
 
 def assumptions(config: Config, spec) -> str:
@@ -114,7 +134,7 @@ def assumptions(config: Config, spec) -> str:
     path = config.train.checkpoint
     if load(name).FORMATS is None or checkpoint.is_ours(path):
         return ""
-    assumed = files(name).published(Path(path), name, config, spec).assumed
+    assumed = published(config, spec).assumed
     listed = ", ".join(f"{setting} = {value}" for setting, value in assumed.items())
     return f"checkpoint {path} does not say, so it is assumed: {listed}\n" if listed else ""
 
@@ -124,7 +144,8 @@ def chosen(config: Config, shape) -> dict:
     actor = ("train_vlm", "cache_prefix")
     flags = {name: getattr(config.actor, name) for name in actor}
     rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
-    flags |= {name: getattr(config.rollout, name) for name in (*rollout, "temperature")}
+    rollout += ("temperature", "center_crop", "stop_token")
+    flags |= {name: getattr(config.rollout, name) for name in rollout}
     known = {field.name for field in fields(shape)}
     return {name: value for name, value in flags.items() if value is not None and name in known}
 
@@ -132,10 +153,13 @@ def chosen(config: Config, shape) -> dict:
 def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
     """Raises UserError unless a checkpoint suits the simulator and the run's chunks."""
     chunk, action_dim = shape.played
+    sizes = asdict(shape)
+    horizon = sizes.get("horizon", sizes["chunk"])
     cameras = config.env.cameras
     few = f"--cameras {cameras} is more than the {spec.views} that the simulator has"
     require(cameras <= spec.views, few)
     agree = {
+        "horizon": (horizon, config.rollout.horizon or horizon),
         "views": (shape.views, cameras or min(shape.views, spec.views)),
         "action_dim": (action_dim, spec.action_dim),
         "chunk": (chunk, config.rollout.chunk),

@@ -3,7 +3,8 @@
 The header's metadata are JSON strings: `family` (a key of `models.MODELS`), `shape` (the family's
 configuration) and `stats` (for the embedded models `state_low`, `state_high`: the quantiles that
 map the robot's state to [-1, 1]; for published ones what their family's file reader made of their
-statistics). Nothing is ever unpickled. Other projects' files: `models/formats/`.
+statistics). `vocabulary`, no JSON, is the fingerprint of what prompts are made with, if known.
+Nothing is ever unpickled. Other projects' files: `models/formats/`.
 """
 
 import contextlib
@@ -17,19 +18,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checks import Finite, parse_json, read_json
 from config import ROOT
 from errors import UserError, require
-from models.formats.source import INDEX, Source, layout, raw_header, weight_files
+from models import tokenize
+from models.formats.source import INDEX, Source, header, layout, other_kind, weight_files
 
 
 class Header(NamedTuple):
     family: str
     shape: dict
     stats: dict
+    vocabulary: str = ""  # `tokenize.fingerprint`; "" where nobody knows
 
     @property
     def published(self) -> bool:
@@ -44,11 +47,13 @@ def find(path: str | Path) -> Path:
         newest = sorted(base.glob("checkpoints/[0-9]*"))[-1:]
         for folder in (base, *newest):
             for candidate in (folder, folder / "model.safetensors"):
-                if candidate.is_file():
+                if candidate.is_file() and not other_kind(candidate):
                     return candidate
         for folder in newest:  # an older one is not taken in its place without a word
             lost = f"checkpoint {folder} has no model.safetensors"
             raise UserError(f"{lost}; remove {folder} to use an older one")
+    other = other_kind(path)
+    require(not other, f"{path} holds {other}")
     raise UserError(
         f"no checkpoint at {path}: expected a .safetensors file, a folder that holds "
         "model.safetensors, or a run with one"
@@ -64,23 +69,12 @@ def or_another(path: str | Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}; {instead}") from None
-
-
-def metadata(path: str | Path) -> dict[str, str]:
-    """What the header of a safetensors file says beside its tensors."""
-    raw_header(Path(path))  # which says what a file that may not be read is
-    with or_another(path):
-        try:
-            with safe_open(path, framework="pt") as file:
-                return file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            said = f"cannot read checkpoint {path}: it is truncated or not a safetensors file"
-            raise UserError(f"{said} ({error})") from None
+        said = str(error).removesuffix(f"; {instead}")  # which is said once
+        raise UserError(f"{said}; {instead}") from None
 
 
 def read_header(path: str | Path) -> Header:
-    meta = metadata(path)
+    meta = header(Path(path))[1]
     with or_another(path):
         require(
             {"family", "shape", "stats"} <= meta.keys(),
@@ -92,7 +86,7 @@ def read_header(path: str | Path) -> Header:
         stats = parse_json(meta["stats"], Finite, f"{what}, stats")
         shape = checked_shape(meta["family"], shape, what)
         check_stats(meta["family"], stats, f"{what}, stats")
-        return Header(meta["family"], shape, stats)
+        return Header(meta["family"], shape, stats, meta.get("vocabulary", ""))
 
 
 def divides(size: int, whole: int) -> bool:
@@ -194,7 +188,7 @@ def is_ours(path: str | Path) -> bool:
         if (Path(path) / INDEX).is_file() or any(Path(path).glob("model-*-of-*.safetensors")):
             return not weight_files(path)  # shards are never ours
         raise
-    return "family" in metadata(file)
+    return "family" in header(file)[1]
 
 
 def published(path: Path) -> bool:
@@ -221,24 +215,32 @@ def moved(file: Path, run: Path) -> list[Path]:
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:
-    """The tokeniser file for checkpoint `path`: what the user gives, the one in another project's
-    folder or of the run, the embedded default's for a small model of ours, or for GR00T "", an
-    installed package's. Raises UserError when there is none."""
-    run = run_of(path) or Path(path)
+    """The tokeniser file for checkpoint `path`: what the user gives, the one beside it, of its run,
+    the embedded default's for a small model of ours, or for GR00T "", an installed package's. Of
+    several the one whose fingerprint the checkpoint has. Raises UserError when there is none."""
+    path = Path(path)
+    run = run_of(path) or path
+    ours = is_ours(path)
     if given is not None:
-        return str(next(filter(Path.exists, [given, *moved(given, run)]), given))
-    places = [Path(path) / "tokenizer.model"]
-    with contextlib.suppress(UserError, KeyError, TypeError):
-        named = Path(read_json(run / "config.json")["train"]["tokenizer"])
-        places += [*moved(named, run), named]
-    if not published(path):
-        places.append(embedded)
-    found = next((str(place) for place in places if place.is_file()), "")
+        places = [given, *moved(given, run)]
+    else:
+        beside = find(path) if ours or path.is_file() else path / "model.safetensors"
+        places = [beside.with_suffix(".model"), beside.with_name("tokenizer.model")]
+        places.append(beside.with_name(embedded.name))
+        with contextlib.suppress(UserError, KeyError, TypeError):
+            named = Path(read_json(run / "config.json")["train"]["tokenizer"])
+            places += [*moved(named, run), named]
+        if not published(path):
+            places.append(embedded)
+    there = [place for place in places if place.exists()]
+    wanted = read_header(find(path)).vocabulary if ours else ""
+    right = [place for place in there if wanted and tokenize.fingerprint(place) == wanted]
+    found = next(iter(right + there), given)
     require(
         found or family == "gr00t",
         f"checkpoint {path} brings no tokeniser: give its SentencePiece file with --tokenizer PATH",
     )
-    return found
+    return str(found or "")
 
 
 def frame_size(path: Path, theirs: int) -> int:
@@ -270,18 +272,23 @@ def require_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
 def check_finite(path: str | Path) -> None:
     """The same of each tensor in the file of a checkpoint of ours, one after the other."""
     path = find(path)
-    metadata(path)
+    header(path)
     with or_another(path), safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118  it is no dictionary
             require_finite(path, {name: file.get_tensor(name)})
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     shape = json.dumps(header.shape)
     meta = {"family": header.family, "shape": shape, "stats": json.dumps(header.stats)}
+    if header.vocabulary:
+        meta["vocabulary"] = header.vocabulary
+    write(Path(path), tensors, meta)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
+    """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask says; the library's files are their owner's

@@ -28,7 +28,7 @@ FILES = {
     "STATS": "{layout: type of its header's `stats`}, \"own\" and other projects'",
     "save": "(model, path, like): writes that project's layout again",
     "preparation": "(header, tokenizer) → what stands between simulator and model",
-    "embedded": "(family, tokenizer) → the small model with random weights",
+    "embedded": "(family, tokenizer) → the small model with random weights, of that many words",
     "wording": "(task) → the words that the embedded vocabulary must hold",
 }
 NETWORK = {

@@ -5,6 +5,7 @@ Real checkpoints need their own SentencePiece file (`--tokenizer PATH`); the emb
 made by `pretrain.py` with `train_vocabulary`.
 """
 
+import hashlib
 import io
 import string
 from functools import lru_cache
@@ -42,6 +43,15 @@ def load_for(path: str, least: int, most: int):
         "PATH",
     )
     return tokenizer
+
+
+def fingerprint(path: Path | str) -> str:
+    """What tells one vocabulary from another: SHA-256 of its file, or of a folder's vocab.json."""
+    file = Path(path) / "vocab.json" if Path(path).is_dir() else Path(path)
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return ""  # who reads it says what is wrong
 
 
 def prompt(task: str, state: np.ndarray) -> str:

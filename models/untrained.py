@@ -44,16 +44,16 @@ def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) 
         # Beside the task: π0.5's state, GR00T's views, and at most eight of punctuation and others.
         longest = max(len(words.encode(text)) for text in texts)
         tokens = max(tokens, longest + spec.state_dim + spec.views + 8)
-        config = fitted(small.config, spec, chunk, tokens, words.vocab_size())
+        config = fitted(small.config, spec, chunk, tokens)
         low, high = state_range
         stats = {"state_low": list(low), "state_high": list(high)}
-        header = checkpoint.Header(model, asdict(config), stats)
+        header = checkpoint.Header(model, asdict(config), stats, tokenize.fingerprint(vocabulary))
         checkpoint.save(weights, header, type(small)(config).half().state_dict())
     return weights, vocabulary
 
 
-def fitted(config, spec, chunk: int, tokens: int, words: int):
-    """A family's small configuration, for a simulator. words: size of the vocabulary."""
+def fitted(config, spec, chunk: int, tokens: int):
+    """A family's small configuration, for a simulator."""
     known = {field.name for field in fields(config)}
     wanted = {
         "views": spec.views,
@@ -66,9 +66,5 @@ def fitted(config, spec, chunk: int, tokens: int, words: int):
         "horizon": chunk,
         "tokens": tokens,
         "positions": max(16, chunk),
-        "vocabulary": words,
-        "words": words,
     }
-    if "image_token" in known:
-        wanted |= {"vocabulary": words + 1, "image_token": words}
     return replace(config, **{name: value for name, value in wanted.items() if name in known})

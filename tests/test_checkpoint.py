@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import models
 from config import ASSETS, Config
+from envs import metaworld
 from errors import UserError
-from models import MODELS, checkpoint
+from models import MODELS, checkpoint, tokenize
 from models.checkpoint import Header
 from models.formats import source
 
@@ -84,7 +85,7 @@ def test_the_shipped_checkpoint_is_of_a_known_family():
 def damaged(tmp_path, tiny_checkpoint, how: str):
     path = tmp_path / "damaged.safetensors"
     weights = load_file(tiny_checkpoint)
-    meta = checkpoint.metadata(tiny_checkpoint)
+    meta = checkpoint.header(tiny_checkpoint)[1]
     if how == "truncated":
         path.write_bytes(tiny_checkpoint.read_bytes()[:-1000])
     elif how == "truncated in its header":
@@ -211,7 +212,7 @@ def test_a_damaged_checkpoint_of_a_run_leads_to_the_older_one(tmp_path):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_text("torn")
     with pytest.raises(UserError, match=f"; remove {folder} to use an older one$"):
-        checkpoint.metadata(checkpoint.find(tmp_path))
+        checkpoint.read_header(checkpoint.find(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -397,12 +398,18 @@ def test_a_damaged_optimizer_is_refused_without_torch_s_advice(tmp_path, what):
         assert "\n" not in said and "weights_only" not in said and not sprung.exists()
 
 
+def saved_with(path: Path, vocabulary: str = "", stats: dict = STATS) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = asdict(tiny_pi().config)
+    checkpoint.save(path, Header("pi05", shape, stats, vocabulary), {"x": torch.zeros(1)})
+    return path
+
+
 def test_a_run_copied_to_another_clone_finds_its_vocabulary(monkeypatch, tmp_path):
     run = tmp_path / "run"
-    run.mkdir()
+    weights = run / "checkpoints" / "000001" / "model.safetensors"
+    saved_with(weights, "", OPENPI)
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
-    monkeypatch.setattr(checkpoint, "published", lambda path: True)
-    monkeypatch.setattr(checkpoint, "run_of", lambda path: run)
     (tmp_path / "assets").mkdir()
     old = Path("/other/clone/assets/tokenizer.model")
     (run / "config.json").write_text(json.dumps({"train": {"tokenizer": str(old)}}))
@@ -412,3 +419,60 @@ def test_a_run_copied_to_another_clone_finds_its_vocabulary(monkeypatch, tmp_pat
         (here / "tokenizer.model").touch()
         for given in (None, old):
             assert checkpoint.vocabulary(given, run, "pi05", old) == str(here / "tokenizer.model")
+
+
+def test_a_checkpoint_finds_the_vocabulary_that_it_was_trained_with(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    shipped = tmp_path / "assets" / "tokenizer.model"
+    shipped.parent.mkdir()
+    shipped.write_text("shipped")
+    beside = tmp_path / "elsewhere" / "tokenizer.model"
+    weights = saved_with(tmp_path / "elsewhere" / "my.safetensors")
+    assert checkpoint.vocabulary(None, weights, "pi05", shipped) == str(shipped)
+    beside.write_text("other words")
+    assert checkpoint.vocabulary(None, weights, "pi05", shipped) == str(beside)
+    saved_with(weights, tokenize.fingerprint(shipped))
+    assert checkpoint.read_header(weights).vocabulary == tokenize.fingerprint(shipped)
+    assert checkpoint.vocabulary(None, weights, "pi05", shipped) == str(shipped)
+    weights.with_suffix(".model").write_text("untrained")
+    saved_with(weights, tokenize.fingerprint(weights.with_suffix(".model")))
+    assert checkpoint.vocabulary(None, weights, "pi05", shipped) == str(
+        tmp_path / "elsewhere/my.model"
+    )
+
+    # A run that is resumed after its vocabulary was replaced reads the copy that it kept.
+    run = tmp_path / "run"
+    saved_with(run / "checkpoints/000001/model.safetensors", tokenize.fingerprint(shipped))
+    (run / "tokenizer.model").write_text("shipped")
+    shipped.write_text("replaced")
+    (run / "config.json").write_text(json.dumps({"train": {"tokenizer": str(shipped)}}))
+    for given in (None, shipped):
+        kept = checkpoint.vocabulary(given, run, "pi05", shipped)
+        assert kept == str(run / "tokenizer.model")
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05", "gr00t", "oft"])
+def test_another_vocabulary_of_the_same_size_is_refused(family, tmp_path):
+    paths = [tmp_path / "a.model", tmp_path / "b.model"]
+    for path, word in zip(paths, ("push", "pull"), strict=True):
+        tokenize.train_vocabulary([models.files(family).wording(f"{word} the drawer")], path)
+    shape = asdict(models.files(family).embedded(family, str(paths[0])).config)
+    header = Header(family, shape, STATS, tokenize.fingerprint(paths[0]))
+    models.preparation(family, header, paths[0])
+    models.preparation(family, header._replace(vocabulary=""), paths[1])  # as it was always
+    with pytest.raises(UserError, match="b.model is not the vocabulary that the checkpoint"):
+        models.preparation(family, header, paths[1])
+
+
+def test_a_run_writes_down_its_vocabulary(tmp_path):
+    config = Config()
+    config.train.checkpoint = ASSETS / "pi05_metaworld.safetensors"
+    config.train.tokenizer = ASSETS / "tokenizer.model"
+    spec = metaworld.spec(("handle-press",), 64)
+    words = tokenize.fingerprint(config.train.tokenizer)
+    model = models.build(config, spec, weights="none")
+    assert model.header.vocabulary == words
+    config.train.checkpoint = tmp_path / "m.safetensors"
+    checkpoint.save(tmp_path / "m.safetensors", model.header._replace(vocabulary="x"), {})
+    header = checkpoint.read_header(tmp_path / "m.safetensors")
+    assert header.vocabulary == "x"

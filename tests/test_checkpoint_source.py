@@ -4,6 +4,8 @@ memory; errors by name.
 
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ from torch import nn
 from benchmarks import originals
 from config import ROOT
 from errors import UserError
-from models import checkpoint
+from models import checkpoint, convert
 from models.formats import source
 from models.formats.source import Source
 
@@ -230,6 +232,84 @@ def test_a_key_that_does_not_fit_is_named(tmp_path, how, words, shards):
     assert "\n" not in str(error.value) and torch.equal(
         model.linear.bias, before
     )  # nothing is half loaded
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("before", ["_orig_mod.", "module.", "module._orig_mod.", "junk"])
+def test_what_wrappers_put_into_keys_is_left_out(tmp_path, before, shards):
+    on_disk(tmp_path / "plain", shards, weights())
+    wrapped = {before.replace("junk", "_orig_mod.module.") + key: x for key, x in weights().items()}
+    if before == "junk":  # a compiled part of a model
+        wrapped |= {"junk._orig_mod.x": wrapped.pop("_orig_mod.module.junk.x")}
+    on_disk(tmp_path / "theirs", shards, wrapped)
+    assert source.layout(tmp_path / "theirs").keys() == weights().keys()
+    model = Model()
+    source.load(model, tmp_path / "theirs", SOURCE, "cpu", torch.float32)
+    assert torch.equal(model.words.weight, weights()["head"]) and model.scale == 3.0
+    source.save(model, tmp_path / "ours", SOURCE, tmp_path / "theirs")
+    for file in (tmp_path / "theirs").glob("*.safetensors"):  # under the names that it had
+        assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_one_key_under_two_names_is_refused(tmp_path):
+    on_disk(tmp_path / "theirs", 1, weights() | {"module.b": torch.zeros(6)})
+    with pytest.raises(UserError, match="has '(module.)?b' twice"):
+        source.layout(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "file, words",
+    [
+        ("adapter_config.json", "a PEFT adapter .* merge_and_unload"),
+        ("adapter_model.safetensors", "a PEFT adapter .* merge_and_unload"),
+        ("actor/model_state_dict/full_weights.pt", "python -m models.convert"),
+        ("pytorch_model-00001-of-00002.bin", "python -m models.convert"),
+        ("params/manifest.ocdbt", "convert_jax_model_to_pytorch.py"),
+        ("actor/dcp_checkpoint/__0_0.distcp", "convert_dcp_to_pt.py"),
+    ],
+)
+def test_other_kinds_of_checkpoints_are_named(tmp_path, file, words):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    for given in (tmp_path, tmp_path / file):
+        with pytest.raises(UserError, match=words) as error:
+            checkpoint.is_ours(given)
+        assert "\n" not in str(error.value)
+    on_disk(tmp_path / "theirs", 1, weights())  # beside them, what can be read is read
+    shutil.copytree(tmp_path / "theirs", tmp_path, dirs_exist_ok=True)
+    assert not checkpoint.is_ours(tmp_path)
+
+
+def test_weights_that_torch_saved_are_converted(tmp_path):
+    saved = tmp_path / "full_weights.pt"
+    out = tmp_path / "folder"
+    torch.save(weights() | {"emb": weights()["head"].T.contiguous().T}, saved)
+    convert.main(saved, out)
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == weights().keys() | {"emb"} and os.listdir(out) == ["model.safetensors"]
+    assert all(torch.equal(found[key], x) for key, x in weights().items())
+    with pytest.raises(UserError, match="exists already"):
+        convert.main(saved, out)
+    tied = weights()
+    torch.save(tied | {"emb": tied["head"]}, saved)
+    convert.main(saved, tmp_path / "tied")
+    assert torch.equal(load_file(tmp_path / "tied" / "model.safetensors")["emb"], tied["head"])
+
+
+@pytest.mark.parametrize("what", ["none", "empty", "list", "nested", "pickle"])
+def test_what_torch_saved_of_another_kind_is_refused_and_not_unpickled(tmp_path, what):
+    saved = tmp_path / "full_weights.pt"
+    if what == "empty":
+        saved.touch()
+    elif what != "none":
+        trap = pathlib.PurePosixPath("/")  # any class that is not torch's
+        torch.save(
+            {"list": [1], "nested": {"a": {"b": torch.ones(1)}}, "pickle": trap}[what], saved
+        )
+    with pytest.raises(UserError, match="cannot read weights from") as error:
+        convert.main(saved, tmp_path / "out")
+    said = str(error.value)
+    assert "\n" not in said and "weights_only" not in said and not (tmp_path / "out").exists()
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_gr00t import FOLDERS, GOLDEN, KEYS, TINY, observations, tiny
 
+import models
 from checks import read_json
 from config import ASSETS, Config
 from envs import EnvSpec
@@ -156,6 +157,8 @@ def isaac_folder(path: Path, head: bool = False) -> Path:
     shutil.copytree(
         GOLDEN, path, ignore=lambda *_: ["right", *(f"{x}puts.safetensors" for x in ("in", "out"))]
     )
+    metadata = path / "experiment_cfg" / "metadata.json"  # its own GR-1 has sines of the state
+    metadata.write_text(json.dumps({"agibot_genie1": json.loads(metadata.read_text())["gr1"]}))
     weights = load_file(path / "weights.safetensors")
     (path / "weights.safetensors").unlink()
     weights = {
@@ -227,13 +230,13 @@ def test_a_checkpoint_goes_back_into_its_own_layout(kind, tmp_path):
 def test_folders_describe_themselves(tmp_path, cases):
     wanted = cases["statistics"]
     folder, base = folder_of("isaac", tmp_path / "isaac")
-    with pytest.raises(UserError, match="number 24 and the model of .* has 5"):
+    with pytest.raises(UserError, match="number 26 and the model of .* has 5"):
         gr00t_files.describe(folder, base=base)
     cfg = read_json(folder / "config.json")
     cfg["action_head_cfg"]["max_num_embodiments"] = 32
     (folder / "config.json").write_text(json.dumps(cfg))
     said = gr00t_files.describe(folder, base=base)
-    assert (said.shape.embodiment, said.shape.action_dim, said.shape.views) == (24, 5, 1)
+    assert (said.shape.embodiment, said.shape.action_dim, said.shape.views) == (26, 5, 1)
     assert said.stats == wanted | {"layout": said.stats["layout"]}
     assert said.shape.mask_padding and said.shape.task_as_list
     assert (
@@ -277,6 +280,22 @@ def test_statistics_that_cannot_be_read(tmp_path):
     ):
         with pytest.raises(UserError, match="cannot read|has no policy_preprocessor.json"):
             read(where)
+
+
+def test_a_number_that_is_none_is_named_by_file_and_key(tmp_path):
+    path = tmp_path / "metadata.json"
+    good = json.loads((GOLDEN / "experiment_cfg" / "metadata.json").read_text())
+    good["gr1"]["statistics"]["action"]["arm"]["min"][0] = float("nan")
+    path.write_text(json.dumps(good))
+    with pytest.raises(UserError, match="metadata.json: gr1.statistics.action.arm.min.0 is nan"):
+        gr00t_files.metadata_statistics(path)
+    folder, _ = folder_of("lerobot", tmp_path / "lerobot")
+    file = next(folder.glob("policy_preprocessor*.safetensors"))
+    tensors = {key: x.clone() for key, x in load_file(file).items()}
+    tensors["action.max"][0] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}: 'action.max' holds NaN or infinity"):
+        gr00t_files.lerobot_statistics(folder)
 
 
 @pytest.mark.parametrize("how", ["missing", "extra", "mis-shaped", "wrong family", "other model"])
@@ -412,7 +431,7 @@ def test_build_from_our_own_file(tmp_path):
 
 def test_build_from_a_folder_of_another_project(tmp_path, monkeypatch):
     folder = isaac_folder(tmp_path / "in")
-    monkeypatch.setitem(gr00t_files.EMBODIMENTS, "gr1", 2)
+    monkeypatch.setitem(gr00t_files.EMBODIMENTS, "agibot_genie1", 2)
     spec = spec_of(views=1, image_size=28, state_dim=6, action_dim=5)
     model = build(run_config(folder, tokens=30), spec)
     assert (
@@ -426,3 +445,22 @@ def test_build_from_a_folder_of_another_project(tmp_path, monkeypatch):
     assert out["actions"].shape == (2, 4, 5) and out["actions"].isfinite().all()
     with pytest.raises(UserError, match="--chunk 7 is longer than the 6 actions"):
         build(run_config(folder, chunk=7), spec)
+    with pytest.raises(UserError, match="has horizon = 6 and the run asks for 5"):
+        build(run_config(folder, horizon=5), spec)
+    assert models.assumptions(run_config(folder), spec) == ""
+    cfg = read_json(folder / "config.json")
+    del cfg["action_head_cfg"]["action_horizon"], cfg["action_head_cfg"]["num_inference_timesteps"]
+    (folder / "config.json").write_text(json.dumps(cfg))
+    said = models.assumptions(run_config(folder), spec)
+    assert "horizon = 16 (as published), denoise_steps = 4 (as published)\n" in said
+    assert build(run_config(folder, horizon=5), spec, weights="none").config.horizon == 5
+
+
+@pytest.mark.parametrize("tag", ["gr1", "maniskill_widowx"])
+def test_states_that_enter_as_sine_and_cosine_are_refused(tag, tmp_path):
+    folder, base = folder_of("isaac", tmp_path / "in")
+    metadata = folder / "experiment_cfg" / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("agibot_genie1", tag))
+    with pytest.raises(UserError, match=f"states of '{tag}' .* sine and cosine") as error:
+        gr00t_files.describe(folder, base=replace(base, embodiments=32))
+    assert "\n" not in str(error.value)

@@ -670,6 +670,36 @@ def test_the_robot_says_what_its_gripper_is_told(tmp_path, robot, name):
         build(settings(tmp_path / "theirs"), two)
 
 
+def test_what_rlinf_and_openvla_oft_leave_unsaid(tmp_path):
+    folder = write_folder(tmp_path / "theirs")
+    assert models.assumptions(settings(folder), spec()) == ""
+    says = json.loads((folder / "config.json").read_text())
+    del says["implement_version"], says["center_crop"], says["temperature"]
+    (folder / "config.json").write_text(json.dumps(says))
+    config = settings(folder)
+    line = models.assumptions(config, spec())
+    assert line.endswith(
+        "temperature = 1.6 (as published on LIBERO), center_crop = False (RLinf's), "
+        "stop_token = False (RLinf's)\n"
+    )
+    c = build(config, spec(), weights="none").config
+    assert (c.center_crop, c.stop_token) == (False, False)
+    del says["num_action_chunks"]  # RLinf's mark; the value head is another
+    (folder / "config.json").write_text(json.dumps(says))
+    assert "horizon = 8" in models.assumptions(config, spec())
+    config.rollout.horizon = 3
+    assert build(config, spec(), weights="none").config.stop_token is False
+    heads = [key for key in source.layout(folder) if key.startswith("value_head.")]
+    write_folder(folder, **dict.fromkeys(heads))
+    (folder / "config.json").write_text(json.dumps(says))
+    line = models.assumptions(config, spec())
+    assert "center_crop = True (openvla-oft's), stop_token = True (openvla-oft's)\n" in line
+    config.rollout.center_crop, config.rollout.stop_token = False, False
+    c = build(config, spec(), weights="none").config
+    assert (c.center_crop, c.stop_token, c.chunk) == (False, False, 3)
+    assert "crop" not in models.assumptions(config, spec())
+
+
 def test_folders_of_something_else_are_refused(tmp_path, tiny_checkpoint):
     folder = write_folder(tmp_path / "theirs")
     config = json.loads((folder / "config.json").read_text())
@@ -729,6 +759,19 @@ def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
         oft_files.read_statistics(tmp_path / "nothing")
     with pytest.raises(UserError, match="2 action dimensions"):
         bins.action_table({"q01": [0, 0], "q99": [1, 1], "mask": [True, True]}, 7)
+
+
+@pytest.mark.parametrize("file", ["dataset_statistics.json", "config.json"])
+def test_a_number_that_is_none_is_named_by_file_and_key(tmp_path, file):
+    folder = write_folder(tmp_path / "theirs")
+    says = json.loads((folder / file).read_text())
+    if file == "config.json":
+        says["text_config"]["rms_norm_eps"] = math.inf
+    else:
+        says["tiny_no_noops"]["action"]["q99"][2] = math.nan
+    (folder / file).write_text(json.dumps(says))
+    with pytest.raises(UserError, match=f"{file}: .*(q99.2 is nan|rms_norm_eps is inf), not a"):
+        build(settings(folder), spec(), weights="none")
 
 
 @pytest.mark.parametrize(

@@ -550,6 +550,7 @@ def test_build_loads_the_checkpoint_and_takes_the_run_s_settings(tiny_checkpoint
 @pytest.mark.parametrize("change", [{"image_size": 32}, {"views": 2}, {"action_dim": 7}])
 def test_build_refuses_another_simulator(tiny_checkpoint, change):
     config = Config()
+    config.env.cameras = change.get("views", 0)  # of two cameras the policy would see the first
     config.train.checkpoint = tiny_checkpoint
     with pytest.raises(UserError, match=next(iter(change))):
         build(config, spec(**change))

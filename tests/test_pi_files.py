@@ -4,7 +4,9 @@ and clear errors.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -318,6 +320,29 @@ def test_a_published_checkpoint_loads_acts_and_goes_back(family, layout, tmp_pat
     assert files(tmp_path / "saved") == files(folder)
 
 
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_names_of_older_transformers_are_known(layout, tmp_path):
+    folder = published("pi0", layout, tmp_path / "published")
+    model = build(settings("pi0", folder), SPEC)
+    file = folder / "model.safetensors"
+    older = {}
+    for key, x in load_file(file).items():
+        key = key.replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+        key = key.replace("paligemma.lm_head.", "paligemma.language_model.lm_head.")
+        older[key.replace("paligemma.model.", "paligemma.")] = x.clone()
+    assert not any("paligemma.model." in key for key in older)
+    save_file(older, file)
+    again = build(settings("pi0", folder), SPEC)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    pi_files.save(again, tmp_path / "saved", folder)
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == file.read_bytes()
+    save_file(older | {"normalize_inputs.buffer_observation_state.mean": torch.zeros(8)}, file)
+    with pytest.raises(UserError, match="migrate_policy_normalization.py"):
+        build(settings("pi0", folder), SPEC)
+
+
 @both
 def test_a_run_s_own_checkpoint_of_a_published_model(family, tmp_path):
     folder = published(family, "openpi", tmp_path / "published")
@@ -447,6 +472,64 @@ def test_the_state_stands_in_the_prompt_of_real_robots_or_where_config_says_so(
     )  # π0 has a state token
 
 
+@pytest.mark.parametrize(
+    "family, env, horizon", [("pi05", "libero", 10), ("pi0", "libero", 50), ("pi0", "metaworld", 5)]
+)
+def test_what_a_folder_does_not_say_is_assumed_and_said(family, env, horizon, tmp_path):
+    folder = published(family, "openpi", tmp_path / "published")
+    config = settings(family, folder)
+    config.train.env = env
+    for file in folder.rglob("norm_stats.json"):
+        if "libero" not in str(file):
+            file.unlink()
+    state = {"state": "not in the prompt"} if family == "pi05" else {}
+    assert ("state = not in the prompt" in models.assumptions(config, SPEC)) == bool(state)
+    (folder / "config.json").unlink()
+    line = models.assumptions(config, SPEC)
+    whose = "RLinf's in metaworld" if env == "metaworld" else "as published"
+    assert line.count("\n") == 1 and f"horizon = {horizon} ({whose})" in line
+    assert {"tokens", "denoise_steps", "noise_level", *state} <= set(line.split())
+    heads = {"vision_width": 36, "vision_heads": 3}  # which no published model has
+    assert build_sized(config, heads).chunk == horizon
+    config.rollout.horizon = 4
+    assert (
+        "horizon" not in models.assumptions(config, SPEC) and build_sized(config, heads).chunk == 4
+    )
+    config.rollout.horizon, config.rollout.chunk = None, horizon + 1
+    with pytest.raises(UserError, match="as is assumed: say with --horizon"):
+        models.assumptions(config, SPEC)
+
+
+def build_sized(config: Config, changes: dict) -> PiConfig:
+    with patch.dict(pi_files.FULL, {f: replace(c, **changes) for f, c in pi_files.FULL.items()}):
+        return build(config, SPEC, weights="none").config
+
+
+def test_a_horizon_that_the_checkpoint_denies_is_refused(tmp_path, tiny_checkpoint):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    with pytest.raises(UserError, match="has horizon = 6 and the run asks for 5"):
+        build(settings("pi05", folder, horizon=5), SPEC)
+    build(settings("pi05", folder, horizon=6), SPEC, weights="none")
+
+
+def test_lerobot_s_processors_may_leave_the_state_out_of_the_prompt(tmp_path):
+    folder = published("pi05", "lerobot", tmp_path / "published")
+    file = folder / "policy_preprocessor.json"
+    said = json.loads(file.read_text())
+    assert "state = in the prompt" in models.assumptions(settings("pi05", folder), SPEC)
+    said["steps"][-1]["config"] = {"include_state_in_prompt": False}
+    file.write_text(json.dumps(said))
+    assert "state" not in models.assumptions(settings("pi05", folder), SPEC)
+    stats = pi_files.read_processors(folder)
+    found = prepare("pi05", stats).words(np.zeros(8, np.float32), " pick_up\n")["tokens"]
+    words = prepare("pi05", stats).tokenizer.decode([i for i in found.tolist() if i][1:])
+    assert words == "Task: pick up;\nAction: "
+    said["steps"][-1]["config"] = {"use_episode_metadata": True}
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="speed and quality, which is not supported"):
+        pi_files.read_processors(folder)
+
+
 def test_statistics_of_another_robot_are_refused(tmp_path):
     for layout in ("openpi", "lerobot"):
         folder = published("pi05", layout, tmp_path / layout)
@@ -476,6 +559,49 @@ def test_files_that_say_something_else_are_named(tmp_path, file, contents):
     for found in [path for path in folder.rglob("*.json") if path.name == file]:
         found.write_text(contents)
     with pytest.raises(UserError, match=file) as error:
+        build(settings("pi05", folder), SPEC)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "file, contents, key",
+    [
+        ("config.json", '{"noise_level": #}', "noise_level is"),
+        ("config.json", '{"vision": {"num_attention_heads": [1, #]}}', "num_attention_heads.1 is"),
+        (
+            "norm_stats.json",
+            '{"norm_stats": {"state": {"q01": [0, #]}}}',
+            "norm_stats.state.q01.1 is",
+        ),
+    ],
+)
+def test_a_number_that_is_none_is_named_by_file_and_key(tmp_path, file, contents, key, number):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    for found in folder.rglob(file):
+        found.write_text(contents.replace("#", number))
+    with pytest.raises(UserError, match=f"cannot read .*{file}: .*{key} -?(nan|inf)") as error:
+        build(settings("pi05", folder), SPEC)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_statistics_that_are_no_numbers_are_named_by_file_and_key(tmp_path):
+    folder = published("pi05", "lerobot", tmp_path / "published")
+    file = next(folder.glob("policy_preprocessor_*.safetensors"))
+    tensors = {key: x.clone() for key, x in load_file(file).items()}
+    tensors["observation.state.q99"][1] = float("nan")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{file.name}: 'observation.state.q99' holds NaN") as error:
+        build(settings("pi05", folder), SPEC)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("says", [{"num_steps": -3}, {"num_steps": 10**9}, {"noise_level": "loud"}])
+def test_sizes_that_no_network_has_are_the_checkpoint_s_fault(tmp_path, says):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | says))
+    with pytest.raises(UserError, match="cannot read the configuration of checkpoint") as error:
         build(settings("pi05", folder), SPEC)
     assert "\n" not in str(error.value)
 

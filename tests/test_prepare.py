@@ -203,7 +203,7 @@ def test_a_resumed_checkpoint_that_cannot_be_read_leads_to_the_older_one(
     file = folder / "model.safetensors"
     if damage:
         weights = load_file(file)
-        meta = checkpoint.metadata(file)
+        meta = checkpoint.header(file)[1]
         damage(weights, meta)
         save_file(weights, file, meta)
     else:

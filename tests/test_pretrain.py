@@ -6,7 +6,7 @@ import torch
 
 import envs
 import pretrain
-from config import Config
+from config import Config, embedded_files
 from envs import metaworld
 from errors import UserError
 from models import build, checkpoint, tokenize
@@ -38,6 +38,7 @@ def test_a_tiny_pretraining_makes_a_checkpoint_that_loads(cli, tmp_path):
     status, output = cli("pretrain.py", f"--out {out} {flags}").finish()
     assert status == 0 and "Traceback" not in output, output
     header = checkpoint.read_header(out)
+    assert header.vocabulary == tokenize.fingerprint(out.with_name("tokenizer.model"))
     assert header.family == "pi05" and len(header.stats["state_low"]) == 4
     assert all(
         low <= high
@@ -68,3 +69,43 @@ def test_a_variable_that_is_left_over_is_named(monkeypatch):
     monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glx"})
     with pytest.raises(UserError, match="MUJOCO_GL=glx in the environment: unset MUJOCO_GL"):
         pretrain.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), PretrainConfig())
+
+
+def without_demonstrations(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the experts acted")
+
+    monkeypatch.setattr(pretrain, "gather", refuse)
+
+
+@pytest.mark.parametrize("family", ["pi05", "gr00t", "oft"])
+def test_nothing_is_overwritten_unasked(monkeypatch, tmp_path, family):
+    without_demonstrations(monkeypatch)
+    default, vocabulary = embedded_files(family, "metaworld")
+    shipped = default.read_bytes(), vocabulary.read_bytes()
+    with pytest.raises(UserError, match=f"{family}_metaworld.safetensors exists already .*--over"):
+        pretrain.main(PretrainConfig(model=family))
+    words = metaworld.PROMPTS | {"handle-press": "squeeze the purple lever"}
+    monkeypatch.setattr(metaworld, "PROMPTS", words)
+    with pytest.raises(UserError, match=f"{vocabulary.name} exists already and would become"):
+        pretrain.main(PretrainConfig(model=family, out=default.with_name("new.safetensors")))
+    assert shipped == (default.read_bytes(), vocabulary.read_bytes())
+    for out, overwrite in ((tmp_path / "new.safetensors", False), (default, True)):
+        with pytest.raises(AssertionError, match="the experts acted"):
+            pretrain.main(PretrainConfig(model=family, out=out, overwrite=overwrite))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05", "gr00t", "oft"])
+def test_a_model_knows_as_many_words_as_its_prompts_have(monkeypatch, tmp_path, family):
+    more = {"handle-press": "squeeze every purple lever"}
+    monkeypatch.setattr(metaworld, "PROMPTS", metaworld.PROMPTS | more)
+    spec = metaworld.spec(("handle-press",), 64)
+    model = pretrain.make_model(PretrainConfig(model=family), spec, tmp_path / "t.model")
+    words = tokenize.load(str(tmp_path / "t.model")).vocab_size()
+    assert words > PiConfig.vocabulary and len(model.embed_tokens.weight) >= words
+    long = {"handle-press": "press the handle down " * 10}
+    monkeypatch.setattr(metaworld, "PROMPTS", metaworld.PROMPTS | long)
+    spec = metaworld.spec(("handle-press",), 64)
+    with pytest.raises(UserError, match="the model has room for"):
+        pretrain.make_model(PretrainConfig(model=family), spec, tmp_path / "long.model")

@@ -47,7 +47,10 @@ EMBODIMENTS = {
     "isaaclab_franka": 31,
     "maniskill_widowx": 30,
 }
-
+# Of these their own code gives the model sine and cosine of the state (Isaac-GR00T
+# gr00t/experiment/data_config.py: Fourier's GR-1; RLinf modality_config.py: WidowX). LeRobot scales
+# every state by its ends.
+SINE_AND_COSINE = ("gr1", "maniskill_widowx")
 
 EAGLE = "backbone.eagle_model"
 HEAD = "action_head"
@@ -198,6 +201,18 @@ def parts_of(cfg: dict) -> dict[str, dict]:
     }
 
 
+def said_by(cfg: dict) -> dict[str, Any]:
+    """What a config.json says of our fields: {field: value}."""
+    parts = parts_of(cfg)
+    found = {ours: parts[part].get(theirs) for ours, (part, theirs) in SAID.items()}
+    # Most of our values have one place in the file. Three are looked for in two, or are a list.
+    size = parts["eagle"].get("force_image_size") or parts["vision"].get("image_size")
+    depth = parts["backbone"].get("select_layer") or parts["text"].get("num_hidden_layers")
+    values = parts["rl"].get("value_hidden_sizes")
+    found |= {"image_size": size, "depth": depth, "value_widths": values and tuple(values)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
     """Configuration from a config.json; what it does not say is as in `base`.
 
@@ -208,15 +223,7 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
         says = parts[part].get(name, value)
         known = f"this GR00T has {name} = {says!r}, and only N1.5's {value!r} is known"
         require(says == value, known)
-
-    # Most of our values have one place in the file. Three are looked for in two, or are a list.
-    given = {ours: parts[part].get(theirs) for ours, (part, theirs) in SAID.items()}
-    size = parts["eagle"].get("force_image_size") or parts["vision"].get("image_size")
-    depth = parts["backbone"].get("select_layer") or parts["text"].get("num_hidden_layers")
-    values = parts["rl"].get("value_hidden_sizes")
-    given |= {"image_size": size, "depth": depth, "value_widths": values and tuple(values)}
-    c = replace(base, **{name: value for name, value in given.items() if value is not None})
-
+    c = replace(base, **said_by(cfg))
     head = parts["head"]
     output = parts["dit"].get("output_dim", c.hidden)
     widths = (head.get("input_embedding_dim", c.dit_width), output)
@@ -266,8 +273,9 @@ def lerobot_statistics(folder: Path) -> tuple[str, dict[str, int], dict]:
     with understood(f"GR00T's statistics from {path}"):
         steps = {step.get("registry_name", ""): step for step in read_json(path)["steps"]}
         step = [steps[name] for name in steps if name.startswith("groot_pack_inputs")][0]
-        tensors = load_file(folder / step["state_file"])
-        stats = {end: tensors[key].float().flatten().tolist() for end, key in STATISTICS.items()}
+        file = folder / step["state_file"]
+        tensors = load_file(file)
+        stats = {end: source.numbers(file, tensors, key) for end, key in STATISTICS.items()}
         return step["config"]["embodiment_tag"], step["config"]["embodiment_mapping"], stats
 
 
@@ -300,6 +308,9 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
     tag = tag or said
     # LeRobot would silently take row 0 for an unknown one.
     require(tag in table, f"unknown embodiment {tag!r}: GR00T knows {', '.join(table)}")
+    waves = f"the states of {tag!r} enter the model of {folder} as sine and cosine"
+    known = kind == "lerobot" or tag not in SINE_AND_COSINE
+    require(known, f"{waves}, which is not supported: give a checkpoint of another embodiment")
     number = table[tag]
     action_dim = len(stats["action_low"])
     require(
@@ -319,13 +330,17 @@ def describe(folder: str | Path, tag: str = "", base: Gr00tConfig = FULL["gr00t"
 def published(path: Path, family: str, config, spec) -> Found:
     """What another project's checkpoint says of itself, made to fit the run. Raises UserError."""
     found = describe(path, config.train.statistics)
+    said = said_by(read_json(path / "config.json"))
+    settings = ("horizon", "denoise_steps", "noise_level")
+    defaults = {name: (getattr(found.shape, name), "as published") for name in settings}
+    shape, assumed = source.filled(found.shape, said, defaults, config.rollout)
     chunk = config.rollout.chunk
-    most = found.shape.horizon
+    most = shape.horizon
     require(
         chunk <= most,
         f"--chunk {chunk} is longer than the {most} actions that checkpoint {path} produces",
     )
-    return found._replace(shape=replace(found.shape, chunk=chunk))
+    return found._replace(shape=replace(shape, chunk=chunk), assumed=found.assumed | assumed)
 
 
 def normalise(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -493,4 +508,5 @@ def wording(task: str) -> str:
 
 
 def embedded(family: str, tokenizer: str) -> Gr00t:
-    return Gr00t(Gr00tConfig(train_vlm=True))
+    words = tokenize.load(tokenizer).vocab_size()  # the next one stands for a picture
+    return Gr00t(Gr00tConfig(train_vlm=True, vocabulary=words + 1, image_token=words))

@@ -245,8 +245,19 @@ def published(path: Path, family: str, config, spec) -> Found:
     check_decoding(Path(path))
     stats = read_statistics(path, config.train.statistics)
     c = replace(config_of(path), train="full", action_dim=len(stats["q01"]))
-    assumed = {}
-    if "num_images_in_input" not in read_json(Path(path) / "config.json"):
+    # RLinf, whose settings or value head a folder has, decodes without </s> and shows the whole
+    # picture; openvla-oft does neither.
+    says = read_json(Path(path) / "config.json")
+    heads = any(key.startswith("value_head.") for key in source.layout(path))
+    rlinf = heads or "num_action_chunks" in says
+    whose = "RLinf's" if rlinf else "openvla-oft's"
+    names = ("chunk", "tokens", "temperature")
+    defaults = {name: (getattr(c, name), "as published on LIBERO") for name in names}
+    defaults |= {name: (not rlinf, whose) for name in ("center_crop", "stop_token")}
+    theirs = FIELDS | {"stop_token": "implement_version"}
+    said = {ours for ours, name in theirs.items() if says.get(name) is not None}
+    c, assumed = source.filled(c, said, defaults, config.rollout)
+    if "num_images_in_input" not in says:
         # Nor do the weights say how many cameras there are: positions alone tell tokens apart.
         c = replace(c, views=config.env.cameras or 1)
         if not config.env.cameras and spec.views > 1:

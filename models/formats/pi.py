@@ -110,6 +110,9 @@ FIELDS = {  # of a config.json, ours ← theirs: openpi's, then LeRobot's name
     "executed_steps": ("action_chunk",),
     "executed_dims": ("action_env_dim",),
 }
+# RLinf's folders have no config.json. In these simulators both of its models predict 5 actions at
+# once, elsewhere as many as openpi's (rlinf/models/embodiment/openpi/dataconfig).
+RLINF_HORIZON = {"metaworld": 5, "robocasa": 5}
 
 
 def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiConfig:
@@ -193,11 +196,24 @@ def published(path: Path, family: str, config, spec) -> Found:
     folder = path if path.is_dir() else path.parent
     stored = source.layout(path)
     kind = which(path, stored)
+    require(
+        not any(key.startswith("normalize_") for key in stored),
+        f"checkpoint {path} keeps statistics among its weights, as older LeRobot did: convert it "
+        "with LeRobot's lerobot/processor/migrate_policy_normalization.py",
+    )
     file = folder / "config.json"
     says = read_json(file) if file.is_file() else {}
     chunk = config.rollout.chunk
+    train = config.train
     with understood(file):
         shape = shape_of(path, stored, says)
+        found = {name for name, value in says.items() if value is not None}
+        said = {ours for ours, theirs in FIELDS.items() if found.intersection(theirs)}
+        settings = ("chunk", "tokens", "denoise_steps", "noise_level")
+        defaults = {name: (getattr(shape, name), "as published") for name in settings}
+        if not kind.startswith("lerobot") and train.env in RLINF_HORIZON:
+            defaults["chunk"] = RLINF_HORIZON[train.env], f"RLinf's in {train.env}"
+        shape, assumed = source.filled(shape, said, defaults, config.rollout)
         trained = cameras_of(says)
         views = config.env.cameras or min(trained or spec.views, spec.views)
         has = "pi05" if shape.pi05 else "pi0"
@@ -211,17 +227,22 @@ def published(path: Path, family: str, config, spec) -> Found:
             ("cameras", views, trained or 3),
         ):
             sentence = f"the run asks for {wanted} {what} and checkpoint {path} has {most}"
+            if most == shape.chunk and "horizon" in assumed:
+                sentence += ", as is assumed: say with --horizon how many it was trained with"
             require(wanted <= most, sentence)
     shape = replace(shape, views=views, executed_steps=chunk, executed_dims=spec.action_dim)
-    assumed = {}
     if not (trained or config.env.cameras) and spec.views > 1:
         assumed["cameras"] = f"{views} (all, as openpi and RLinf show in this simulator)"
     if kind.startswith("lerobot"):
         stats = read_processors(folder)
+        if stats["prompt"] == "state":
+            assumed["state"] = "in the prompt without padding (LeRobot since March 2026)"
     else:
         in_prompt = says.get("discrete_state_input")
-        train = config.train
         stats = read_norm_stats(folder, shape.pi05, train.env, train.statistics, in_prompt)
+        if shape.pi05 and in_prompt is None:
+            place = "in the prompt" if stats["prompt"] == "state" else "not in the prompt"
+            assumed["state"] = f"{place} (openpi's and RLinf's for such a robot)"
     # Statistics may be padded, to 32 for instance.
     wishes = (("state", spec.state_dim, 14), ("actions", spec.action_dim, spec.action_dim))
     for name, wanted, padded in wishes:
@@ -302,12 +323,16 @@ def read_processors(folder: Path) -> dict:
             state_file = steps[step_name].get("state_file")
             mode = config.get("norm_map", {}).get(feature, "IDENTITY")
             needed = ENDS.get(mode.lower())
-        if "pi05_prepare_state_tokenizer_processor_step" in steps:
-            kinds["prompt"] = "state"
+        if step := steps.get("pi05_prepare_state_tokenizer_processor_step"):
+            words = step.get("config", {})
+            kinds["prompt"] = "state" if words.get("include_state_in_prompt", True) else "task"
+            told = f"{file} tells the model about speed and quality, which is not supported"
+            require(not words.get("use_episode_metadata"), told)
         require(needed is not None, f"{file} normalises {key} by {mode}, which is not supported")
         with understood(f"{' and '.join(needed)} of {key} in {state_file}, which {file} names"):
             tensors = load_file(folder / state_file) if needed else {}
-            values = {stat: tensors[f"{key}.{stat}"].tolist() for stat in needed}
+            place = folder / str(state_file)
+            values = {x: source.numbers(place, tensors, f"{key}.{x}") for x in needed}
         kinds[name] = {"kind": f"lerobot_{mode.lower()}", "eps": config.get("eps", 1e-8), **values}
     return kinds
 
@@ -364,12 +389,14 @@ def clean(task: str) -> str:
 
 def prompt(task: str, state: np.ndarray | None, layout: str = "openpi") -> tuple[str, ...]:
     """The texts whose tokens, one after the other, are the prompt. state [S] normalised, or None to
-    leave it out.
+    leave it out. layout: "task" is LeRobot's π0.5 with `include_state_in_prompt: false`.
 
     A state below -1 falls into bin -1, as in the original; one above 1 into bin 255."""
     if state is not None:
         bins = np.digitize(state, np.linspace(-1.0, 1.0, 257)[:-1]) - 1
         return (f"Task: {clean(task)}, State: {' '.join(map(str, bins))};\nAction: ",)
+    if layout == "task":
+        return (f"Task: {clean(task)};\nAction: ",)
     if layout == "lerobot":  # one text, the task as it is
         return (task if task.endswith("\n") else task + "\n",)
     return clean(task), "\n"
@@ -390,7 +417,9 @@ class Preparation(PreparationBase):
             texts = (tokenize.prompt(task, normal),) if c.pi05 else prompt(task, None)
         else:
             normal = normalise(state, self.stats["state"])
-            texts = prompt(task, normal if self.stats["prompt"] == "state" else None, self.layout)
+            kind = self.stats["prompt"]
+            layout = "task" if kind == "task" else self.layout
+            texts = prompt(task, normal if kind == "state" else None, layout)
         out = {"tokens": tokenize.encode(self.tokenizer, c.tokens, *texts)}
         if not c.pi05:
             has = len(normal)
@@ -443,4 +472,4 @@ def wording(task: str) -> str:
 
 
 def embedded(family: str, tokenizer: str) -> Pi:
-    return Pi(SMALL[family])
+    return Pi(replace(SMALL[family], vocabulary=tokenize.load(tokenizer).vocab_size()))

@@ -10,12 +10,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import _TYPES as DTYPES  # by its names in a header
 from torch.overrides import TorchFunctionMode
 
 from checks import read_json
@@ -25,19 +28,27 @@ from models.formats.names import Rules, rename
 INDEX = "model.safetensors.index.json"
 BLOCK = 64 * 2**20  # bytes moved at once
 SMALL = 64 * 2**20  # bytes; files up to this size (statistics, tokeniser, …) are copied along
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+# What wrappers put into a key, and what older transformers called it → what `rules` call it.
+SPELLINGS = (
+    (r"(^|(?<=\.))(_orig_mod|module)\.", ""),  # torch.compile; DistributedDataParallel
+    (r"(\.paligemma)\.language_model\.lm_head\.", r"\1.lm_head."),  # before transformers 4.52
+    (r"(\.paligemma)\.language_model\.model\.", r"\1.model.language_model."),
+    (r"(\.paligemma)\.(vision_tower|multi_modal_projector)\.", r"\1.model.\2."),
+)
+# Files of what is no checkpoint of safetensors: pattern of a name, what it is and what to do.
+ADAPTER = (
+    "a PEFT adapter without the model that it changes: merge them with peft's merge_and_unload, "
+    "and give the folder that save_pretrained then writes"
+)
+SAVED_BY_TORCH = "weights that torch saved: python -m models.convert FILE FOLDER converts them"
+OTHER_KINDS = {
+    "adapter_config.json": ADAPTER,
+    "adapter_model.*": ADAPTER,
+    **dict.fromkeys(("*.pt", "*.pth", "*.bin", "*.ckpt"), SAVED_BY_TORCH),
+    "*.distcp": "shards of FSDP: convert them with RLinf's convert_dcp_to_pt.py, then with "
+    "python -m models.convert",
+    "manifest.ocdbt": "weights of JAX: convert the folder above params/ with openpi's "
+    "examples/convert_jax_model_to_pytorch.py",
 }
 
 
@@ -73,6 +84,24 @@ class Found(NamedTuple):
     assumed: dict[str, str] = {}  # what its files do not say: value and why, by name of setting
 
 
+def filled(
+    shape: Any, said: Container[str], defaults: dict[str, tuple[Any, str]], rollout: Any
+) -> tuple[Any, dict[str, str]]:
+    """Gives a CONFIG what a checkpoint's files do not say of it: by the run's flags, or a default.
+
+    said: the fields that the files do say; defaults: {field: (value, whose it is)}. Returns the
+    CONFIG and `Found.assumed`."""
+    assumed = {}
+    for name in [name for name in defaults if name not in said]:
+        flag = "horizon" if name == "chunk" else name
+        value, why = defaults[name]
+        given = getattr(rollout, flag)
+        shape = replace(shape, **{name: value if given is None else given})
+        if given is None:
+            assumed[flag] = f"{value} ({why})"
+    return shape, assumed
+
+
 Part = Literal["all", "none", "training", "idle"]
 """which weights a process reads; `idle`: those that training with a cached prefix does not use"""
 
@@ -97,14 +126,40 @@ def sketch(network: type[torch.nn.Module], config) -> torch.nn.Module:
         return network(config)
 
 
+def numbers(file: Path, tensors: dict[str, torch.Tensor], key: str) -> list[float]:
+    """A tensor of statistics out of a file's. Raises UserError where it holds NaN or infinity."""
+    found = tensors[key].float().flatten()
+    require(found.isfinite().all(), f"cannot read {file}: {key!r} holds NaN or infinity")
+    return found.tolist()
+
+
 class Stored(NamedTuple):
     """Where a tensor lies on disk."""
 
     file: Path
+    key: str  # its name there
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
+
+
+def spelled(key: str) -> str:
+    """A key of a file as `rules` call it."""
+    for pattern, ours in SPELLINGS:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def other_kind(path: Path) -> str:
+    """What a file or folder is instead of safetensors, and what to do; "" where nobody knows.
+
+    RLinf's weights lie two folders below what it calls a checkpoint."""
+    for pattern, kind in OTHER_KINDS.items():
+        inside = (path.glob(depth + pattern) for depth in ("", "*/", "*/*/"))
+        if any(map(any, inside)) or path.is_file() and fnmatch(path.name, pattern):
+            return kind
+    return ""
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -133,41 +188,42 @@ def weight_map(path: str | Path) -> dict[str, str]:
         return {key: str(name) for key, name in read_json(index)["weight_map"].items()}
 
 
-def raw_header(file: Path) -> bytes:
-    """A safetensors file up to its tensors: a length (8 bytes, little-endian) and as much JSON."""
+def header(file: Path) -> tuple[bytes, dict[str, str], dict]:
+    """A safetensors file up to its tensors (a length of 8 bytes, little-endian, and as much JSON),
+    what it says of itself, and the entries of its tensors. Raises UserError."""
     try:
         with file.open("rb") as stream:
             length = stream.read(8)
-            return length + stream.read(min(int.from_bytes(length, "little"), 100_000_000))
+            head = length + stream.read(min(int.from_bytes(length, "little"), 100_000_000))
+        with safe_open(file, framework="pt") as whole:  # which checks it to its end
+            meta = whole.metadata() or {}
     except OSError as error:
         raise UserError(f"cannot read checkpoint {file}: {error}") from None
+    except SafetensorError as error:
+        why = f"not a safetensors file, truncated, or not what its header says ({error})"
+        of_run = file.parent.parent.name == "checkpoints"
+        older = f"; remove {file.parent} to use an older one" if of_run else ""
+        raise UserError(f"cannot read checkpoint {file}: it is {why}{older}") from None
+    entries = json.loads(head[8:])
+    entries.pop("__metadata__", None)
+    return head, meta, entries
 
 
 def layout(path: str | Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint by its key, from headers alone. Raises UserError if damaged."""
+    """Every tensor of a checkpoint by its key, `spelled` as in `rules`, from headers alone. Raises
+    UserError if damaged."""
     found = {}
     for file in weight_files(path):
-        head = raw_header(file)
-        size = len(head)  # bytes that the file should have
-        try:
-            entries = json.loads(head[8:])
-            entries.pop("__metadata__", None)
-            for key, entry in entries.items():
-                dtype = DTYPES[entry["dtype"]]
-                begin, end = (len(head) + offset for offset in entry["data_offsets"])
-                found[key] = Stored(file, dtype, tuple(entry["shape"]), begin, end)
-                size = max(size, end)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"cannot read checkpoint {file}: it is truncated or not a safetensors file"
-            ) from None
-        sentence = (
-            f"cannot read checkpoint {file}: truncated, or its size is not what its header says"
-        )
-        require(file.stat().st_size == size, sentence)
+        head, _, entries = header(file)
+        for key, entry in entries.items():
+            begin, end = (len(head) + offset for offset in entry["data_offsets"])
+            stored = Stored(file, key, DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+            twice = f"checkpoint {path} has {key!r} twice, under different names"
+            require(found.setdefault(spelled(key), stored) is stored, twice)
     for key, name in weight_map(path).items():
+        entry = found.get(spelled(key))
         require(
-            key in found and found[key].file.name == name,
+            entry and entry.file.name == name,
             f"checkpoint {path} has no tensor {key!r} in {name}, where {INDEX} says it is",
         )
     return found
@@ -251,13 +307,14 @@ def load(
         kind = dtype(name) if callable(dtype) else dtype
         new = torch.empty(old.shape, device=device, dtype=kind or stored[keys[0]].dtype)
         for key in keys:
-            rows = new[places[key].begin : places[key].end] if stored[key].shape else new.reshape(1)
-            for begin, end in pieces(stored[key]):
+            entry = stored[key]
+            rows = new[places[key].begin : places[key].end] if entry.shape else new.reshape(1)
+            for begin, end in pieces(entry):
                 # Opened anew for each piece: closing the file lets its mapped pages go, which
                 # otherwise count as memory in use.
-                with safe_open(stored[key].file, framework="pt") as file:
-                    scalar = not stored[key].shape
-                    piece = file.get_tensor(key) if scalar else file.get_slice(key)[begin:end]
+                with safe_open(entry.file, framework="pt") as file:
+                    whole = file.get_slice(entry.key) if entry.shape else None
+                    piece = whole[begin:end] if whole else file.get_tensor(entry.key)
                     rows[begin:end].copy_(piece)
                     del piece
         module, _, leaf = name.rpartition(".")
@@ -324,7 +381,7 @@ def write_like(
     have them."""
     here = sorted((entry.begin, key) for key, entry in stored.items() if entry.file == like)
     with out.open("wb") as stream, like.open("rb") as original:
-        stream.write(raw_header(like))
+        stream.write(header(like)[0])
         for _, key in here:
             entry = stored[key]
             if key not in parts:
