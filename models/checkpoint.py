@@ -63,7 +63,7 @@ def find(path: str | Path) -> Path:
 @contextlib.contextmanager
 def or_another(path: str | Path) -> Iterator[None]:
     """Adds to a UserError about a weights file what to use in its place."""
-    folder = Path(path).parent
+    folder = Path(path).parent.resolve()
     of_run = folder.parent.name == "checkpoints"
     instead = f"remove {folder} to use an older one" if of_run else "give another one"
     try:
@@ -204,8 +204,12 @@ def check_choice(statistics: str, path: Path) -> None:
 
 def run_of(path: str | Path) -> Path | None:
     """The run folder that a checkpoint of ours is in, if it is in one."""
-    file = find(path) if is_ours(path) else None
-    return file.parents[2] if file and file.parent.parent.name == "checkpoints" else None
+    if not is_ours(path):
+        return None
+    file = find(path)
+    folders = (file.parent.resolve(), file.resolve().parent)  # either may be a link
+    runs = [folder.parents[1] for folder in folders if folder.parent.name == "checkpoints"]
+    return next(iter(runs), None)
 
 
 def moved(file: Path, run: Path) -> list[Path]:

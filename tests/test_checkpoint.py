@@ -168,6 +168,18 @@ def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):
     )
 
 
+def test_a_checkpoint_is_of_its_run_however_it_is_named(monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    file = saved_with(run / "checkpoints/000001/model.safetensors")
+    for link, target in (("file.safetensors", file), ("folder", file.parent), ("again", run)):
+        (tmp_path / link).symlink_to(target)
+        assert checkpoint.run_of(tmp_path / link) == run
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint.run_of("000001") == run
+    monkeypatch.chdir("000001")
+    assert checkpoint.run_of(".") == checkpoint.run_of("model.safetensors") == run
+
+
 def test_half_a_checkpoint_is_never_found(tmp_path):
     folder = tmp_path / "checkpoints" / ".000001.partial"
     folder.mkdir(parents=True)
