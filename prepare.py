@@ -21,7 +21,7 @@ import machine
 import models
 import tuning
 from channel import SlotPool, Spec, layout
-from checks import Finite, Natural, flag_of, read_json
+from checks import Finite, Natural, Total, flag_of, read_json
 from config import (
     ROOT,
     STAGE_OF,
@@ -49,7 +49,7 @@ class State(TypedDict, closed=True):
     """state.json of a checkpoint."""
 
     version: Natural
-    seed: Natural
+    seed: Total
     settings: NotRequired[dict]  # settings that cannot change, by name
     scale: Finite  # what the loss remembers
     lines: NotRequired[list[Line]]  # the newest of metrics.jsonl, perhaps not yet written there

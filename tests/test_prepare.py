@@ -178,6 +178,9 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
     assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
+    largest = GOOD | {"seed": 2**63 - 1}  # that --seed takes
+    (folder / "state.json").write_text(json.dumps(largest))
+    assert prepare.resume_from(config)[1]["seed"] == largest["seed"]
 
 
 def lack(weights, meta):
