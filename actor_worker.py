@@ -45,7 +45,7 @@ def run(
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
-    saver = Saver(run_folder / "checkpoints", config.train.keep)
+    saver = Saver(run_folder / "checkpoints", config.train.keep, config.train.timeout_s)
     ledger = Ledger(resume["lines"] if resume else [], config.actor.update_epochs)
     publish(learner, channels, meter)
     meter.ready()

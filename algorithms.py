@@ -12,14 +12,17 @@ up. The actor has one value per chunk step, and so one advantage (all four publi
 Left out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
 """
 
+import json
 import math
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from checks import parse_json
 from config import Config
 from errors import require
 
@@ -87,8 +90,8 @@ class AdvantageScale:
     of earlier batches, whose value head knew less, is biased (measured: it turned the average
     advantage negative for twenty iterations)."""
 
-    decay: float
-    square: float = 1.0
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    square: Annotated[float, Field(ge=0, le=1e38)] = 1.0  # as float32 can hold
 
     def __call__(self, advantages: Tensor) -> Tensor:
         return advantages / (self.square**0.5 + 1e-6)
@@ -286,7 +289,9 @@ class Algorithm:
         return asdict(self.advantage_scale)
 
     def load(self, state: dict) -> None:
-        self.advantage_scale = AdvantageScale(**state)
+        """Raises UserError where no loss of this kind has returned it."""
+        known = parse_json(json.dumps(state), AdvantageScale, "what the loss remembers")
+        self.advantage_scale.square = known.square
 
 
 class Ppo(Algorithm):

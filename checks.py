@@ -20,7 +20,7 @@ WORDS = {
     "greater than": "more than",
     "less than or equal to": "at most",
     "Unexpected keyword argument": "is no field of it",
-    "Invalid JSON": "is no JSON",
+    "Invalid JSON": "is damaged, no JSON",
     "Value error, ": "",
 }
 
@@ -45,6 +45,10 @@ def finite(found: Any, key: str = "") -> Any:
 MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
+Total = Annotated[int, Field(ge=0, lt=2**63)]  # of a run of any length
+Size = Annotated[int, Field(ge=1, le=10**6)]  # of a network's layer
+Length = Annotated[int, Field(ge=1, le=4096)]  # of a picture or sequence that it sees
+Count = Annotated[int, Field(ge=1, le=1000)]  # of its layers and heads
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
@@ -91,20 +95,23 @@ def check_ranges(settings: Any) -> None:
         raise UserError(f"{flag_of(name)} {words}") from None
 
 
-def parse_json(text: str | bytes, kind: Any, what: object) -> Any:
+def parse_json(text: str | bytes, kind: Any, what: object, extra: str | None = "forbid") -> Any:
     """Reads JSON as a type. Raises UserError, which names `what` and the field, where there is no
-    such field, or its value is of another type or out of its range."""
+    such field, or its value is of another type or out of its range. extra: None where the type says
+    itself what further fields may be."""
     try:
-        return adapter(kind).validate_json(text, strict=True, extra="forbid")
+        return adapter(kind).validate_json(text, strict=True, extra=extra)
     except ValidationError as error:
         said = " ".join(mistake(error)).strip()
         raise UserError(f"cannot read {what}: {said}") from None
 
 
-def read_json(path: Path, kind: Any = Finite, what: object = "") -> Any:
+def read_json(
+    path: Path, kind: Any = Finite, what: object = "", extra: str | None = "forbid"
+) -> Any:
     """Reads a file as `parse_json`. Raises UserError, which names the file or `what`."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {what or path}: {error.strerror}") from None
-    return parse_json(text, kind, what or path)
+    return parse_json(text, kind, what or path, extra)

@@ -1,5 +1,6 @@
 """Follows a run to its end. Read `Follower.follow` first."""
 
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from evaluation import Evaluations
 from metrics import Interval
 from output import disk_trouble
 from prepare import Setup
-from processes import Crew, WorkerFailed
+from processes import Crew, Interrupts, WorkerFailed
 from run_folder import RunFolder
 from tuning import Tuner
 
@@ -38,7 +39,7 @@ class Follower:
     crew: Crew
     channels: Channels
     reports: Connection  # lines and the last word of the first actor worker
-    interrupts: list[float]  # monotonic seconds of every Ctrl-C
+    interrupts: Interrupts
     tracker: Any  # the W&B run, or None
     tuner: Tuner
 
@@ -184,18 +185,19 @@ class Follower:
                 self.tracker = None
 
     def interrupt(self) -> End | None:
-        """Lets the actor save at the first interrupt; stops at once at the second, or at
+        """Lets the actor save at the first interrupt; stops at once at a second Ctrl-C, or at
         start-up."""
+        if self.interrupts.twice and not self.reports.poll():  # else "saved" may come first
+            return End("interrupted twice: stopped without saving", 130)
         if self.channels.plane.version >= self.config.train.iterations:
-            return None  # all is trained and saved
+            return None  # all is trained, and being saved
         if self.interval is None:
             if self.setup.resume:
                 return End(f"interrupted; {self.advice}", 130)
             return End("interrupted before anything was trained", 130)
-        if len(self.interrupts) > 1 and not self.reports.poll():  # else "saved" may come first
-            return End("interrupted twice: stopped without saving", 130)
         if self.channels.counters.get(0, "stop") < 2:
-            then = "Ctrl-C again stops without saving"
+            often = "again" if signal.SIGINT in self.interrupts else "twice"
+            then = f"Ctrl-C {often} stops without saving"
             print(f"saving what was published last; {then}", flush=True)
         self.ask_to_save(2.0)
         return None

@@ -15,7 +15,6 @@ import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
 from config import Config
-from errors import require
 from models import checkpoint, contract
 from proximal import ExactProximal
 from ranks import Ranks
@@ -299,14 +298,9 @@ class Learner:
         self.algorithm.load(resume["scale"])
         saved = Path(self.config.train.checkpoint) / "optimizer.pt"
         sizes = [parameter.shape for parameter in (*self.policy, *self.critic)]
-        remembered = checkpoint.read_optimizer(saved, sizes, self.device)
-        states = remembered["state"].items()
-        broken = checkpoint.not_finite({f"{n} {k}": x for n, s in states for k, x in s.items()})
-        older = f"remove {saved.parent} to continue from an older checkpoint"
-        require(not broken, f"{saved}: its tensor {broken} holds NaN or infinity; {older}")
-        self.optimizer.load_state_dict(remembered)
-        for group in self.optimizer.param_groups:  # a flag given on resuming counts
-            group["weight_decay"] = self.config.actor.weight_decay
+        state = checkpoint.read_optimizer(saved, sizes, self.device)
+        groups = self.optimizer.state_dict()["param_groups"]  # a flag given on resuming counts
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ def never_fail() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w"), "utf-8", "replace"))
         elif stream is getattr(sys, f"__{name}__"):
             with contextlib.suppress(OSError):
                 stream.flush()

@@ -10,11 +10,10 @@ from a `Setup`.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
-from pydantic import AfterValidator
 from typing_extensions import TypedDict
 
 import envs
@@ -22,7 +21,7 @@ import machine
 import models
 import tuning
 from channel import SlotPool, Spec, layout
-from checks import Finite, Natural, flag_of, read_json
+from checks import Finite, Natural, Total, flag_of, read_json
 from config import (
     ROOT,
     STAGE_OF,
@@ -31,6 +30,7 @@ from config import (
     check_by_themselves,
     completed,
     embedded_files,
+    expanded,
     loss_of,
     run_path,
     setting,
@@ -39,27 +39,17 @@ from config import (
 )
 from errors import require, understood
 from models import checkpoint, contract, untrained
-from run_folder import lines_until
+from run_folder import Line, lines_until
 from scheduler import Admission, Placement, divide
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 
 
-def numbered(line: dict) -> dict:
-    """Raises ValueError for what is no line of metrics.jsonl."""
-    if type(line.get("version")) is not int:
-        raise ValueError("a line has no version")
-    return line
-
-
-Line = Annotated[dict, AfterValidator(numbered)]
-
-
-class State(TypedDict):
+class State(TypedDict, closed=True):
     """state.json of a checkpoint."""
 
     version: Natural
-    seed: Natural
+    seed: Total
     settings: NotRequired[dict]  # settings that cannot change, by name
     scale: Finite  # what the loss remembers
     lines: NotRequired[list[Line]]  # the newest of metrics.jsonl, perhaps not yet written there
@@ -93,9 +83,9 @@ class Setup:
         return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
 
     def pool_gb(self) -> float:
-        """Host memory of the training slots."""
+        """Host memory of the slots."""
         on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
-        return layout(on_host, Admission.of(self.config).slots)[1] / 1e9
+        return layout(on_host, self.slot_count)[1] / 1e9
 
 
 def prepare(config: Config) -> Setup:
@@ -127,6 +117,7 @@ def prepare(config: Config) -> Setup:
     for ratio, (chosen, divided) in options.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), divided
     if resume and config.train.checkpoint:
+        checkpoint.check_finite(config.train.checkpoint)
         check_memory_of(config, spec, model, resume)
     setup = Setup(
         config=config,
@@ -144,7 +135,7 @@ def prepare(config: Config) -> Setup:
     has = machine.memory() / 1e9
     needs = f"the slots need {setup.pool_gb():.1f} GB of memory, and this machine has {has:.1f} GB"
     enough = setup.pool_gb() < has or config.train.memory_report
-    require(enough, f"{needs}: lower --envs, --batch, --segment or --max-staleness")
+    require(enough, f"{needs}: lower --envs, --eval-envs, --batch, --segment or --max-staleness")
     return setup
 
 
@@ -158,9 +149,7 @@ def find_start(
     train = config.train
     tasks = filter(None, (train.suite, *train.tasks))
     config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
-    for name in ("checkpoint", "tokenizer"):
-        if path := setting(config, name):
-            config = completed(config, **{name: Path(os.path.expanduser(path))})
+    config.train = expanded(config.train)
     shipped, vocabulary = embedded_files(train.model, train.env)
     has_files = models.load(train.model).FORMATS is not None
     note = ""
@@ -178,10 +167,11 @@ def find_start(
         config = completed(config, image_size=image_size or SMALL_PICTURE)
         return config, given, resume, note
 
+    if resume:
+        checkpoint.read_header(checkpoint.find(found))
     models.check_family(train.model, found)
-    ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
-    alone = f"--statistics {train.statistics} is for another project's checkpoint"
-    require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
+    if not (resume and checkpoint.published(found)):
+        checkpoint.check_choice(train.statistics, found)
     theirs = simulator.spec(config.train.tasks, 0).picture
     image_size = image_size or checkpoint.frame_size(found, theirs)
     name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
@@ -197,6 +187,7 @@ def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
     sizes = config.rollout.chunk, config.rollout.tokens or 0
     runs = ROOT / "runs"
     if not os.access(runs if runs.exists() else ROOT, os.W_OK):
+        require(config.train.run, f"cannot write {runs}: give --run PATH, where you may write")
         runs = run_path(config.train.run).parent  # a checkout that all may read and nobody write
     made, words = untrained.start(runs, config.train.model, spec, spec.state_range, *sizes)
     return completed(config, image_size=image_size, checkpoint=made, tokenizer=words)
@@ -208,7 +199,7 @@ def resume_from(config: Config) -> tuple[Path, State]:
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     what = f"{found / 'state.json'} (remove {found} to use an older one)"
-    resume = read_json(found / "state.json", State, what)
+    resume = read_json(found / "state.json", State, what, None)
     other = f"cannot read {what}: its version {resume['version']} is not its folder's"
     require(found.name.isdecimal() and resume["version"] == int(found.name), other)
     # What is trained decides what the optimizer remembers.

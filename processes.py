@@ -10,6 +10,7 @@ ever ready, and the end of a rollout or an actor worker. Left out: replacing tho
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
@@ -134,8 +135,27 @@ def leave(*_) -> None:
     sys.exit()
 
 
-def note_interrupts() -> list[float]:
-    """Lets INTERRUPTS only leave their time in the list that is returned, from here on.
+class Interrupts(list[int]):
+    """The signals that told a run to save and end. A scheduler has several words for it, and says
+    them again; only a second Ctrl-C says more than the first."""
+
+    by_hand_at = -math.inf  # monotonic seconds of the newest Ctrl-C
+
+    def note(self, number: int, *_) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if now - self.by_hand_at <= 0.5:  # `timeout` and terminals may send it twice
+                return
+            self.by_hand_at = now
+        self.append(number)
+
+    @property
+    def twice(self) -> bool:
+        return self.count(signal.SIGINT) > 1
+
+
+def note_interrupts() -> Interrupts:
+    """Lets INTERRUPTS only be noted in what is returned, from here on.
 
     Starts the fork server too. Interrupts may reach it before it has handlers, so it inherits that
     they are blocked."""
@@ -145,15 +165,10 @@ def note_interrupts() -> list[float]:
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
     machine.shorten_temporary()
-    interrupts: list[float] = []
-
-    def note(*_) -> None:
-        # `timeout` and terminals may send one word twice.
-        if not interrupts or time.monotonic() - interrupts[-1] > 0.5:
-            interrupts.append(time.monotonic())
-
+    interrupts = Interrupts()
     for number in INTERRUPTS:
-        signal.signal(number, note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of `nohup`
+            signal.signal(number, interrupts.note)
     resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
     signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     forkserver.set_forkserver_preload(
@@ -177,11 +192,12 @@ def keep_interrupts() -> int:
     return heard
 
 
-def was_interrupted(heard: int) -> bool:
-    """Reads and closes what `keep_interrupts` has returned to the program before this one."""
-    noted = os.read(heard, 1)
+def kept_interrupts(heard: int) -> bytes:
+    """Reads and closes what `keep_interrupts` has returned to the program before this one. Returns
+    the signals that came."""
+    noted = os.read(heard, 100)
     os.close(heard)
-    return bool(noted)
+    return noted
 
 
 def replace_this_process(flags: list[str]) -> None:
@@ -362,8 +378,9 @@ class Crew:
     def stop(self) -> None:
         """Ends all workers. None outlives this call."""
         for process in self.processes.values():
-            if process.is_alive():
-                os.kill(process.pid, LEAVE)
+            with contextlib.suppress(ProcessLookupError):  # dead, and the fork server yet to say so
+                if process.is_alive():
+                    os.kill(process.pid, LEAVE)
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))

@@ -8,19 +8,49 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NotRequired
 
-from checks import parse_json, read_json
-from config import ROOT
+from typing_extensions import TypedDict
+
+from checks import FromZero, Natural, Share, Total, parse_json, read_json
+from config import ROOT, from_json
 from errors import UserError, require
 
 # A trace's rows are grouped: "weights" are transfers beside what a worker does.
 GROUPS = ("env", "rollout", "weights", "actor")
 # What was done, its start and end in monotonic seconds, and perhaps numbers that belong to it.
 Span = tuple[str, float, float] | tuple[str, float, float, dict]
+
+Number = int | float
+Numbers = NotRequired[dict[str, Number]]
+
+
+class Line(TypedDict, extra_items=Number | None):
+    """A line of metrics.jsonl: what must be there for a run to go on, and what is no number."""
+
+    version: Natural
+    iteration: Natural
+    time: FromZero
+    success_rate: Share | None
+    env_steps: Total
+    restarts: Total
+    collected: Total
+    trained_once: Total
+    discarded_by: dict[str, Total]
+    eval_version: NotRequired[Natural]
+    eval_success_rate: NotRequired[Share]
+    eval_per_task: Numbers
+    trajectories_per_task: Numbers
+    staleness_hist: Numbers
+    batch_size_hist: Numbers
+    queue_depths: Numbers
+    waits: Numbers
+    tuning: NotRequired[dict[str, Number | str]]
 
 
 class RunFolder:
@@ -38,9 +68,7 @@ class RunFolder:
         saved = newest_version(path) is not None
         instead = f"continue it with --resume {self.name} or" if saved else "it is not a run's:"
         exists = f"the run folder {path} exists: {instead} choose another --run"
-        # A run that was stopped before its first checkpoint may be started over.
-        ours = path.is_dir() and ((path / "checkpoints").is_dir() or not any(path.iterdir()))
-        require(resume or self.made or (ours and not saved), exists)
+        require(resume or self.made or may_begin(path), exists)
         try:
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             self.spans.mkdir(exist_ok=True)
@@ -56,7 +84,7 @@ class RunFolder:
         except OSError:  # a file system without locks
             pass
         if not resume:
-            for name in ("metrics.jsonl", "error.txt"):
+            for name in ("metrics.jsonl", "error.txt", "wandb.id"):
                 if (path / name).exists():
                     os.replace(path / name, path / f"{name}.old")
 
@@ -72,7 +100,7 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
         self.appended = time.monotonic()
 
-    def lines(self) -> list[dict]:
+    def lines(self) -> list[Line]:
         return read_metrics(self.path)
 
     def go_on_from(self, lines: list[dict]) -> None:
@@ -104,12 +132,31 @@ class RunFolder:
             write_trace(self.path / "trace.json", spans)
 
 
+def checkpoints(run: Path) -> list[Path]:
+    """Returns the folders of a run's checkpoints, the newest last. Each is named by its version: a
+    folder of another name, such as the copy 000003-best, is the user's."""
+    found = [path for path in run.glob("checkpoints/*/") if re.fullmatch("[0-9]{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def may_begin(path: Path) -> bool:
+    """Whether a folder is empty, or of a run of ours that was stopped before its first checkpoint.
+    Other projects have checkpoints/ and config.json, too."""
+    left = {file.name for file in path.iterdir()} if path.is_dir() else {"a file"}
+    with contextlib.suppress(UserError):
+        if "config.json" in left:
+            from_json(path / "config.json")
+        saved = any(not one.name.startswith(".") for one in path.glob("checkpoints/*"))
+        return not left or "checkpoints" in left and not saved
+    return False
+
+
 def newest_version(run: Path) -> int | None:
     """Returns that of a run's newest checkpoint, or None where there is none."""
-    return max((int(path.name) for path in run.glob("checkpoints/" + 6 * "[0-9]")), default=None)
+    return max((int(path.name) for path in checkpoints(run)), default=None)
 
 
-def read_metrics(run: Path) -> list[dict]:
+def read_metrics(run: Path) -> list[Line]:
     """Returns the whole lines of metrics.jsonl. The last one may be torn: it is being written just
     now, or its writer was killed. Raises UserError for what is no line of a run."""
     file = run / "metrics.jsonl"
@@ -117,7 +164,8 @@ def read_metrics(run: Path) -> list[dict]:
     found = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
-            found.append(parse_json(line, dict, f"line {number} of {file} (remove it)"))
+            what = f"line {number} of {file} (damaged, or of another version: remove it)"
+            found.append(parse_json(line, Line, what, None))
     return found
 
 

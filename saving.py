@@ -1,8 +1,11 @@
 """Writes checkpoints, in a thread of its own while training goes on."""
 
 import json
+import math
 import os
 import shutil
+import sys
+import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from metrics import Meter
 from models import checkpoint
+from run_folder import checkpoints
 
 
 class Snapshot(NamedTuple):
@@ -26,23 +30,27 @@ class Snapshot(NamedTuple):
 class Saver:
     """Writes one snapshot at a time and keeps the newest checkpoints."""
 
-    def __init__(self, folder: Path, keep: int):
-        """keep: how many checkpoints stay, or 0 for all."""
+    def __init__(self, folder: Path, keep: int, patience_s: float = 120.0):
+        """folder: RUN/checkpoints; keep: how many checkpoints stay, or 0 for all; patience_s: after
+        which a person is told whom all wait for."""
         self.folder = folder
         self.keep = keep
+        self.patience_s = patience_s
+        self.late = math.inf  # monotonic seconds, when that is to be said
         self.thread = ThreadPoolExecutor(1)
         self.writing: Future | None = None
 
     def begin(self, snapshot: Snapshot) -> Path:
         """Begins to write. `finish` must have been called since the last one."""
         self.writing = self.thread.submit(self.run, snapshot)
+        self.late = time.monotonic() + self.patience_s
         return self.folder / name_of(snapshot)
 
     def run(self, snapshot: Snapshot) -> None:
         write(snapshot, self.folder)
         if self.keep:
-            for old in sorted(self.folder.glob("[0-9]*"))[: -self.keep]:
-                shutil.rmtree(old)
+            for old in checkpoints(self.folder.parent)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)  # a file that is open may stay on NFS
 
     def finish(self, meter: Meter) -> None:
         """Waits until all is written, with signs of life, however long a slow disk takes. Raises
@@ -50,6 +58,10 @@ class Saver:
         while self.writing and not self.writing.done():
             with meter.work("checkpoint"):
                 wait([self.writing], 1.0)
+            if time.monotonic() > self.late:
+                self.late = math.inf
+                slow = f"a checkpoint is still being written after {self.patience_s:.0f} s"
+                print(f"{slow}: is {self.folder} on a disk that hangs?", file=sys.stderr)
         if self.writing:
             self.writing.result()
 

@@ -205,7 +205,7 @@ class Handover:
 
 
 def start_again(
-    ratio: str, folder: RunFolder, past: tuning.Past, interrupts: list[float], tracker
+    ratio: str, folder: RunFolder, past: tuning.Past, interrupts: processes.Interrupts, tracker
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
@@ -233,7 +233,7 @@ def unused_path() -> Path:
             time.sleep(0.2)
         except OSError as error:
             found = f"cannot write the run folder {path}: {error.strerror}"
-            raise UserError(f"{found}; choose another with --run") from None
+            raise UserError(f"{found}; give --run PATH, where you may write") from None
 
 
 def main(config: Config) -> int:
@@ -249,8 +249,8 @@ def main(config: Config) -> int:
     again = handover.heard is not None
     folder.clear(keep_trace=again)
     interrupts = processes.note_interrupts()
-    if again and processes.was_interrupted(handover.heard):
-        interrupts.append(time.monotonic())
+    for number in processes.kept_interrupts(handover.heard) if again else b"":
+        interrupts.note(number)
     tracker = mirror(setup.config, folder)
     folder.appended = handover.appended
     announce(setup, folder, again)
@@ -271,7 +271,7 @@ def main(config: Config) -> int:
 
 
 def run_crew(
-    setup: Setup, folder: RunFolder, interrupts: list[float], tracker, past: tuning.Past
+    setup: Setup, folder: RunFolder, interrupts: processes.Interrupts, tracker, past: tuning.Past
 ) -> End:
     """Starts all workers, follows them, and ends them."""
     channels = connect(setup)

@@ -84,6 +84,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     else:
         shape, layout, stats, _ = published(config, spec)
         stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
+        checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
         header = checkpoint.Header(name, asdict(shape), stats)
     stored = family.CONFIG(**header.shape)
     shape = replace(stored, **chosen(config, stored))
@@ -95,10 +96,9 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         parameter.data = parameter.data.to(model.dtype_of(key) or parameter.dtype)
     if ours:
         layout = checkpoint.own(path, model, family.NETWORK.HEADS)
-    source.load(model, path, layout, device, model.dtype_of, weights)
-    broken = checkpoint.not_finite(dict(model.named_parameters()))
-    found = f"checkpoint {path}: tensor {broken!r} holds NaN or infinity: give another one"
-    require(not broken, found)
+    with checkpoint.or_another(path):
+        source.load(model, path, layout, device, model.dtype_of, weights)
+        checkpoint.require_finite(path, dict(model.named_parameters()))
 
     # Begin anew what the checkpoint does not have, alike in every process
     torch.manual_seed(config.train.seed)

@@ -65,6 +65,19 @@ SMALL = (
     "--env-workers 2 --seed 3"
 )
 
+# What every line of metrics.jsonl has, of a run that has done nothing.
+LINE = {
+    "version": 1,
+    "iteration": 1,
+    "time": 1.0,
+    "success_rate": None,
+    "env_steps": 0,
+    "restarts": 0,
+    "collected": 0,
+    "trained_once": 0,
+    "discarded_by": {"restart": 0},
+}
+
 
 def tiny_pi(dtype: torch.dtype = torch.float32, **changes) -> Pi:
     """A π0.5 (with `pi05=False` a π0) of 50 thousand weights, none of them zero, so that every one

@@ -510,6 +510,37 @@ def test_checkpoints_are_written_from_a_copy_with_signs_of_life_and_the_newest_a
     assert torch.equal(load_file(newest / "model.safetensors")["policy.weight"], weights[2])
 
 
+def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_nothing(tmp_path):
+    folder = tmp_path / "checkpoints"
+    names = ("000001", "000001-best", "000002", "1", "999999", "1000000")
+    for name in names:
+        (folder / name).mkdir(parents=True)
+    saver = saving.Saver(folder, keep=1)
+    removed = []
+
+    def busy(path, ignore_errors=False):
+        removed.append(path.name)
+        if not ignore_errors:
+            raise OSError("device or resource busy")
+
+    with (
+        patch.object(saving, "write"),
+        patch.object(saving.shutil, "rmtree", busy),
+    ):
+        saver.run(None)
+    assert removed == ["000001", "000002", "999999"]
+
+
+def test_a_disk_that_hangs_is_named_once(tmp_path, capsys):
+    saver = saving.Saver(tmp_path / "checkpoints", 0, patience_s=0.5)
+    snapshot = saving.Snapshot(None, {}, {}, {"version": 1})
+    with patch.object(saving, "write", lambda *_: time.sleep(2.5)):
+        saver.begin(snapshot)
+        saver.finish(metrics.Meter("actor-0", 0, Counters(1, metrics.columns(0)), None))
+    said = capsys.readouterr().err
+    assert said.count("a checkpoint is still being written after 0 s: is ") == 1, said
+
+
 @pytest.mark.parametrize("written, saved", [(0, 1), (0, 2), (1, 2), (1, 1), (2, 2), (2, 1)])
 def test_a_launcher_that_dies_between_save_and_line_loses_no_line(tmp_path, written, saved):
     """It has written so many lines when it dies, and so many versions are saved."""

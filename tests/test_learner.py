@@ -795,6 +795,24 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
 
+def test_settings_are_the_flags_whatever_optimizer_pt_says_of_them(tmp_path):
+    config = Config()
+    learner = trained(Toy(), config)
+    config.train.checkpoint = write(learner.snapshot([]), tmp_path)
+    resume = json.loads((config.train.checkpoint / "state.json").read_text())
+    file = config.train.checkpoint / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    for group in saved["param_groups"]:
+        group |= {"eps": math.nan, "maximize": True, "betas": None, "lr": "x"}
+    torch.save(saved, file)
+    config.algorithm.advantage_memory = 0.5
+    again = learner_of(Toy(), config, resume=resume)
+    for group in again.optimizer.param_groups:
+        known = (group["eps"], group["maximize"], group["betas"])
+        assert known == (1e-8, False, (0.9, 0.95))
+    assert again.algorithm.advantage_scale == AdvantageScale(0.5, 0.7)
+
+
 def test_an_optimizer_that_cannot_be_read_is_named(tmp_path):
     config = Config()
     config.train.checkpoint = write(trained(Toy(), config).snapshot([]), tmp_path)

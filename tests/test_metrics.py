@@ -9,6 +9,7 @@ import re
 import time
 
 import pytest
+from conftest import LINE
 
 import metrics
 from channel import Counters
@@ -26,21 +27,25 @@ def counters() -> Counters:
 
 
 def line(version: int, **more) -> dict:
-    return {
-        "iteration": version,
-        "version": version,
-        "time": 60.0 * version,
-        "success_rate": 0.25,
-        "reward": 1.5,
-        "approx_kl": 0.0125,
-        "env_steps_per_s": 100.0,
-        "staleness_mean": 0.5,
-        "staleness_max": 1,
-        "bubble_env": 0.1,
-        "bubble_rollout": 0.2,
-        "bubble_actor": 0.3,
-        "waits": {"env:action": 0.1, "actor:trajectory": 0.3},
-    } | more
+    return (
+        LINE
+        | {
+            "iteration": version,
+            "version": version,
+            "time": 60.0 * version,
+            "success_rate": 0.25,
+            "reward": 1.5,
+            "approx_kl": 0.0125,
+            "env_steps_per_s": 100.0,
+            "staleness_mean": 0.5,
+            "staleness_max": 1,
+            "bubble_env": 0.1,
+            "bubble_rollout": 0.2,
+            "bubble_actor": 0.3,
+            "waits": {"env:action": 0.1, "actor:trajectory": 0.3},
+        }
+        | more
+    )
 
 
 def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):

@@ -41,6 +41,17 @@ def test_printing_never_ends_a_program(tmp_path, where, encoding):
         assert said.count("π0.5 ▇ é") == (6 if encoding == "utf-8" else 0)
 
 
+def test_a_closed_stream_takes_every_character_in_every_locale(tmp_path):
+    (tmp_path / "prints.py").write_text(PRINTS)
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | locale | {"PYTHONPATH": str(ROOT)}
+    shell = f"{sys.executable} prints.py >&-"
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 7 and "Traceback" not in done.stderr, done.stderr
+
+
 def test_every_entry_point_prints_so():
     files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     for name in files.stdout.split():

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from conftest import LINE
 
 import metrics
 import plan
@@ -408,7 +409,8 @@ def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True
         ]
     write_trace(folder / "trace.json", spans)
     lines = [
-        {"env_steps": 20 * i, "time": iteration * i, "batch_size_mean": 2.0, "weight_sync_s": 0.0}
+        LINE
+        | {"env_steps": 20 * i, "time": iteration * i, "batch_size_mean": 2.0, "weight_sync_s": 0.0}
         for i in range(1, 7)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -1,9 +1,13 @@
 """What flags become on this machine, before anything starts."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
+from conftest import LINE
+from safetensors.torch import load_file, save_file
 
 import models
 import prepare
@@ -12,6 +16,7 @@ from benchmarks.emulated import libero
 from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
 from errors import UserError
+from models import checkpoint
 from run_folder import read_metrics
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
@@ -115,6 +120,17 @@ def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
     with pytest.raises(UserError, match="slots need .* GB of memory, and this machine has 8.0 GB"):
         prepare.prepare(settings(*flags))
     prepare.prepare(settings(*flags, "--memory-report"))  # which only says so
+    monkeypatch.setattr(prepare.machine, "memory", lambda: 10**9)
+    prepare.prepare(settings())
+    with pytest.raises(UserError, match="slots need .* GB .* lower --envs, --eval-envs"):
+        prepare.prepare(settings("--eval-envs", "1000000"))
+
+
+def test_a_checkout_that_nobody_may_write_needs_a_run_elsewhere(monkeypatch):
+    monkeypatch.setattr(prepare.os, "access", lambda *_: False)
+    config = train.parse(["--env", "libero", "--envs", "8", "--batch", "16", "--minibatch", "8"])
+    with pytest.raises(UserError, match="cannot write .*: give --run PATH, where you may write"):
+        prepare.find_start(config, prepare.envs.load("emulated"))
 
 
 def test_statistics_are_for_another_project_s_checkpoint():
@@ -140,6 +156,7 @@ GOOD = {"version": 3, "seed": 1, "settings": {}, "scale": {}}
         GOOD | {"scale": {"x": float("nan")}},
         GOOD | {"settings": {"nonsense": 1}},
         GOOD | {"settings": None},
+        GOOD | {"more": 1},
         GOOD | {"lines": {}},
         GOOD | {"lines": [None]},
         GOOD | {"lines": [{"version": "3"}]},
@@ -161,16 +178,124 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
     assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
+    largest = GOOD | {"seed": 2**63 - 1}  # that --seed takes
+    (folder / "state.json").write_text(json.dumps(largest))
+    assert prepare.resume_from(config)[1]["seed"] == largest["seed"]
 
 
-@pytest.mark.parametrize("line", [b"\n", b"null\n", b"\xff\xfe\n", b"{\n", b"[" * 100_000 + b"\n"])
+def lack(weights, meta):
+    del weights["action_out_proj.bias"]
+
+
+def spoil(weights, meta):
+    weights["action_out_proj.bias"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lack, "has no tensor 'action_out_proj.bias'"),
+        (spoil, "tensor 'action_out_proj.bias' holds NaN"),
+        (lambda weights, meta: meta.update(shape="null"), "cannot read the header"),
+        (lambda weights, meta: meta.update(family="nobody"), "its family 'nobody' is none of"),
+        (lambda weights, meta: meta.clear(), "was not written by this project"),
+        (None, "has no model.safetensors"),
+    ],
+)
+def test_a_resumed_checkpoint_that_cannot_be_read_leads_to_the_older_one(
+    tmp_path, tiny_checkpoint, damage, words
+):
+    for version in ("000002", "000003"):
+        folder = tmp_path / "run/checkpoints" / version
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(GOOD))
+        shutil.copy(tiny_checkpoint, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    if damage:
+        weights = load_file(file)
+        meta = checkpoint.header(file)[1]
+        damage(weights, meta)
+        save_file(weights, file, meta)
+    else:
+        file.unlink()
+    flags = ["--envs", "8", "--batch", "16", "--minibatch", "8", "--checkpoint", tiny_checkpoint]
+    config = completed(train.parse([*map(str, flags)]), resume=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"({words}).*; remove {folder} to use an older") as error:
+        prepare.prepare(config)
+    assert "\n" not in str(error.value)
+
+
+def with_line(**changes) -> bytes:
+    return json.dumps(LINE | changes).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\n",
+        b"null\n",
+        b"\xff\xfe\n",
+        b"{\n",
+        b"[" * 100_000 + b"\n",
+        b"{}\n",
+        b'{"version": 1}\n',
+        with_line(version="three"),
+        with_line(version=math.nan),
+        with_line(version=2.0),
+        with_line(time=None),
+        with_line(collected="x"),
+        with_line(restarts=-1),
+        with_line(discarded_by=3),
+        with_line(discarded_by={"restart": "x"}),
+        with_line(success_rate="high"),
+        with_line(eval_version=None),
+        with_line(grad_norm="x"),
+        with_line(approx_kl={"a": 1}),
+        with_line(trajectories_per_task={"push": "x"}),
+    ],
+    ids=lambda line: line[:60].decode(errors="replace"),
+)
 def test_a_line_of_metrics_that_no_run_wrote_is_named(tmp_path, line):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"version": 1}\n' + line + b'{"version": 2}\n{"vers')
-    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl"):
+    file.write_bytes(with_line() + line + with_line(version=2) + b'{"vers')
+    with pytest.raises(UserError, match="line 2 of .*metrics.jsonl") as error:
         read_metrics(tmp_path)
-    file.write_bytes(b'{"version": 1}\n{"version": 2}\n{"vers')
-    assert read_metrics(tmp_path) == [{"version": 1}, {"version": 2}]
+    assert "\n" not in str(error.value)
+    more = {"version": 2, "ratio_max": math.inf, "tuning": {"batch_wait_ms": "inf"}, "lr": None}
+    file.write_bytes(with_line() + with_line(**more) + b'{"vers')
+    assert read_metrics(tmp_path) == [LINE, LINE | more]
+
+
+def test_lines_are_looked_at_before_a_run_is_touched(tmp_path):
+    folder = tmp_path / "run/checkpoints/000003"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    (folder / "state.json").write_text(json.dumps(GOOD))
+    (tmp_path / "run/metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="line 1 of .*metrics.jsonl"):
+        prepare.resume_from(completed(Config(), resume=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        {},
+        {"decay": 0.8, "square": "x"},
+        {"decay": 0.8, "square": None},
+        {"decay": 0.8, "square": []},
+        {"decay": 0.8, "square": -1.0},
+        {"decay": 0.8, "square": 1e40},
+        {"decay": 1.0, "square": 1.0},
+        {"decay": "x", "square": 1.0},
+        {"decay": 0.8, "square": 1.0, "more": 1},
+    ],
+    ids=str,
+)
+def test_what_no_loss_remembers_is_refused(tmp_path, scale):
+    config = completed(Config(), checkpoint=tmp_path / "000003")
+    with pytest.raises(UserError, match="cannot read .*remembers") as error:
+        prepare.check_memory_of(config, None, None, {"scale": scale})
+    assert "\n" not in str(error.value)
 
 
 def test_default_names_of_runs_that_start_at_once_differ(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ import signal
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ import torch
 from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
 
+import processes
 from channel import Counters, IndexQueue, SlotPool
 from config import ROOT, run_path
 from errors import UserError
+from follow import Follower
 from metrics import Meter, columns
-from processes import Crew, Failure, Job, WorkerFailed, may_pass
+from processes import Crew, Failure, Interrupts, Job, WorkerFailed, may_pass
 from run_folder import read_metrics
 
 QUICK = (
@@ -103,15 +106,88 @@ def test_a_run_is_trained_by_one_process_at_a_time(cli, tmp_path):
     assert status == 130 and "interrupted; saved" in output, output
 
 
-@pytest.mark.parametrize("word", [signal.SIGTERM, signal.SIGUSR1])
-def test_sigterm_to_all_processes_saves_too(endless, tmp_path, word):
-    """As `timeout` and cluster schedulers send it."""
+@pytest.mark.parametrize("words", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGTERM]])
+def test_sigterm_to_all_processes_saves_too(endless, tmp_path, words):
+    """As `timeout` and cluster schedulers send it, these also some time after a warning."""
     process = endless()
-    os.killpg(process.process.pid, word)
+    for word in words:
+        os.killpg(process.process.pid, word)
     status, output = process.finish(timeout=30)
     process.assert_nothing_left()
     assert status == 130 and "interrupted; saved" in output, output
     assert_clean_end(tmp_path / "x", output)
+
+
+@pytest.mark.parametrize(
+    "words, twice",
+    [
+        (["SIGUSR1", "SIGTERM", "SIGTERM", "SIGHUP"], False),  # as Slurm sends them
+        (["SIGTERM", "SIGINT"], False),
+        (["SIGINT", "SIGTERM"], False),
+        (["SIGINT", "SIGINT"], True),
+        (["SIGUSR1", "SIGINT", "SIGTERM", "SIGINT"], True),
+    ],
+)
+def test_only_a_second_ctrl_c_stops_without_saving(monkeypatch, words, twice):
+    interrupts = Interrupts()
+    for second, word in enumerate(words):
+        monkeypatch.setattr("time.monotonic", lambda second=second: float(second))
+        interrupts.note(signal.Signals[word], None)
+    assert interrupts and interrupts.twice == twice
+
+
+def test_a_word_that_comes_twice_at_once_is_one(monkeypatch):
+    interrupts = Interrupts()
+    monkeypatch.setattr("time.monotonic", lambda: 7.0)
+    interrupts.note(signal.SIGINT)
+    interrupts.note(signal.SIGINT)
+    assert not interrupts.twice
+
+
+def test_whoever_starts_a_run_with_nohup_may_log_out(monkeypatch):
+    before = {number: signal.getsignal(number) for number in processes.INTERRUPTS}
+    monkeypatch.setattr(processes.forkserver, "ensure_running", lambda: None)
+    monkeypatch.setattr(processes.forkserver, "set_forkserver_preload", lambda names: None)
+    monkeypatch.setattr(processes.machine, "shorten_temporary", lambda: None)
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        interrupts = processes.note_interrupts()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interrupts
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert list(interrupts) == [signal.SIGTERM]
+
+        # A terminal that is closed ends a run that was not started so.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        interrupts = processes.note_interrupts()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert list(interrupts) == [signal.SIGHUP]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_ctrl_c_twice_ends_a_run_whose_last_checkpoint_is_never_written():
+    """A disk may be dead. What has been said before counts more."""
+    interrupts = Interrupts()
+    news = [False]
+    follower = SimpleNamespace(
+        interrupts=interrupts,
+        reports=SimpleNamespace(poll=lambda: news[0]),
+        channels=SimpleNamespace(plane=SimpleNamespace(version=9)),
+        config=SimpleNamespace(train=SimpleNamespace(iterations=9)),
+    )
+    interrupts.append(signal.SIGINT)
+    assert Follower.interrupt(follower) is None
+    interrupts.append(signal.SIGTERM)
+    assert Follower.interrupt(follower) is None
+    interrupts.append(signal.SIGINT)
+    end = Follower.interrupt(follower)
+    assert end.status == 130 and end.message == "interrupted twice: stopped without saving"
+    news[0] = True
+    assert Follower.interrupt(follower) is None
 
 
 def test_ctrl_c_of_a_terminal_while_workers_start(endless, tmp_path):

@@ -637,6 +637,35 @@ def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"lr": 1}', "checkpoints/latest-checkpoint.pt": "", "metrics.jsonl": ""},
+        {"config.json": '{"lr": 1}', "checkpoints/.gitkeep": ""},
+        {"checkpoints/latest-checkpoint.pt": ""},
+        {"config.json": to_json(Config()), "checkpoints/000001-best/model.safetensors": ""},
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_project_is_left_alone(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="it is not a run's: choose another --run"):
+        RunFolder(tmp_path, resume=False)
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == set(files)
+
+
+def test_a_run_that_starts_over_is_another_one_to_weights_and_biases(tmp_path):
+    (tmp_path / "checkpoints/.000001.partial").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(to_json(Config()))
+    (tmp_path / "wandb.id").write_text("first")
+    RunFolder(tmp_path, resume=False)
+    assert not (tmp_path / "wandb.id").exists()
+    assert (tmp_path / "wandb.id.old").read_text() == "first"
+
+
+@pytest.mark.parametrize(
     "flags, words",
     [
         ("--no-such-flag", "no-such-flag"),
