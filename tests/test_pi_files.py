@@ -524,6 +524,7 @@ def test_lerobot_s_processors_may_leave_the_state_out_of_the_prompt(tmp_path):
     found = prepare("pi05", stats).words(np.zeros(8, np.float32), " pick_up\n")["tokens"]
     words = prepare("pi05", stats).tokenizer.decode([i for i in found.tolist() if i][1:])
     assert words == "Task: pick up;\nAction: "
+    build(settings("pi05", folder), SPEC, weights="none")  # such statistics may stand in a header
     said["steps"][-1]["config"] = {"use_episode_metadata": True}
     file.write_text(json.dumps(said))
     with pytest.raises(UserError, match="speed and quality, which is not supported"):

@@ -444,7 +444,7 @@ def scale(kind: str) -> Any:
 
 KINDS = tuple(scale(f"{project}_{mode}") for project in ("openpi", "lerobot") for mode in ENDS)
 Scale = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007  no `|` for a tuple
-Prompt = Literal["state", "newline"]
+Prompt = Literal["state", "newline", "task"]
 THEIRS = statistics(state=Scale, actions=Scale, prompt=Prompt, delta=list[bool])
 STATS = {"own": OWN, "openpi": THEIRS, "lerobot": THEIRS}
 
