@@ -766,6 +766,16 @@ def test_a_number_of_chunks_says_less_than_code(tmp_path, chunks, code, good):
         oft_files.check_decoding(folder)
 
 
+def test_statistics_that_do_not_go_together_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "theirs")
+    file = folder / "dataset_statistics.json"
+    said = json.loads(file.read_text())
+    next(iter(said.values()))["action"]["q01"].pop()
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="q01 and q99 of one length|q99 and q01 of one length"):
+        build(settings(folder), spec(), weights="none")
+
+
 def test_statistics_of_an_unknown_data_set_are_refused(tmp_path):
     (tmp_path / "dataset_statistics.json").write_text(json.dumps({"a": {"action": {}}, "b": {}}))
     for key, message in (

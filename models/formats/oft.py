@@ -201,8 +201,6 @@ def read_statistics(folder: str | Path, key: str = "") -> dict:
         require({"q01", "q99"} <= action.keys(), f"{what} lack the actions' q01 and q99")
         stats = {end: [float(x) for x in action[end]] for end in ("q01", "q99")}
         stats["mask"] = [bool(x) for x in action.get("mask", [True] * len(stats["q01"]))]
-    alike = len({len(x) for x in stats.values()}) == 1
-    require(alike, f"{what} have q01, q99 and mask of different lengths")
     return stats
 
 
