@@ -18,6 +18,7 @@ from torch import Tensor
 
 from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
+from errors import require
 from learner import Learner
 from metrics import Ledger, Meter
 from ranks import Ranks
@@ -45,48 +46,47 @@ def run(
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
-    saver = Saver(run_folder / "checkpoints", config.train.keep, config.train.timeout_s)
     ledger = Ledger(resume["lines"] if resume else [], config.actor.update_epochs)
     publish(learner, channels, meter)
     meter.ready()
     begun = time.monotonic()
+    folder = run_folder / "checkpoints"
+    with Saver(folder, config.train.keep, config.train.timeout_s, meter) as saver:
+        while learner.version < config.train.iterations:
+            if ranks.first and (saver.trouble or is_to_stop(channels, learner)):
+                save_and_wait_for_the_end(learner, saver, ledger, report)
 
-    while learner.version < config.train.iterations:
-        if ranks.first and is_to_stop(channels, learner):
-            save_and_wait_for_the_end(learner, saver, ledger, report, meter)
+            # Take in what has arrived; wait for more only when no micro-batch is complete.
+            inbox.receive(wait_s=0.0)
+            micro = streamer.next()
+            if micro is None and not streamer.done:
+                with meter.wait("trajectory"):  # whom a long one is due to, `processes.Crew` says
+                    inbox.receive(wait_s=1.0)
+                continue
 
-        # Take in what has arrived; wait for more only when no micro-batch is complete.
-        inbox.receive(wait_s=0.0)
-        micro = streamer.next()
-        if micro is None and not streamer.done:
-            with meter.wait("trajectory"):  # whom a long wait is due to, `processes.Crew` finds out
-                inbox.receive(wait_s=1.0)
-            continue
+            # Train it. The optimizer steps once its minibatch is complete.
+            if micro is not None:
+                numbers = {"slots": micro.slots, "epoch": micro.epoch, "minibatch": micro.minibatch}
+                with meter.work("train", **numbers):
+                    learner.train(inbox.read(micro, device), micro)
+                if micro.last and not finish_minibatch(learner, streamer, channels, meter):
+                    continue
 
-        # Train it. The optimizer steps once its minibatch is complete.
-        if micro is not None:
-            numbers = {"slots": micro.slots, "epoch": micro.epoch, "minibatch": micro.minibatch}
-            with meter.work("train", **numbers):
-                learner.train(inbox.read(micro, device), micro)
-            if micro.last:
-                finish_minibatch(learner, streamer, meter)
+            # Once the batch is complete, publish it, which also frees its slots, and report.
+            if streamer.done:
+                streamer.finish_batch()
+                learner.tally_accounts(inbox.take_accounts())
+                line = learner.finish_batch()
+                publish(learner, channels, meter)
+                line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
+                begun = time.monotonic()
+                line["queue_depths"] = {"finished": streamer.waiting}
+                if ranks.first:
+                    ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
+                    save_where_due(learner, saver, ledger, meter)
+                    report.send(line)
 
-        # Once the batch is complete, publish it, which also frees its slots, and report. Ranks meet
-        # in `finish_batch`, so that all of them are through with the slots before that.
-        if streamer.done:
-            streamer.finish_batch()
-            learner.tally_accounts(inbox.take_accounts())
-            line = learner.finish_batch()
-            publish(learner, channels, meter)
-            line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
-            begun = time.monotonic()
-            line["queue_depths"] = {"finished": streamer.waiting}
-            if ranks.first:
-                ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
-                save_where_due(learner, saver, ledger, meter)
-                report.send(line)
-
-    leave(learner, saver, report, meter)
+        leave(learner, saver, ledger, report, meter)
 
 
 def is_to_stop(channels: Channels, learner: Learner) -> bool:
@@ -96,22 +96,31 @@ def is_to_stop(channels: Channels, learner: Learner) -> bool:
     return stop > 1 or stop > 0 and not learner.updates
 
 
-def finish_minibatch(learner: Learner, streamer: Streamer, meter: Meter) -> None:
-    """Sums the gradients over ranks and steps the optimizer."""
+def finish_minibatch(
+    learner: Learner, streamer: Streamer, channels: Channels, meter: Meter
+) -> bool:
+    """Sums the gradients over ranks and steps the optimizer. Returns whether that is done: other
+    ranks may be long in coming, and the run be told to stop meanwhile."""
     ranks = learner.ranks
     with meter.wait("gradient") if ranks.several else meter.nothing:
+        for _ in ranks.meet():
+            meter.alive()
+            if ranks.first and is_to_stop(channels, learner):
+                return False
         ranks.sum_gradients(learner.parameters)
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():
         learner.spared += streamer.stop()
+    return True
 
 
 def save_where_due(learner: Learner, saver: Saver, ledger: Ledger, meter: Meter) -> None:
     if learner.should_save():
-        saver.finish(meter)  # the one before
-        with meter.work("checkpoint"):
-            saver.begin(learner.snapshot(ledger.lines))
+        saver.finish()  # the one before
+        if not saver.trouble:
+            with meter.work("checkpoint"):
+                saver.begin(learner.snapshot(ledger.lines))
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
@@ -129,23 +138,38 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
 
 
 def save_and_wait_for_the_end(
-    learner: Learner, saver: Saver, ledger: Ledger, report: Connection, meter: Meter
+    learner: Learner, saver: Saver, ledger: Ledger, report: Connection
 ) -> None:
     """Saves what was published last, without the updates of the batch under way."""
-    saver.finish(meter)  # the one before
     dropped = learner.drop_updates()
-    news = {"saved": str(saver.begin(learner.snapshot(ledger.lines)))}
-    saver.finish(meter)
+    news = save_last(learner, saver, ledger) | {"saved": str(saver.path)}
     report.send(news | {"dropped": dropped} if dropped else news)
     wait_to_be_ended()
 
 
-def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
+def save_last(learner: Learner, saver: Saver, ledger: Ledger) -> dict[str, str]:
+    """Ends the save under way, and saves this version unless that is done. Returns the "trouble"
+    that a disk made before. Raises UserError if it still does."""
+    saver.finish()
+    news = {"trouble": saver.trouble} if saver.trouble else {}
+    if saver.trouble or saver.version != learner.version:
+        saver.begin(learner.snapshot(ledger.lines))
+        saver.finish()
+        require(not saver.trouble, saver.trouble)
+    return news
+
+
+def leave(
+    learner: Learner, saver: Saver, ledger: Ledger, report: Connection | None, meter: Meter
+) -> None:
     """Ends the last save, and then tells the launcher, after all ranks have come here."""
-    saver.finish(meter)
-    learner.ranks.leave()
-    if learner.ranks.first:
-        report.send({"done": learner.version})
+    ranks = learner.ranks
+    news = save_last(learner, saver, ledger) if ranks.first else {}
+    for _ in ranks.meet():
+        meter.alive()
+    ranks.leave()
+    if ranks.first:
+        report.send({"done": learner.version} | news)
 
 
 def wait_to_be_ended() -> None:

@@ -238,6 +238,11 @@ class ActorConfig:
     cache_prefix: Annotated[bool, FLOW] = True
     """keep a frozen VLM's keys and values in the slots; False computes them again in every epoch"""
 
+    @property
+    def several_steps(self) -> bool:
+        """Whether a batch has several optimizer steps."""
+        return self.update_epochs * self.batch > self.minibatch
+
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:

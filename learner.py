@@ -187,8 +187,7 @@ class Learner:
             if self.proximal:
                 self.proximal.keep_weights()
             # A batch of one step alone is never left unfinished, and the first rank saves.
-            several = actor.update_epochs * actor.batch > actor.minibatch
-            if not self.updates and several and self.ranks.first:
+            if not self.updates and actor.several_steps and self.ranks.first:
                 self.keep()
             self.optimizer.step()
             self.updates += 1
@@ -238,7 +237,9 @@ class Learner:
             self.tally.add(reason, steps, "part")
 
     def finish_batch(self) -> dict:
-        """Ends version v and begins v + 1. Returns its part of a line of metrics.jsonl."""
+        """Ends version v and begins v + 1. Returns its part of a line of metrics.jsonl.
+
+        Ranks meet here: all are through with the batch's slots, which publishing frees."""
         self.tally.add("skipped", sum(self.steps[slot] for slot in self.spared))
         tally = self.ranks.combine(self.tally)
         self.version += 1

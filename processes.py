@@ -375,17 +375,30 @@ class Crew:
             silence = f"nothing happened for {now - self.last_work:.0f} s"
             raise WorkerFailed(f"{silence}: {', '.join(who)}")
 
-    def stop(self) -> None:
-        """Ends all workers. None outlives this call."""
-        for process in self.processes.values():
+    @property
+    def alive(self) -> dict[str, mp.Process]:
+        return {name: p for name, p in self.processes.items() if p.is_alive()}
+
+    def saves(self) -> bool:
+        """Whether a worker writes a checkpoint, and is not suspended."""
+        saving = [name for name in self.alive if self.counter(name, "saving")]
+        return any(time.monotonic() - self.counter(n, "time") < self.timeout for n in saving)
+
+    def stop(self, interrupts: Interrupts) -> None:
+        """Ends all workers. None outlives this call. Who writes a checkpoint has the time for it,
+        until somebody presses Ctrl-C twice."""
+        for process in self.alive.values():
             with contextlib.suppress(ProcessLookupError):  # dead, and the fork server yet to say so
-                if process.is_alive():
-                    os.kill(process.pid, LEAVE)
+                os.kill(process.pid, LEAVE)
+        if self.saves():
+            print("a checkpoint is being written; Ctrl-C twice stops without it", flush=True)
         deadline = time.monotonic() + 5.0
-        for process in self.processes.values():
-            process.join(max(0.0, deadline - time.monotonic()))
+        while self.alive and time.monotonic() < deadline:
+            connection.wait([process.sentinel for process in self.alive.values()], 0.25)
+            if self.saves() and not interrupts.twice:
+                deadline = time.monotonic() + 5.0
         # Who is left dies with the fork server. That may itself be suspended, and tell of no end.
-        if any(process.is_alive() for process in self.processes.values()):
+        if self.alive:
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
             for process in self.processes.values():
                 process.join()

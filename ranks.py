@@ -4,6 +4,8 @@ weights, because gradients are summed before every step.
 Left out: several machines, FSDP2 (the trainable weights are replicated).
 """
 
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,6 +42,16 @@ class Ranks:
     ) -> "Ranks":
         version = resume["version"] if resume else 0
         return cls(rank, config.actor.actor_workers, device, run_folder / ".spans", version)
+
+    def meet(self) -> Iterator[None]:
+        """Waits until all ranks have come here, and yields again and again meanwhile. The others'
+        calls wait silently; whoever has met has little to wait for."""
+        if self.several:
+            meeting = dist.all_reduce(torch.zeros(1, device=self.device), async_op=True)
+            while not meeting.is_completed():
+                yield
+                time.sleep(0.001)
+            meeting.wait()  # raises what went wrong
 
     def sum_gradients(self, parameters: list[Tensor]) -> None:
         """Sums gradients over ranks. The loss is already divided by the global count."""

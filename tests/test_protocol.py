@@ -29,6 +29,7 @@ from channel import Channels, Counters, LaneTable, SlotPool, fence
 from config import Config
 from envs import EnvSpec, Step
 from evaluation import Evaluations
+from models.checkpoint import Header
 from prepare import common_fields
 from scheduler import Admission, DynamicBatcher, Trajectories
 from weights import WeightPlane
@@ -181,18 +182,18 @@ class Ranks:
         self.several = self.count > 1
         self.meetings = 0
 
-    def meet(self) -> None:
+    def meet(self):
         self.meetings += 1
         met = self.run.met
         met[self.meetings] += 1
         while met[self.meetings] < self.count:
-            self.run.world.running.pause()
+            yield self.run.world.running.pause()
 
     def sum_gradients(self, parameters) -> None:
-        self.meet()
+        """They have met."""
 
     def leave(self) -> None:
-        self.meet()
+        """They have met."""
 
 
 class Learner:
@@ -227,7 +228,7 @@ class Learner:
         self.run.accounts.update(accounts)
 
     def finish_batch(self) -> dict:
-        self.ranks.meet()
+        list(self.ranks.meet())
         self.version += 1
         numbers = dict.fromkeys(("trained", "skipped", "trained_once"), 0)
         return numbers | {"version": self.version, "iteration": self.version, "discarded_by": {}}
@@ -362,6 +363,7 @@ class Run:
         put(models, "preparation", lambda *_: Preparation())
         put(models, "build", lambda *_: Policy())
         put(actor_worker, "Learner", functools.partial(Learner, self))
+        put(actor_worker, "save_last", lambda *_: {})
         put(actor_worker.Ranks, "of", functools.partial(Ranks, self))
         put(shard, "fence", self.fence)
         put(actor_worker, "fence", self.fence)
@@ -379,7 +381,8 @@ class Run:
 
     def start_env_worker(self, name: str) -> None:
         rank = int(name.removeprefix("env-"))
-        arguments = (rank, self.config, None, "cpu", self.channels, 0, self.meters[name])
+        header = Header("toy", {}, {})
+        arguments = (rank, self.config, header, "cpu", self.channels, 0, self.meters[name])
         self.world.start(name, functools.partial(env_worker.run, *arguments), mortal=True)
 
     def rollout_worker(self, rank: int):
