@@ -18,13 +18,13 @@ from torch import Tensor
 
 from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
-from errors import require
 from learner import Learner
 from metrics import Ledger, Meter
-from ranks import Ranks
+from ranks import Ranks, sum_gradients
 from saving import Saver
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from tally import Tally
 
 
 def run(
@@ -50,11 +50,10 @@ def run(
     publish(learner, channels, meter)
     meter.ready()
     begun = time.monotonic()
-    folder = run_folder / "checkpoints"
-    with Saver(folder, config.train.keep, config.train.timeout_s, meter) as saver:
+    with Saver(run_folder / "checkpoints", config.train, ledger, meter) as saver:
         while learner.version < config.train.iterations:
             if ranks.first and (saver.trouble or is_to_stop(channels, learner)):
-                save_and_wait_for_the_end(learner, saver, ledger, report)
+                save_and_wait_for_the_end(learner, saver, report)
 
             # Take in what has arrived; wait for more only when no micro-batch is complete.
             inbox.receive(wait_s=0.0)
@@ -75,7 +74,7 @@ def run(
             # Once the batch is complete, publish it, which also frees its slots, and report.
             if streamer.done:
                 streamer.finish_batch()
-                learner.tally_accounts(inbox.take_accounts())
+                inbox.settle(learner.tally)
                 line = learner.finish_batch()
                 publish(learner, channels, meter)
                 line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
@@ -83,10 +82,10 @@ def run(
                 line["queue_depths"] = {"finished": streamer.waiting}
                 if ranks.first:
                     ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
-                    save_where_due(learner, saver, ledger, meter)
+                    save_where_due(learner, saver)
                     report.send(line)
 
-        leave(learner, saver, ledger, report, meter)
+        leave(learner, saver, report, meter)
 
 
 def is_to_stop(channels: Channels, learner: Learner) -> bool:
@@ -102,12 +101,13 @@ def finish_minibatch(
     """Sums the gradients over ranks and steps the optimizer. Returns whether that is done: other
     ranks may be long in coming, and the run be told to stop meanwhile."""
     ranks = learner.ranks
-    with meter.wait("gradient") if ranks.several else meter.nothing:
-        for _ in ranks.meet():
-            meter.alive()
-            if ranks.first and is_to_stop(channels, learner):
-                return False
-        ranks.sum_gradients(learner.parameters)
+    if ranks.several:
+        with meter.wait("gradient"):
+            for _ in ranks.meet():
+                meter.alive()
+                if ranks.first and is_to_stop(channels, learner):
+                    return False
+            sum_gradients(learner.parameters)
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():
@@ -115,12 +115,11 @@ def finish_minibatch(
     return True
 
 
-def save_where_due(learner: Learner, saver: Saver, ledger: Ledger, meter: Meter) -> None:
+def save_where_due(learner: Learner, saver: Saver) -> None:
     if learner.should_save():
         saver.finish()  # the one before
         if not saver.trouble:
-            with meter.work("checkpoint"):
-                saver.begin(learner.snapshot(ledger.lines))
+            saver.begin(learner)
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
@@ -137,34 +136,17 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
             queue.put([Record(0, 0, WAKE, 0, 0)])
 
 
-def save_and_wait_for_the_end(
-    learner: Learner, saver: Saver, ledger: Ledger, report: Connection
-) -> None:
+def save_and_wait_for_the_end(learner: Learner, saver: Saver, report: Connection) -> None:
     """Saves what was published last, without the updates of the batch under way."""
-    dropped = learner.drop_updates()
-    news = save_last(learner, saver, ledger) | {"saved": str(saver.path)}
-    report.send(news | {"dropped": dropped} if dropped else news)
+    news = saver.save_last(learner) | {"saved": str(saver.path)}
+    report.send(news | {"dropped": learner.updates} if learner.updates else news)
     wait_to_be_ended()
 
 
-def save_last(learner: Learner, saver: Saver, ledger: Ledger) -> dict[str, str]:
-    """Ends the save under way, and saves this version unless that is done. Returns the "trouble"
-    that a disk made before. Raises UserError if it still does."""
-    saver.finish()
-    news = {"trouble": saver.trouble} if saver.trouble else {}
-    if saver.trouble or saver.version != learner.version:
-        saver.begin(learner.snapshot(ledger.lines))
-        saver.finish()
-        require(not saver.trouble, saver.trouble)
-    return news
-
-
-def leave(
-    learner: Learner, saver: Saver, ledger: Ledger, report: Connection | None, meter: Meter
-) -> None:
+def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
     """Ends the last save, and then tells the launcher, after all ranks have come here."""
     ranks = learner.ranks
-    news = save_last(learner, saver, ledger) if ranks.first else {}
+    news = saver.save_last(learner) if ranks.first else {}
     for _ in ranks.meet():
         meter.alive()
     ranks.leave()
@@ -240,11 +222,11 @@ class Inbox:
         self.accounts["after_end"] += together - int(length.sum())
         self.settled[lane] = self.arrays["collected"][lane]
 
-    def take_accounts(self) -> dict[str, int]:
-        """Returns the chunk steps that were lost since the last call, by reason."""
-        accounts = self.accounts
-        self.accounts = dict.fromkeys(accounts, 0)
-        return accounts
+    def settle(self, tally: Tally) -> None:
+        """Counts the chunk steps that were lost before they could be trained, since last time."""
+        for reason, steps in self.accounts.items():
+            tally.add(reason, steps, "part")
+        self.accounts = dict.fromkeys(self.accounts, 0)
 
     def read(self, micro: MicroBatch, device: str) -> dict[str, Tensor]:
         """Returns the trajectories of a micro-batch [n, rows, …], and how their groups ended."""

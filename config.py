@@ -239,9 +239,9 @@ class ActorConfig:
     """keep a frozen VLM's keys and values in the slots; False computes them again in every epoch"""
 
     @property
-    def several_steps(self) -> bool:
-        """Whether a batch has several optimizer steps."""
-        return self.update_epochs * self.batch > self.minibatch
+    def steps(self) -> int:
+        """Optimizer steps of a batch."""
+        return self.batch // self.minibatch * self.update_epochs
 
 
 @dataclass(kw_only=True, slots=True)

@@ -8,7 +8,6 @@ its waits over the time that passed. docs/metrics.md explains every key of metri
 profiling inside a stage (Perfetto shows the spans; torch.profiler shows kernels).
 """
 
-import contextlib
 import json
 import os
 import time
@@ -66,8 +65,6 @@ def columns(eval_episodes: int) -> tuple[str, ...]:
 @dataclass(eq=False)
 class Meter:
     """Writes one worker's row of the counters, and its spans."""
-
-    nothing = contextlib.nullcontext()  # in place of a span that is not to be recorded
 
     name: str  # "env-0"
     row: int

@@ -82,11 +82,9 @@ class Setup:
         return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
 
     def copies_gb(self) -> float:
-        """Host memory of the first actor's copies of trained weights and optimizer (float32, so 12
-        bytes a weight): one that is being saved, and where a batch has several steps one of what
-        was published last."""
-        copies = 2 if self.config.actor.several_steps else 1
-        return copies * 3 * layout(self.weights, 1)[1] / 1e9
+        """Host memory, 12 bytes a weight, of weights and optimizer as they were: in a checkpoint
+        that is being written, and where a batch has several steps before the first of them."""
+        return min(2, self.config.actor.steps) * 3 * layout(self.weights, 1)[1] / 1e9
 
     def pool_gb(self) -> float:
         """Host memory of the slots."""
@@ -138,15 +136,11 @@ def prepare(config: Config) -> Setup:
         choices=choices,
     )
     has = machine.memory() / 1e9
-    slots = setup.pool_gb()
-    copies = setup.copies_gb()
-    needs = f"slots need {slots:.1f} GB and copies of trained weights {copies:.1f} GB of memory"
-    needs = f"the {needs}, and this machine has {has:.1f} GB"
-    enough = slots + copies < has or config.train.memory_report
-    less = (
-        "lower --envs, --eval-envs, --batch, --segment or --max-staleness, or train fewer weights"
-    )
-    require(enough, f"{needs}: {less}")
+    needs = setup.pool_gb() + setup.copies_gb()
+    found = f"the slots need with copies of trained weights {needs:.1f} GB of memory"
+    less = "lower --envs, --eval-envs, --batch, --segment or --max-staleness, or train less"
+    enough = needs < has or config.train.memory_report
+    require(enough, f"{found}, and this machine has {has:.1f} GB: {less}")
     return setup
 
 

@@ -375,30 +375,28 @@ class Crew:
             silence = f"nothing happened for {now - self.last_work:.0f} s"
             raise WorkerFailed(f"{silence}: {', '.join(who)}")
 
-    @property
-    def alive(self) -> dict[str, mp.Process]:
-        return {name: p for name, p in self.processes.items() if p.is_alive()}
-
     def saves(self) -> bool:
         """Whether a worker writes a checkpoint, and is not suspended."""
-        saving = [name for name in self.alive if self.counter(name, "saving")]
-        return any(time.monotonic() - self.counter(n, "time") < self.timeout for n in saving)
+        alive = [name for name, process in self.processes.items() if process.is_alive()]
+        lately = time.monotonic() - self.timeout
+        return any(self.counter(n, "saving") and self.counter(n, "time") > lately for n in alive)
 
     def stop(self, interrupts: Interrupts) -> None:
         """Ends all workers. None outlives this call. Who writes a checkpoint has the time for it,
         until somebody presses Ctrl-C twice."""
-        for process in self.alive.values():
+        for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):  # dead, and the fork server yet to say so
-                os.kill(process.pid, LEAVE)
+                if process.is_alive():
+                    os.kill(process.pid, LEAVE)
         if self.saves():
             print("a checkpoint is being written; Ctrl-C twice stops without it", flush=True)
+        while self.saves() and not interrupts.twice:
+            time.sleep(0.1)
         deadline = time.monotonic() + 5.0
-        while self.alive and time.monotonic() < deadline:
-            connection.wait([process.sentinel for process in self.alive.values()], 0.25)
-            if self.saves() and not interrupts.twice:
-                deadline = time.monotonic() + 5.0
+        for process in self.processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
         # Who is left dies with the fork server. That may itself be suspended, and tell of no end.
-        if self.alive:
+        if any(process.is_alive() for process in self.processes.values()):
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
             for process in self.processes.values():
                 process.join()

@@ -53,11 +53,6 @@ class Ranks:
                 time.sleep(0.001)
             meeting.wait()  # raises what went wrong
 
-    def sum_gradients(self, parameters: list[Tensor]) -> None:
-        """Sums gradients over ranks. The loss is already divided by the global count."""
-        if self.several:
-            sum_gradients(parameters)
-
     def sum(self, numbers: list[float]) -> list[float]:
         """Returns the sums over ranks."""
         if not self.several:
@@ -78,14 +73,14 @@ class Ranks:
         return combined
 
     def leave(self) -> None:
-        """No rank leaves while another still needs it."""
+        """Ends what they meet by. No rank may need it any more: they `meet` before."""
         if self.several:
-            dist.barrier()
             dist.destroy_process_group()
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Sums gradients over the processes of torch.distributed's group, as one flat tensor.
+    The loss is already divided by the global count.
 
     A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then keeps
     none. It may have one on some ranks only, where others' groups were all filtered (GRPO): theirs

@@ -6,15 +6,17 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metrics import Meter
+from config import RunConfig
+from errors import require
+from metrics import Ledger, Meter
 from models import checkpoint
 from output import disk_trouble
 from run_folder import checkpoints
@@ -33,33 +35,33 @@ class Saver(contextlib.AbstractContextManager):
     """Writes one snapshot at a time and keeps the newest checkpoints. Whatever a `with` block of it
     ends with, what is being written is written to its end."""
 
-    def __init__(self, folder: Path, keep: int, patience_s: float, meter: Meter):
-        """folder: RUN/checkpoints; keep: how many checkpoints stay, or 0 for all; patience_s: after
-        which a person is told whom all wait for."""
+    def __init__(self, folder: Path, train: RunConfig, ledger: Ledger, meter: Meter):
+        """folder: RUN/checkpoints; ledger: its newest lines are saved, too."""
         self.folder = folder
-        self.keep = keep
-        self.patience_s = patience_s
+        self.keep = train.keep
+        self.patience_s = train.timeout_s  # after which a person is told whom all wait for
+        self.ledger = ledger
         self.meter = meter
-        self.late = math.inf  # monotonic seconds, when that is to be said
-        self.thread = ThreadPoolExecutor(1)
-        self.writing: Future | None = None
-        self.version = -1  # of the newest snapshot
+        self.thread = threading.Thread()
+        self.path: Path | None = None  # of the newest snapshot
         self.trouble = ""  # why it could not be written
 
     def __exit__(self, kind, error, trace) -> None:
-        while error and self.writing and not self.writing.done():
+        while error and self.thread.is_alive():
             with contextlib.suppress(SystemExit):  # told to leave meanwhile
                 self.finish()
         if error and self.trouble not in ("", str(error)):
             print(self.trouble, file=sys.stderr)
 
-    def begin(self, snapshot: Snapshot) -> None:
-        """Begins to write. `finish` must have been called since the last one."""
-        self.version = snapshot.state["version"]
+    def begin(self, learner) -> None:
+        """Begins to write what a learner has published last. `finish` must have been called."""
+        with self.meter.work("checkpoint"):
+            snapshot = learner.snapshot(self.ledger.lines)
+        self.path = self.path_of(learner)
         self.trouble = ""
         self.meter.set("saving", 1)
-        self.writing = self.thread.submit(self.run, snapshot)
-        self.late = time.monotonic() + self.patience_s
+        self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
+        self.thread.start()
 
     def run(self, snapshot: Snapshot) -> None:
         try:
@@ -74,18 +76,28 @@ class Saver(contextlib.AbstractContextManager):
     def finish(self) -> None:
         """Waits until all is written, or `trouble` says why not, with signs of life, however long a
         slow disk takes."""
-        while self.writing and not self.writing.done():
+        late = time.monotonic() + self.patience_s
+        while self.thread.is_alive():
             with self.meter.work("checkpoint"):
-                wait([self.writing], 1.0)
-            if time.monotonic() > self.late:
-                self.late = math.inf
+                self.thread.join(1.0)
+            if time.monotonic() > late:
+                late = math.inf
                 slow = f"a checkpoint is still being written after {self.patience_s:.0f} s"
                 print(f"{slow}: is {self.folder} on a disk that hangs?", file=sys.stderr)
 
-    @property
-    def path(self) -> Path:
-        """Where the newest snapshot is written."""
-        return self.folder / f"{self.version:06d}"
+    def save_last(self, learner) -> dict[str, str]:
+        """Ends the save under way, and saves a learner's version unless that is done. Returns the
+        "trouble" that a disk made before. Raises UserError if it still does."""
+        self.finish()
+        news = {"trouble": self.trouble} if self.trouble else {}
+        if self.trouble or self.path != self.path_of(learner):
+            self.begin(learner)
+            self.finish()
+            require(not self.trouble, self.trouble)
+        return news
+
+    def path_of(self, learner) -> Path:
+        return self.folder / f"{learner.version:06d}"
 
 
 def write(snapshot: Snapshot, folder: Path) -> Path:

@@ -22,7 +22,7 @@ import models
 import saving
 from actor_worker import Inbox, group_outcomes, publish, run
 from channel import WAKE, Channels, Counters, IndexQueue, Record, SlotPool
-from config import Config
+from config import Config, RunConfig
 from envs import EnvSpec
 from errors import UserError
 from follow import Follower
@@ -33,6 +33,7 @@ from report import flatten
 from run_folder import RunFolder, lines_until
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from tally import Tally
 from weights import WeightPlane
 
 SEGMENT = 3
@@ -124,6 +125,12 @@ class World:
         self.wake(self.mark(env, trajectory, lengths))
 
 
+def lost(inbox: Inbox) -> dict[str, float]:
+    tally = Tally()
+    inbox.settle(tally)
+    return tally.values
+
+
 def arrived(inbox: Inbox) -> list[int]:
     return sorted(inbox.streamer.finished)
 
@@ -167,7 +174,7 @@ def test_a_wake_that_comes_twice_changes_nothing():
     for _ in range(2):  # by its worker's successor
         world.wake(Record(3, 0, WAKE, 0, 1))
         inbox.receive(0.0)
-    assert arrived(inbox) == [3] and inbox.take_accounts() == {"restart": 0, "after_end": 0}
+    assert arrived(inbox) == [3] and lost(inbox) == {"restart": 0, "after_end": 0}
 
 
 def test_what_was_finished_before_this_rank_was_ready_is_not_lost():
@@ -177,7 +184,7 @@ def test_what_was_finished_before_this_rank_was_ready_is_not_lost():
     world.finish(1, 0, steps=SEGMENT + 2)
     late = world.start(1)
     late.receive(0.0)
-    assert arrived(late) == [1] and late.take_accounts()["restart"] == 2
+    assert arrived(late) == [1] and lost(late)["restart"] == 2
 
 
 def test_slots_come_round_again():
@@ -194,7 +201,7 @@ def test_slots_come_round_again():
         while inbox.streamer.next() is not None:
             pass
         assert inbox.streamer.finish_batch() == batch + 1
-    assert inbox.take_accounts() == {"restart": 0, "after_end": 0}
+    assert lost(inbox) == {"restart": 0, "after_end": 0}
 
 
 @pytest.mark.parametrize("which", [{}, {"width": 2}, {"group": 4}, {"width": 2, "group": 4}])
@@ -225,11 +232,11 @@ def test_chunk_steps_lost_with_a_worker_are_accounted_for_lane_by_lane():
     world.finish(3, 0)
     world.finish(5, 0)
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 3, "after_end": 0}
-    assert inbox.take_accounts() == {"restart": 0, "after_end": 0}  # each of them once
+    assert lost(inbox) == {"restart": 3, "after_end": 0}
+    assert lost(inbox) == {"restart": 0, "after_end": 0}  # each of them once
     world.finish(4, 0)
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 2, "after_end": 0}
+    assert lost(inbox) == {"restart": 2, "after_end": 0}
 
 
 def test_chunk_steps_after_an_episode_s_end_are_accounted_for():
@@ -240,21 +247,21 @@ def test_chunk_steps_after_an_episode_s_end_are_accounted_for():
     world.finish(2, 0, steps=3, lengths=[1, 3])
     world.finish(4, 0, steps=2, lengths=[2, 2])
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 2, "after_end": 2}
+    assert lost(inbox) == {"restart": 2, "after_end": 2}
     world.finish(2, 1, steps=2, lengths=[2, 1])
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 0, "after_end": 1}
+    assert lost(inbox) == {"restart": 0, "after_end": 1}
 
 
 def test_accounts_go_on_when_a_slot_is_used_again():
     world = World()
     inbox = world.start()
-    for trajectory, lost in ((0, 1), (4, 0), (8, 2)):
-        world.step(0, trajectory, lost)
+    for trajectory, steps in ((0, 1), (4, 0), (8, 2)):
+        world.step(0, trajectory, steps)
         world.finish(0, trajectory)
         inbox.streamer.finished.clear()  # as if it had been trained
         inbox.receive(0.0)
-        assert inbox.take_accounts() == {"restart": lost, "after_end": 0}
+        assert lost(inbox) == {"restart": steps, "after_end": 0}
 
 
 # ---------------------------------------------------------------- reading
@@ -367,8 +374,19 @@ class Actor:
         return plane.tensors(block)
 
 
-def a_meter() -> metrics.Meter:
-    return metrics.Meter("actor-0", 0, Counters(1, metrics.columns(0)), None)
+class Published:
+    """A learner that has published a version."""
+
+    def __init__(self, version: int):
+        self.version = version
+
+    def snapshot(self, lines):
+        return saving.Snapshot(None, {}, {}, {"version": self.version})
+
+
+def a_saver(folder, **train) -> saving.Saver:
+    meter = metrics.Meter("actor-0", 0, Counters(1, metrics.columns(0)), None)
+    return saving.Saver(folder, RunConfig(**train), Ledger([], 1), meter)
 
 
 def received(reports) -> list[dict]:
@@ -516,7 +534,7 @@ def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_not
     names = ("000001", "000001-best", "000002", "1", "999999", "1000000")
     for name in names:
         (folder / name).mkdir(parents=True)
-    saver = saving.Saver(folder, 1, 60.0, a_meter())
+    saver = a_saver(folder, keep=1)
     removed = []
 
     def busy(path, ignore_errors=False):
@@ -528,15 +546,14 @@ def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_not
         patch.object(saving, "write"),
         patch.object(saving.shutil, "rmtree", busy),
     ):
-        saver.run(saving.Snapshot(None, {}, {}, {"version": 3}))
+        saver.run(None)
     assert removed == ["000001", "000002", "999999"]
 
 
 def test_a_disk_that_hangs_is_named_once(tmp_path, capsys):
-    saver = saving.Saver(tmp_path / "checkpoints", 0, 0.5, a_meter())
-    snapshot = saving.Snapshot(None, {}, {}, {"version": 1})
+    saver = a_saver(tmp_path / "checkpoints", timeout_s=0.5)
     with patch.object(saving, "write", lambda *_: time.sleep(2.5)):
-        saver.begin(snapshot)
+        saver.begin(Published(1))
         saver.finish()
     said = capsys.readouterr().err
     assert said.count("a checkpoint is still being written after 0 s: is ") == 1, said
@@ -613,7 +630,7 @@ def test_what_is_being_written_is_written_whatever_ends_the_actor(tmp_path, erro
     def interrupted(*arguments):
         if waits and (word := waits.pop(0)):
             raise word
-        return wait(*arguments)
+        join(*arguments)
 
     class Failing(actor_worker.Learner):
         def step(self):
@@ -621,10 +638,10 @@ def test_what_is_being_written_is_written_whatever_ends_the_actor(tmp_path, erro
                 raise error("it fails")
             super().step()
 
-    wait = saving.wait
+    join = threading.Thread.join
     with (
         patch.object(saving, "write", slowly),
-        patch.object(saving, "wait", interrupted),
+        patch.object(threading.Thread, "join", interrupted),
         patch.object(actor_worker, "Learner", Failing),
         pytest.raises(error, match="it fails"),
     ):
@@ -637,9 +654,9 @@ def test_a_save_that_fails_does_not_hide_what_ends_the_actor(tmp_path, capsys):
     with (
         patch.object(saving, "write", side_effect=OSError("disk full")),
         pytest.raises(FloatingPointError),
-        saving.Saver(tmp_path / "checkpoints", 0, 60.0, a_meter()) as saver,
+        a_saver(tmp_path / "checkpoints") as saver,
     ):
-        saver.begin(saving.Snapshot(None, {}, {}, {"version": 7}))
+        saver.begin(Published(7))
         raise FloatingPointError
     assert "000007: OSError('disk full')" in capsys.readouterr().err
 

@@ -487,7 +487,8 @@ def test_accounts_of_lost_chunk_steps_are_in_the_line():
     learner = learner_of(model, config)
     slots = tuple(range(BATCH))
     learner.train(read(learner, toy_pool(model), slots), MicroBatch(slots, 0, 0, True))
-    learner.tally_accounts({"restart": 3, "after_end": 2})
+    learner.tally.add("restart", 3, "part")
+    learner.tally.add("after_end", 2, "part")
     line = learner.finish_batch()
     assert line["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
     assert "restart" not in line and "after_end" not in line

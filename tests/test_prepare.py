@@ -136,7 +136,7 @@ def test_copies_of_trained_weights_count_as_memory(monkeypatch, capsys):
     monkeypatch.setattr(prepare.machine, "memory", lambda: has + 1)
     prepare.prepare(settings())
     monkeypatch.setattr(prepare.machine, "memory", lambda: has - 5e8 * several.copies_gb())
-    with pytest.raises(UserError, match="copies of trained weights .* or train fewer weights"):
+    with pytest.raises(UserError, match="copies of trained weights .* or train less"):
         prepare.prepare(settings())
 
 

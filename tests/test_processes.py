@@ -553,15 +553,15 @@ def test_who_writes_a_checkpoint_has_the_time_for_it(
         def is_alive(self):
             return clock[0] < 1000.0 + dies_at
 
-        def join(self):
-            """It dies with the fork server."""
+        def join(self, seconds=0.0):
+            clock[0] += min(seconds, max(0.0, 1000.0 + dies_at - clock[0]))
 
-    def wait(*_):
-        clock[0] += 0.25
+    def sleep(seconds):
+        clock[0] += seconds
         counters.set(0, "time", min(clock[0], 1000.0 + silent_from))
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(processes.connection, "wait", wait)
+    monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(processes.os, "kill", lambda *kill: kills.append(kill))
     meter = Meter("actor-0", 0, counters, None)
     crew = Crew([Job("actor-0", print, (), 1, meter, {})], counters, tmp_path, 2, timeout=60.0)

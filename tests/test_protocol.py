@@ -189,9 +189,6 @@ class Ranks:
         while met[self.meetings] < self.count:
             yield self.run.world.running.pause()
 
-    def sum_gradients(self, parameters) -> None:
-        """They have met."""
-
     def leave(self) -> None:
         """They have met."""
 
@@ -205,6 +202,7 @@ class Learner:
         self.device = device
         self.version = 0
         self.updates = 0
+        self.tally = self
         self.parameters = []
         self.fields = tuple(run.channels.pool.spec)
         # A rank may take long to build its model, while others have published already.
@@ -223,9 +221,10 @@ class Learner:
     def moved_too_far(self) -> bool:
         return False
 
-    def tally_accounts(self, accounts) -> None:
-        assert min(accounts.values()) >= 0, accounts
-        self.run.accounts.update(accounts)
+    def add(self, reason, steps, how) -> None:
+        """It is its own tally."""
+        assert steps >= 0, reason
+        self.run.accounts[reason] += steps
 
     def finish_batch(self) -> dict:
         list(self.ranks.meet())
@@ -363,7 +362,8 @@ class Run:
         put(models, "preparation", lambda *_: Preparation())
         put(models, "build", lambda *_: Policy())
         put(actor_worker, "Learner", functools.partial(Learner, self))
-        put(actor_worker, "save_last", lambda *_: {})
+        put(actor_worker, "sum_gradients", lambda _: None)
+        put(actor_worker.Saver, "save_last", lambda *_: {})
         put(actor_worker.Ranks, "of", functools.partial(Ranks, self))
         put(shard, "fence", self.fence)
         put(actor_worker, "fence", self.fence)
