@@ -48,7 +48,7 @@ from benchmarks import (
 )
 from benchmarks.measuring import end_on_sigterm
 from checks import AboveZero, Natural, Positive, check_ranges
-from config import Family, parse_ratio
+from config import Family, expanded, parse_ratio
 from errors import exit_on_user_error, require
 from processes import keep_freed_memory
 
@@ -202,4 +202,4 @@ def main(config: BenchConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(BenchConfig))
+        main(expanded(tyro.cli(BenchConfig)))

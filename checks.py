@@ -45,10 +45,13 @@ def finite(found: Any, key: str = "") -> Any:
 MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Natural = Annotated[int, Field(ge=0, le=MOST)]
+Total = Annotated[int, Field(ge=0, lt=2**63)]  # of a run of any length
+Size = Annotated[int, Field(ge=1, le=10**6)]  # of a network's layer
+Length = Annotated[int, Field(ge=1, le=4096)]  # of a picture or sequence that it sees
+Count = Annotated[int, Field(ge=1, le=1000)]  # of its layers and heads
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
 FromZero = Annotated[float, Field(ge=0, le=MOST)]
 Bound = Annotated[float, Field(gt=0), BeforeValidator(infinity)]  # inf: none
 Limit = Annotated[float, Field(ge=0), BeforeValidator(infinity)]  # inf: none

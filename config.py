@@ -7,7 +7,7 @@ import copy
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from checks import (
     Bound,
     Fraction,
     FromZero,
+    Length,
     Limit,
     Natural,
     Positive,
@@ -175,7 +176,7 @@ class RolloutConfig:
     limit). auto begins with half of one inference, then measures and chooses"""
     chunk: Positive = 10
     """C, control steps per inference (π0.5 LIBERO: 10)"""
-    tokens: Positive | None = None
+    tokens: Length | None = None
     """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
     horizon: Positive | None = None
     """actions that the model predicts at once, where another project's checkpoint does not say"""
@@ -378,9 +379,16 @@ def to_json(config: Config) -> str:
     return json.dumps(stages, indent=1, default=str, allow_nan=False)
 
 
+def expanded(settings: Any) -> Any:
+    """Returns a copy of flags with the user's home for ~ in paths: a shell leaves "--out=~/x"."""
+    values = {flag.name: getattr(settings, flag.name) for flag in fields(settings)}
+    paths = {name: path for name, path in values.items() if isinstance(path, Path)}
+    return replace(settings, **{name: Path(os.path.expanduser(paths[name])) for name in paths})
+
+
 def run_path(name: str) -> Path:
     """Returns runs/NAME, or the path itself when the name is one. "NAME/" is what a shell makes of
-    a folder's name, and leaves the ~ of "--run=~/x" as it is."""
+    a folder's name, and it leaves the ~ of "--run=~/x"."""
     name = os.path.expanduser(name).rstrip("/")
     return Path(name) if "/" in name else ROOT / "runs" / name
 

@@ -12,18 +12,19 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
+from pydantic import Field
 
 import envs
 import machine
 import models
-from checks import Natural, Positive, check_ranges
-from config import Config, Family, embedded_files, from_json
+from checks import Length, Natural, Positive, check_ranges
+from config import Config, Family, embedded_files, expanded, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
 from models import checkpoint, contract
@@ -40,19 +41,20 @@ class EvaluateConfig:
     """a file, a checkpoint or run folder, or another project's; none means Meta-World's shipped"""
     model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
-    chunk: Positive = Config().rollout.chunk
-    """actions executed per inference, of another project's checkpoint; ours say it themselves"""
+    chunk: Positive | None = None
+    """actions executed per inference (10), of another project's checkpoint; ours say it
+    themselves"""
     statistics: str = ""
     """of another project's checkpoint: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
-    image_size: Natural = 0
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     """pixels of the cameras; 0 means as in the run, else as the model takes them (of another
     project's: its data's own size in this simulator)"""
     cameras: Natural = 0
     """cameras whose pictures the policy sees, the simulator's first ones; 0 means as in the run,
     else as many as the checkpoint was trained with"""
-    tokens: Positive | None = None
+    tokens: Length | None = None
     """prompt length in tokens; none means as the checkpoint says"""
-    horizon: int | None = None
+    horizon: Length | None = None
     """actions that the model predicts at once, where another project's checkpoint does not say"""
     center_crop: bool | None = None
     """OFT sees the middle 0.9 of a picture; none means as the checkpoint says"""
@@ -66,7 +68,7 @@ class EvaluateConfig:
     """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
     render_quality: Literal["fast", "full"] | None = None
     """none means as in the run, else fast"""
-    episodes: Positive = 100
+    episodes: Annotated[int, Field(ge=1, le=10**6)] = 100
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
@@ -196,6 +198,7 @@ def settings_of(config: EvaluateConfig) -> Config:
     family = config.model
     settings = Config()
     rollout = settings.rollout
+    checkpoint.check_choice(config.statistics, path)
     if checkpoint.is_ours(path):
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, family) if family else checkpoint.read_header(path)
@@ -209,7 +212,7 @@ def settings_of(config: EvaluateConfig) -> Config:
         unknown = f"checkpoint {path} is another project's: say with --model of which family it is"
         require(family, unknown)
         models.check_family(family, path)
-        rollout.chunk = config.chunk
+    rollout.chunk = config.chunk or rollout.chunk
     for name in ("tokens", "horizon", "center_crop", "stop_token"):
         given = getattr(config, name)
         if given is not None:
@@ -301,4 +304,4 @@ def main(config: EvaluateConfig) -> dict:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(EvaluateConfig))
+        main(expanded(tyro.cli(EvaluateConfig)))

@@ -5,6 +5,7 @@ Left out: what other processes use of it.
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from errors import UserError, require
 
 # The oldest NVIDIA driver for a CUDA of this major version (CUDA Toolkit release notes, table
 # "minimum required driver version for CUDA minor version compatibility").
-DRIVERS = {"11": "450", "12": "525", "13": "580"}
+DRIVERS = {"11": 450, "12": 525, "13": 580}
 LONGEST_TEMPORARY = 70  # bytes of 108 that a socket's path may have; multiprocessing adds 32
 
 
@@ -62,22 +63,35 @@ def gpus() -> int:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if count or hidden or not shutil.which("nvidia-smi"):
         return count
+    instead = "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(ask, capture_output=True, text=True, timeout=30.0, check=False)
-    require_driver(said.stdout.split() if said.returncode == 0 else [], torch.version.cuda)
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=30.0, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        silent = f"nvidia-smi does not answer ({error}): repair the NVIDIA driver"
+        raise UserError(f"{silent}, {instead}") from None
+    # Its exit status says nothing: without a GPU it is 0, with a driver half updated it is not.
+    half = "version mismatch" in said.stdout + said.stderr
+    require(not half, f"the NVIDIA driver was updated and not loaded: restart, {instead}")
+    versions = re.findall(r"^\d+(?:\.\d+)+$", said.stdout, re.MULTILINE)
+    if versions:
+        raise UserError(f"{unseen(versions, torch.version.cuda)}, {instead}")
     return 0
 
 
-def require_driver(versions: list[str], cuda: str | None) -> None:
-    """Raises UserError where GPUs, one driver version each, are not seen by torch of this CUDA."""
-    if not versions:
-        return
-    instead = "or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+def unseen(versions: list[str], cuda: str | None) -> str:
+    """Says why torch of this CUDA sees no GPU, one driver version each, and what to do."""
     seen = f"torch sees none of this machine's {len(versions)} GPUs"
-    require(cuda, f"{seen}: it is built without CUDA; remove .venv and run setup.sh, {instead}")
-    needed = DRIVERS.get(cuda.partition(".")[0], "a newer one")
-    driver = f"CUDA {cuda} needs NVIDIA driver {needed} or newer, and {versions[0]} is installed"
-    raise UserError(f"{seen}: {driver}; update it, {instead}")
+    if not cuda:
+        return f"{seen}: it is built without CUDA; remove .venv and run setup.sh"
+    needed = DRIVERS.get(cuda.partition(".")[0], 0)
+    if int(versions[0].partition(".")[0]) < needed:
+        driver = f"CUDA {cuda} needs NVIDIA driver {needed} or newer"
+        return f"{seen}: {driver}, and {versions[0]} is installed; update it"
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = f"CUDA_VISIBLE_DEVICES={chosen} names some of them, and that " if chosen else ""
+    opens = "this process, or its container, may open /dev/nvidia*"
+    return f"{seen} (driver {versions[0]}, CUDA {cuda}): see that {names}{opens}"
 
 
 def shorten_temporary() -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 import tyro
 
 from checks import check_ranges
+from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
 from planning.costs import all_reduce_s, calibrate, from_run
@@ -241,4 +242,4 @@ def main(plan: PlanConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(PlanConfig))
+        main(expanded(tyro.cli(PlanConfig)))

@@ -21,7 +21,7 @@ import machine
 import models
 import tuning
 from channel import SlotPool, Spec, layout
-from checks import Finite, Natural, flag_of, read_json
+from checks import Finite, Natural, Total, flag_of, read_json
 from config import (
     ROOT,
     STAGE_OF,
@@ -30,6 +30,7 @@ from config import (
     check_by_themselves,
     completed,
     embedded_files,
+    expanded,
     loss_of,
     run_path,
     setting,
@@ -48,7 +49,7 @@ class State(TypedDict, closed=True):
     """state.json of a checkpoint."""
 
     version: Natural
-    seed: Natural
+    seed: Total
     settings: NotRequired[dict]  # settings that cannot change, by name
     scale: Finite  # what the loss remembers
     lines: NotRequired[list[Line]]  # the newest of metrics.jsonl, perhaps not yet written there
@@ -121,6 +122,7 @@ def prepare(config: Config) -> Setup:
     for ratio, (chosen, divided) in options.items():
         choices[ratio] = completed(chosen, segment=config.env.segment), divided
     if resume and config.train.checkpoint:
+        checkpoint.check_finite(config.train.checkpoint)
         check_memory_of(config, spec, model, resume)
     setup = Setup(
         config=config,
@@ -154,9 +156,7 @@ def find_start(
     train = config.train
     tasks = filter(None, (train.suite, *train.tasks))
     config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
-    for name in ("checkpoint", "tokenizer"):
-        if path := setting(config, name):
-            config = completed(config, **{name: Path(os.path.expanduser(path))})
+    config.train = expanded(config.train)
     shipped, vocabulary = embedded_files(train.model, train.env)
     has_files = models.load(train.model).FORMATS is not None
     note = ""
@@ -174,10 +174,11 @@ def find_start(
         config = completed(config, image_size=image_size or SMALL_PICTURE)
         return config, given, resume, note
 
+    if resume:
+        checkpoint.read_header(checkpoint.find(found))
     models.check_family(train.model, found)
-    ours = checkpoint.is_ours(found) and not (resume and checkpoint.published(found))
-    alone = f"--statistics {train.statistics} is for another project's checkpoint"
-    require(not (train.statistics and ours), f"{alone}: {found} has none to choose from")
+    if not (resume and checkpoint.published(found)):
+        checkpoint.check_choice(train.statistics, found)
     theirs = simulator.spec(config.train.tasks, 0).picture
     image_size = image_size or checkpoint.frame_size(found, theirs)
     name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
@@ -193,6 +194,7 @@ def with_random_weights(config: Config, simulator: envs.Simulator) -> Config:
     sizes = config.rollout.chunk, config.rollout.tokens or 0
     runs = ROOT / "runs"
     if not os.access(runs if runs.exists() else ROOT, os.W_OK):
+        require(config.train.run, f"cannot write {runs}: give --run PATH, where you may write")
         runs = run_path(config.train.run).parent  # a checkout that all may read and nobody write
     made, words = untrained.start(runs, config.train.model, spec, spec.state_range, *sizes)
     return completed(config, image_size=image_size, checkpoint=made, tokenizer=words)

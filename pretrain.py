@@ -20,16 +20,19 @@ import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
+from pydantic import Field
 
+import envs
 import models
 from checks import AboveZero, Fraction, FromZero, Natural, Positive, check_ranges
-from config import Config, Family, embedded_files
+from config import Config, Family, embedded_files, expanded
 from envs import metaworld
 from errors import exit_on_user_error, require
 from models import checkpoint, tokenize
@@ -66,8 +69,8 @@ class PretrainConfig:
     """standard deviation of the noise on executed actions, in units of the action range [-1, 1]"""
     steps: Positive = 1200
     """optimizer steps"""
-    batch: Positive = 64
-    """frames per optimizer step"""
+    batch: Annotated[int, Field(ge=1, le=10**6, multiple_of=PROCESSES)] = 64
+    """frames per optimizer step, in equal parts for two processes"""
     lr: AboveZero = 1e-3
     """peak learning rate of AdamW; linear warm-up over 50 steps, then cosine to zero"""
     seed: Natural = 0
@@ -81,7 +84,10 @@ def demonstrate(
     from metaworld.policies import ENV_POLICY_MAP
 
     warnings.filterwarnings("ignore")
-    env = metaworld.Env(tasks, IMAGE_SIZE)
+    with envs.starting("metaworld"):
+        env = metaworld.Env(tasks, IMAGE_SIZE)
+        env.reset(task, seeds[0])
+        env.observe()
     expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
     frames = []
     for seed in seeds:
@@ -192,9 +198,6 @@ def gather(config: PretrainConfig, spec) -> list[tuple]:
 def main(config: PretrainConfig) -> None:
     """Makes a checkpoint and its vocabulary. Raises UserError."""
     check_ranges(config)
-    multiple = f"must be a multiple of {PROCESSES}, the processes that share it"
-    batch = config.batch
-    require(batch >= PROCESSES and batch % PROCESSES == 0, f"--batch {batch} {multiple}")
     default, shipped = embedded_files(config.model, "metaworld")
     out = config.out or default
     nowhere = f"the folder {out.parent} does not exist: create it or give another --out"
@@ -233,4 +236,4 @@ def main(config: PretrainConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(PretrainConfig))
+        main(expanded(tyro.cli(PretrainConfig)))

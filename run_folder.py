@@ -17,7 +17,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from checks import Count, FromZero, Natural, Share, parse_json, read_json
+from checks import FromZero, Natural, Share, Total, parse_json, read_json
 from config import ROOT, from_json
 from errors import UserError, require
 
@@ -37,11 +37,11 @@ class Line(TypedDict, extra_items=Number | None):
     iteration: Natural
     time: FromZero
     success_rate: Share | None
-    env_steps: Count
-    restarts: Count
-    collected: Count
-    trained_once: Count
-    discarded_by: dict[str, Count]
+    env_steps: Total
+    restarts: Total
+    collected: Total
+    trained_once: Total
+    discarded_by: dict[str, Total]
     eval_version: NotRequired[Natural]
     eval_success_rate: NotRequired[Share]
     eval_per_task: Numbers

@@ -31,10 +31,19 @@ if ! "$python" -c "$is_supported"; then
     exit 1
 fi
 
+# Stop where there are GPUs that this torch cannot use: its driver is too old, for one.
+check_gpus() {
+    command -v nvidia-smi >/dev/null || return 0
+    .venv/bin/python -c 'import errors, machine
+with errors.exit_on_user_error():
+    machine.gpus()'
+}
+
 # Stop where the same files were set up before.
 files=(requirements.txt "$requirements" ${maniskill:+"$maniskill"} setup.sh)
 stamp=".venv/.$(cat "${files[@]}" | sha256sum | cut -c1-16)"
 if [ -e "$stamp" ]; then
+    check_gpus
     exit 0
 fi
 
@@ -155,10 +164,6 @@ if [ -n "$maniskill" ] && ! draws; then
             "and mesa-vulkan-drivers of version 24.3 or newer" >&2
 fi
 
-# Stop where there are GPUs that this torch cannot use: its driver is too old, for one.
-.venv/bin/python -c 'import errors, machine
-with errors.exit_on_user_error():
-    machine.gpus()'
-
+check_gpus
 touch "$stamp"
 echo "ready" >&2

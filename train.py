@@ -233,7 +233,7 @@ def unused_path() -> Path:
             time.sleep(0.2)
         except OSError as error:
             found = f"cannot write the run folder {path}: {error.strerror}"
-            raise UserError(f"{found}; choose another with --run") from None
+            raise UserError(f"{found}; give --run PATH, where you may write") from None
 
 
 def main(config: Config) -> int:

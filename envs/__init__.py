@@ -257,7 +257,8 @@ def does_not_start(name: str, error: Exception) -> UserError:
     given = " and ".join(f"{variable}={value}" for variable, value in LEFT.items())
     if not given:
         return UserError(f"{said}: see setup.sh for the GL libraries it needs")
-    return UserError(f"{said} with {given} in the environment: unset {' '.join(LEFT)}")
+    because = "with" if is_about_gl(error) else f"in {place_of(error)}, perhaps because of"
+    return UserError(f"{said} {because} {given} in the environment: unset {' '.join(LEFT)}")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ import psutil
 import tyro
 
 import envs
-from config import ROOT
+from config import ROOT, expanded
 from envs import Env, Envs, EnvSpec, Simulator, Step
 from errors import UserError, exit_on_user_error, place_of, require
 
@@ -265,7 +265,7 @@ def main(config: CheckConfig) -> Path:
 if __name__ == "__main__":
     with exit_on_user_error():
         try:
-            main(tyro.cli(CheckConfig))
+            main(expanded(tyro.cli(CheckConfig)))
         except BrokenContract as broken:
             print(f"error: the simulator breaks its contract: {broken}", file=sys.stderr)
             raise SystemExit(1) from None

@@ -88,6 +88,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         words = ""
         stored, layout, stats, _ = published(config, spec)
         stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
+        checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, stats, config, spec)
 
@@ -97,10 +98,9 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         parameter.data = parameter.data.to(model.dtype_of(key) or parameter.dtype)
     if ours:
         layout = checkpoint.own(path, model, family.NETWORK.HEADS)
-    source.load(model, path, layout, device, model.dtype_of, weights)
-    broken = checkpoint.not_finite(dict(model.named_parameters()))
-    found = f"checkpoint {path}: tensor {broken!r} holds NaN or infinity: give another one"
-    require(not broken, found)
+    with checkpoint.or_another(path):
+        source.load(model, path, layout, device, model.dtype_of, weights)
+        checkpoint.require_finite(path, dict(model.named_parameters()))
 
     # Begin anew what the checkpoint does not have, alike in every process
     torch.manual_seed(config.train.seed)

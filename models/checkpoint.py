@@ -10,14 +10,15 @@ Nothing is ever unpickled. Other projects' files: `models/formats/`.
 import contextlib
 import json
 import math
+import operator
 import os
 import uuid
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checks import Finite, parse_json, read_json
@@ -44,10 +45,14 @@ def find(path: str | Path) -> Path:
     """The weights file of a file, a checkpoint folder or a run (its newest checkpoint)."""
     path = Path(path)
     for base in (path, ROOT / "runs" / path):
-        for folder in (base, *reversed(checkpoints(base))):
+        newest = checkpoints(base)[-1:]
+        for folder in (base, *newest):
             for candidate in (folder, folder / "model.safetensors"):
                 if candidate.is_file() and not other_kind(candidate):
                     return candidate
+        for folder in newest:  # an older one is not taken in its place without a word
+            lost = f"checkpoint {folder} has no model.safetensors"
+            raise UserError(f"{lost}; remove {folder} to use an older one")
     other = other_kind(path)
     require(not other, f"{path} holds {other}")
     raise UserError(
@@ -56,19 +61,57 @@ def find(path: str | Path) -> Path:
     )
 
 
+@contextlib.contextmanager
+def or_another(path: str | Path) -> Iterator[None]:
+    """Adds to a UserError about a weights file what to use in its place."""
+    folder = Path(path).parent.resolve()
+    of_run = folder.parent.name == "checkpoints"
+    instead = f"remove {folder} to use an older one" if of_run else "give another one"
+    try:
+        yield
+    except UserError as error:
+        said = str(error).removesuffix(f"; {instead}")  # which is said once
+        raise UserError(f"{said}; {instead}") from None
+
+
 def read_header(path: str | Path) -> Header:
     meta = header(Path(path))[1]
-    require(
-        {"family", "shape", "stats"} <= meta.keys(),
-        f"checkpoint {path} was not written by this project: its header lacks family, shape and "
-        "stats",
-    )
-    what = f"the header of checkpoint {path}"
-    shape = parse_json(meta["shape"], Finite, f"{what}, shape")
-    stats = parse_json(meta["stats"], Finite, f"{what}, stats")
-    check_stats(stats, what)
-    shape = checked_shape(meta["family"], shape, what)
-    return Header(meta["family"], shape, stats, meta.get("vocabulary", ""))
+    with or_another(path):
+        require(
+            {"family", "shape", "stats"} <= meta.keys(),
+            f"checkpoint {path} was not written by this project: its header lacks family, shape "
+            "and stats",
+        )
+        what = f"the header of checkpoint {path}"
+        shape = parse_json(meta["shape"], Finite, f"{what}, shape")
+        stats = parse_json(meta["stats"], Finite, f"{what}, stats")
+        shape = checked_shape(meta["family"], shape, what)
+        check_stats(meta["family"], stats, f"{what}, stats")
+        return Header(meta["family"], shape, stats, meta.get("vocabulary", ""))
+
+
+def divides(size: int, whole: int) -> bool:
+    return whole % size == 0
+
+
+# What must hold in a configuration, and neither its types nor the sizes of the weights show.
+MUST = {divides: "divide", operator.le: "be at most", operator.lt: "be less than"}
+RELATIONS = (
+    ("patch", divides, "image_size"),
+    ("heads", divides, "width"),
+    ("kv_heads", divides, "heads"),
+    ("vl_heads", divides, "features"),
+    ("vision_heads", divides, "vision_width"),
+    ("dino_heads", divides, "dino_width"),
+    ("siglip_heads", divides, "siglip_width"),
+    ("executed_steps", operator.le, "chunk"),
+    ("executed_dims", operator.le, "action_dim"),
+    ("horizon", operator.le, "positions"),
+    ("embodiment", operator.lt, "embodiments"),
+    ("image_token", operator.lt, "vocabulary"),
+    ("pad_token", operator.lt, "vocabulary"),
+    ("pad", operator.lt, "vocabulary"),
+)
 
 
 def checked_shape(family: str, shape: dict, what: str) -> dict:
@@ -84,34 +127,28 @@ def checked_shape(family: str, shape: dict, what: str) -> dict:
     if module.FORMATS is None:
         return shape
     found = parse_json(json.dumps(shape), module.CONFIG, what)
-    shape = {name: getattr(found, name) for name in shape}
-    defaults = {field.name: field.default for field in fields(module.CONFIG)}
-    for name in [name for name in shape if name.endswith("heads")]:
-        width = shape.get(name.removesuffix("heads") + "width", 0)
-        split = name.removesuffix("s") + "_dim" in defaults or width % max(1, shape[name]) == 0
-        require(
-            split, f"cannot read {what}: {name} {shape[name]} does not divide the width {width}"
-        )
-    for name, value in shape.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                # 0 is "none" where it is the default, else no size. No network is 1,000 deep.
-                least = int(isinstance(number, int) and defaults[name] != 0)
-                most = 1000 if name.endswith(("depth", "heads", "steps", "views")) else 10**6
-                range_ = f"{name} {number} must be from {least} to {most}"
-                require(least <= number <= most, f"cannot read {what}: {range_}")
-    return shape
+    lacks = {"views", "image_size", "tokens", "chunk", "action_dim"} - shape.keys()
+    require(not lacks, f"cannot read {what}: it lacks {', '.join(sorted(lacks))}")
+    for name, relation, other in RELATIONS:
+        pair = [getattr(found, part, None) for part in (name, other)]
+        wide = name == "heads" and hasattr(found, "head_dim")  # each head has a width of its own
+        holds = wide or None in pair or relation(*pair)
+        said = f"{name} {pair[0]} must {MUST[relation]} {other} {pair[1]}"
+        require(holds, f"cannot read {what}: {said}")
+    return {name: getattr(found, name) for name in shape}
 
 
-def check_stats(stats: dict, what: str) -> None:
-    """Raises UserError unless the quantiles of a state are there, and go together."""
-    given = [name for name in ("state_low", "state_high") if name in stats]
-    for name in given if "layout" not in stats else ():
-        numbers = stats[name]
-        real = isinstance(numbers, list) and all(type(x) in (int, float) for x in numbers)
-        require(real and numbers, f"cannot read {what}: {name} is no list of numbers")
-        both = len(given) == 2 and len(numbers) == len(stats[given[0]])
-        require(both, f"cannot read {what}: state_low and state_high are not of one length")
+def check_stats(family: str, stats: dict, what: str) -> None:
+    """Raises UserError unless statistics are what the family's files say of their layout."""
+    import models  # here, for it imports this file
+
+    if models.load(family).FORMATS is None:
+        return
+    kinds = models.files(family).STATS
+    layout = stats.get("layout", "own")
+    known = isinstance(layout, str) and layout in kinds
+    require(known, f"cannot read {what}: its layout {layout!r:.60} is none of {', '.join(kinds)}")
+    parse_json(json.dumps(stats), kinds[layout], what, "ignore")
 
 
 def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dict[int, dict]:
@@ -168,10 +205,20 @@ def published(path: Path) -> bool:
     return not is_ours(path) or read_header(find(path)).published
 
 
+def check_choice(statistics: str, path: Path) -> None:
+    """Raises UserError where statistics are chosen, and the checkpoint is none to choose from."""
+    alone = f"--statistics {statistics} is for another project's checkpoint"
+    require(not (statistics and is_ours(path)), f"{alone}: {path} has none to choose from")
+
+
 def run_of(path: str | Path) -> Path | None:
     """The run folder that a checkpoint of ours is in, if it is in one."""
-    file = find(path) if is_ours(path) else None
-    return file.parents[2] if file and file.parent.parent.name == "checkpoints" else None
+    if not is_ours(path):
+        return None
+    file = find(path)
+    folders = (file.parent.resolve(), file.resolve().parent)  # either may be a link
+    runs = [folder.parents[1] for folder in folders if folder.parent.name == "checkpoints"]
+    return next(iter(runs), None)
 
 
 def moved(file: Path, run: Path) -> list[Path]:
@@ -227,6 +274,21 @@ def not_finite(tensors: dict[str, torch.Tensor]) -> str:
     if all(math.isfinite(norm) for norm in norms):
         return ""
     return next((name for name, x in real.items() if not x.isfinite().all()), "")
+
+
+def require_finite(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises UserError where a tensor of a checkpoint holds a NaN or an infinity."""
+    broken = not_finite(tensors)
+    require(not broken, f"checkpoint {path}: tensor {broken!r} holds NaN or infinity")
+
+
+def check_finite(path: str | Path) -> None:
+    """The same of each tensor in the file of a checkpoint of ours, one after the other."""
+    path = find(path)
+    header(path)
+    with or_another(path), safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no dictionary
+            require_finite(path, {name: file.get_tensor(name)})
 
 
 def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> None:

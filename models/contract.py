@@ -25,6 +25,7 @@ WITH_FILES = {
 FILES = {
     "MARKS": "what the names of its tensors contain, in other projects' files",
     "published": "(path, family, config, spec) → `formats.source.Found`, of another project's file",
+    "STATS": "{layout: type of its header's `stats`}, \"own\" and other projects'",
     "save": "(model, path, like): writes that project's layout again",
     "preparation": "(header, tokenizer) → what stands between simulator and model",
     "embedded": "(family, tokenizer) → the small model with random weights, of that many words",

@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 import models
+from config import expanded
 from errors import exit_on_user_error, require
 from models import checkpoint
 from models.formats import source
@@ -59,4 +60,4 @@ def main(config: ExportConfig) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(tyro.cli(ExportConfig))
+        main(expanded(tyro.cli(ExportConfig)))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from checks import AboveZero, Count
 from errors import require
 from models.noise import Key, generator
 
@@ -58,9 +59,9 @@ def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> 
 class FlowConfig:
     """Of the chain, and of what is trained. In the comments what RLinf has on LIBERO."""
 
-    denoise_steps: int = 4  # N
-    noise_level: float = 1.0  # a of Flow-SDE; 0.5
-    sde_steps: int = 1  # how many of the last denoise steps may be the stochastic one; all
+    denoise_steps: Count = 4  # N
+    noise_level: AboveZero = 1.0  # a of Flow-SDE; 0.5
+    sde_steps: Count = 1  # how many of the last denoise steps may be the stochastic one; all
     train_vlm: bool = False  # False: reinforcement learning updates only the heads
     cache_prefix: bool = True  # slots keep what a frozen VLM gave; False recomputes it
     # of a frozen VLM's weights and of what slots keep; bfloat16

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from checks import Count, Length, Natural, Size
 from models import layers
 from models.flow import FlowConfig, FlowPolicy, Shape
 
@@ -41,34 +42,36 @@ PAD = -1
 class Gr00tConfig(layers.SiglipConfig, FlowConfig):
     """The defaults are the embedded model; in the comments GR00T-N1.5-3B, LIBERO as in RLinf."""
 
-    vocabulary: int = 400  # tokens; 151680
-    image_token: int = 399  # <IMG_CONTEXT>; 151669
-    pad_token: int = 0  # what padding is embedded as: 0 in RLinf, 151643 in NVIDIA's own collation
-    tokens: int = 24  # L, prompt length with one image token per view; 60, which makes P = 570
-    width: int = 128  # of the language model; 2048
-    mlp: int = 384  # 6144
-    depth: int = 4  # 12 of Qwen3-1.7B's 28
-    heads: int = 4  # 16
-    kv_heads: int = 2  # 8
-    head_dim: int = 32  # 128
-    project: int = 0  # width after `eagle_linear`; 0: there is none, as in the released model
-    vl_depth: int = 2  # 4
-    vl_heads: int = 4  # 32
-    dit_depth: int = 4  # 16: even layers attend to the features, odd ones to themselves
-    dit_heads: int = 4  # 32
-    dit_head_dim: int = 24  # 48
-    hidden: int = 96  # of the DiT's output and of the state and action MLPs; 1024
-    future_tokens: int = 8  # 32
-    positions: int = 16  # rows of the action position table; 1024
-    embodiments: int = 2  # robots with weights of their own in the MLPs; 32
-    embodiment: int = 0  # which of them this is; 31 ("libero_franka", "new_embodiment")
-    max_state_dim: int = 4  # 64, zero-padded
-    max_action_dim: int = 4  # 32, zero-padded
-    horizon: int = 10  # H, actions the flow produces; 16
-    chunk: int = 10  # C of them are executed, and only those count in the log-prob; 10
-    action_dim: int = 4  # A of the simulator, likewise; 7
-    value_widths: tuple[int, ...] = (128, 64)  # (1024, 512, 256)
-    time_buckets: int = 1000  # the network sees ⌊t·1000⌋
+    vocabulary: Size = 400  # tokens; 151680
+    image_token: Size = 399  # <IMG_CONTEXT>; 151669
+    pad_token: Natural = (
+        0  # what padding is embedded as: 0 in RLinf, 151643 in NVIDIA's own collation
+    )
+    tokens: Length = 24  # L, prompt length with one image token per view; 60, which makes P = 570
+    width: Size = 128  # of the language model; 2048
+    mlp: Size = 384  # 6144
+    depth: Count = 4  # 12 of Qwen3-1.7B's 28
+    heads: Count = 4  # 16
+    kv_heads: Count = 2  # 8
+    head_dim: Size = 32  # 128
+    project: Natural = 0  # width after `eagle_linear`; 0: there is none, as in the released model
+    vl_depth: Count = 2  # 4
+    vl_heads: Count = 4  # 32
+    dit_depth: Count = 4  # 16: even layers attend to the features, odd ones to themselves
+    dit_heads: Count = 4  # 32
+    dit_head_dim: Size = 24  # 48
+    hidden: Size = 96  # of the DiT's output and of the state and action MLPs; 1024
+    future_tokens: Size = 8  # 32
+    positions: Size = 16  # rows of the action position table; 1024
+    embodiments: Size = 2  # robots with weights of their own in the MLPs; 32
+    embodiment: Natural = 0  # which of them this is; 31 ("libero_franka", "new_embodiment")
+    max_state_dim: Size = 4  # 64, zero-padded
+    max_action_dim: Size = 4  # 32, zero-padded
+    horizon: Length = 10  # H, actions the flow produces; 16
+    chunk: Length = 10  # C of them are executed, and only those count in the log-prob; 10
+    action_dim: Length = 4  # A of the simulator, likewise; 7
+    value_widths: tuple[Size, ...] = (128, 64)  # (1024, 512, 256)
+    time_buckets: Size = 1000  # the network sees ⌊t·1000⌋
     # False: the blocks after the language model see padding, as the original's do in a padded batch
     mask_padding: bool = True
     # whether the prompt says `str([task])` or the task: `prompt` in `models/formats/gr00t.py`

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checks import Count, Length, Size
 from errors import UserError
 
 
@@ -102,13 +103,13 @@ def silent(head: nn.Sequential) -> nn.Sequential:
 class SiglipConfig:
     """Pictures and their tower. In the comments So400m/14, which all released models have."""
 
-    views: int = 1  # cameras
-    image_size: int = 64  # pixels; 224
-    patch: int = 8  # pixels; 14
-    vision_width: int = 96  # 1152
-    vision_depth: int = 3  # 27
-    vision_heads: int = 4  # 16
-    vision_mlp: int = 384  # 4304
+    views: Count = 1  # cameras
+    image_size: Length = 64  # pixels; 224
+    patch: Size = 8  # pixels; 14
+    vision_width: Size = 96  # 1152
+    vision_depth: Count = 3  # 27
+    vision_heads: Count = 4  # 16
+    vision_mlp: Size = 384  # 4304
 
 
 SO400M = {

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checks import AboveZero, Count, FromZero, Length, Natural, Size
 from models import layers
 from models.flow import Shape
 from models.formats import bins, pictures
@@ -40,42 +41,42 @@ from models.noise import Key, generator
 class OftConfig:
     """The defaults are the embedded model; in the comments the published one."""
 
-    views: int = 1  # cameras; 1, or 2 with the wrist's
-    image_size: int = 64  # pixels; 224
-    patch: int = 8  # pixels; 14
+    views: Count = 1  # cameras; 1, or 2 with the wrist's
+    image_size: Length = 64  # pixels; 224
+    patch: Size = 8  # pixels; 14
     center_crop: bool = False  # the middle 0.9 of the area, resized back; True (evaluation)
     # ImageNet's, rounded to bf16 as in preprocessor_config.json
-    dino_mean: tuple[float, ...] = (0.484375, 0.455078125, 0.40625)
-    dino_std: tuple[float, ...] = (0.228515625, 0.2236328125, 0.224609375)
-    dino_width: int = 64  # 1024
-    dino_depth: int = 2  # 23: the tower has 24 blocks and the output of the 23rd is read
-    dino_heads: int = 4  # 16
-    dino_mlp: int = 192  # 4096
-    dino_registers: int = 4  # 4, beside one class token
-    siglip_width: int = 64  # 1152
-    siglip_depth: int = 2  # 26 of 27
-    siglip_heads: int = 4  # 16
-    siglip_mlp: int = 192  # 4304
-    width: int = 128  # 4096
-    depth: int = 4  # 32
-    heads: int = 4  # 32
-    kv_heads: int = 4  # 32
-    mlp: int = 320  # 11008
-    norm_eps: float = 1e-6  # Hugging Face's default, which config.json leaves (Llama-2's: 1e-5)
-    rope_theta: float = 10_000.0
-    words: int = 399  # ids before the action bins; 31744
-    bins: int = 256
-    spare: int = 1  # rows after the bins; 64, the first of them the padding token
-    pad: int = 0  # id of the padding token; 32000
-    stop: int = 2  # id of </s>
-    tokens: int = 24  # prompt length; RLinf 128 on LIBERO-10
-    action_dim: int = 4  # A; 7
-    chunk: int = 10  # C; 8
+    dino_mean: tuple[FromZero, ...] = (0.484375, 0.455078125, 0.40625)
+    dino_std: tuple[AboveZero, ...] = (0.228515625, 0.2236328125, 0.224609375)
+    dino_width: Size = 64  # 1024
+    dino_depth: Count = 2  # 23: the tower has 24 blocks and the output of the 23rd is read
+    dino_heads: Count = 4  # 16
+    dino_mlp: Size = 192  # 4096
+    dino_registers: Size = 4  # 4, beside one class token
+    siglip_width: Size = 64  # 1152
+    siglip_depth: Count = 2  # 26 of 27
+    siglip_heads: Count = 4  # 16
+    siglip_mlp: Size = 192  # 4304
+    width: Size = 128  # 4096
+    depth: Count = 4  # 32
+    heads: Count = 4  # 32
+    kv_heads: Count = 4  # 32
+    mlp: Size = 320  # 11008
+    norm_eps: FromZero = 1e-6  # Hugging Face's default, which config.json leaves (Llama-2's: 1e-5)
+    rope_theta: AboveZero = 10_000.0
+    words: Size = 399  # ids before the action bins; 31744
+    bins: Size = 256
+    spare: Size = 1  # rows after the bins; 64, the first of them the padding token
+    pad: Natural = 0  # id of the padding token; 32000
+    stop: Size = 2  # id of </s>
+    tokens: Length = 24  # prompt length; RLinf 128 on LIBERO-10
+    action_dim: Length = 4  # A; 7
+    chunk: Length = 10  # C; 8
     stop_token: bool = True  # </s> after the placeholders (moojink, SimpleVLA-RL); RLinf drops it
-    temperature: float = 1.0  # 1.6 in RLinf's LIBERO recipes
-    value_widths: tuple[int, ...] = (128, 64)  # (512, 128)
+    temperature: AboveZero = 1.0  # 1.6 in RLinf's LIBERO recipes
+    value_widths: tuple[Size, ...] = (128, 64)  # (512, 128)
     train: Literal["lora", "full"] = "lora"  # what learns, beside the value head
-    lora_rank: int = 32
+    lora_rank: Size = 32
 
     @property
     def vocabulary(self) -> int:

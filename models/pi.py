@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checks import AboveZero, Count, Length, Natural, Size
 from models import layers
 from models.flow import FlowConfig, FlowPolicy, Shape, ode_step
 from models.tokenize import PAD
@@ -39,26 +40,26 @@ class PiConfig(layers.SiglipConfig, FlowConfig):
     equals a masked one."""
 
     pi05: bool = True  # False: π0
-    vocabulary: int = 399  # tokens; 257152
-    tokens: int = 24  # prompt length; 200
-    width: int = 128  # 2048
-    mlp: int = 384  # 16384
-    depth: int = 4  # 18, shared by prefix and expert
-    heads: int = 4  # 8
-    kv_heads: int = 1  # 1, as in Gemma-2B
-    head_dim: int = 32  # 256
-    expert_width: int = 96  # 1024
-    expert_mlp: int = 256  # 4096
-    value_widths: tuple[int, ...] = (128, 64)  # (1024, 512, 256)
+    vocabulary: Size = 399  # tokens; 257152
+    tokens: Length = 24  # prompt length; 200
+    width: Size = 128  # 2048
+    mlp: Size = 384  # 16384
+    depth: Count = 4  # 18, shared by prefix and expert
+    heads: Count = 4  # 8
+    kv_heads: Count = 1  # 1, as in Gemma-2B
+    head_dim: Size = 32  # 256
+    expert_width: Size = 96  # 1024
+    expert_mlp: Size = 256  # 4096
+    value_widths: tuple[Size, ...] = (128, 64)  # (1024, 512, 256)
     value_activation: Literal["silu", "relu"] = "silu"  # relu (RLinf)
-    chunk: int = 10  # C; base models 50
-    action_dim: int = 4  # A; 32 with padding
-    state_dim: int = 4  # 32 with padding; only π0 has a state token
-    executed_steps: int = 0  # of the chunk, by the robot: what the log-prob counts; 0 means all
-    executed_dims: int = 0  # of the action, the rest is padding; 0 means all
+    chunk: Length = 10  # C; base models 50
+    action_dim: Length = 4  # A; 32 with padding
+    state_dim: Size = 4  # 32 with padding; only π0 has a state token
+    executed_steps: Natural = 0  # of the chunk, by the robot: what the log-prob counts; 0 means all
+    executed_dims: Natural = 0  # of the action, the rest is padding; 0 means all
     noise: Literal["sde", "network"] = "sde"  # Flow-SDE or Flow-Noise
-    noise_range: tuple[float, float] = (0.08, 0.16)  # of Flow-Noise's deviation (RLinf)
-    noise_widths: tuple[int, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
+    noise_range: tuple[AboveZero, AboveZero] = (0.08, 0.16)  # of Flow-Noise's deviation (RLinf)
+    noise_widths: tuple[Size, ...] = (128, 64)  # Flow-Noise: hidden widths of its network (RLinf)
 
     @property
     def played(self) -> tuple[int, int]:

@@ -290,8 +290,12 @@ def test_a_variable_that_is_left_over_is_named(monkeypatch):
     with pytest.raises(RuntimeError, match="no context"), envs.starting("made"):
         raise broken
     monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glfw", "MUJOCO_EGL_DEVICE_ID": ""})
-    words = "not start .no context was created. with MUJOCO_GL=glfw and MUJOCO_EGL_DEVICE_ID= in "
-    words += ".*: unset MUJOCO_GL MUJOCO_EGL_DEVICE_ID$"
+    given = "MUJOCO_GL=glfw and MUJOCO_EGL_DEVICE_ID= in .*: unset MUJOCO_GL MUJOCO_EGL_DEVICE_ID$"
+    words = f"not start .no EGL context was created. with {given}"
+    with pytest.raises(UserError, match=words), envs.starting("made"):
+        raise RuntimeError("no EGL context\nwas created")
+    # What may have another cause is named with its place.
+    words = f"not start .no context was created. in .*test_check.py:[0-9]+, perhaps .* of {given}"
     with pytest.raises(UserError, match=words), envs.starting("made"):
         raise broken
     with pytest.raises(UserError, match="^assets are missing$"), envs.starting("made"):

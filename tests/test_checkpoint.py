@@ -85,7 +85,7 @@ def test_the_shipped_checkpoint_is_of_a_known_family():
 def damaged(tmp_path, tiny_checkpoint, how: str):
     path = tmp_path / "damaged.safetensors"
     weights = load_file(tiny_checkpoint)
-    meta = {"family": "pi05", "shape": "{}", "stats": "{}"}
+    meta = checkpoint.header(tiny_checkpoint)[1]
     if how == "truncated":
         path.write_bytes(tiny_checkpoint.read_bytes()[:-1000])
     elif how == "truncated in its header":
@@ -172,8 +172,23 @@ def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):
     later.parent.mkdir()
     later.touch()
     assert checkpoint.find(tmp_path / "run") == later
-    later.unlink()  # a newest one of which nothing is left is passed over
+    later.unlink()  # an older one is not taken in its place without a word
+    with pytest.raises(UserError, match="has no model.safetensors; remove .*1000000 to use an"):
+        checkpoint.find(tmp_path / "run")
+    later.parent.rmdir()
     assert checkpoint.find(tmp_path / "run") == newest
+
+
+def test_a_checkpoint_is_of_its_run_however_it_is_named(monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    file = saved_with(run / "checkpoints/000001/model.safetensors")
+    for link, target in (("file.safetensors", file), ("folder", file.parent), ("again", run)):
+        (tmp_path / link).symlink_to(target)
+        assert checkpoint.run_of(tmp_path / link) == run
+    monkeypatch.chdir(run / "checkpoints")
+    assert checkpoint.run_of("000001") == run
+    monkeypatch.chdir("000001")
+    assert checkpoint.run_of(".") == checkpoint.run_of("model.safetensors") == run
 
 
 def test_half_a_checkpoint_is_never_found(tmp_path):
@@ -241,37 +256,104 @@ def test_a_damaged_checkpoint_of_a_run_leads_to_the_older_one(tmp_path):
         {"value_widths": [0]},
         {"noise": "loud"},
         {"no_such_size": 1},
+        {"tokens": 10**6},
+        {"noise_level": 0},
+        {"noise_range": [0.0, 0.1]},
+        {"executed_steps": 11},
+        {"patch": 7},
+        {"vl_heads": 3},
+        {"embodiment": 2},
+        {"embodiment": -1},
+        {"horizon": 63},
+        {"pad_token": 999},
+        {"kv_heads": 3},
     ],
     ids=str,
 )
 def test_a_shape_that_no_network_has_is_refused(tmp_path, shape):
     path = tmp_path / "m.safetensors"
-    model = tiny_pi()
-    checkpoint.save(path, Header("pi05", asdict(model.config) | shape, STATS), {})
-    with pytest.raises(UserError, match="cannot read the header of checkpoint") as error:
-        checkpoint.read_header(path)
-    assert "\n" not in str(error.value)
+    families = {"pi05": asdict(tiny_pi().config), "gr00t": asdict(models.load("gr00t").CONFIG())}
+    for family, whole in families.items():
+        checkpoint.save(path, Header(family, whole, STATS), {})
+        assert checkpoint.read_header(path).shape == whole
+        checkpoint.save(path, Header(family, whole | shape, STATS), {})
+        with pytest.raises(UserError, match="cannot read the header of checkpoint") as error:
+            checkpoint.read_header(path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize(
-    "family, shape, stats",
+    "family, shape",
     [
-        ("pi05", "[" * 100_000, "{}"),
-        ("pi05", "{}", '{"a":' * 100_000),
-        ("pi05", "null", "{}"),
-        ("pi05", "{}", "[]"),
-        ("pi05", "{}", '{"state_low": [NaN], "state_high": [1]}'),
-        ("pi05", "{}", '{"state_low": null, "state_high": [1]}'),
-        ("pi05", "{}", '{"state_low": [0, 0], "state_high": [1]}'),
-        ("pi05", "{}", '{"state_low": ["0"], "state_high": [1]}'),
-        ("nobody", "{}", "{}"),
+        ("pi05", "[" * 100_000),
+        ("pi05", '{"a":' * 100_000),
+        ("pi05", "null"),
+        ("pi05", "{}"),
+        ("gr00t", "{}"),
+        ("nobody", "{}"),
     ],
 )
-def test_a_header_of_other_types_is_refused(tmp_path, family, shape, stats):
+def test_a_header_of_other_types_is_refused(tmp_path, family, shape):
     path = tmp_path / "m.safetensors"
-    save_file({}, path, {"family": family, "shape": shape, "stats": stats})
+    save_file({}, path, {"family": family, "shape": shape, "stats": json.dumps(STATS)})
     with pytest.raises(UserError, match="cannot read the header of checkpoint"):
         checkpoint.read_header(path)
+
+
+OWN = {"state_low": [0.0], "state_high": [1]}
+SCALE = {"kind": "openpi_quantiles", "q01": [-1.0], "q99": [1.0]}
+OPENPI = {
+    "layout": "openpi",
+    "state": SCALE,
+    "actions": SCALE,
+    "prompt": "state",
+    "delta": [True],
+    "gripper": "libero",
+}
+RLINF = OWN | {"layout": "rlinf", "action_low": [0.0], "action_high": [1.0], "gripper": ""}
+OPENVLA = {"layout": "openvla", "q01": [0.0], "q99": [1.0], "mask": [True], "gripper": "widowx"}
+GOOD = {"pi05": (OWN, OPENPI), "gr00t": (OWN, RLINF), "oft": ({}, OWN, OPENVLA)}
+ODD = (None, 3, "", "odd", [], {}, math.nan, True, [[1.0]], [math.nan], ["0"], [None], [10**400])
+ODD += (
+    [1e308],
+    [5.0, 5.0],
+    [-5.0],
+    {"kind": "openpi_min_max"},
+    {"kind": []},
+    SCALE | {"q99": [-2]},
+)
+# Values in ODD that are right in some place: more is not known of it.
+FINE = {"gripper": ("",), "delta": ([],), "state_low": ([-5.0],)}
+FINE |= {"q01": ([-5.0],), "action_low": ([-5.0],)}
+
+
+def refused(path: Path, family: str, stats: dict) -> bool:
+    shape = asdict(models.load(family).CONFIG())
+    meta = {"family": family, "shape": json.dumps(shape), "stats": json.dumps(stats)}
+    save_file({}, path, meta)
+    try:
+        checkpoint.read_header(path)
+    except UserError as error:
+        said = str(error)
+        assert said.startswith("cannot read the header of checkpoint"), said
+        assert "\n" not in said and len(said) < 500, said
+        return True
+    return False
+
+
+@pytest.mark.parametrize("family", GOOD)
+def test_statistics_are_what_their_layout_says(tmp_path, family):
+    """Every field with every odd value is refused when it is read, or is none that is used."""
+    path = tmp_path / "m.safetensors"
+    for stats in GOOD[family]:
+        assert not refused(path, family, stats)
+        assert not refused(path, family, stats | {"note": "of another version"})
+        for name in stats:
+            left = {key: value for key, value in stats.items() if key != name}
+            assert refused(path, family, left) or name in ("gripper", "layout")
+            for odd in ODD:
+                fine = any(odd is value or odd == value for value in FINE.get(name, ()))
+                assert refused(path, family, stats | {name: odd}) != fine, (name, odd)
 
 
 def test_the_shapes_of_all_published_models_are_in_range():
@@ -374,14 +456,15 @@ def test_moments_that_no_gradient_has_are_refused_where_they_are_loaded(tmp_path
 
 def saved_with(path: Path, vocabulary: str = "", stats: dict = STATS) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path, Header("pi05", {}, stats, vocabulary), {"x": torch.zeros(1)})
+    shape = asdict(tiny_pi().config)
+    checkpoint.save(path, Header("pi05", shape, stats, vocabulary), {"x": torch.zeros(1)})
     return path
 
 
 def test_a_run_copied_to_another_clone_finds_its_vocabulary(monkeypatch, tmp_path):
     run = tmp_path / "run"
     weights = run / "checkpoints" / "000001" / "model.safetensors"
-    saved_with(weights, "", {"layout": "openpi"})
+    saved_with(weights, "", OPENPI)
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     (tmp_path / "assets").mkdir()
     old = Path("/other/clone/assets/tokenizer.model")

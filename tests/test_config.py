@@ -9,6 +9,8 @@ from typing import Annotated, get_args
 
 import pytest
 
+import evaluate
+import pretrain
 from checks import Bound, flag_of
 from config import (
     ROOT,
@@ -19,6 +21,7 @@ from config import (
     Only,
     RunConfig,
     completed,
+    expanded,
     from_json,
     from_preset,
     run_path,
@@ -27,6 +30,8 @@ from config import (
     validate,
 )
 from errors import UserError, exit_on_user_error
+from evaluate import EvaluateConfig
+from pretrain import PretrainConfig
 
 
 def valid(**changes) -> Config:
@@ -187,6 +192,39 @@ def test_a_run_s_name_may_end_in_a_slash_or_begin_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert run_path("small/") == run_path("small") == ROOT / "runs" / "small"
     assert run_path("~/x") == Path("/home/somebody/x")
+
+
+def test_every_path_of_a_flag_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    given = EvaluateConfig(checkpoint=Path("~/x"), json=Path("~no_such_user/y"), videos=Path("z/~"))
+    found = expanded(given)
+    assert found.checkpoint == Path("/home/somebody/x") and given.checkpoint == Path("~/x")
+    assert (found.json, found.videos, found.tokenizer) == (given.json, given.videos, None)
+    for file in map(ROOT.joinpath, ("evaluate.py", "pretrain.py", "plan.py", "bench.py")):
+        assert "main(expanded(tyro.cli(" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PretrainConfig(seed=-1),
+        PretrainConfig(action_noise=-1.0),
+        PretrainConfig(lr=math.nan),
+        PretrainConfig(batch=63),
+        PretrainConfig(pace=1.5),
+        EvaluateConfig(tokens=-1),
+        EvaluateConfig(tokens=10**7),
+        EvaluateConfig(image_size=-5),
+        EvaluateConfig(episodes=10**13),
+        EvaluateConfig(chunk=0),
+    ],
+    ids=str,
+)
+def test_every_program_s_flags_have_ranges(config):
+    program = pretrain if isinstance(config, PretrainConfig) else evaluate
+    with pytest.raises(UserError, match="^--[a-z-]+ .* must be") as error:
+        program.main(config)
+    assert "\n" not in str(error.value)
 
 
 def test_a_path_that_cannot_be_used_is_one_line_and_status_2(capsys):

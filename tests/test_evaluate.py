@@ -195,6 +195,8 @@ def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, caps
     "change, words",
     [
         ({"episodes": 0}, "at least 1"),
+        ({"chunk": 7}, "has chunk = 10 and the run asks for 7"),
+        ({"statistics": "nonsense"}, "--statistics nonsense is for another project's"),
         ({"tasks": ("juggle",)}, "juggle"),
         ({"family": "emulated"}, "emulated"),
     ],

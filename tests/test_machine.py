@@ -55,27 +55,68 @@ def test_memory_is_the_container_s(tmp_path):
     assert machine.memory(written(tmp_path, {"sys/fs/cgroup/memory.max": "max\n"})) == whole
 
 
-@pytest.mark.parametrize(
-    "cuda, words",
-    [
-        ("13.0", "CUDA 13.0 needs NVIDIA driver 580 or newer, and 535.54 is installed"),
-        (None, "built without CUDA; remove .venv and run setup.sh"),
-    ],
-)
-def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, cuda, words):
+@pytest.fixture
+def nvidia_smi(monkeypatch):
+    """Answers as the tool would, where torch sees no GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine.shutil, "which", lambda name: name)
-    listed = subprocess.CompletedProcess([], 0, "535.54\n535.54\n")
+    listed = subprocess.CompletedProcess([], 0, "535.54\n535.54\n", "")
     monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: listed)
-    with pytest.raises(UserError, match=f"sees none of this machine's 2 GPUs: .*{words}"):
+    return listed
+
+
+@pytest.mark.parametrize(
+    "cuda, driver, words",
+    [
+        ("13.0", "535.54", "CUDA 13.0 needs NVIDIA driver 580 or newer, and 535.54 is installed"),
+        ("12.8", "470.2", "CUDA 12.8 needs NVIDIA driver 525 or newer, and 470.2 is installed"),
+        ("12.8", "570.86.15", r"\(driver 570.86.15, CUDA 12.8\): see that this process, .* /dev/"),
+        (None, "535.54", "built without CUDA; remove .venv and run setup.sh"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, nvidia_smi, cuda, driver, words):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    nvidia_smi.stdout = f"{driver}\n{driver}\n"
+    with pytest.raises(UserError, match=f"sees none of this machine's 2 GPUs.*{words}"):
         machine.gpus()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # on purpose
     assert machine.gpus() == 0
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    listed.returncode = 9  # a driver's tool without a driver
+
+
+def test_a_driver_that_is_new_enough_is_not_blamed(monkeypatch, nvidia_smi):
+    nvidia_smi.stdout = "570.86.15\n"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(UserError, match="see that CUDA_VISIBLE_DEVICES=7 names some") as error:
+        machine.gpus()
+    assert "update" not in str(error.value)
+
+
+@pytest.mark.parametrize("status, said", [(0, "No devices were found\n"), (9, "has failed\n")])
+def test_a_tool_without_a_gpu_finds_none(nvidia_smi, status, said):
+    nvidia_smi.returncode = status
+    nvidia_smi.stdout = said
     assert machine.gpus() == 0
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(8, "Exec format error"), subprocess.TimeoutExpired("nvidia-smi", 30.0)]
+)
+def test_a_tool_that_does_not_answer_is_no_cpu(monkeypatch, nvidia_smi, error):
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(machine.subprocess, "run", run)
+    with pytest.raises(UserError, match="nvidia-smi does not answer .*CUDA_VISIBLE_DEVICES= to"):
+        machine.gpus()
+
+
+def test_a_driver_that_is_half_updated_is_no_cpu(nvidia_smi):
+    nvidia_smi.returncode = 18
+    nvidia_smi.stdout = "Failed to initialize NVML: Driver/library version mismatch\n"
+    with pytest.raises(UserError, match="driver was updated and not loaded: restart, or set CUDA"):
+        machine.gpus()
 
 
 def test_sockets_fit_where_tmpdir_is_long(monkeypatch, tmp_path):

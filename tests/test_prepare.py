@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from conftest import LINE
+from safetensors.torch import load_file, save_file
 
 import models
 import prepare
@@ -14,6 +16,7 @@ from benchmarks.emulated import libero
 from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
 from errors import UserError
+from models import checkpoint
 from run_folder import read_metrics
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
@@ -140,6 +143,13 @@ def test_copies_of_trained_weights_count_as_memory(monkeypatch, capsys):
         prepare.prepare(settings())
 
 
+def test_a_checkout_that_nobody_may_write_needs_a_run_elsewhere(monkeypatch):
+    monkeypatch.setattr(prepare.os, "access", lambda *_: False)
+    config = train.parse(["--env", "libero", "--envs", "8", "--batch", "16", "--minibatch", "8"])
+    with pytest.raises(UserError, match="cannot write .*: give --run PATH, where you may write"):
+        prepare.find_start(config, prepare.envs.load("emulated"))
+
+
 def test_statistics_are_for_another_project_s_checkpoint():
     flags = "--envs 8 --batch 16 --minibatch 8 --statistics nonsense"
     with pytest.raises(UserError, match="--statistics nonsense is for another project's"):
@@ -185,6 +195,51 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
     assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
+    largest = GOOD | {"seed": 2**63 - 1}  # that --seed takes
+    (folder / "state.json").write_text(json.dumps(largest))
+    assert prepare.resume_from(config)[1]["seed"] == largest["seed"]
+
+
+def lack(weights, meta):
+    del weights["action_out_proj.bias"]
+
+
+def spoil(weights, meta):
+    weights["action_out_proj.bias"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lack, "has no tensor 'action_out_proj.bias'"),
+        (spoil, "tensor 'action_out_proj.bias' holds NaN"),
+        (lambda weights, meta: meta.update(shape="null"), "cannot read the header"),
+        (lambda weights, meta: meta.update(family="nobody"), "its family 'nobody' is none of"),
+        (lambda weights, meta: meta.clear(), "was not written by this project"),
+        (None, "has no model.safetensors"),
+    ],
+)
+def test_a_resumed_checkpoint_that_cannot_be_read_leads_to_the_older_one(
+    tmp_path, tiny_checkpoint, damage, words
+):
+    for version in ("000002", "000003"):
+        folder = tmp_path / "run/checkpoints" / version
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(GOOD))
+        shutil.copy(tiny_checkpoint, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    if damage:
+        weights = load_file(file)
+        meta = checkpoint.header(file)[1]
+        damage(weights, meta)
+        save_file(weights, file, meta)
+    else:
+        file.unlink()
+    flags = ["--envs", "8", "--batch", "16", "--minibatch", "8", "--checkpoint", tiny_checkpoint]
+    config = completed(train.parse([*map(str, flags)]), resume=str(tmp_path / "run"))
+    with pytest.raises(UserError, match=f"({words}).*; remove {folder} to use an older") as error:
+        prepare.prepare(config)
+    assert "\n" not in str(error.value)
 
 
 def with_line(**changes) -> bytes:

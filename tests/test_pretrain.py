@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import envs
 import pretrain
 from config import Config, embedded_files
 from envs import metaworld
@@ -58,6 +59,16 @@ def test_a_tiny_pretraining_makes_a_checkpoint_that_loads(cli, tmp_path):
 def test_a_missing_folder_is_noticed_before_the_work(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         pretrain.main(PretrainConfig(out=tmp_path / "none" / "x.safetensors"))
+
+
+def test_a_variable_that_is_left_over_is_named(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no GL context")
+
+    monkeypatch.setattr(metaworld.Env, "observe", broken)
+    monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glx"})
+    with pytest.raises(UserError, match="MUJOCO_GL=glx in the environment: unset MUJOCO_GL"):
+        pretrain.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), PretrainConfig())
 
 
 def without_demonstrations(monkeypatch):

@@ -5,6 +5,8 @@ Sources: moojink/openvla-oft `prismatic/vla/action_tokenizer.py`; RLinf
 `rlinf/envs/action_utils.py`; SimpleVLA-RL `verl/workers/rollout/rob_rollout.py`.
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ def encode_actions(actions: Tensor, words: int, bins: int = 256) -> Tensor:
 def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
     """[-1, 1] → the data's units by the quantiles, where the mask says so. actions [..., A]."""
     low, high = (np.array(stats[end]) for end in ("q01", "q99"))
-    return np.where(stats["mask"], 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions)
+    return np.where(
+        stats.get("mask", True), 0.5 * (actions + 1.0) * (high - low + 1e-8) + low, actions
+    )
 
 
 def libero_gripper(actions: np.ndarray) -> np.ndarray:
@@ -45,6 +49,7 @@ def widowx_gripper(actions: np.ndarray) -> np.ndarray:
 
 
 GRIPPERS = {"": np.asarray, "libero": libero_gripper, "widowx": widowx_gripper}
+Gripper = Literal[tuple(GRIPPERS)]
 # Which of them a robot (`EnvSpec.robot`) needs, by the layout of a checkpoint's files, where its
 # policies do not speak as the simulator does. The sources are in docs/simulators.md.
 ROBOTS = {

@@ -27,7 +27,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, each, siglip
-from models.formats.preparation import PreparationBase
+from models.formats.preparation import OWN, Numbers, PreparationBase, statistics
 from models.formats.source import Found, Source
 from models.gr00t import FULL, PAD, Gr00t, Gr00tConfig
 
@@ -489,6 +489,10 @@ class Preparation(PreparationBase):
     def actions(self, actions: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         ends = self.ends("action")
         return self.grip(denormalise(actions, *ends) if ends else actions)
+
+
+THEIRS = statistics(**dict.fromkeys(STATISTICS, Numbers))
+STATS = {"own": OWN} | dict.fromkeys(SOURCES, THEIRS)
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

@@ -13,6 +13,7 @@ originals pass it through JPEG. Pictures rendered at the model's size need neith
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NotRequired
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules
-from models.formats.preparation import PreparationBase
+from models.formats.preparation import Numbers, PreparationBase, statistics
 from models.formats.source import Found, Source
 from models.oft import FULL, Lora, Oft, OftConfig
 
@@ -304,6 +305,15 @@ class Preparation(PreparationBase):
         """tokens [L] int32."""
         c = self.config
         return {"tokens": encode(self.tokenizer, task, c.tokens, c.pad)}
+
+
+# Our own prompts hold no state, and our own actions may be in [-1, 1].
+ACTIONS = {"q01": Numbers, "q99": Numbers, "mask": list[bool]}
+MAYBE = {"state_low": Numbers, "state_high": Numbers} | ACTIONS
+STATS = {
+    "own": statistics(**{name: NotRequired[kind] for name, kind in MAYBE.items()}),
+    "openvla": statistics(**ACTIONS),
+}
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

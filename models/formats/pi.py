@@ -15,9 +15,11 @@ out.
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Any, Literal, Union
 
 import numpy as np
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +29,7 @@ from models import tokenize
 from models.checkpoint import Header
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
-from models.formats.preparation import PreparationBase
+from models.formats.preparation import OWN, Numbers, PreparationBase, statistics
 from models.formats.source import Found, Source, Stored
 from models.pi import FULL, SMALL, Pi, PiConfig
 
@@ -443,6 +445,20 @@ class Preparation(PreparationBase):
         if delta.any():  # openpi's AbsoluteActions
             out[..., : len(delta)] += np.where(delta, state[: len(delta)], 0.0)
         return self.grip(out).astype(np.float32)
+
+
+def scale(kind: str) -> Any:
+    """Returns the type of what `normalise` goes by, of one kind."""
+    project, _, mode = kind.partition("_")
+    more = {"eps": float} if project == "lerobot" else {}
+    return statistics(kind=Literal[kind], **dict.fromkeys(ENDS[mode], Numbers), **more)
+
+
+KINDS = tuple(scale(f"{project}_{mode}") for project in ("openpi", "lerobot") for mode in ENDS)
+Scale = Annotated[Union[KINDS], Field(discriminator="kind")]  # noqa: UP007  no `|` for a tuple
+Prompt = Literal["state", "newline"]
+THEIRS = statistics(state=Scale, actions=Scale, prompt=Prompt, delta=list[bool])
+STATS = {"own": OWN, "openpi": THEIRS, "lerobot": THEIRS}
 
 
 def preparation(header: Header, tokenizer: str) -> Preparation:

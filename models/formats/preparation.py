@@ -6,10 +6,42 @@ Every env worker has one. A family derives `PreparationBase` and inherits the ch
     .words(state, task)    → {name: array}, the fields beside the pictures
 """
 
+import operator
+from typing import Annotated, Any, Literal, NotRequired
+
 import numpy as np
+from pydantic import AfterValidator, Field
+from typing_extensions import TypedDict
 
 from errors import UserError, require
 from models.formats import bins
+
+# Of a robot's state or action, one per dimension.
+Numbers = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(min_length=1)]
+ORDERED = {"state_low": "state_high", "action_low": "action_high", "q01": "q99", "min": "max"}
+
+
+def go_together(stats: dict) -> dict:
+    """Raises ValueError unless lists are of one length, and the lower ends nowhere above."""
+    for one, other in (ORDERED | {"mean": "std", "mask": "q01"}).items():
+        first, second = (stats.get(name, ()) for name in (one, other))
+        if len(first) != len(second) and (one in stats or one != "mask"):
+            raise ValueError(f"must have {one} and {other} of one length")
+        if one in ORDERED and any(map(operator.gt, first, second)):
+            raise ValueError(f"must have {one} nowhere above {other}")
+    return stats
+
+
+def statistics(**fields: Any) -> Any:
+    """Returns the type of a header's statistics, or of a part of them, that have these fields, and
+    of another project perhaps what its robot's gripper and wide pictures need (`envs.Fit`)."""
+    fit = NotRequired[Literal["squeeze", "letterbox", "bicubic"]]
+    kind = TypedDict("Statistics", {"gripper": NotRequired[bins.Gripper], "fit": fit} | fields)
+    return Annotated[kind, AfterValidator(go_together)]
+
+
+# Of our own models: the quantiles that map the robot's state to [-1, 1].
+OWN = statistics(state_low=Numbers, state_high=Numbers)
 
 
 class PreparationBase:
