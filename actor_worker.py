@@ -20,10 +20,11 @@ from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
 from learner import Learner
 from metrics import Ledger, Meter
-from ranks import Ranks
+from ranks import Ranks, sum_gradients
 from saving import Saver
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from tally import Tally
 
 
 def run(
@@ -45,48 +46,46 @@ def run(
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
-    saver = Saver(run_folder / "checkpoints", config.train.keep, config.train.timeout_s)
     ledger = Ledger(resume["lines"] if resume else [], config.actor.update_epochs)
     publish(learner, channels, meter)
     meter.ready()
     begun = time.monotonic()
+    with Saver(run_folder / "checkpoints", config.train, ledger, meter) as saver:
+        while learner.version < config.train.iterations:
+            if ranks.first and (saver.trouble or is_to_stop(channels, learner)):
+                save_and_wait_for_the_end(learner, saver, report)
 
-    while learner.version < config.train.iterations:
-        if ranks.first and is_to_stop(channels, learner):
-            save_and_wait_for_the_end(learner, saver, ledger, report, meter)
+            # Take in what has arrived; wait for more only when no micro-batch is complete.
+            inbox.receive(wait_s=0.0)
+            micro = streamer.next()
+            if micro is None and not streamer.done:
+                with meter.wait("trajectory"):  # whom a long one is due to, `processes.Crew` says
+                    inbox.receive(wait_s=1.0)
+                continue
 
-        # Take in what has arrived; wait for more only when no micro-batch is complete.
-        inbox.receive(wait_s=0.0)
-        micro = streamer.next()
-        if micro is None and not streamer.done:
-            with meter.wait("trajectory"):  # whom a long wait is due to, `processes.Crew` finds out
-                inbox.receive(wait_s=1.0)
-            continue
+            # Train it. The optimizer steps once its minibatch is complete.
+            if micro is not None:
+                numbers = {"slots": micro.slots, "epoch": micro.epoch, "minibatch": micro.minibatch}
+                with meter.work("train", **numbers):
+                    learner.train(inbox.read(micro, device), micro)
+                if micro.last and not finish_minibatch(learner, streamer, channels, meter):
+                    continue
 
-        # Train it. The optimizer steps once its minibatch is complete.
-        if micro is not None:
-            numbers = {"slots": micro.slots, "epoch": micro.epoch, "minibatch": micro.minibatch}
-            with meter.work("train", **numbers):
-                learner.train(inbox.read(micro, device), micro)
-            if micro.last:
-                finish_minibatch(learner, streamer, meter)
+            # Once the batch is complete, publish it, which also frees its slots, and report.
+            if streamer.done:
+                streamer.finish_batch()
+                inbox.settle(learner.tally)
+                line = learner.finish_batch()
+                publish(learner, channels, meter)
+                line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
+                begun = time.monotonic()
+                line["queue_depths"] = {"finished": streamer.waiting}
+                if ranks.first:
+                    ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
+                    save_where_due(learner, saver)
+                    report.send(line)
 
-        # Once the batch is complete, publish it, which also frees its slots, and report. Ranks meet
-        # in `finish_batch`, so that all of them are through with the slots before that.
-        if streamer.done:
-            streamer.finish_batch()
-            learner.tally_accounts(inbox.take_accounts())
-            line = learner.finish_batch()
-            publish(learner, channels, meter)
-            line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
-            begun = time.monotonic()
-            line["queue_depths"] = {"finished": streamer.waiting}
-            if ranks.first:
-                ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
-                save_where_due(learner, saver, ledger, meter)
-                report.send(line)
-
-    leave(learner, saver, report, meter)
+        leave(learner, saver, report, meter)
 
 
 def is_to_stop(channels: Channels, learner: Learner) -> bool:
@@ -96,22 +95,31 @@ def is_to_stop(channels: Channels, learner: Learner) -> bool:
     return stop > 1 or stop > 0 and not learner.updates
 
 
-def finish_minibatch(learner: Learner, streamer: Streamer, meter: Meter) -> None:
-    """Sums the gradients over ranks and steps the optimizer."""
+def finish_minibatch(
+    learner: Learner, streamer: Streamer, channels: Channels, meter: Meter
+) -> bool:
+    """Sums the gradients over ranks and steps the optimizer. Returns whether that is done: other
+    ranks may be long in coming, and the run be told to stop meanwhile."""
     ranks = learner.ranks
-    with meter.wait("gradient") if ranks.several else meter.nothing:
-        ranks.sum_gradients(learner.parameters)
+    if ranks.several:
+        with meter.wait("gradient"):
+            for _ in ranks.meet():
+                meter.alive()
+                if ranks.first and is_to_stop(channels, learner):
+                    return False
+            sum_gradients(learner.parameters)
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():
         learner.spared += streamer.stop()
+    return True
 
 
-def save_where_due(learner: Learner, saver: Saver, ledger: Ledger, meter: Meter) -> None:
+def save_where_due(learner: Learner, saver: Saver) -> None:
     if learner.should_save():
-        saver.finish(meter)  # the one before
-        with meter.work("checkpoint"):
-            saver.begin(learner.snapshot(ledger.lines))
+        saver.finish()  # the one before
+        if not saver.trouble:
+            saver.begin(learner)
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
@@ -128,24 +136,22 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
             queue.put([Record(0, 0, WAKE, 0, 0)])
 
 
-def save_and_wait_for_the_end(
-    learner: Learner, saver: Saver, ledger: Ledger, report: Connection, meter: Meter
-) -> None:
+def save_and_wait_for_the_end(learner: Learner, saver: Saver, report: Connection) -> None:
     """Saves what was published last, without the updates of the batch under way."""
-    saver.finish(meter)  # the one before
-    dropped = learner.drop_updates()
-    news = {"saved": str(saver.begin(learner.snapshot(ledger.lines)))}
-    saver.finish(meter)
-    report.send(news | {"dropped": dropped} if dropped else news)
+    news = saver.save_last(learner) | {"saved": str(saver.path)}
+    report.send(news | {"dropped": learner.updates} if learner.updates else news)
     wait_to_be_ended()
 
 
 def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
     """Ends the last save, and then tells the launcher, after all ranks have come here."""
-    saver.finish(meter)
-    learner.ranks.leave()
-    if learner.ranks.first:
-        report.send({"done": learner.version})
+    ranks = learner.ranks
+    news = saver.save_last(learner) if ranks.first else {}
+    for _ in ranks.meet():
+        meter.alive()
+    ranks.leave()
+    if ranks.first:
+        report.send({"done": learner.version} | news)
 
 
 def wait_to_be_ended() -> None:
@@ -216,11 +222,11 @@ class Inbox:
         self.accounts["after_end"] += together - int(length.sum())
         self.settled[lane] = self.arrays["collected"][lane]
 
-    def take_accounts(self) -> dict[str, int]:
-        """Returns the chunk steps that were lost since the last call, by reason."""
-        accounts = self.accounts
-        self.accounts = dict.fromkeys(accounts, 0)
-        return accounts
+    def settle(self, tally: Tally) -> None:
+        """Counts the chunk steps that were lost before they could be trained, since last time."""
+        for reason, steps in self.accounts.items():
+            tally.add(reason, steps, "part")
+        self.accounts = dict.fromkeys(self.accounts, 0)
 
     def read(self, micro: MicroBatch, device: str) -> dict[str, Tensor]:
         """Returns the trajectories of a micro-batch [n, rows, …], and how their groups ended."""

@@ -239,6 +239,11 @@ class ActorConfig:
     cache_prefix: Annotated[bool, FLOW] = True
     """keep a frozen VLM's keys and values in the slots; False computes them again in every epoch"""
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a batch."""
+        return self.batch // self.minibatch * self.update_epochs
+
 
 @dataclass(kw_only=True, slots=True)
 class AlgorithmConfig:

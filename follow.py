@@ -64,7 +64,7 @@ class Follower:
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
         self.beginning = report.Beginning(self.channels.counters, batch)
         self.advice = f"continue with: python train.py --resume {self.folder.name}"
-        self.trouble = ""  # why metrics.jsonl can no longer be written
+        self.trouble = ""  # why metrics.jsonl or a checkpoint could not be written
 
     def follow(self) -> End:
         """Returns when the run is done, interrupted, or to start again. Raises WorkerFailed."""
@@ -126,6 +126,7 @@ class Follower:
 
     def hear(self, news: dict) -> End | None:
         """Takes in what the actor reports: a line of metrics.jsonl, or its last word."""
+        self.trouble = self.trouble or news.get("trouble", "")
         if "done" in news:
             done = f"{news['done']} iterations done; checkpoint in"
             done = f"{done} {self.folder.path / 'checkpoints'}"

@@ -70,7 +70,7 @@ class Learner:
     def begin_batch(self) -> None:
         self.tally = Tally()
         self.updates = 0  # optimizer steps by which the weights are past those of `version`
-        self.kept: tuple[list[Tensor], dict] | None = None  # what `drop_updates` returns to
+        self.kept: tuple[dict[str, Tensor], dict] | None = None  # `on_host`, before the first
         self.kl_sum = 0.0  # of the running minibatch
         self.kl_samples = 0.0
         self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
@@ -187,38 +187,21 @@ class Learner:
             if self.proximal:
                 self.proximal.keep_weights()
             # A batch of one step alone is never left unfinished, and the first rank saves.
-            several = actor.update_epochs * actor.batch > actor.minibatch
-            if not self.updates and several and self.ranks.first:
-                self.keep()
+            if not self.updates and actor.steps > 1 and self.ranks.first:
+                self.kept = self.on_host()
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=False)
 
-    def keep(self) -> None:
-        """Copies weights and optimizer to the host, where a batch's first step is about to change
-        them: 12 bytes for each trained weight (float32)."""
-        weights = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
-        self.kept = weights, self.optimizer_on_host()
-
-    def optimizer_on_host(self) -> dict:
+    def on_host(self) -> tuple[dict[str, Tensor], dict]:
+        """Copies weights and optimizer: 12 bytes for each trained weight (float32)."""
+        weights = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
         state = self.optimizer.state_dict()
         state["state"] = {
             number: {name: tensor.to("cpu", copy=True) for name, tensor in one.items()}
             for number, one in state["state"].items()
         }
-        return state
-
-    def drop_updates(self) -> int:
-        """Returns to the weights and the optimizer of `version`. Returns the steps dropped."""
-        dropped = self.updates
-        if dropped:
-            weights, state = self.kept
-            with torch.no_grad():
-                for parameter, weight in zip(self.parameters, weights, strict=True):
-                    parameter.copy_(weight)
-            self.optimizer.load_state_dict(state)
-        self.begin_batch()
-        return dropped
+        return weights, state
 
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all
@@ -232,13 +215,10 @@ class Learner:
         total, samples = self.ranks.sum(kl)
         return total > limit * samples
 
-    def tally_accounts(self, accounts: dict[str, int]) -> None:
-        """Counts chunk steps of this batch that were lost before they could be trained."""
-        for reason, steps in accounts.items():
-            self.tally.add(reason, steps, "part")
-
     def finish_batch(self) -> dict:
-        """Ends version v and begins v + 1. Returns its part of a line of metrics.jsonl."""
+        """Ends version v and begins v + 1. Returns its part of a line of metrics.jsonl.
+
+        Ranks meet here: all are through with the batch's slots, which publishing frees."""
         self.tally.add("skipped", sum(self.steps[slot] for slot in self.spared))
         tally = self.ranks.combine(self.tally)
         self.version += 1
@@ -270,14 +250,14 @@ class Learner:
         return self.version % train.checkpoint_every == 0 or self.version == train.iterations
 
     def snapshot(self, lines: list[dict]) -> Snapshot:
-        """Copies to the host what a checkpoint holds. Frozen weights do not change: they are not
-        copied. Raises FloatingPointError where a weight is not finite.
+        """Returns what a checkpoint of `version` holds, without the updates of the running batch,
+        on the host. Frozen weights do not change: they are not copied. Raises FloatingPointError
+        where a weight is not finite.
 
         lines: the newest of metrics.jsonl, which may not have been written when a run is killed."""
-        self.check_finite(dict(self.model.named_parameters()) | self.idle)
-        weights = self.model.state_dict() | self.idle
-        for name in self.trainable:
-            weights[name] = weights[name].to("cpu", copy=True)
+        trained, optimizer = self.kept or self.on_host()
+        self.check_finite(dict(self.model.named_parameters()) | self.idle | trained)
+        weights = self.model.state_dict() | self.idle | trained
         state = {
             "version": self.version,
             "seed": self.config.train.seed,  # it names all randomness: no generator has a state
@@ -289,7 +269,7 @@ class Learner:
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
             "lines": lines,
         }
-        return Snapshot(self.model.header, weights, self.optimizer_on_host(), state)
+        return Snapshot(self.model.header, weights, optimizer, state)
 
     def load(self, resume: dict) -> None:
         """Continues from a checkpoint of this run. Raises UserError if optimizer.pt is

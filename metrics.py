@@ -8,7 +8,6 @@ its waits over the time that passed. docs/metrics.md explains every key of metri
 profiling inside a stage (Perfetto shows the spans; torch.profiler shows kernels).
 """
 
-import contextlib
 import json
 import os
 import time
@@ -28,9 +27,10 @@ CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))
 COLUMNS = (
     # Every worker. "time": its last sign of life, "since": the beginning of its running wait, both
-    # in monotonic seconds. The launcher writes "restarts", and into row 0 "stop", "eval_round",
-    # when the run "began", and the newest version whose line is "written".
-    *("ready", "time", "waiting", "since", "restarts", "gpu_memory_gb"),
+    # in monotonic seconds; "saving": 1 while it writes a checkpoint. The launcher writes "restarts"
+    # and, into row 0, "stop", "eval_round", when the run "began", and the newest version whose
+    # line is "written".
+    *("ready", "time", "waiting", "since", "saving", "restarts", "gpu_memory_gb"),
     *("stop", "eval_round", "began", "written"),
     *("work_s", *(f"wait_{cause}_s" for cause in CAUSES)),
     # Env workers. The chunk columns are sums over lanes' chunks, for the costs in tuning.py.
@@ -65,8 +65,6 @@ def columns(eval_episodes: int) -> tuple[str, ...]:
 @dataclass(eq=False)
 class Meter:
     """Writes one worker's row of the counters, and its spans."""
-
-    nothing = contextlib.nullcontext()  # in place of a span that is not to be recorded
 
     name: str  # "env-0"
     row: int

@@ -42,9 +42,10 @@ def never_fail() -> None:
             setattr(sys, name, wrapped)
 
 
-def disk_trouble(error: OSError, file: object = "") -> str:
+def disk_trouble(error: Exception, file: object = "") -> str:
     """Says what a disk has refused: "cannot write runs/x/metrics.jsonl: No space left on device".
 
-    file: for an error that does not name it."""
-    where = error.filename or file
-    return f"cannot write{f' {where}' if where else ''}: {error.strerror or error}"
+    error: an OSError, or what a library makes of one; file: for an error that does not name it."""
+    where = getattr(error, "filename", None) or file
+    said = getattr(error, "strerror", None) or repr(error)
+    return f"cannot write{f' {where}' if where else ''}: {said}"

@@ -82,6 +82,11 @@ class Setup:
         device = self.placement.env_devices[0] if self.on_gpu else "cpu"
         return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
 
+    def copies_gb(self) -> float:
+        """Host memory, 12 bytes a weight, of weights and optimizer as they were: in a checkpoint
+        that is being written, and where a batch has several steps before the first of them."""
+        return min(2, self.config.actor.steps) * 3 * layout(self.weights, 1)[1] / 1e9
+
     def pool_gb(self) -> float:
         """Host memory of the slots."""
         on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
@@ -133,9 +138,11 @@ def prepare(config: Config) -> Setup:
         choices=choices,
     )
     has = machine.memory() / 1e9
-    needs = f"the slots need {setup.pool_gb():.1f} GB of memory, and this machine has {has:.1f} GB"
-    enough = setup.pool_gb() < has or config.train.memory_report
-    require(enough, f"{needs}: lower --envs, --eval-envs, --batch, --segment or --max-staleness")
+    needs = setup.pool_gb() + setup.copies_gb()
+    found = f"the slots need with copies of trained weights {needs:.1f} GB of memory"
+    less = "lower --envs, --eval-envs, --batch, --segment or --max-staleness, or train less"
+    enough = needs < has or config.train.memory_report
+    require(enough, f"{found}, and this machine has {has:.1f} GB: {less}")
     return setup
 
 
@@ -336,6 +343,7 @@ def memory_report(setup: Setup) -> None:
         where += f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}"
     print(f"slot pool: {count} slots × {one:.2f} MB = {count * one:.1f} MB of {where}")
     print(f"weight plane: 2 × {layout(setup.weights, 1)[1] / 1e6:.2f} MB")
+    print(f"copies of trained weights and optimizer: {1e3 * setup.copies_gb():.2f} MB of memory")
     size = {name: layout({name: kind}, count)[1] for name, kind in setup.slots.items()}
     for name in sorted(size, key=size.get, reverse=True):
         shape, dtype = setup.slots[name]

@@ -375,12 +375,23 @@ class Crew:
             silence = f"nothing happened for {now - self.last_work:.0f} s"
             raise WorkerFailed(f"{silence}: {', '.join(who)}")
 
-    def stop(self) -> None:
-        """Ends all workers. None outlives this call."""
+    def saves(self) -> bool:
+        """Whether a worker writes a checkpoint, and is not suspended."""
+        alive = [name for name, process in self.processes.items() if process.is_alive()]
+        lately = time.monotonic() - self.timeout
+        return any(self.counter(n, "saving") and self.counter(n, "time") > lately for n in alive)
+
+    def stop(self, interrupts: Interrupts) -> None:
+        """Ends all workers. None outlives this call. Who writes a checkpoint has the time for it,
+        until somebody presses Ctrl-C twice."""
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):  # dead, and the fork server yet to say so
                 if process.is_alive():
                     os.kill(process.pid, LEAVE)
+        if self.saves():
+            print("a checkpoint is being written; Ctrl-C twice stops without it", flush=True)
+        while self.saves() and not interrupts.twice:
+            time.sleep(0.1)
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))

@@ -4,6 +4,8 @@ weights, because gradients are summed before every step.
 Left out: several machines, FSDP2 (the trainable weights are replicated).
 """
 
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,10 +43,15 @@ class Ranks:
         version = resume["version"] if resume else 0
         return cls(rank, config.actor.actor_workers, device, run_folder / ".spans", version)
 
-    def sum_gradients(self, parameters: list[Tensor]) -> None:
-        """Sums gradients over ranks. The loss is already divided by the global count."""
+    def meet(self) -> Iterator[None]:
+        """Waits until all ranks have come here, and yields again and again meanwhile. The others'
+        calls wait silently; whoever has met has little to wait for."""
         if self.several:
-            sum_gradients(parameters)
+            meeting = dist.all_reduce(torch.zeros(1, device=self.device), async_op=True)
+            while not meeting.is_completed():
+                yield
+                time.sleep(0.001)
+            meeting.wait()  # raises what went wrong
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Returns the sums over ranks."""
@@ -66,14 +73,14 @@ class Ranks:
         return combined
 
     def leave(self) -> None:
-        """No rank leaves while another still needs it."""
+        """Ends what they meet by. No rank may need it any more: they `meet` before."""
         if self.several:
-            dist.barrier()
             dist.destroy_process_group()
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
     """Sums gradients over the processes of torch.distributed's group, as one flat tensor.
+    The loss is already divided by the global count.
 
     A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then keeps
     none. It may have one on some ranks only, where others' groups were all filtered (GRPO): theirs

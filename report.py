@@ -27,9 +27,8 @@ RECENT = 10  # iterations that success and time left are averaged over
 def batch_line(config: Config, segment: int) -> str:
     """Says what one iteration trains; segment: chunk steps of a trajectory."""
     actor = config.actor
-    steps = actor.batch // actor.minibatch * actor.update_epochs
     trained = f"{actor.batch} trajectories = {actor.batch * segment} chunk steps"
-    return f"{trained}, {steps} optimizer step{'s' * (steps > 1)} per batch"
+    return f"{trained}, {actor.steps} optimizer step{'s' * (actor.steps > 1)} per batch"
 
 
 def number(value: float | None, style: str) -> str:

@@ -1,20 +1,24 @@
 """Writes checkpoints, in a thread of its own while training goes on."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from metrics import Meter
+from config import RunConfig
+from errors import require
+from metrics import Ledger, Meter
 from models import checkpoint
+from output import disk_trouble
 from run_folder import checkpoints
 
 
@@ -27,63 +31,93 @@ class Snapshot(NamedTuple):
     state: dict  # state.json
 
 
-class Saver:
-    """Writes one snapshot at a time and keeps the newest checkpoints."""
+class Saver(contextlib.AbstractContextManager):
+    """Writes one snapshot at a time and keeps the newest checkpoints. Whatever a `with` block of it
+    ends with, what is being written is written to its end."""
 
-    def __init__(self, folder: Path, keep: int, patience_s: float = 120.0):
-        """folder: RUN/checkpoints; keep: how many checkpoints stay, or 0 for all; patience_s: after
-        which a person is told whom all wait for."""
+    def __init__(self, folder: Path, train: RunConfig, ledger: Ledger, meter: Meter):
+        """folder: RUN/checkpoints; ledger: its newest lines are saved, too."""
         self.folder = folder
-        self.keep = keep
-        self.patience_s = patience_s
-        self.late = math.inf  # monotonic seconds, when that is to be said
-        self.thread = ThreadPoolExecutor(1)
-        self.writing: Future | None = None
+        self.keep = train.keep
+        self.patience_s = train.timeout_s  # after which a person is told whom all wait for
+        self.ledger = ledger
+        self.meter = meter
+        self.thread = threading.Thread()
+        self.path: Path | None = None  # of the newest snapshot
+        self.trouble = ""  # why it could not be written
 
-    def begin(self, snapshot: Snapshot) -> Path:
-        """Begins to write. `finish` must have been called since the last one."""
-        self.writing = self.thread.submit(self.run, snapshot)
-        self.late = time.monotonic() + self.patience_s
-        return self.folder / name_of(snapshot)
+    def __exit__(self, kind, error, trace) -> None:
+        while error and self.thread.is_alive():
+            with contextlib.suppress(SystemExit):  # told to leave meanwhile
+                self.finish()
+        if error and self.trouble not in ("", str(error)):
+            print(self.trouble, file=sys.stderr)
+
+    def begin(self, learner) -> None:
+        """Begins to write what a learner has published last. `finish` must have been called."""
+        with self.meter.work("checkpoint"):
+            snapshot = learner.snapshot(self.ledger.lines)
+        self.path = self.path_of(learner)
+        self.trouble = ""
+        self.meter.set("saving", 1)
+        self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
+        self.thread.start()
 
     def run(self, snapshot: Snapshot) -> None:
-        write(snapshot, self.folder)
-        if self.keep:
-            for old in checkpoints(self.folder.parent)[: -self.keep]:
+        try:
+            write(snapshot, self.folder)
+            for old in checkpoints(self.folder.parent)[: -self.keep] if self.keep else ():
                 shutil.rmtree(old, ignore_errors=True)  # a file that is open may stay on NFS
+        except Exception as error:  # libraries have several for a disk that is full
+            self.trouble = disk_trouble(error, self.path)
+        finally:
+            self.meter.set("saving", 0)
 
-    def finish(self, meter: Meter) -> None:
-        """Waits until all is written, with signs of life, however long a slow disk takes. Raises
-        what went wrong."""
-        while self.writing and not self.writing.done():
-            with meter.work("checkpoint"):
-                wait([self.writing], 1.0)
-            if time.monotonic() > self.late:
-                self.late = math.inf
+    def finish(self) -> None:
+        """Waits until all is written, or `trouble` says why not, with signs of life, however long a
+        slow disk takes."""
+        late = time.monotonic() + self.patience_s
+        while self.thread.is_alive():
+            with self.meter.work("checkpoint"):
+                self.thread.join(1.0)
+            if time.monotonic() > late:
+                late = math.inf
                 slow = f"a checkpoint is still being written after {self.patience_s:.0f} s"
                 print(f"{slow}: is {self.folder} on a disk that hangs?", file=sys.stderr)
-        if self.writing:
-            self.writing.result()
 
+    def save_last(self, learner) -> dict[str, str]:
+        """Ends the save under way, and saves a learner's version unless that is done. Returns the
+        "trouble" that a disk made before. Raises UserError if it still does."""
+        self.finish()
+        news = {"trouble": self.trouble} if self.trouble else {}
+        if self.trouble or self.path != self.path_of(learner):
+            self.begin(learner)
+            self.finish()
+            require(not self.trouble, self.trouble)
+        return news
 
-def name_of(snapshot: Snapshot) -> str:
-    return f"{snapshot.state['version']:06d}"
+    def path_of(self, learner) -> Path:
+        return self.folder / f"{learner.version:06d}"
 
 
 def write(snapshot: Snapshot, folder: Path) -> Path:
     """Writes folder/NNNNNN/{model.safetensors, optimizer.pt, state.json}, which appears all at
     once. Returns its path.
 
-    A version is trained once in a run. So a whole checkpoint of it is the same, and stays."""
-    path = folder / name_of(snapshot)
+    A version is trained once in a run. So a whole checkpoint of it is the same, and stays. Nothing
+    that may be whole is removed before."""
+    path = folder / f"{snapshot.state['version']:06d}"
     if (path / "model.safetensors").is_file():
         return path
-    for left in (*folder.glob(".*"), path):  # of saves that were killed, or without weights
+    for left in folder.glob(".*.partial"):  # of saves that were killed
         shutil.rmtree(left, ignore_errors=True)
     partial = folder / f".{path.name}.partial"
     partial.mkdir()
     checkpoint.save(partial / "model.safetensors", snapshot.header, snapshot.weights)
     torch.save(snapshot.optimizer, partial / "optimizer.pt")
     (partial / "state.json").write_text(json.dumps(snapshot.state))
+    shutil.rmtree(path, ignore_errors=True)  # it has no weights
     os.replace(partial, path)
+    for old in folder.glob(".*.old"):  # saves once moved a version away to write it again
+        shutil.rmtree(old, ignore_errors=True)
     return path

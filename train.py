@@ -291,7 +291,7 @@ def run_crew(
     except WorkerFailed as failure:
         return follower.failed(failure)
     finally:
-        crew.stop()
+        crew.stop(interrupts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Marks of finished trajectories, accounts of lost chunk steps, and the actor's whole loop."""
 
+import copy
+import errno
 import json
 import os
 import threading
 import time
 from multiprocessing import Pipe, get_context
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -19,8 +22,10 @@ import models
 import saving
 from actor_worker import Inbox, group_outcomes, publish, run
 from channel import WAKE, Channels, Counters, IndexQueue, Record, SlotPool
-from config import Config
+from config import Config, RunConfig
 from envs import EnvSpec
+from errors import UserError
+from follow import Follower
 from metrics import Ledger
 from models import checkpoint
 from ranks import Ranks
@@ -28,6 +33,7 @@ from report import flatten
 from run_folder import RunFolder, lines_until
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from tally import Tally
 from weights import WeightPlane
 
 SEGMENT = 3
@@ -119,6 +125,12 @@ class World:
         self.wake(self.mark(env, trajectory, lengths))
 
 
+def lost(inbox: Inbox) -> dict[str, float]:
+    tally = Tally()
+    inbox.settle(tally)
+    return tally.values
+
+
 def arrived(inbox: Inbox) -> list[int]:
     return sorted(inbox.streamer.finished)
 
@@ -162,7 +174,7 @@ def test_a_wake_that_comes_twice_changes_nothing():
     for _ in range(2):  # by its worker's successor
         world.wake(Record(3, 0, WAKE, 0, 1))
         inbox.receive(0.0)
-    assert arrived(inbox) == [3] and inbox.take_accounts() == {"restart": 0, "after_end": 0}
+    assert arrived(inbox) == [3] and lost(inbox) == {"restart": 0, "after_end": 0}
 
 
 def test_what_was_finished_before_this_rank_was_ready_is_not_lost():
@@ -172,7 +184,7 @@ def test_what_was_finished_before_this_rank_was_ready_is_not_lost():
     world.finish(1, 0, steps=SEGMENT + 2)
     late = world.start(1)
     late.receive(0.0)
-    assert arrived(late) == [1] and late.take_accounts()["restart"] == 2
+    assert arrived(late) == [1] and lost(late)["restart"] == 2
 
 
 def test_slots_come_round_again():
@@ -189,7 +201,7 @@ def test_slots_come_round_again():
         while inbox.streamer.next() is not None:
             pass
         assert inbox.streamer.finish_batch() == batch + 1
-    assert inbox.take_accounts() == {"restart": 0, "after_end": 0}
+    assert lost(inbox) == {"restart": 0, "after_end": 0}
 
 
 @pytest.mark.parametrize("which", [{}, {"width": 2}, {"group": 4}, {"width": 2, "group": 4}])
@@ -220,11 +232,11 @@ def test_chunk_steps_lost_with_a_worker_are_accounted_for_lane_by_lane():
     world.finish(3, 0)
     world.finish(5, 0)
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 3, "after_end": 0}
-    assert inbox.take_accounts() == {"restart": 0, "after_end": 0}  # each of them once
+    assert lost(inbox) == {"restart": 3, "after_end": 0}
+    assert lost(inbox) == {"restart": 0, "after_end": 0}  # each of them once
     world.finish(4, 0)
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 2, "after_end": 0}
+    assert lost(inbox) == {"restart": 2, "after_end": 0}
 
 
 def test_chunk_steps_after_an_episode_s_end_are_accounted_for():
@@ -235,21 +247,21 @@ def test_chunk_steps_after_an_episode_s_end_are_accounted_for():
     world.finish(2, 0, steps=3, lengths=[1, 3])
     world.finish(4, 0, steps=2, lengths=[2, 2])
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 2, "after_end": 2}
+    assert lost(inbox) == {"restart": 2, "after_end": 2}
     world.finish(2, 1, steps=2, lengths=[2, 1])
     inbox.receive(0.0)
-    assert inbox.take_accounts() == {"restart": 0, "after_end": 1}
+    assert lost(inbox) == {"restart": 0, "after_end": 1}
 
 
 def test_accounts_go_on_when_a_slot_is_used_again():
     world = World()
     inbox = world.start()
-    for trajectory, lost in ((0, 1), (4, 0), (8, 2)):
-        world.step(0, trajectory, lost)
+    for trajectory, steps in ((0, 1), (4, 0), (8, 2)):
+        world.step(0, trajectory, steps)
         world.finish(0, trajectory)
         inbox.streamer.finished.clear()  # as if it had been trained
         inbox.receive(0.0)
-        assert inbox.take_accounts() == {"restart": lost, "after_end": 0}
+        assert lost(inbox) == {"restart": steps, "after_end": 0}
 
 
 # ---------------------------------------------------------------- reading
@@ -326,7 +338,7 @@ class Actor:
         self.pool = SlotPool(FIELDS, admission.slots)
         weights = {name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()}
         plane = WeightPlane(weights)
-        counters = Counters(1, metrics.columns(1))
+        counters = Counters(config.actor.actor_workers, metrics.columns(1))
         self.channels = Channels.create(config, self.pool, plane, counters)
         self.alive = twin(self.channels.finished[0])  # an env worker could still write
         for name in ("reward", "value", "seen", "logprob"):
@@ -347,9 +359,12 @@ class Actor:
         return received(reports)
 
     def run_rank(self, rank: int, report) -> None:
-        meter = metrics.Meter(f"actor-{rank}", 0, self.channels.counters, None)
+        meter = metrics.Meter(f"actor-{rank}", rank, self.channels.counters, None)
         with patch.object(models, "build", return_value=self.model):
             run(rank, self.config, SPEC, "cpu", self.channels, self.folder, None, report, meter)
+
+    def counter(self, column: str) -> float:
+        return self.channels.counters.get(0, column)
 
     def published(self) -> dict[str, torch.Tensor]:
         """The newest weights, which must be those of the last version."""
@@ -357,6 +372,21 @@ class Actor:
         block = torch.zeros(plane.bytes, dtype=torch.uint8)
         assert plane.version == plane.fetch(block) == self.config.train.iterations
         return plane.tensors(block)
+
+
+class Published:
+    """A learner that has published a version."""
+
+    def __init__(self, version: int):
+        self.version = version
+
+    def snapshot(self, lines):
+        return saving.Snapshot(None, {}, {}, {"version": self.version})
+
+
+def a_saver(folder, **train) -> saving.Saver:
+    meter = metrics.Meter("actor-0", 0, Counters(1, metrics.columns(0)), None)
+    return saving.Saver(folder, RunConfig(**train), Ledger([], 1), meter)
 
 
 def received(reports) -> list[dict]:
@@ -453,20 +483,9 @@ def test_kl_stop_spares_the_other_epochs(tmp_path):
 
 
 def test_asked_to_stop_it_saves_what_it_has_and_waits_to_be_ended(tmp_path):
-    class Ended(Exception):
-        pass
-
     actor = Actor(tmp_path, settings(), Toy())
     actor.channels.counters.set(0, "stop", 1)
-    reports, report = Pipe(duplex=False)
-    meter = metrics.Meter("actor-0", 0, actor.channels.counters, None)
-    with (
-        patch.object(models, "build", return_value=actor.model),
-        patch.object(actor_worker, "wait_to_be_ended", side_effect=Ended),
-        pytest.raises(Ended),
-    ):
-        run(0, actor.config, SPEC, "cpu", actor.channels, tmp_path, None, report, meter)
-    assert received(reports) == [{"saved": str(tmp_path / "checkpoints" / "000000")}]
+    assert run_until_saved(actor) == [{"saved": str(tmp_path / "checkpoints" / "000000")}]
     assert (tmp_path / "checkpoints" / "000000" / "model.safetensors").is_file()
 
 
@@ -515,7 +534,7 @@ def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_not
     names = ("000001", "000001-best", "000002", "1", "999999", "1000000")
     for name in names:
         (folder / name).mkdir(parents=True)
-    saver = saving.Saver(folder, keep=1)
+    saver = a_saver(folder, keep=1)
     removed = []
 
     def busy(path, ignore_errors=False):
@@ -532,11 +551,10 @@ def test_only_checkpoints_are_removed_for_newer_ones_and_one_that_stays_ends_not
 
 
 def test_a_disk_that_hangs_is_named_once(tmp_path, capsys):
-    saver = saving.Saver(tmp_path / "checkpoints", 0, patience_s=0.5)
-    snapshot = saving.Snapshot(None, {}, {}, {"version": 1})
+    saver = a_saver(tmp_path / "checkpoints", timeout_s=0.5)
     with patch.object(saving, "write", lambda *_: time.sleep(2.5)):
-        saver.begin(snapshot)
-        saver.finish(metrics.Meter("actor-0", 0, Counters(1, metrics.columns(0)), None))
+        saver.begin(Published(1))
+        saver.finish()
     said = capsys.readouterr().err
     assert said.count("a checkpoint is still being written after 0 s: is ") == 1, said
 
@@ -592,44 +610,196 @@ def test_a_snapshot_does_not_change_with_training(tmp_path):
 def test_a_checkpoint_that_cannot_be_written_ends_the_actor(tmp_path):
     actor = Actor(tmp_path, settings(), Toy())
     full = patch.object(saving, "write", side_effect=OSError("disk full"))
-    with full, pytest.raises(OSError, match="disk full"):
+    with full, pytest.raises(UserError, match="cannot write .*/000002: .*disk full"):
         actor.run()
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_an_interrupt_saves_what_was_published_and_a_new_ratio_waits_for_the_batch(tmp_path, stop):
-    """Asked while the first of two minibatches is stepped."""
+@pytest.mark.parametrize("error", [FloatingPointError, SystemExit])
+def test_what_is_being_written_is_written_whatever_ends_the_actor(tmp_path, error):
+    """The launcher's word to leave, too, also if it comes while an error waits for the save."""
+    config = settings()
+    config.train.checkpoint_every = 1
+    actor = Actor(tmp_path, config, Toy())
+    write = saving.write
+    waits = [SystemExit, None]
 
-    class Ended(Exception):
-        pass
+    def slowly(*arguments):
+        time.sleep(1.5)
+        write(*arguments)
 
-    class Stopping(actor_worker.Learner):
+    def interrupted(*arguments):
+        if waits and (word := waits.pop(0)):
+            raise word
+        join(*arguments)
+
+    class Failing(actor_worker.Learner):
         def step(self):
+            if self.version == 1:
+                raise error("it fails")
             super().step()
-            actor.channels.counters.set(0, "stop", stop)
 
-    actor = Actor(tmp_path, settings(), Toy())
-    begun = {name: w.detach().clone() for name, w in actor.model.named_parameters()}
-    reports, report = Pipe(duplex=False)
-    meter = metrics.Meter("actor-0", 0, actor.channels.counters, None)
+    join = threading.Thread.join
     with (
-        patch.object(models, "build", return_value=actor.model),
-        patch.object(actor_worker, "Learner", Stopping),
+        patch.object(saving, "write", slowly),
+        patch.object(threading.Thread, "join", interrupted),
+        patch.object(actor_worker, "Learner", Failing),
+        pytest.raises(error, match="it fails"),
+    ):
+        actor.run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000001"]
+    assert not waits and actor.channels.counters.get(0, "saving") == 0
+
+
+def test_a_save_that_fails_does_not_hide_what_ends_the_actor(tmp_path, capsys):
+    with (
+        patch.object(saving, "write", side_effect=OSError("disk full")),
+        pytest.raises(FloatingPointError),
+        a_saver(tmp_path / "checkpoints") as saver,
+    ):
+        saver.begin(Published(7))
+        raise FloatingPointError
+    assert "000007: OSError('disk full')" in capsys.readouterr().err
+
+
+class Ended(Exception):
+    """In place of `wait_to_be_ended`, which waits for ever."""
+
+
+def run_until_saved(actor: Actor, learner=actor_worker.Learner) -> list[dict]:
+    """Runs the first rank until it has saved and waits for its end. Returns its reports."""
+    reports, report = Pipe(duplex=False)
+    with (
+        patch.object(actor_worker, "Learner", learner),
         patch.object(actor_worker, "wait_to_be_ended", side_effect=Ended),
         pytest.raises(Ended),
     ):
-        run(0, actor.config, SPEC, "cpu", actor.channels, tmp_path, None, report, meter)
-    saved = tmp_path / "checkpoints" / f"{2 - stop:06d}"
-    news = received(reports)
+        actor.run_rank(0, report)
+    return received(reports)
+
+
+class FullOnce:
+    """A disk that is full at its first checkpoint."""
+
+    def __init__(self):
+        self.write = saving.write
+        self.calls = 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if self.calls == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.write(*arguments)
+
+
+def test_a_failed_save_is_noticed_at_once_and_what_was_published_is_saved(tmp_path):
+    config = settings()
+    config.train.iterations = 40
+    config.train.checkpoint_every = 1
+    actor = Actor(tmp_path, config, Toy())
+    with patch.object(saving, "write", FullOnce()):
+        *lines, news = run_until_saved(actor)
+    assert len(lines) == 1
+    saved = tmp_path / "checkpoints" / "000001"
+    trouble = f"cannot write {saved}: No space left on device"
+    assert news == {"saved": str(saved), "trouble": trouble}
+    assert (saved / "model.safetensors").is_file()
+
+    # The launcher says both in one sentence.
+    follower = SimpleNamespace(trouble="", advice="continue with …")
+    end = Follower.hear(follower, news)
+    assert (end.message, end.status) == (f"error: {trouble}; saved {saved}; continue with …", 1)
+
+
+def test_the_last_checkpoint_is_tried_again(tmp_path):
+    actor = Actor(tmp_path, settings(), Toy())
+    with patch.object(saving, "write", FullOnce()):
+        news = actor.run()[-1]
+    saved = tmp_path / "checkpoints" / "000002"
+    assert (saved / "model.safetensors").is_file()
+    assert news == {"done": 2, "trouble": f"cannot write {saved}: No space left on device"}
+
+
+def test_a_version_that_is_being_saved_is_not_saved_again(tmp_path):
+    config = settings()
+    config.train.checkpoint_every = 1
+    actor = Actor(tmp_path, config, Toy())
+    snapshots = []
+
+    class Stopping(actor_worker.Learner):
+        def snapshot(self, lines):
+            snapshots.append(self.version)
+            actor.channels.counters.set(0, "stop", 2)
+            return super().snapshot(lines)
+
+    news = run_until_saved(actor, Stopping)
+    assert news[-1] == {"saved": str(tmp_path / "checkpoints" / "000001")} and snapshots == [1]
+
+
+@pytest.mark.parametrize("stop, version", [(1, 0), (2, 0), (2, 1)])
+def test_an_interrupt_saves_what_was_published_and_a_new_ratio_waits_for_the_batch(
+    tmp_path, stop, version
+):
+    """Asked while the first of two minibatches of a batch is stepped."""
+    before = {}
+
+    class Stopping(actor_worker.Learner):
+        def step(self):
+            if self.version == version and not self.updates:
+                actor.channels.counters.set(0, "stop", stop)
+                before["state"] = copy.deepcopy(self.optimizer.state_dict()["state"])
+                before["weights"] = copy.deepcopy(self.model.state_dict())
+            super().step()
+
+    actor = Actor(tmp_path, settings(), Toy())
+    news = run_until_saved(actor, Stopping)
+    saved = tmp_path / "checkpoints" / f"{version + 2 - stop:06d}"
     weights = load_file(saved / "model.safetensors")
-    optimizer = torch.load(saved / "optimizer.pt", weights_only=True)
-    same = all(torch.equal(weights[name], begun[name]) for name in begun)
-    if stop == 2:
-        assert news == [{"saved": str(saved), "dropped": 1}]
-        assert same and not optimizer["state"]
-    else:
+    state = torch.load(saved / "optimizer.pt", weights_only=True)["state"]
+    same = all(torch.equal(weights[name], before["weights"][name]) for name in weights)
+    if stop == 1:
         assert len(news) == 2 and news[1] == {"saved": str(saved)}
-        assert not same and optimizer["state"][0]["step"] == 2
+        assert not same and state[0]["step"] == 2
+        return
+    assert news[version:] == [{"saved": str(saved), "dropped": 1}]
+    assert same and state.keys() == before["state"].keys() and len(state) == 4 * version
+    for number, one in state.items():
+        assert one.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, tensor in one.items():
+            assert torch.equal(tensor, before["state"][number][name])
+
+
+def test_a_rank_that_waits_for_others_saves_when_it_is_told_to(tmp_path):
+    """The trajectories of the second rank's lanes never come."""
+    (tmp_path / ".spans").mkdir()
+    actor = Actor(tmp_path, settings(ranks=2), Toy())
+    admission = Admission.of(actor.config)
+    for slot in range(admission.slots):
+        if admission.owner(slot, 2) == 1:
+            actor.pool["done"][slot] = 0
+    actor.channels.counters.set(0, "stop", 0)
+    reports, report = Pipe(duplex=False)
+    processes = [
+        get_context("fork").Process(target=actor.run_rank, args=(rank, report), daemon=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        gradient = 1 + metrics.CAUSES.index("gradient")
+        deadline = time.monotonic() + 60
+        while actor.counter("waiting") != gradient:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        alive = actor.counter("time")
+        time.sleep(0.3)
+        assert actor.counter("time") > alive
+        actor.channels.counters.set(0, "stop", 2)
+        assert reports.poll(10.0)
+        assert reports.recv() == {"saved": str(tmp_path / "checkpoints" / "000000")}
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def test_only_the_first_rank_publishes(tmp_path):

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from torch import nn
 
 import algorithms
 import models
+import saving
 from actor_worker import group_outcomes
 from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
@@ -486,7 +487,8 @@ def test_accounts_of_lost_chunk_steps_are_in_the_line():
     learner = learner_of(model, config)
     slots = tuple(range(BATCH))
     learner.train(read(learner, toy_pool(model), slots), MicroBatch(slots, 0, 0, True))
-    learner.tally_accounts({"restart": 3, "after_end": 2})
+    learner.tally.add("restart", 3, "part")
+    learner.tally.add("after_end", 2, "part")
     line = learner.finish_batch()
     assert line["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
     assert "restart" not in line and "after_end" not in line
@@ -857,3 +859,12 @@ def test_what_a_killed_save_left_does_not_hinder_the_next(tmp_path):
         assert path.name == "000003" and list(tmp_path.iterdir()) == [path]
         times.append((path / "model.safetensors").stat().st_mtime_ns)
     assert times[0] == times[1]  # a good one is never away, not even for a moment
+
+
+def test_the_only_copy_is_there_until_another_is_whole(monkeypatch, tmp_path):
+    """Saves once moved a version away before they wrote it again."""
+    (tmp_path / ".000003.old").mkdir()
+    monkeypatch.setattr(saving.torch, "save", Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(trained(Toy(), Config()).snapshot([]), tmp_path)
+    assert (tmp_path / ".000003.old").is_dir() and not (tmp_path / "000003").exists()

@@ -76,7 +76,7 @@ def test_every_moment_is_work_or_a_wait_with_a_cause(tmp_path):
 
 def test_without_trace_nothing_is_written(tmp_path):
     meter = Meter("env-0", 2, counters(), None)
-    with meter.work("step", batch=3), meter.nothing:
+    with meter.work("step", batch=3):
         pass
     meter.record("fetch", 1.0, 2.0)
     meter.flush()

@@ -126,6 +126,23 @@ def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
         prepare.prepare(settings("--eval-envs", "1000000"))
 
 
+def test_copies_of_trained_weights_count_as_memory(monkeypatch, capsys):
+    """12 bytes a weight while a checkpoint is written; as many where a batch has several steps."""
+    several = prepare.prepare(settings())
+    once = prepare.prepare(settings("--update-epochs", "1", "--minibatch", "16"))
+    weights = sum(math.prod(shape) for shape, _ in several.weights.values())
+    assert several.copies_gb() == 2 * once.copies_gb() > 0.0
+    assert once.copies_gb() == pytest.approx(12e-9 * weights, rel=0.01)
+    prepare.memory_report(several)
+    assert f"optimizer: {24e-6 * weights:.0f}" in capsys.readouterr().out
+    has = 1e9 * (several.pool_gb() + several.copies_gb())
+    monkeypatch.setattr(prepare.machine, "memory", lambda: has + 1)
+    prepare.prepare(settings())
+    monkeypatch.setattr(prepare.machine, "memory", lambda: has - 5e8 * several.copies_gb())
+    with pytest.raises(UserError, match="copies of trained weights .* or train less"):
+        prepare.prepare(settings())
+
+
 def test_a_checkout_that_nobody_may_write_needs_a_run_elsewhere(monkeypatch):
     monkeypatch.setattr(prepare.os, "access", lambda *_: False)
     config = train.parse(["--env", "libero", "--envs", "8", "--batch", "16", "--minibatch", "8"])

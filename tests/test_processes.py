@@ -443,7 +443,7 @@ def test_an_error_is_tried_again_only_where_it_may_pass(monkeypatch, tmp_path, e
     with pytest.raises(WorkerFailed) as failed:
         while True:
             crew.watch(news)
-    crew.stop()
+    crew.stop(Interrupts())
     said = str(failed.value)
     tries = (tmp_path / "error.txt").read_text().count("Traceback")
     if error in PASSING:
@@ -470,7 +470,7 @@ def test_an_error_that_comes_again_at_start_does_not_pass(tmp_path):
     with pytest.raises(WorkerFailed, match="nothing to draw with .* twice in a row when it start"):
         while True:
             crew.watch(news)
-    crew.stop()
+    crew.stop(Interrupts())
     assert counters.get(0, "restarts") == 2
 
 
@@ -529,6 +529,49 @@ def test_a_launcher_that_was_away_starts_its_clocks_again(monkeypatch, tmp_path)
     assert crew.hangs("env-0")
     with pytest.raises(WorkerFailed, match="nothing happened for 60 s: env-0"):
         crew.check_progress()
+
+
+@pytest.mark.parametrize(
+    "dies_at, silent_from, ctrl_c, ends_at, killed",
+    [
+        (3, 1e9, 0, 3, False),
+        (1e9, 1e9, 2, 5, True),  # it is not waited for
+        (200, 1e9, 1, 200, False),
+        (1e9, 20, 0, 85, True),  # its last sign of life, --timeout-s, 5 s
+    ],
+)
+def test_who_writes_a_checkpoint_has_the_time_for_it(
+    monkeypatch, tmp_path, capsys, dies_at, silent_from, ctrl_c, ends_at, killed
+):
+    counters = Counters(1, columns(0))
+    clock = [1000.0]
+    kills = []
+
+    class Process:
+        pid = sentinel = 7
+
+        def is_alive(self):
+            return clock[0] < 1000.0 + dies_at
+
+        def join(self, seconds=0.0):
+            clock[0] += min(seconds, max(0.0, 1000.0 + dies_at - clock[0]))
+
+    def sleep(seconds):
+        clock[0] += seconds
+        counters.set(0, "time", min(clock[0], 1000.0 + silent_from))
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(processes.os, "kill", lambda *kill: kills.append(kill))
+    meter = Meter("actor-0", 0, counters, None)
+    crew = Crew([Job("actor-0", print, (), 1, meter, {})], counters, tmp_path, 2, timeout=60.0)
+    crew.processes["actor-0"] = Process()
+    meter.ready()
+    meter.set("saving", 1)
+    crew.stop(Interrupts([signal.SIGINT] * ctrl_c))
+    assert clock[0] == pytest.approx(1000.0 + ends_at, abs=1.0)
+    assert kills[0] == (7, processes.LEAVE) and len(kills) == 1 + killed
+    assert "a checkpoint is being written; Ctrl-C twice" in capsys.readouterr().out
 
 
 def test_a_suspended_run_goes_on(cli, tmp_path):

@@ -29,6 +29,7 @@ from channel import Channels, Counters, LaneTable, SlotPool, fence
 from config import Config
 from envs import EnvSpec, Step
 from evaluation import Evaluations
+from models.checkpoint import Header
 from prepare import common_fields
 from scheduler import Admission, DynamicBatcher, Trajectories
 from weights import WeightPlane
@@ -181,18 +182,15 @@ class Ranks:
         self.several = self.count > 1
         self.meetings = 0
 
-    def meet(self) -> None:
+    def meet(self):
         self.meetings += 1
         met = self.run.met
         met[self.meetings] += 1
         while met[self.meetings] < self.count:
-            self.run.world.running.pause()
-
-    def sum_gradients(self, parameters) -> None:
-        self.meet()
+            yield self.run.world.running.pause()
 
     def leave(self) -> None:
-        self.meet()
+        """They have met."""
 
 
 class Learner:
@@ -204,6 +202,7 @@ class Learner:
         self.device = device
         self.version = 0
         self.updates = 0
+        self.tally = self
         self.parameters = []
         self.fields = tuple(run.channels.pool.spec)
         # A rank may take long to build its model, while others have published already.
@@ -222,12 +221,13 @@ class Learner:
     def moved_too_far(self) -> bool:
         return False
 
-    def tally_accounts(self, accounts) -> None:
-        assert min(accounts.values()) >= 0, accounts
-        self.run.accounts.update(accounts)
+    def add(self, reason, steps, how) -> None:
+        """It is its own tally."""
+        assert steps >= 0, reason
+        self.run.accounts[reason] += steps
 
     def finish_batch(self) -> dict:
-        self.ranks.meet()
+        list(self.ranks.meet())
         self.version += 1
         numbers = dict.fromkeys(("trained", "skipped", "trained_once"), 0)
         return numbers | {"version": self.version, "iteration": self.version, "discarded_by": {}}
@@ -362,6 +362,8 @@ class Run:
         put(models, "preparation", lambda *_: Preparation())
         put(models, "build", lambda *_: Policy())
         put(actor_worker, "Learner", functools.partial(Learner, self))
+        put(actor_worker, "sum_gradients", lambda _: None)
+        put(actor_worker.Saver, "save_last", lambda *_: {})
         put(actor_worker.Ranks, "of", functools.partial(Ranks, self))
         put(shard, "fence", self.fence)
         put(actor_worker, "fence", self.fence)
@@ -379,7 +381,8 @@ class Run:
 
     def start_env_worker(self, name: str) -> None:
         rank = int(name.removeprefix("env-"))
-        arguments = (rank, self.config, None, "cpu", self.channels, 0, self.meters[name])
+        header = Header("toy", {}, {})
+        arguments = (rank, self.config, header, "cpu", self.channels, 0, self.meters[name])
         self.world.start(name, functools.partial(env_worker.run, *arguments), mortal=True)
 
     def rollout_worker(self, rank: int):

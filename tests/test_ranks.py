@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import Ranks
+from ranks import Ranks, sum_gradients
 from tally import Tally
 
 
@@ -20,7 +20,8 @@ def act(rank: int, folder: str) -> None:
     ((rank + 1) * used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     if rank == 1:
         (once * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    ranks.sum_gradients([unused, used, once])
+    list(ranks.meet())
+    sum_gradients([unused, used, once])
 
     tally = Tally()
     tally.add("trained", 10 + rank)
@@ -42,6 +43,7 @@ def act(rank: int, folder: str) -> None:
         "met": [path.name for path in Path(folder).glob("rendezvous*")],
     }
     torch.save(found, f"{folder}/{rank}.pt")
+    list(ranks.meet())
     ranks.leave()
 
 
@@ -80,9 +82,7 @@ def test_tallies_are_combined_also_of_names_that_one_rank_alone_has(both):
 
 def test_one_rank_alone_changes_nothing(tmp_path):
     ranks = Ranks(0, 1, "cpu", tmp_path, 0)
-    weight = nn.Parameter(torch.ones(2))
     tally = Tally()
-    ranks.sum_gradients([weight])
-    assert weight.grad is None and ranks.sum([1.0]) == [1.0] and ranks.combine(tally) is tally
+    assert list(ranks.meet()) == [] and ranks.sum([1.0]) == [1.0] and ranks.combine(tally) is tally
     ranks.leave()
     assert ranks.first and not ranks.several and not list(tmp_path.iterdir())
