@@ -83,6 +83,8 @@ def mistake(error: ValidationError) -> tuple[str, str]:
     if first["type"] == "value_error":  # of `finite`, which says where and what
         return "", str(first["ctx"]["error"])
     name = " ".join(".".join(first["loc"]).split())[:200]  # names in files may be anything
+    if first["type"].startswith("missing"):
+        return "it", f"has no {name}"
     return (name, f"{first['input']!r:.60} {words}") if name else ("it", words)
 
 

@@ -285,9 +285,11 @@ def main(config: EvaluateConfig) -> dict:
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
     path = settings.train.checkpoint
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
-    print(
-        f"{player.assumed}{path}: {config.episodes} episodes of {config.env}, {shown}", flush=True
-    )
+    tasks = len(player.spec.tasks)
+    played = f"{config.episodes} episodes of {config.env}"
+    if config.episodes < tasks:
+        played += f", of the first {config.episodes} of {tasks} tasks alone"
+    print(f"{player.assumed}{path}: {played}, {shown}", flush=True)
     episodes = player.play()
 
     # Count successes by task, and write down what was seen.

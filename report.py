@@ -104,7 +104,7 @@ class Display:
             f"reward {number(line['reward'], '.3g')}",
             f"KL {number(line['approx_kl'], '.3g')}",
             f"staleness {line['staleness_mean']:.2f}",
-            f"{duration(line['time'])}, {duration(self.seconds_left())} left",
+            f"{duration(line['time'])}, {self.time_left()} left",
         ]
 
     def held_out(self) -> str:
@@ -114,13 +114,15 @@ class Display:
                 return f"{line['eval_success_rate']:.1%} at {line['eval_version']}"
         return "–"
 
-    def seconds_left(self) -> float:
-        """Returns how long the rest of the run takes if it goes on as fast as of late."""
+    def time_left(self) -> str:
+        """Says how long the rest of the run takes if it goes on as fast as of late. The first line
+        does not tell: start-up is a part of its time."""
+        since = self.history[-RECENT:][0]
         last = self.history[-1]
-        # Of the first line alone, start-up is a part.
-        since = self.history[-RECENT:][0] if len(self.history) > 1 else {"time": 0, "iteration": 0}
+        if since is last:
+            return "?"
         pace = (last["time"] - since["time"]) / (last["iteration"] - since["iteration"])
-        return pace * (self.iterations - last["iteration"])
+        return duration(pace * (self.iterations - last["iteration"]))
 
 
 class Panel(Display):

@@ -164,7 +164,7 @@ def read_metrics(run: Path) -> list[Line]:
     found = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
-            what = f"line {number} of {file} (damaged, or of another version: remove it)"
+            what = f"line {number} of {file} (damaged, or of another kind or version: remove that line)"
             found.append(parse_json(line, Line, what, None))
     return found
 

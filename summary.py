@@ -267,6 +267,9 @@ def histogram(title: str, counts: Counter, labels: dict[str, str]) -> Table:
 def main() -> None:
     """Draws a run's pictures and prints its summary."""
     with exit_on_user_error():
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(f"{__doc__}\npython -m metrics NAME, of runs/NAME, or a path with a slash")
+            return
         named = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
         how = "python -m metrics NAME, of runs/NAME, or a path with a slash"
         require(named, f"give one run to look at: {how}")

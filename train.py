@@ -152,6 +152,7 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
         print(setup.placement.line, flush=True)
         return
     if setup.resume:
+        print(f"continues from {setup.config.train.checkpoint}{played_again(setup, folder)}")
         before = from_json(folder.path / "config.json")
         if changed := differences(before, setup.config):
             print(f"other settings than this run had so far: {', '.join(changed)}")
@@ -160,6 +161,14 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
     print(setup.placement.line)
     print(batch_line(setup.config, setup.config.env.segment))
     print(f"{setup.note}run folder {folder.path}", flush=True)
+
+
+def played_again(setup: Setup, folder: RunFolder) -> str:
+    """Says which iterations a run had gone through after the checkpoint that it continues from."""
+    newest = max((line["version"] for line in folder.lines()), default=0)
+    if newest <= setup.version:
+        return ""
+    return f"; it was killed at iteration {newest}, so those after {setup.version} come again"
 
 
 def rate_jump(before: Config, now: Config, version: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import models
+from errors import require
 from models import checkpoint, tokenize
 
 
@@ -45,6 +46,8 @@ def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) 
         longest = max(len(words.encode(text)) for text in texts)
         tokens = max(tokens, longest + spec.state_dim + spec.views + 8)
         config = fitted(small.config, spec, chunk, tokens)
+        odd = f"--image-size {spec.image_size} must be a multiple of the {config.patch} pixels"
+        require(spec.image_size % config.patch == 0, f"{odd} of one of the model's patches")
         low, high = state_range
         stats = {"state_low": list(low), "state_high": list(high)}
         header = checkpoint.Header(model, asdict(config), stats, tokenize.fingerprint(vocabulary))

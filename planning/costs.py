@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checks import flag_of
 from config import Config, existing_run, from_json, parse_ratio
 from errors import require, understood
 from planning import STAGES, Costs, Node, scaled
@@ -201,6 +202,13 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
     )
 
 
+# What --from finds in the run, and a flag would have no effect on.
+OF_THE_RUN = ("rollout_s", "actor_s", "measured_ratio", "measured_placement", "envs", "chunk")
+OF_THE_RUN += ("rollout_epochs", "episode_steps", "update_epochs", "minibatch", "micro_batch")
+OF_THE_RUN += ("env_workers", "lane_envs", "tail", "infer_share", "step_fixed", "train_fixed")
+OF_THE_RUN += ("optimizer_s",)
+
+
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
     """Returns a run's folder, settings, lines of metrics that count, and spans."""
     run = existing_run(name)
@@ -238,9 +246,10 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
 
     Lanes stay as wide as they were: other parts mean other numbers of env workers, and faster or
     slower rollouts and actors."""
-    unmeasured = plan.rollout_s is None and plan.actor_s is None
-    takes = "--from takes the costs from the run"
-    require(unmeasured, f"{takes}: leave out --rollout-s and --actor-s")
+    default = PlanConfig()
+    given = [name for name in OF_THE_RUN if getattr(plan, name) != getattr(default, name)]
+    takes = "--from takes costs and sizes from the run"
+    require(not given, f"{takes}: leave out {', '.join(map(flag_of, given))}")
     require(plan.infer_fixed < 1, "--infer-fixed 1 must be less than 1 with --from")
     run, settings, lines, spans = read_run(plan.from_)
 

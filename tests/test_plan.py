@@ -579,6 +579,10 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
         ({"from_": "no-such-run", "rollout_s": None, "actor_s": None}, "there is no run"),
         ({"from_": f"{ROOT}/tests", "rollout_s": None, "actor_s": None}, "no trace.json"),
         ({"from_": "no-such-run", "actor_s": None}, "leave out --rollout-s"),
+        (
+            {"from_": "x", "rollout_s": None, "actor_s": None, "envs": 128, "chunk": 5},
+            "leave out --envs, --chunk",
+        ),
         ({"validate": True, "ladder": ROOT / "no-such-file"}, "cannot read the ladder"),
         ({"json": ROOT / "no-such-folder" / "x.json"}, "does not exist"),
     ],

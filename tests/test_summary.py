@@ -303,6 +303,7 @@ def test_mistakes_are_one_sentence(tmp_path):
     other = tmp_path / "other"
     a_run(empty, [])
     a_run(other, [{"iteration": 1}])
+    assert "python -m metrics NAME" in command("--help").stdout
     torn = a_run(tmp_path / "torn", [line(1), line(2)])
     (torn / "trace.json").write_text('{"traceEvents": [')
     for args, words in (
