@@ -183,7 +183,8 @@ def rate_jump(before: Config, now: Config, version: int) -> str:
 
 def differences(before: Config, now: Config) -> list[str]:
     """Lists the settings that differ, as they are now."""
-    own = ("checkpoint", "resume", "run", "ratio_from", "workers_given")  # of every start
+    # What every start says anew: the files, too, for a run may have been copied.
+    own = ("checkpoint", "tokenizer", "resume", "run", "ratio_from", "workers_given")
     said = []
     for name in STAGE_OF:
         pair = setting(now, name), setting(before, name)
