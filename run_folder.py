@@ -164,8 +164,8 @@ def read_metrics(run: Path) -> list[Line]:
     found = []
     for number, line in enumerate(lines, 1):
         if line.endswith(b"\n"):
-            what = f"line {number} of {file} (damaged, or of another kind or version: remove that line)"
-            found.append(parse_json(line, Line, what, None))
+            odd = "damaged, or of another kind or version: remove that line"
+            found.append(parse_json(line, Line, f"line {number} of {file} ({odd})", None))
     return found
 
 
