@@ -23,7 +23,7 @@ from pydantic import Field
 import envs
 import machine
 import models
-from checks import Length, Natural, Positive, check_ranges
+from checks import Count, Length, Natural, Positive, check_ranges
 from config import Config, Family, embedded_files, expanded, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
@@ -56,6 +56,8 @@ class EvaluateConfig:
     """prompt length in tokens; none means as the checkpoint says"""
     horizon: Length | None = None
     """actions that the model predicts at once, where another project's checkpoint does not say"""
+    denoise_steps: Count | None = None
+    """flow-matching steps; none means as the checkpoint says"""
     center_crop: bool | None = None
     """OFT sees the middle 0.9 of a picture; none means as the checkpoint says"""
     stop_token: bool | None = None
@@ -213,7 +215,7 @@ def settings_of(config: EvaluateConfig) -> Config:
         require(family, unknown)
         models.check_family(family, path)
     rollout.chunk = config.chunk or rollout.chunk
-    for name in ("tokens", "horizon", "center_crop", "stop_token"):
+    for name in ("tokens", "horizon", "denoise_steps", "center_crop", "stop_token"):
         given = getattr(config, name)
         if given is not None:
             setattr(rollout, name, given)

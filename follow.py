@@ -138,22 +138,26 @@ class Follower:
             if "dropped" in news:
                 how = f"{news['dropped']} updates of an unfinished batch are dropped; {how}"
             return End(how, 130, "" if self.interrupts else self.new_ratio)
-        self.write(self.complete(news))
+        self.measure(news)
+        try:
+            if news["iteration"] == self.config.train.iterations and self.config.env.evaluates:
+                self.finish_evaluating()
+        finally:  # the line counts, whatever becomes of the evaluation
+            self.write(self.complete(news))
         return None
 
-    def complete(self, line: dict) -> dict:
-        """Adds to the actor's part of a line what the launcher knows."""
+    def measure(self, line: dict) -> None:
+        """Adds to the actor's part of a line what the launcher measures."""
         if self.interval is None:
             self.begin()
         memory_gb, cpu_s = self.crew.used()
         line |= self.interval.measure()
         line["rss_gb"] = memory_gb + self.setup.pool_gb()
-        if line["iteration"] == self.config.train.iterations and self.config.env.evaluates:
-            self.finish_evaluating()
-        line |= self.evaluations.report()
         self.tuner.iteration(line["version"], cpu_s)
-        line["tuning"] = self.tuner.report()
-        return line
+
+    def complete(self, line: dict) -> dict:
+        """Adds what evaluations and the tuner have found until now."""
+        return line | self.evaluations.report() | {"tuning": self.tuner.report()}
 
     def finish_evaluating(self) -> None:
         """Every run ends with an evaluation of the last weights. Nothing is left to hold up."""

@@ -212,6 +212,14 @@ def replace_this_process(flags: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, *program, *flags])
 
 
+def lives(pid: int) -> bool:
+    """Whether a process still holds what it held. A zombie does not, and may never be buried."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Crew:
     """The workers of a run. The launcher calls `watch` again and again, and `stop` at the end."""
 
@@ -395,11 +403,16 @@ class Crew:
         deadline = time.monotonic() + 5.0
         for process in self.processes.values():
             process.join(max(0.0, deadline - time.monotonic()))
-        # Who is left dies with the fork server. That may itself be suspended, and tell of no end.
-        if any(process.is_alive() for process in self.processes.values()):
+        # Who is left dies with the fork server. That may itself be suspended, and tell of no end,
+        # and its own end says nothing of those whom it has started.
+        left = [process.pid for process in self.processes.values() if process.is_alive()]
+        if left:
             os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
             for process in self.processes.values():
                 process.join()
+        deadline = time.monotonic() + 30.0  # a large memory takes its time to be given back
+        while any(map(lives, left)) and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def used(self) -> tuple[float, float]:
         """Returns private resident memory in GB, and CPU seconds so far, of all processes."""

@@ -174,9 +174,12 @@ def lines_until(run: Path, version: int, saved: list[dict]) -> list[dict]:
 
     saved: those of its state.json. What is missing is added: the launcher was killed, or its disk
     full, before it wrote them. They lack what only the launcher measures."""
-    lines = [line for line in read_metrics(run) if line["version"] <= version]
-    newest = lines[-1]["version"] if lines else 0
-    return lines + [line for line in saved if line["version"] > newest]
+    lines = {line["version"]: line for line in read_metrics(run) if line["version"] <= version}
+    for line in saved:
+        # A line of an earlier life, which came at another time, gives way.
+        if lines.get(line["version"], {}).get("time") != line["time"]:
+            lines[line["version"]] = line
+    return [lines[number] for number in sorted(lines)]
 
 
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:

@@ -49,10 +49,10 @@ from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
 from learner import schedule
 from output import disk_trouble
-from prepare import Setup, memory_report, prepare
+from prepare import Setup, State, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
-from run_folder import RunFolder, newest_version
+from run_folder import RunFolder, checkpoints, lines_until, newest_version
 from weights import WeightPlane
 
 
@@ -70,6 +70,7 @@ def parse(args: list[str]) -> Config:
         flag = "--run" if saved is None else "--resume"
         config = parse([*without(args, "--resume-or-start"), flag, name])
         if saved is not None and saved >= config.train.iterations:
+            add_missing_lines(run_path(name))
             print(f"run {name} already has {saved} iterations: nothing is left to do")
             sys.exit(0)
         return config
@@ -91,6 +92,17 @@ def parse(args: list[str]) -> Config:
         alone = f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them"
         require(config.train.ratio == "auto", alone)
     return config
+
+
+def add_missing_lines(run: Path) -> None:
+    """Completes the metrics.jsonl of a run that is done, where its launcher was killed before the
+    last line was written: it waits for the last evaluation."""
+    folder = RunFolder(run, resume=True)
+    newest = checkpoints(run)[-1]
+    state = read_json(newest / "state.json", State, newest / "state.json", None)
+    lines = lines_until(run, state["version"], state.get("lines", []))
+    if lines != folder.lines():
+        folder.go_on_from(lines)
 
 
 def gives(args: list[str], *flags: str) -> bool:
@@ -255,6 +267,9 @@ def main(config: Config) -> int:
         return 0
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
+    # Whoever held the lock before may have saved since `prepare` looked.
+    moved = f"run {folder.name} was saved again a moment ago: start once more"
+    require(not setup.resume or newest_version(path) == setup.version, moved)
     handover = Handover.take(path)
     again = handover.heard is not None
     folder.clear(keep_trace=again)
@@ -271,12 +286,13 @@ def main(config: Config) -> int:
     end = run_crew(setup, folder, interrupts, tracker, handover.past)
     if end.ratio:
         start_again(end.ratio, folder, handover.past, interrupts, tracker)
+    print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
         folder.finish()
-        pictures.draw(path)
+        if not interrupts:  # who ends a run may not wait for long; `python -m metrics` draws, too
+            pictures.draw(path)
     except OSError as error:
         print(f"warning: {disk_trouble(error)}: without trace and pictures", file=sys.stderr)
-    print(end.message, file=sys.stderr if end.status == 1 else sys.stdout)
     return end.status
 
 

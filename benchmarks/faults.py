@@ -17,6 +17,7 @@ emulated ones, since faults are those of processes. Left out: full disks, lost n
 machines.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -201,13 +202,19 @@ def hit(life: Life, stage: str, name: str, rng: random.Random) -> str:
         time.sleep(AWAY_S)
         os.killpg(life.process.pid, signal.SIGCONT)
         return ""
-    alike = []
-    while not alike:  # every env worker may be just being replaced
+    deadline = time.monotonic() + GOES_ON_S
+    while time.monotonic() < deadline:
+        if life.process.poll() is not None:
+            raise Wrong(f"it ended: {life.log.read_text()[-500:]}")
         living = life.living()
         alike = sorted(one for one in living if one.partition("-")[0] == stage)
-    chosen = rng.choice(alike)
-    living[chosen].send_signal(signal.Signals[name])
-    return chosen
+        with contextlib.suppress(psutil.NoSuchProcess):  # it died in this moment
+            if alike:
+                chosen = rng.choice(alike)
+                living[chosen].send_signal(signal.Signals[name])
+                return chosen
+        time.sleep(0.1)  # every env worker may be just being replaced
+    raise Wrong(f"there was no {stage} process for {GOES_ON_S:.0f} s")
 
 
 def plan_of(count: int, rng: random.Random) -> list[tuple[str, str]]:

@@ -145,7 +145,11 @@ def chosen(config: Config, shape) -> dict:
     rollout += ("temperature", "center_crop", "stop_token")
     flags |= {name: getattr(config.rollout, name) for name in rollout}
     known = {field.name for field in fields(shape)}
-    return {name: value for name, value in flags.items() if value is not None and name in known}
+    found = {name: value for name, value in flags.items() if value is not None and name in known}
+    steps = found.get("denoise_steps")
+    if steps and shape.sde_steps == shape.denoise_steps:  # all of them are stochastic
+        found = {"sde_steps": steps} | found
+    return found
 
 
 def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:

@@ -51,8 +51,11 @@ def find(path: str | Path) -> Path:
                 if candidate.is_file() and not other_kind(candidate):
                     return candidate
         for folder in newest:  # an older one is not taken in its place without a word
+            theirs = folder / "pretrained_model"
+            require(not theirs.is_dir(), f"{path} is a training folder of LeRobot's: give {theirs}")
             lost = f"checkpoint {folder} has no model.safetensors"
-            raise UserError(f"{lost}; remove {folder} to use an older one")
+            ours = (folder / "state.json").is_file()
+            require(not ours, f"{lost}; remove {folder} to use an older one")
     other = other_kind(path)
     require(not other, f"{path} holds {other}")
     raise UserError(
@@ -236,8 +239,9 @@ def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> s
     if given not in (None, named):
         return str(given)  # who reads it says what is wrong
     beside = find(path) if ours or path.is_file() else path / "model.safetensors"
-    places = [beside.with_suffix(".model"), beside.with_name("tokenizer.model")]
-    places.append(beside.with_name(embedded.name))
+    # Families that share a folder have vocabularies of their own names.
+    places = [beside.with_suffix(".model"), beside.with_name(embedded.name)]
+    places.append(beside.with_name("tokenizer.model"))
     if named:
         # A run keeps a copy. What it names may be of another clone, which ships it as this one.
         places += [run / named.name, named, ROOT / named.parent.name / named.name]

@@ -3,7 +3,8 @@
     python -m models.convert global_step_100/actor/model_state_dict/full_weights.pt FOLDER
 
 FOLDER then needs what lies beside the weights that their training began from: config.json,
-statistics, vocabulary. Left out: shards, whose tensors are parts.
+statistics, vocabulary, and of OpenVLA-OFT modeling_prismatic.py. Left out: shards, whose tensors
+are parts.
 """
 
 from pathlib import Path
@@ -37,7 +38,10 @@ def main(
         seen.add(place)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.write(out, tensors, {"format": "pt"})
-    beside = "put config.json, statistics and vocabulary of what they were trained from beside it"
+    beside = (
+        "put beside it what was beside those that they were trained from: config.json, statistics, "
+    )
+    beside += "vocabulary, and of OpenVLA-OFT modeling_prismatic.py"
     print(f"wrote {out}: {beside}")
 
 

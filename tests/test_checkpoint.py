@@ -16,7 +16,7 @@ from conftest import STATS, tiny_pi
 from safetensors.torch import load_file, save_file
 
 import models
-from config import ASSETS, Config
+from config import ASSETS, Config, embedded_files
 from envs import metaworld
 from errors import UserError
 from models import MODELS, checkpoint, tokenize
@@ -172,11 +172,21 @@ def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):
     later.parent.mkdir()
     later.touch()
     assert checkpoint.find(tmp_path / "run") == later
-    later.unlink()  # an older one is not taken in its place without a word
+    later.unlink()
+    (later.parent / "state.json").touch()  # an older one is not taken in its place without a word
     with pytest.raises(UserError, match="has no model.safetensors; remove .*1000000 to use an"):
         checkpoint.find(tmp_path / "run")
-    later.parent.rmdir()
-    assert checkpoint.find(tmp_path / "run") == newest
+    (later.parent / "state.json").unlink()
+    (later.parent / "pretrained_model").mkdir()
+    with pytest.raises(UserError, match="LeRobot's: give .*1000000/pretrained_model"):
+        checkpoint.find(tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", ["pi0", "pi05", "gr00t", "oft"])
+def test_every_shipped_checkpoint_finds_its_own_vocabulary(family):
+    weights, words = embedded_files(family, "metaworld")
+    found = checkpoint.vocabulary(None, weights, family, words)
+    models.preparation(family, checkpoint.read_header(weights), found)
 
 
 def test_a_checkpoint_is_of_its_run_however_it_is_named(monkeypatch, tmp_path):

@@ -323,6 +323,15 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
     again.finish()
 
 
+def test_a_checkpoint_s_own_lines_replace_those_of_an_earlier_life(tmp_path):
+    earlier = [LINE | {"version": n, "time": float(n)} for n in range(1, 8)]
+    text = "".join(json.dumps(one) + "\n" for one in earlier)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    saved = [LINE | {"version": n, "time": 10.0 * n} for n in range(4, 10)]
+    assert lines_until(tmp_path, 9, saved) == earlier[:3] + saved
+    assert lines_until(tmp_path, 7, earlier[2:]) == earlier
+
+
 def test_a_run_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):

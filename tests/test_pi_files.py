@@ -512,6 +512,13 @@ def test_a_horizon_that_the_checkpoint_denies_is_refused(tmp_path, tiny_checkpoi
     build(settings("pi05", folder, horizon=6), SPEC, weights="none")
 
 
+def test_as_many_steps_are_stochastic_as_there_are_where_all_were(tmp_path):
+    folder = published("pi05", "openpi", tmp_path / "published")
+    for steps in (3, 10):
+        found = build(settings("pi05", folder, denoise_steps=steps), SPEC, weights="none").config
+        assert found.sde_steps == found.denoise_steps == steps
+
+
 def test_lerobot_s_processors_may_leave_the_state_out_of_the_prompt(tmp_path):
     folder = published("pi05", "lerobot", tmp_path / "published")
     file = folder / "policy_preprocessor.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, assert_balanced
+from conftest import LINE, SMALL, assert_balanced
 from safetensors.torch import load_file
 
 import train
@@ -627,9 +627,14 @@ def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path, capsys):
     train_config = train.parse(flags).train
     assert train_config.resume == str(path) and train_config.run == ""
     assert train_config.iterations == 7
+    # Its launcher was killed before it wrote the last line.
+    state = {"version": 1, "seed": 1, "scale": {}, "lines": [LINE]}
+    (path / "checkpoints" / "000001" / "state.json").write_text(json.dumps(state))
+    (path / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit) as ended:
         train.parse([*flags[:2], "--iterations", "1"])
     assert ended.value.code == 0
+    assert json.loads((path / "metrics.jsonl").read_text()) == LINE
     assert capsys.readouterr().out.endswith("has 1 iterations: nothing is left to do\n")
     with pytest.raises(UserError, match="continue it with --resume"):
         RunFolder(path, resume=False)

@@ -199,6 +199,8 @@ def config_of(cfg: dict, base: Gr00tConfig = FULL["gr00t"]) -> Gr00tConfig:
         known = f"this GR00T has {place} = {found!r}, and only N1.5's {value!r} is known"
         require(found in (None, value), known)
     c = replace(base, **source.said_by(says, SAID))
+    if base.sde_steps == base.denoise_steps:  # all of them are stochastic
+        c = replace(c, sde_steps=c.denoise_steps)
     wide = source.at(says, "action_head_cfg.input_embedding_dim") or c.dit_width
     hidden = source.at(says, f"{DIT}.output_dim") or c.hidden
     require(

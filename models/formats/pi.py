@@ -110,9 +110,14 @@ FIELDS = {  # of a config.json, ours ← theirs: openpi's, then LeRobot's name
     "executed_steps": ("action_chunk",),
     "executed_dims": ("action_env_dim",),
 }
-# RLinf's folders have no config.json. In these simulators both of its models predict 5 actions at
-# once, elsewhere as many as openpi's (rlinf/models/embodiment/openpi/dataconfig).
-RLINF_HORIZON = {"metaworld": 5, "robocasa": 5}
+# RLinf's folders have no config.json. By family and simulator, how many actions its models predict
+# at once; elsewhere as many as openpi's (rlinf/models/embodiment/openpi/dataconfig).
+RLINF_HORIZON = {
+    ("pi0", "metaworld"): 5,
+    ("pi05", "metaworld"): 5,
+    ("pi0", "robocasa"): 5,
+    ("pi05", "robocasa"): 50,
+}
 
 
 def shape_of(path: str | Path, stored: dict[str, Stored], config: dict) -> PiConfig:
@@ -203,8 +208,9 @@ def published(path: Path, family: str, config, spec) -> Found:
         said = source.said_by(says, FIELDS)
         settings = ("chunk", "tokens", "denoise_steps", "noise_level")
         defaults = {name: (getattr(shape, name), "as published") for name in settings}
-        if not kind.startswith("lerobot") and train.env in RLINF_HORIZON:
-            defaults["chunk"] = RLINF_HORIZON[train.env], f"RLinf's in {train.env}"
+        played = "pi05" if shape.pi05 else "pi0", train.env
+        if not kind.startswith("lerobot") and played in RLINF_HORIZON:
+            defaults["chunk"] = RLINF_HORIZON[played], f"RLinf's in {train.env}"
         shape, assumed = source.filled(shape, said, defaults, config.rollout)
         trained = cameras_of(says)
         views = config.env.cameras or min(trained or spec.views, spec.views)
