@@ -563,6 +563,7 @@ def test_who_writes_a_checkpoint_has_the_time_for_it(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(processes.os, "kill", lambda *kill: kills.append(kill))
+    monkeypatch.setattr(processes, "lives", lambda pid: False)  # a killed one is gone at once
     meter = Meter("actor-0", 0, counters, None)
     crew = Crew([Job("actor-0", print, (), 1, meter, {})], counters, tmp_path, 2, timeout=60.0)
     crew.processes["actor-0"] = Process()
