@@ -119,7 +119,9 @@ def check_finite(out: dict[str, Tensor], policy: str, instead: str) -> None:
     MuJoCo plays 0 for a NaN, so no simulator is to see one. policy: what to call it in the
     sentence; instead: what to do."""
     names = [name for name in ("actions", "logprob", "value") if name in out]
-    finite = torch.stack([out[name].isfinite().all() for name in names]).tolist()
+    # A sum is finite where all its parts are, and costs half of looking at each.
+    sums = [out[name].sum(dtype=torch.float64) for name in names]
+    finite = torch.stack(sums).isfinite().tolist()
     broken = ", ".join(name for name, good in zip(names, finite, strict=True) if not good)
     require(not broken, f"{policy} gives numbers that are not finite ({broken}): {instead}")
 
