@@ -48,7 +48,7 @@ Natural = Annotated[int, Field(ge=0, le=MOST)]
 Total = Annotated[int, Field(ge=0, lt=2**63)]  # of a run of any length
 Size = Annotated[int, Field(ge=1, le=10**6)]  # of a network's layer
 Length = Annotated[int, Field(ge=1, le=4096)]  # of a picture or sequence that it sees
-Count = Annotated[int, Field(ge=1, le=1000)]  # of its layers and heads
+Count = Annotated[int, Field(ge=1, le=1000)]  # of its layers, heads and denoise steps
 Share = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 AboveZero = Annotated[float, Field(gt=0, le=MOST)]

@@ -17,6 +17,7 @@ from pydantic import Field
 from checks import (
     AboveZero,
     Bound,
+    Count,
     Fraction,
     FromZero,
     Length,
@@ -41,7 +42,6 @@ class Only(tuple[str, ...]):
     losses, or what a loss must have: "critic" or "groups". A new family or loss adds its name."""
 
 
-Steps = Annotated[int, Field(ge=1, le=1000)]
 FLOW = Only(("pi0", "pi05", "gr00t"))
 PI = Only(("pi0", "pi05"))
 OFT = Only(("oft",))
@@ -180,11 +180,11 @@ class RolloutConfig:
     """L, prompt length in tokens. None, here and below: as the checkpoint says (shipped: 24)"""
     horizon: Positive | None = None
     """actions that the model predicts at once, where another project's checkpoint does not say"""
-    denoise_steps: Annotated[Steps | None, FLOW] = None
+    denoise_steps: Annotated[Count | None, FLOW] = None
     """N, flow-matching steps (RL-VLA³ and shipped: 4)"""
     noise_level: Annotated[AboveZero | None, FLOW] = None
     """a of Flow-SDE (RLinf: 0.5, over all denoise steps; shipped: 1)"""
-    sde_steps: Annotated[Steps | None, FLOW] = None
+    sde_steps: Annotated[Count | None, FLOW] = None
     """a sample's stochastic denoise step is drawn from this many last (RLinf: all; shipped: 1)"""
     temperature: Annotated[Bound | None, OFT] = None
     """temperature of OFT's action tokens (RLinf on LIBERO: 1.6)"""

@@ -205,20 +205,34 @@ def resume_from(config: Config) -> tuple[Path, State]:
     all those of metrics.jsonl that the run goes on from."""
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
-    what = f"{found / 'state.json'} (remove {found} to use an older one)"
-    resume = read_json(found / "state.json", State, what, None)
-    other = f"cannot read {what}: its version {resume['version']} is not its folder's"
-    require(found.name.isdecimal() and resume["version"] == int(found.name), other)
+    resume = read_state(found)
     # What is trained decides what the optimizer remembers.
     for name, before in resume.get("settings", {}).items():
         fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
-        require(name in STAGE_OF, f"cannot read {what}: there is no setting {name!r}")
+        unknown = f"cannot read {state_of(found)}: there is no setting {name!r}"
+        require(name in STAGE_OF, unknown)
         require(setting(config, name) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
-    resume["lines"] = lines_until(run_path(run), done, resume.get("lines", []))
     return found, resume
+
+
+def state_of(found: Path) -> str:
+    """Names state.json of a checkpoint in a sentence."""
+    return f"{found / 'state.json'} (remove {found} to use an older one)"
+
+
+def read_state(found: Path) -> State:
+    """Reads state.json of a run's checkpoint. Its "lines" become all those of metrics.jsonl that
+    the run goes on from. Raises UserError."""
+    what = state_of(found)
+    state = read_json(found / "state.json", State, what, None)
+    version = state["version"]
+    other = f"cannot read {what}: its version {version} is not its folder's"
+    require(found.name.isdecimal() and version == int(found.name), other)
+    state["lines"] = lines_until(found.parents[1], version, state.get("lines", []))
+    return state
 
 
 def check_memory_of(config: Config, spec: envs.EnvSpec, model: Any, resume: dict) -> None:

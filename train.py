@@ -49,10 +49,10 @@ from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
 from learner import schedule
 from output import disk_trouble
-from prepare import Setup, State, memory_report, prepare
+from prepare import Setup, memory_report, prepare, read_state
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
-from run_folder import RunFolder, checkpoints, lines_until, newest_version
+from run_folder import RunFolder, checkpoints, newest_version
 from weights import WeightPlane
 
 
@@ -98,9 +98,7 @@ def add_missing_lines(run: Path) -> None:
     """Completes the metrics.jsonl of a run that is done, where its launcher was killed before the
     last line was written: it waits for the last evaluation."""
     folder = RunFolder(run, resume=True)
-    newest = checkpoints(run)[-1]
-    state = read_json(newest / "state.json", State, newest / "state.json", None)
-    lines = lines_until(run, state["version"], state.get("lines", []))
+    lines = read_state(checkpoints(run)[-1])["lines"]
     if lines != folder.lines():
         folder.go_on_from(lines)
 
