@@ -264,6 +264,9 @@ class Learner:
             "settings": {
                 "train_vlm": self.config.actor.train_vlm,
                 "oft_train": self.config.actor.oft_train,
+                "lora_rank": self.config.actor.lora_rank,
+                "lora_alpha": self.config.actor.lora_alpha,
+                "lora_targets": list(self.config.actor.lora_targets),
                 "noise": self.config.rollout.noise,
             },
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
