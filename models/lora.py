@@ -78,14 +78,18 @@ class Lora(nn.Module):
 
 
 class Linear(Lora, nn.Linear):
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """With `rows` only those outputs are computed (of a layer of one part)."""
-        y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        if rows is None:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
         if self.lora_a is None:
             return y
         low = F.linear(x, self.lora_a.to(x.dtype)) * self.scale
         if len(self.parts) == 1:
-            return y + F.linear(low, self.lora_b[rows].to(x.dtype))
+            b = self.lora_b if rows is None else self.lora_b[rows]
+            return y + F.linear(low, b.to(x.dtype))
         parts = zip(low.chunk(len(self.parts), dim=-1), self.pairs(), strict=True)
         return y + torch.cat([F.linear(h, b.to(x.dtype)) for h, (_, b) in parts], dim=-1)
 
@@ -103,6 +107,11 @@ class PatchEmbedding(Lora, nn.Conv2d):
 def layers(model: nn.Module) -> dict[str, Lora]:
     """The layers that can have an adapter, by name."""
     return {name: part for name, part in model.named_modules() if isinstance(part, Lora)}
+
+
+def adapted(model: nn.Module) -> dict[str, Lora]:
+    """Those of them that have one."""
+    return {name: layer for name, layer in layers(model).items() if layer.lora_a is not None}
 
 
 def matching(model: nn.Module, targets: tuple[str, ...]) -> list[str]:
@@ -136,7 +145,7 @@ def asked(stored: LoraConfig, actor, default: tuple[str, ...]) -> LoraConfig:
 
 def fold(model: nn.Module) -> None:
     """Adds every adapter into its weight, and removes it: what is computed stays the same."""
-    for layer in layers(model).values():
+    for layer in adapted(model).values():
         layer.weight.data = layer.folded().to(layer.weight.dtype)
         layer.lora_a = None
         layer.lora_b = None
@@ -151,13 +160,12 @@ def adapt(model: nn.Module, default: tuple[str, ...]) -> None:
     if c.rank:
         scale = (c.lora_alpha or c.rank) / c.rank
         wanted = dict.fromkeys(matching(model, c.lora_targets or default), (c.rank, scale))
-    every = layers(model)
-    has = {name: layer for name, layer in every.items() if layer.lora_a is not None}
+    has = adapted(model)
     if {name: (layer.lora_b.shape[1], layer.scale) for name, layer in has.items()} == wanted:
         return
     fold(model)
     for name, settings in wanted.items():
-        every[name].add_lora(*settings)
+        model.get_submodule(name).add_lora(*settings)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,7 +12,7 @@ import test_gr00t_files as gr00t
 import test_oft as oft
 import test_pi_files as pi
 import torch
-from conftest import NOISE_KEYS, observations, slopes, tiny_pi
+from conftest import NOISE_KEYS, SMALL, observations, slopes, tiny_pi
 from safetensors.torch import load_file, save_file
 from test_gr00t import double
 from test_gr00t import observations as gr00t_observations
@@ -27,6 +27,7 @@ from models.export import ExportConfig
 from models.export import main as export
 from models.formats import gr00t as gr00t_files
 from models.formats import peft, source
+from run_folder import read_metrics
 from weights import WeightPlane
 
 FAMILIES = ("pi05", "gr00t", "oft")
@@ -402,3 +403,34 @@ def test_what_is_exported_merged_brings_no_adapter_along(start, tmp_path):
     base = adapter_of(config.train.checkpoint, {})
     source.save(model, tmp_path / "merged", pi.SOURCES["openpi"], base)
     assert not list((tmp_path / "merged").glob("adapter*"))
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_a_run_trains_an_adapter_and_resumes(cli, tiny_checkpoint, tmp_path):
+    model = tiny_pi(lora_rank=2, lora_alpha=4.0)
+    folder = tmp_path / "adapter"
+    peft.save(model, folder, pi.SOURCES["openpi"], tiny_checkpoint)
+    run = tmp_path / "run"
+    flags = f"{SMALL} --checkpoint {tiny_checkpoint} --adapter {folder} --iterations 1 --run {run}"
+    status, output = cli("train.py", flags).finish()
+    assert status == 0 and "Traceback" not in output, output
+    assert f"adapter {folder} is put on checkpoint {tiny_checkpoint}\n" in output
+    shutil.rmtree(folder)
+    status, output = cli("train.py", f"--resume {run} --iterations 2 --lora-rank 3").finish()
+    assert status != 0 and "--lora-rank was None when run" in output, output
+    status, output = cli("train.py", f"--resume {run} --iterations 2").finish()
+    assert status == 0 and "Traceback" not in output and "put on" not in output, output
+    last = read_metrics(run)[-1]
+    assert last["staleness_max"] == 0 and last["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    header = checkpoint.read_header(run / "checkpoints/000002/model.safetensors")
+    assert (header.shape["lora_rank"], header.shape["lora_alpha"]) == (2, 4.0)
+    base = load_file(tiny_checkpoint)
+    after = load_file(run / "checkpoints/000002/model.safetensors")
+    adapters = after.keys() - base.keys()
+    assert adapters and all(".lora_" in name for name in adapters)
+    for name, tensor in after.items():
+        began = dict(model.named_parameters())[name] if name in adapters else base[name]
+        moves = name in adapters or name.startswith("value_head")
+        assert torch.equal(tensor, began) != moves, name

@@ -177,9 +177,9 @@ def save(model: torch.nn.Module, folder: Path, names: source.Source, base: Path)
     c = model.config
     tensors = {}
     modules = []
-    for name in lora.matching(model, c.lora_targets):
+    for name, layer in lora.adapted(model).items():
         keys = names.keys([f"{name}.weight"])[f"{name}.weight"]
-        for key, (a, b) in zip(keys, model.get_submodule(name).pairs(), strict=True):
+        for key, (a, b) in zip(keys, layer.pairs(), strict=True):
             if a.any():
                 modules.append(key.removesuffix(".weight"))
                 before = BEFORE + modules[-1]
