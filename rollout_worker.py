@@ -8,6 +8,7 @@ Read `run` first. Paper: RL-VLA³, Rollout Async (eq. 1); D-VLA, weight plane.
 Left out: sharing lanes between rollout workers, tensor parallelism.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -48,7 +49,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 batcher.add(record, lanes.waits_for(record), lanes.asked.item(record.slot))
 
         # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
-        batcher.expect_at_most(lanes.that_may_ask())
+        batcher.expect_at_most(math.inf if batcher.is_full else lanes.that_may_ask())
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue
@@ -109,7 +110,7 @@ class LanesServed:
 
     def is_of_the_living(self, record: Record) -> bool:
         """Whether the env worker that asked this has not been replaced since."""
-        return record.generation == self.generation.item(record.sender)
+        return record.generation == self.generation[record.sender]
 
     def is_to_be_served(self, record: Record) -> bool:
         """Whether a living env worker asks this for the first time. A row that newer weights served
@@ -304,6 +305,8 @@ def serve(
 
 
 def to_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    if device == "cpu":
+        return tensors
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
