@@ -69,7 +69,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             serve(model, samples, channels.pool, config.train.seed, acting, device, padded, policy)
             answer(batch, channels)
         infer_s = time.monotonic() - start
-        count_inference(meter, len(samples), infer_s, waited_s, fetcher, device)
+        count_inference(meter, len(samples), infer_s, waited_s, device)
         take_tuned_limits(batcher, config, lanes.count, infer_s, meter)
 
 
@@ -222,6 +222,8 @@ def swap(fetcher: WeightFetcher, wait_s: float, meter: Meter) -> bool:
     if swapped:
         numbers = {"version": fetcher.version, "bytes": fetcher.plane.bytes}
         meter.record("fetch", *fetcher.took, numbers)
+        meter.set("weight_sync_s", fetcher.seconds)
+        meter.set("fetches", fetcher.fetches)
     return swapped
 
 
@@ -295,8 +297,7 @@ def serve(
         at = (slots, rows) if everybody else (slots[chosen], rows[chosen])
         for name in names if chosen else ():
             pool.put(name, *at, out[name] if everybody else out[name][chosen])
-    acting = [i for i, kind in enumerate(kinds) if kind == ACT]
-    pool.arrays["version"][slots[acting], rows[acting]] = version
+    pool.arrays["version"][at] = version  # of ACT, which was the last
     # FINAL names the row that holds the last observation for a moment: the one after its step's.
     finals = [i for i, kind in enumerate(kinds) if kind == FINAL]
     if finals:
@@ -311,7 +312,7 @@ def to_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 
 
 def count_inference(
-    meter: Meter, samples: int, infer_s: float, waited_s: float, fetcher: WeightFetcher, device: str
+    meter: Meter, samples: int, infer_s: float, waited_s: float, device: str
 ) -> None:
     """Adds one inference to the counters; tuning.py fits a line through its sums."""
     meter.count("requests", samples)
@@ -321,7 +322,5 @@ def count_inference(
     meter.count("batch_square", samples**2)
     meter.count("batch_infer_s", samples * infer_s)
     meter.count(HISTOGRAM[min((samples - 1).bit_length(), len(HISTOGRAM) - 1)], 1)
-    meter.set("weight_sync_s", fetcher.seconds)
-    meter.set("fetches", fetcher.fetches)
     if device != "cpu":
         meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)

@@ -48,7 +48,7 @@ class WeightPlane(Shared):
         self.published[0] = version - 1
 
     def _view(self) -> None:
-        # Everybody reads `published` all the time; as a memoryview it takes a sixth of numpy's time.
+        # `published` is read all the time: a memoryview takes a sixth of the time of numpy.
         self.published = memoryview(self.header.memory).cast("q")[:1]
         self.stamps = self.header.tensor(8, (2,), torch.int64).numpy()
         if self.buffers is None:
