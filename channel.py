@@ -190,8 +190,7 @@ class SlotPool(Shared):
     def put(self, name: str, slots: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
         """Writes values [n, …], from whatever device, into a row of each slot [n]."""
         tensor = self.tensors[name]
-        if values.dtype is not tensor.dtype or values.device != tensor.device:
-            values = values.to(tensor.device, tensor.dtype)
+        values = values.to(tensor.device, tensor.dtype)
         if name in self.arrays:
             self.arrays[name][slots, rows] = bits(values)
         else:

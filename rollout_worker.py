@@ -49,7 +49,9 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 batcher.add(record, lanes.waits_for(record), lanes.asked.item(record.slot))
 
         # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
-        batcher.expect_at_most(math.inf if batcher.is_full else lanes.that_may_ask())
+        # Where B_max wait already, it does not matter how many may still ask.
+        full = batcher.counted >= batcher.batch_max
+        batcher.expect_at_most(math.inf if full else lanes.that_may_ask())
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue

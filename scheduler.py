@@ -59,11 +59,6 @@ class DynamicBatcher:
         self.most = lanes
 
     @property
-    def is_full(self) -> bool:
-        """Whether B_max requests wait: then it does not matter how many lanes may still ask."""
-        return self.counted >= self.batch_max
-
-    @property
     def limit(self) -> float:
         """How many counted requests make a batch now: B_max, or all that can still come. 0 where
         nobody may ask: what rides along then has nothing to wait for."""
