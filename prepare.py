@@ -79,8 +79,12 @@ class Setup:
         return Admission.of(self.config).slots + self.config.env.eval_envs
 
     def pool(self) -> SlotPool:
+        """Makes the slots, each on the NUMA node of the GPU whose rollout worker serves it."""
         device = self.placement.env_devices[0] if self.on_gpu else "cpu"
-        return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
+        nodes = [machine.near(rollout) for rollout in self.placement.rollout_devices]
+        lanes = np.arange(self.slot_count) % self.config.env.envs // self.config.env.width
+        near = [nodes[lane % len(nodes)] for lane in lanes]
+        return SlotPool(self.slots, self.slot_count, device, self.on_gpu, near)
 
     def copies_gb(self) -> float:
         """Host memory, 12 bytes a weight, of weights and optimizer as they were: in a checkpoint
@@ -142,7 +146,7 @@ def prepare(config: Config) -> Setup:
     found = f"the slots need with copies of trained weights {needs:.1f} GB of memory"
     less = "lower --envs, --eval-envs, --batch, --segment or --max-staleness, or train less"
     enough = needs < has or config.train.memory_report
-    require(enough, f"{found}, and this machine has {has:.1f} GB: {less}")
+    require(enough, f"{found}, and this machine has {has:.1f} GB free: {less}")
     return setup
 
 
