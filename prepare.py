@@ -106,6 +106,7 @@ def prepare(config: Config) -> Setup:
     validate(config)
     spec = simulator.spec(config.train.tasks, config.env.image_size)
     config, turns = with_segment(config, spec)
+    config, rounded = with_passes(config)
 
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
@@ -124,7 +125,7 @@ def prepare(config: Config) -> Setup:
     stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
     choices = {config.train.parts: (config, placement)}
     for ratio, (chosen, divided) in options.items():
-        choices[ratio] = completed(chosen, segment=config.env.segment), divided
+        choices[ratio] = with_passes(completed(chosen, segment=config.env.segment))[0], divided
     if resume and config.train.checkpoint:
         checkpoint.check_finite(config.train.checkpoint)
         check_memory_of(config, spec, model, resume)
@@ -132,7 +133,7 @@ def prepare(config: Config) -> Setup:
         config=config,
         spec=spec,
         placement=placement,
-        note=note + fits + turns,
+        note=note + fits + turns + rounded,
         slots=slots,
         on_gpu=("image", *model.slot_fields()) if stays else (),
         weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
@@ -300,6 +301,28 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
         f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a multiple "
         f"of {tasks} as --envs\n"
     )
+
+
+def with_passes(config: Config) -> tuple[Config, str]:
+    """Fills in how many chunk steps a forward and backward pass takes at most, and returns what to
+    say about the size of minibatches."""
+    actor = config.actor
+    segment = config.env.segment
+    admission = Admission.of(config)
+    sizes = np.bincount(admission.minibatch_of(actor.minibatches, actor.actor_workers))
+    share = -(-int(sizes.max()) // actor.actor_workers) * segment
+    if actor.micro_batch == "auto":
+        config = completed(config, micro_batch=min(2 * segment, share))
+    large = (
+        f"--micro-batch {actor.micro_batch} is larger than the {share} chunk steps of a minibatch"
+    )
+    fewer = f"that an actor worker trains: give at most {share}"
+    require(config.actor.micro_batch <= share, f"{large} {fewer}")
+    if set(sizes) == {actor.minibatch}:
+        return config, ""
+    of = " or ".join(map(str, sorted(set(sizes))))
+    made = f"{len(sizes)} minibatches of {of} trajectories, in place of {actor.minibatch}"
+    return config, f"a batch of {actor.batch} trajectories makes {made}\n"
 
 
 def common_fields(segment: int, chunk: int, action_dim: int) -> Spec:

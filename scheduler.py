@@ -166,6 +166,12 @@ class Admission:
         For an array of slots, an array."""
         return slot % self.batch // self.whole % ranks
 
+    def minibatch_of(self, minibatches: int, ranks: int) -> np.ndarray:
+        """Returns the minibatch of every position of a batch [batch]. They are as even in size as
+        whole groups, and with several ranks whole lanes, allow."""
+        whole = self.whole if ranks > 1 else self.group
+        return np.arange(self.batch) // whole * minibatches // (self.batch // whole)
+
     def task(self, env: int, trajectory: int, tasks: int) -> int:
         """Returns the task that it plays: tasks are dealt in turn to the positions of a batch, and
         on from batch to batch.

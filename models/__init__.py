@@ -140,7 +140,8 @@ def assumptions(config: Config, spec) -> str:
 
 def chosen(config: Config, shape) -> dict:
     """What the run's flags say of a family's configuration; None means as the checkpoint says."""
-    flags = {name: getattr(config.actor, name) for name in ("train_vlm", "cache_prefix")}
+    flags = {"train_vlm": config.actor.train_vlm}
+    flags["cache_prefix"] = config.actor.cache_prefix in ("auto", "slots")
     rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
     rollout += ("temperature", "center_crop", "stop_token")
     flags |= {name: getattr(config.rollout, name) for name in rollout}

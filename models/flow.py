@@ -109,6 +109,12 @@ class FlowPolicy(nn.Module):
         """Whether slots keep what `look` saw: a frozen VLM sees the same at every epoch."""
         return self.config.cache_prefix and not self.config.train_vlm
 
+    @torch.no_grad()
+    def look_once(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what a frozen VLM sees of frames: the fields that a slot would keep [n, …]."""
+        seen = self.look(obs)
+        return {name: seen[name] for name in self.cache_fields()}
+
     def slot_fields(self) -> dict[str, Shape]:
         step = (self.noise_shape(), torch.float32)
         fields: dict[str, Shape] = {"x_t": step, "x_next": step, "denoise_index": ((), torch.int32)}

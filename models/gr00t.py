@@ -164,6 +164,7 @@ class QwenLayer(nn.Module):
         super().__init__()
         self.heads = c.heads
         self.kv_heads = c.kv_heads
+        self.eager = c.padded_rows == "eager"
         self.sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
         self.input_layernorm = layers.RMSNorm(c.width)
         self.qkv = nn.Linear(c.width, sum(self.sizes), bias=False)
@@ -179,7 +180,9 @@ class QwenLayer(nn.Module):
         q = layers.rotate(self.q_norm(layers.split_heads(q, self.heads)), cos, sin)
         k = layers.rotate(self.k_norm(layers.split_heads(k, self.kv_heads)), cos, sin)
         v = layers.split_heads(v, self.kv_heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        # The fused kernels' gradients lose the cancelling numbers of "eager".
+        with sdpa_kernel(SDPBackend.MATH) if self.eager else nullcontext():
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         x = x + self.o_proj(layers.join_heads(h).masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -332,10 +335,8 @@ class Gr00t(FlowPolicy):
         frequency = layers.frequencies(self.config.head_dim, x.device, theta=1e6)
         cos, sin = layers.rotary(positions, frequency, x.dtype)
         mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
-        # The fused kernels' gradients lose the cancelling numbers of "eager".
-        with sdpa_kernel(SDPBackend.MATH) if self.config.padded_rows == "eager" else nullcontext():
-            for layer in self.language:
-                x = layer(x, cos, sin, mask, keep)
+        for layer in self.language:
+            x = layer(x, cos, sin, mask, keep)
         x = self.language_norm(x)
         return self.eagle_linear(x) if self.config.project else x
 

@@ -5,11 +5,13 @@ Left out: OpenVLA-OFT's towers, which follow timm and end in another way (`model
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checks import Count, Length, Size
 from errors import UserError
@@ -67,6 +69,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [n, heads, S, d], its halves rotated."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Makes every block of the model, an entry of a ModuleList, keep nothing but its input for the
+    backward pass, which runs the block's forward pass again (activation checkpointing)."""
+    for blocks in model.modules():
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            once = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = once
 
 
 class RMSNorm(nn.Module):

@@ -65,6 +65,7 @@ def settings(width: int = 1, group: int = 0, ranks: int = 1) -> Config:
     config.actor.actor_workers = ranks
     config.actor.batch = 16
     config.actor.minibatch = 8
+    config.actor.micro_batch = 2 * config.env.segment
     config.actor.update_epochs = 1
     config.train.iterations = 2
     if group:
@@ -273,12 +274,15 @@ def test_groups_are_read_with_how_every_member_ended():
     world.arrays["length"][:] = SEGMENT
     world.arrays["reward"][:] = np.arange(32)[:, None]
     world.arrays["success"][[1, 6], [2, 0]] = True
-    data = inbox.read(MicroBatch((1, 3, 6), 0, 0, False), "cpu")
+    data = inbox.read(MicroBatch((1, 3, 6), 0, 0, False, 8), "cpu")
     assert data["reward"][:, 0].tolist() == [1.0, 3.0, 6.0]
     first, second = [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]
     assert data["outcomes"].tolist() == [first, first, second]
     assert data["member"].tolist() == [1, 3, 2]
-    assert set(World().start().read(MicroBatch((1,), 0, 0, False), "cpu")) == {"reward", "length"}
+    assert set(World().start().read(MicroBatch((1,), 0, 0, False, 8), "cpu")) == {
+        "reward",
+        "length",
+    }
 
 
 def test_outcomes_are_of_the_episode_alone():

@@ -196,7 +196,7 @@ def test_what_the_ladder_runs_is_valid(setting, ratio):
         assert (actor.batch, actor.minibatch, actor.micro_batch) == (
             node.batch,
             node.minibatch,
-            node.micro_batch,
+            node.micro_batch * settings.env.segment,
         )
         assert preset == ladder.SINGLE_ENVS or settings.env.envs // settings.env.width == node.lanes
 
