@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from test_pi_files import published
+from test_pi_files import GOLDEN, SPEC, published
 
 import machine
 import prepare
@@ -12,7 +12,7 @@ import recipes
 import train
 from benchmarks import recipes_table
 from config import WORKERS, Config, completed, embedded_files, setting, to_json, validate
-from envs import EnvSpec, metaworld
+from envs import metaworld
 from errors import UserError
 from models import untrained
 from recipes import RECIPES
@@ -157,20 +157,22 @@ def test_a_recipe_prepares_with_a_small_checkpoint(name, monkeypatch, tmp_path):
 
 def test_a_published_checkpoint_is_trained_as_its_family_is(monkeypatch, tmp_path):
     folder = published("pi05", "openpi", tmp_path / "published")
-    like_libero = EnvSpec(("reach",), ("reach",), 2, 32, 8, 7, 100, robot="libero")
-    monkeypatch.setattr(metaworld, "spec", lambda tasks, image_size: like_libero)
-    flags = f"--checkpoint {folder} --chunk 4 --value-lr 0.002"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(metaworld, "spec", lambda tasks, image_size: SPEC)
+    words = GOLDEN / "pi05" / "tokenizer.model"
+    flags = f"--checkpoint {folder} --tokenizer {words} --chunk 4 --value-lr 0.002"
     config = train.parse(flags.split())
     for name, value in recipes.of_family(config).items():
         assert setting(config, name) == (0.002 if name == "value_lr" else value), name
     assert (config.actor.lr, config.actor.warmup, config.actor.anneal) == (5e-6, 0, False)
     assert (config.actor.batch, config.rollout.noise_level, config.train.recipe) == (48, None, "")
-    grpo = train.parse([*flags.split()[:4], "--algorithm", "grpo"])
+    grpo = train.parse(["--checkpoint", str(folder), "--algorithm", "grpo"])
     assert grpo.algorithm.gamma == 0.99 and grpo.actor.value_lr == Config().actor.value_lr
     line = recipes.note(config)
     assert line.count("\n") == 1 and line.startswith("no --recipe is given, so settings of RLinf's")
     assert "--lr 5e-06" in line and "--gamma 0.99" in line and "--value-lr" not in line
     assert line.endswith("--envs 24 --batch 48 are not among them\n")
+    assert prepare.find_start(config, metaworld)[3] == line
 
 
 def test_the_embedded_default_stays_as_it_is():
