@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 import envs
 import machine
 import models
+import recipes
 import tuning
 from channel import SlotPool, Spec, layout
 from checks import Finite, Natural, Total, flag_of, read_json
@@ -102,6 +103,7 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
+    recipes.check(config)
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
     config, given, resume, note = find_start(config, simulator)
@@ -185,8 +187,11 @@ def find_start(
     if resume:
         checkpoint.read_header(checkpoint.find(found))
     models.check_family(train.model, found)
-    if not (resume and checkpoint.published(found)):
+    published = checkpoint.published(found)
+    if not (resume and published):
         checkpoint.check_choice(train.statistics, found)
+    if published and not (resume or train.recipe):
+        note = recipes.note(config)
     theirs = simulator.spec(config.train.tasks, 0).picture
     image_size = image_size or checkpoint.frame_size(found, theirs)
     name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
