@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from checks import (
     AboveZero,
@@ -50,6 +50,11 @@ CRITIC = Only(("critic",))
 GROUPS = Only(("groups",))
 
 
+def prefix_place(place: Any) -> Any:
+    """Reads --cache-prefix of a config.json that was written when it was yes or no."""
+    return {True: "auto", False: "off"}.get(place, place)
+
+
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
     model: Literal[Family, "emulated"] = "pi05"
@@ -65,6 +70,8 @@ class RunConfig:
     """decoupled PPO (PPO at staleness 0), or GRPO: no critic, trajectories compared in groups"""
     preset: Preset = "full"
     """row of RL-VLA³'s Table 1: placement, max-staleness, batch-max, batch-wait-ms and stream"""
+    recipe: str = ""
+    """published settings as defaults, by name (docs/recipes.md); empty means none"""
     ratio: str = "3:1"
     """R:A: R parts of the machine for env and rollout workers, A for actor workers. Parts are GPUs,
     or without them processes and threads. auto chooses by measured costs, again as they change"""
@@ -89,6 +96,8 @@ class RunConfig:
     checkpoint: Path | None = None
     """weights to start from, ours or another project's: a .safetensors file or a folder. None means
     those shipped for the simulator, or random ones where none are shipped"""
+    adapter: Path | None = None
+    """a folder of PEFT's, whose low-rank adapter is put on the checkpoint, and trained on"""
     tokenizer: Path | None = None
     """SentencePiece file (published GR00T: Qwen's vocabulary); none means the one that belongs to
     the checkpoint"""
@@ -196,7 +205,8 @@ class RolloutConfig:
     """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
     learns (πRL, arXiv 2510.25889)"""
     prefix_dtype: Annotated[Literal["float32", "bfloat16"], FLOW] = "float32"
-    """dtype of a frozen VLM, and of what slots keep of it (OFT's is the checkpoint's)"""
+    """dtype of a VLM that is frozen, but for adapters, and of what slots keep of it (OFT's is the
+    checkpoint's)"""
     compile: bool | None = None
     """compile inference with torch.compile, which takes minutes at start-up and pads batches to
     powers of two; none means where there is a GPU"""
@@ -215,9 +225,13 @@ class ActorConfig:
     batch: Positive = 48
     """trajectories of one iteration; a multiple of --envs"""
     minibatch: Positive = 24
-    """trajectories of one optimizer step"""
-    micro_batch: Positive = 2
-    """trajectories of one forward and backward pass"""
+    """trajectories of one optimizer step, about: a batch is cut into parts as even as can be"""
+    micro_batch: Positive | Literal["auto"] = "auto"
+    """most chunk steps of one forward and backward pass of an actor worker (RL-VLA³ on LIBERO: 32
+    to 128); auto: two trajectories', or fewer where memory is short"""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """keep only the input of each block for the backward pass, which computes the rest again: less
+    memory for a third more time; auto: where memory is short"""
     update_epochs: Positive = 2
     """passes over a batch (RL-VLA³, π0.5 on LIBERO: 1)"""
     lr: AboveZero = 1.5e-4
@@ -236,13 +250,32 @@ class ActorConfig:
     """also update the image tower and the prefix, which the published recipe does not"""
     oft_train: Annotated[Literal["lora", "full"] | None, OFT] = None
     """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
-    cache_prefix: Annotated[bool, FLOW] = True
-    """keep a frozen VLM's keys and values in the slots; False computes them again in every epoch"""
+    lora_rank: Natural | None = None
+    """train low-rank adapters (LoRA) of this rank and the value head, with all else frozen. 0 adds
+    those of the checkpoint into its weights; none means as the checkpoint says"""
+    lora_alpha: AboveZero | None = None
+    """scale of the adapters times their rank; none means as the checkpoint says, else the rank"""
+    lora_targets: tuple[str, ...] = ()
+    """layers that have adapters, by parts of their names (expert, q_proj, "expert.*.mlp"). None
+    means as the checkpoint says, else attention and feed-forward of the action expert (GR00T: its
+    queries, keys and values; OFT: all), and with --train-vlm of the VLM too"""
+    cache_prefix: Annotated[
+        Literal["auto", "slots", "gpu", "off"], BeforeValidator(prefix_place), FLOW
+    ] = "auto"
+    """where what a frozen VLM made of a frame is kept for training: in the slots, from inference
+    on; on the actor's device, from the first epoch of a batch to its last; or nowhere, so that
+    every epoch computes it again. auto: in the slots where they have room, else on the device
+    where there are several epochs"""
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches of a batch."""
+        return max(1, round(self.batch / self.minibatch))
 
     @property
     def steps(self) -> int:
         """Optimizer steps of a batch."""
-        return self.batch // self.minibatch * self.update_epochs
+        return self.minibatches * self.update_epochs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -462,9 +495,13 @@ def check_algorithm(config: Config) -> None:
     require(algorithm.group_low <= algorithm.group_high, rates)
     dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"
     require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
-    frozen = not config.actor.train_vlm or config.rollout.prefix_dtype == "float32"
-    instead = "leave out --train-vlm, or give --prefix-dtype float32"
+    rank = config.actor.lora_rank
+    adapted = rank or rank is None and config.train.adapter
+    frozen = not config.actor.train_vlm or adapted or config.rollout.prefix_dtype == "float32"
+    instead = "leave out --train-vlm, or give --prefix-dtype float32 or --lora-rank"
     require(frozen, f"--prefix-dtype bfloat16 is for a frozen VLM: {instead}")
+    nowhere = config.actor.cache_prefix in ("auto", "off") or not config.actor.train_vlm
+    require(nowhere, "--cache-prefix keeps what a frozen VLM made: leave it out with --train-vlm")
 
 
 def check_shares(config: Config) -> None:
@@ -479,18 +516,20 @@ def check_shares(config: Config) -> None:
     smaller, larger = sorted((group, env.width))
     both = f"--group-size {group} and the {env.width} envs of a lane must divide one another"
     require(group == 1 or larger % smaller == 0, both)
-    for_each = f"× {ranks} actor workers"
-    whole = f"{larger} envs of a {'group' if group > env.width else 'lane'} {for_each}"
     for flag, total, parts, what in (
         ("--envs", env.envs, group, "--group-size"),
         ("--batch", actor.batch, env.envs, "--envs"),
-        ("--batch", actor.batch, actor.minibatch, "--minibatch"),
-        ("--minibatch", actor.minibatch, ranks * actor.micro_batch, f"--micro-batch {for_each}"),
-        ("--minibatch", actor.minibatch, group, "--group-size"),
-        ("--minibatch", actor.minibatch, ranks * larger if ranks > 1 else 1, whole),
     ):
         said = f"{flag} {total} is not divisible by {what} ({parts})"
         require(total % parts == 0, f"{said}: choose {flag} as a multiple of it")
+    more = f"--minibatch {actor.minibatch} is larger than --batch {actor.batch}"
+    require(actor.minibatch <= actor.batch, f"{more}: give --minibatch at most {actor.batch}")
+    least = ranks * larger if ranks > 1 else group  # an actor worker trains whole lanes and groups
+    share = f"a {'group' if group > env.width else 'lane'} of {larger} trajectories"
+    small = f"--minibatch {actor.minibatch} cannot give each of {ranks} actor workers "
+    small += share if larger > 1 else "a trajectory"
+    enough = actor.batch // least >= actor.minibatches
+    require(enough, f"{small}: give --minibatch at least {least}")
     few = f"{env.env_workers} env workers have only {env.envs} envs"
     require(env.env_workers <= env.envs, f"{few}: give --envs at least {env.env_workers}")
     lanes = env.envs // env.width

@@ -6,6 +6,7 @@ Which trajectories make a micro-batch is decided in streamer.py; who else trains
 
 import math
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ import algorithms
 import models
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
 from config import Config
-from models import checkpoint, contract
-from proximal import ExactProximal
+from epochs import ExactProximal, Kept
+from models import checkpoint, contract, layers
 from ranks import Ranks
 from saving import Snapshot
 from streamer import MicroBatch
@@ -60,6 +61,13 @@ class Learner:
         self.proximal: ExactProximal | None = None
         if config.exact_proximal:
             self.proximal = ExactProximal(self.model, self.parameters)
+        # What a frozen VLM makes of a frame, for later epochs (--cache-prefix gpu).
+        self.prefixes: Kept | None = None
+        frozen = config.actor.cache_prefix == "gpu" and not self.model.config.train_vlm
+        if frozen and config.actor.update_epochs > 1:
+            self.prefixes = Kept()
+        if config.actor.checkpointing == "on":
+            layers.recompute_blocks(self.model)
         self.version = 0
         if resume is not None:
             self.load(resume)
@@ -77,52 +85,63 @@ class Learner:
         self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
 
     def train(self, data: dict[str, Tensor], micro: MicroBatch) -> None:
-        """Runs forward and backward; gradients accumulate until `step`.
+        """Runs forward and backward, over at most --micro-batch chunk steps at once; gradients
+        accumulate until `step`.
 
-        data: `fields` of the micro-batch's trajectories [n, T or T + 1, …].
-
-        The loss is divided by the chunk steps of the whole minibatch over all ranks, trained on or
-        not, so that it depends neither on how the minibatch is cut nor on outcomes."""
+        data: `fields` of the micro-batch's trajectories [n, T or T + 1, …]."""
         segment = data["reward"].shape[1]
         self.tally.first_epoch = micro.epoch == 0
         played = torch.arange(segment, device=self.device) < data["length"][:, None]
         targets = self.algorithm.targets(data, played)
         self.tally_trajectories(data, played, targets)
         self.steps |= dict(zip(micro.slots, targets.kept.sum(1).tolist(), strict=True))
-        chosen = targets.kept.flatten().nonzero()[:, 0]  # [m] places of the rows to be trained on
-        if len(chosen) == 0:
-            return
 
-        # The rows that are trained on, and what the policy says of them now.
+        # Which rows are trained on, in passes as even as can be.
+        rows = targets.kept.nonzero()  # [m, 2]
+        for some in rows.tensor_split(max(1, -(-len(rows) // self.config.actor.micro_batch))):
+            if len(some):
+                self.train_rows(data, targets, some, micro)
+
+    def train_rows(
+        self, data: dict[str, Tensor], targets: Targets, rows: Tensor, micro: MicroBatch
+    ) -> None:
+        """Runs one forward and backward pass, over some chunk steps of the trajectories.
+
+        rows [m, 2]: which of the n trajectories, and which of its T chunk steps.
+
+        The loss is divided by the chunk steps of the whole minibatch over all ranks, trained on or
+        not, so that it depends neither on how the minibatch is cut nor on outcomes."""
+        # What the slots hold of the rows, and what the policy says of them now.
         of_steps = [name for name in self.fields if name not in ("task", "length")]
-        stored = {name: rows_of(data[name], segment, chosen) for name in of_steps}
+        at = rows.unbind(1)
+        stored = {name: data[name][at] for name in of_steps}
+        places = [(micro.slots[i], t) for i, t in rows.tolist()]
+        if self.prefixes:
+            stored |= self.prefixes.of(places, partial(self.model.look_once, stored))
         out = self.model.evaluate(stored)
         contract.check_evaluated(out, stored["logprob"])
         granularity = self.config.algorithm.granularity
         new = units(out["logprob"], granularity)
         old = units(stored["logprob"], granularity)
         staleness = (self.version - stored["version"]).to(torch.float32)
-        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, micro, chosen)
+        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, places)
 
         # The loss.
-        advantages = self.algorithm.scale(rows_of(targets.advantages, segment, chosen))
-        returns = None
-        if targets.returns is not None:
-            returns = rows_of(targets.returns, segment, chosen)
+        advantages = self.algorithm.scale(targets.advantages[at])
+        returns = None if targets.returns is None else targets.returns[at]
         samples = Samples(new, old, proximal, advantages, out["value"], returns, stored)
         loss, numbers = self.algorithm.loss(samples)
-        total = self.config.actor.minibatch * segment
+        total = micro.of * targets.kept.shape[1]
         (loss / total).backward()
         self.tally_samples(samples, staleness, numbers, out.get("entropy"))
 
-    def proximal_logprob(self, stored, logprob, new, old, staleness, micro, chosen) -> Tensor:
+    def proximal_logprob(self, stored, logprob, new, old, staleness, places) -> Tensor:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
         if self.config.algorithm.proximal == "behaviour":
             return old
         if self.proximal is None:
             return interpolated_proximal(new, old, staleness)
-        segment = self.config.env.segment
-        exact = self.proximal.of(stored, logprob, micro.slots, chosen, segment)
+        exact = self.proximal.of(stored, logprob, places)
         exact = units(exact, self.config.algorithm.granularity)
         return torch.where(staleness[:, None] > 0, exact, old)
 
@@ -223,8 +242,8 @@ class Learner:
         tally = self.ranks.combine(self.tally)
         self.version += 1
         self.algorithm.finish_batch(tally.values, first=self.version == 1)
-        if self.proximal:
-            self.proximal.begin_batch()
+        for kept in filter(None, (self.proximal, self.prefixes)):
+            kept.begin_batch()
         line = tally.line(self.version, self.config, self.spec.tasks)
         line["lr"] = self.config.actor.lr * schedule(self.version - 1, self.config)
         self.begin_batch()
@@ -264,6 +283,9 @@ class Learner:
             "settings": {
                 "train_vlm": self.config.actor.train_vlm,
                 "oft_train": self.config.actor.oft_train,
+                "lora_rank": self.config.actor.lora_rank,
+                "lora_alpha": self.config.actor.lora_alpha,
+                "lora_targets": list(self.config.actor.lora_targets),
                 "noise": self.config.rollout.noise,
             },
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
@@ -290,11 +312,6 @@ def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:
         return {}
     whole = models.build(config, spec, weights="idle").state_dict()
     return {name: tensor for name, tensor in whole.items() if name.startswith(model.idle())}
-
-
-def rows_of(x: Tensor, segment: int, chosen: Tensor) -> Tensor:
-    """Picks the chunk steps `chosen` [m] of x [n, T or T + 1, …]: [m, …]."""
-    return x[:, :segment].flatten(0, 1)[chosen]
 
 
 def norm_of(parameters: list[Tensor]) -> float:

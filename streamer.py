@@ -1,11 +1,13 @@
 """Finished slots → micro-batches → minibatches, for one actor rank; every trajectory is consumed
 exactly once per epoch.
 
-Membership is fixed before anything runs: position p of batch b (its p-th slot, see
-`scheduler.Admission`) belongs to minibatch p // minibatch and to rank p // whole % ranks, where
-whole is the envs of a lane or a group. Only the order of micro-batches inside a minibatch follows
-arrival, and the gradients of a minibatch are summed, so order changes nothing but time (RL-VLA³,
-Streamer). With groups (GRPO) all of that is of whole groups.
+Membership is fixed before anything runs: which minibatch and which rank a position of a batch (its
+p-th slot) belongs to, `scheduler.Admission` says. Only the order of micro-batches inside a
+minibatch follows arrival, and the gradients of a minibatch are summed, so order changes nothing but
+time (RL-VLA³, Streamer). With groups (GRPO) all of that is of whole groups.
+
+Trajectories are given out whole, because advantages need all of one. The learner cuts their chunk
+steps into passes of at most --micro-batch.
 
 Left out: moving trajectories between ranks.
 """
@@ -21,12 +23,13 @@ from scheduler import Admission
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward pass."""
+    """Whole trajectories that are trained on together."""
 
     slots: tuple[int, ...]
     epoch: int
     minibatch: int
     last: bool  # the optimizer steps after this one
+    of: int  # trajectories of the minibatch, over all ranks
 
 
 @dataclass(eq=False)
@@ -35,8 +38,8 @@ class Streamer:
     complete."""
 
     admission: Admission  # says which slots a batch has, and whose they are
-    minibatch: int  # trajectories, over all ranks
-    micro_batch: int  # trajectories
+    minibatches: int  # of a batch
+    together: int  # trajectories of a micro-batch; the last one of a minibatch may have fewer
     epochs: int
     stream: bool
     rank: int
@@ -45,7 +48,12 @@ class Streamer:
     version: int  # the batch to begin with, then the running one
 
     def __post_init__(self):
-        self.local = self.admission.batch // self.ranks  # trajectories that this rank trains
+        minibatch_of = self.admission.minibatch_of(self.minibatches, self.ranks)
+        owner = self.admission.owner(np.arange(self.admission.batch), self.ranks)
+        self.minibatch_of = minibatch_of.tolist()
+        # Trajectories of each minibatch: over all ranks, and of this one.
+        self.sizes = np.bincount(minibatch_of).tolist()
+        self.shares = np.bincount(minibatch_of[owner == self.rank]).tolist()
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
 
@@ -55,8 +63,8 @@ class Streamer:
         actor = config.actor
         return cls(
             Admission.of(config),
-            actor.minibatch,
-            actor.micro_batch,
+            actor.minibatches,
+            max(1, actor.micro_batch // config.env.segment),
             actor.update_epochs,
             actor.stream,
             rank,
@@ -84,7 +92,7 @@ class Streamer:
         members = self.partial.setdefault(first, [])
         members.append(slot)
         if len(members) == group:
-            minibatch = slot % self.admission.batch // self.minibatch
+            minibatch = self.minibatch_of[slot % self.admission.batch]
             self.ready[minibatch].extend(self.partial.pop(first))
 
     @property
@@ -98,21 +106,23 @@ class Streamer:
         if self.done:
             return None
         # Without streaming nothing is trained before the whole batch is there.
-        complete = len(self.consumed) + sum(map(len, self.ready)) == self.local
+        complete = len(self.consumed) + sum(map(len, self.ready)) == len(self.mine)
         if not self.stream and not complete and self.epoch == 0:
             return None
         queue = self.ready[self.step]
-        if len(queue) < self.micro_batch:
+        left = self.shares[self.step] - self.dispatched
+        count = min(self.together, left)
+        if len(queue) < count:
             return None
 
         # Slots are sorted, so that a micro-batch's sums do not depend on arrival.
-        slots = tuple(sorted(queue.popleft() for _ in range(self.micro_batch)))
+        slots = tuple(sorted(queue.popleft() for _ in range(count)))
         if self.epoch == 0:
             self.consumed.update(slots)
             self.finished.difference_update(slots)
-        self.dispatched += self.micro_batch
-        last = self.dispatched == self.minibatch // self.ranks
-        micro_batch = MicroBatch(slots, self.epoch, self.step, last)
+        self.dispatched += count
+        last = count == left
+        micro_batch = MicroBatch(slots, self.epoch, self.step, last, self.sizes[self.step])
         if last:
             self.dispatched = 0
             self.step += 1
@@ -146,7 +156,7 @@ class Streamer:
         admission = self.admission
         slots = admission.slots_of(self.version)
         self.mine = {slot for slot in slots if admission.owner(slot, self.ranks) == self.rank}
-        self.ready: list[deque[int]] = [deque() for _ in range(admission.batch // self.minibatch)]
+        self.ready: list[deque[int]] = [deque() for _ in self.shares]
         # Members of a group that came before the others, by the group's first slot.
         self.partial: dict[int, list[int]] = {}
         for slot in sorted(self.finished & self.mine):
@@ -160,14 +170,16 @@ class Streamer:
         if not self.done:
             random = np.random.default_rng([self.seed, self.version, self.epoch, self.rank])
             order = random.permutation(sorted(self.consumed))
-            self.ready = [deque(map(int, part)) for part in np.split(order, len(self.ready))]
+            parts = np.split(order, np.cumsum(self.shares)[:-1])
+            self.ready = [deque(map(int, part)) for part in parts]
 
     def finish_batch(self) -> int:
         """Moves on to the next batch, and returns its version. Raises RuntimeError unless every
         trajectory of the batch was consumed."""
         if self.consumed != self.mine:
             raise RuntimeError(
-                f"batch {self.version} consumed {len(self.consumed)} of {self.local} trajectories"
+                f"batch {self.version} consumed {len(self.consumed)} of {len(self.mine)} "
+                "trajectories"
             )
         self.version += 1
         self._begin_batch()

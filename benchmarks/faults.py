@@ -40,7 +40,7 @@ from errors import exit_on_user_error
 from run_folder import newest_version, read_metrics
 
 BASE = (
-    "--model emulated --env-workers 4 --envs 8 --batch 8 --minibatch 8 --micro-batch 4 --segment 2 "
+    "--model emulated --env-workers 4 --envs 8 --batch 8 --minibatch 8 --micro-batch 8 --segment 2 "
     "--update-epochs 1 --eval-envs 0 --eval-every 0 --no-trace --checkpoint-every 3 --keep 5 "
     "--ratio 1:1 --restarts 1000 --timeout-s 5 --iterations 1000000"
 )

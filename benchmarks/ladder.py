@@ -97,7 +97,7 @@ COLUMNS["vectorised"].paper[SINGLE_ENVS] = COLUMNS["vectorised"].paper["rollout-
 LIBERO_FLAGS = (
     "--env libero "
     "--tasks turn_on_the_stove put_the_bowl_on_the_plate open_the_middle_drawer_of_the_cabinet "
-    "--envs 6 --segment 4 --batch 12 --minibatch 12 --micro-batch 2 --update-epochs 1"
+    "--envs 6 --segment 4 --batch 12 --minibatch 12 --micro-batch 8 --update-epochs 1"
 )
 REAL = {
     "embedded": Real("Meta-World, small π0.5", "3:1", 4, ()),
@@ -153,7 +153,7 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
         "--image-size": 8,
         "--batch": batch,
         "--minibatch": minibatch,
-        "--micro-batch": divisor(minibatch, costs.MICRO_BATCH),
+        "--micro-batch": divisor(minibatch, costs.MICRO_BATCH) * costs.EPISODE,
         "--update-epochs": 1,
         "--segment": costs.EPISODE,
         "--chunk": costs.CHUNK,

@@ -57,7 +57,7 @@ from scheduler import Admission
 
 BATCH = 512  # trajectories of an iteration
 SEGMENT = 8  # chunk steps of a trajectory
-MICRO_BATCH = 16  # trajectories
+MICRO_BATCH = 16 * SEGMENT  # chunk steps
 WATCH_S = 0.05  # between two looks at a run that is being measured, on the same cores
 WARMUP = 2  # iterations at least that are not measured; none before B_max and T_max are chosen is
 PARTS = ("env", "rollout", "actor", "launcher")

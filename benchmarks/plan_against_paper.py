@@ -398,7 +398,8 @@ def emulated_node(preset: str, ratio: str, setting: str = "emulated") -> tuple[N
     config.rollout.chunk = costs.CHUNK
     config.actor.batch = costs.TRAJECTORIES * envs
     config.actor.minibatch = config.actor.batch // costs.MINIBATCHES
-    config.actor.micro_batch = divisor(config.actor.minibatch, costs.MICRO_BATCH)
+    together = divisor(config.actor.minibatch, costs.MICRO_BATCH)
+    config.actor.micro_batch = together * costs.EPISODE
     config.actor.update_epochs = 1
     placed = place(ratio, config.train.placement, 0, 1, workers, 1, actors)
 

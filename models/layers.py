@@ -5,14 +5,17 @@ Left out: OpenVLA-OFT's towers, which follow timm and end in another way (`model
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checks import Count, Length, Size
 from errors import UserError
+from models import lora
 
 
 def image_and_tokens(c) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -67,6 +70,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [n, heads, S, d], its halves rotated."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def recompute_blocks(model: nn.Module) -> None:
+    """Makes every block of the model, an entry of a ModuleList, keep nothing but its input for the
+    backward pass, which runs the block's forward pass again (activation checkpointing)."""
+    for blocks in model.modules():
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            once = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = once
 
 
 class RMSNorm(nn.Module):
@@ -128,10 +140,10 @@ class VisionLayer(nn.Module):
         self.heads = heads
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.qkv = lora.Linear(width, 3 * width, parts=3 * (width,))
+        self.out_proj = lora.Linear(width, width)
+        self.fc1 = lora.Linear(width, hidden)
+        self.fc2 = lora.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1))

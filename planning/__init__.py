@@ -29,7 +29,7 @@ class Node:
     coarse: float = 1.0  # real chunk steps in one of these, whose `Costs` are of so many
     batch: int  # trajectories of an iteration; likewise minibatch
     minibatch: int
-    micro_batch: int  # of one actor rank
+    micro_batch: int  # trajectories, of one actor rank
     update_epochs: int
     max_staleness: int
     batch_max: int | str
@@ -51,8 +51,13 @@ class Node:
         return math.ceil(self.lanes / len(self.rollout_devices))
 
     @property
+    def minibatches(self) -> int:
+        """Of a batch, as `config.ActorConfig.minibatches` says."""
+        return max(1, round(self.batch / self.minibatch))
+
+    @property
     def optimizer_steps(self) -> int:
-        return self.update_epochs * self.batch // self.minibatch
+        return self.update_epochs * self.minibatches
 
     def can_share(self, minibatch: int) -> bool:
         """Says whether actor ranks can share this minibatch equally, in whole lanes and groups."""

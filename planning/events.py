@@ -288,8 +288,8 @@ class ActorRank(Worker):
         node = self.node
         self.streamer = Streamer(
             state.admission,
-            minibatch=node.minibatch,
-            micro_batch=node.micro_batch,
+            minibatches=node.minibatches,
+            together=node.micro_batch,
             epochs=node.update_epochs,
             stream=node.stream,
             rank=rank,

@@ -18,7 +18,7 @@ from planning import Node
 from scheduler import Admission, Placement, place
 
 # Settings of a run that a Node has under the same name.
-SAME = "segment chunk batch minibatch micro_batch update_epochs max_staleness batch_max stream"
+SAME = "segment chunk batch minibatch update_epochs max_staleness batch_max stream"
 Where = Literal["", "colocated", "disaggregated", "hybrid"]  # what --placement takes
 AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --rounds says nothing
 
@@ -51,7 +51,8 @@ class PlanConfig:
     chunk: Positive = 10  # C, control steps per inference (RL-VLA³, π0.5: 10)
     update_epochs: Positive = 1  # passes over a batch (RL-VLA³, setup C: 1)
     minibatch: Natural = 0  # trajectories of a node's optimizer step; 0 means one of every env
-    micro_batch: Natural = 0  # trajectories of a rank's forward and backward; 0 means at most 4
+    micro_batch: Natural = 0
+    """chunk steps of a rank's forward and backward, in whole trajectories; 0 means those of 4"""
     env_workers: Natural = 0
     """simulator processes of a node; 0 means one per env, times the share of GPUs that simulate"""
     lane_envs: Positive = 1  # envs of a vectorised simulator, on inference's GPU; 1: CPU simulators
@@ -104,6 +105,7 @@ def node_of(config: Config, placement: Placement) -> Node:
         rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices,
         batch_wait_s=wait if wait == "auto" else wait / 1e3,
+        micro_batch=max(1, config.actor.micro_batch // config.env.segment),
         **{name: setting(config, name) for name in SAME.split()},
     )
 
@@ -156,12 +158,14 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     )
 
     # Complete the settings, and translate them.
+    segment = -(-plan.episode_steps // plan.chunk)
     config = completed(
         config,
         envs=plan.envs,
         env_workers=workers,
         lanes=lanes // workers if plan.lane_envs > 1 else 0,
-        segment=-(-plan.episode_steps // plan.chunk),
+        segment=segment,
+        micro_batch=plan.micro_batch or 4 * segment,
         chunk=plan.chunk,
         batch=plan.envs * plan.rollout_epochs,
         update_epochs=plan.update_epochs,
@@ -173,7 +177,7 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
 
 
 def share_batch(node: Node, plan: PlanConfig) -> Node:
-    """Cuts the batch into minibatches and micro-batches that the actor ranks can share."""
+    """Cuts the batch into minibatches and micro-batches that the actor ranks share evenly."""
     ranks = len(node.actor_devices)
     fitting = [m for m in range(1, node.batch + 1) if node.batch % m == 0 and node.can_share(m)]
     unit = f"{ranks} actor workers" + f" × {node.whole} envs of a lane" * (node.whole > 1)
@@ -182,10 +186,7 @@ def share_batch(node: Node, plan: PlanConfig) -> Node:
     minibatch = plan.minibatch or min(fitting, key=lambda size: abs(size - node.envs))
     must = f"must divide {node.batch} trajectories and be a multiple of {unit}"
     require(minibatch in fitting, f"--minibatch {minibatch} {must}")
-    micro_batch = plan.micro_batch or divisor(minibatch // ranks, 4)
-    parts = f"--micro-batch {micro_batch} × {ranks} actor workers"
-    whole = micro_batch >= 1 and minibatch % (ranks * micro_batch) == 0
-    require(whole, f"--minibatch {minibatch} is not divisible by {parts}")
+    micro_batch = divisor(minibatch // ranks, node.micro_batch)
     return replace(node, minibatch=minibatch, micro_batch=micro_batch)
 
 

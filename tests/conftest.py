@@ -60,7 +60,7 @@ NOISE_KEYS = [
 ]
 # The smallest run that still has several lanes, workers and micro-batches.
 SMALL = (
-    "--envs 4 --batch 4 --minibatch 4 --micro-batch 2 --update-epochs 1 --eval-envs 1 "
+    "--envs 4 --batch 4 --minibatch 4 --update-epochs 1 --eval-envs 1 "
     "--eval-episodes 2 --segment 3 "
     "--env-workers 2 --seed 3"
 )

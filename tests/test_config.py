@@ -87,9 +87,10 @@ def test_what_is_valid():
     "change, words",
     [
         ({"actor__batch": 50}, "--batch 50 is not divisible by --envs"),
-        ({"actor__minibatch": 20}, "--batch 48 is not divisible by --minibatch"),
-        ({"actor__micro_batch": 5}, "--minibatch 12 is not divisible"),
-        ({"actor__actor_workers": 5}, "5 actor workers"),
+        ({"actor__minibatch": 49}, "--minibatch 49 is larger than --batch 48"),
+        ({"actor__minibatch": 1, "actor__actor_workers": 2}, "--minibatch 1 cannot give each of 2"),
+        ({"actor__actor_workers": 13}, "--minibatch 12 cannot give each of 13 actor workers"),
+        ({"actor__train_vlm": True, "actor__cache_prefix": "gpu"}, "leave it out with --train-vlm"),
         ({"train__iterations": 0}, "--iterations 0 must be at least 1"),
         ({"env__envs": 0}, "--envs 0"),
         ({"actor__batch": -48}, "--batch -48"),
@@ -132,7 +133,7 @@ def test_what_is_valid():
         ),
         (
             {"env__lanes": 1, "actor__actor_workers": 2},
-            "8 envs of a lane × 2 actor workers",
+            "cannot give each of 2 actor workers a lane of 8 trajectories",
         ),  # a lane goes to one rank
         (
             {"train__algorithm": "grpo", "algorithm__bootstrap_truncated": True},

@@ -19,12 +19,12 @@ from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
 from config import Config
 from envs import EnvSpec
+from epochs import ExactProximal
 from errors import UserError
 from learner import Learner, schedule
 from metrics import Ledger
 from models import checkpoint
 from models.formats import source
-from proximal import ExactProximal
 from ranks import Ranks
 from saving import write
 from scheduler import Admission
@@ -115,6 +115,8 @@ def learner_of(model, config: Config | None = None, spec=SPEC, resume=None) -> L
     config = config or Config()
     config.actor.batch = BATCH
     config.env.segment = SEGMENT
+    if config.actor.micro_batch == "auto":
+        config.actor.micro_batch = BATCH * SEGMENT
     with patch.object(models, "build", return_value=model):
         learner = Learner(config, spec, "cpu", Ranks(0, 1, "cpu", Path(), 0), resume)
     if resume is None:
@@ -143,7 +145,10 @@ def gradients(
     model.zero_grad()
     learner = learner_of(model, config)
     for slots in groups:
-        learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, False))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, 0, 0, False, learner.config.actor.minibatch),
+        )
     assert sum(learner.steps.values()) == learner.tally.get("trained")
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], learner.tally.values
 
@@ -152,7 +157,7 @@ def streamed(order: np.ndarray, stream: bool = True, group: int = 1) -> list[tup
     """The micro-batches of two trajectories that a streamer makes when they arrive in this
     order."""
     admission = Admission(BATCH, BATCH, 0, group=group)
-    streamer = Streamer(admission, BATCH, 2, 1, stream, 0, 1, seed=1, version=0)
+    streamer = Streamer(admission, 1, 2, 1, stream, 0, 1, seed=1, version=0)
     groups = []
     for slot in order:
         streamer.add(int(slot))
@@ -182,6 +187,16 @@ def test_streamed_gradient_is_the_full_batch_gradient_in_fp64(seed):
     assert sums["successes_0"] + sums["successes_1"] == pool["reward"].sum()
     less, _ = gradients(model, pool, streamed(order)[1:])
     assert not close(less, whole, 1e-2)  # the comparison can fail
+
+    # Trajectories of five chunk steps are cut into passes of one, three and seven.
+    for most in (1, 3, 7):
+        config = Config()
+        config.actor.micro_batch = most
+        with patch.object(Toy, "evaluate", side_effect=model.evaluate) as evaluate:
+            parts, sums = gradients(model, pool, streamed(order), config)
+        sizes = [len(call.args[0]["seen"]) for call in evaluate.call_args_list]
+        assert max(sizes) <= most and sum(sizes) == BATCH * SEGMENT
+        assert close(parts, whole, 1e-12) and sums == pytest.approx(stats, rel=1e-9)
 
 
 @pytest.mark.parametrize("granularity", ["chunk", "token"])
@@ -227,7 +242,7 @@ def updates(
     found = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     admission = Admission(BATCH, BATCH, 0, group=group)
-    streamer = Streamer(admission, BATCH // 2, micro_batch, epochs, True, 0, 1, seed=1, version=0)
+    streamer = Streamer(admission, 2, micro_batch, epochs, True, 0, 1, seed=1, version=0)
     for slot in order:
         streamer.add(slot)
         while (micro := streamer.next()) is not None:
@@ -253,6 +268,7 @@ def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, 
         make_episodes(pool, {0: 1, 3: 4, 6: 0})
     order = np.random.default_rng(0).permutation(BATCH).tolist()
     whole = updates(pool, list(range(BATCH)), BATCH // 2, epochs, config)
+    config.actor.micro_batch = 3  # chunk steps
     parts = updates(pool, order, 2, epochs, config)
     assert len(whole) == len(parts) == 2 * epochs
     assert all(close([a], [b], 1e-6) for a, b in zip(parts, whole, strict=True))  # measured: 1e-15
@@ -306,9 +322,9 @@ class Watched(ExactProximal):
 
     seen = ()
 
-    def of(self, rows, new, slots, kept, segment):
-        found = super().of(rows, new, slots, kept, segment)
-        self.seen = (*self.seen, (slots, found))
+    def of(self, stored, now, places):
+        found = super().of(stored, now, places)
+        self.seen = (*self.seen, (places, found))
         return found
 
 
@@ -326,7 +342,10 @@ def test_the_exact_proximal_policy_is_that_of_before_the_first_update():
 
     def train(*groups: tuple[int, ...]) -> None:
         for slots in groups:
-            learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, False))
+            learner.train(
+                read(learner, pool, slots),
+                MicroBatch(slots, 0, 0, False, learner.config.actor.minibatch),
+            )
 
     with torch.no_grad():
         exact.keep_weights()
@@ -339,8 +358,9 @@ def test_the_exact_proximal_policy_is_that_of_before_the_first_update():
             for parameter in model.parameters():
                 parameter.mul_(1.1)
     assert len(exact.seen) == 4
-    for slots, found in exact.seen:
-        rows = torch.cat([torch.arange(slot * SEGMENT, (slot + 1) * SEGMENT) for slot in slots])
+    for places, found in exact.seen:
+        rows = [slot * SEGMENT + step for slot, step in places]
+        assert len(rows) == 2 * SEGMENT
         torch.testing.assert_close(found, before[rows])
     exact.begin_batch()
     train((0, 1))  # of the next batch: nothing was updated yet
@@ -358,12 +378,15 @@ def test_the_first_step_of_a_batch_keeps_the_weights_that_exact_proximal_needs()
     learner = learner_of(model, config)
     before = [p.detach().clone() for p in learner.parameters]
     for minibatch, slots in enumerate([(0, 1, 2, 3), (4, 5, 6, 7)]):
-        learner.train(read(learner, pool, slots), MicroBatch(slots, 0, minibatch, True))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, 0, minibatch, True, learner.config.actor.minibatch),
+        )
         learner.step()
     assert all(map(torch.equal, learner.proximal.before, before))
     assert not any(map(torch.equal, learner.parameters, before))
     learner.finish_batch()
-    assert learner.proximal.before is None and learner.proximal.known == {}
+    assert learner.proximal.before is None and learner.proximal.kept.rows == {}
 
 
 @pytest.mark.parametrize("train_vlm", [False, True])
@@ -422,7 +445,10 @@ def test_an_episode_that_failed_has_ended_and_is_no_success():
     line = learner.tally.line(4, config, SPEC.tasks)
     assert line["episodes"] == 0 and line["success_rate"] is None
     for slots in ((0, 2), (4, 6)):  # nothing has ended in the other two
-        learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, False))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, 0, 0, False, learner.config.actor.minibatch),
+        )
     line = learner.tally.line(4, config, SPEC.tasks)
     assert line["episodes"] == 2 and line["success_rate"] == line["success_push"] == 0.5
     # Its end is worth nothing, as a success' end is, and unlike a step in the middle.
@@ -440,7 +466,10 @@ def test_later_epochs_train_again_and_count_no_fact_twice():
     learner = learner_of(model, config)
     slots = tuple(range(BATCH))
     for epoch in range(3):
-        learner.train(read(learner, pool, slots), MicroBatch(slots, epoch, 0, True))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, epoch, 0, True, learner.config.actor.minibatch),
+        )
         learner.step()
         if epoch == 0:
             first = dict(learner.tally.values)
@@ -468,7 +497,10 @@ def test_a_batch_must_be_trained_once_an_epoch_or_spared(trained, spared, balanc
     passes += [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 1)] if trained == 2 else []
     passes += {0: [], 1: [((0, 1, 2, 3), 1)], -1: []}[wrong]
     for slots, epoch in passes[: len(passes) - (wrong == -1 and trained == 2)]:
-        learner.train(read(learner, pool, slots), MicroBatch(slots, epoch, 0, False))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, epoch, 0, False, learner.config.actor.minibatch),
+        )
     learner.spared = list(range(BATCH - (wrong == -1))) * spared
     if wrong:
         with pytest.raises(RuntimeError, match="of iteration 4, .* samples were trained and"):
@@ -486,7 +518,10 @@ def test_accounts_of_lost_chunk_steps_are_in_the_line():
     model = Toy()
     learner = learner_of(model, config)
     slots = tuple(range(BATCH))
-    learner.train(read(learner, toy_pool(model), slots), MicroBatch(slots, 0, 0, True))
+    learner.train(
+        read(learner, toy_pool(model), slots),
+        MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
+    )
     learner.tally.add("restart", 3, "part")
     learner.tally.add("after_end", 2, "part")
     line = learner.finish_batch()
@@ -512,7 +547,10 @@ def test_the_critic_s_learning_rate_reaches_exactly_the_model_s_critic():
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         learner = learner_of(model, config)
         slots = tuple(range(BATCH))
-        learner.train(read(learner, toy_pool(model), slots), MicroBatch(slots, 0, 0, True))
+        learner.train(
+            read(learner, toy_pool(model), slots),
+            MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
+        )
         learner.step()
         moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
         assert moved == (set(model.critic()) if value_lr else {"policy.weight", "head.bias"})
@@ -532,7 +570,10 @@ def test_while_the_critic_warms_up_the_policy_stays():
     moved = []
     for _ in range(2):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
+        )
         learner.step()
         moved.append({n for n, p in model.named_parameters() if not torch.equal(p, before[n])})
         line = learner.finish_batch()
@@ -552,7 +593,9 @@ def test_a_minibatch_whose_groups_are_all_filtered_teaches_nothing():
     before = [p.detach().clone() for p in model.parameters()]
     learner = learner_of(model, config)
     slots = tuple(range(BATCH))
-    learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
+    learner.train(
+        read(learner, pool, slots), MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch)
+    )
     learner.step()
     assert not learner.updates and all(map(torch.equal, model.parameters(), before))
     line = learner.finish_batch()
@@ -576,11 +619,15 @@ def test_dense_rewards_are_compared_instead_of_success():
     spec = SPEC._replace(compares="reward")
     slots = tuple(range(BATCH))
     learner = learner_of(model, config, spec)
-    learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
+    learner.train(
+        read(learner, pool, slots), MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch)
+    )
     assert learner.steps == {slot: SEGMENT * (slot < 4) for slot in slots}
     assert learner.tally.get("filtered") == 4 * SEGMENT
     blind = learner_of(model, config)  # by success there is nothing to compare
-    blind.train(read(blind, pool, slots), MicroBatch(slots, 0, 0, True))
+    blind.train(
+        read(blind, pool, slots), MicroBatch(slots, 0, 0, True, blind.config.actor.minibatch)
+    )
     assert blind.tally.get("filtered") == BATCH * SEGMENT
 
 
@@ -590,7 +637,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run():
     slots = tuple(range(BATCH))
     pool = toy_pool(model)
     pool["reward"][0, 0] = math.inf
-    learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
+    learner.train(
+        read(learner, pool, slots), MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch)
+    )
     with pytest.raises(FloatingPointError, match="of version 3 is inf: lower --lr"):
         learner.step()
 
@@ -687,7 +736,10 @@ def test_a_new_loss_has_a_slot_field_a_number_in_the_metrics_and_a_memory(imitat
     learner.version = 0
     slots = tuple(range(BATCH))
     for epoch in range(2):
-        learner.train(read(learner, pool, slots), MicroBatch(slots, epoch, 0, True))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, epoch, 0, True, learner.config.actor.minibatch),
+        )
         if epoch == 0:
             kept = pool["goodness"].flatten() > 0
             flat = {"seen": pool["seen"].flatten(0, 1)[kept]}
@@ -712,8 +764,12 @@ def test_a_new_loss_has_a_slot_field_a_number_in_the_metrics_and_a_memory(imitat
     resume = json.loads((tmp_path / "000001" / "state.json").read_text())
     again = learner_of(Toy(), imitating, resume=resume)
     assert again.version == 1 and again.algorithm.batches == 1
-    again.train(read(again, pool, slots), MicroBatch(slots, 0, 0, True))
-    again.train(read(again, pool, slots), MicroBatch(slots, 1, 0, True))
+    again.train(
+        read(again, pool, slots), MicroBatch(slots, 0, 0, True, again.config.actor.minibatch)
+    )
+    again.train(
+        read(again, pool, slots), MicroBatch(slots, 1, 0, True, again.config.actor.minibatch)
+    )
     again.finish_batch()
     assert again.algorithm.batches == 2
 
@@ -723,12 +779,17 @@ def test_kl_stop_needs_nothing_of_the_loss(imitating):
     pool = pool_with_goodness(model)
     learner = learner_of(model, imitating)
     slots = tuple(range(BATCH))
-    learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
+    learner.train(
+        read(learner, pool, slots), MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch)
+    )
     kl = learner.tally.get("approx_kl") / learner.tally.get("trained")
     assert kl > 0 and not learner.moved_too_far()  # --kl-stop 0 is never
     for limit, stops in ((0.99 * kl, True), (1.01 * kl, False)):
         imitating.algorithm.kl_stop = limit
-        learner.train(read(learner, pool, slots), MicroBatch(slots, 0, 0, True))
+        learner.train(
+            read(learner, pool, slots),
+            MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
+        )
         assert learner.moved_too_far() == stops
         assert not learner.moved_too_far()  # every minibatch is judged alone
 
@@ -740,7 +801,10 @@ def trained(model, config: Config) -> Learner:
     """A learner whose optimizer has something to remember."""
     learner = learner_of(model, config)
     slots = tuple(range(BATCH))
-    learner.train(read(learner, toy_pool(model), slots), MicroBatch(slots, 0, 0, True))
+    learner.train(
+        read(learner, toy_pool(model), slots),
+        MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
+    )
     learner.step()
     return learner
 
@@ -749,6 +813,7 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     model = tiny_pi(train_vlm=True)
     model.header = checkpoint.Header("pi05", {"width": 32}, {})
     config = Config()
+    config.actor.update_epochs = 1
     learner = learner_of(model, config)
     cache, _, real = model.prefix(*observations(model, 2).values())
     model.velocity(cache, real, torch.randn(2, 10, 4), torch.rand(2)).sum().backward()
@@ -775,6 +840,7 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
 
 def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path):
     config = Config()
+    config.actor.update_epochs = 1
     config.train.checkpoint_every = 3
     model = Toy()
     learner = trained(model, config)
@@ -792,7 +858,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path)
     pool = toy_pool(model)
     slots = tuple(range(BATCH))
     for one in (learner, again):
-        one.train(read(one, pool, slots), MicroBatch(slots, 0, 0, True))
+        one.train(read(one, pool, slots), MicroBatch(slots, 0, 0, True, one.config.actor.minibatch))
         one.step()
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
@@ -828,6 +894,7 @@ def test_an_optimizer_that_cannot_be_read_is_named(tmp_path):
 
 def test_weights_that_are_not_finite_are_neither_published_nor_saved_nor_taken_up(tmp_path):
     config = Config()
+    config.actor.update_epochs = 1
     learner = trained(Toy(), config)
     config.train.checkpoint = write(learner.snapshot([]), tmp_path)
     resume = json.loads((config.train.checkpoint / "state.json").read_text())

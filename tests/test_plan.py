@@ -156,7 +156,7 @@ def test_a_lane_or_group_belongs_to_one_rank_as_in_a_run(width, group, ranks):
     config.env.segment = 2
     config.actor.batch = 64
     config.actor.minibatch = 32
-    config.actor.micro_batch = group
+    config.actor.micro_batch = 2 * group
     placement = place("1:1", "disaggregated", 0, 2, 2, 1, ranks)
     node = node_of(config, placement)
     assert (node.lane_envs, node.group, node.lanes) == (width, group, 32 // width)
@@ -379,7 +379,7 @@ def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True
     config.actor.actor_workers = 1
     config.actor.batch = 2
     config.actor.minibatch = 2
-    config.actor.micro_batch = 1
+    config.actor.micro_batch = 2
     config.actor.update_epochs = 1
     config.actor.max_staleness = 0
     config.actor.stream = False
@@ -567,7 +567,6 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
         ({"gpus": 1}, "--placement colocated"),
         ({"ratio": "5:3"}, "3 actor workers"),
         ({"minibatch": 7}, "--minibatch 7"),
-        ({"micro_batch": 5}, "--micro-batch 5"),
         ({"envs": 64, "lane_envs": 5}, "--lane-envs 5"),
         ({"envs": 64, "lane_envs": 32}, "spread evenly"),
         ({"rollout_s": -1.0}, "--rollout-s"),

@@ -249,7 +249,7 @@ def test_an_error_in_a_worker_ends_the_run_by_name(endless, tmp_path):
 
 FAULTY = (
     "--model emulated --env emulated --image-size 8 --envs 4 --env-workers 2 --batch 8 --minibatch "
-    "8 --micro-batch 2 --segment 3 "
+    "8 --micro-batch 6 --segment 3 "
     "--update-epochs 1 --eval-envs 2 --eval-episodes 4 --eval-every 1 --ratio 2:1 --iterations 4"
 )
 

@@ -291,10 +291,10 @@ def draw_config(random, algorithm: str, width: int, ranks: int, staleness: int) 
     config.actor.stream = random.choice((True, False))
     config.actor.batch = config.env.envs * random.choice((1, 2))
     unit = ranks * Admission.of(config).whole
-    minibatches = [n for n in (1, 2) if config.actor.batch % (n * unit) == 0]
-    config.actor.minibatch = config.actor.batch // random.choice(minibatches)
-    share = config.actor.minibatch // ranks
-    config.actor.micro_batch = random.choice([n for n in (1, 2, 3, 6) if share % n == 0])
+    config.actor.minibatch = random.randint(unit, config.actor.batch)
+    while config.actor.batch // unit < config.actor.minibatches:
+        config.actor.minibatch += 1
+    config.actor.micro_batch = random.choice((1, 2, 3, 6, 12))
     return config
 
 

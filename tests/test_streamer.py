@@ -24,8 +24,9 @@ def make(
     width=1,
 ) -> Streamer:
     admission = Admission(batch, batch, ring - 1, width=width)
+    minibatches = max(1, round(batch / minibatch))
     return Streamer(
-        admission, minibatch, micro_batch, epochs, stream, rank, ranks, seed=1, version=version
+        admission, minibatches, micro_batch, epochs, stream, rank, ranks, seed=1, version=version
     )
 
 
@@ -48,15 +49,11 @@ def by_minibatch(micros: list[MicroBatch]) -> dict[tuple[int, int], set[int]]:
 
 @st.composite
 def cases(draw):
-    micro, ranks, per_rank, minibatches = (draw(st.integers(1, n)) for n in (3, 3, 2, 3))
-    width = draw(
-        st.sampled_from([w for w in range(1, micro * per_rank + 1) if micro * per_rank % w == 0])
-    )
-    minibatch = micro * ranks * per_rank
-    batch = minibatch * minibatches
+    micro, ranks, width, minibatches = (draw(st.integers(1, n)) for n in (4, 3, 3, 3))
+    batch = width * draw(st.integers(ranks * minibatches, 4 * ranks * minibatches))
     sizes = dict(
         batch=batch,
-        minibatch=minibatch,
+        minibatch=batch / minibatches,
         micro_batch=micro,
         width=width,
         epochs=draw(st.integers(1, 3)),
@@ -69,7 +66,7 @@ def cases(draw):
 @given(cases())
 def test_each_trajectory_once_per_epoch_whatever_the_order(case):
     sizes, ranks, order = case
-    everything: list[int] = []
+    everything: list[MicroBatch] = []
     for rank in range(ranks):
         mine = [slot for slot in order if slot // sizes["width"] % ranks == rank]
         micros = drive(streamer := make(**sizes, rank=rank, ranks=ranks), mine)
@@ -77,22 +74,26 @@ def test_each_trajectory_once_per_epoch_whatever_the_order(case):
         for epoch in range(sizes["epochs"]):
             consumed = [slot for micro in micros if micro.epoch == epoch for slot in micro.slots]
             assert sorted(consumed) == sorted(mine)
-        assert [m.last for m in micros].count(True) == sizes["epochs"] * sizes["batch"] // sizes[
-            "minibatch"
-        ]
-        assert all(len(m.slots) == sizes["micro_batch"] for m in micros)
+        last = [m.last for m in micros]
+        assert last.count(True) == sizes["epochs"] * round(sizes["batch"] / sizes["minibatch"])
+        assert all(
+            len(m.slots) == sizes["micro_batch"] or m.last and len(m.slots) < sizes["micro_batch"]
+            for m in micros
+        )
         assert [(m.epoch, m.minibatch) for m in micros] == sorted(
             (m.epoch, m.minibatch) for m in micros
         )
         in_order = drive(make(**sizes, rank=rank, ranks=ranks), sorted(mine))
         assert by_minibatch(micros) == by_minibatch(in_order)
-        for (epoch, minibatch), slots in by_minibatch(micros).items():
-            assert len(slots) == sizes["minibatch"] // ranks
-            if epoch == 0:
-                assert {slot // sizes["minibatch"] for slot in slots} == {minibatch}
         assert streamer.finish_batch() == 1
-        everything += mine
-    assert sorted(everything) == list(range(sizes["batch"]))  # ranks partition the batch
+        everything += micros
+
+    # Ranks partition the batch; minibatches cut it in order, into parts as even as can be.
+    parts = by_minibatch(everything)
+    first = [sorted(parts[0, k]) for k in range(len(streamer.sizes))]
+    assert sum(first, []) == list(range(sizes["batch"]))
+    assert max(map(len, first)) - min(map(len, first)) <= sizes["width"]
+    assert all(len(parts[m.epoch, m.minibatch]) == m.of for m in everything)
 
 
 def test_streaming_trains_before_the_batch_is_whole_and_waiting_does_not():
@@ -113,7 +114,7 @@ def test_a_later_minibatch_waits_for_the_earlier_one():
         streamer.add(slot)
     assert streamer.next() is None
     streamer.add(3)
-    assert streamer.next() == MicroBatch((0, 3), 0, 0, False)
+    assert streamer.next() == MicroBatch((0, 3), 0, 0, False, 4)
     assert streamer.next() is None and streamer.waiting == 4
 
 
@@ -135,7 +136,7 @@ def test_trajectories_of_the_next_batch_are_held():
     assert {slot for m in drive(streamer, list(range(8))) for slot in m.slots} == set(range(8))
     assert streamer.finish_batch() == 1 and not streamer.done
     assert streamer.next().slots == (8, 9)  # they were kept, and are ready at once
-    assert streamer.next() == MicroBatch((10, 11), 0, 0, True)
+    assert streamer.next() == MicroBatch((10, 11), 0, 0, True, 4)
 
 
 def test_the_ring_of_slots_comes_round_again():

@@ -286,15 +286,18 @@ def test_staleness_on_purpose(cli, tmp_path, tiny_checkpoint):
 
 
 EXACT = (
-    "--model emulated --env emulated --image-size 8 --envs 4 --batch 8 --minibatch 4 --micro-batch "
-    "4 --segment 4 --update-epochs 2 "
+    "--model emulated --env emulated --image-size 8 --envs 4 --batch 8 --minibatch 4 "
+    "--segment 4 --update-epochs 2 "
     "--lr 0.02 --eval-envs 0 --iterations 4 --ratio 1:1 --checkpoint-every 2"
 )
 
 
 @pytest.mark.parametrize(
     "algorithm",
-    ["--algorithm ppo --value-lr 0.02", "--algorithm grpo --group-size 2 --segment 6"],
+    [
+        "--algorithm ppo --value-lr 0.02 --micro-batch 16",
+        "--algorithm grpo --group-size 2 --segment 6 --micro-batch 24",
+    ],
 )
 def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, algorithm):
     """On simulators of random speed. Where a micro-batch is a minibatch, sums have one order;
@@ -371,7 +374,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
 def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     """As users start it, only smaller; and Weights & Biases mirrors it offline."""
     flags = (
-        "--envs 2 --env-workers 2 --batch 2 --minibatch 1 --micro-batch 1 --update-epochs 2 "
+        "--envs 2 --env-workers 2 --batch 2 --minibatch 1 --update-epochs 2 "
         "--iterations 1 --eval-envs 0"
     )
     flags += " --tasks faucet-open handle-press"
@@ -410,10 +413,7 @@ def test_grpo_from_end_to_end(cli, tmp_path, preset):
         "--algorithm grpo --group-size 2 --tasks faucet-open handle-press --envs 4 --env-workers 2 "
         "--batch 4 --minibatch 4"
     )
-    flags += (
-        f" --micro-batch 2 --update-epochs 1 --eval-envs 0 --iterations 3 --preset {preset} "
-        "--max-staleness 0"
-    )
+    flags += f" --update-epochs 1 --eval-envs 0 --iterations 3 --preset {preset} --max-staleness 0"
     status, output = cli("train.py", f"{flags} --run {tmp_path / 'x'}").finish()
     assert status == 0, output
     lines = lines_of(tmp_path / "x")
@@ -455,7 +455,7 @@ def test_tasks_of_very_different_speeds_are_trained_equally_often(cli, tmp_path)
     nothing divides anything."""
     flags = (
         "--model emulated --env emulated --tasks 0.02 0.1 0.6 --envs 5 --env-workers 2 --batch 10 "
-        "--minibatch 10 --micro-batch 5"
+        "--minibatch 10 --micro-batch 20"
     )
     flags += (
         " --update-epochs 1 --image-size 8 --iterations 4 --eval-envs 0 --segment 4 --ratio 1:1"
@@ -476,7 +476,7 @@ def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
     evaluation in lanes of its own."""
     flags = (
         "--model emulated --env vectorised --envs 8 --env-workers 2 --batch 16 --minibatch 8 "
-        "--micro-batch 2 --actor-workers 2"
+        "--micro-batch 8 --actor-workers 2"
     )
     flags += (
         " --update-epochs 2 --image-size 8 --segment 4 --chunk 5 --iterations 3 --eval-envs 2 "
@@ -541,8 +541,8 @@ def refused(flags: str) -> None:
             "workers",
         ),  # more than the fork server can be given
         ("--batch 50", "not divisible by --envs"),
-        ("--minibatch 7", "not divisible by --minibatch"),
-        ("--micro-batch 5", "not divisible by --micro-batch"),
+        ("--minibatch 49", "--minibatch 49 is larger than --batch 48"),
+        ("--micro-batch 1000", "--micro-batch 1000 is larger than"),
         ("--iterations 0", "--iterations 0 must be at least 1"),
         ("--lanes 2", "--lanes 2 is for vectorised simulators"),
         (

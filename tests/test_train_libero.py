@@ -32,7 +32,7 @@ def no_new_starts_are_left():
 TASKS = "turn_on_the_stove put_the_bowl_on_the_plate"
 TINY = (
     "--model pi05 --env libero --ratio 3:1 --image-size 32 --envs 2 --env-workers 2 --batch 2 "
-    "--minibatch 2 --micro-batch 1 "
+    "--minibatch 2 --micro-batch 2 "
     "--update-epochs 1 --segment 2 --seed 1"
 )
 
