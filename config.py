@@ -70,6 +70,8 @@ class RunConfig:
     """decoupled PPO (PPO at staleness 0), or GRPO: no critic, trajectories compared in groups"""
     preset: Preset = "full"
     """row of RL-VLA³'s Table 1: placement, max-staleness, batch-max, batch-wait-ms and stream"""
+    recipe: str = ""
+    """published settings as defaults, by name (docs/recipes.md); empty means none"""
     ratio: str = "3:1"
     """R:A: R parts of the machine for env and rollout workers, A for actor workers. Parts are GPUs,
     or without them processes and threads. auto chooses by measured costs, again as they change"""

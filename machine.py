@@ -1,6 +1,6 @@
-"""What this machine, or the container around this process, has: cores, memory, GPUs.
+"""What this machine, or the container around this process, has: cores, free memory, GPUs.
 
-Left out: what other processes use of it.
+Left out: what other processes use of cores and GPUs.
 """
 
 import contextlib
@@ -20,38 +20,75 @@ DRIVERS = {"11": 450, "12": 525, "13": 580}
 LONGEST_TEMPORARY = 70  # bytes of 108 that a socket's path may have; multiprocessing adds 32
 
 
-def limits(controller: str, name: str, root: Path) -> Iterator[list[str]]:
-    """Yields the words of a limit's file in this process's control groups, and those above."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        number, controllers, group = line.split(":", 2)
-        mounted = root / "sys/fs/cgroup" / ("" if number == "0" else controller)
-        if number == "0" or controller in controllers.split(","):
-            folder = mounted / group.lstrip("/")
-            for place in (folder, *folder.parents):
-                if place.is_relative_to(mounted) and (place / name).is_file():
-                    yield (place / name).read_text().split()
+def groups(controller: str, root: Path) -> Iterator[Path]:
+    """Yields the folders of this process's control groups, and of those above."""
+    with contextlib.suppress(OSError, ValueError):  # no control groups, or unreadable ones
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            number, controllers, group = line.split(":", 2)
+            mounted = root / "sys/fs/cgroup" / ("" if number == "0" else controller)
+            if number == "0" or controller in controllers.split(","):
+                folder = mounted / group.lstrip("/")
+                yield from (f for f in (folder, *folder.parents) if f.is_relative_to(mounted))
+
+
+def words(*files: Path) -> list[str]:
+    """Returns the words of those of these files that can be read."""
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            found += file.read_text().split()
+    return found
 
 
 def cores(root: Path = Path("/")) -> int:
     """Counts the cores that this process may use: by affinity and by its container's quota, which
     control groups of version 2 and 1 write down differently."""
     allowed = [len(os.sched_getaffinity(0))]
-    with contextlib.suppress(OSError, ValueError):  # no control groups, or unreadable ones
-        quotas = list(limits("cpu", "cpu.max", root))  # "max 100000", or microseconds and period
-        periods = limits("cpu", "cpu.cfs_period_us", root)
-        for quota, period in zip(limits("cpu", "cpu.cfs_quota_us", root), periods, strict=True):
-            quotas.append(quota + period)
-        allowed += [int(q) // int(period) for q, period in quotas if q not in ("max", "-1")]
+    for group in groups("cpu", root):
+        # "max 100000", or microseconds and period.
+        quota = words(group / "cpu.max", group / "cpu.cfs_quota_us", group / "cpu.cfs_period_us")
+        if quota and quota[0] not in ("max", "-1"):
+            allowed.append(int(quota[0]) // int(quota[1]))
     return max(1, min(allowed))
 
 
 def memory(root: Path = Path("/")) -> int:
-    """Returns the bytes of memory that this process may use: the machine's, or its container's."""
+    """Returns the bytes of memory that this process may still take: what the machine has free, or
+    its container. What only keeps files at hand counts as free: the kernel drops it first."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError, ValueError):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            found += [int(words[0]) for words in limits("memory", name, root) if words != ["max"]]
-    return min(found)
+    said = words(root / "proc/meminfo")
+    if "MemAvailable:" in said:
+        found.append(1024 * int(said[said.index("MemAvailable:") + 1]))
+    for group in groups("memory", root):
+        limit = words(group / "memory.max", group / "memory.limit_in_bytes")
+        used = words(group / "memory.current", group / "memory.usage_in_bytes") or ["0"]
+        stat = words(group / "memory.stat")
+        if limit and limit != ["max"]:
+            kept = dict(zip(stat[::2], stat[1::2], strict=True))
+            of_files = ("inactive_file", "active_file")
+            # Version 1 counts groups below under names of their own.
+            files = sum(int(kept.get(f"total_{name}", kept.get(name, 0))) for name in of_files)
+            found.append(int(limit[0]) - max(0, int(used[0]) - files))
+    return max(0, min(found))
+
+
+def near(device: str, root: Path = Path("/")) -> frozenset[int]:
+    """Returns the cores that this process may use, and of those only the ones on the NUMA node of a
+    GPU, where a machine has several nodes and says which."""
+    every = frozenset(os.sched_getaffinity(0))
+    nodes = list((root / "sys/devices/system/node").glob("node[0-9]*"))
+    if device == "cpu" or len(nodes) < 2:
+        return every
+    import torch
+
+    gpu = torch.cuda.get_device_properties(device)
+    name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    found = set()
+    for part in ",".join(words(root / "sys/bus/pci/devices" / name / "local_cpulist")).split(","):
+        first, _, last = part.partition("-")  # "0-31,64-95"
+        if first:
+            found.update(range(int(first), int(last or first) + 1))
+    return every & found or every
 
 
 def gpus() -> int:

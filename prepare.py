@@ -8,7 +8,9 @@ from a `Setup`.
 """
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -19,6 +21,7 @@ from typing_extensions import TypedDict
 import envs
 import machine
 import models
+import recipes
 import tuning
 from channel import SlotPool, Spec, layout
 from checks import Finite, Natural, Total, flag_of, read_json
@@ -28,6 +31,7 @@ from config import (
     WORKERS,
     Config,
     check_by_themselves,
+    check_shares,
     completed,
     embedded_files,
     expanded,
@@ -37,7 +41,7 @@ from config import (
     to_json,
     validate,
 )
-from errors import require, understood
+from errors import UserError, require, understood
 from models import checkpoint, contract, untrained
 from models.formats import peft
 from run_folder import Line, lines_until
@@ -80,8 +84,12 @@ class Setup:
         return Admission.of(self.config).slots + self.config.env.eval_envs
 
     def pool(self) -> SlotPool:
+        """Makes the slots, each on the NUMA node of the GPU whose rollout worker serves it."""
         device = self.placement.env_devices[0] if self.on_gpu else "cpu"
-        return SlotPool(self.slots, self.slot_count, device, self.on_gpu)
+        nodes = [machine.near(rollout) for rollout in self.placement.rollout_devices]
+        lanes = np.arange(self.slot_count) % self.config.env.envs // self.config.env.width
+        near = [nodes[lane % len(nodes)] for lane in lanes]
+        return SlotPool(self.slots, self.slot_count, device, self.on_gpu, near)
 
     def copies_gb(self) -> float:
         """Host memory, 12 bytes a weight, of weights and optimizer as they were: in a checkpoint
@@ -96,6 +104,7 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
+    recipes.check(config)
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
     config, given, resume, note = find_start(config, simulator)
@@ -147,7 +156,7 @@ def prepare(config: Config) -> Setup:
     found = f"the slots need with copies of trained weights {needs:.1f} GB of memory"
     less = "lower --envs, --eval-envs, --batch, --segment or --max-staleness, or train less"
     enough = needs < has or config.train.memory_report
-    require(enough, f"{found}, and this machine has {has:.1f} GB: {less}")
+    require(enough, f"{found}, and this machine has {has:.1f} GB free: {less}")
     return setup
 
 
@@ -185,8 +194,11 @@ def find_start(
     if resume:
         checkpoint.read_header(checkpoint.find(found))
     models.check_family(train.model, found)
-    if not (resume and checkpoint.published(found)):
+    published = checkpoint.published(found)
+    if not (resume and published):
         checkpoint.check_choice(train.statistics, found)
+    if published and not (resume or train.recipe):
+        note = recipes.note(config)
     theirs = simulator.spec(config.train.tasks, 0).picture
     image_size = image_size or checkpoint.frame_size(found, theirs)
     name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
@@ -283,8 +295,36 @@ def find_workers(
         now = config.train.ratio_from
         if before not in ("", now):
             note = f"ratio {before} does not fit here, so the run goes on at {now}\n"
+    config, placement, rounded = shared_out(config, simulator, gpus, cores)
+    return config, placement, choices, note + rounded
+
+
+def shared_out(
+    config: Config, simulator: envs.Simulator, gpus: int, cores: int
+) -> tuple[Config, Placement, str]:
+    """Divides this machine, and on GPUs takes the largest numbers of workers, of those that no flag
+    gives, and the smallest minibatch from --minibatch on with which all have their share.
+
+    Returns the settings with them, the placement, and what the user should know."""
     placement = divide(config, simulator, gpus, cores)
-    return completed(config, **placement.workers()), placement, choices, note
+    counts = placement.workers()
+    if gpus == 0:
+        return completed(config, **counts), placement, ""
+    fixed = {name for name in WORKERS if setting(config, name)}
+    if config.train.placement != "colocated":
+        fixed.add("actor_workers")
+    tried = [[count] if n in fixed else range(count, 0, -1) for n, count in counts.items()]
+    actor = config.actor
+    before = actor.minibatch
+    larger = [-(-actor.batch // parts) for parts in range(actor.minibatches - 1, 0, -1)]
+    for ranks, rollouts, env_workers, size in product(*reversed(tried), [before, *larger]):
+        workers = dict(zip(WORKERS, (env_workers, rollouts, ranks), strict=True))
+        changed = completed(config, **workers, minibatch=size)
+        with suppress(UserError):
+            check_shares(changed)
+            said = f"--minibatch {before} is {size} here, so that {ranks} actor workers share it\n"
+            return changed, divide(changed, simulator, gpus, cores), said if size > before else ""
+    return completed(config, **counts), placement, ""  # `validate` says what is wrong
 
 
 def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -245,7 +245,30 @@ def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
     said = simulator.workers(ratio, placement)
     if said is not None and not env_workers:
         env_workers = min(said, config.env.envs)
-    return place(ratio, placement, gpus, cores, env_workers, *others)
+    placement, ratio, instead = nearest(placement, ratio, gpus)
+    placed = place(ratio, placement, gpus, cores, env_workers, *others)
+    return replace(placed, line=placed.line + instead)
+
+
+def nearest(placement: str, ratio: str, gpus: int) -> tuple[str, str, str]:
+    """Returns the placement and the ratio that use all GPUs and come nearest to these, and what to
+    say of it. Of two that are equally near, it is the one with more actors.
+
+    One GPU is shared by all stages, and of two none is for env workers alone."""
+    r, a = parse_ratio(ratio)
+    if gpus == 0 or placement == "colocated" or placement == "hybrid" and r < 2:
+        return placement, ratio, ""
+    instead = f"; nearest to {placement} {ratio}"
+    if gpus == 1:
+        return "colocated", ratio, instead
+    if gpus % (r + a) == 0:
+        return placement, ratio, ""
+    if gpus == 2:
+        placement = "disaggregated"
+    most = gpus - (2 if placement == "hybrid" else 1)
+    actors = min(range(most, 0, -1), key=lambda count: abs(count * (r + a) - gpus * a))
+    common = 1 if placement == "hybrid" else math.gcd(gpus, actors)
+    return placement, f"{(gpus - actors) // common}:{actors // common}", instead
 
 
 def place(ratio: str, placement: str, gpus: int, cores: int, *workers: int) -> Placement:
@@ -266,18 +289,23 @@ def place(ratio: str, placement: str, gpus: int, cores: int, *workers: int) -> P
     env_workers, rollout_workers, actor_workers = workers
     env_gpus, rollout_gpus, actor_gpus = share_gpus(ratio, placement, gpus)
     given = f"--ratio {ratio}, which gives {len(actor_gpus)} GPUs to actors"
-    agrees = actor_workers in (0, len(actor_gpus))
+    # Where all share all GPUs, fewer actor workers leave none of them idle.
+    fewer = placement == "colocated" and actor_workers < len(actor_gpus)
+    agrees = fewer or actor_workers in (0, len(actor_gpus))
     require(agrees, f"--actor-workers {actor_workers} contradicts {given}")
     env = spread(env_gpus, env_workers)
     rollout = spread(rollout_gpus, rollout_workers)
-    threads = max(1, cores // (len(rollout) + len(actor_gpus)))
-    idle = gpus - len({*env, *rollout, *actor_gpus})
+    actor = spread(actor_gpus, actor_workers)
+    threads = max(1, cores // (len(rollout) + len(actor)))
     line = (
-        f"{gpus} GPUs: {placement} {ratio} means env on {', '.join(dict.fromkeys(env))}; rollout "
-        f"on {', '.join(rollout)}; actor on {', '.join(actor_gpus)}"
+        f"{gpus} GPU{'s' * (gpus > 1)}: {placement} {ratio} means env on "
+        f"{', '.join(dict.fromkeys(env))}; rollout on {', '.join(rollout)}; actor on "
+        f"{', '.join(actor)}"
     )
-    line += f"; {idle} idle" if idle else ""
-    return Placement(env, rollout, actor_gpus, threads, threads, line)
+    every = (f"cuda:{i}" for i in range(gpus))
+    idle = [gpu for gpu in every if gpu not in (*env, *rollout, *actor)]
+    line += f"; {len(idle)} idle: {', '.join(idle)}" if idle else ""
+    return Placement(env, rollout, actor, threads, threads, line)
 
 
 def place_on_cpu(

@@ -39,7 +39,7 @@ from planning import Costs, Node, scaled
 from planning.costs import all_words, shares_of, words
 from planning.events import simulate
 from planning.settings import node_of
-from scheduler import Placement, divide
+from scheduler import Placement, divide, nearest
 
 Choices = dict[str, tuple[Config, Placement]]  # by ratio
 Rows = dict[str, list[int]]  # of the counters, by stage
@@ -220,8 +220,9 @@ def options(
     found = {}
     given = dict(zip(WORKERS, counts, strict=True))
     for ratio in dict.fromkeys([config.train.parts, *(f"{r}:{a}" for r, a in pairs)]):
-        changed = completed(config, ratio_from=ratio, **given)
         try:
+            _, ratio, _ = nearest(config.train.placement, ratio, gpus)
+            changed = completed(config, ratio_from=ratio, **given)
             placement = divide(changed, simulator, gpus, cores)
             changed = completed(changed, **placement.workers())
             validate(changed)

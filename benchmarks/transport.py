@@ -16,12 +16,17 @@ place, stacks what has come to one batch, reads a byte of every image row and an
                  observation
 
 Repetitions of all of them alternate; rows hold medians. `memcpy_mb_per_s`: numpy copies the same
-bytes within one process. Left out: Ray's ways to batch calls, transports between GPUs.
+bytes within one process. Before a run, slots need memory: `take_mb_per_s` is `channel.take_memory`,
+`touch_mb_per_s` writes a byte to each page instead. Then worker processes map it: `map_mb_per_s`
+and `map_touched_mb_per_s` are of one process that writes to each page of either. Left out: Ray's
+ways to batch calls, transports between GPUs.
 """
 
 import importlib.util
 import math
+import mmap
 import multiprocessing
+import os
 import queue
 import statistics
 import time
@@ -31,7 +36,8 @@ import torch
 import torch.multiprocessing as mp
 
 from benchmarks.measuring import context
-from channel import ACT, Counters, IndexQueue, Record, SlotPool
+from channel import ACT, Counters, IndexQueue, Record, SlotPool, take_memory
+from machine import near
 
 IMAGE = (2, 224, 224, 3)  # uint8
 STATE = (8,)  # float32
@@ -43,6 +49,7 @@ FIELDS = {
 }
 SENDER_IS_GONE = (OSError, EOFError)  # of a tensor on its way, when a repetition ends
 BYTES = math.prod(IMAGE) + 4 * math.prod(STATE)
+POOL = 2**30  # bytes
 
 
 def reply_to(images: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
@@ -214,6 +221,35 @@ def memcpy_rate(n: int) -> float:
     return count * BYTES / (time.perf_counter() - start)
 
 
+def touch(file: int) -> None:
+    """Writes a byte to each page of a file."""
+    with mmap.mmap(file, 0) as memory:
+        np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
+
+
+def memory_rates() -> dict[str, float]:
+    """Measures the bytes/s at which POOL bytes of shared memory are had, and mapped afterwards, in
+    both ways."""
+    rates = {}
+    for name in ("take", "touch"):
+        file = os.memfd_create(name)
+        start = time.perf_counter()
+        if name == "take":
+            take_memory(file, POOL, [(0, POOL, near("cpu"))])
+        else:
+            os.ftruncate(file, POOL)
+            touch(file)
+        rates[f"{name}_mb_per_s"] = POOL / 1e6 / (time.perf_counter() - start)
+        worker = multiprocessing.get_context("fork").Process(target=touch, args=(file,))
+        start = time.perf_counter()
+        worker.start()
+        worker.join()
+        mapped = "map_mb_per_s" if name == "take" else "map_touched_mb_per_s"
+        rates[mapped] = POOL / 1e6 / (time.perf_counter() - start)
+        os.close(file)
+    return rates
+
+
 def measure(repeats: int, seconds: float) -> list[dict]:
     """Measures every means, with 2 and with 8 envs."""
     names = ["slots", "torch_queue", "mp_queue"]
@@ -222,9 +258,9 @@ def measure(repeats: int, seconds: float) -> list[dict]:
     rows = []
     for n in (2, 8):
         measured = {name: [] for name in names}
-        copies = []
+        machine = []
         for _ in range(repeats):
-            copies.append(memcpy_rate(n) / 1e6)
+            machine.append({"memcpy_mb_per_s": memcpy_rate(n) / 1e6} | memory_rates())
             for name, rates in measured.items():
                 rates.append(round_trips(name, n, seconds))
         for name, rates in measured.items():
@@ -235,7 +271,7 @@ def measure(repeats: int, seconds: float) -> list[dict]:
                     "envs": n,
                     "round_trips_per_s": rate,
                     "mb_per_s": rate * BYTES / 1e6,
-                    "memcpy_mb_per_s": statistics.median(copies),
                 }
+                | {key: statistics.median(rates[key] for rates in machine) for key in machine[0]}
             )
     return rows

@@ -211,5 +211,5 @@ def check_family(name: str, path: Path) -> None:
     require(
         name in found,
         f"checkpoint {path} is of the family {' or '.join(found)}, not {name}: give another "
-        "checkpoint, or the --model",
+        "checkpoint, or the --model or a --recipe of its family",
     )

@@ -15,7 +15,16 @@ import config
 import metrics
 import models
 import train
-from benchmarks import inference, ladder, machinery, measuring, prefix, tracing, tuning
+from benchmarks import (
+    inference,
+    ladder,
+    machinery,
+    measuring,
+    prefix,
+    tracing,
+    transport,
+    tuning,
+)
 from benchmarks.emulated import libero, maniskill
 from benchmarks.plan_against_paper import emulated_node
 from channel import layout
@@ -49,6 +58,12 @@ def test_counters():
         return (x.view(10, 10) * 2.0).sum().item()
 
     assert measuring.peak_bytes_of(two_of_three, "cpu") == 2 * 400 + 4
+
+
+def test_transport_measures_how_slots_get_their_memory(monkeypatch):
+    monkeypatch.setattr(transport, "POOL", 2**22)
+    found = transport.memory_rates()
+    assert len(found) == 4 and min(found.values()) > 0
 
 
 @pytest.mark.parametrize("model", ["pi05", "gr00t"])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import channel
 from channel import (
     ACT,
     ALIGN,
@@ -20,6 +21,7 @@ from channel import (
     READ,
     RECORD,
     WAKE,
+    Arena,
     Channels,
     Counters,
     IndexQueue,
@@ -29,6 +31,7 @@ from channel import (
     layout,
 )
 from config import Config
+from errors import UserError
 from weights import WeightPlane
 
 SPEC = {
@@ -150,12 +153,61 @@ def test_another_process_sees_slots_in_gpu_memory():
     )
 
 
-def test_memory_is_resident_before_it_is_used():
-    pool = SlotPool({"big": ((1 << 20,), torch.uint8)}, 8)
-    start = next(t.data_ptr() for t in pool.tensors.values())
-    smaps = Path("/proc/self/smaps").read_text()
-    mapping = smaps[smaps.index(f"{start:x}-") :]
-    assert int(mapping.split("Rss:")[1].split()[0]) >= 8 << 10  # KiB
+@pytest.mark.parametrize("near", [None, [frozenset({0})] * 8])
+def test_memory_is_there_before_it_is_used(near):
+    pool = SlotPool({"big": ((1 << 20,), torch.uint8)}, 8, near=near)
+    assert os.fstat(pool.arena.fd).st_blocks * 512 == pool.bytes == 8 << 20
+
+
+def test_each_slot_is_taken_from_the_node_that_serves_it(monkeypatch):
+    """The core that asks for a page decides which node it comes from."""
+    ours = os.sched_getaffinity(0)
+    on = [ours]
+    taken = {}
+    monkeypatch.setattr(channel, "PIECE", 1000)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: on.append(cores))
+    monkeypatch.setattr(
+        os,
+        "posix_fallocate",
+        lambda fd, first, n: taken.update(dict.fromkeys(range(first, first + n), on[-1])),
+    )
+    left, right = frozenset({0, 1}), frozenset({2, 3})
+    near = [left, left, right, left, right]
+    pool = SlotPool({"a": ((700,), torch.float32), "b": ((3, 5), torch.uint8)}, 5, near=near)
+    assert on[-1] == ours and len(on) == 2 + 2 * 4  # runs of slots, in both fields
+    for name, size in (("a", 2800), ("b", 15)):
+        for slot, cores in enumerate(near):
+            first = pool.offsets[name] + slot * size
+            assert {taken[byte] for byte in range(first, first + size)} == {cores}
+
+
+def test_memory_that_ends_or_takes_long_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(channel, "PIECE", 10**9)
+    monkeypatch.setattr(channel, "SILENT_S", -1.0)
+    monkeypatch.setattr(os, "ftruncate", lambda *_: None)
+
+    def take(file: int, first: int, length: int) -> None:
+        if first + length > 3 * 10**9:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", take)
+    ours = os.sched_getaffinity(0)
+    with pytest.raises(UserError, match=r"only 3.0 of 64.0 GB .* \(No space left .*: lower --envs"):
+        Arena(64 * 10**9)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{n}.0 of 64.0 GB of memory ready" for n in (1, 2, 3)]
+    assert os.sched_getaffinity(0) == ours
+
+
+def test_a_worker_with_a_gpu_stays_close_to_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(channel.machine, "near", lambda device: {device})
+    moved = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: moved.append(cores))
+    pool = SlotPool(SPEC, 3, "meta")  # without an arena
+    pool.use_on("cpu")
+    pool.use_on("cuda:1")
+    assert moved == [{"cuda:1"}]
 
 
 def test_nothing_stays_open():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -53,6 +54,70 @@ def test_memory_is_the_container_s(tmp_path):
     files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "1000000\n"}
     assert machine.memory(written(tmp_path, files)) == 1_000_000 < whole
     assert machine.memory(written(tmp_path, {"sys/fs/cgroup/memory.max": "max\n"})) == whole
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 5000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    "files, free",
+    [
+        ({}, 5000 * 1024),
+        (
+            {  # the group above has less left; what keeps files at hand can be had
+                "proc/self/cgroup": "0::/pod/a\n",
+                "sys/fs/cgroup/pod/a/memory.max": "max\n",
+                "sys/fs/cgroup/pod/memory.max": "4000000\n",
+                "sys/fs/cgroup/pod/memory.current": "3000000\n",
+                "sys/fs/cgroup/pod/memory.stat": "anon 1\nactive_file 5\ninactive_file 7\n",
+            },
+            1_000_012,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/job\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000000\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "2500000\n",
+                "sys/fs/cgroup/memory/job/memory.stat": "active_file 9\ntotal_active_file 400\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            },
+            500_400,
+        ),
+        (
+            {  # as seen in a container that has its own group at the top
+                "proc/self/cgroup": "4:memory:/docker/x\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "2500\n",
+            },
+            0,
+        ),
+    ],
+)
+def test_free_memory_is_what_is_left_here_and_in_every_group(tmp_path, files, free):
+    assert machine.memory(written(tmp_path, MEMINFO | files)) == free
+
+
+def test_cores_near_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: GPUS[device])
+    every = set(range(8))
+    assert machine.near("cuda:0", tmp_path) == every  # one node, or an unknown number
+    files = {f"sys/devices/system/node/node{n}/cpulist": "" for n in (0, 1)}
+    near = {"0000:1a:00.0": "0-1,4,64-95\n", "0001:81:00.0": "60-63\n"}
+    files |= {f"sys/bus/pci/devices/{name}/local_cpulist": text for name, text in near.items()}
+    written(tmp_path, files)
+    assert machine.near("cuda:0", tmp_path) == {0, 1, 4}
+    assert machine.near("cuda:1", tmp_path) == every  # this process may use none of those
+    assert machine.near("cuda:2", tmp_path) == machine.near("cpu", tmp_path) == every
+
+
+class Gpu(NamedTuple):
+    pci_domain_id: int
+    pci_bus_id: int
+    pci_device_id: int
+
+
+GPUS = {"cuda:0": Gpu(0, 0x1A, 0), "cuda:1": Gpu(1, 0x81, 0), "cuda:2": Gpu(0, 0xFF, 0)}
 
 
 @pytest.fixture

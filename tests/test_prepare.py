@@ -13,7 +13,7 @@ import models
 import prepare
 import train
 from benchmarks.emulated import libero
-from config import Config, completed, embedded_files, to_json
+from config import Config, completed, embedded_files, to_json, validate
 from envs import EnvSpec
 from errors import UserError
 from models import checkpoint
@@ -124,6 +124,46 @@ def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
     prepare.prepare(settings())
     with pytest.raises(UserError, match="slots need .* GB .* lower --envs, --eval-envs"):
         prepare.prepare(settings("--eval-envs", "1000000"))
+
+
+class Simulator:
+    """What `find_workers` asks of one."""
+
+    def __init__(self, vectorised: bool):
+        self.vectorised = vectorised
+
+    def workers(self, ratio, placement):
+        return None
+
+
+@pytest.mark.parametrize("gpus", range(1, 9))
+@pytest.mark.parametrize("placement", ["disaggregated", "hybrid", "colocated"])
+@pytest.mark.parametrize("algorithm, vectorised", [("ppo", False), ("grpo", False), ("ppo", True)])
+def test_the_default_settings_run_on_any_number_of_gpus(
+    monkeypatch, algorithm, vectorised, placement, gpus
+):
+    monkeypatch.setattr(prepare.machine, "gpus", lambda: gpus)
+    given = completed(Config(), placement=placement, algorithm=algorithm)
+    config, placed, _, note = prepare.find_workers(given, Simulator(vectorised))
+    validate(config)
+    used = {*placed.env_devices, *placed.rollout_devices, *placed.actor_devices}
+    idle = {f"cuda:{i}" for i in range(gpus)} - used
+    assert not idle or placement == "hybrid" and vectorised
+    assert ", ".join(sorted(idle)) in placed.line and "\n" not in placed.line
+    assert ("nearest" in placed.line) == (placement != "colocated" and gpus not in (4, 8))
+    assert (config.actor.minibatch > given.actor.minibatch) == ("--minibatch 24 is" in note)
+    # Its settings are taken as they are when the run goes on.
+    assert prepare.find_workers(config, Simulator(vectorised))[:2] == (config, placed)
+
+
+def test_worker_counts_that_are_given_stay_on_gpus(monkeypatch):
+    monkeypatch.setattr(prepare.machine, "gpus", lambda: 8)
+    given = completed(Config(), env_workers=5, lanes=2, placement="colocated")
+    with pytest.raises(UserError, match="--envs 24 cannot be split evenly"):
+        validate(prepare.find_workers(given, Simulator(True))[0])
+    given = completed(Config(), actor_workers=3, rollout_workers=2, placement="colocated")
+    found = prepare.find_workers(given, Simulator(False))[0]
+    assert (found.actor.actor_workers, found.rollout.rollout_workers) == (3, 2)
 
 
 def test_copies_of_trained_weights_count_as_memory(monkeypatch, capsys):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from config import parse_ratio
 from errors import UserError
-from scheduler import Admission, DynamicBatcher, place
+from scheduler import Admission, DynamicBatcher, nearest, place
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -363,6 +363,34 @@ def test_more_workers_than_gpus_share_them_in_turn():
 def test_contradictions(ratio, placement, gpus, counts, words):
     with pytest.raises(UserError, match=words):
         place(ratio, placement, gpus, 16, *counts)
+
+
+@pytest.mark.parametrize(
+    "placement, wanted, found",
+    [
+        ("disaggregated", "3:1", ["1:1", "2:1", "3:1", "4:1", "2:1", "5:2", "3:1"]),
+        ("disaggregated", "2:1", ["1:1", "2:1", "3:1", "3:2", "2:1", "5:2", "5:3"]),
+        ("disaggregated", "1:9", ["1:1", "1:2", "1:3", "1:4", "1:5", "1:6", "1:7"]),
+        ("hybrid", "3:1", ["1:1", "2:1", "3:1", "4:1", "4:2", "5:2", "3:1"]),
+        ("hybrid", "2:6", ["1:1", "2:1", "2:2", "2:3", "2:4", "2:5", "2:6"]),
+    ],
+)
+def test_the_nearest_ratio_uses_all_gpus(placement, wanted, found):
+    for gpus, ratio in enumerate(found, start=2):
+        where = "disaggregated" if gpus == 2 else placement
+        assert nearest(placement, wanted, gpus)[:2] == (where, ratio)
+        placed = place(ratio, where, gpus, 16, 0, 0, 0)
+        assert "idle" not in placed.line and nearest(where, ratio, gpus)[2] == ""
+    instead = f"; nearest to {placement} {wanted}"
+    assert nearest(placement, wanted, 1) == ("colocated", wanted, instead)
+    assert nearest("colocated", wanted, 7) == ("colocated", wanted, "")
+    assert nearest(placement, wanted, 0) == (placement, wanted, "")
+
+
+def test_gpus_that_nobody_uses_are_named():
+    assert place("3:1", "colocated", 3, 16, 1, 2, 1).line.endswith("; 1 idle: cuda:2")
+    found = place("3:1", "colocated", 3, 16, 0, 0, 2)
+    assert found.actor_devices == cuda(0, 1) and "idle" not in found.line
 
 
 def test_ratios():
