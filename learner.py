@@ -63,8 +63,7 @@ class Learner:
             self.proximal = ExactProximal(self.model, self.parameters)
         # What a frozen VLM makes of a frame, for later epochs (--cache-prefix gpu).
         self.prefixes: Kept | None = None
-        frozen = config.actor.cache_prefix == "gpu" and not self.model.config.train_vlm
-        if frozen and config.actor.update_epochs > 1:
+        if config.actor.cache_prefix == "gpu" and config.actor.update_epochs > 1:
             self.prefixes = Kept()
         if config.actor.checkpointing == "on":
             layers.recompute_blocks(self.model)

@@ -117,7 +117,7 @@ def prepare(config: Config) -> Setup:
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
     note += models.assumptions(config, spec)
-    keeps = config.actor.cache_prefix in ("slots", "gpu") and model.config.train_vlm
+    keeps = config.actor.cache_prefix in ("slots", "gpu") and model.header.shape.get("train_vlm")
     moves = "--cache-prefix keeps what a frozen VLM made: leave it out, for the VLM has adapters"
     require(not keeps, moves)
     spec = spec.seen_by(model.header)

@@ -137,6 +137,7 @@ class FlowPolicy(nn.Module):
     @torch.no_grad()
     def look_once(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns what a frozen VLM sees of frames: the fields that a slot would keep [n, …]."""
+        assert not self.config.train_vlm, "a VLM that learns sees something else after every step"
         seen = self.look(obs)
         return {name: seen[name] for name in self.cache_fields()}
 

@@ -19,6 +19,8 @@ from test_gr00t import observations as gr00t_observations
 from test_gr00t import tiny as tiny_gr00t
 
 import models
+import prepare
+import train
 from config import Config
 from envs import EnvSpec
 from errors import UserError
@@ -179,6 +181,16 @@ def test_a_target_that_matches_nothing_is_refused(start):
     config, spec = start("oft", lora_rank=2, oft_train="full")
     with pytest.raises(UserError, match="--oft-train full and --lora-rank 2 contradict"):
         build(config, spec, weights="none")
+
+
+def test_what_a_vlm_with_adapters_made_is_kept_nowhere(tiny_checkpoint):
+    flags = f"--checkpoint {tiny_checkpoint} --lora-rank 2 --lora-targets language --envs 4"
+    flags += " --batch 4 --minibatch 4 --segment 3 --cache-prefix gpu"
+    with pytest.raises(UserError, match="--cache-prefix keeps what a frozen VLM made: leave it"):
+        prepare.prepare(train.parse(flags.split()))
+    model = tiny_pi(lora_rank=2, train_vlm=True)
+    with pytest.raises(AssertionError, match="sees something else after every step"):
+        model.look_once(act(model)[1])
 
 
 def test_targets_are_parts_of_names_or_patterns():
