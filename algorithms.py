@@ -4,12 +4,13 @@ A sample is a chunk step: one inference and the C control steps that executed it
 units that the policy ratio is taken over (`units`): the whole chunk (U = 1, π0.5's published
 recipe), each action (C) or each number or token of an action (C·A, OpenVLA-OFT's). An advantage is
 a sample's or a unit's. Losses are sums over samples and means over units, so that micro-batches add
-up. The actor has one value per chunk step, and so one advantage (all four published recipes).
+up. The actor has one value per chunk step, and so one advantage (docs/recipes.md: which published
+recipe has one per action).
 
 `Algorithm` at the end is the contract of a loss: a new one is a subclass and a line in
 `ALGORITHMS`.
 
-Left out: entropy bonus and reference-model KL (none of the published VLA recipes uses them).
+Left out: entropy bonus (RLinf's of π0 and π0.5 on ManiSkill: 0.005) and reference-model KL (none).
 """
 
 import json

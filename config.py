@@ -70,6 +70,8 @@ class RunConfig:
     """decoupled PPO (PPO at staleness 0), or GRPO: no critic, trajectories compared in groups"""
     preset: Preset = "full"
     """row of RL-VLA³'s Table 1: placement, max-staleness, batch-max, batch-wait-ms and stream"""
+    recipe: str = ""
+    """published settings as defaults, by name (docs/recipes.md); empty means none"""
     ratio: str = "3:1"
     """R:A: R parts of the machine for env and rollout workers, A for actor workers. Parts are GPUs,
     or without them processes and threads. auto chooses by measured costs, again as they change"""
@@ -94,6 +96,8 @@ class RunConfig:
     checkpoint: Path | None = None
     """weights to start from, ours or another project's: a .safetensors file or a folder. None means
     those shipped for the simulator, or random ones where none are shipped"""
+    adapter: Path | None = None
+    """a folder of PEFT's, whose low-rank adapter is put on the checkpoint, and trained on"""
     tokenizer: Path | None = None
     """SentencePiece file (published GR00T: Qwen's vocabulary); none means the one that belongs to
     the checkpoint"""
@@ -201,7 +205,8 @@ class RolloutConfig:
     """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
     learns (πRL, arXiv 2510.25889)"""
     prefix_dtype: Annotated[Literal["float32", "bfloat16"], FLOW] = "float32"
-    """dtype of a frozen VLM, and of what slots keep of it (OFT's is the checkpoint's)"""
+    """dtype of a VLM that is frozen, but for adapters, and of what slots keep of it (OFT's is the
+    checkpoint's)"""
     compile: bool | None = None
     """compile inference with torch.compile, which takes minutes at start-up and pads batches to
     powers of two; none means where there is a GPU"""
@@ -245,6 +250,15 @@ class ActorConfig:
     """also update the image tower and the prefix, which the published recipe does not"""
     oft_train: Annotated[Literal["lora", "full"] | None, OFT] = None
     """what of OFT is updated; none means what the checkpoint says (another project's: LoRA)"""
+    lora_rank: Natural | None = None
+    """train low-rank adapters (LoRA) of this rank and the value head, with all else frozen. 0 adds
+    those of the checkpoint into its weights; none means as the checkpoint says"""
+    lora_alpha: AboveZero | None = None
+    """scale of the adapters times their rank; none means as the checkpoint says, else the rank"""
+    lora_targets: tuple[str, ...] = ()
+    """layers that have adapters, by parts of their names (expert, q_proj, "expert.*.mlp"). None
+    means as the checkpoint says, else attention and feed-forward of the action expert (GR00T: its
+    queries, keys and values; OFT: all), and with --train-vlm of the VLM too"""
     cache_prefix: Annotated[
         Literal["auto", "slots", "gpu", "off"], BeforeValidator(prefix_place), FLOW
     ] = "auto"
@@ -481,8 +495,10 @@ def check_algorithm(config: Config) -> None:
     require(algorithm.group_low <= algorithm.group_high, rates)
     dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"
     require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
-    frozen = not config.actor.train_vlm or config.rollout.prefix_dtype == "float32"
-    instead = "leave out --train-vlm, or give --prefix-dtype float32"
+    rank = config.actor.lora_rank
+    adapted = rank or rank is None and config.train.adapter
+    frozen = not config.actor.train_vlm or adapted or config.rollout.prefix_dtype == "float32"
+    instead = "leave out --train-vlm, or give --prefix-dtype float32 or --lora-rank"
     require(frozen, f"--prefix-dtype bfloat16 is for a frozen VLM: {instead}")
     nowhere = config.actor.cache_prefix in ("auto", "off") or not config.actor.train_vlm
     require(nowhere, "--cache-prefix keeps what a frozen VLM made: leave it out with --train-vlm")

@@ -28,6 +28,7 @@ from config import Config, Family, embedded_files, expanded, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
 from models import checkpoint, contract
+from models.formats import peft
 from processes import keep_freed_memory
 
 ABREAST = 8  # episodes that are played at the same time, in one batch of inference
@@ -39,6 +40,8 @@ class EvaluateConfig:
 
     checkpoint: Path | None = None
     """a file, a checkpoint or run folder, or another project's; none means Meta-World's shipped"""
+    adapter: Path | None = None
+    """a folder of PEFT's, whose low-rank adapter is put on the checkpoint"""
     model: Family | None = None
     """family of another project's checkpoint; ours say it themselves"""
     chunk: Positive | None = None
@@ -220,6 +223,7 @@ def settings_of(config: EvaluateConfig) -> Config:
         if given is not None:
             setattr(rollout, name, given)
     settings.train.checkpoint = path
+    settings.train.adapter = config.adapter
     settings.train.model = family
     settings.train.env = config.env
     settings.train.statistics = config.statistics
@@ -279,7 +283,8 @@ def main(config: EvaluateConfig) -> dict:
 
     # Build the policy as its checkpoint says, see that all can be written, and play.
     keep_freed_memory()
-    config = as_in_training(config)
+    whole, adapter = peft.find_base(config.checkpoint, config.adapter)
+    config = as_in_training(replace(config, checkpoint=whole, adapter=adapter))
     settings = settings_of(config)
     player = Player(config, settings, config.tasks)
     if config.json:

@@ -63,7 +63,8 @@ class Learner:
             self.proximal = ExactProximal(self.model, self.parameters)
         # What a frozen VLM makes of a frame, for later epochs (--cache-prefix gpu).
         self.prefixes: Kept | None = None
-        if config.actor.cache_prefix == "gpu" and config.actor.update_epochs > 1:
+        frozen = config.actor.cache_prefix == "gpu" and not self.model.config.train_vlm
+        if frozen and config.actor.update_epochs > 1:
             self.prefixes = Kept()
         if config.actor.checkpointing == "on":
             layers.recompute_blocks(self.model)
@@ -282,6 +283,9 @@ class Learner:
             "settings": {
                 "train_vlm": self.config.actor.train_vlm,
                 "oft_train": self.config.actor.oft_train,
+                "lora_rank": self.config.actor.lora_rank,
+                "lora_alpha": self.config.actor.lora_alpha,
+                "lora_targets": list(self.config.actor.lora_targets),
                 "noise": self.config.rollout.noise,
             },
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else

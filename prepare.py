@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 import envs
 import machine
 import models
+import recipes
 import tuning
 from channel import SlotPool, Spec, layout
 from checks import Finite, Natural, Total, flag_of, read_json
@@ -42,6 +43,7 @@ from config import (
 )
 from errors import UserError, require, understood
 from models import checkpoint, contract, untrained
+from models.formats import peft
 from run_folder import Line, lines_until
 from scheduler import Admission, Placement, divide
 
@@ -102,6 +104,7 @@ class Setup:
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
+    recipes.check(config)
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
     config, given, resume, note = find_start(config, simulator)
@@ -114,6 +117,9 @@ def prepare(config: Config) -> Setup:
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
     model = models.build(config, spec, weights="none")
     note += models.assumptions(config, spec)
+    keeps = config.actor.cache_prefix in ("slots", "gpu") and model.config.train_vlm
+    moves = "--cache-prefix keeps what a frozen VLM made: leave it out, for the VLM has adapters"
+    require(not keeps, moves)
     spec = spec.seen_by(model.header)
     slots = slot_spec(config, spec, model)
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
@@ -165,6 +171,9 @@ def find_start(
     tasks = filter(None, (train.suite, *train.tasks))
     config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
     config.train = expanded(config.train)
+    whole, adapter = peft.find_base(config.train.checkpoint, config.train.adapter)
+    config = completed(config, checkpoint=whole, adapter=adapter)
+    train = config.train
     shipped, vocabulary = embedded_files(train.model, train.env)
     has_files = models.load(train.model).FORMATS is not None
     note = ""
@@ -185,8 +194,11 @@ def find_start(
     if resume:
         checkpoint.read_header(checkpoint.find(found))
     models.check_family(train.model, found)
-    if not (resume and checkpoint.published(found)):
+    published = checkpoint.published(found)
+    if not (resume and published):
         checkpoint.check_choice(train.statistics, found)
+    if published and not (resume or train.recipe):
+        note = recipes.note(config)
     theirs = simulator.spec(config.train.tasks, 0).picture
     image_size = image_size or checkpoint.frame_size(found, theirs)
     name = checkpoint.vocabulary(config.train.tokenizer, found, train.model, vocabulary)
@@ -219,7 +231,8 @@ def resume_from(config: Config) -> tuple[Path, State]:
         fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
         unknown = f"cannot read {state_of(found)}: there is no setting {name!r}"
         require(name in STAGE_OF, unknown)
-        require(setting(config, name) == before, fixed)
+        now = setting(config, name)
+        require((list(now) if isinstance(now, tuple) else now) == before, fixed)
     done = resume["version"]
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)

@@ -3,6 +3,7 @@
     python train.py                                 the embedded default on this machine, GPU or not
     python train.py --model pi05 --ratio 3:1        the same, with parts named
     python train.py --preset sync-colocated         a baseline of the paper: same code
+    python train.py --recipe NAME --checkpoint X    published settings, of full-size models
     python train.py --resume NAME                   continue runs/NAME from its newest checkpoint
     python train.py --resume-or-start NAME          the same, or begin it: what a cluster requeues
 
@@ -28,6 +29,7 @@ import machine
 import metrics
 import pictures
 import processes
+import recipes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
@@ -39,6 +41,7 @@ from config import (
     RunConfig,
     completed,
     existing_run,
+    expanded,
     from_json,
     from_preset,
     parse_ratio,
@@ -48,6 +51,7 @@ from config import (
 from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
 from learner import schedule
+from models import checkpoint
 from output import disk_trouble
 from prepare import Setup, memory_report, prepare, read_state
 from processes import Crew, Job, WorkerFailed
@@ -59,8 +63,9 @@ from weights import WeightPlane
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
 
-    A preset or a resumed run's config.json supplies the defaults, which flags override. A run that
-    is done ends the program with status 0 where it is to be resumed or started."""
+    A preset and a recipe, or what is published for a checkpoint's family, or a resumed run's
+    config.json supply the defaults, which flags override. A run that is done ends the program with
+    status 0 where it is to be resumed or started."""
     known = [word for word in args if word not in ("-h", "--help")]
     look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
     if name := look.resume_or_start:
@@ -75,6 +80,10 @@ def parse(args: list[str]) -> Config:
             sys.exit(0)
         return config
     default = from_preset(look.preset)
+    if look.recipe and not look.resume:
+        default = recipes.apply(look.recipe, look.preset)
+        if gives(args, "--env", "--suite", "--tasks"):
+            default = completed(default, tasks=())
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
         both = f"--run and --resume {look.resume} exclude each other"
@@ -85,13 +94,34 @@ def parse(args: list[str]) -> Config:
             # Worker counts follow from the ratio, as far as no flag gave them.
             given = default.train.workers_given
             default = completed(default, **dict(zip(WORKERS, given, strict=True)))
-    config = tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+    config = flags_over(default, args)
+    name = config.train.recipe
+    other = f"--recipe {name} is not what run {look.resume} began with: leave it out"
+    require(not look.resume or name == default.train.recipe, other)
+    if not look.resume and not name and is_published(config):
+        config = flags_over(completed(default, **recipes.of_family(config)), args)
     ratio_from = config.train.ratio_from
     if ratio_from not in ("", default.train.ratio_from):
         parse_ratio(ratio_from, "--ratio-from")
         alone = f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them"
         require(config.train.ratio == "auto", alone)
     return config
+
+
+def flags_over(default: Config, args: list[str]) -> Config:
+    return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def is_published(config: Config) -> bool:
+    """Whether the run begins with another project's checkpoint; what is wrong with one is said
+    later."""
+    train = config.train
+    if train.checkpoint is None or train.model not in recipes.FAMILIES:
+        return False
+    try:
+        return checkpoint.published(expanded(train).checkpoint)
+    except UserError:
+        return False
 
 
 def add_missing_lines(run: Path) -> None:

@@ -5,6 +5,7 @@ inputs.safetensors, and returns everything that its outputs.safetensors may ask 
 Gradients are of `loss` and named `grad.<original key>`.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checks import read_json
+from models import lora
 from models.flow import flow_sde_step, normal_entropy, normal_logprob, ode_step
 from models.formats import bins, source
 from models.formats import gr00t as gr00t_files
@@ -184,6 +186,14 @@ def oft(folder: Path) -> dict[str, Tensor]:
     config = oft_files.config_of(folder)
     model = Oft(config)
     layout = oft_files.source_of(file, config)
+    adapters = []
+    for name in lora.layers(model):
+        (key,) = layout.keys([f"{name}.weight"])[f"{name}.weight"]
+        for leaf, end in (("lora_a", "lora_A"), ("lora_b", "lora_B")) if config.rank else ():
+            theirs = f"base_model.model.{key.removesuffix('weight')}{end}.weight"
+            adapters.append((re.escape(f"{name}.{leaf}"), theirs))
+    unused = (*layout.unused, r"base_model\..*")
+    layout = layout._replace(rules=(*adapters, *layout.rules), unused=unused)
     source.load(model, file, layout, "cpu", torch.float32)
     key = read_json(folder / "config.json").get("unnorm_key", "")
     stats = oft_files.read_statistics(folder, key)

@@ -14,7 +14,7 @@ import torch
 from config import Config
 from errors import require
 from models import checkpoint, contract, tokenize
-from models.formats import bins, source
+from models.formats import bins, peft, source
 
 MODELS = {
     "pi0": "models.pi",
@@ -90,8 +90,16 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, header.stats, config, spec)
 
-    # Make the network and read its weights
-    model = source.sketch(family.NETWORK, shape)
+    # Make the network, with the adapters that the file has, and find out which it is to have
+    model = source.sketch(family.NETWORK, shape if ours else shape.with_lora(0, None, ()))
+    adapter = None
+    if config.train.adapter and not config.train.resume:
+        names = files(name).original(shape)
+        adapter = peft.read(config.train.adapter, Path(config.train.checkpoint), model, names)
+        shape = shape.with_lora(adapter.rank, adapter.alpha, tuple(adapter.layers))
+    model.config = model.asked(shape, config.actor)
+
+    # Read its weights
     for key, parameter in model.named_parameters():
         parameter.data = parameter.data.to(model.dtype_of(key) or parameter.dtype)
     if ours:
@@ -99,6 +107,8 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     with checkpoint.or_another(path):
         source.load(model, path, layout, device, model.dtype_of, weights)
         checkpoint.require_finite(path, dict(model.named_parameters()))
+    if adapter:
+        adapter.put(model)
 
     # Begin anew what the checkpoint does not have, alike in every process
     torch.manual_seed(config.train.seed)
@@ -127,15 +137,23 @@ def published(config: Config, spec) -> source.Found:
 
 
 def assumptions(config: Config, spec) -> str:
-    """A line that says what is assumed of another project's checkpoint, whose files do not say it;
-    "" where there is nothing. spec: envs.EnvSpec. Raises UserError as `build`."""
+    """Lines that say what is assumed of another project's checkpoint, whose files do not say it,
+    and which adapter is put on it; "" where there is nothing. spec: envs.EnvSpec. Raises UserError
+    as `build`."""
     name = config.train.model
     path = config.train.checkpoint
-    if load(name).FORMATS is None or checkpoint.is_ours(path):
+    if load(name).FORMATS is None:
         return ""
+    lines = ""
+    if config.train.adapter and not config.train.resume:
+        lines = f"adapter {config.train.adapter} is put on checkpoint {path}\n"
+    if checkpoint.is_ours(path):
+        return lines
     assumed = published(config, spec).assumed
     listed = ", ".join(f"{setting} = {value}" for setting, value in assumed.items())
-    return f"checkpoint {path} does not say, so it is assumed: {listed}\n" if listed else ""
+    if listed:
+        lines += f"checkpoint {path} does not say, so it is assumed: {listed}\n"
+    return lines
 
 
 def chosen(config: Config, shape) -> dict:
@@ -193,5 +211,5 @@ def check_family(name: str, path: Path) -> None:
     require(
         name in found,
         f"checkpoint {path} is of the family {' or '.join(found)}, not {name}: give another "
-        "checkpoint, or the --model",
+        "checkpoint, or the --model or a --recipe of its family",
     )

@@ -191,8 +191,8 @@ def of_family(path: str | Path, family: str) -> Header:
 
 
 def require_family(path: str | Path, has: str, family: str) -> None:
-    sentence = f"checkpoint {path} is a {has!r} model: give --model {has} or another checkpoint"
-    require(has == family, sentence)
+    other = f"checkpoint {path} is a {has!r} model"
+    require(has == family, f"{other}: give --model {has}, a --recipe of it, or another checkpoint")
 
 
 def is_ours(path: str | Path) -> bool:

@@ -17,8 +17,8 @@ ALONE = {
     "preparation": "(header, tokenizer) → what stands between simulator and model",
 }
 WITH_FILES = {
-    "CONFIG": "a frozen dataclass, the shape in a checkpoint's header: `views`, `image_size`, "
-    "`played` (C, A) and what is its own",
+    "CONFIG": "a frozen dataclass that derives `lora.LoraConfig`, the shape in a checkpoint's "
+    "header: `views`, `image_size`, `played` (C, A) and what is its own",
     "NETWORK": "the class of the model, made from a CONFIG alone",
     "FULL": "{family: CONFIG} of the published models",
 }
@@ -26,7 +26,8 @@ FILES = {
     "MARKS": "what the names of its tensors contain, in other projects' files",
     "published": "(path, family, config, spec) → `formats.source.Found`, of another project's file",
     "STATS": "{layout: type of its header's `stats`}, \"own\" and other projects'",
-    "save": "(model, path, like): writes that project's layout again",
+    "source_of": "(path, config) → `formats.source.Source`, the layout of that project's file",
+    "original": "(config) → the same by the names of the original's adapters",
     "preparation": "(header, tokenizer) → what stands between simulator and model",
     "embedded": "(family, tokenizer) → the small model with random weights, of that many words",
     "wording": "(task) → the words that the embedded vocabulary must hold",
@@ -35,6 +36,7 @@ NETWORK = {
     "HEADS": "names of the modules that reinforcement learning adds, which a file may lack",
     "heads": "(config) → {name: module}, new ones of them",
     "dtype_of": "(name of a parameter) → its dtype, or None to keep the file's",
+    "asked": "(configuration in the file, config.ActorConfig) → the one with the run's adapters",
     "begin": "(config, stats): called once, after the weights were read",
     "imitation_draw": "(n) → {name: tensor}, what one imitation step draws",
     "imitate": "(observations, actions [n, C, A], drawn) → loss []",

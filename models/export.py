@@ -3,8 +3,9 @@
     python -m models.export --checkpoint runs/NAME --like ORIGINAL --out FOLDER
 
 Every tensor of ORIGINAL (openpi, RLinf, LeRobot, NVIDIA, OpenVLA-OFT) keeps its key, shape and
-dtype; those that training changed get their new values, and small files (statistics, configuration,
-tokeniser) come along. Left out: value and noise heads that ORIGINAL has no room for.
+dtype; those that training changed get their new values, adapters are added into them, and small
+files (statistics, configuration, tokeniser) come along. With --adapter-only FOLDER holds the
+adapters alone, as PEFT keeps them. Left out: value and noise heads that ORIGINAL has no room for.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import models
 from config import expanded
 from errors import exit_on_user_error, require
 from models import checkpoint
-from models.formats import source
+from models.formats import peft, source
 
 
 @dataclass(kw_only=True)
@@ -29,6 +30,8 @@ class ExportConfig:
     """the checkpoint that training began from: a folder or file of another project"""
     out: Path
     """folder to write (a file where --like is one); it must not exist"""
+    adapter_only: bool = False
+    """write only the adapters that were trained, as PEFT keeps them, to be put on --like"""
 
 
 def main(config: ExportConfig) -> None:
@@ -54,7 +57,13 @@ def main(config: ExportConfig) -> None:
     model = source.sketch(family.NETWORK, family.CONFIG(**header.shape))
     layout = checkpoint.own(path, model, family.NETWORK.HEADS)
     source.load(model, path, layout, "cpu", None)
-    models.files(header.family).save(model, config.out, config.like)
+    names = models.files(header.family).source_of(config.like, model.config)
+    if config.adapter_only:
+        none = f"checkpoint {path} has no adapters: leave out --adapter-only"
+        require(model.config.rank, none)
+        peft.save(model, config.out, names, config.like)
+    else:
+        source.save(model, config.out, names, config.like)
     print(f"wrote {config.out}")
 
 

@@ -12,7 +12,7 @@ Time and velocity have openpi's direction here: the velocity points from data to
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from checks import AboveZero, Count
 from errors import require
+from models import lora
+from models.lora import LoraConfig
 from models.noise import Key, generator
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -56,13 +58,14 @@ def flow_sde_step(x: Tensor, v: Tensor, t: Tensor, t_next: Tensor, a: float) -> 
 
 
 @dataclass(kw_only=True, frozen=True)
-class FlowConfig:
+class FlowConfig(LoraConfig):
     """Of the chain, and of what is trained. In the comments what RLinf has on LIBERO."""
 
     denoise_steps: Count = 4  # N
     noise_level: AboveZero = 1.0  # a of Flow-SDE; 0.5
     sde_steps: Count = 1  # how many of the last denoise steps may be the stochastic one; all
-    train_vlm: bool = False  # False: reinforcement learning updates only the heads
+    # whether the VLM learns, or has adapters that do; False: only what comes after it
+    train_vlm: bool = False
     cache_prefix: bool = True  # slots keep what a frozen VLM gave; False recomputes it
     # of a frozen VLM's weights and of what slots keep; bfloat16
     prefix_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -73,6 +76,8 @@ class FlowPolicy(nn.Module):
 
     config            a `FlowConfig`, and more
     FROZEN            beginnings of the names of the VLM's parameters
+    ADAPTED           layers that have adapters where nobody says which (`lora.matching`)
+    ADAPTED_VLM       and these, with --train-vlm
     .value_head       the critic
     .noise_shape()    (H, A) of what the flow denoises, padding included
     .times()          N + 1 shares of noise, from 1 to 0
@@ -87,6 +92,8 @@ class FlowPolicy(nn.Module):
     The robot executes the first steps and dimensions of what the flow denoises, `config.played`."""
 
     FROZEN: tuple[str, ...] = ()
+    ADAPTED: tuple[str, ...] = ()
+    ADAPTED_VLM: tuple[str, ...] = ()
     learns_noise = False  # whether the transition's deviation depends on the weights
 
     def __init__(self, config: FlowConfig):
@@ -96,12 +103,30 @@ class FlowPolicy(nn.Module):
         sentence = f"--sde-steps {config.sde_steps} must lie between 1 and --denoise-steps {most}"
         require(1 <= config.sde_steps <= most, sentence)
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        return self.ADAPTED + (self.ADAPTED_VLM if self.config.train_vlm else ())
+
+    def asked(self, stored: FlowConfig, actor) -> FlowConfig:
+        """The configuration with the adapters that a run asks for. They say whether the VLM learns:
+        then what it gives is neither kept in slots nor computed without gradients."""
+        c = lora.asked(stored, actor, self.adapted)
+        if not c.rank:
+            return c
+        names = lora.matching(self, c.lora_targets)
+        return replace(c, train_vlm=any(name.startswith(self.FROZEN) for name in names))
+
     def begin(self, config, stats: dict) -> None:
-        """Has nothing to add: the configuration says it all."""
+        """Makes the adapters; what they were folded into gets the type that it is to have."""
+        lora.adapt(self, self.adapted)
+        for name, p in self.named_parameters():
+            p.data = p.data.to(self.dtype_of(name))
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """What is trained stays in fp32; a frozen VLM may be kept in half precision."""
-        frozen = name.startswith(self.FROZEN) and not self.config.train_vlm
+        """What is trained stays in fp32, as do the weights around it; a VLM whose own weights are
+        frozen may be kept in half precision."""
+        vlm = name.startswith(self.FROZEN) and ".lora_" not in name
+        frozen = vlm and (self.config.rank or not self.config.train_vlm)
         return getattr(torch, self.config.prefix_dtype) if frozen else torch.float32
 
     @property
@@ -127,6 +152,8 @@ class FlowPolicy(nn.Module):
         return (*observed, *self.slot_fields())
 
     def trainable(self) -> dict[str, nn.Parameter]:
+        if self.config.rank:
+            return lora.trained(self)
         frozen = () if self.config.train_vlm else self.FROZEN
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 

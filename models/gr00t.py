@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from checks import Count, Length, Natural, Size
-from models import layers
+from models import layers, lora
 from models.flow import FlowConfig, FlowPolicy, Shape
 
 # in `tokens`, so that no token of a prompt can be taken for padding; `pad_token` is what the
@@ -165,15 +165,15 @@ class QwenLayer(nn.Module):
         self.heads = c.heads
         self.kv_heads = c.kv_heads
         self.eager = c.padded_rows == "eager"
-        self.sizes = [c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim]
+        self.sizes = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
         self.input_layernorm = layers.RMSNorm(c.width)
-        self.qkv = nn.Linear(c.width, sum(self.sizes), bias=False)
+        self.qkv = lora.Linear(c.width, sum(self.sizes), bias=False, parts=self.sizes)
         self.q_norm = layers.RMSNorm(c.head_dim)
         self.k_norm = layers.RMSNorm(c.head_dim)
-        self.o_proj = nn.Linear(self.sizes[0], c.width, bias=False)
+        self.o_proj = lora.Linear(self.sizes[0], c.width, bias=False)
         self.post_attention_layernorm = layers.RMSNorm(c.width)
-        self.gate_up = nn.Linear(c.width, 2 * c.mlp, bias=False)
-        self.down_proj = nn.Linear(c.mlp, c.width, bias=False)
+        self.gate_up = lora.Linear(c.width, 2 * c.mlp, bias=False, parts=2 * (c.mlp,))
+        self.down_proj = lora.Linear(c.mlp, c.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
         q, k, v = self.qkv(self.input_layernorm(x)).split(self.sizes, dim=-1)
@@ -199,15 +199,15 @@ class Block(nn.Module):
         self.heads = heads
         self.adaptive = adaptive
         if adaptive:
-            self.ada = nn.Linear(width, 2 * width)
+            self.ada = lora.Linear(width, 2 * width)
         else:
             self.norm1 = nn.LayerNorm(width)
             self.norm3 = nn.LayerNorm(width)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(context, 2 * width)
-        self.out = nn.Linear(width, width)
-        self.ff_in = nn.Linear(width, 4 * width)
-        self.ff_out = nn.Linear(4 * width, width)
+        self.q = lora.Linear(width, width)
+        self.kv = lora.Linear(context, 2 * width, parts=2 * (width,))
+        self.out = lora.Linear(width, width)
+        self.ff_in = lora.Linear(width, 4 * width)
+        self.ff_out = lora.Linear(4 * width, width)
 
     def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context [n, P, D'] → keys and values, each [n, heads, P, d]."""
@@ -279,17 +279,21 @@ class Gr00t(FlowPolicy):
     HEADS = ("value_head",)
     COMPILED = ("backbone", "context", "velocity")
     FROZEN = ("vision.", "projector.", "embed_tokens.", "language", "eagle_linear.")
+    # Queries, keys and values of the action head, and of the VLM: Isaac-GR00T N1.5's
+    # get_lora_model (gr00t/utils/peft.py) with and without `action_head_only`.
+    ADAPTED = ("dit.*.q", "dit.*.kv", "vl_blocks.*.q", "vl_blocks.*.kv")
+    ADAPTED_VLM = ("language.*.qkv", "vision.layers.*.qkv")
 
     def __init__(self, c: Gr00tConfig):
         super().__init__(c)
         self.vision = layers.Siglip(c)
-        self.projector = nn.Linear(c.vision_width, c.width)
+        self.projector = lora.Linear(c.vision_width, c.width)
         self.embed_tokens = nn.Embedding(c.vocabulary, c.width)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.language = nn.ModuleList(QwenLayer(c) for _ in range(c.depth))
         self.language_norm = layers.RMSNorm(c.width)
         if c.project:
-            self.eagle_linear = nn.Linear(c.width, c.project)
+            self.eagle_linear = lora.Linear(c.width, c.project)
         self.vlln = nn.LayerNorm(c.features)
         self.vl_blocks = nn.ModuleList(
             Block(c.features, c.vl_heads, c.features, False) for _ in range(c.vl_depth)
@@ -301,15 +305,16 @@ class Gr00t(FlowPolicy):
         self.position_embedding = nn.Embedding(c.positions, c.dit_width)
         nn.init.normal_(self.future_tokens.weight, std=0.02)
         nn.init.normal_(self.position_embedding.weight, std=0.02)
-        self.time_in = nn.Linear(256, c.dit_width)
-        self.time_out = nn.Linear(c.dit_width, c.dit_width)
+        self.time_in = lora.Linear(256, c.dit_width)
+        self.time_out = lora.Linear(c.dit_width, c.dit_width)
         contexts = [c.dit_width if i % 2 else c.features for i in range(c.dit_depth)]
         self.dit = nn.ModuleList(
             Block(c.dit_width, c.dit_heads, context, True) for context in contexts
         )
-        self.proj_out_1 = nn.Linear(c.dit_width, 2 * c.dit_width)
-        self.proj_out_2 = nn.Linear(c.dit_width, c.hidden)
+        self.proj_out_1 = lora.Linear(c.dit_width, 2 * c.dit_width)
+        self.proj_out_2 = lora.Linear(c.dit_width, c.hidden)
         self.value_head = self.heads(c)["value_head"]
+        lora.adapt(self, self.adapted)
 
     @staticmethod
     def heads(c: Gr00tConfig) -> dict[str, nn.Module]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checks import Count, Length, Size
 from errors import UserError
+from models import lora
 
 
 def image_and_tokens(c) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -139,10 +140,10 @@ class VisionLayer(nn.Module):
         self.heads = heads
         self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
         self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out_proj = nn.Linear(width, width)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.qkv = lora.Linear(width, 3 * width, parts=3 * (width,))
+        self.out_proj = lora.Linear(width, width)
+        self.fc1 = lora.Linear(width, hidden)
+        self.fc2 = lora.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1))

@@ -31,14 +31,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checks import AboveZero, Count, FromZero, Length, Natural, Size
-from models import layers
+from errors import require
+from models import layers, lora
 from models.flow import Shape
 from models.formats import bins, pictures
+from models.lora import LoraConfig
 from models.noise import Key, generator
 
 
 @dataclass(kw_only=True, frozen=True)
-class OftConfig:
+class OftConfig(LoraConfig):
     """The defaults are the embedded model; in the comments the published one."""
 
     views: Count = 1  # cameras; 1, or 2 with the wrist's
@@ -76,7 +78,15 @@ class OftConfig:
     temperature: AboveZero = 1.0  # 1.6 in RLinf's LIBERO recipes
     value_widths: tuple[Size, ...] = (128, 64)  # (512, 128)
     train: Literal["lora", "full"] = "lora"  # what learns, beside the value head
-    lora_rank: Size = 32
+    lora_rank: Size = 32  # of adapters, where `train` is "lora"
+
+    @property
+    def rank(self) -> int:
+        return self.lora_rank if self.train == "lora" else 0
+
+    def with_lora(self, rank: int, alpha: float | None, targets: tuple[str, ...]) -> "OftConfig":
+        changed = super().with_lora(rank or self.lora_rank, alpha, targets)
+        return replace(changed, train="lora" if rank else "full")
 
     @property
     def vocabulary(self) -> int:
@@ -128,52 +138,6 @@ FULL = {
 }
 
 
-class Lora(nn.Module):
-    """A low-rank update of `weight`: W + B·A (arXiv 2106.09685), alpha = rank, so scale 1 (RLinf
-    `rlinf/models/__init__.py`). Stands before a layer's class, as Linear's."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.register_parameter("lora_a", None)
-        self.register_parameter("lora_b", None)
-
-    def add_lora(self, rank: int) -> None:
-        """A normal with std 1/rank, B zero: PEFT's `init_lora_weights="gaussian"`. A convolution's
-        A is one, its B is 1 × 1.
-
-        At least fp32 whatever the weights are: steps of the optimizer are too small for bf16."""
-        out, inner, *kernel = self.weight.shape
-        like = layers.wide(self.weight[:0])  # for its dtype and device
-        self.lora_a = nn.Parameter(like.new_empty(rank, inner, *kernel).normal_() / rank)
-        self.lora_b = nn.Parameter(like.new_zeros(out, rank, *(1 for _ in kernel)))
-
-    def folded(self) -> Tensor:
-        """`weight` with the update added."""
-        if self.lora_a is None:
-            return self.weight.detach()
-        update = self.lora_b.detach().flatten(1) @ self.lora_a.detach().flatten(1)
-        return (self.weight.detach() + update.view_as(self.weight)).to(self.weight.dtype)
-
-
-class Linear(Lora, nn.Linear):
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """With `rows` only those outputs are computed."""
-        y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
-        if self.lora_a is None:
-            return y
-        return y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b[rows].to(x.dtype))
-
-
-class PatchEmbedding(Lora, nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, 3, H, W] → [n, P, D]."""
-        y = super().forward(x)
-        if self.lora_a is not None:
-            low = F.conv2d(x, self.lora_a.to(x.dtype), stride=self.stride)
-            y = y + F.conv2d(low, self.lora_b.to(x.dtype))
-        return y.flatten(2).transpose(1, 2)
-
-
 class VisionBlock(nn.Module):
     """timm's `Block`: pre-norm, exact GELU; `scale` is LayerScale, which only DINOv2 has."""
 
@@ -182,10 +146,10 @@ class VisionBlock(nn.Module):
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-        self.fc1 = Linear(width, mlp)
-        self.fc2 = Linear(mlp, width)
+        self.qkv = lora.Linear(width, 3 * width)
+        self.proj = lora.Linear(width, width)
+        self.fc1 = lora.Linear(width, mlp)
+        self.fc2 = lora.Linear(mlp, width)
         # Published training starts scales at 1e-5; at 1 a small tower learns from scratch.
         self.scale1 = nn.Parameter(torch.ones(width)) if scale else None
         self.scale2 = nn.Parameter(torch.ones(width)) if scale else None
@@ -206,7 +170,7 @@ class VisionTower(nn.Module):
     def __init__(self, c: OftConfig, width, depth, heads, mlp, registers: int | None = None):
         super().__init__()
         dino = registers is not None
-        self.patch_embed = PatchEmbedding(3, width, c.patch, c.patch)
+        self.patch_embed = lora.PatchEmbedding(3, width, c.patch, c.patch)
         self.pos_embed = layers.normal(1, (c.image_size // c.patch) ** 2, width)
         self.cls_token = layers.normal(1, 1, width) if dino else None
         self.reg_token = layers.normal(1, registers, width) if dino else None
@@ -227,9 +191,9 @@ class VisionTower(nn.Module):
 class Projector(nn.Module):
     def __init__(self, vision_width: int, width: int):
         super().__init__()
-        self.fc1 = Linear(vision_width, 4 * vision_width)
-        self.fc2 = Linear(4 * vision_width, width)
-        self.fc3 = Linear(width, width)
+        self.fc1 = lora.Linear(vision_width, 4 * vision_width)
+        self.fc2 = lora.Linear(4 * vision_width, width)
+        self.fc3 = lora.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
@@ -243,13 +207,13 @@ class LlamaLayer(nn.Module):
         kv_width = c.width // c.heads * c.kv_heads
         self.input_layernorm = layers.RMSNorm(c.width, c.norm_eps)
         self.post_attention_layernorm = layers.RMSNorm(c.width, c.norm_eps)
-        self.q_proj = Linear(c.width, c.width, False)
-        self.o_proj = Linear(c.width, c.width, False)
-        self.k_proj = Linear(c.width, kv_width, False)
-        self.v_proj = Linear(c.width, kv_width, False)
-        self.gate_proj = Linear(c.width, c.mlp, False)
-        self.up_proj = Linear(c.width, c.mlp, False)
-        self.down_proj = Linear(c.mlp, c.width, False)
+        self.q_proj = lora.Linear(c.width, c.width, False)
+        self.o_proj = lora.Linear(c.width, c.width, False)
+        self.k_proj = lora.Linear(c.width, kv_width, False)
+        self.v_proj = lora.Linear(c.width, kv_width, False)
+        self.gate_proj = lora.Linear(c.width, c.mlp, False)
+        self.up_proj = lora.Linear(c.width, c.mlp, False)
+        self.down_proj = lora.Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         """x [n, S, D], mask [n, 1, 1, S] bool: all look at everything that is not padding."""
@@ -267,6 +231,7 @@ class LlamaLayer(nn.Module):
 class Oft(nn.Module):
     HEADS = ("value_head",)
     COMPILED = ("hidden",)
+    ADAPTED = ("*",)  # every linear layer and patch embedding, as RLinf (rlinf/models/__init__.py)
 
     def __init__(self, config: OftConfig):
         super().__init__()
@@ -280,12 +245,11 @@ class Oft(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         self.language = nn.ModuleList(LlamaLayer(c) for _ in range(c.depth))
         self.language_norm = layers.RMSNorm(c.width, c.norm_eps)
-        self.lm_head = Linear(c.width, c.vocabulary, False)
+        self.lm_head = lora.Linear(c.width, c.vocabulary, False)
         self.value_head = self.heads(c)["value_head"]
         table = torch.from_numpy(bins.action_table({}, c.action_dim, c.bins))
         self.register_buffer("action_table", table, persistent=False)
-        if c.train == "lora":
-            self.train_as("lora")
+        lora.adapt(self, self.ADAPTED)
 
     @staticmethod
     def heads(c: OftConfig) -> dict[str, nn.Module]:
@@ -294,34 +258,29 @@ class Oft(nn.Module):
         nn.init.normal_(head[-1].weight, std=0.02)
         return {"value_head": head}
 
+    def asked(self, stored: OftConfig, actor) -> OftConfig:
+        """The configuration with what a run trains: by --oft-train and --lora-rank, or else as the
+        checkpoint does. Raises UserError where the flags contradict one another."""
+        rank = actor.lora_rank
+        train = actor.oft_train or (stored.train if rank is None else "lora" if rank else "full")
+        both = f"--oft-train {train} and --lora-rank {rank} contradict one another: leave out one"
+        require(rank is None or (train == "lora") == bool(rank), both)
+        return lora.asked(replace(stored, train=train), actor, self.ADAPTED)
+
     def begin(self, config, stats: dict) -> None:
-        """Trains what --oft-train says, or as the checkpoint does; of another project's, adapters.
-        Actions leave the model in the units of `stats`. What is trained is in fp32, and so is what
-        a file has in half precision."""
-        own = "layout" not in stats
-        train = config.actor.oft_train or (self.config.train if own else OftConfig.train)
+        """Makes the adapters. Actions leave the model in the units of `stats`. What is trained is
+        in fp32, and so is what a file has in half precision."""
+        trained = self.config.train == "full"
         critic = self.critic()
         for name, p in self.named_parameters():
-            if train == "full" or name in critic or "lora_" in name or p.dtype == torch.float16:
+            if trained or name in critic or "lora_" in name or p.dtype == torch.float16:
                 p.data = p.data.to(torch.float32)
-        self.train_as(train)
-        self.config = replace(self.config, train=train)
+        lora.adapt(self, self.ADAPTED)
         table = torch.from_numpy(bins.action_table(stats, self.config.action_dim, self.config.bins))
         self.action_table = table.to(self.lm_head.weight.device)
 
     def dtype_of(self, name: str) -> None:
         """As the file has it; `begin` decides what is widened."""
-
-    def train_as(self, train: str) -> None:
-        """Adds adapters, or folds them into the weights: what is computed stays the same."""
-        for module in self.modules():
-            if isinstance(module, Lora):
-                if train == "full":
-                    module.weight.data = module.folded()
-                    module.lora_a = None
-                    module.lora_b = None
-                elif module.lora_a is None:
-                    module.add_lora(self.config.lora_rank)
 
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
@@ -437,11 +396,7 @@ class Oft(nn.Module):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything, or adapters and value head."""
-        everything = dict(self.named_parameters())
-        if self.config.train == "full":
-            return everything
-        adapters = {name: p for name, p in everything.items() if "lora_" in name}
-        return adapters | self.critic()
+        return lora.trained(self) if self.config.rank else dict(self.named_parameters())
 
     def critic(self) -> dict[str, nn.Parameter]:
         return dict(self.value_head.named_parameters(prefix="value_head"))

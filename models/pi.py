@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checks import AboveZero, Count, Length, Natural, Size
-from models import layers
+from models import layers, lora
 from models.flow import FlowConfig, FlowPolicy, Shape, ode_step
 from models.tokenize import PAD
 
@@ -108,7 +108,7 @@ class RMSNorm(nn.Module):
         if condition is None:
             self.weight = nn.Parameter(torch.zeros(width))
         else:
-            self.dense = nn.Linear(condition, 3 * width)
+            self.dense = lora.Linear(condition, 3 * width)
             nn.init.zeros_(self.dense.weight)
             nn.init.zeros_(self.dense.bias)
             with torch.no_grad():
@@ -129,9 +129,9 @@ class RMSNorm(nn.Module):
 class GeGLU(nn.Module):
     def __init__(self, width: int, hidden: int):
         super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.gate_proj = lora.Linear(width, hidden, bias=False)
+        self.up_proj = lora.Linear(width, hidden, bias=False)
+        self.down_proj = lora.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -149,10 +149,10 @@ class GemmaLayer(nn.Module):
         self.heads = heads
         self.kv_heads = kv_heads
         self.input_layernorm = RMSNorm(width, condition)
-        self.q_proj = nn.Linear(width, heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.q_proj = lora.Linear(width, heads * head_dim, bias=False)
+        self.k_proj = lora.Linear(width, kv_heads * head_dim, bias=False)
+        self.v_proj = lora.Linear(width, kv_heads * head_dim, bias=False)
+        self.o_proj = lora.Linear(heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width, condition)
         self.mlp = GeGLU(width, mlp)
 
@@ -179,7 +179,7 @@ class VisionTower(layers.Siglip):
 
     def __init__(self, c: PiConfig):
         super().__init__(c)
-        self.projector = nn.Linear(c.vision_width, c.width)
+        self.projector = lora.Linear(c.vision_width, c.width)
 
     def forward(self, image: Tensor) -> Tensor:
         """image [n, V, H, W, 3] uint8, or scaled to [-1, 1] → tokens [n, V·(H/patch)², D]."""
@@ -192,6 +192,11 @@ class Pi(FlowPolicy):
     COMPILED = ("prefix", "suffix")
     HEADS = ("value_head", "noise_head")
     FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
+    # Attention and feed-forward of the expert, as openpi's gemma_300m_lora, and of the VLM, as
+    # gemma_2b_lora (src/openpi/models/gemma.py) and, with the image tower, RLinf
+    # (rlinf/models/__init__.py).
+    ADAPTED = ("expert.*_proj",)
+    ADAPTED_VLM = ("language.*_proj", "vision.layers")
 
     def __init__(self, c: PiConfig):
         super().__init__(c)
@@ -207,22 +212,23 @@ class Pi(FlowPolicy):
         self.language_norm = RMSNorm(c.width)
         e = c.expert_width
         condition = e if c.pi05 else None
-        self.action_in_proj = nn.Linear(c.action_dim, e)
+        self.action_in_proj = lora.Linear(c.action_dim, e)
         if c.pi05:
-            self.time_mlp_in = nn.Linear(e, e)
-            self.time_mlp_out = nn.Linear(e, e)
+            self.time_mlp_in = lora.Linear(e, e)
+            self.time_mlp_out = lora.Linear(e, e)
         else:
-            self.state_proj = nn.Linear(c.state_dim, e)
-            self.action_time_mlp_in = nn.Linear(2 * e, e)
-            self.action_time_mlp_out = nn.Linear(e, e)
+            self.state_proj = lora.Linear(c.state_dim, e)
+            self.action_time_mlp_in = lora.Linear(2 * e, e)
+            self.action_time_mlp_out = lora.Linear(e, e)
         self.expert = nn.ModuleList(
             GemmaLayer(e, c.expert_mlp, c.heads, c.head_dim, condition, c.kv_heads)
             for _ in range(c.depth)
         )
         self.expert_norm = RMSNorm(e, condition)
-        self.action_out_proj = nn.Linear(e, c.action_dim)
+        self.action_out_proj = lora.Linear(e, c.action_dim)
         for name, head in self.heads(c).items():
             self.add_module(name, head)
+        lora.adapt(self, self.adapted)
 
     @staticmethod
     def heads(c: PiConfig) -> dict[str, nn.Module]:

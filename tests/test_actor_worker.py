@@ -431,11 +431,16 @@ def test_the_loop_trains_publishes_saves_and_reports_every_batch(tmp_path):
     assert counters.get(0, "ready") == 1 and counters.get(0, "work_s") > 0
 
 
-@pytest.mark.parametrize("algorithm, kl_stop", [("ppo", 0.0), ("ppo", 1e-9), ("grpo", 0.0)])
-def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, kl_stop):
+@pytest.mark.parametrize(
+    "algorithm, kl_stop, uneven",
+    [("ppo", 0.0, False), ("ppo", 1e-9, False), ("grpo", 0.0, False), ("ppo", 0.0, True)],
+)
+def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, kl_stop, uneven):
     """The groups of GRPO's first rank all succeed in batch 0: it has no gradient, and no number of
     a sample. Later epochs are shuffled by rank, so a minibatch that is trained again is whole.
-    """
+
+    uneven: minibatches of 6, 5 and 5 trajectories, which two ranks cannot share evenly, in passes
+    of three chunk steps."""
     found = []
     for ranks in (1, 2):
         torch.manual_seed(1)
@@ -444,6 +449,10 @@ def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, k
         config.actor.minibatch = 8 if kl_stop else 16
         config.actor.lr = 0.05
         config.algorithm.kl_stop = kl_stop
+        if uneven:
+            config.actor.update_epochs = 1
+            config.actor.minibatch = 5
+            config.actor.micro_batch = 3
         folder = tmp_path / str(ranks)
         (folder / ".spans").mkdir(parents=True)
         actor = Actor(folder, config, Toy())

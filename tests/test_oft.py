@@ -19,8 +19,8 @@ from benchmarks import originals
 from config import Config
 from envs import EnvSpec
 from errors import UserError
-from models import build, checkpoint, tokenize
-from models.formats import bins, pictures, source
+from models import build, checkpoint, lora, tokenize
+from models.formats import bins, peft, pictures, source
 from models.formats import oft as oft_files
 from models.oft import FULL, Oft, OftConfig
 
@@ -390,7 +390,8 @@ def test_fresh_adapters_change_nothing_and_folding_them_keeps_the_function():
     model = tiny_oft(train="full")
     obs = observations(model, 3)
     before = model.hidden(obs["image"], obs["tokens"])
-    model.train_as("lora")
+    model.config = replace(model.config, train="lora")
+    lora.adapt(model, model.ADAPTED)
     assert torch.equal(model.hidden(obs["image"], obs["tokens"]), before)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -398,7 +399,8 @@ def test_fresh_adapters_change_nothing_and_folding_them_keeps_the_function():
                 parameter.add_(0.1 * torch.randn_like(parameter))
     adapted = model.hidden(obs["image"], obs["tokens"])
     assert largest(adapted, before) > 1e-2
-    model.train_as("full")
+    model.config = replace(model.config, train="full")
+    lora.adapt(model, model.ADAPTED)
     assert largest(model.hidden(obs["image"], obs["tokens"]), adapted) < 1e-5
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
@@ -505,7 +507,7 @@ def test_a_folder_is_read_and_written_back_byte_for_byte(tmp_path):
         ("fp32", True),
         ("bf16", False),
     }  # frozen weights as in the file, what is trained in fp32
-    oft_files.save(model, tmp_path / "ours", folder)
+    source.save(model, tmp_path / "ours", oft_files.source_of(folder, model.config), folder)
     for file in folder.iterdir():
         assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name
     assert len(list((tmp_path / "ours").iterdir())) == 6
@@ -545,7 +547,7 @@ def test_trained_adapters_go_back_into_the_folder(tmp_path, value_head):
     with torch.no_grad():
         for parameter in model.trainable().values():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    oft_files.save(model, tmp_path / "ours", folder)
+    source.save(model, tmp_path / "ours", oft_files.source_of(folder, model.config), folder)
     again = build(settings(tmp_path / "ours"), spec())
     obs = load_file(GOLDEN / "inputs.safetensors")
     assert (
@@ -602,9 +604,13 @@ def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
         "language_model.lm_head.weight"
     ]
     save_file(adapters, tmp_path / "adapter_model.safetensors")
-    model = Oft(oft_files.config_of(GOLDEN / "lora"))
-    file = tmp_path / "adapter_model.safetensors"
-    source.load(model, file, oft_files.source_of(file, model.config), "cpu", None)
+    says = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "init_lora_weights": "gaussian"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(says))
+    config = oft_files.config_of(GOLDEN / "lora").with_lora(0, None, ())
+    model = Oft(config)
+    adapter = peft.read(tmp_path, tmp_path, model, oft_files.original(config))
+    adapter.put(model)
+    assert set(adapter.layers) == set(lora.layers(model)) and adapter.rank == 2
     key = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"
     assert torch.equal(model.dino.patch_embed.lora_a, adapters[key])
 

@@ -20,7 +20,7 @@ from envs import EnvSpec
 from errors import UserError
 from models import build, checkpoint, tokenize
 from models.formats import pi as pi_files
-from models.formats import pictures
+from models.formats import pictures, source
 from models.formats.pi import SOURCES, Preparation
 from models.pi import SMALL, Pi, PiConfig
 
@@ -304,7 +304,7 @@ def test_a_published_checkpoint_loads_acts_and_goes_back(family, layout, tmp_pat
 
     with torch.no_grad():
         model.expert[1].q_proj.weight += 1.0
-    pi_files.save(model, tmp_path / "saved", folder)
+    source.save(model, tmp_path / "saved", pi_files.source_of(folder, model.config), folder)
     before = load_file(folder / "model.safetensors")
     after = load_file(tmp_path / "saved" / "model.safetensors")
     prefix = "model." if layout == "lerobot" else ""
@@ -336,7 +336,7 @@ def test_names_of_older_transformers_are_known(layout, tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
     )
-    pi_files.save(again, tmp_path / "saved", folder)
+    source.save(again, tmp_path / "saved", pi_files.source_of(folder, again.config), folder)
     assert (tmp_path / "saved" / "model.safetensors").read_bytes() == file.read_bytes()
     save_file(older | {"normalize_inputs.buffer_observation_state.mean": torch.zeros(8)}, file)
     with pytest.raises(UserError, match="migrate_policy_normalization.py"):

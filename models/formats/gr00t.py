@@ -112,9 +112,14 @@ SOURCES = {
 }
 
 
-def save(model: Gr00t, folder: Path, like: Path) -> None:
-    """Writes a trained policy in the layout of the checkpoint `like` that it began from."""
-    source.save(model, folder, SOURCES[which(like)], like)
+def original(config: Gr00tConfig) -> Source:
+    """NVIDIA's names."""
+    return SOURCES["isaac"]
+
+
+def source_of(path: str | Path, config: Gr00tConfig) -> Source:
+    """The layout of a checkpoint by its keys."""
+    return SOURCES[which(path)]
 
 
 def which(path: str | Path) -> str:

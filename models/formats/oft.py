@@ -11,13 +11,11 @@ originals pass it through JPEG. Pictures rendered at the model's size need neith
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NotRequired
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from checks import read_json
 from errors import require, understood
@@ -27,54 +25,41 @@ from models.formats import pictures, source
 from models.formats.names import Rules
 from models.formats.preparation import Numbers, PreparationBase, statistics
 from models.formats.source import Found, Source
-from models.oft import FULL, Lora, Oft, OftConfig
+from models.oft import FULL, Oft, OftConfig
 
 MARKS = ("vision_backbone.", "base_model.model.")
 
 TOWERS = {"dino": "vision_backbone.featurizer", "siglip": "vision_backbone.fused_featurizer"}
 LLAMA = "language_model.model"
-PEFT = "base_model.model."
+LAYER = rf"{LLAMA}.layers.\1"
 
 
-def linears(leaf: str, their_leaf: str, before: str = "") -> Rules:
-    """Rules of one tensor of every linear layer and patch embedding, the layers that have adapters.
-
-    leaf: a pattern of its name; their_leaf: theirs; before: what stands before their keys."""
-    rules: Rules = ()
-    for ours, theirs in TOWERS.items():
-        tower = f"{before}{theirs}"
-        block = rf"{ours}\.blocks\.(\d+)"
-        rules += (
-            (rf"{ours}\.patch_embed\.{leaf}", f"{tower}.patch_embed.proj.{their_leaf}"),
-            (rf"{block}\.(qkv|proj)\.{leaf}", rf"{tower}.blocks.\1.attn.\2.{their_leaf}"),
-            (rf"{block}\.(fc\d)\.{leaf}", rf"{tower}.blocks.\1.mlp.\2.{their_leaf}"),
-        )
-    layer = rf"{before}{LLAMA}.layers.\1"
-    return rules + (
-        (rf"(projector\.fc\d)\.{leaf}", rf"{before}\1.{their_leaf}"),
-        (rf"language\.(\d+)\.([qkvo]_proj)\.{leaf}", rf"{layer}.self_attn.\2.{their_leaf}"),
-        (rf"language\.(\d+)\.(\w+_proj)\.{leaf}", rf"{layer}.mlp.\2.{their_leaf}"),
-        (rf"lm_head\.{leaf}", f"{before}language_model.lm_head.{their_leaf}"),
+def tower(ours: str) -> Rules:
+    """Rules of one image tower."""
+    theirs = TOWERS[ours]
+    block = rf"{ours}\.blocks\.(\d+)"
+    return (
+        (rf"{ours}\.patch_embed\.(.*)", rf"{theirs}.patch_embed.proj.\1"),
+        (rf"{block}\.((qkv|proj).*)", rf"{theirs}.blocks.\1.attn.\2"),
+        (rf"{block}\.(fc\d.*)", rf"{theirs}.blocks.\1.mlp.\2"),
+        (rf"{block}\.scale(\d)", rf"{theirs}.blocks.\1.ls\2.scale_factor"),
+        (rf"{ours}\.(.*)", rf"{theirs}.\1"),
     )
 
 
 NETWORK: Rules = (
-    *linears("(?P<leaf>weight|bias)", r"\g<leaf>"),
-    (r"dino\.(pos_embed|cls_token|reg_token|blocks\.\d+\.norm.*)", rf"{TOWERS['dino']}.\1"),
-    (r"dino\.blocks\.(\d+)\.scale(\d)", rf"{TOWERS['dino']}.blocks.\1.ls\2.scale_factor"),
-    (r"siglip\.(pos_embed|blocks\.\d+\.norm.*)", rf"{TOWERS['siglip']}.\1"),
-    (r"language\.(\d+)\.(\w+_layernorm.*)", rf"{LLAMA}.layers.\1.\2"),
+    *tower("dino"),
+    *tower("siglip"),
+    (r"projector.*", r"\g<0>"),
+    (r"language\.(\d+)\.([qkvo]_proj.*)", rf"{LAYER}.self_attn.\2"),
+    (r"language\.(\d+)\.(\w+_proj.*)", rf"{LAYER}.mlp.\2"),
+    (r"language\.(\d+)\.(\w+_layernorm.*)", rf"{LAYER}.\2"),
     (r"language_norm\.(.*)", rf"{LLAMA}.norm.\1"),
     (r"embed_tokens.*", rf"{LLAMA}.\g<0>"),
+    (r"lm_head.*", r"language_model.\g<0>"),
 )
 # RLinf's trained policies hold a value head, with activations at odd places, as ours.
 VALUE: Rules = ((r"value_head\.(.*)", r"value_head.mlp.\1"),)
-# PEFT's adapter_model.safetensors
-ADAPTERS: Rules = (
-    *linears("lora_a", "lora_A.weight", PEFT),
-    *linears("lora_b", "lora_B.weight", PEFT),
-)
-
 
 # Keys that nobody reads, beside those of each tower's last block, before which its output is read:
 UNUSED = (
@@ -82,38 +67,23 @@ UNUSED = (
     r"vision_backbone\.fused_featurizer\.attn_pool\..*",  # pools what is read patch by patch
     # a constant that older tools saved
     r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    r"language_model\.lm_head\.base_layer\.weight",  # PEFT's copy, where it adapts lm_head
 )
 
 
-def source_of(path: str | Path, config: OftConfig) -> Source:
-    """The layout of a folder or file by its keys, strict about the number of vision blocks."""
-    keys = source.layout(path)
-    rules: Rules = ()
-    if any(key.startswith("vision_backbone.") for key in keys):
-        rules += NETWORK
-    if any(key.startswith("value_head.") for key in keys):
-        rules += VALUE
-    if any(key.startswith(PEFT) for key in keys):
-        rules += ADAPTERS
+def original(config: OftConfig) -> Source:
+    """The originals' names, strict about the number of vision blocks."""
     last = (
         rf"vision_backbone\.featurizer\.blocks\.{config.dino_depth}\..*",
         rf"vision_backbone\.fused_featurizer\.blocks\.{config.siglip_depth}\..*",
     )
-    return Source(rules, tuple(rf"(base_model\.model\.)?{key}" for key in last + UNUSED))
+    return Source(NETWORK, last + UNUSED)
 
 
-def folded(model: Oft, name: str) -> Tensor:
-    """A weight with its adapter added into it."""
-    layer = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(layer, Lora) and name.endswith(".weight"):
-        return layer.folded()
-    return model.get_parameter(name)
-
-
-def save(model: Oft, folder: Path, like: Path) -> None:
-    """Writes the policy as the folder `like` it came from, adapters added into the weights."""
-    source.save(model, folder, source_of(like, model.config), like, partial(folded, model))
+def source_of(path: str | Path, config: OftConfig) -> Source:
+    """The layout of a folder or file by its keys."""
+    names = original(config)
+    heads = any(key.startswith("value_head.") for key in source.layout(path))
+    return names._replace(rules=names.rules + VALUE) if heads else names
 
 
 FIELDS = {  # of config.json, as RLinf sets them: ours ← theirs
@@ -235,7 +205,7 @@ def published(path: Path, family: str, config, spec) -> Found:
     """What an OpenVLA-OFT folder says of itself, made to fit the run. Raises UserError."""
     check_decoding(Path(path))
     stats = read_statistics(path, config.train.statistics)
-    c = replace(config_of(path), train="full", action_dim=len(stats["q01"]))
+    c = replace(config_of(path), train="lora", action_dim=len(stats["q01"]))
     # RLinf, whose settings or value head a folder has, decodes without </s> and shows the whole
     # picture; openvla-oft does neither.
     says = read_json(Path(path) / "config.json")

@@ -81,9 +81,14 @@ SOURCES = {
 }
 
 
-def save(model: Pi, folder: Path, like: Path) -> None:
-    """Writes a trained policy in the layout of the checkpoint `like` that it began from."""
-    source.save(model, folder, SOURCES[which(like, source.layout(like))], like)
+def original(config: PiConfig) -> Source:
+    """openpi's names."""
+    return SOURCES["openpi"]
+
+
+def source_of(path: str | Path, config: PiConfig) -> Source:
+    """The layout of a checkpoint by its keys."""
+    return SOURCES[which(path, source.layout(path))]
 
 
 def which(path: str | Path, stored: dict[str, Stored]) -> str:

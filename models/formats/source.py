@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from checks import read_json
 from errors import UserError, require, understood
+from models import lora
 from models.formats.names import Rules, rename
 
 INDEX = "model.safetensors.index.json"
@@ -37,8 +39,8 @@ SPELLINGS = (
 )
 # Files of what is no checkpoint of safetensors: pattern of a name, what it is and what to do.
 ADAPTER = (
-    "a PEFT adapter without the model that it changes: merge them with peft's merge_and_unload, "
-    "and give the folder that save_pretrained then writes"
+    "a PEFT adapter without the model that it changes: give that one, and this as --adapter, or "
+    "merge them with peft's merge_and_unload"
 )
 SAVED_BY_TORCH = "weights that torch saved: python -m models.convert FILE FOLDER converts them"
 OTHER_KINDS = {
@@ -342,40 +344,40 @@ def save(
     folder: str | Path,
     source: Source,
     like: str | Path,
-    tensor_of: Callable[[str], torch.Tensor] | None = None,
 ) -> None:
     """Writes `model` as the checkpoint `like` it was loaded from: same files, keys, shapes, dtypes
-    and order. Tensors that we do not read are copied, as are the small files beside them.
+    and order. Tensors that we do not read are copied, as are the small files beside them. Adapters
+    are added into the weights.
 
-    `folder` appears at once, and whole. With a file as `like` it is a file too.
-    tensor_of: our tensor by its name, if it is not what `model` holds."""
+    `folder` appears at once, and whole. With a file as `like` it is a file too."""
     folder = Path(folder)
     like = Path(like)
     stored = layout(like)
-    parts = match(model, like, source, stored)
-    tensor_of = tensor_of or model.state_dict().__getitem__
+    weights = source._replace(rules=((r".*\.lora_[ab]", None), *source.rules))
+    parts = match(model, like, weights, stored)
+    tensor_of = partial(lora.folded, model)
     for pair in source.tied:
         for key, alias in (pair, pair[::-1]):
             if key in parts and alias in stored:
                 parts[alias] = parts[key]
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     if like.is_file():
-        write_like(tensor_of, partial, like, stored, parts)
-        os.replace(partial, folder)
+        write_like(tensor_of, unfinished, like, stored, parts)
+        os.replace(unfinished, folder)
         return
     files = weight_files(like)
     for file in sorted(like.rglob("*")):
         inside = file.relative_to(like)
-        hidden = any(name.startswith(".") for name in inside.parts)
-        if file.is_file() and not hidden and file not in files and file.stat().st_size <= SMALL:
-            (partial / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, partial / inside)
-    partial.mkdir(exist_ok=True)
+        other = any(name.startswith((".", "adapter_")) for name in inside.parts)
+        if file.is_file() and not other and file not in files and file.stat().st_size <= SMALL:
+            (unfinished / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, unfinished / inside)
+    unfinished.mkdir(exist_ok=True)
     for file in files:
-        write_like(tensor_of, partial / file.name, file, stored, parts)
+        write_like(tensor_of, unfinished / file.name, file, stored, parts)
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    os.replace(unfinished, folder)
 
 
 def write_like(
