@@ -14,9 +14,11 @@ moments of the whole expert do not fit beside two copies of the model into 24 GB
 Left out: learning anything, speed (a CPU of two cores has a ten-thousandth of a GPU's).
 """
 
+import io
 import json
 import math
 import shutil
+import string
 import subprocess
 import sys
 import time
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import sentencepiece
 import torch
 import tyro
 
@@ -40,8 +43,8 @@ TASK = "turn_on_the_stove"
 FLAGS = (
     "--model pi05 --env libero --ratio 1:1 --prefix-dtype bfloat16 --lora-rank 16 --envs 1 "
     "--env-workers 1 --batch 1 --minibatch 1 --segment 2 --update-epochs 1 --eval-envs 0 "
-    "--iterations 1 --timeout-s 3600 --no-compile"
-).split()
+    "--iterations 1 --timeout-s 3600"
+)
 
 
 @dataclass(kw_only=True)
@@ -79,7 +82,34 @@ def publish(folder: Path, config: pi.PiConfig) -> None:
         name: {"q01": [-1.0] * n, "q99": [1.0] * n, "mean": [0.0] * n, "std": [1.0] * n}
         for name, n in ROBOT.items()
     }
+    write_vocabulary(folder / "tokenizer.model", config.vocabulary)
     (folder / "norm_stats.json").write_text(json.dumps({"norm_stats": numbers}))
+
+
+def write_vocabulary(file: Path, pieces: int) -> None:
+    """Writes a SentencePiece model of letters, filled up with words that no prompt has."""
+    fillers = 0
+    size = 0
+    while size != pieces:
+        fillers += pieces - size  # the first time a few too many, by the letters
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([string.ascii_letters + string.digits + "_.:;,'?\n"]),
+            model_writer=model,
+            model_type="char",
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            hard_vocab_limit=False,
+            vocab_size=2 * pieces,
+            user_defined_symbols=[f"▁filler{i}" for i in range(fillers)],
+            num_threads=1,
+            minloglevel=2,
+        )
+        made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        size = made.vocab_size()
+    file.write_bytes(model.getvalue())
 
 
 def watch(command: list[str]) -> dict[str, float]:
@@ -109,8 +139,8 @@ def main(config: FullSizeConfig) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         publish(partial, pi.PI05_FULL)
         partial.rename(checkpoint)
-    flags = [*FLAGS, "--tasks", TASK, "--checkpoint", str(checkpoint)]
-    flags += ["--tokenizer", str(ROOT / "assets" / "tokenizer.model")]
+    flags = [*FLAGS.split(), "--tasks", TASK, "--checkpoint", str(checkpoint)]
+    flags += ["--tokenizer", str(checkpoint / "tokenizer.model")]
     begun = time.monotonic()
     peak = watch([sys.executable, "train.py", *flags, "--run", str(run)])
     result = {"what": "full_size", "seconds_in_all": time.monotonic() - begun, "peak_gb": peak}
