@@ -205,22 +205,23 @@ class Inbox:
             return
         done = self.arrays["done"][self.slots]
         fence()
-        for i in np.flatnonzero(done > self.seen).tolist():
-            first = int(self.slots[i])
-            self.account(slice(first, first + self.width))
-            for slot in range(first, first + self.width):
-                self.streamer.add(slot)
+        lanes = self.slots[done > self.seen][:, None] + np.arange(self.width)
+        self.account(lanes)
+        for slot in lanes.flatten().tolist():
+            self.streamer.add(slot)
         self.seen = done
 
-    def account(self, lane: slice) -> None:
-        """Says where the chunk steps that were stepped in a lane's slots went: into a trajectory,
-        past the end of an episode whose lane played on, or to a worker that has died since."""
-        stepped = int((self.arrays["collected"][lane] - self.settled[lane]).sum())
-        length = self.arrays["length"][lane]
-        together = int(length.max()) * self.width  # a lane plays until its last episode has ended
-        self.accounts["restart"] += stepped - together
+    def account(self, lanes: np.ndarray) -> None:
+        """Says where the chunk steps that were stepped in the slots of lanes [n, width] went: into
+        a trajectory, past the end of an episode whose lane played on, or to a worker that has died
+        since."""
+        stepped = self.arrays["collected"][lanes]
+        length = self.arrays["length"][lanes]
+        # A lane plays until its last episode has ended.
+        together = int(length.max(1).sum()) * self.width
+        self.accounts["restart"] += int((stepped - self.settled[lanes]).sum()) - together
         self.accounts["after_end"] += together - int(length.sum())
-        self.settled[lane] = self.arrays["collected"][lane]
+        self.settled[lanes] = stepped
 
     def settle(self, tally: Tally) -> None:
         """Counts the chunk steps that were lost before they could be trained, since last time."""

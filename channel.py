@@ -238,7 +238,7 @@ class SlotPool(Shared):
 
     def put(self, name: str, slots: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
         """Writes values [n, …], from whatever device, into a row of each slot [n]."""
-        tensor = self[name]
+        tensor = self.tensors[name]
         values = values.to(tensor.device, tensor.dtype)
         if name in self.arrays:
             self.arrays[name][slots, rows] = bits(values)
@@ -394,9 +394,10 @@ class LaneTable(Shared):
 
     def _view(self) -> None:
         lanes, env_workers = self.sizes
-        numbers = self.arena.tensor(0, (lanes + env_workers,), torch.int64).numpy()
-        self.trajectory = numbers[:lanes]  # the one that the lane plays, or waits to begin
-        self.generation = numbers[lanes:]  # of env workers: how often each was replaced
+        # The one that the lane plays, or waits to begin.
+        self.trajectory = self.arena.tensor(0, (lanes,), torch.int64).numpy()
+        # Of env workers: how often each was replaced. It is read one by one.
+        self.generation = memoryview(self.arena.memory).cast("q")[lanes : lanes + env_workers]
 
 
 class Channels(NamedTuple):

@@ -23,6 +23,8 @@ from run_folder import Span
 STAGES = ("env", "rollout", "actor")
 # What a worker can wait for. The column "waiting" holds 1 + the place in this list, or 0.
 CAUSES = ("action", "admission", "request", "weights", "trajectory", "gradient")
+# Of each cause: the span's name, the column of its seconds, and its number in "waiting".
+WAITS = {cause: (f"wait: {cause}", f"wait_{cause}_s", i) for i, cause in enumerate(CAUSES, 1)}
 # Numbers of inferences with at most 1, 2, 4 … 256 requests; the last one counts larger ones too.
 HISTOGRAM = tuple(f"batch_le_{2**i}" for i in range(9))
 COLUMNS = (
@@ -99,7 +101,7 @@ class Meter:
 
     def wait(self, cause: str) -> "Stretch":
         """Measures a wait for one of CAUSES, which the launcher can see while it lasts."""
-        return Stretch(self, "wait: " + cause, f"wait_{cause}_s", 1 + CAUSES.index(cause), None)
+        return Stretch(self, *WAITS[cause], None)
 
     def record(self, name: str, start: float, end: float, args: dict | None = None) -> None:
         """Adds a span to the trace alone. The worker's own thread calls it for its side threads."""
@@ -141,9 +143,10 @@ class Stretch:
     def __enter__(self) -> None:
         self.start = time.monotonic()
         if self.waiting:
-            self.meter.set("since", self.start)
-            self.meter.set("time", self.start)
-            self.meter.set("waiting", self.waiting)
+            meter = self.meter
+            meter.counters.set(meter.row, "since", self.start)
+            meter.counters.set(meter.row, "time", self.start)
+            meter.counters.set(meter.row, "waiting", self.waiting)
 
     def __exit__(self, error, *_) -> None:
         if error is not None:  # the worker ends in this block, and its row keeps the wait
@@ -151,9 +154,9 @@ class Stretch:
         end = time.monotonic()
         meter = self.meter
         if self.waiting:
-            meter.set("waiting", 0)
-        meter.count(self.column, end - self.start)
-        meter.set("time", end)
+            meter.counters.set(meter.row, "waiting", 0)
+        meter.counters.add(meter.row, self.column, end - self.start)
+        meter.counters.set(meter.row, "time", end)
         meter.record(self.name, self.start, end, self.args)
 
 

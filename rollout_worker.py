@@ -8,6 +8,7 @@ Read `run` first. Paper: RL-VLA³, Rollout Async (eq. 1); D-VLA, weight plane.
 Left out: sharing lanes between rollout workers, tensor parallelism.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -48,7 +49,9 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
                 batcher.add(record, lanes.waits_for(record), lanes.asked.item(record.slot))
 
         # Go on waiting until a batch is due. Requests of workers that died meanwhile are dropped.
-        batcher.expect_at_most(lanes.that_may_ask())
+        # Where B_max wait already, it does not matter how many may still ask.
+        full = batcher.counted >= batcher.batch_max
+        batcher.expect_at_most(math.inf if full else lanes.that_may_ask())
         remaining = batcher.remaining()
         if remaining is None or remaining > 0:
             continue
@@ -68,7 +71,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             serve(model, samples, channels.pool, config.train.seed, acting, device, padded, policy)
             answer(batch, channels)
         infer_s = time.monotonic() - start
-        count_inference(meter, len(samples), infer_s, waited_s, fetcher, device)
+        count_inference(meter, len(samples), infer_s, waited_s, device)
         take_tuned_limits(batcher, config, lanes.count, infer_s, meter)
 
 
@@ -109,7 +112,7 @@ class LanesServed:
 
     def is_of_the_living(self, record: Record) -> bool:
         """Whether the env worker that asked this has not been replaced since."""
-        return record.generation == self.generation.item(record.sender)
+        return record.generation == self.generation[record.sender]
 
     def is_to_be_served(self, record: Record) -> bool:
         """Whether a living env worker asks this for the first time. A row that newer weights served
@@ -221,6 +224,8 @@ def swap(fetcher: WeightFetcher, wait_s: float, meter: Meter) -> bool:
     if swapped:
         numbers = {"version": fetcher.version, "bytes": fetcher.plane.bytes}
         meter.record("fetch", *fetcher.took, numbers)
+        meter.set("weight_sync_s", fetcher.seconds)
+        meter.set("fetches", fetcher.fetches)
     return swapped
 
 
@@ -294,8 +299,7 @@ def serve(
         at = (slots, rows) if everybody else (slots[chosen], rows[chosen])
         for name in names if chosen else ():
             pool.put(name, *at, out[name] if everybody else out[name][chosen])
-    acting = [i for i, kind in enumerate(kinds) if kind == ACT]
-    pool.arrays["version"][slots[acting], rows[acting]] = version
+    pool.arrays["version"][at] = version  # of ACT, which was the last
     # FINAL names the row that holds the last observation for a moment: the one after its step's.
     finals = [i for i, kind in enumerate(kinds) if kind == FINAL]
     if finals:
@@ -304,11 +308,13 @@ def serve(
 
 
 def to_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
+    if device == "cpu":
+        return tensors
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 def count_inference(
-    meter: Meter, samples: int, infer_s: float, waited_s: float, fetcher: WeightFetcher, device: str
+    meter: Meter, samples: int, infer_s: float, waited_s: float, device: str
 ) -> None:
     """Adds one inference to the counters; tuning.py fits a line through its sums."""
     meter.count("requests", samples)
@@ -318,7 +324,5 @@ def count_inference(
     meter.count("batch_square", samples**2)
     meter.count("batch_infer_s", samples * infer_s)
     meter.count(HISTOGRAM[min((samples - 1).bit_length(), len(HISTOGRAM) - 1)], 1)
-    meter.set("weight_sync_s", fetcher.seconds)
-    meter.set("fetches", fetcher.fetches)
     if device != "cpu":
         meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)

@@ -1,5 +1,6 @@
 """What all lanes of an env worker share: its simulators, the slots, and the queues."""
 
+import math
 import time
 from collections import deque
 
@@ -122,7 +123,7 @@ class Shard:
                 synchronize(self.pool.device)  # before anybody is told that they are there
         for i, slot in enumerate(range(slots.start, slots.stop)):
             state = lane.states[i]
-            if not all(np.isfinite(state).tolist()):  # a third of the time that its `all()` takes
+            if not all(map(math.isfinite, state.tolist())):  # half of the time that numpy takes
                 raise FloatingPointError(f"a state of {lane.describe()} is not a number: {state}")
             prompt = lane.prompt or self.spec.prompts[lane.tasks[i]]
             picture = self.blank if self.pictures_stay else pictures[i]

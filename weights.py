@@ -48,9 +48,9 @@ class WeightPlane(Shared):
         self.published[0] = version - 1
 
     def _view(self) -> None:
-        header = self.header.tensor(0, (4,), torch.int64).numpy()
-        self.published = header[:1]
-        self.stamps = header[1:3]
+        # `published` is read all the time: a memoryview takes a sixth of the time of numpy.
+        self.published = memoryview(self.header.memory).cast("q")[:1]
+        self.stamps = self.header.tensor(8, (2,), torch.int64).numpy()
         if self.buffers is None:
             return
         self.blocks = list(self.buffers["set"])
@@ -78,7 +78,7 @@ class WeightPlane(Shared):
     @property
     def version(self) -> int:
         """The newest published version; before the first, the one before it."""
-        return int(self.published[0])
+        return self.published[0]
 
     @property
     def empty(self) -> bool:

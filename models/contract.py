@@ -3,6 +3,8 @@
 n samples, C actions per chunk of A dimensions. A *field* is a name with a shape and a torch dtype.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,9 +92,10 @@ def check_model(model: torch.nn.Module, family: str) -> None:
 def check_tensors(who: str, fields: dict, tensors: dict[str, Tensor], rows: tuple) -> None:
     """Raises UserError unless every field is there, [*rows, *shape] and of its dtype."""
     for name, (shape, dtype) in fields.items():
-        require(name in tensors, f"{who} does not give {name!r}")
+        if name not in tensors:
+            raise UserError(f"{who} does not give {name!r}")
         found = tensors[name]
-        if (tuple(found.shape), found.dtype) != ((*rows, *shape), dtype):
+        if found.shape != (*rows, *shape) or found.dtype is not dtype:
             raise UserError(
                 f"{who} gives {name!r} as {list(found.shape)} {found.dtype}: its field is "
                 f"{[*rows, *shape]} {dtype}"
@@ -120,12 +123,16 @@ def check_finite(out: dict[str, Tensor], policy: str, instead: str) -> None:
 
     MuJoCo plays 0 for a NaN, so no simulator is to see one. policy: what to call it in the
     sentence; instead: what to do."""
-    names = [name for name in ("actions", "logprob", "value") if name in out]
-    # A sum is finite where all its parts are, and costs half of looking at each.
-    sums = [out[name].sum(dtype=torch.float64) for name in names]
-    finite = torch.stack(sums).isfinite().tolist()
-    broken = ", ".join(name for name, good in zip(names, finite, strict=True) if not good)
-    require(not broken, f"{policy} gives numbers that are not finite ({broken}): {instead}")
+    # A finite sum has finite parts, and costs a third of looking at each; large parts may add up to
+    # infinity, so where a sum is not finite, its parts are looked at.
+    broken = [
+        name
+        for name in ("actions", "logprob", "value")
+        if name in out and not math.isfinite(out[name].sum()) and not out[name].isfinite().all()
+    ]
+    if broken:
+        which = ", ".join(broken)
+        raise UserError(f"{policy} gives numbers that are not finite ({which}): {instead}")
 
 
 def check_evaluated(out: dict[str, Tensor], logprob: Tensor) -> None:
