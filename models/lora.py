@@ -9,7 +9,6 @@ weights per embodiment.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Self
@@ -58,22 +57,27 @@ class Lora(nn.Module):
         `init_lora_weights="gaussian"`. A convolution's A is one, its B is 1 × 1.
 
         At least fp32 whatever the weights are: steps of the optimizer are too small for bf16."""
-        out, inner, *kernel = self.weight.shape
         like = self.weight[:0].to(torch.promote_types(self.weight.dtype, torch.float32))
-        begun = like.new_empty(rank * len(self.parts), inner, *kernel).normal_() / rank
-        self.lora_a = nn.Parameter(begun)
-        self.lora_b = nn.Parameter(like.new_zeros(out, rank, *(1 for _ in kernel)))
+        first, second = self.shapes(rank)
+        self.lora_a = nn.Parameter(like.new_empty(first).normal_() / rank)
+        self.lora_b = nn.Parameter(like.new_zeros(second))
         self.scale = scale
 
-    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """A and B of every part."""
-        return zip(self.lora_a.chunk(len(self.parts)), self.lora_b.split(self.parts), strict=True)
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B."""
+        out, inner, *kernel = self.weight.shape
+        return (rank * len(self.parts), inner, *kernel), (out, rank, *(1 for _ in kernel))
+
+    def pairs(self, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A and B of all parts → of every part, as views."""
+        return list(zip(a.chunk(len(self.parts)), b.split(self.parts), strict=True))
 
     def folded(self) -> Tensor:
         """`weight` with the update added, at least in fp32 where there is one."""
         if self.lora_a is None:
             return self.weight.detach()
-        update = torch.cat([b.detach().flatten(1) @ a.detach().flatten(1) for a, b in self.pairs()])
+        pairs = self.pairs(self.lora_a.detach().flatten(1), self.lora_b.detach().flatten(1))
+        update = torch.cat([b @ a for a, b in pairs])
         return self.weight.detach() + self.scale * update.view_as(self.weight)
 
 
@@ -90,8 +94,8 @@ class Linear(Lora, nn.Linear):
         if len(self.parts) == 1:
             b = self.lora_b if rows is None else self.lora_b[rows]
             return y + F.linear(low, b.to(x.dtype))
-        parts = zip(low.chunk(len(self.parts), dim=-1), self.pairs(), strict=True)
-        return y + torch.cat([F.linear(h, b.to(x.dtype)) for h, (_, b) in parts], dim=-1)
+        parts = zip(low.chunk(len(self.parts), -1), self.lora_b.split(self.parts), strict=True)
+        return y + torch.cat([F.linear(h, b.to(x.dtype)) for h, b in parts], dim=-1)
 
 
 class PatchEmbedding(Lora, nn.Conv2d):

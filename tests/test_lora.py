@@ -314,7 +314,8 @@ def test_parts_of_a_layer_that_an_adapter_leaves_out_stay_out(start, tmp_path):
         parameter.requires_grad_(name in trainable)
     model.evaluate(act(model)[1])["logprob"].sum().backward()
     torch.optim.AdamW(trainable.values(), lr=1e-2).step()
-    (a_k, b_k), (a_v, b_v) = model.dit[0].kv.pairs()
+    kv = model.dit[0].kv
+    (a_k, b_k), (a_v, b_v) = kv.pairs(kv.lora_a, kv.lora_b)
     assert not a_k.any() and not b_k.any() and a_v.all() and b_v.all()
     names = gr00t_files.source_of(config.train.checkpoint, model.config)
     peft.save(model, tmp_path / "saved", names, config.train.checkpoint)
@@ -329,7 +330,8 @@ def test_names_may_have_more_or_less_before_them(start, tmp_path):
     c = build(config, spec).config
     expert = "model.paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj"
     vlm = "model.language_model.layers.1.mlp.up_proj"
-    modules = {
+    heads = {"lm_head": (7, 7), "model.paligemma_with_expert.gemma_expert.lm_head": (7, 7)}
+    modules = heads | {  # of words, which a policy says none
         expert: (c.heads * c.head_dim, c.expert_width),
         vlm: (c.mlp, c.width),
         "model.action_in_proj": (c.expert_width, c.action_dim),
@@ -365,6 +367,10 @@ def test_adapters_that_are_another_function_are_refused(start, tmp_path):
     key = f"base_model.model.{module}.lora_magnitude_vector"
     save_file(weights | {key: torch.ones(3)}, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match="lora_magnitude_vector.*of no layer"):
+        build(config, spec, weights="none")
+    alone = {key: x for key, x in weights.items() if "lora_A" in key}
+    save_file(alone, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="q_proj.lora_A.weight' without its other half"):
         build(config, spec, weights="none")
     adapter_of(folder, good)
     (folder / "norm_stats.json").write_text("{}")

@@ -33,12 +33,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BEFORE = "base_model.model."
 # What a fine-tuned policy keeps beside its adapter, and its base has of other data.
-STATISTICS = (
-    "policy_preprocessor.json",
-    "norm_stats.json",
-    "dataset_statistics.json",
-    "metadata.json",
-)
+STATISTICS = ("policy_preprocessor.json", "norm_stats.json", "dataset_statistics.json")
+STATISTICS += ("metadata.json",)
 Nothing = Annotated[dict, Field(max_length=0)]
 
 
@@ -110,13 +106,12 @@ def read(folder: Path, base: Path, model: torch.nn.Module, names: source.Source)
     checkpoint.require_finite(file, theirs)
 
     # Find the layer of ours, and the part of it, of each tensor
-    weights = names.keys(f"{name}.weight" for name in lora.layers(model))
-    modules = {
-        key.removesuffix(".weight"): (weight.removesuffix(".weight"), part)
-        for weight, keys in weights.items()
-        for part, key in enumerate(keys)
-    }
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+    every = lora.layers(model)
+    modules = {}
+    for weight, keys in names.keys(f"{name}.weight" for name in every).items():
+        for part, key in enumerate(keys):
+            modules[key.removesuffix(".weight")] = weight.removesuffix(".weight"), part
+    layers: dict[str, tuple[Tensor, Tensor]] = {}
     for key, tensor in theirs.items():
         named = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
         copy = key.endswith(".lm_head.base_layer.weight")  # PEFT adds the weight itself
@@ -124,25 +119,17 @@ def read(folder: Path, base: Path, model: torch.nn.Module, names: source.Source)
             continue
         fits = [module for module in modules if named and same(module, named[1])]
         require(len(fits) == 1, f"{file} has a tensor {key!r}, which is of no layer of this model")
-        found.setdefault(modules[fits[0]], {})[named[2]] = tensor
-    require(found, f"{file} holds no adapter")
-
-    # Join the parts of each layer
-    joined = {}
-    for name in dict.fromkeys(name for name, _ in found):
-        layer = model.get_submodule(name)
-        _, inner, *kernel = layer.weight.shape
-        halves: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for part, size in enumerate(layer.parts):
-            mine = found.get((name, part))
-            shapes = (rank, inner, *kernel), (size, rank, *(1 for _ in kernel))
-            for half, end, shape in zip(halves, "AB", shapes, strict=True):
-                half.append(mine.get(end, torch.empty(0)) if mine else torch.zeros(shape))
-                has = list(half[-1].shape)
-                wrong = f"{file}: lora_{end} of {name} is {has}, the model needs {list(shape)}"
-                require(has == list(shape), wrong)
-        joined[name] = torch.cat(halves[0]), torch.cat(halves[1])
-    return Adapter(rank, alpha, joined)
+        both = {key.replace(".lora_A.", ".lora_B."), key.replace(".lora_B.", ".lora_A.")}
+        require(both <= theirs.keys(), f"{file} has {key!r} without its other half")
+        name, part = modules[fits[0]]
+        layer = every[name]
+        pair = layers.setdefault(name, tuple(map(torch.zeros, layer.shapes(rank))))
+        mine = layer.pairs(*pair)[part]["AB".index(named[2])]
+        needs = f"{list(tensor.shape)}, the model needs {list(mine.shape)}"
+        require(tensor.shape == mine.shape, f"{file}: lora_{named[2]} of {name} is {needs}")
+        mine.copy_(tensor)
+    require(layers, f"{file} holds no adapter")
+    return Adapter(rank, alpha, layers)
 
 
 def same(module: str, other: str) -> bool:
@@ -179,7 +166,7 @@ def save(model: torch.nn.Module, folder: Path, names: source.Source, base: Path)
     modules = []
     for name, layer in lora.adapted(model).items():
         keys = names.keys([f"{name}.weight"])[f"{name}.weight"]
-        for key, (a, b) in zip(keys, layer.pairs(), strict=True):
+        for key, (a, b) in zip(keys, layer.pairs(layer.lora_a, layer.lora_b), strict=True):
             if a.any():
                 modules.append(key.removesuffix(".weight"))
                 before = BEFORE + modules[-1]
