@@ -42,9 +42,7 @@ if TYPE_CHECKING:
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 ALIGN = 64  # bytes; a cache line, so that no two tensors share one
-# The first byte of a part of shared memory, its bytes, and cores of the NUMA node that is to have
-# it.
-Part = tuple[int, int, frozenset[int]]
+Part = tuple[int, int, frozenset[int]]  # first byte, bytes, cores of the NUMA node to have it on
 PIECE = 2**28  # bytes that are taken at a time, in 0.1 s
 SILENT_S = 2.0  # taking memory for longer than this says how far it is
 

@@ -526,10 +526,12 @@ def check_shares(config: Config) -> None:
     require(actor.minibatch <= actor.batch, f"{more}: give --minibatch at most {actor.batch}")
     least = ranks * larger if ranks > 1 else group  # an actor worker trains whole lanes and groups
     share = f"a {'group' if group > env.width else 'lane'} of {larger} trajectories"
-    small = f"--minibatch {actor.minibatch} cannot give each of {ranks} actor workers "
-    small += share if larger > 1 else "a trajectory"
-    enough = actor.batch // least >= actor.minibatches
-    require(enough, f"{small}: give --minibatch at least {least}")
+    each = f"cannot give each of {ranks} actor workers {share if larger > 1 else 'a trajectory'}"
+    most = actor.batch // least  # minibatches of which that is true
+    require(most, f"--batch {actor.batch} {each}: give --batch at least {least}")
+    enough = min(size for size in range(1, actor.batch + 1) if round(actor.batch / size) <= most)
+    small = f"--minibatch {actor.minibatch} {each}: give --minibatch at least {enough}"
+    require(actor.minibatches <= most, small)
     few = f"{env.env_workers} env workers have only {env.envs} envs"
     require(env.env_workers <= env.envs, f"{few}: give --envs at least {env.env_workers}")
     lanes = env.envs // env.width

@@ -83,12 +83,9 @@ def near(device: str, root: Path = Path("/")) -> frozenset[int]:
 
     gpu = torch.cuda.get_device_properties(device)
     name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-    found = set()
-    for part in ",".join(words(root / "sys/bus/pci/devices" / name / "local_cpulist")).split(","):
-        first, _, last = part.partition("-")  # "0-31,64-95"
-        if first:
-            found.update(range(int(first), int(last or first) + 1))
-    return every & found or every
+    # "ffff,00000000": a bit for each core, core 0 last.
+    mask = "".join(words(root / "sys/bus/pci/devices" / name / "local_cpus")).replace(",", "")
+    return frozenset(core for core in every if int(mask or "0", 16) >> core & 1) or every
 
 
 def gpus() -> int:

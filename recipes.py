@@ -44,6 +44,7 @@ class Recipe:
 
     source: str
     checkpoint: str  # on Hugging Face
+    adapter: str = ""  # there, too
     model: Family
     algorithm: str
     env: str
@@ -114,7 +115,7 @@ def libero(suite: str, kind: str, model: Family, **values: Any) -> tuple[str, Re
     same = {"checkpoint": checkpoint, "env": "libero", "tasks": (f"libero_{suite}",)}
     same |= {"render_quality": "full"}
     if model == "oft":
-        same |= {"steps": 512, "rollout_epochs": 16, "chunk": 8, "oft_train": "full"}
+        same |= {"steps": 512, "rollout_epochs": 16, "chunk": 8, "lora_rank": 0}
         same |= {"global_batch": 16384, "micro_batch": 32, "notes": "bcd"}
     else:
         same |= {"steps": {"goal": 320, "10": 480}.get(suite, 240), "chunk": 10 if long else 5}
@@ -140,7 +141,8 @@ PLATE_PI0 |= {"granularity": "token"}
 PLATE_ASYNC = PLATE_PI0 | {"clip_low": 0.15, "clip_high": 0.15}
 PLATE_OFT = PLATE | {"checkpoint": "RLinf/RLinf-OpenVLAOFT-ManiSkill-Base-Main", "chunk": 8}
 PLATE_OFT |= {"global_batch": 640, "micro_batch": 40, "lr": 1e-4, "grad_clip": 10.0}
-PLATE_OFT |= {"oft_train": "lora", "temperature": 1.0}
+PLATE_OFT |= {"lora_rank": 32, "temperature": 1.0}
+PLATE_OFT |= {"adapter": "RLinf/RLinf-OpenVLAOFT-ManiSkill-Base-Lora"}
 PER_ACTION = {"gamma": "0.99 per action", "gae_lambda": "0.95 per action"}
 PLATE_PPO = PLATE_OFT | {"envs": 128, "rollout_epochs": 2, "value_lr": 3e-3, "theirs": PER_ACTION}
 PLATE_PPO |= {"gamma": 0.923, "gae_lambda": 0.663, "bootstrap_truncated": True}
@@ -259,8 +261,9 @@ def check(config: Config) -> None:
         other = f"--recipe {train.recipe} is for --{name} {own}, not {given}"
         require(own == given, f"{other}: leave out --{name}, or choose another recipe")
     begins = f"--recipe {train.recipe} begins with https://huggingface.co/{recipe.checkpoint}"
+    also = f", and that of {recipe.adapter} as --adapter" if recipe.adapter else ""
     have = train.checkpoint or train.resume
-    require(have, f"{begins}: download it, and give its folder as --checkpoint")
+    require(have, f"{begins}: download it, and give its folder as --checkpoint{also}")
 
 
 def of_family(config: Config) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def parse(args: list[str]) -> Config:
         default = recipes.apply(look.recipe, look.preset)
         if gives(args, "--env", "--suite", "--tasks"):
             default = completed(default, tasks=())
+        if gives(args, "--oft-train"):
+            default = completed(default, lora_rank=None)
     if look.resume:
         saved = existing_run(look.resume) / "config.json"
         both = f"--run and --resume {look.resume} exclude each other"

@@ -8,7 +8,7 @@ are frozen in bf16, and adapters are trained (LoRA), because fp32 weights, gradi
 moments of the whole expert do not fit beside two copies of the model into 24 GB.
 
     seconds          of each stage's spans in the run's trace, the mean of one
-    peak_gb          the most that each process held (Pss), looked at twice a second; `predicted_gb`
+    peak_gb          the most that each process held (Pss), looked at every two seconds; `predicted_gb`
                      is memory.py's figure for it
 
 Left out: learning anything, speed (a CPU of two cores has a ten-thousandth of a GPU's).
@@ -124,7 +124,7 @@ def watch(command: list[str]) -> dict[str, float]:
                 peak[name] = max(peak[name], process.memory_full_info().pss / 1e9)
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
-        time.sleep(0.5)
+        time.sleep(2.0)
     if run.returncode:
         sys.exit(run.returncode)
     return dict(peak)

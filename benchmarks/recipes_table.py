@@ -84,7 +84,7 @@ def recipe_row(name: str, recipe: recipes.Recipe) -> tuple:
     return (
         f"`{name}`",
         recipe.source.replace(f"RLinf {name}.yaml", "RLinf"),
-        recipe.checkpoint,
+        " ".join(filter(None, (recipe.checkpoint, recipe.adapter))),
         f"{recipe.model} {recipe.algorithm}",
         " ".join(recipe.tasks),
         recipe.envs,
@@ -104,7 +104,7 @@ def recipe_row(name: str, recipe: recipes.Recipe) -> tuple:
 HEAD = (
     "`--recipe`",
     "source",
-    "`--checkpoint`",
+    "`--checkpoint` `--adapter`",
     "`--model` `--algorithm`",
     "`--tasks`",
     "`--envs`",

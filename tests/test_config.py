@@ -312,3 +312,16 @@ def test_old_samples_get_the_exact_proximal_policy_unless_another_is_asked_for(
     for proximal in ("interpolated", "exact", "behaviour"):
         config.algorithm.proximal = proximal
         assert config.exact_proximal == (proximal == "exact")
+
+
+@pytest.mark.parametrize("ranks, envs, minibatch", [(16, 24, 1), (13, 24, 12), (5, 48, 2)])
+def test_the_minibatch_that_is_advised_is_accepted(ranks, envs, minibatch):
+    config = Config()
+    config.env.env_workers = config.rollout.rollout_workers = 1
+    config.env.envs = envs
+    config.actor.actor_workers = ranks
+    config.actor.minibatch = minibatch
+    with pytest.raises(UserError, match="--minibatch") as error:
+        validate(config)
+    config.actor.minibatch = int(str(error.value).rpartition(" ")[2])
+    validate(config)

@@ -103,8 +103,8 @@ def test_cores_near_a_gpu(monkeypatch, tmp_path):
     every = set(range(8))
     assert machine.near("cuda:0", tmp_path) == every  # one node, or an unknown number
     files = {f"sys/devices/system/node/node{n}/cpulist": "" for n in (0, 1)}
-    near = {"0000:1a:00.0": "0-1,4,64-95\n", "0001:81:00.0": "60-63\n"}
-    files |= {f"sys/bus/pci/devices/{name}/local_cpulist": text for name, text in near.items()}
+    near = {"0000:1a:00.0": "ffff0000,00000013\n", "0001:81:00.0": "f0000000,00000000\n"}
+    files |= {f"sys/bus/pci/devices/{name}/local_cpus": text for name, text in near.items()}
     written(tmp_path, files)
     assert machine.near("cuda:0", tmp_path) == {0, 1, 4}
     assert machine.near("cuda:1", tmp_path) == every  # this process may use none of those

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,16 @@ def test_slots_that_do_not_fit_the_machine_are_refused(monkeypatch):
     prepare.prepare(settings())
     with pytest.raises(UserError, match="slots need .* GB .* lower --envs, --eval-envs"):
         prepare.prepare(settings("--eval-envs", "1000000"))
+
+
+def test_slots_lie_near_the_gpu_whose_rollout_worker_serves_them(monkeypatch):
+    setup = prepare.prepare(settings("--max-staleness", "0", "--eval-envs", "2"))
+    two = replace(setup.placement, rollout_devices=("cuda:0", "cuda:1"))
+    monkeypatch.setattr(prepare.machine, "near", lambda device: device)
+    monkeypatch.setattr(prepare, "SlotPool", lambda *arguments: arguments)
+    *_, near = replace(setup, placement=two).pool()
+    served = [f"cuda:{slot % 8 % 2}" for slot in range(16)]  # 8 lanes, 2 rounds of them
+    assert near[:16] == served and len(near) == 18
 
 
 class Simulator:

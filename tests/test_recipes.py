@@ -65,7 +65,7 @@ def test_published_values():
     assert (pi05.rollout.denoise_steps, pi05.rollout.sde_steps, pi05.rollout.chunk) == (5, 5, 10)
     oft = recipes.apply("libero_10_grpo_openvlaoft")
     assert (oft.actor.lr, oft.algorithm.clip_high, oft.rollout.temperature) == (2e-5, 0.28, 1.6)
-    assert (oft.actor.batch, oft.actor.minibatch, oft.actor.oft_train) == (1024, 256, "full")
+    assert (oft.actor.batch, oft.actor.minibatch, oft.actor.lora_rank) == (1024, 256, 0)
     setup = recipes.apply("rl_vla3_c_3to1")
     assert (setup.env.envs, setup.actor.batch, setup.actor.update_epochs) == (192, 1536, 1)
     assert setup.rollout.denoise_steps == setup.rollout.sde_steps == 4
@@ -86,6 +86,8 @@ def test_flags_and_presets_lie_over_and_beside():
     config = parsed("libero_10_ppo_openpi_pi05", "--lr", "1e-5", "--preset", "sync-colocated")
     assert (config.actor.lr, config.actor.value_lr) == (1e-5, 1e-4)
     assert (config.train.placement, config.actor.max_staleness) == ("colocated", 0)
+    fewer = parsed("libero_10_grpo_openvlaoft", "--oft-train", "lora").actor
+    assert (fewer.oft_train, fewer.lora_rank) == ("lora", None)
     other = parsed("libero_10_ppo_openpi_pi05", "--suite", "libero_goal")
     assert (other.train.tasks, other.train.suite) == ((), "libero_goal")
 
@@ -105,6 +107,10 @@ def test_flags_and_presets_lie_over_and_beside():
         (
             "--recipe libero_10_ppo_openpi_pi05",
             "begins with https://huggingface.co/RLinf/RLinf-Pi05-LIBERO-SFT: download it",
+        ),
+        (
+            "--recipe maniskill_ppo_openvlaoft",
+            "as --checkpoint, and that of RLinf/RLinf-OpenVLAOFT-ManiSkill-Base-Lora as --adapter",
         ),
         (
             f"--recipe metaworld_50_ppo_openpi --checkpoint {SHIPPED}",
