@@ -94,7 +94,7 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     model = source.sketch(family.NETWORK, shape if ours else shape.with_lora(0, None, ()))
     adapter = None
     if config.train.adapter and not config.train.resume:
-        names = files(name).original(shape)
+        names = files(name).source_of(None, shape)
         adapter = peft.read(config.train.adapter, Path(config.train.checkpoint), model, names)
         shape = shape.with_lora(adapter.rank, adapter.alpha, tuple(adapter.layers))
     model.config = model.asked(shape, config.actor)

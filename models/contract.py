@@ -28,8 +28,8 @@ FILES = {
     "MARKS": "what the names of its tensors contain, in other projects' files",
     "published": "(path, family, config, spec) → `formats.source.Found`, of another project's file",
     "STATS": "{layout: type of its header's `stats`}, \"own\" and other projects'",
-    "source_of": "(path, config) → `formats.source.Source`, the layout of that project's file",
-    "original": "(config) → the same by the names of the original's adapters",
+    "source_of": "(path or None, config) → `formats.source.Source`, the layout of that project's "
+    "file, or of its adapters",
     "preparation": "(header, tokenizer) → what stands between simulator and model",
     "embedded": "(family, tokenizer) → the small model with random weights, of that many words",
     "wording": "(task) → the words that the embedded vocabulary must hold",

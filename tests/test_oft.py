@@ -608,7 +608,7 @@ def test_adapters_of_the_original_tools_load_on_their_own(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(says))
     config = oft_files.config_of(GOLDEN / "lora").with_lora(0, None, ())
     model = Oft(config)
-    adapter = peft.read(tmp_path, tmp_path, model, oft_files.original(config))
+    adapter = peft.read(tmp_path, tmp_path, model, oft_files.source_of(None, config))
     adapter.put(model)
     assert set(adapter.layers) == set(lora.layers(model)) and adapter.rank == 2
     key = "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight"

@@ -112,14 +112,9 @@ SOURCES = {
 }
 
 
-def original(config: Gr00tConfig) -> Source:
-    """NVIDIA's names."""
-    return SOURCES["isaac"]
-
-
-def source_of(path: str | Path, config: Gr00tConfig) -> Source:
-    """The layout of a checkpoint by its keys."""
-    return SOURCES[which(path)]
+def source_of(path: str | Path | None, config: Gr00tConfig) -> Source:
+    """The layout of a checkpoint by its keys; without one, NVIDIA's."""
+    return SOURCES[which(path) if path else "isaac"]
 
 
 def which(path: str | Path) -> str:

@@ -70,20 +70,15 @@ UNUSED = (
 )
 
 
-def original(config: OftConfig) -> Source:
-    """The originals' names, strict about the number of vision blocks."""
+def source_of(path: str | Path | None, config: OftConfig) -> Source:
+    """The layout of a folder or file by its keys, strict about the number of vision blocks; without
+    one, that of no value head."""
     last = (
         rf"vision_backbone\.featurizer\.blocks\.{config.dino_depth}\..*",
         rf"vision_backbone\.fused_featurizer\.blocks\.{config.siglip_depth}\..*",
     )
-    return Source(NETWORK, last + UNUSED)
-
-
-def source_of(path: str | Path, config: OftConfig) -> Source:
-    """The layout of a folder or file by its keys."""
-    names = original(config)
-    heads = any(key.startswith("value_head.") for key in source.layout(path))
-    return names._replace(rules=names.rules + VALUE) if heads else names
+    heads = any(key.startswith("value_head.") for key in source.layout(path)) if path else False
+    return Source(NETWORK + (VALUE if heads else ()), last + UNUSED)
 
 
 FIELDS = {  # of config.json, as RLinf sets them: ours ← theirs

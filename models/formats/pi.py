@@ -81,14 +81,9 @@ SOURCES = {
 }
 
 
-def original(config: PiConfig) -> Source:
-    """openpi's names."""
-    return SOURCES["openpi"]
-
-
-def source_of(path: str | Path, config: PiConfig) -> Source:
-    """The layout of a checkpoint by its keys."""
-    return SOURCES[which(path, source.layout(path))]
+def source_of(path: str | Path | None, config: PiConfig) -> Source:
+    """The layout of a checkpoint by its keys; without one, openpi's."""
+    return SOURCES[which(path, source.layout(path)) if path else "openpi"]
 
 
 def which(path: str | Path, stored: dict[str, Stored]) -> str:
