@@ -3,9 +3,9 @@ which of them do.
 
 A layer's weight W stays as it is, and alpha/r · B·A is learned beside it, with r inner dimensions.
 The sum is never made while training or acting. With adapters everything else of a model is frozen,
-but for the heads that reinforcement learning adds (`HEADS`), as in PEFT and RLinf. Other projects'
-adapters on disk: `models/formats/peft.py`. Left out: dropout, adapters of embeddings and of GR00T's
-weights per embodiment.
+but for the heads that reinforcement learning adds (`HEADS`), as in PEFT. Other projects' adapters
+on disk: `models/formats/peft.py`. Left out: dropout, adapters of embeddings and of GR00T's weights
+per embodiment; an adapted VLM before an expert that is trained whole (RLinf's π).
 """
 
 import re
