@@ -41,8 +41,8 @@ TYPE = torch.bfloat16
 ROBOT = {"state": 8, "actions": 7}  # numbers that LIBERO's robot has
 TASK = "turn_on_the_stove"
 FLAGS = (
-    "--model pi05 --env libero --ratio 1:1 --prefix-dtype bfloat16 --lora-rank 16 --envs 1 "
-    "--env-workers 1 --batch 1 --minibatch 1 --segment 2 --update-epochs 1 --eval-envs 0 "
+    "--model pi05 --env libero --placement colocated --prefix-dtype bfloat16 --lora-rank 16 "
+    "--envs 1 --env-workers 1 --batch 1 --minibatch 1 --segment 1 --update-epochs 1 --eval-envs 0 "
     "--iterations 1 --timeout-s 3600"
 )
 
