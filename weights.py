@@ -14,6 +14,7 @@ import copy
 import math
 import threading
 import time
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -85,16 +86,16 @@ class WeightPlane(Shared):
         """Whether nothing was ever published, so that there is nothing to fetch."""
         return bool((self.stamps < 0).all())
 
-    def publish(self, weights: dict[str, Tensor], version: int) -> None:
-        """Copies `weights` into the older buffer and makes it the newest. Only one process may call
-        this."""
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copies `weights`, one after the other, into the older buffer and makes it the newest.
+        Only one process may call this."""
         side = version % 2
         # Invalidate → copy → stamp → publish. Aligned stores of 8 bytes are whole on x86 and ARM.
         self.stamps[side] = -1
         fence()
         for name, tensor in weights.items():
             self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
-        synchronize(self.buffers.device)
+        synchronize(str(tensor.device))  # whose stream copies, also to a plane on the host
         self.stamps[side] = version
         fence()
         self.published[0] = version
@@ -134,8 +135,13 @@ class WeightFetcher:
         self.parameters = parameters
         self.timeout_s = timeout_s
         device = next(iter(parameters.values())).device
-        # `zeros` touches the memory now, unlike `empty`, so that the first copy is not a slow one.
-        self.blocks = [torch.zeros(plane.bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        # The model's own weights move into the block that serves, and leave the memory where they
+        # were, before there is a spare one. `zeros` touches the memory now, unlike `empty`, so that
+        # the first copy is not a slow one.
+        serving = torch.zeros(plane.bytes, dtype=torch.uint8, device=device)
+        for name, view in plane.tensors(serving).items():
+            parameters[name].data = view.copy_(parameters[name].data)
+        self.blocks = [torch.zeros_like(serving), serving]
         self.views = [plane.tensors(block) for block in self.blocks]
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if plane.buffers.device == "cpu" and device.type == "cpu":

@@ -1,6 +1,7 @@
 """New weights on their way: never mixed under fire, and never taken behind a worker's back."""
 
 import time
+import weakref
 from multiprocessing import get_context
 
 import pytest
@@ -170,6 +171,20 @@ def test_weights_change_only_when_they_are_swapped_in(plane, parameters):
     assert not fetcher.swap() and fetcher.fetches == 1
     start, end = fetcher.took  # when they were copied, for the trace
     assert began <= start < end <= time.monotonic() and fetcher.seconds == end - start
+
+
+def test_the_model_s_own_weights_serve_beside_one_spare_block(plane, parameters):
+    """Before the first swap and after each, no third copy is in memory."""
+    begun = [weakref.ref(p.data.untyped_storage()) for p in parameters.values()]
+    fetcher = WeightFetcher(plane, parameters, timeout_s=10.0)
+    assert values_of(parameters) == {-1.0} and not any(storage() for storage in begun)
+    blocks = {block.ctypes.data for block in fetcher.blocks}
+    for version in range(3):
+        start = {p.untyped_storage().data_ptr() for p in parameters.values()}
+        assert len(start) == 1 and start < blocks and len(blocks) == 2
+        plane.publish(filled(version), version)
+        fetcher.look()
+        assert fetcher.swap(10.0) and values_of(parameters) == {version}
 
 
 def test_versions_only_rise_and_the_newest_comes(plane, parameters):
