@@ -214,10 +214,11 @@ class Block(nn.Module):
         k, v = self.kv(context).chunk(2, dim=-1)
         return layers.split_heads(k, self.heads), layers.split_heads(v, self.heads)
 
-    def forward(
-        self, x: Tensor, condition: Tensor | None = None, keys=None, mask: Tensor | None = None
-    ) -> Tensor:
-        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] bool."""
+    def forward(self, x: Tensor, condition=None, keys=None, mask=None, only_keys: bool = False):
+        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] bool → [n,
+        S, D]. With `only_keys` x is a context, and this is `keys`."""
+        if only_keys:
+            return self.keys(x)
         if self.adaptive:
             scale, shift = self.ada(F.silu(condition))[:, None].chunk(2, dim=-1)  # each [n, 1, D]
             h = F.layer_norm(x, x.shape[-1:]) * (1.0 + scale) + shift
@@ -352,7 +353,7 @@ class Gr00t(FlowPolicy):
         x = self.vlln(features)
         for block in self.vl_blocks:
             x = block(x, mask=mask)
-        return x, [block.keys(x) for block in self.dit[::2]], mask
+        return x, [block(x, only_keys=True) for block in self.dit[::2]], mask
 
     def encode_state(self, state: Tensor, which: int | Tensor) -> Tensor:
         """state [n, S'] → one token [n, 1, D]."""
