@@ -5,7 +5,7 @@ Read `run` first. What is computed is in learner.py, who else trains is in ranks
 trajectories belong together is in streamer.py. The first rank publishes the weights, writes
 checkpoints and reports.
 
-Paper: RL-VLA³, Train Async and Streamer. Left out: FSDP2, several machines (ranks.py).
+Paper: RL-VLA³, Train Async and Streamer. Left out: several machines.
 """
 
 import time
@@ -42,7 +42,7 @@ def run(
     from, and its "lines" of metrics.jsonl, or None; report: the first rank tells the launcher
     through it."""
     channels.pool.use_on(device)
-    ranks = Ranks.of(config, rank, device, run_folder, resume)
+    ranks = Ranks.of(config, rank, device, run_folder, resume, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
@@ -52,7 +52,10 @@ def run(
     begun = time.monotonic()
     with Saver(run_folder / "checkpoints", config.train, ledger, meter) as saver:
         while learner.version < config.train.iterations:
-            if ranks.first and (saver.trouble or is_to_stop(channels, learner)):
+            # Those who save agree to stop, and then do so.
+            if ranks.saves and (saver.trouble or is_to_stop(channels, learner)):
+                ranks.plan(0, stop=True)
+            if ranks.stopped:
                 save_and_wait_for_the_end(learner, saver, report)
 
             # Take in what has arrived; wait for more only when no micro-batch is complete.
@@ -82,7 +85,9 @@ def run(
                 line["queue_depths"] = {"finished": streamer.waiting}
                 if ranks.first:
                     ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
-                    save_where_due(learner, saver)
+                if ranks.saves and learner.should_save():
+                    save(learner, saver)
+                if ranks.first:
                     report.send(line)
 
         leave(learner, saver, report, meter)
@@ -101,7 +106,12 @@ def finish_minibatch(
     """Sums the gradients over ranks and steps the optimizer. Returns whether that is done: other
     ranks may be long in coming, and the run be told to stop meanwhile."""
     ranks = learner.ranks
-    if ranks.several:
+    while (passes := ranks.plan(0, through=True)) is not None:
+        with meter.work("train", passes=passes):
+            learner.train_nothing(passes)
+    if ranks.stopped:
+        return False
+    if ranks.several and not ranks.sharded:
         with meter.wait("gradient"):
             for _ in ranks.meet():
                 meter.alive()
@@ -115,38 +125,42 @@ def finish_minibatch(
     return True
 
 
-def save_where_due(learner: Learner, saver: Saver) -> None:
-    if learner.should_save():
-        saver.finish()  # the one before
-        if not saver.trouble:
-            saver.begin(learner)
+def save(learner: Learner, saver: Saver) -> None:
+    saver.finish()  # the one before
+    if not any(learner.ranks.agree(bool(saver.trouble))):
+        saver.begin(learner)
 
 
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
-    """The first rank copies the weights into the plane and wakes whoever may wait for a version."""
+    """The first rank copies the weights into the plane and wakes whoever may wait for a version.
+    Ranks that share the weights gather them with it."""
     first = learner.ranks.first
     size = channels.plane.bytes if first else 0
     if learner.device != "cpu":
         meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
     with meter.work("publish", version=learner.version, bytes=size):
+        weights = learner.weights_that_act() if learner.ranks.saves else {}
         if not first:
+            for _ in weights.values():
+                pass
             return
-        channels.plane.publish(learner.weights_that_act(), learner.version)
+        channels.plane.publish(weights, learner.version)
         for queue in (*channels.replies, *channels.requests):
             queue.put([Record(0, 0, WAKE, 0, 0)])
 
 
-def save_and_wait_for_the_end(learner: Learner, saver: Saver, report: Connection) -> None:
+def save_and_wait_for_the_end(learner: Learner, saver: Saver, report: Connection | None) -> None:
     """Saves what was published last, without the updates of the batch under way."""
     news = saver.save_last(learner) | {"saved": str(saver.path)}
-    report.send(news | {"dropped": learner.updates} if learner.updates else news)
+    if learner.ranks.first:
+        report.send(news | {"dropped": learner.updates} if learner.updates else news)
     wait_to_be_ended()
 
 
 def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
     """Ends the last save, and then tells the launcher, after all ranks have come here."""
     ranks = learner.ranks
-    news = saver.save_last(learner) if ranks.first else {}
+    news = saver.save_last(learner) if ranks.saves else {}
     for _ in ranks.meet():
         meter.alive()
     ranks.leave()

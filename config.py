@@ -216,6 +216,9 @@ class RolloutConfig:
 class ActorConfig:
     actor_workers: Natural = 0
     """training processes, which average gradients; 0 derives it from --ratio"""
+    shard: bool = False
+    """each actor worker holds a part of all weights, gradients and optimizer state (FSDP2): for
+    models that do not fit one GPU. A run may be resumed with or without it"""
     max_staleness: Natural = 1
     """K: a trajectory of batch b may start once version b − K is published; 0 is synchronous"""
     extra_staleness: Natural = 0
@@ -532,6 +535,8 @@ def check_shares(config: Config) -> None:
     enough = min(size for size in range(1, actor.batch + 1) if round(actor.batch / size) <= most)
     small = f"--minibatch {actor.minibatch} {each}: give --minibatch at least {enough}"
     require(actor.minibatches <= most, small)
+    alone = "--shard divides the weights among actor workers, and there is one: leave it out, or "
+    require(ranks > 1 or not actor.shard, f"{alone}give more by --ratio or --actor-workers")
     few = f"{env.env_workers} env workers have only {env.envs} envs"
     require(env.env_workers <= env.envs, f"{few}: give --envs at least {env.env_workers}")
     lanes = env.envs // env.width

@@ -6,6 +6,7 @@ Which trajectories make a micro-batch is decided in streamer.py; who else trains
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -38,15 +39,21 @@ class Learner:
         self.device = device
         self.ranks = ranks
         torch.manual_seed(config.train.seed)
-        self.model = models.build(config, spec, device, "training")
+        # Ranks that share the weights bring them to their devices block by block.
+        self.model = models.build(config, spec, "cpu" if ranks.sharded else device, "training")
         self.idle = idle_weights(config, spec, self.model) if ranks.first else {}
         self.trainable = self.model.trainable()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
+        # What a frozen VLM makes of a frame is kept for later epochs (--cache-prefix gpu).
+        keeps = config.actor.cache_prefix == "gpu" and config.actor.update_epochs > 1
+        ranks.spread(self.model, ("evaluate", "look_once") if keeps else ("evaluate",))
+        self.trainable = self.model.trainable()
         self.parameters = list(self.trainable.values())
         critic = self.model.critic()
         self.critic = list(critic.values())
         self.policy = [p for name, p in self.trainable.items() if name not in critic]
+        self.numbered = [*self.policy, *self.critic]  # as the optimizer counts them
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.policy, "lr": config.actor.lr},
@@ -58,13 +65,12 @@ class Learner:
         self.algorithm = algorithms.load(config, spec)
         extra = self.algorithm.slot_fields(config)
         self.fields = tuple(dict.fromkeys((*COMMON, *extra, *self.model.training_fields())))
+        self.of_steps = [name for name in self.fields if name not in ("task", "length")]
+        self.sample: dict[str, Tensor] = {}  # a row [1, …] for passes of no weight (--shard)
         self.proximal: ExactProximal | None = None
         if config.exact_proximal:
-            self.proximal = ExactProximal(self.model, self.parameters)
-        # What a frozen VLM makes of a frame, for later epochs (--cache-prefix gpu).
-        self.prefixes: Kept | None = None
-        if config.actor.cache_prefix == "gpu" and config.actor.update_epochs > 1:
-            self.prefixes = Kept()
+            self.proximal = ExactProximal(self.model, [ranks.part(p) for p in self.parameters])
+        self.prefixes = Kept() if keeps else None
         if config.actor.checkpointing == "on":
             layers.recompute_blocks(self.model)
         self.version = 0
@@ -97,9 +103,16 @@ class Learner:
 
         # Which rows are trained on, in passes as even as can be.
         rows = targets.kept.nonzero()  # [m, 2]
-        for some in rows.tensor_split(max(1, -(-len(rows) // self.config.actor.micro_batch))):
+        count = -(-len(rows) // self.config.actor.micro_batch)
+        if self.ranks.sharded and not self.sample:
+            self.sample = {name: data[name][:1, 0] for name in self.of_steps}
+        passes = self.ranks.plan(count)
+        if passes is None:  # all are to stop
+            return
+        for some in rows.tensor_split(max(1, count)):
             if len(some):
                 self.train_rows(data, targets, some, micro)
+        self.train_nothing(passes - count)
 
     def train_rows(
         self, data: dict[str, Tensor], targets: Targets, rows: Tensor, micro: MicroBatch
@@ -111,12 +124,13 @@ class Learner:
         The loss is divided by the chunk steps of the whole minibatch over all ranks, trained on or
         not, so that it depends neither on how the minibatch is cut nor on outcomes."""
         # What the slots hold of the rows, and what the policy says of them now.
-        of_steps = [name for name in self.fields if name not in ("task", "length")]
         at = rows.unbind(1)
-        stored = {name: data[name][at] for name in of_steps}
+        stored = {name: data[name][at] for name in self.of_steps}
         places = [(micro.slots[i], t) for i, t in rows.tolist()]
         if self.prefixes:
             stored |= self.prefixes.of(places, partial(self.model.look_once, stored))
+        if self.ranks.sharded:
+            self.sample = {name: x[:1].clone() for name, x in stored.items()}
         out = self.model.evaluate(stored)
         contract.check_evaluated(out, stored["logprob"])
         granularity = self.config.algorithm.granularity
@@ -133,6 +147,27 @@ class Learner:
         total = micro.of * targets.kept.shape[1]
         (loss / total).backward()
         self.tally_samples(samples, staleness, numbers, out.get("entropy"))
+
+    def train_nothing(self, passes: int) -> None:
+        """Makes passes of no weight, while other ranks that share the weights have rows left."""
+        for _ in range(passes):
+            # What the first epoch alone computes, it computes here too.
+            first = self.tally.first_epoch
+            if self.prefixes and first:
+                row = {name: self.sample[name] for name in self.of_steps}
+                self.sample |= self.model.look_once(row)
+            out = self.model.evaluate(self.sample)
+            if self.proximal and first:
+                self.proximal.under_first_weights(self.sample, out["logprob"])
+
+            # A loss of the same weights: it is finite, for the ratio is 1.
+            new = units(out["logprob"], self.config.algorithm.granularity)
+            old = new.detach()
+            value = out["value"]
+            returns = value.detach() if self.algorithm.critic else None
+            nothing = torch.zeros_like(self.sample["reward"])
+            samples = Samples(new, old, old, nothing, value, returns, self.sample)
+            (0.0 * self.algorithm.loss(samples)[0]).backward()
 
     def proximal_logprob(self, stored, logprob, new, old, staleness, places) -> Tensor:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
@@ -189,9 +224,11 @@ class Learner:
         if self.version < self.config.algorithm.critic_warmup:
             for parameter in self.policy:  # so that not even weight decay moves it
                 parameter.grad = None
-        self.tally.add("grad_norm_policy", norm_of(self.policy), "max")
-        self.tally.add("grad_norm_value", norm_of(self.critic), "max")
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, actor.grad_clip))
+        self.tally.add("grad_norm_policy", self.norm_of(self.policy), "max")
+        self.tally.add("grad_norm_value", self.norm_of(self.critic), "max")
+        length = self.norm_of(self.parameters)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, actor.grad_clip, length)
+        norm = float(length)
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of version {self.version} is {norm}: lower --lr"
@@ -204,19 +241,26 @@ class Learner:
         if norm > 0.0:  # else every group was filtered, and weight decay alone teaches nothing
             if self.proximal:
                 self.proximal.keep_weights()
-            # A batch of one step alone is never left unfinished, and the first rank saves.
-            if not self.updates and actor.steps > 1 and self.ranks.first:
+            # A batch of one step alone is never left unfinished.
+            if not self.updates and actor.steps > 1 and self.ranks.saves:
                 self.kept = self.on_host()
             self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=False)
 
+    def norm_of(self, parameters: list[Tensor]) -> Tensor:
+        """Returns the norm [] of their gradients."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return self.ranks.whole(torch.nn.utils.get_total_norm(gradients))
+
     def on_host(self) -> tuple[dict[str, Tensor], dict]:
-        """Copies weights and optimizer: 12 bytes for each trained weight (float32)."""
-        weights = {name: p.detach().to("cpu", copy=True) for name, p in self.trainable.items()}
+        """Copies what this rank holds of weights and optimizer: 12 bytes for each trained weight
+        (float32)."""
+        part = self.ranks.part
+        weights = {n: part(p.detach()).to("cpu", copy=True) for n, p in self.trainable.items()}
         state = self.optimizer.state_dict()
         state["state"] = {
-            number: {name: tensor.to("cpu", copy=True) for name, tensor in one.items()}
+            number: {name: part(tensor).to("cpu", copy=True) for name, tensor in one.items()}
             for number, one in state["state"].items()
         }
         return weights, state
@@ -248,18 +292,19 @@ class Learner:
         self.begin_batch()
         return line
 
-    def weights_that_act(self) -> dict[str, Tensor]:
+    def weights_that_act(self) -> Mapping[str, Tensor]:
         """Returns those of this version; with --extra-staleness the oldest that are kept. Raises
         FloatingPointError where those of this version are broken."""
         self.check_finite(self.trainable)
         if not self.config.actor.extra_staleness:
-            return self.trainable
+            return self.ranks.gathered(self.trainable)
         self.past.append({name: p.detach().clone() for name, p in self.trainable.items()})
-        return self.past[0]
+        return self.ranks.gathered(self.past[0])
 
     def check_finite(self, weights: dict[str, Tensor]) -> None:
         """Raises FloatingPointError where weights that are to be published or saved are broken."""
-        if name := checkpoint.not_finite(weights):
+        parts = {name: self.ranks.part(tensor) for name, tensor in weights.items()}
+        if name := checkpoint.not_finite(parts):
             found = f"the weights of version {self.version} are not finite: tensor {name!r}"
             raise FloatingPointError(f"{found} holds NaN or infinity; lower --lr")
 
@@ -267,15 +312,23 @@ class Learner:
         train = self.config.train
         return self.version % train.checkpoint_every == 0 or self.version == train.iterations
 
-    def snapshot(self, lines: list[dict]) -> Snapshot:
+    def snapshot(self, lines: list[dict]) -> Snapshot | None:
         """Returns what a checkpoint of `version` holds, without the updates of the running batch,
-        on the host. Frozen weights do not change: they are not copied. Raises FloatingPointError
+        on the host. Frozen weights do not change: they are not copied. Ranks that share the weights
+        gather them on the first one's host, and the others get None. Raises FloatingPointError
         where a weight is not finite.
 
         lines: the newest of metrics.jsonl, which may not have been written when a run is killed."""
         trained, optimizer = self.kept or self.on_host()
         self.check_finite(dict(self.model.named_parameters()) | self.idle | trained)
-        weights = self.model.state_dict() | self.idle | trained
+        now = self.model.state_dict()
+        weights = self.ranks.on_first(now | trained, now) | self.idle
+        memory = {}
+        for number, one in optimizer["state"].items():
+            like = dict.fromkeys(one, self.numbered[number])
+            memory[number] = self.ranks.on_first(one, like)
+        if not self.ranks.first:
+            return None
         state = {
             "version": self.version,
             "seed": self.config.train.seed,  # it names all randomness: no generator has a state
@@ -290,7 +343,7 @@ class Learner:
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
             "lines": lines,
         }
-        return Snapshot(self.model.header, weights, optimizer, state)
+        return Snapshot(self.model.header, weights, optimizer | {"state": memory}, state)
 
     def load(self, resume: dict) -> None:
         """Continues from a checkpoint of this run. Raises UserError if optimizer.pt is
@@ -298,8 +351,7 @@ class Learner:
         self.version = resume["version"]
         self.algorithm.load(resume["scale"])
         saved = Path(self.config.train.checkpoint) / "optimizer.pt"
-        sizes = [parameter.shape for parameter in (*self.policy, *self.critic)]
-        state = checkpoint.read_optimizer(saved, sizes, self.device)
+        state = self.ranks.read_optimizer(saved, self.numbered)
         groups = self.optimizer.state_dict()["param_groups"]  # a flag given on resuming counts
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -311,10 +363,6 @@ def idle_weights(config: Config, spec, model) -> dict[str, Tensor]:
         return {}
     whole = models.build(config, spec, weights="idle").state_dict()
     return {name: tensor for name, tensor in whole.items() if name.startswith(model.idle())}
-
-
-def norm_of(parameters: list[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None))
 
 
 def schedule(version: int, config: Config) -> float:

@@ -1,11 +1,12 @@
 """The actor workers together: each rank trains its share of every minibatch, and all hold the same
 weights, because gradients are summed before every step.
 
-Left out: several machines, FSDP2 (the trainable weights are replicated).
+With --shard each rank holds a part of the weights, and overrides what is said here: sharding.py.
+Left out: several machines.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,11 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
+from metrics import Meter
+from models import checkpoint
 from tally import Tally
 
 
 class Ranks:
     """This actor's place among the others. With one rank alone, everything here does nothing."""
+
+    sharded = False  # whether each rank holds a part of the weights (--shard)
 
     def __init__(self, rank: int, count: int, device: str, folder: Path, version: int):
         """folder: where the ranks meet; version: of this start of the workers. One file serves one
@@ -28,6 +33,8 @@ class Ranks:
         self.device = device
         self.first = rank == 0  # publishes, writes checkpoints, reports
         self.several = count > 1
+        self.saves = self.first  # takes part in publishing and saving
+        self.stopped = False  # whether those who save have agreed to stop
         if self.several:
             store = dist.FileStore(str(folder / f"rendezvous-{version}"), count)
             backend = "gloo" if device == "cpu" else "nccl"
@@ -36,22 +43,70 @@ class Ranks:
             group = {"store": store, "rank": rank, "world_size": count, "timeout": limit}
             dist.init_process_group(backend, **group)
 
-    @classmethod
+    @staticmethod
     def of(
-        cls, config: Config, rank: int, device: str, run_folder: Path, resume: dict | None
+        config: Config, rank: int, device: str, run_folder: Path, resume: dict | None, meter: Meter
     ) -> "Ranks":
         version = resume["version"] if resume else 0
-        return cls(rank, config.actor.actor_workers, device, run_folder / ".spans", version)
+        place = (rank, config.actor.actor_workers, device, run_folder / ".spans", version)
+        if not config.actor.shard:
+            return Ranks(*place)
+        from sharding import ShardedRanks  # here, for it takes a second to import
 
-    def meet(self) -> Iterator[None]:
+        return ShardedRanks(meter, *place)
+
+    def meet(self, words: Tensor | None = None) -> Iterator[None]:
         """Waits until all ranks have come here, and yields again and again meanwhile. The others'
-        calls wait silently; whoever has met has little to wait for."""
+        calls wait silently; whoever has met has little to wait for.
+
+        words: numbers of this rank, which become the highest of any rank."""
         if self.several:
-            meeting = dist.all_reduce(torch.zeros(1, device=self.device), async_op=True)
+            words = torch.zeros(1, device=self.device) if words is None else words
+            meeting = dist.all_reduce(words, dist.ReduceOp.MAX, async_op=True)
             while not meeting.is_completed():
                 yield
                 time.sleep(0.001)
             meeting.wait()  # raises what went wrong
+
+    def agree(self, *mine: float) -> list[float]:
+        """Returns the highest of each number, of any rank that shares the weights with this one."""
+        return list(mine)
+
+    def plan(self, passes: int, through: bool = False, stop: bool = False) -> int | None:
+        """Agrees on the next passes: ranks that share weights make as many as the one with the most
+        rows has. Returns None where there are none: all are through with the minibatch, or one is
+        to stop, and so all are (`stopped`)."""
+        if self.stopped:
+            return None
+        most, more, stop = self.agree(passes, not through, stop)
+        self.stopped = bool(stop)
+        return int(most) if more and not stop else None
+
+    def spread(self, model: torch.nn.Module, methods: tuple[str, ...]) -> None:
+        """Leaves a rank that shares the weights its part of them. methods: those that are called
+        to compute."""
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """Returns what this rank holds of a tensor: all of it, unless the ranks share it."""
+        return tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """Returns all of a tensor, also of one that the ranks share. All ask for it at once."""
+        return tensor
+
+    def gathered(self, weights: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns the same weights, whole."""
+        return weights
+
+    def on_first(self, parts: dict, like: dict) -> dict:
+        """Returns whole tensors, by name, on the first rank's host, where everybody has such parts
+        of them; `like` is of their sizes."""
+        return parts
+
+    def read_optimizer(self, path: Path, parameters: list[Tensor]) -> dict[int, dict]:
+        """Returns what optimizer.pt remembers of these parameters, on this rank's device."""
+        sizes = [parameter.shape for parameter in parameters]
+        return checkpoint.read_optimizer(path, sizes, self.device)
 
     def sum(self, numbers: list[float]) -> list[float]:
         """Returns the sums over ranks."""

@@ -59,6 +59,8 @@ class Saver(contextlib.AbstractContextManager):
             snapshot = learner.snapshot(self.ledger.lines)
         self.path = self.path_of(learner)
         self.trouble = ""
+        if snapshot is None:  # the first rank has it
+            return
         self.meter.set("saving", 1)
         self.thread = threading.Thread(target=self.run, args=(snapshot,), daemon=True)
         self.thread.start()
@@ -90,7 +92,8 @@ class Saver(contextlib.AbstractContextManager):
         "trouble" that a disk made before. Raises UserError if it still does."""
         self.finish()
         news = {"trouble": self.trouble} if self.trouble else {}
-        if self.trouble or self.path != self.path_of(learner):
+        due = self.trouble or self.path != self.path_of(learner)
+        if any(learner.ranks.agree(bool(due))):
             self.begin(learner)
             self.finish()
             require(not self.trouble, self.trouble)

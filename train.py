@@ -154,7 +154,9 @@ def without(args: list[str], *flags: str) -> list[str]:
 
 def connect(setup: Setup) -> Channels:
     """Makes the shared memory and the queues that the workers meet in."""
-    gpu = next((device for device in setup.placement.actor_devices if device != "cpu"), "cpu")
+    # Weights that actors share (--shard) would not fit one device: they are published on the host.
+    devices = [] if setup.config.actor.shard else setup.placement.actor_devices
+    gpu = next((device for device in devices if device != "cpu"), "cpu")
     workers = sum(setup.placement.workers().values())
     plane = WeightPlane(setup.weights, gpu, setup.version)
     counters = Counters(workers, metrics.columns(setup.config.env.eval_episodes))

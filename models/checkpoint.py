@@ -13,7 +13,7 @@ import math
 import operator
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,23 +154,32 @@ def check_stats(family: str, stats: dict, what: str) -> None:
     parse_json(json.dumps(stats), kinds[layout], what, "ignore")
 
 
-def read_optimizer(path: Path, sizes: list[torch.Size], device: str = "") -> dict[int, dict]:
+def read_optimizer(
+    path: Path,
+    sizes: list[torch.Size],
+    device: str = "",
+    cut: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[int, dict]:
     """Reads what optimizer.pt remembers: AdamW's state of parameters of these shapes, in order, but
     of those that never had a gradient. Raises UserError.
 
-    Without a device it only looks: the file is mapped, and takes no memory."""
+    Without a device it only looks: the file is mapped, and takes no memory. So it is for `cut`,
+    which takes from a tensor of the file what this process needs of it."""
     why = "it is damaged, or of other weights"
     tensors = {}
     try:
-        where = device or "cpu"
-        found = torch.load(path, map_location=where, weights_only=True, mmap=not device)
+        mapped = not device or cut is not None
+        where = "cpu" if mapped else device
+        found = torch.load(path, map_location=where, weights_only=True, mmap=mapped)
         numbers = [number for group in found["param_groups"] for number in group["params"]]
         right = numbers == list(range(len(sizes)))
         for number, state in found["state"].items():
-            tensors |= {f"{number} {name}": tensor for name, tensor in state.items()}
             right &= state.keys() == {"step", "exp_avg", "exp_avg_sq"}
             right &= state["exp_avg"].shape == state["exp_avg_sq"].shape == sizes[number]
             right &= state["step"].numel() == 1 and bool(state["step"] >= 1)
+            for name in ("exp_avg", "exp_avg_sq") if cut else ():
+                state[name] = cut(state[name])
+            tensors |= {f"{number} {name}": tensor for name, tensor in state.items()}
             right &= not device or bool((state["exp_avg_sq"] < 0).logical_not().all())
         right &= all(tensor.is_floating_point() for tensor in tensors.values())
     except Exception as error:  # a damaged file raises anything; torch advises to load it unsafely

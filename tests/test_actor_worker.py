@@ -432,10 +432,20 @@ def test_the_loop_trains_publishes_saves_and_reports_every_batch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "algorithm, kl_stop, uneven",
-    [("ppo", 0.0, False), ("ppo", 1e-9, False), ("grpo", 0.0, False), ("ppo", 0.0, True)],
+    "algorithm, kl_stop, uneven, shard",
+    [
+        ("ppo", 0.0, False, False),
+        ("ppo", 1e-9, False, False),
+        ("grpo", 0.0, False, False),
+        ("ppo", 0.0, True, False),
+        ("ppo", 1e-9, False, True),
+        ("grpo", 0.0, False, True),
+        ("ppo", 0.0, True, True),
+    ],
 )
-def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, kl_stop, uneven):
+def test_two_ranks_come_to_the_weights_and_numbers_of_one(
+    tmp_path, algorithm, kl_stop, uneven, shard
+):
     """The groups of GRPO's first rank all succeed in batch 0: it has no gradient, and no number of
     a sample. Later epochs are shuffled by rank, so a minibatch that is trained again is whole.
 
@@ -449,6 +459,7 @@ def test_two_ranks_come_to_the_weights_and_numbers_of_one(tmp_path, algorithm, k
         config.actor.minibatch = 8 if kl_stop else 16
         config.actor.lr = 0.05
         config.algorithm.kl_stop = kl_stop
+        config.actor.shard = shard and ranks > 1
         if uneven:
             config.actor.update_epochs = 1
             config.actor.minibatch = 5
@@ -781,10 +792,13 @@ def test_an_interrupt_saves_what_was_published_and_a_new_ratio_waits_for_the_bat
             assert torch.equal(tensor, before["state"][number][name])
 
 
-def test_a_rank_that_waits_for_others_saves_when_it_is_told_to(tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_rank_that_waits_for_others_saves_when_it_is_told_to(tmp_path, shard):
     """The trajectories of the second rank's lanes never come."""
     (tmp_path / ".spans").mkdir()
-    actor = Actor(tmp_path, settings(ranks=2), Toy())
+    config = settings(ranks=2)
+    config.actor.shard = shard
+    actor = Actor(tmp_path, config, Toy())
     admission = Admission.of(actor.config)
     for slot in range(admission.slots):
         if admission.owner(slot, 2) == 1:
@@ -818,7 +832,7 @@ def test_a_rank_that_waits_for_others_saves_when_it_is_told_to(tmp_path):
 def test_only_the_first_rank_publishes(tmp_path):
     class Stub:
         def __init__(self, first):
-            self.ranks = type("Ranks", (), {"first": first})
+            self.ranks = type("Ranks", (), {"first": first, "saves": first})
             self.version = 0
             self.device = "cpu"
 

@@ -110,7 +110,9 @@ def make_episodes(pool: SlotPool, won: dict[int, int]) -> None:
         pool["length"][slot] = step + 1
 
 
-def learner_of(model, config: Config | None = None, spec=SPEC, resume=None) -> Learner:
+def learner_of(
+    model, config: Config | None = None, spec=SPEC, resume=None, ranks: Ranks | None = None
+) -> Learner:
     """A learner alone, which trains batch 3 with scaled advantages."""
     config = config or Config()
     config.actor.batch = BATCH
@@ -118,7 +120,7 @@ def learner_of(model, config: Config | None = None, spec=SPEC, resume=None) -> L
     if config.actor.micro_batch == "auto":
         config.actor.micro_batch = BATCH * SEGMENT
     with patch.object(models, "build", return_value=model):
-        learner = Learner(config, spec, "cpu", Ranks(0, 1, "cpu", Path(), 0), resume)
+        learner = Learner(config, spec, "cpu", ranks or Ranks(0, 1, "cpu", Path(), 0), resume)
     if resume is None:
         learner.version = 3
         learner.algorithm.advantage_scale = AdvantageScale(0.8, 0.7)

@@ -180,7 +180,13 @@ class Ranks:
         self.count = config.actor.actor_workers
         self.first = rank == 0
         self.several = self.count > 1
+        self.sharded = False
+        self.saves = self.first
+        self.stopped = False
         self.meetings = 0
+
+    def plan(self, passes, through=False, stop=False) -> None:
+        """They share no weights, and nobody stops them."""
 
     def meet(self):
         self.meetings += 1

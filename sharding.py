@@ -1,0 +1,124 @@
+"""Actor ranks that hold a part of every weight each (--shard): parameters, gradients and what the
+optimizer remembers, by PyTorch's FSDP2 (arXiv 2304.11277). For models that do not fit one device.
+
+A block of the model is whole on a device while it computes there, so all ranks take part in every
+forward and backward pass, and in publishing and saving, where one weight at a time is whole. What
+they agree on (`Ranks.plan`) keeps them together: whoever has no rows makes a pass of no weight.
+
+Left out: bf16 compute over fp32 weights (log-probs would differ from those of inference, which
+computes in fp32), weights that wait on the host.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from metrics import Meter
+from models import checkpoint
+from ranks import Ranks
+
+
+class ShardedRanks(Ranks):
+    """This actor's place among those that share the weights."""
+
+    sharded = True
+
+    def __init__(self, meter: Meter, *place):
+        """place: as of `Ranks`."""
+        super().__init__(*place)
+        self.meter = meter
+        self.saves = True
+        self.mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.partition(":")[0])
+
+    def agree(self, *mine: float) -> list[float]:
+        """Waits for all ranks, with signs of life."""
+        words = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        with self.meter.wait("gradient"):
+            for _ in self.meet(words):
+                self.meter.alive()
+        return words.tolist()
+
+    def spread(self, model: nn.Module, methods: tuple[str, ...]) -> None:
+        """Leaves this rank its part of every parameter, on its device, frozen ones too. Block by
+        block (entries of a ModuleList, which must compute by their forward) the model comes there;
+        what is in no block is whole while one of `methods` runs."""
+        # What they return is a view at times, and nobody changes it in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        blocks = [
+            block
+            for blocks in model.modules()
+            for block in (blocks if isinstance(blocks, nn.ModuleList) else ())
+        ]
+        unused = {p for p in model.parameters() if p.is_meta}  # `model.idle`
+        for unit in (*reversed(blocks), model):  # what is within another one first
+            # Whole again for the backward pass: between passes the optimizer finds its parts.
+            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, ignored_params=unused)
+            # The loss is divided by the global count, so gradients are summed.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+        for method in methods:
+            register_fsdp_forward_method(model, method)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def placed(self, part: Tensor, like: Tensor) -> Tensor:
+        """Returns the tensor of which every rank has such a part, of the size of `like`."""
+        if not isinstance(like, DTensor) or part.dim() == 0:
+            return part
+        size = {"shape": like.shape, "stride": like.stride()}
+        return DTensor.from_local(part.to(self.device), self.mesh, [Shard(0)], **size)
+
+    def gathered(self, weights: dict[str, Tensor]) -> "Gathered":
+        return Gathered(weights, self)
+
+    def on_first(self, parts: dict, like: dict) -> dict:
+        found = {}
+        for key, part in parts.items():
+            if part.is_meta:  # `model.idle`
+                continue
+            self.meter.alive()
+            tensor = self.whole(self.placed(self.part(part), like[key]))
+            if self.first:
+                found[key] = tensor.to("cpu")
+        return found
+
+    def read_optimizer(self, path: Path, parameters: list[Tensor]) -> dict[int, dict]:
+        sizes = [parameter.shape for parameter in parameters]
+        found = checkpoint.read_optimizer(path, sizes, self.device, self.cut)
+        for number, state in found.items():
+            for name, part in state.items():
+                state[name] = self.placed(part, parameters[number])
+        return found
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """Returns this rank's part of a tensor that every rank has, on its device."""
+        return distribute_tensor(tensor, self.mesh, [Shard(0)], src_data_rank=None).to_local()
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Weights, each of which is whole while it is looked at. All ranks look at the same ones."""
+
+    def __init__(self, parts: dict[str, Tensor], ranks: ShardedRanks):
+        self.parts = parts
+        self.ranks = ranks
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.ranks.meter.alive()
+        return self.ranks.whole(self.parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
