@@ -8,8 +8,8 @@ are frozen in bf16, and adapters are trained (LoRA), because fp32 weights, gradi
 moments of the whole expert do not fit beside two copies of the model into 24 GB.
 
     seconds          of each stage's spans in the run's trace, the mean of one
-    peak_gb          the most that each process held (Pss), looked at every two seconds; `predicted_gb`
-                     is memory.py's figure for it
+    peak_gb          the most that each process held (Pss), looked at every two seconds;
+                     `predicted_gb` is memory.py's figure for it
 
 Left out: learning anything, speed (a CPU of two cores has a ten-thousandth of a GPU's).
 """
