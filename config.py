@@ -112,7 +112,7 @@ class RunConfig:
     trace: bool = True
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
     memory_report: bool = False
-    """print the size of each memory pool, then exit"""
+    """print what every process takes (memory.py), and the slots in detail, then exit"""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 120.0
     """seconds without a sign of life after which a worker counts as hung. An env worker is then
     replaced; another worker ends the run"""
@@ -231,10 +231,10 @@ class ActorConfig:
     """trajectories of one optimizer step, about: a batch is cut into parts as even as can be"""
     micro_batch: Positive | Literal["auto"] = "auto"
     """most chunk steps of one forward and backward pass of an actor worker (RL-VLA³ on LIBERO: 32
-    to 128); auto: two trajectories', or fewer where memory is short"""
+    to 128); auto: as many as fit, of 1, 2, 4 … 128; without a GPU two trajectories'"""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """keep only the input of each block for the backward pass, which computes the rest again: less
-    memory for a third more time; auto: where memory is short"""
+    memory for a third more time; auto: where fewer than 16 chunk steps would fit without"""
     update_epochs: Positive = 2
     """passes over a batch (RL-VLA³, π0.5 on LIBERO: 1)"""
     lr: AboveZero = 1.5e-4
@@ -267,8 +267,8 @@ class ActorConfig:
     ] = "auto"
     """where what a frozen VLM made of a frame is kept for training: in the slots, from inference
     on; on the actor's device, from the first epoch of a batch to its last; or nowhere, so that
-    every epoch computes it again. auto: in the slots where they have room, else on the device
-    where there are several epochs"""
+    every epoch computes it again. auto: in slots of at most half of the host's memory, else on the
+    device where it has room and there are several epochs (docs/memory.md)"""
 
     @property
     def minibatches(self) -> int:

@@ -152,7 +152,7 @@ class Follower:
             self.begin()
         memory_gb, cpu_s = self.crew.used()
         line |= self.interval.measure()
-        line["rss_gb"] = memory_gb + self.setup.pool_gb()
+        line["rss_gb"] = memory_gb + self.setup.pool_bytes / 1e9
         self.tuner.iteration(line["version"], cpu_s)
 
     def complete(self, line: dict) -> dict:

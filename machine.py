@@ -113,6 +113,14 @@ def gpus() -> int:
     return 0
 
 
+def gpu_memory() -> int:
+    """Returns the bytes of the smallest GPU."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+
+
 def unseen(versions: list[str], cuda: str | None) -> str:
     """Says why torch of this CUDA sees no GPU, one driver version each, and what to do."""
     seen = f"torch sees none of this machine's {len(versions)} GPUs"

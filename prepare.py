@@ -9,7 +9,7 @@ from a `Setup`.
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NotRequired
@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 
 import envs
 import machine
+import memory
 import models
 import recipes
 import tuning
@@ -61,27 +62,22 @@ class State(TypedDict, closed=True):
 
 
 @dataclass(frozen=True)
-class Setup:
-    config: Config  # complete: every number that follows from others is filled in
+class Setup(memory.Demand):
     spec: envs.EnvSpec
-    placement: Placement
     note: str
-    slots: Spec
-    on_gpu: tuple[str, ...]  # fields of the slots that lie on the first env worker's GPU
-    weights: Spec
-    header: checkpoint.Header
     resume: State | None
     saved: str  # config.json, complete and as the user meant it
     choices: tuning.Choices  # the ratio in use, then others for --ratio auto
+    room: memory.Room
+
+    @property
+    def header(self) -> checkpoint.Header:
+        return self.model.header
 
     @property
     def version(self) -> int:
         """What training starts or continues from."""
         return self.resume["version"] if self.resume else 0
-
-    @property
-    def slot_count(self) -> int:
-        return Admission.of(self.config).slots + self.config.env.eval_envs
 
     def pool(self) -> SlotPool:
         """Makes the slots, each on the NUMA node of the GPU whose rollout worker serves it."""
@@ -91,16 +87,6 @@ class Setup:
         near = [nodes[lane % len(nodes)] for lane in lanes]
         return SlotPool(self.slots, self.slot_count, device, self.on_gpu, near)
 
-    def copies_gb(self) -> float:
-        """Host memory, 12 bytes a weight, of weights and optimizer as they were: in a checkpoint
-        that is being written, and where a batch has several steps before the first of them."""
-        return min(2, self.config.actor.steps) * 3 * layout(self.weights, 1)[1] / 1e9
-
-    def pool_gb(self) -> float:
-        """Host memory of the slots."""
-        on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
-        return layout(on_host, self.slot_count)[1] / 1e9
-
 
 def prepare(config: Config) -> Setup:
     """Checks everything that can be checked before a process starts. Raises UserError."""
@@ -108,20 +94,14 @@ def prepare(config: Config) -> Setup:
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
     config, given, resume, note = find_start(config, simulator)
-    config, placement, options, fits = find_workers(config, simulator)
-    validate(config)
-    spec = simulator.spec(config.train.tasks, config.env.image_size)
-    config, turns = with_segment(config, spec)
-    config, rounded = with_passes(config)
+    room = memory.Room.here()
+    config, placement, options, fits = find_workers(config, simulator, room)
+    config, share, lay_out, rounded = with_sizes(config, simulator, placement)
 
     # Pictures, states or prompts that do not suit the model are better named now than by a worker.
-    model = models.build(config, spec, weights="none")
-    note += models.assumptions(config, spec)
-    keeps = config.actor.cache_prefix in ("slots", "gpu") and model.header.shape.get("train_vlm")
-    moves = "--cache-prefix keeps what a frozen VLM made: leave it out, for the VLM has adapters"
-    require(not keeps, moves)
-    spec = spec.seen_by(model.header)
-    slots = slot_spec(config, spec, model)
+    model = lay_out(config).model
+    note += models.assumptions(config, lay_out.spec)
+    spec = lay_out.spec.seen_by(model.header)
     preparation = models.preparation(config.train.model, model.header, config.train.tokenizer)
     shape = (spec.views, spec.image_size, spec.image_size, 3)
     picture = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
@@ -129,35 +109,81 @@ def prepare(config: Config) -> Setup:
         observed = preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
         contract.check_observed(model, observed)
 
-    # What a vectorised simulator draws on a GPU stays there if the model takes it as it is.
-    drawn_on_gpu = simulator.vectorised and placement.env_devices[0] != "cpu"
-    stays = drawn_on_gpu and np.array_equal(observed.get("image"), picture)
+    # Choose what is left to memory. What a vectorised simulator draws on a GPU stays there if the
+    # model takes it as it is.
+    demand = memory.choose(config, share, room, lay_out)
+    config = demand.config
+    taken = np.array_equal(observed.get("image"), picture)
+    demand = replace(demand, on_gpu=demand.on_gpu if taken else ())
     choices = {config.train.parts: (config, placement)}
     for ratio, (chosen, divided) in options.items():
-        choices[ratio] = with_passes(completed(chosen, segment=config.env.segment))[0], divided
+        chosen = completed(chosen, **{name: setting(config, name) for name in memory.CHOSEN})
+        share = share_of(completed(chosen, segment=config.env.segment))[0]
+        fewer = min(share, config.actor.micro_batch)
+        choices[ratio] = completed(chosen, segment=config.env.segment, micro_batch=fewer), divided
     if resume and config.train.checkpoint:
         checkpoint.check_finite(config.train.checkpoint)
-        check_memory_of(config, spec, model, resume)
-    setup = Setup(
-        config=config,
+        check_memory_of(config, spec, demand.model, resume)
+    if not config.train.memory_report:
+        memory.check(demand, room, lay_out)
+    return Setup(
+        **vars(demand),
         spec=spec,
-        placement=placement,
-        note=note + fits + turns + rounded,
-        slots=slots,
-        on_gpu=("image", *model.slot_fields()) if stays else (),
-        weights={name: (tuple(p.shape), p.dtype) for name, p in model.trainable().items()},
-        header=model.header,
+        note=note + fits + rounded,
         resume=resume,
         saved=to_json(completed(config, checkpoint=given)),
         choices=choices,
+        room=room,
     )
-    has = machine.memory() / 1e9
-    needs = setup.pool_gb() + setup.copies_gb()
-    found = f"the slots need with copies of trained weights {needs:.1f} GB of memory"
-    less = "lower --envs, --eval-envs, --batch, --segment or --max-staleness, or train less"
-    enough = needs < has or config.train.memory_report
-    require(enough, f"{found}, and this machine has {has:.1f} GB free: {less}")
-    return setup
+
+
+def demand_of(config: Config, room: memory.Room) -> tuple[memory.Demand, "LayOut"]:
+    """Lays out a run that is not to start. A recipe needs neither its checkpoint nor its simulator
+    for that. Raises UserError."""
+    check_by_themselves(config)
+    bare = config.train.recipe and not config.train.checkpoint
+    simulator = envs.load(config.train.env, installed=not bare)
+    if not bare:
+        config = find_start(config, simulator)[0]
+    config, placement, _, _ = find_workers(config, simulator, room)
+    config, share, lay_out, _ = with_sizes(config, simulator, placement)
+    return memory.choose(config, share, room, lay_out), lay_out
+
+
+@dataclass(frozen=True)
+class LayOut:
+    """Lays out the memory of a run whose settings may still change."""
+
+    simulator: envs.Simulator
+    spec: envs.EnvSpec
+    placement: Placement
+
+    def __call__(self, config: Config) -> memory.Demand:
+        """Raises UserError where settings exclude each other."""
+        validate(config)
+        model = models.build(config, self.spec, weights="none")
+        keeps = config.actor.cache_prefix in ("slots", "gpu") and model.header.shape.get(
+            "train_vlm"
+        )
+        moves = "leave it out, for the VLM has adapters"
+        require(not keeps, f"--cache-prefix keeps what a frozen VLM made: {moves}")
+        slots = slot_spec(config, self.spec.seen_by(model.header), model)
+        # Pictures that a simulator draws on a GPU stay there.
+        drawn = self.simulator.vectorised and self.placement.env_devices[0] != "cpu"
+        on_gpu = ("image", *model.slot_fields()) if drawn else ()
+        return memory.Demand(config, self.placement, model, slots, on_gpu)
+
+
+def with_sizes(
+    config: Config, simulator: envs.Simulator, placement: Placement
+) -> tuple[Config, int, LayOut, str]:
+    """Fills in the size of trajectories. Returns the settings, how many chunk steps a pass may have
+    at most, what lays out the run, and what to say about sizes."""
+    validate(config)
+    spec = simulator.spec(config.train.tasks, config.env.image_size)
+    config, turns = with_segment(config, spec)
+    share, rounded = share_of(config)
+    return config, share, LayOut(simulator, spec, placement), turns + rounded
 
 
 def find_start(
@@ -268,9 +294,9 @@ def check_memory_of(config: Config, spec: envs.EnvSpec, model: Any, resume: dict
 
 
 def find_workers(
-    config: Config, simulator: envs.Simulator
+    config: Config, simulator: envs.Simulator, room: memory.Room
 ) -> tuple[Config, Placement, tuning.Choices, str]:
-    """Divides this machine by the ratio. With --ratio auto the ratio is one that fits here.
+    """Divides the machine by the ratio. With --ratio auto the ratio is one that fits here.
 
     Returns the settings with numbers of workers and lanes, the placement, what else can run here
     with --ratio auto, and what the user should know."""
@@ -279,8 +305,6 @@ def find_workers(
     require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")
     if simulator.vectorised:
         config = completed(config, lanes=lanes or 2)
-    gpus = machine.gpus()
-    cores = machine.cores()
     choices = {}
     note = ""
     if config.train.ratio == "auto":
@@ -288,14 +312,14 @@ def find_workers(
         # does; so too where a run is resumed on another machine.
         counts = tuple(setting(config, name) for name in WORKERS)
         config = completed(config, workers_given=counts)
-        choices = tuning.options(config, counts, simulator, gpus, cores)
+        choices = tuning.options(config, counts, simulator, room.gpus, room.cores)
         before = config.train.ratio_from
         if not before or config.train.resume and before not in choices:
             config = completed(config, ratio_from=next(iter(choices), before))
         now = config.train.ratio_from
         if before not in ("", now):
             note = f"ratio {before} does not fit here, so the run goes on at {now}\n"
-    config, placement, rounded = shared_out(config, simulator, gpus, cores)
+    config, placement, rounded = shared_out(config, simulator, room.gpus, room.cores)
     return config, placement, choices, note + rounded
 
 
@@ -347,26 +371,21 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     )
 
 
-def with_passes(config: Config) -> tuple[Config, str]:
-    """Fills in how many chunk steps a forward and backward pass takes at most, and returns what to
-    say about the size of minibatches."""
+def share_of(config: Config) -> tuple[int, str]:
+    """Returns how many chunk steps of a minibatch an actor worker trains at most, and what to say
+    about the size of minibatches."""
     actor = config.actor
-    segment = config.env.segment
     admission = Admission.of(config)
     sizes = np.bincount(admission.minibatch_of(actor.minibatches, actor.actor_workers))
-    share = -(-int(sizes.max()) // actor.actor_workers) * segment
-    if actor.micro_batch == "auto":
-        config = completed(config, micro_batch=min(2 * segment, share))
-    large = (
-        f"--micro-batch {actor.micro_batch} is larger than the {share} chunk steps of a minibatch"
-    )
-    fewer = f"that an actor worker trains: give at most {share}"
-    require(config.actor.micro_batch <= share, f"{large} {fewer}")
+    share = -(-int(sizes.max()) // actor.actor_workers) * config.env.segment
+    most = share if actor.micro_batch == "auto" or config.train.resume else actor.micro_batch
+    large = f"--micro-batch {most} is larger than the {share} chunk steps of a minibatch"
+    require(most <= share, f"{large} that an actor worker trains: give at most {share}")
     if set(sizes) == {actor.minibatch}:
-        return config, ""
+        return share, ""
     of = " or ".join(map(str, sorted(set(sizes))))
     made = f"{len(sizes)} minibatches of {of} trajectories, in place of {actor.minibatch}"
-    return config, f"a batch of {actor.batch} trajectories makes {made}\n"
+    return share, f"a batch of {actor.batch} trajectories makes {made}\n"
 
 
 def common_fields(segment: int, chunk: int, action_dim: int) -> Spec:
@@ -420,15 +439,14 @@ def slot_spec(config: Config, spec: envs.EnvSpec, model) -> Spec:
 
 
 def memory_report(setup: Setup) -> None:
-    """Prints the size of each memory pool (--memory-report)."""
+    """Prints what every process takes, and the slots in detail (--memory-report)."""
+    memory.show(memory.Table(setup, setup.room), setup.room)
     count = setup.slot_count
     one = layout(setup.slots, 1)[1] / 1e6
     where = "shared memory"
     if setup.on_gpu:
         where += f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}"
     print(f"slot pool: {count} slots × {one:.2f} MB = {count * one:.1f} MB of {where}")
-    print(f"weight plane: 2 × {layout(setup.weights, 1)[1] / 1e6:.2f} MB")
-    print(f"copies of trained weights and optimizer: {1e3 * setup.copies_gb():.2f} MB of memory")
     size = {name: layout({name: kind}, count)[1] for name, kind in setup.slots.items()}
     for name in sorted(size, key=size.get, reverse=True):
         shape, dtype = setup.slots[name]

@@ -21,7 +21,7 @@ from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool, s
 from config import Config
 from metrics import HISTOGRAM, Meter
 from models import compiled, contract
-from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max
+from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max, most_samples
 from weights import WeightFetcher
 
 
@@ -33,7 +33,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     model = models.build(config, spec, device).eval()
     lanes = LanesServed(rank, config, channels)
     batcher = DynamicBatcher(*first_limits(config, lanes.count))
-    padded = compile_where_asked(model, config, lanes, batcher.batch_max, device, meter)
+    padded = compile_where_asked(model, config, lanes, device, meter)
     fetcher = WeightFetcher(channels.plane, model.trainable(), config.train.timeout_s)
     meter.ready()
     take_first_weights(fetcher, meter)
@@ -241,16 +241,13 @@ def named(config: Config, version: int, begun: int) -> tuple[str, str]:
 
 
 def compile_where_asked(
-    model, config: Config, lanes: LanesServed, batch_max: int, device: str, meter: Meter
+    model, config: Config, lanes: LanesServed, device: str, meter: Meter
 ) -> Callable[[int], int]:
     """Compiles inference (--compile). Returns what n samples are padded to; n where it is eager."""
     wanted = config.rollout.compile
     if not (model.COMPILED and (device != "cpu" if wanted is None else wanted)):
         return int
-    # Evaluation and last values ride along, on top of the lanes served.
-    acting = lanes.count if config.rollout.batch_max == "auto" else min(batch_max, lanes.count)
-    most = (acting + lanes.count) * lanes.width + config.env.eval_envs
-    compiled.compile_for(model, most, device, meter.alive)
+    compiled.compile_for(model, most_samples(config, lanes.count), device, meter.alive)
     return compiled.bucket
 
 

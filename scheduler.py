@@ -25,6 +25,14 @@ def first_batch_max(chosen: int | str, lanes: int) -> int:
     return {"all": lanes, "auto": max(1, lanes // 2)}.get(chosen, chosen)
 
 
+def most_samples(config: Config, lanes: int) -> int:
+    """Returns the most samples of one inference of a rollout worker that so many lanes ask.
+    Evaluation and last values ride along, on top of those that act."""
+    chosen = config.rollout.batch_max
+    acting = lanes if chosen in ("auto", "all") else min(chosen, lanes)
+    return (acting + lanes) * config.env.width + config.env.eval_envs
+
+
 class DynamicBatcher:
     """Lets requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
 

@@ -8,6 +8,8 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
                                           with both, `Env` is for evaluation and for looking at it
     workers(ratio, placement) -> int      optional: how many env workers to start; else --ratio
                                           decides
+    PACKAGES                              optional: packages that it imports where they are used,
+                                          because that takes seconds
 
 `load` checks this list, `python -m envs.check --env NAME` checks it by playing. Time limits are the
 lanes' business (`EnvSpec.limit`), so success, failure and truncation stay apart.
@@ -15,6 +17,7 @@ lanes' business (`EnvSpec.limit`), so success, failure and truncation stay apart
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -224,12 +227,17 @@ class Simulator:
         return workers(ratio, placement) if workers else None
 
 
-def load(name: str) -> Simulator:
-    """Imports a simulator and checks what it offers. Raises UserError, which says what to do."""
+def load(name: str, installed: bool = True) -> Simulator:
+    """Imports a simulator and checks what it offers. Raises UserError, which says what to do.
+
+    installed: its packages must be there, without which it has a spec and no envs."""
     require(name in SIMULATORS, f"unknown --env {name!r}: choose one of {', '.join(SIMULATORS)}")
     path, install = SIMULATORS[name]
     try:
         module = importlib.import_module(path)
+        for package in vars(module).get("PACKAGES", ()) if installed else ():
+            if importlib.util.find_spec(package) is None:
+                raise ModuleNotFoundError(f"No module named {package!r}", name=package)
     except UserError:
         raise
     except ModuleNotFoundError as error:

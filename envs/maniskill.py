@@ -18,7 +18,6 @@ Left out: dense rewards (reward is 1 on success, as each task defines it, else 0
 limits and auto-reset (they are wrappers, not used here). Not run so far: a GPU.
 """
 
-import importlib.util
 import json
 import os
 import sys
@@ -34,8 +33,7 @@ from config import ROOT
 from envs import EnvSpec, Step
 from errors import UserError, require
 
-if importlib.util.find_spec("mani_skill") is None:  # imported where it is used: that takes seconds
-    raise ModuleNotFoundError("No module named 'mani_skill'", name="mani_skill")
+PACKAGES = ("mani_skill",)
 
 # Where setup.sh puts a newer one than the system's.
 SOFTWARE_VULKAN = Path(sys.prefix) / "lavapipe" / "icd.json"

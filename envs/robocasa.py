@@ -17,7 +17,6 @@ places and instruction ("Close the left drawer."); the prompts of the spec only 
 Left out: soft resets (every episode builds its kitchen anew, as in RoboCasa), faster drawing.
 """
 
-import importlib.util
 import logging
 import random
 import re
@@ -28,9 +27,7 @@ import envs
 from envs import EnvSpec, Step, stability
 from errors import UserError, require
 
-for package in ("robosuite", "robocasa"):  # imported where they are used: that takes seconds
-    if importlib.util.find_spec(package) is None:
-        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+PACKAGES = ("robosuite", "robocasa")
 
 ROBOT = "PandaOmron"
 VIEWS = ("robot0_agentview_left", "robot0_eye_in_hand")

@@ -64,7 +64,8 @@ def preparation(name: str, header: checkpoint.Header, tokenizer: Path | str | No
 
 def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> torch.nn.Module:
     """Makes the model of `config.train.checkpoint`, ours or another project's, with those `weights`
-    on `device`: `contract.MODEL`.
+    on `device`: `contract.MODEL`. Without a checkpoint it is the published model, whose weights are
+    "none".
 
     spec: envs.EnvSpec. Raises UserError when the checkpoint is of another model or does not suit
     the simulator."""
@@ -76,9 +77,11 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         return model
 
     # Ask the checkpoint what it holds
-    path = Path(config.train.checkpoint)
-    ours = checkpoint.is_ours(path)
-    if ours:
+    path = config.train.checkpoint and Path(config.train.checkpoint)
+    ours = path and checkpoint.is_ours(path)
+    if not path:
+        header = checkpoint.Header(name, asdict(published_shape(config, spec)), {"layout": ""})
+    elif ours:
         path = checkpoint.find(path)
         header = checkpoint.of_family(path, name)
     else:
@@ -101,12 +104,14 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
 
     # Read its weights
     for key, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(model.dtype_of(key) or parameter.dtype)
+        kind = parameter.dtype if path else torch.bfloat16  # of the published files
+        parameter.data = parameter.data.to(model.dtype_of(key) or kind)
     if ours:
         layout = checkpoint.own(path, model, family.NETWORK.HEADS)
-    with checkpoint.or_another(path):
-        source.load(model, path, layout, device, model.dtype_of, weights)
-        checkpoint.require_finite(path, dict(model.named_parameters()))
+    if path:
+        with checkpoint.or_another(path):
+            source.load(model, path, layout, device, model.dtype_of, weights)
+            checkpoint.require_finite(path, dict(model.named_parameters()))
     if adapter:
         adapter.put(model)
 
@@ -124,6 +129,21 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     model.header = header._replace(shape=asdict(model.config), vocabulary=words)
     contract.check_model(model, name)
     return model
+
+
+def published_shape(config: Config, spec):
+    """The configuration of a family's published model, made to fit a run without its files."""
+    name = config.train.model
+    shape = load(name).FULL[name]
+    known = {field.name for field in fields(shape)}
+    chunk = config.rollout.chunk
+    sizes = {"views": config.env.cameras or min(shape.views, spec.views)}
+    if "executed_steps" in known:
+        sizes |= {"executed_steps": chunk, "executed_dims": spec.action_dim}
+        sizes["chunk"] = config.rollout.horizon or max(chunk, shape.chunk)
+    else:
+        sizes |= {"chunk": chunk, "action_dim": spec.action_dim}
+    return replace(shape, **sizes)
 
 
 def published(config: Config, spec) -> source.Found:

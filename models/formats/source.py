@@ -312,18 +312,21 @@ def load(
 
     path: a safetensors file or a folder with one or with shards; dtype: one for all, or a function
     of our parameter's name, or None to keep the file's. Our parameters that `source` does not name
-    (heads of our own) or that are not of `part` stay as they are and where they are."""
+    (heads of our own) stay as they are and where they are; those that are not of `part` as well,
+    but for their dtype."""
     stored = layout(path)
+    ours = model.state_dict()
+    keys_of: dict[str, list[str]] = {}
     places = match(model, path, source, stored)
-    wanted: dict[str, list[str]] = {}
     for key, place in places.items():
-        if includes(part, model, place.name):
-            wanted.setdefault(place.name, []).append(key)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        keys_of.setdefault(place.name, []).append(key)
     read = {}
-    for name, keys in wanted.items():
-        kind = dtype(name) if callable(dtype) else dtype
-        new = torch.empty(shapes[name], device=device, dtype=kind or stored[keys[0]].dtype)
+    for name, keys in keys_of.items():
+        kind = (dtype(name) if callable(dtype) else dtype) or stored[keys[0]].dtype
+        if not includes(part, model, name):
+            read[name] = ours[name].to(kind)
+            continue
+        new = torch.empty(ours[name].shape, device=device, dtype=kind)
         read[name] = new
         for key in keys:
             entry = stored[key]

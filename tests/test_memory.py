@@ -1,0 +1,260 @@
+"""memory.py: what it counts against sums made by hand, and against what processes really use."""
+
+import contextlib
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, Cli
+from torch import nn
+
+import allocations
+import memory
+import prepare
+import train
+from allocations import Sketch
+from config import completed
+from errors import UserError
+from memory import GB, USABLE, MemoryConfig, Room, Table
+
+LARGE = Room(0, 0.0, 1e12, 2)
+ROWS = 12
+
+
+class Chain(nn.Module):
+    """Three layers without bias, behind what memory.py asks of a model."""
+
+    def __init__(self, width: int = 64, depth: int = 3):
+        super().__init__()
+        self.width = width
+        with torch.device("meta"):
+            self.blocks = nn.ModuleList(nn.Linear(width, width, False) for _ in range(depth))
+
+    config = type("Shape", (), {"played": (1, 1)})
+    idle = tuple
+
+    def observation_fields(self):
+        return {"x": ((self.width,), torch.float32)}
+
+    def slot_fields(self):
+        return {}
+
+    def training_fields(self):
+        return ("x",)
+
+    def trainable(self):
+        return dict(self.named_parameters())
+
+    def draw(self, keys, explore):
+        return {"noise": torch.zeros(len(keys), self.width)}
+
+    def act(self, observed, noise):
+        with torch.no_grad():
+            x = observed["x"] + noise["noise"]
+            for block in self.blocks:
+                x = block(x)
+        return {"actions": x}
+
+    def evaluate(self, batch):
+        x = batch["x"]
+        for block in self.blocks:
+            x = block(x)
+        return {"logprob": x, "value": batch["x"][:, 0]}
+
+
+def test_a_chain_takes_what_its_layers_sizes_say():
+    chain = Chain()
+    row = 4 * chain.width
+    activation = ROWS * row
+    weight = 4 * chain.width**2
+    actions = 4 * ROWS
+    # Observations, noise, and of the layers one's input and its output.
+    assert allocations.inference_peak(Sketch.of(chain), ROWS) == 4 * activation
+    # In backward: what was copied, what is trained on, every layer's output, the gradient of one
+    # layer's input and weights; four sums and their gradients.
+    depth = len(chain.blocks)
+    expected = 20 * row + actions + (1 + depth + 1) * activation + weight
+    found = allocations.training_peak(Sketch.of(chain), ROWS, 20, False, False)
+    assert expected <= found <= expected + 8 * 4
+    # With checkpointing each layer's input is all that is kept, which here is every output.
+    again = allocations.training_peak(Sketch.of(chain), ROWS, 20, True, False)
+    assert abs(again - found) <= 2 * activation
+    deep = Chain(depth=30)
+    more = allocations.training_peak(Sketch.of(deep), ROWS, 20, False, False) - found
+    assert more == 27 * activation
+
+
+def test_adamw_keeps_two_numbers_a_weight():
+    weights = Chain().trainable()
+    size = sum(p.nbytes for p in weights.values())
+    kept, step = allocations.optimizer_bytes(weights, foreach=True)
+    assert kept == 2 * size and size <= step <= 3 * size
+    kept, one = allocations.optimizer_bytes(weights, foreach=False)
+    assert kept == 2 * size and one < step
+
+
+def test_attention_keeps_no_square_of_the_length():
+    def peak(length: int) -> int:
+        account = allocations.Account()
+        with account:
+            q = torch.empty(1, 2, length, 8, device="meta", requires_grad=True)
+            allocations.attention(q, q[:, :1], q[:, :1]).sum().backward()
+        return account.peak
+
+    assert peak(2000) - peak(1000) == peak(3000) - peak(2000)
+
+
+def laid_out(room: Room, *flags: str):
+    return prepare.demand_of(train.parse(list(flags)), room)
+
+
+def test_the_embedded_default_stays_as_it_is_on_a_cpu():
+    begun = time.process_time()
+    demand, _ = laid_out(Room(0, 0.0, 24e9, 2))
+    assert time.process_time() - begun < 3.0  # it needs no look at the model's functions
+    actor = demand.config.actor
+    assert actor.micro_batch == 2 * demand.config.env.segment
+    assert (actor.checkpointing, actor.cache_prefix) == ("off", "slots")
+
+
+def actors_need(demand, **changes) -> float:
+    """Bytes of the first GPU on which an actor is, with other settings."""
+    changed = replace(demand, config=completed(demand.config, **changes))
+    sums = Table(changed, LARGE).sums()
+    return max(row.total for row in sums if row.device == demand.placement.actor_devices[0])
+
+
+def test_the_largest_micro_batch_that_fits_is_chosen():
+    small = Room(2, 1e12, 1e12, 2)
+    demand, _ = laid_out(small, "--ratio", "1:1", "--model", "oft")
+    assert demand.config.actor.micro_batch == memory.LARGEST
+    assert demand.config.actor.checkpointing == "off"
+    for size, way in ((64, "off"), (16, "off"), (32, "on")):
+        needs = actors_need(demand, micro_batch=size, checkpointing=way)
+        if way == "on":  # less than 16 chunk steps would fit without checkpointing
+            assert needs < actors_need(demand, micro_batch=16)
+        room = small._replace(gpu=(needs + 1) / USABLE)
+        found = laid_out(room, "--ratio", "1:1", "--model", "oft")[0].config.actor
+        assert (found.micro_batch, found.checkpointing) == (size, way)
+        given = ("--ratio", "1:1", "--model", "oft", "--micro-batch", "8")
+        assert laid_out(room, *given)[0].config.actor.micro_batch == 8
+
+
+def test_a_prefix_is_kept_where_there_is_room():
+    """In slots of at most half of the host's memory, else on the device for several epochs."""
+    room = Room(2, 1e12, 1e12, 2)
+    demand, _ = laid_out(room, "--ratio", "1:1")
+    half = room._replace(host=2 * demand.pool_bytes)
+    assert laid_out(half, "--ratio", "1:1")[0].config.actor.cache_prefix == "slots"
+    less = half._replace(host=half.host - 2)
+    kept, _ = laid_out(less, "--ratio", "1:1")
+    assert kept.config.actor.cache_prefix == "gpu"
+    actor = next(
+        row
+        for row in Table(kept, less, 0.0).rows.values()
+        if row.slots and row.process == "actor-0"
+    )
+    shape, dtype = demand.slots["prefix_cache"]
+    assert actor.slots > 48 * torch.Size(shape).numel() * dtype.itemsize
+    once = laid_out(less, "--ratio", "1:1", "--update-epochs", "1")[0]
+    assert once.config.actor.cache_prefix == "off"
+
+
+def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
+    room = Room(2, 1e12, 1e12, 2)
+    flags = ("--ratio", "1:1", "--model", "oft", "--micro-batch", "128", "--checkpointing", "off")
+    demand, lay_out = laid_out(room, *flags)
+    memory.check(demand, room, lay_out)
+    small = room._replace(gpu=actors_need(demand, micro_batch=16) / USABLE + 1)
+    with pytest.raises(UserError, match="cuda:1 needs .* and has .* GB: give (--.*)") as refusal:
+        memory.check(demand, small, lay_out)
+    advised = str(refusal.value).partition("give ")[2].split()
+    memory.check(laid_out(small, *flags, *advised)[0], small, lay_out)
+    tiny = room._replace(gpu=1e6)
+    with pytest.raises(UserError, match="it takes larger or more GPUs, fewer") as refusal:
+        memory.check(demand, tiny, lay_out)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_command_prints_and_writes_every_row(tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    flags = ["--ratio", "1:1", "--envs", "6", "--batch", "6", "--minibatch", "6"]
+    memory.main(MemoryConfig(gpus=2, gpu_gb=24.0, host_gb=64.0, json=file), flags)
+    printed = capsys.readouterr().out
+    written = json.loads(file.read_text())
+    assert written["what"] == "memory"
+    sizes = [f"{part}_gb" for part in (*memory.PARTS, "total")]
+    for row in written["rows"]:
+        assert list(row) == ["process", "device", *sizes, "fits"]
+        assert row["total_gb"] == pytest.approx(sum(row[f"{part}_gb"] for part in memory.PARTS))
+        assert row["fits"]
+    found = {(row["process"], row["device"]) for row in written["rows"]}
+    wanted = {("shared", "host"), ("actor-0", "cuda:1"), ("rollout-0", "cuda:0"), ("all", "host")}
+    assert wanted <= found and "of 64.0" in printed
+    with pytest.raises(UserError, match="--gpu-gb 0"):
+        memory.main(MemoryConfig(gpus=2, gpu_gb=0.0), [])
+
+
+def test_ranks_that_share_the_weights_divide_them():
+    """Parameters, gradients and optimizer; whole are only two blocks and what is in none."""
+    room = Room(4, 1e12, 1e12, 4)
+    flags = ("--ratio", "1:1", "--model", "oft", "--oft-train", "full", "--micro-batch", "8")
+    alike, _ = laid_out(room, *flags)
+    shared, _ = laid_out(room, *flags, "--shard")
+    one, part = (Table(demand, room).rows["actor-1", "cuda:3"] for demand in (alike, shared))
+    assert (part.gradients, part.optimizer) == (one.gradients / 2, one.optimizer / 2)
+    blocks = [
+        sum(p.nbytes for p in block.parameters())
+        for blocks in shared.model.modules()
+        for block in (blocks if isinstance(blocks, nn.ModuleList) else ())
+    ]
+    outside = one.weights - sum(blocks)
+    assert part.weights == one.weights / 2 + outside + sum(sorted(blocks)[-2:])
+    rows = Table(shared, room).rows
+    assert rows["shared", "host"].weight_plane and ("shared", "cuda:2") not in rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe", ["libero_10_ppo_openpi_pi05", "libero_10_ppo_gr00t", "libero_10_grpo_openvlaoft"]
+)
+def test_a_published_model_is_laid_out_within_a_minute(recipe):
+    begun = time.process_time()
+    room = MemoryConfig(gpus=8).room()
+    demand, lay_out = laid_out(room, "--recipe", recipe)
+    try:
+        memory.check(demand, room, lay_out)
+    except UserError as refusal:
+        assert "\n" not in str(refusal)
+    assert time.process_time() - begun < 60.0
+    whole = sum(p.numel() for p in demand.model.parameters())
+    rollout = Table(demand, room, 0.0).rows["rollout-0", "cuda:0"]
+    assert 2 * whole <= rollout.weights <= 4 * whole
+
+
+def used(pid: int) -> int:
+    """Bytes of a process and its descendants; what several share counts once."""
+    found = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(OSError, psutil.NoSuchProcess):
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            found += 1024 * int(re.search(r"^Pss: +(\d+)", text, re.MULTILINE)[1])
+    return found
+
+
+@pytest.mark.slow
+def test_the_embedded_default_uses_what_is_said(tmp_path):
+    demand, _ = laid_out(LARGE)
+    said = next(row for row in Table(demand, LARGE).sums())
+    run = Cli(ROOT / "train.py", f"--iterations 2 --run {tmp_path / 'x'}")
+    most = 0
+    while run.process.poll() is None:
+        most = max(most, used(run.process.pid))
+        time.sleep(0.5)
+    assert run.finish()[0] == 0
+    assert said.total == pytest.approx(most, rel=0.15), (said.total / GB, most / GB)
