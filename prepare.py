@@ -139,12 +139,17 @@ def prepare(config: Config) -> Setup:
 
 def demand_of(config: Config, room: memory.Room) -> tuple[memory.Demand, "LayOut"]:
     """Lays out a run that is not to start. A recipe needs neither its checkpoint nor its simulator
-    for that. Raises UserError."""
+    for that; tasks whose assets are not here are as large as others. Raises UserError."""
     check_by_themselves(config)
     bare = config.train.recipe and not config.train.checkpoint
     simulator = envs.load(config.train.env, installed=not bare)
     if not bare:
         config = find_start(config, simulator)[0]
+    else:
+        try:
+            simulator.spec(config.train.tasks, 0)
+        except UserError:
+            config = completed(config, tasks=())
     config, placement, _, _ = find_workers(config, simulator, room)
     config, share, lay_out, _ = with_sizes(config, simulator, placement)
     return memory.choose(config, share, room, lay_out), lay_out
