@@ -1,5 +1,5 @@
 """Counts what a model's own functions allocate, on tensors without memory (torch's "meta" device):
-`act` on a batch, `evaluate` and backward on a micro-batch, the optimizer's step.
+`act` on a batch, `evaluate` and backward on a micro-batch.
 
 Nothing is read and no GPU is needed, and no number of a model stands here. Assumed: attention keeps
 its output and one number of the softmax per query, as CUDA's kernels do, and inference is not
@@ -153,19 +153,9 @@ def empty(fields: dict, rows: int) -> dict[str, Tensor]:
     }
 
 
-def optimizer_bytes(trained: dict[str, Tensor], foreach: bool) -> tuple[float, float]:
-    """Returns the bytes that AdamW keeps of weights, and those that a step has beside them.
-
-    It treats all tensors alike, so it is asked about one. foreach: it takes all of them at once,
-    which is torch's choice on a GPU, and else one after the other."""
-    one = torch.nn.Parameter(torch.empty(1000, device="meta"))
-    one.grad = torch.empty_like(one)
-    account = Account((one, one.grad))
-    optimizer = torch.optim.AdamW([one], foreach=foreach)
-    with account:
-        optimizer.step()
+def optimizer_bytes(trained: dict[str, Tensor], at_once: bool) -> tuple[int, int]:
+    """Returns the bytes that AdamW keeps of weights, two moments, and those that a step has beside
+    them: a copy of all weights if it takes them at once, torch's choice on a GPU, else three of the
+    largest. Asking AdamW itself would import a compiler."""
     sizes = [parameter.nbytes for parameter in trained.values()]
-    at_once = sum(sizes) if foreach else max(sizes)
-    return sum(sizes) * account.now / one.nbytes, at_once * (
-        account.peak - account.now
-    ) / one.nbytes
+    return 2 * sum(sizes), sum(sizes) if at_once else 3 * max(sizes)

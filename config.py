@@ -267,7 +267,7 @@ class ActorConfig:
     ] = "auto"
     """where what a frozen VLM made of a frame is kept for training: in the slots, from inference
     on; on the actor's device, from the first epoch of a batch to its last; or nowhere, so that
-    every epoch computes it again. auto: in slots of at most half of the host's memory, else on the
+    every epoch computes it again. auto: in slots of at most half of their memory, else on the
     device where it has room and there are several epochs (docs/memory.md)"""
 
     @property

@@ -40,7 +40,7 @@ GB = 1e9
 USABLE = 0.95  # share of a GPU that tensors can fill, for fragmentation
 # Looking takes seconds. What fits even if each sample took this many times the bytes of all weights
 # is not looked at: models of some million weights take 0.1 to 2 times.
-ROUGH = 16
+ROUGH = 8
 
 # Bytes of processes without tensors (Pss; Linux, Python 3.11, torch 2.13 without CUDA): the
 # launcher, the server that forks the workers, a worker.
@@ -293,7 +293,7 @@ LayOut = Callable[[Config], Demand]  # it checks settings, too, and may raise Us
 
 ENOUGH = 16  # chunk steps of a pass with which checkpointing is not worth its time
 LARGEST = 128  # chunk steps of a pass: the most that the papers have
-SLOTS = 0.5  # share of the host's memory that slots may have before a prefix is kept elsewhere
+SLOTS = 0.5  # share of a device's memory that slots may have before a prefix is kept elsewhere
 # What takes less memory, in the order in which it is tried; each costs time or changes learning.
 REMEDIES = (
     {"cache_prefix": "off"},
@@ -344,7 +344,9 @@ def choose(config: Config, share: int, room: Room, lay_out: LayOut) -> Demand:
     best = None
     for place in places:
         demand = lay_out(completed(config, cache_prefix=place, micro_batch=sizes[0]))
-        if place == "slots" and len(places) > 1 and demand.pool_bytes > SLOTS * room.host:
+        shared = [row for row in Table(demand, room, 0.0).rows.values() if row.process == "shared"]
+        large = any(row.slots > SLOTS * room.on(row.device) for row in shared)
+        if place == "slots" and len(places) > 1 and large:
             continue
         for way in ways:
             demand = replace(demand, config=completed(demand.config, checkpointing=way))
