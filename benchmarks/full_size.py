@@ -21,6 +21,7 @@ import shutil
 import string
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ def watch(command: list[str]) -> dict[str, float]:
         for process in [root, *root.children(recursive=True)]:
             try:
                 name = "launcher" if process == root else process.name()
+                name = "server" if name.startswith("python") else name  # it forks the others
                 peak[name] = max(peak[name], process.memory_full_info().pss / 1e9)
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
@@ -128,6 +130,16 @@ def watch(command: list[str]) -> dict[str, float]:
     if run.returncode:
         sys.exit(run.returncode)
     return dict(peak)
+
+
+def predicted(flags: list[str]) -> dict[str, float]:
+    """Returns the GB that memory.py says of every process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        command = [sys.executable, "memory.py", *flags, "--json", str(file)]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads(file.read_text())["rows"]
+    return {row["process"]: row["total_gb"] for row in rows}
 
 
 def main(config: FullSizeConfig) -> None:
@@ -144,6 +156,7 @@ def main(config: FullSizeConfig) -> None:
     begun = time.monotonic()
     peak = watch([sys.executable, "train.py", *flags, "--run", str(run)])
     result = {"what": "full_size", "seconds_in_all": time.monotonic() - begun, "peak_gb": peak}
+    result["predicted_gb"] = predicted(flags)
     seconds = defaultdict(list)
     for spans in read_trace(run).values():
         for name, start, end, *_ in spans:
