@@ -48,7 +48,7 @@ BARE = {"launcher": 250e6, "server": 125e6, "env": 115e6, "rollout": 120e6, "act
 # Bytes of a simulator, drawn in software: of each process, and of each env in it.
 SIMULATORS = {
     "metaworld": (20e6, 55e6),
-    "libero": (200e6, 80e6),
+    "libero": (330e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
 }
 ANY_SIMULATOR = (300e6, 100e6)
