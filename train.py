@@ -53,10 +53,11 @@ from follow import End, Follower
 from learner import schedule
 from models import checkpoint
 from output import disk_trouble
-from prepare import Setup, memory_report, prepare, read_state
+from prepare import Setup, memory_report, prepare
 from processes import Crew, Job, WorkerFailed
 from report import batch_line, mirror
 from run_folder import RunFolder, checkpoints, newest_version
+from start import read_state
 from weights import WeightPlane
 
 

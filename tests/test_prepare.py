@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 import prepare
+import start
 import train
 from benchmarks.emulated import libero
 from config import Config, completed, embedded_files, to_json, validate
@@ -64,7 +65,7 @@ def test_a_checkpoint_is_shipped_for_one_simulator():
 
 def test_a_new_simulator_starts_from_random_weights(monkeypatch, tmp_path):
     """Even one with Meta-World's four actions that says nothing of its states."""
-    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    monkeypatch.setattr(start, "ROOT", tmp_path)
     like_metaworld = EnvSpec(("reach",), ("reach",), 1, 64, 4, 4, 100)
     monkeypatch.setattr(libero, "spec", lambda tasks, image_size: like_metaworld)
     flags = "--model pi05 --env emulated --envs 8 --batch 16 --minibatch 8"
@@ -190,10 +191,10 @@ def test_copies_of_trained_weights_count_as_memory():
 
 
 def test_a_checkout_that_nobody_may_write_needs_a_run_elsewhere(monkeypatch):
-    monkeypatch.setattr(prepare.os, "access", lambda *_: False)
+    monkeypatch.setattr(start.os, "access", lambda *_: False)
     config = train.parse(["--env", "libero", "--envs", "8", "--batch", "16", "--minibatch", "8"])
     with pytest.raises(UserError, match="cannot write .*: give --run PATH, where you may write"):
-        prepare.find_start(config, prepare.envs.load("emulated"))
+        start.find_start(config, prepare.envs.load("emulated"))
 
 
 def test_statistics_are_for_another_project_s_checkpoint():
@@ -237,13 +238,13 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     with pytest.raises(
         UserError, match=r"state.json \(remove .*000003 to use an older one\): "
     ) as error:
-        prepare.resume_from(config)
+        start.resume_from(config)
     assert "\n" not in str(error.value)
     (folder / "state.json").write_text(json.dumps(GOOD))
-    assert prepare.resume_from(config) == (folder, GOOD | {"lines": []})
+    assert start.resume_from(config) == (folder, GOOD | {"lines": []})
     largest = GOOD | {"seed": 2**63 - 1}  # that --seed takes
     (folder / "state.json").write_text(json.dumps(largest))
-    assert prepare.resume_from(config)[1]["seed"] == largest["seed"]
+    assert start.resume_from(config)[1]["seed"] == largest["seed"]
 
 
 def lack(weights, meta):
@@ -336,7 +337,7 @@ def test_lines_are_looked_at_before_a_run_is_touched(tmp_path):
     (folder / "state.json").write_text(json.dumps(GOOD))
     (tmp_path / "run/metrics.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="line 1 of .*metrics.jsonl"):
-        prepare.resume_from(completed(Config(), resume=str(tmp_path / "run")))
+        start.resume_from(completed(Config(), resume=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,7 @@ def test_lines_are_looked_at_before_a_run_is_touched(tmp_path):
 def test_what_no_loss_remembers_is_refused(tmp_path, scale):
     config = completed(Config(), checkpoint=tmp_path / "000003")
     with pytest.raises(UserError, match="cannot read .*remembers") as error:
-        prepare.check_memory_of(config, None, None, {"scale": scale})
+        start.check_memory_of(config, None, None, {"scale": scale})
     assert "\n" not in str(error.value)
 
 

@@ -9,6 +9,7 @@ from test_pi_files import GOLDEN, SPEC, published
 import machine
 import prepare
 import recipes
+import start
 import train
 from benchmarks import recipes_table
 from config import WORKERS, Config, completed, embedded_files, setting, to_json, validate
@@ -178,7 +179,7 @@ def test_a_published_checkpoint_is_trained_as_its_family_is(monkeypatch, tmp_pat
     assert line.count("\n") == 1 and line.startswith("no --recipe is given, so settings of RLinf's")
     assert "--lr 5e-06" in line and "--gamma 0.99" in line and "--value-lr" not in line
     assert line.endswith("--envs 24 --batch 48 are not among them\n")
-    assert prepare.find_start(config, metaworld)[3] == line
+    assert start.find_start(config, metaworld)[3] == line
 
 
 def test_the_embedded_default_stays_as_it_is():

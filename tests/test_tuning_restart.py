@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_tuning import METAWORLD, config_of
 
-import prepare
+import start
 import train
 from config import ROOT, Config, from_json
 from errors import UserError
@@ -83,7 +83,7 @@ def test_what_ratio_from_must_be():
 def resumed(tmp_path, monkeypatch):
     """The settings that a run of these flags is resumed with, by flags of now."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(prepare, "resume_from", lambda config: (None, {"version": 1}))
+    monkeypatch.setattr(start, "resume_from", lambda config: (None, {"version": 1}))
 
     def resume(before: list[str], *now: str) -> Config:
         (tmp_path / "config.json").write_text(train.prepare(parsed(*before)).saved)
