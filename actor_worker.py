@@ -52,11 +52,7 @@ def run(
     begun = time.monotonic()
     with Saver(run_folder / "checkpoints", config.train, ledger, meter) as saver:
         while learner.version < config.train.iterations:
-            # Those who save agree to stop, and then do so.
-            if ranks.saves and (saver.trouble or is_to_stop(channels, learner)):
-                ranks.plan(0, stop=True)
-            if ranks.stopped:
-                save_and_wait_for_the_end(learner, saver, report)
+            stop_where_asked(learner, saver, channels, report)
 
             # Take in what has arrived; wait for more only when no micro-batch is complete.
             inbox.receive(wait_s=0.0)
@@ -91,6 +87,17 @@ def run(
                     report.send(line)
 
         leave(learner, saver, report, meter)
+
+
+def stop_where_asked(
+    learner: Learner, saver: Saver, channels: Channels, report: Connection | None
+) -> None:
+    """Saves and waits for the end, once those who save have agreed to stop."""
+    ranks = learner.ranks
+    if ranks.saves and (saver.trouble or is_to_stop(channels, learner)):
+        ranks.plan(0, stop=True)
+    if ranks.stopped:
+        save_and_wait_for_the_end(learner, saver, report)
 
 
 def is_to_stop(channels: Channels, learner: Learner) -> bool:

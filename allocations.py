@@ -136,7 +136,10 @@ def training_peak(
         if checkpointing:
             layers.recompute_blocks(copied)
         data = empty(fields, copied_rows)
-        stored = empty(fields | {"actions": (copied.config.played, torch.float32)}, rows)
+        # What is trained on is taken from them, behind what was left over.
+        fields |= {"actions": (copied.config.played, torch.float32)}
+        chosen = empty(fields, copied_rows + rows)
+        stored = {name: x[:rows] for name, x in chosen.items()}
         stored |= copied.look_once(stored) if keeps else {}
         out = copied.evaluate(stored)
         (out["logprob"].sum() + out["value"].sum()).backward()

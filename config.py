@@ -230,8 +230,9 @@ class ActorConfig:
     minibatch: Positive = 24
     """trajectories of one optimizer step, about: a batch is cut into parts as even as can be"""
     micro_batch: Positive | Literal["auto"] = "auto"
-    """most chunk steps of one forward and backward pass of an actor worker (RL-VLA³ on LIBERO: 32
-    to 128); auto: as many as fit, of 1, 2, 4 … 128; without a GPU two trajectories'"""
+    """chunk steps of one forward and backward pass of an actor worker, fewer only where a minibatch
+    ends (RL-VLA³ on LIBERO: 32 to 128); auto: as many as fit, of 1, 2, 4 … 128; without a
+    GPU two trajectories'"""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """keep only the input of each block for the backward pass, which computes the rest again: less
     memory for a third more time; auto: where fewer than 16 chunk steps would fit without"""
@@ -441,8 +442,14 @@ def existing_run(name: str) -> Path:
 
 
 def from_json(path: Path) -> Config:
-    """Reads a run's config.json. Raises UserError when it is not one."""
-    return read_json(path, Config, f"the settings of the run in {path}")
+    """Reads a run's config.json. Raises UserError when it is not one.
+
+    One without "checkpointing" counts a micro-batch in trajectories: it is chosen anew."""
+    what = f"the settings of the run in {path}"
+    config = read_json(path, Config, what)
+    if "checkpointing" not in read_json(path)["actor"]:
+        config.actor.micro_batch = "auto"
+    return config
 
 
 def parse_ratio(ratio: str, flag: str = "--ratio") -> tuple[int, int]:
@@ -532,7 +539,8 @@ def check_shares(config: Config) -> None:
     each = f"cannot give each of {ranks} actor workers {share if larger > 1 else 'a trajectory'}"
     most = actor.batch // least  # minibatches of which that is true
     require(most, f"--batch {actor.batch} {each}: give --batch at least {least}")
-    enough = min(size for size in range(1, actor.batch + 1) if round(actor.batch / size) <= most)
+    enough = math.ceil(actor.batch / (most + 0.5))
+    enough += round(actor.batch / enough) > most  # a half is rounded to the even number
     small = f"--minibatch {actor.minibatch} {each}: give --minibatch at least {enough}"
     require(actor.minibatches <= most, small)
     alone = "--shard divides the weights among actor workers, and there is one: leave it out, or "

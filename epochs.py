@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Place = tuple[int, int]  # a chunk step: slot and row
+from rows import Place
 
 
 class Kept:

@@ -20,6 +20,7 @@ from config import Config
 from epochs import ExactProximal, Kept
 from models import checkpoint, contract, layers
 from ranks import Ranks
+from rows import Rows, cut, joined
 from saving import Snapshot
 from streamer import MicroBatch
 from tally import Tally
@@ -82,6 +83,7 @@ class Learner:
 
     def begin_batch(self) -> None:
         self.tally = Tally()
+        self.rows: Rows | None = None  # of the running minibatch, not yet enough for a pass
         self.updates = 0  # optimizer steps by which the weights are past those of `version`
         self.kept: tuple[dict[str, Tensor], dict] | None = None  # `on_host`, before the first
         self.kl_sum = 0.0  # of the running minibatch
@@ -90,45 +92,51 @@ class Learner:
         self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
 
     def train(self, data: dict[str, Tensor], micro: MicroBatch) -> None:
-        """Runs forward and backward, over at most --micro-batch chunk steps at once; gradients
-        accumulate until `step`.
+        """Runs forward and backward over --micro-batch chunk steps at once; gradients accumulate
+        until `step`.
 
         data: `fields` of the micro-batch's trajectories [n, T or T + 1, …]."""
-        segment = data["reward"].shape[1]
         self.tally.first_epoch = micro.epoch == 0
-        played = torch.arange(segment, device=self.device) < data["length"][:, None]
+        played = torch.arange(self.config.env.segment, device=self.device) < data["length"][:, None]
         targets = self.algorithm.targets(data, played)
         self.tally_trajectories(data, played, targets)
         self.steps |= dict(zip(micro.slots, targets.kept.sum(1).tolist(), strict=True))
 
-        # Which rows are trained on, in passes as even as can be.
-        rows = targets.kept.nonzero()  # [m, 2]
-        count = -(-len(rows) // self.config.actor.micro_batch)
+        # What is left over waits for more. The last chunk steps of a minibatch make a smaller pass.
+        self.rows = joined(self.rows, self.chosen(data, targets, micro))
+        most = self.config.actor.micro_batch
+        whole, left = divmod(len(self.rows.places), most)
+        count = whole + (micro.last and left > 0)
         if self.ranks.sharded and not self.sample:
-            self.sample = {name: data[name][:1, 0] for name in self.of_steps}
+            self.sample = {name: data[name][:1, 0].clone() for name in self.of_steps}
         passes = self.ranks.plan(count)
         if passes is None:  # all are to stop
             return
-        for some in rows.tensor_split(max(1, count)):
-            if len(some):
-                self.train_rows(data, targets, some, micro)
+        for _ in range(count):
+            self.train_rows(cut(self.rows, slice(most)), micro.of)
+            self.rows = cut(self.rows, slice(most, None))
         self.train_nothing(passes - count)
 
-    def train_rows(
-        self, data: dict[str, Tensor], targets: Targets, rows: Tensor, micro: MicroBatch
-    ) -> None:
-        """Runs one forward and backward pass, over some chunk steps of the trajectories.
-
-        rows [m, 2]: which of the n trajectories, and which of its T chunk steps.
-
-        The loss is divided by the chunk steps of the whole minibatch over all ranks, trained on or
-        not, so that it depends neither on how the minibatch is cut nor on outcomes."""
-        # What the slots hold of the rows, and what the policy says of them now.
+    def chosen(self, data: dict[str, Tensor], targets: Targets, micro: MicroBatch) -> Rows:
+        """Returns those chunk steps of the trajectories that are trained on."""
+        rows = targets.kept.nonzero()
         at = rows.unbind(1)
-        stored = {name: data[name][at] for name in self.of_steps}
-        places = [(micro.slots[i], t) for i, t in rows.tolist()]
+        return Rows(
+            [(micro.slots[i], t) for i, t in rows.tolist()],
+            {name: data[name][at] for name in self.of_steps},
+            targets.advantages[at],
+            None if targets.returns is None else targets.returns[at],
+        )
+
+    def train_rows(self, rows: Rows, trajectories: int) -> None:
+        """Runs one forward and backward pass.
+
+        trajectories: of the whole minibatch over all ranks. Their chunk steps, trained on or not,
+        divide the loss, so that it depends neither on how the minibatch is cut nor on outcomes."""
+        # What the slots hold of the rows, and what the policy says of them now.
+        stored = rows.stored
         if self.prefixes:
-            stored |= self.prefixes.of(places, partial(self.model.look_once, stored))
+            stored |= self.prefixes.of(rows.places, partial(self.model.look_once, stored))
         if self.ranks.sharded:
             self.sample = {name: x[:1].clone() for name, x in stored.items()}
         out = self.model.evaluate(stored)
@@ -137,15 +145,13 @@ class Learner:
         new = units(out["logprob"], granularity)
         old = units(stored["logprob"], granularity)
         staleness = (self.version - stored["version"]).to(torch.float32)
-        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, places)
+        proximal = self.proximal_logprob(stored, out["logprob"], new, old, staleness, rows.places)
 
         # The loss.
-        advantages = self.algorithm.scale(targets.advantages[at])
-        returns = None if targets.returns is None else targets.returns[at]
-        samples = Samples(new, old, proximal, advantages, out["value"], returns, stored)
+        advantages = self.algorithm.scale(rows.advantages)
+        samples = Samples(new, old, proximal, advantages, out["value"], rows.returns, stored)
         loss, numbers = self.algorithm.loss(samples)
-        total = micro.of * targets.kept.shape[1]
-        (loss / total).backward()
+        (loss / (trajectories * self.config.env.segment)).backward()
         self.tally_samples(samples, staleness, numbers, out.get("entropy"))
 
     def train_nothing(self, passes: int) -> None:

@@ -27,6 +27,7 @@ from config import (
     check_by_themselves,
     check_shares,
     completed,
+    group_of,
     loss_of,
     setting,
     to_json,
@@ -144,11 +145,12 @@ class LayOut:
         """Raises UserError where settings exclude each other."""
         validate(config)
         model = models.build(config, self.spec, weights="none")
-        keeps = config.actor.cache_prefix in ("slots", "gpu") and model.header.shape.get(
-            "train_vlm"
-        )
-        moves = "leave it out, for the VLM has adapters"
-        require(not keeps, f"--cache-prefix keeps what a frozen VLM made: {moves}")
+        place = config.actor.cache_prefix
+        moves = place in ("slots", "gpu") and model.header.shape.get("train_vlm")
+        instead = "leave it out, for the VLM has adapters"
+        require(not moves, f"--cache-prefix keeps what a frozen VLM made: {instead}")
+        if place == "gpu":
+            contract.check(model, f"--cache-prefix gpu: {config.train.model}", contract.KEEPS)
         slots = slot_spec(config, self.spec.seen_by(model.header), model)
         # Pictures that a simulator draws on a GPU stay there.
         drawn = self.simulator.vectorised and self.placement.env_devices[0] != "cpu"
@@ -207,7 +209,10 @@ def shared_out(
     Returns the settings with them, the placement, and what the user should know."""
     placement = divide(config, simulator, gpus, cores)
     counts = placement.workers()
-    if gpus == 0:
+    group = group_of(config)
+    if (
+        gpus == 0 or config.actor.batch % config.env.envs or config.env.envs % group
+    ):  # which `validate` refuses
         return completed(config, **counts), placement, ""
     fixed = {name for name in WORKERS if setting(config, name)}
     if config.train.placement != "colocated":
@@ -215,7 +220,8 @@ def shared_out(
     tried = [[count] if n in fixed else range(count, 0, -1) for n, count in counts.items()]
     actor = config.actor
     before = actor.minibatch
-    larger = [-(-actor.batch // parts) for parts in range(actor.minibatches - 1, 0, -1)]
+    parts = range(actor.minibatches - 1, 0, -1)
+    larger = dict.fromkeys(-(-actor.batch // count) for count in parts)
     for ranks, rollouts, env_workers, size in product(*reversed(tried), [before, *larger]):
         workers = dict(zip(WORKERS, (env_workers, rollouts, ranks), strict=True))
         changed = completed(config, **workers, minibatch=size)

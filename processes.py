@@ -295,7 +295,9 @@ class Crew:
         processes = {name: p for name, p in self.processes.items() if name not in self.due}
         # Look who is dead before reading the errors: what a worker had to say, it said before.
         dead = {name: p.exitcode for name, p in processes.items() if p.exitcode is not None}
-        while self.errors.poll():
+        # Who lost an actor that was killed says so, and it is not the cause.
+        killed = {name: code for name, code in dead.items() if code < 0}
+        while not killed and self.errors.poll():
             failure, trace = self.errors.recv()
             if failure.name not in processes:  # it was killed while it wrote this
                 continue
@@ -310,7 +312,7 @@ class Crew:
             else:
                 details = f"details in {file}"
             return failure._replace(cause=f"{failure.cause} ({details})")
-        for name, code in dead.items():
+        for name, code in (killed or dead).items():
             if code or self.jobs[name].replaceable:  # actors end by themselves
                 how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
                 why = ": out of memory?" if code == -signal.SIGKILL else ""

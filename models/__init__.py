@@ -77,18 +77,8 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
         return model
 
     # Ask the checkpoint what it holds
-    path = config.train.checkpoint and Path(config.train.checkpoint)
-    ours = path and checkpoint.is_ours(path)
-    if not path:
-        header = checkpoint.Header(name, asdict(published_shape(config, spec)), {"layout": ""})
-    elif ours:
-        path = checkpoint.find(path)
-        header = checkpoint.of_family(path, name)
-    else:
-        shape, layout, stats, _ = published(config, spec)
-        stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
-        checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
-        header = checkpoint.Header(name, asdict(shape), stats)
+    path, header, layout = held(config, spec)
+    ours = path and layout is None
     stored = family.CONFIG(**header.shape)
     shape = replace(stored, **chosen(config, stored))
     check_fit(path, shape, header.stats, config, spec)
@@ -129,6 +119,23 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
     model.header = header._replace(shape=asdict(model.config), vocabulary=words)
     contract.check_model(model, name)
     return model
+
+
+def held(config: Config, spec) -> tuple[Path | None, checkpoint.Header, source.Source | None]:
+    """Returns the checkpoint, None without one; what it says of its model; and the layout of
+    another project's. Raises UserError as `build`."""
+    name = config.train.model
+    if not config.train.checkpoint:
+        shape = asdict(published_shape(config, spec))
+        return None, checkpoint.Header(name, shape, {"layout": ""}), None
+    path = Path(config.train.checkpoint)
+    if checkpoint.is_ours(path):
+        path = checkpoint.find(path)
+        return path, checkpoint.of_family(path, name), None
+    shape, layout, stats, _ = published(config, spec)
+    stats |= {"gripper": bins.gripper_of(spec.robot, stats["layout"])}
+    checkpoint.check_stats(name, stats, f"the statistics of checkpoint {path}")
+    return path, checkpoint.Header(name, asdict(shape), stats), layout
 
 
 def published_shape(config: Config, spec):

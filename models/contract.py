@@ -58,6 +58,10 @@ MODEL = {
     "critic": "() → {name: parameter}, the part of `trainable` that --value-lr is for",
     "idle": "() → beginnings of the names of parameters that `evaluate` has no use for",
 }
+KEEPS = {  # what --cache-prefix gpu asks of a model
+    "look_once": "(slot fields) → {name: tensor}, what a frozen VLM makes of a frame",
+    "cache_fields": "() → {name: (shape, dtype)} of that",
+}
 PREPARATION = {
     "observe": "(images [V, H, W, 3] uint8, state [S], task) → {name: array}, the observation "
     "fields",

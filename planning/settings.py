@@ -97,6 +97,7 @@ def node_of(config: Config, placement: Placement) -> Node:
     Simulators on CPUs run beside each other; vectorised ones share their GPUs with inference."""
     wait = config.rollout.batch_wait_ms
     workers = placement.env_devices
+    micro = config.actor.micro_batch
     return Node(
         lanes=config.env.envs // config.env.width,
         lane_envs=config.env.width,
@@ -105,7 +106,7 @@ def node_of(config: Config, placement: Placement) -> Node:
         rollout_devices=placement.rollout_devices,
         actor_devices=placement.actor_devices,
         batch_wait_s=wait if wait == "auto" else wait / 1e3,
-        micro_batch=max(1, config.actor.micro_batch // config.env.segment),
+        micro_batch=2 if micro == "auto" else max(1, micro // config.env.segment),
         **{name: setting(config, name) for name in SAME.split()},
     )
 

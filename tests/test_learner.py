@@ -147,10 +147,8 @@ def gradients(
     model.zero_grad()
     learner = learner_of(model, config)
     for slots in groups:
-        learner.train(
-            read(learner, pool, slots),
-            MicroBatch(slots, 0, 0, False, learner.config.actor.minibatch),
-        )
+        micro = MicroBatch(slots, 0, 0, slots is groups[-1], config.actor.minibatch)
+        learner.train(read(learner, pool, slots), micro)
     assert sum(learner.steps.values()) == learner.tally.get("trained")
     return [p.grad.clone() for p in model.parameters() if p.grad is not None], learner.tally.values
 
@@ -197,7 +195,7 @@ def test_streamed_gradient_is_the_full_batch_gradient_in_fp64(seed):
         with patch.object(Toy, "evaluate", side_effect=model.evaluate) as evaluate:
             parts, sums = gradients(model, pool, streamed(order), config)
         sizes = [len(call.args[0]["seen"]) for call in evaluate.call_args_list]
-        assert max(sizes) <= most and sum(sizes) == BATCH * SEGMENT
+        assert sizes == [most] * (BATCH * SEGMENT // most) + [BATCH * SEGMENT % most] * (most > 1)
         assert close(parts, whole, 1e-12) and sums == pytest.approx(stats, rel=1e-9)
 
 
@@ -346,7 +344,7 @@ def test_the_exact_proximal_policy_is_that_of_before_the_first_update():
         for slots in groups:
             learner.train(
                 read(learner, pool, slots),
-                MicroBatch(slots, 0, 0, False, learner.config.actor.minibatch),
+                MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
             )
 
     with torch.no_grad():
@@ -449,7 +447,7 @@ def test_an_episode_that_failed_has_ended_and_is_no_success():
     for slots in ((0, 2), (4, 6)):  # nothing has ended in the other two
         learner.train(
             read(learner, pool, slots),
-            MicroBatch(slots, 0, 0, False, learner.config.actor.minibatch),
+            MicroBatch(slots, 0, 0, True, learner.config.actor.minibatch),
         )
     line = learner.tally.line(4, config, SPEC.tasks)
     assert line["episodes"] == 2 and line["success_rate"] == line["success_push"] == 0.5
@@ -501,7 +499,7 @@ def test_a_batch_must_be_trained_once_an_epoch_or_spared(trained, spared, balanc
     for slots, epoch in passes[: len(passes) - (wrong == -1 and trained == 2)]:
         learner.train(
             read(learner, pool, slots),
-            MicroBatch(slots, epoch, 0, False, learner.config.actor.minibatch),
+            MicroBatch(slots, epoch, 0, True, learner.config.actor.minibatch),
         )
     learner.spared = list(range(BATCH - (wrong == -1))) * spared
     if wrong:

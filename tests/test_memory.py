@@ -72,13 +72,13 @@ def test_a_chain_takes_what_its_layers_sizes_say():
     row = 4 * chain.width
     activation = ROWS * row
     weight = 4 * chain.width**2
-    actions = 4 * ROWS
     # Observations, noise, and of the layers one's input and its output.
     assert allocations.inference_peak(Sketch.of(chain), ROWS) == 4 * activation
-    # In backward: what was copied, what is trained on, every layer's output, the gradient of one
-    # layer's input and weights; four sums and their gradients.
+    # In backward: what was copied, what is trained on of it and what was left over, with actions,
+    # every layer's output, the gradient of one layer's input and weights; four sums and their
+    # gradients.
     depth = len(chain.blocks)
-    expected = 20 * row + actions + (1 + depth + 1) * activation + weight
+    expected = 20 * row + (20 + ROWS) * (row + 4) + (depth + 1) * activation + weight
     found = allocations.training_peak(Sketch.of(chain), ROWS, 20, False, False)
     assert expected <= found <= expected + 8 * 4
     # With checkpointing each layer's input is all that is kept, which here is every output.

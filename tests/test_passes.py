@@ -44,7 +44,7 @@ def train(learner, pool, epoch: int = 0) -> list[torch.Tensor]:
     """The gradient of a whole batch, in two micro-batches."""
     learner.model.zero_grad()
     for slots in ((0, 1, 2, 3), (4, 5, 6, 7)):
-        learner.train(read(learner, pool, slots), MicroBatch(slots, epoch, 0, False, BATCH))
+        learner.train(read(learner, pool, slots), MicroBatch(slots, epoch, 0, True, BATCH))
     return [p.grad.clone() for p in learner.parameters if p.grad is not None]
 
 
