@@ -96,9 +96,9 @@ def prepare(config: Config) -> Setup:
     choices = {config.train.parts: (config, placement)}
     for ratio, (chosen, divided) in options.items():
         chosen = completed(chosen, **{name: setting(config, name) for name in memory.CHOSEN})
-        share = share_of(completed(chosen, segment=config.env.segment))[0]
-        fewer = min(share, config.actor.micro_batch)
-        choices[ratio] = completed(chosen, segment=config.env.segment, micro_batch=fewer), divided
+        chosen = completed(chosen, segment=config.env.segment, micro_batch="auto")
+        most = min(share_of(chosen)[0], config.actor.micro_batch)
+        choices[ratio] = completed(chosen, micro_batch=most), divided
     if resume and config.train.checkpoint:
         checkpoint.check_finite(config.train.checkpoint)
         check_memory_of(config, spec, demand.model, resume)

@@ -325,3 +325,15 @@ def test_the_minibatch_that_is_advised_is_accepted(ranks, envs, minibatch):
         validate(config)
     config.actor.minibatch = int(str(error.value).rpartition(" ")[2])
     validate(config)
+
+
+def test_a_micro_batch_of_an_older_run_was_of_trajectories(tmp_path):
+    stages = json.loads(to_json(valid()))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(stages))
+    assert from_json(file).actor.micro_batch == 2
+    del stages["actor"]["checkpointing"]
+    stages["actor"]["cache_prefix"] = False
+    file.write_text(json.dumps(stages))
+    older = from_json(file)
+    assert older.actor.micro_batch == "auto" and older.actor.cache_prefix == "off"

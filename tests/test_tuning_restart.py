@@ -92,6 +92,18 @@ def resumed(tmp_path, monkeypatch):
     return resume
 
 
+def test_a_micro_batch_is_cut_to_what_an_actor_worker_has(resumed):
+    """One trajectory of two is the share of each of two actor workers, at whatever ratio."""
+    small = ["--batch", "8", "--minibatch", "2"]
+    chosen = train.prepare(parsed(*small, "--ratio", "auto"))
+    whole = chosen.config.actor.micro_batch
+    assert whole == 2 * chosen.config.env.segment
+    assert chosen.choices["1:2"][0].actor.micro_batch == whole // 2
+    for flags in (["--ratio", "1:2"], ["--actor-workers", "2"]):
+        assert train.prepare(resumed(small, *flags)).config.actor.micro_batch == whole // 2
+    assert train.prepare(resumed([*small, "--ratio", "auto"])).config.actor.micro_batch == whole
+
+
 def test_a_resumed_run_begins_with_a_ratio_that_fits(resumed):
     config = resumed(["--ratio", "auto", "--ratio-from", "1:2"])
     config.actor.micro_batch = 4  # 24 ranks cannot share 8 trajectories
