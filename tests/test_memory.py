@@ -224,6 +224,27 @@ def test_ranks_that_share_the_weights_divide_them():
     assert rows["shared", "host"].weight_plane and ("shared", "cuda:2") not in rows
 
 
+REACH = {  # flags, and the GB of each actor's GPU that they are to stay below
+    "--recipe libero_10_grpo_openvlaoft --oft-train lora --lora-rank 32 --micro-batch 16": 30,
+    "--recipe libero_10_ppo_gr00t --micro-batch 96 --cache-prefix off": 35,
+    "--recipe libero_10_ppo_openpi_pi05 --train-vlm --prefix-dtype float32 --micro-batch 64 "
+    "--shard --ratio 1:1": 60,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", REACH)
+def test_checkpointing_brings_published_models_within_reach(flags):
+    room = MemoryConfig(gpus=8).room()
+    sizes = {}
+    for way in ("on", "off"):
+        demand, _ = laid_out(room, *flags.split(), "--checkpointing", way)
+        sizes[way] = (
+            Table(demand, room).rows["actor-0", demand.placement.actor_devices[0]].total / GB
+        )
+    assert sizes["on"] < REACH[flags] < sizes["off"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
