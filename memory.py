@@ -397,6 +397,9 @@ def check(demand: Demand, room: Room, lay_out: LayOut) -> None:
     has = f"and has {room.on(worst.device) / GB:.1f} GB"
     require(left, f"{needs} {has}: give {given}")
     less = "larger or more GPUs, fewer --envs, or a smaller model"
+    if worst.other > room.on(worst.device):  # nothing else can be done about it
+        flags = {}
+        less = "a larger GPU, for processes take that without a model"
     if worst.device == "host":
         less = "more memory, or lower --envs, --eval-envs, --batch or --segment"
     even = f"even with {given} " if flags else ""
@@ -455,14 +458,18 @@ class MemoryConfig:
     """Says what fits where. Beside these flags it takes those of train.py."""
 
     gpus: Natural | None = None  # GPUs of the machine; none: this machine as it is
-    gpu_gb: AboveZero = 80.0  # 10⁹ bytes of each, with --gpus
-    host_gb: AboveZero = 1000.0  # 10⁹ bytes of the host's memory, with --gpus
+    gpu_gb: AboveZero | None = None  # 10⁹ bytes of each, with --gpus; none: 80
+    host_gb: AboveZero | None = None  # 10⁹ bytes of the host's memory, with --gpus; none: 1000
     json: Path | None = None  # also write the rows to this file
 
     def room(self) -> Room:
         if self.gpus is None:
+            alone = "--gpu-gb and --host-gb are of another machine: give its number of --gpus, too"
+            require(self.gpu_gb is None and self.host_gb is None, alone)
             return Room.here()
-        return Room(self.gpus, self.gpu_gb * GB, self.host_gb * GB, machine.cores())
+        gpu_gb = self.gpu_gb or 80.0
+        host_gb = self.host_gb or 1000.0
+        return Room(self.gpus, gpu_gb * GB, host_gb * GB, machine.cores())
 
 
 def main(ours: MemoryConfig, flags: list[str]) -> None:
@@ -474,12 +481,13 @@ def main(ours: MemoryConfig, flags: list[str]) -> None:
     require(not folder or folder.is_dir(), f"the folder {folder} does not exist: create it")
     room = ours.room()
     config = train.parse(flags)
+    print("looking at what inference and training take, for up to a minute", flush=True)
     demand, lay_out = prepare.demand_of(config, room)
     table = Table(demand, room)
     show(table, room)
     actor = demand.config.actor
     print(
-        f"--micro-batch {actor.micro_batch} --checkpointing {actor.checkpointing} "
+        f"this is with --micro-batch {actor.micro_batch} --checkpointing {actor.checkpointing} "
         f"--cache-prefix {actor.cache_prefix}"
     )
     if ours.json:

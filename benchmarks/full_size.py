@@ -33,6 +33,7 @@ import torch
 import tyro
 
 from config import ROOT
+from errors import exit_on_user_error
 from models import pi
 from models.formats import pi as files
 from models.formats import source
@@ -168,4 +169,5 @@ def main(config: FullSizeConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(FullSizeConfig))
+    with exit_on_user_error():
+        main(tyro.cli(FullSizeConfig))

@@ -12,7 +12,7 @@ import memory
 import prepare
 import recipes
 import train
-from errors import UserError
+from errors import UserError, exit_on_user_error
 
 MACHINES = ((1, 80), (4, 80), (8, 80), (1, 24))  # GPUs, and GB of each
 # What makes recipes fit that would not.
@@ -50,4 +50,5 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_user_error():
+        main(sys.argv[1:])

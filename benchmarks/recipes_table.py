@@ -10,6 +10,7 @@ from typing import Any
 import recipes
 from checks import flag_of
 from config import ROOT
+from errors import exit_on_user_error
 
 PAGE = ROOT / "docs" / "recipes.md"
 MARKS = ("<!-- python -m benchmarks.recipes_table --write -->", "<!-- end of the tables -->")
@@ -135,8 +136,9 @@ def between(page: str) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
-    if "--write" in sys.argv:
-        before, _, after = between(PAGE.read_text())
-        PAGE.write_text(f"{before}\n\n{tables()}\n{after}")
-    else:
-        print(tables())
+    with exit_on_user_error():
+        if "--write" in sys.argv:
+            before, _, after = between(PAGE.read_text())
+            PAGE.write_text(f"{before}\n\n{tables()}\n{after}")
+        else:
+            print(tables())

@@ -216,7 +216,10 @@ def check_fit(path: Path, shape, stats: dict, config: Config, spec) -> None:
         agree["image_size"] = (shape.image_size, spec.image_size)
     for name, (has, wanted) in agree.items():
         says = f"checkpoint {path} has {name} = {has} and the run asks for {wanted}"
-        require(has == wanted, f"{says}: make them agree")
+        instead = "make them agree by a flag of that name"
+        if name == "action_dim":
+            instead = f"give one that was trained for {config.train.env}, or its own --env"
+        require(has == wanted, f"{says}: {instead}")
     known = len(stats.get("state_low", range(spec.state_dim)))
     require(
         known == spec.state_dim,

@@ -61,6 +61,8 @@ def main(config: ExportConfig) -> None:
     if config.adapter_only:
         none = f"checkpoint {path} has no adapters: leave out --adapter-only"
         require(model.config.rank, none)
+        weights = source.without_adapters(names)
+        source.match(model, config.like, weights, source.layout(config.like))
         peft.save(model, config.out, names, config.like)
     else:
         source.save(model, config.out, names, config.like)

@@ -254,6 +254,15 @@ def test_merged_weights_and_the_adapter_alone_act_alike(family, start, tmp_path)
     given = {"checkpoint": path, "like": base}
     export(ExportConfig(out=tmp_path / "merged", **given))
     export(ExportConfig(out=tmp_path / "adapter", adapter_only=True, **given))
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    for file in source.weight_files(other):
+        save_file({k: x[..., :1].clone() for k, x in load_file(file).items()}, file)
+    for only in (True, False):
+        with pytest.raises(UserError, match="the model needs"):
+            out = tmp_path / "none"
+            export(ExportConfig(out=out, adapter_only=only, checkpoint=path, like=other))
+        assert not out.exists()
 
     # The original's tools see the same files, and what PEFT would make of the adapter.
     folder = tmp_path / "adapter"

@@ -180,10 +180,13 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
         memory.check(demand, small, lay_out)
     advised = str(refusal.value).partition("give ")[2].split()
     memory.check(laid_out(small, *flags, *advised)[0], small, lay_out)
-    tiny = room._replace(gpu=1e6)
-    with pytest.raises(UserError, match="it takes larger or more GPUs, fewer") as refusal:
-        memory.check(demand, tiny, lay_out)
-    assert "\n" not in str(refusal.value)
+    processes = 1.21e9 / USABLE  # which take 1.2 GB of the actor's GPU without a model
+    for size, words in ((processes, "larger or more GPUs, fewer"), (1e6, "it takes a larger GPU")):
+        with pytest.raises(UserError, match=words) as refusal:
+            memory.check(demand, room._replace(gpu=size), lay_out)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match="give its number of --gpus, too"):
+        MemoryConfig(gpu_gb=24.0).room()
 
 
 def test_the_command_prints_and_writes_every_row(tmp_path, capsys):

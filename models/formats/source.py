@@ -291,6 +291,11 @@ def match(
     return parts
 
 
+def without_adapters(source: Source) -> Source:
+    """The layout of the weights alone, whatever stands beside them in our model."""
+    return source._replace(rules=((r".*\.lora_[ab]", None), *source.rules))
+
+
 def pieces(stored: Stored) -> Iterator[tuple[int, int]]:
     """Ranges of rows of at most `BLOCK` bytes (but at least a row) that cover a tensor."""
     rows = stored.shape[0] if stored.shape else 1
@@ -356,8 +361,7 @@ def save(
     folder = Path(folder)
     like = Path(like)
     stored = layout(like)
-    weights = source._replace(rules=((r".*\.lora_[ab]", None), *source.rules))
-    parts = match(model, like, weights, stored)
+    parts = match(model, like, without_adapters(source), stored)
     tensor_of = partial(lora.folded, model)
     for pair in source.tied:
         for key, alias in (pair, pair[::-1]):
