@@ -34,6 +34,7 @@ from channel import Spec, layout
 from checks import AboveZero, Natural, check_ranges, flag_of
 from config import FLOW, Config, completed, expanded, setting
 from errors import UserError, exit_on_user_error, require
+from models import layers
 from scheduler import Admission, Placement, most_samples
 
 GB = 1e9
@@ -275,10 +276,9 @@ def whole_at_once(model: torch.nn.Module, names: Iterable[str]) -> int:
     those in no block, and of two blocks, for the next one is on its way."""
     left = {name: p.nbytes for name, p in model.named_parameters() if name in set(names)}
     blocks = []
-    for place, module in model.named_modules():
-        for i in range(len(module)) if isinstance(module, torch.nn.ModuleList) else ():
-            inside = [name for name in left if name.startswith(f"{place}.{i}.")]
-            blocks.append(sum(left.pop(name) for name in inside))
+    for block in layers.blocks(model):
+        inside = [name for name in left if name.startswith(f"{block}.")]
+        blocks.append(sum(left.pop(name) for name in inside))
     return sum(left.values()) + sum(sorted(blocks)[-2:])
 
 

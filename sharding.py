@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from metrics import Meter
-from models import checkpoint
+from models import checkpoint, layers
 from ranks import Ranks
 
 
@@ -47,16 +47,12 @@ class ShardedRanks(Ranks):
 
     def spread(self, model: nn.Module, methods: tuple[str, ...]) -> None:
         """Leaves this rank its part of every parameter, on its device, frozen ones too. Block by
-        block (entries of a ModuleList, which must compute by their forward) the model comes there;
-        what is in no block is whole while one of `methods` runs."""
+        block the model comes there; what is in no block is whole while one of `methods` runs. A
+        block must compute by its forward."""
         # What they return is a view at times, and nobody changes it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-        blocks = [
-            block
-            for blocks in model.modules()
-            for block in (blocks if isinstance(blocks, nn.ModuleList) else ())
-        ]
         unused = {p for p in model.parameters() if p.is_meta}  # `model.idle`
+        blocks = layers.blocks(model).values()
         for unit in (*reversed(blocks), model):  # what is within another one first
             # Whole again for the backward pass: between passes the optimizer finds its parts.
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, ignored_params=unused)

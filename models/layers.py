@@ -72,13 +72,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns a model's blocks by name: the entries of its ModuleLists."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return {f"{name}.{i}": block for name, entries in lists for i, block in enumerate(entries)}
+
+
 def recompute_blocks(model: nn.Module) -> None:
-    """Makes every block of the model, an entry of a ModuleList, keep nothing but its input for the
-    backward pass, which runs the block's forward pass again (activation checkpointing)."""
-    for blocks in model.modules():
-        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            once = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-            block.forward = once
+    """Makes every block of the model keep nothing but its input for the backward pass, which runs
+    the block's forward pass again (activation checkpointing)."""
+    for block in blocks(model).values():
+        once = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = once
 
 
 class RMSNorm(nn.Module):

@@ -454,6 +454,24 @@ def test_an_error_is_tried_again_only_where_it_may_pass(monkeypatch, tmp_path, e
         assert tries == 1 and re.fullmatch(words, said), said
 
 
+def test_an_actor_that_was_killed_is_named_rather_than_who_lost_it(tmp_path):
+    """Out of memory on one rank ends the others with an error of what they meet by."""
+    counters = Counters(2, columns(0))
+    jobs = [
+        Job(f"actor-{rank}", print, (), 1, Meter(f"actor-{rank}", rank, counters, None), {})
+        for rank in range(2)
+    ]
+    crew = Crew(jobs, counters, tmp_path, 2, timeout=60.0)
+    crew.processes = {"actor-0": SimpleNamespace(exitcode=None)}
+    crew.errors, said = get_context("forkserver").Pipe(duplex=False)
+    lost = Failure("actor-0", "RuntimeError: connection closed by peer", False)
+    said.send((lost, ""))
+    assert crew.failure() == lost
+    said.send((lost, ""))
+    crew.processes["actor-1"] = SimpleNamespace(exitcode=-signal.SIGKILL)
+    assert crew.failure() == Failure("actor-1", "died (SIGKILL: out of memory?)", True)
+
+
 def fail_at_start(meter) -> None:
     if not meter.restarts():
         meter.ready()
