@@ -447,7 +447,7 @@ def from_json(path: Path) -> Config:
     One without "checkpointing" counts a micro-batch in trajectories: it is chosen anew."""
     what = f"the settings of the run in {path}"
     config = read_json(path, Config, what)
-    if "checkpointing" not in read_json(path)["actor"]:
+    if "checkpointing" not in read_json(path).get("actor", {}):
         config.actor.micro_batch = "auto"
     return config
 
