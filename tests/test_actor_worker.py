@@ -335,6 +335,8 @@ class Toy(nn.Module):
 class Actor:
     """Runs the first rank in this process, over trajectories that are all there already."""
 
+    device = "cpu"
+
     def __init__(self, tmp_path, config: Config, model: Toy):
         self.folder = tmp_path
         (tmp_path / "checkpoints").mkdir()
@@ -367,7 +369,17 @@ class Actor:
     def run_rank(self, rank: int, report) -> None:
         meter = metrics.Meter(f"actor-{rank}", rank, self.channels.counters, None)
         with patch.object(models, "build", return_value=self.model):
-            run(rank, self.config, SPEC, "cpu", self.channels, self.folder, None, report, meter)
+            run(
+                rank,
+                self.config,
+                SPEC,
+                self.device,
+                self.channels,
+                self.folder,
+                None,
+                report,
+                meter,
+            )
 
     def counter(self, column: str) -> float:
         return self.channels.counters.get(0, column)

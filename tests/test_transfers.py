@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_pi
+from test_actor_worker import Actor, Toy, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -363,3 +364,41 @@ def test_serving_through_a_device_gives_the_same_slots(watch):
     for name in pools[0].spec:
         for pool in pools[1:]:
             assert torch.equal(pool[name], pools[0][name]), name
+
+
+@pytest.mark.parametrize("kl_stop", [0.0, 1e-9, 1e9])
+@pytest.mark.parametrize("minibatch, micro_batch", [(16, 9), (4, 4), (4, 64)])
+def test_training_ahead_is_the_same_training(
+    watch, tmp_path, monkeypatch, kl_stop, minibatch, micro_batch
+):
+    """Micro-batches come in the same order and each as often, also where --kl-stop ends a batch."""
+    monkeypatch.setattr(SlotPool, "use_on", lambda *_: None)
+    late = []  # slots that were not on their way when they were to be trained
+    take = Carrier.take
+
+    def taken(carrier, slots):
+        late.extend([slots] if carrier.ahead and carrier.slots != slots else [])
+        return take(carrier, slots)
+
+    monkeypatch.setattr(Carrier, "take", taken)
+    found = []
+    for device in ("cpu", "cpu:0"):
+        config = settings()
+        config.actor.micro_batch = micro_batch
+        config.actor.minibatch = minibatch
+        config.actor.update_epochs = 3
+        config.algorithm.kl_stop = kl_stop
+        torch.manual_seed(0)
+        (folder := tmp_path / device).mkdir()
+        actor = Actor(folder, config, Toy())
+        actor.device = device
+        *lines, end = actor.run()
+        found.append((lines, end, actor.published()))
+    for line, same in zip(found[0][0], found[1][0], strict=True):
+        assert {n for n, x in line.items() if x != same[n]} == {"time", "samples_per_s"}
+    assert found[0][1] == found[1][1] and found[0][0][0]["skipped"] == (kl_stop == 1e-9) * 96
+    for name, weight in found[0][2].items():
+        assert torch.equal(weight, found[1][2][name])
+    # The first micro-batch of a batch; where a step may be the last one, of every minibatch.
+    minibatches = 2 * 16 // minibatch
+    assert len(late) == {0.0: 2, 1e-9: minibatches, 1e9: 3 * minibatches}[kl_stop]
