@@ -477,7 +477,7 @@ def test_who_is_out_of_gpu_memory_names_its_budget_and_the_flags(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     said = (
         "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 74.50 "
-        "GiB of which 1.19 GiB is free. Including non-PyTorch memory, this process has 18 GiB memory"
+        "GiB of which 1.19 GiB is free. Including non-PyTorch memory, this has 18 GiB memory"
     )
     error = torch.OutOfMemoryError(said)
     part = processes.GpuPart("cuda:3", 0.25)
