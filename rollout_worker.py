@@ -30,6 +30,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     requests = channels.requests[rank]
     requests.close_writer()
     channels.pool.use_on(device)
+    channels.plane.use_on(device)
     model = models.build(config, spec, device).eval()
     transfers.lock(channels.pool, (*model.observation_fields(), *model.slot_fields()), device)
     lanes = LanesServed(rank, config, channels)
