@@ -91,6 +91,16 @@ class Arena:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset).view(shape)
 
+    def pin(self, first: int = 0, end: int | None = None) -> None:
+        """Page-locks bytes of the mapping, whole pages, for copies by a GPU: in the process that
+        calls this alone, which owns a CUDA context. Takes tenths of a second per GB."""
+        address = np.frombuffer(self.memory, np.uint8).ctypes.data
+        size = (end or self.size) - first
+        error = torch.cuda.cudart().cudaHostRegister(address + first, size, 0)
+        if int(error) != 0:
+            failed = f"cudaHostRegister of {size} bytes failed with error {error}"
+            raise RuntimeError(f"{failed}: raise `ulimit -l`")
+
     def __getstate__(self):
         return {"size": self.size, "dup": DupFd(self.fd)}
 

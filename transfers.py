@@ -56,10 +56,8 @@ def page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def lock(pool: SlotPool, names: tuple[str, ...], device: str) -> None:
-    """Page-locks those of these fields that go straight, for this process. Their pages are there
-    already (`take_memory`); locking them takes tenths of a second per GB.
-
-    Raises RuntimeError where the system does not allow it."""
+    """Page-locks those of these fields that go straight, for this process. Raises RuntimeError
+    where the system does not allow it."""
     if device == "cpu":
         return
     sizes = {name: math.prod(pool.spec[name][0][1:]) * pool[name].itemsize for name in names}
@@ -75,11 +73,7 @@ def lock(pool: SlotPool, names: tuple[str, ...], device: str) -> None:
         else:
             ranges.append([first, end])
     for first, end in ranges:
-        address = np.frombuffer(pool.arena.memory, np.uint8).ctypes.data + first
-        error = int(torch.cuda.cudart().cudaHostRegister(address, end - first, 0))
-        if error:
-            failed = f"cudaHostRegister of {end - first} bytes failed with error {error}"
-            raise RuntimeError(f"{failed}: raise `ulimit -l`")
+        pool.arena.pin(first, end)
     pool.locked = frozenset(large)
 
 
