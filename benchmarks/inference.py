@@ -5,8 +5,8 @@ and how near it comes to what the machine can do.
 
 Weights, pictures and prompts are random; figures are medians. There is a row for every batch size.
 On a GPU the VLM is in bf16 and what is trained in fp32, as in a run with `--prefix-dtype bfloat16`;
-rows are eager, and then compiled by torch.compile for exactly that size. On a CPU they are eager,
-in fp32.
+rows are eager, and then with blocks that torch.compile has compiled. On a CPU they are eager, in
+fp32.
 
     samples_per_s              `model.act`: actions, log-prob and value of a batch whose
                                observations lie on the device already
@@ -129,12 +129,12 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
     rows = []
     for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
         if mode == "compiled":
+            torch._dynamo.config.recompile_limit = 64  # past it, it would go on eagerly
             compile_parts(model)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
         about = {"model": name, "size": size, "dtype": ", ".join(dtypes), "mode": mode}
         try:
             for n in BATCHES:
-                torch.compiler.reset()  # past some number of shapes it would go on eagerly
                 rows.append(about | inference_row(name, model, n, device, flops, seconds))
         except TorchDynamoException as error:
             # There is no compiler here, for instance. The eager rows are worth having.

@@ -46,7 +46,6 @@ NETWORK = {
 MODEL = {
     "header": "`checkpoint.Header`, for the checkpoints of a run",
     "config": "its configuration",
-    "COMPILED": "names of the methods that `models/compiled.py` compiles",
     "observation_fields": "() → {name: (shape, dtype)}, what the policy sees, of one chunk step",
     "slot_fields": "() → {name: (shape, dtype)}, what a slot keeps of a chunk step beside that",
     "training_fields": "() → the names of the slot fields that `evaluate` reads",

@@ -228,7 +228,6 @@ class LlamaLayer(nn.Module):
 
 class Oft(nn.Module):
     HEADS = ("value_head",)
-    COMPILED = ("hidden",)
     ADAPTED = ("*",)  # every linear layer and patch embedding, as RLinf (rlinf/models/__init__.py)
 
     def __init__(self, config: OftConfig):

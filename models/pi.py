@@ -186,7 +186,6 @@ class VisionTower(layers.Siglip):
 
 
 class Pi(FlowPolicy):
-    COMPILED = ("prefix", "suffix")
     HEADS = ("value_head", "noise_head")
     FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
     # Attention and feed-forward of the expert, as openpi's gemma_300m_lora, and of the VLM, as
