@@ -29,7 +29,6 @@ def row(name: str) -> dict:
     from torch._dynamo.utils import counters
 
     model = random_model(name, "small", "cpu", torch.float32).eval().requires_grad_(False)
-    torch._dynamo.config.recompile_limit = 64
     compiled.compile_parts(model)
     took = []
     with torch.inference_mode():

@@ -129,7 +129,6 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
     rows = []
     for mode in ("eager", "compiled") if device == "cuda" else ("eager",):
         if mode == "compiled":
-            torch._dynamo.config.recompile_limit = 64  # past it, it would go on eagerly
             compile_parts(model)
         dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
         about = {"model": name, "size": size, "dtype": ", ".join(dtypes), "mode": mode}

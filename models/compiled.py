@@ -79,6 +79,9 @@ def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
 def compile_parts(model: nn.Module) -> None:
     """Makes every block of the model compile itself at its first call. A block that is no single
     graph is an error."""
+    import torch._dynamo  # half a compiler, which takes seconds
+
+    torch._dynamo.config.recompile_limit = 64  # codes of one forward; past it, it would go eagerly
     for block in layers.blocks(model).values():
         block.forward = partial(
             of_any_batch, torch.compile(block.forward, dynamic=False, fullgraph=True)
@@ -97,11 +100,9 @@ def of_any_batch(forward: Callable, *given, **named):
 def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable[[], None]) -> None:
     """Compiles the blocks for batches of up to `most` samples, before any is asked for. Raises
     UserError where torch.compile does not work."""
-    # Half a compiler, which takes seconds to import.
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    torch._dynamo.config.recompile_limit = 64  # codes of one forward; past it, it would go eagerly
     compile_parts(model)
     try:
         # As in a rollout worker: a code is for tensors made in this mode, or for others.
