@@ -13,6 +13,7 @@ import ctypes
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -174,13 +175,16 @@ class Interrupts(list[int]):
         return self.count(signal.SIGINT) > 1
 
 
-def note_interrupts() -> Interrupts:
+def note_interrupts(*modules: str) -> Interrupts:
     """Lets INTERRUPTS only be noted in what is returned, from here on.
 
-    Starts the fork server too. Interrupts may reach it before it has handlers, so it inherits that
-    they are blocked."""
+    Starts the fork server too, which imports `modules` for all workers (preload.py). Interrupts may
+    reach it before it has handlers, so it inherits that they are blocked."""
     # Threads that wait must sleep: on shared cores, spinning at barriers is several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The launcher has five descriptors for each worker, and the usual limit is 1024.
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # The fork server looks for what it preloads here alone, and does not say when it fails.
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
@@ -191,9 +195,8 @@ def note_interrupts() -> Interrupts:
             signal.signal(number, interrupts.note)
     resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
     signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    forkserver.set_forkserver_preload(
-        ["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"]
-    )
+    os.environ["VLA3_PRELOAD"] = " ".join(modules)
+    forkserver.set_forkserver_preload(["preload"])
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     return interrupts
