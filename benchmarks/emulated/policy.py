@@ -46,7 +46,8 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
         train / costs.ENVS,
     )
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
-    return Emulated(picture, config.rollout.chunk, env_spec.action_dim, times, costs.WEIGHTS)
+    sizes = (config.rollout.chunk, env_spec.action_dim)
+    return Emulated(picture, *sizes, times, costs.WEIGHTS).to(device)
 
 
 def wait(seconds: float) -> None:
