@@ -257,7 +257,7 @@ class Table:
             gradients=self.trained / ranks,
             optimizer=kept / ranks,
             activations=max(peak, step, flat),
-            slots=self.prefixes() if keeps else 0,
+            slots=(self.prefixes() if keeps else 0) + self.coming(device, copied),
         )
 
         # As they were when the batch began, if it has several steps, and in a checkpoint.
@@ -268,6 +268,15 @@ class Table:
         optimizer = saved * kept
         more = max(0.0, loading - copied - optimizer)
         self.add(process, "host", weights=copied, optimizer=optimizer, activations=more)
+
+    def coming(self, device: str, rows: int) -> int:
+        """Returns the bytes of the trajectories, of so many rows, that come to a GPU while others
+        are trained there, and of those whose memory is given back late (`transfers.Carrier`)."""
+        if device == "host":
+            return 0
+        fields = self.model.observation_fields() | self.model.slot_fields()
+        seen = {name: fields[name] for name in self.model.training_fields() if name in fields}
+        return 2 * layout(seen, rows)[1]
 
     def prefixes(self) -> int:
         """Returns the bytes of what a frozen VLM made of a rank's share of a batch."""
