@@ -312,13 +312,32 @@ class IndexQueue:
         return {"reader": DupFd(self.reader), "writer": DupFd(self.writer)}
 
     def __setstate__(self, state):
-        self.reader = state["reader"].detach()
+        self.reader = state["reader"].detach() if "reader" in state else -1
         self.writer = state["writer"].detach()
 
     def __del__(self):
         for fd in (getattr(self, "reader", -1), getattr(self, "writer", -1)):
             if fd >= 0:
                 os.close(fd)
+
+
+class Writer:
+    """A queue on its way to a process that only writes to it: it gets half of the descriptors, of
+    which 253 at most can be sent to a process (SCM_MAX_FD of Linux)."""
+
+    def __init__(self, queue: IndexQueue):
+        self.queue = queue
+
+    def __reduce__(self):
+        return blank_queue, (), {"writer": DupFd(self.queue.writer)}
+
+
+def blank_queue() -> IndexQueue:
+    return IndexQueue.__new__(IndexQueue)
+
+
+def writers(queues: tuple[IndexQueue, ...]) -> tuple[Writer, ...]:
+    return tuple(Writer(queue) for queue in queues)
 
 
 class Counters(Shared):
@@ -391,3 +410,12 @@ class Channels(NamedTuple):
             tuple(IndexQueue() for _ in range(env.env_workers)),
             tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
         )
+
+    def of_worker(self, stage: str, rank: int) -> "Channels":
+        """Returns what a worker uses of it, which leaves room for a hundred queues of others."""
+        if stage == "env":  # which waits for a version, and does not fetch it
+            mine = {rank: self.replies[rank]}
+            return self._replace(replies=mine, plane=self.plane.watch())
+        if stage == "rollout":
+            return self._replace(replies=writers(self.replies), finished=())
+        return self._replace(replies=writers(self.replies), requests=writers(self.requests))

@@ -8,7 +8,7 @@
 `allocations.py` says what the model's functions take for a moment. Slots, weight plane and copies
 of weights have sizes that follow from shapes. What a process takes beside tensors cannot be
 derived: `BARE` and `SIMULATORS` say it, measured without a GPU; `CONTEXT` and `DRIVER` are
-estimates.
+estimates. `budgets` divides GPUs that several processes use.
 
 Left out: fragmentation beyond `USABLE`, what a vectorised simulator has on a GPU beside the slots,
 files that the system caches, NCCL's buffers.
@@ -486,7 +486,7 @@ def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
 def pools(table: Table, room: Room) -> str:
     """Says in a line what processes may have of GPUs that they share, and what is left there."""
     alike: dict[str, list[str]] = {}
-    for device, mine in budgets(table, room).items():
+    for device, mine in sorted(budgets(table, room).items()):
         rows = [row for row in table.rows.values() if row.device == device]
         left = room.gpu
         for row in rows:

@@ -13,6 +13,7 @@ import ctypes
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -63,10 +64,6 @@ class GpuPart(NamedTuple):
     device: str
     share: float  # 1.0: all
 
-    def said(self) -> str:
-        total = torch.cuda.get_device_properties(self.device).total_memory / 1e9
-        return f"{self.share * total:.1f} of {total:.1f} GB of {self.device}"
-
 
 @dataclass
 class Job:
@@ -103,9 +100,11 @@ def describe(error: BaseException, part: GpuPart | None = None) -> str:
     if isinstance(error, UserError):
         return f"failed: {error}"
     if part and isinstance(error, torch.OutOfMemoryError):
+        total = torch.cuda.get_device_properties(part.device).total_memory / 1e9
+        budget = f"its budget is {part.share * total:.1f} of {total:.1f} GB of {part.device}"
         asked = re.search(r"allocate ([\d.]+ \w+).* of which ([\d.]+ \w+) is free", str(error))
         more = f", it asked for {asked[1]} more, and {asked[2]} are free there" if asked else ""
-        return f"failed: out of GPU memory: its budget is {part.said()}{more}: {LESS_MEMORY}"
+        return f"failed: out of GPU memory: {budget}{more}: {LESS_MEMORY}"
     said = f"failed: {type(error).__name__}: {error}"[:1000]
     return said if may_pass(error) else f"{said}, at {place_of(error)}"
 
@@ -176,13 +175,16 @@ class Interrupts(list[int]):
         return self.count(signal.SIGINT) > 1
 
 
-def note_interrupts() -> Interrupts:
+def note_interrupts(*modules: str) -> Interrupts:
     """Lets INTERRUPTS only be noted in what is returned, from here on.
 
-    Starts the fork server too. Interrupts may reach it before it has handlers, so it inherits that
-    they are blocked."""
+    Starts the fork server too, which imports `modules` for all workers (preload.py). Interrupts may
+    reach it before it has handlers, so it inherits that they are blocked."""
     # Threads that wait must sleep: on shared cores, spinning at barriers is several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The launcher has five descriptors for each worker, and the usual limit is 1024.
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # The fork server looks for what it preloads here alone, and does not say when it fails.
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
@@ -193,9 +195,8 @@ def note_interrupts() -> Interrupts:
             signal.signal(number, interrupts.note)
     resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
     signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    forkserver.set_forkserver_preload(
-        ["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"]
-    )
+    os.environ["VLA3_PRELOAD"] = " ".join(modules)
+    forkserver.set_forkserver_preload(["preload"])
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     return interrupts

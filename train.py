@@ -25,9 +25,11 @@ import tyro
 
 import actor_worker
 import env_worker
+import envs
 import machine
 import memory
 import metrics
+import models
 import pictures
 import processes
 import recipes
@@ -170,15 +172,14 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
     plans = []
     for rank, device in enumerate(placement.actor_devices):
         news = report if rank == 0 else None
-        args = (spec, device, channels, folder.path, setup.resume, news)
+        args = (spec, device, channels.of_worker("actor", rank), folder.path, setup.resume, news)
         plans.append(("actor", rank, actor_worker.run, args, placement.actor_threads, {}))
     for rank, device in enumerate(placement.rollout_devices):
-        args = (spec, device, channels)
+        args = (spec, device, channels.of_worker("rollout", rank))
         plans.append(("rollout", rank, rollout_worker.run, args, placement.rollout_threads, {}))
     for rank, device in enumerate(placement.env_devices):
         draws_on = {} if device == "cpu" else {"MUJOCO_EGL_DEVICE_ID": device.split(":")[1]}
-        watching = channels._replace(plane=channels.plane.watch())
-        args = (setup.header, device, watching, setup.version)
+        args = (setup.header, device, channels.of_worker("env", rank), setup.version)
         plans.append(("env", rank, env_worker.run, args, 1, draws_on))
 
     trace = folder.spans if setup.config.train.trace else None
@@ -320,7 +321,9 @@ def main(config: Config) -> int:
     handover = Handover.take(path)
     again = handover.heard is not None
     folder.clear(keep_trace=again)
-    interrupts = processes.note_interrupts()
+    simulator = envs.SIMULATORS[train.env][0]
+    model = models.files(train.model).__name__
+    interrupts = processes.note_interrupts("train", simulator, model)
     for number in processes.kept_interrupts(handover.heard) if again else b"":
         interrupts.note(number)
     tracker = mirror(setup.config, folder)

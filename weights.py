@@ -172,6 +172,8 @@ class WeightFetcher:
 
     def _run(self) -> None:
         try:
+            if self.stream:  # a thread begins on GPU 0, and leaving the stream would open that
+                torch.cuda.set_device(self.stream.device)
             while True:
                 self.wake.wait(0.5)
                 self.wake.clear()

@@ -157,7 +157,7 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
-        h = self.proj(layers.join_heads(F.scaled_dot_product_attention(q, k, v)))
+        h = self.proj(layers.join_heads(layers.attention(q, k, v)))
         x = x + (h if self.scale1 is None else h * self.scale1)
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
         return x + (h if self.scale2 is None else h * self.scale2)
@@ -216,14 +216,12 @@ class LlamaLayer(nn.Module):
         self.down_proj = lora.Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [n, S, D], mask [n, 1, 1, S] bool: all look at everything that is not padding."""
+        """x [n, S, D], mask [n, 1, 1, S]: all look at everything that is not padding."""
         h = self.input_layernorm(x)
         q = layers.rotate(layers.split_heads(self.q_proj(h), self.heads), cos, sin)
         k = layers.rotate(layers.split_heads(self.k_proj(h), self.kv_heads), cos, sin)
         v = layers.split_heads(self.v_proj(h), self.kv_heads)
-        grouped = self.heads != self.kv_heads
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        x = x + self.o_proj(layers.join_heads(h))
+        x = x + self.o_proj(layers.join_heads(layers.attention(q, k, v, mask)))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
@@ -329,8 +327,9 @@ class Oft(nn.Module):
         d = c.width // c.heads
         frequency = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=x.device).float() / d)
         cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
+        mask = layers.additive(real[:, None], x.dtype)
         for layer in self.language:
-            x = layer(x, cos, sin, real[:, None, None])
+            x = layer(x, cos, sin, mask)
         start = c.pictures + tokens.shape[1] - 1  # the position of "▁"
         return self.language_norm(x[:, start : start + (c.actions if count is None else count)])
 
