@@ -18,10 +18,10 @@ import torch
 import torch.multiprocessing as mp
 
 import machine as host
+import transfers
 from benchmarks.gpu import Where
 from benchmarks.measuring import context, matmul, seconds_of
 from channel import SlotPool
-from rollout_worker import to_device
 from weights import WeightPlane
 
 # Bytes/s of a lane of PCIe, each way, by generation (PCI-SIG: 8, 16, 32, 64 GT/s with their codes).
@@ -182,10 +182,11 @@ def slots_rate(where: Where) -> float:
     pool = SlotPool(spec, slots)
     pool["image"].fill_(1)
     pool.use_on(where.device)
+    transfers.lock(pool, ("image",), where.device)
     every = np.arange(slots)
 
     def copy() -> None:
-        to_device({"image": pool.gather("image", every, every % rows)}, where.device)
+        transfers.read(pool, ("image",), every, every % rows, where.device)
 
     return block(where) / seconds_of([copy], where.device, where.seconds)[0]
 

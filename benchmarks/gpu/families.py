@@ -50,6 +50,7 @@ from models import compiled, layers
 from ranks import Ranks
 from rollout_worker import serve
 from streamer import MicroBatch
+from transfers import Carrier
 
 SAMPLES = (16, 1, 64, 4)  # of an inference, the most telling first
 MICRO_BATCHES = (32, 96, 128)  # chunk steps
@@ -149,6 +150,13 @@ def actor(where: Where, name: str) -> Iterator[dict]:
         del training
 
 
+class NoMore:
+    """Stands for a streamer that has no micro-batch after the one that is measured."""
+
+    def next(self) -> None:
+        return None
+
+
 class Training:
     """A learner, and slots of trajectories for it."""
 
@@ -168,7 +176,8 @@ class Training:
 
         with patch.object(models, "build", build):
             self.learner = Learner(config, LIBERO, where.device, ranks, None)
-        self.inbox = Inbox(0, config, LIBERO, channels, None, self.learner.fields)
+        carrier = Carrier(channels.pool, self.learner.seen, config.env.segment, where.device)
+        self.inbox = Inbox(0, config, LIBERO, channels, NoMore(), self.learner.facts, carrier)
         self.recomputes = False
 
     def row(self, chunk_steps: int) -> dict:
@@ -182,8 +191,11 @@ class Training:
             self.learner.prefixes.begin_batch()  # the first pass keeps what the others use
         slots = tuple(range(chunk_steps // self.where.segment))
         micro = MicroBatch(slots, 0, 0, True, len(slots))
-        read = functools.partial(self.inbox.read, micro, self.where.device)
-        train = functools.partial(self.learner.train, read(), micro)
+        read = functools.partial(self.inbox.read, micro)
+        data = read()
+
+        def train() -> None:
+            self.learner.train(dict(data), micro)  # which empties what it is given
 
         # The first pass makes gradients, and the first step what the optimizer remembers.
         train()
@@ -259,8 +271,8 @@ def precision_row(where: Where, name: str, kind: str) -> dict:
     model = with_weights(where, one, wide=kind == "float32")
     channels = filled_slots(where, one, model)
     fields = ("logprob", *model.training_fields())
-    inbox = Inbox(0, one.config, LIBERO, channels, None, fields)
-    data = inbox.read(MicroBatch(tuple(range(where.slots)), 0, 0, True, where.slots), where.device)
+    carrier = Carrier(channels.pool, fields, where.segment, where.device)
+    data = carrier.take(tuple(range(where.slots)))
     gaps = []
     with torch.no_grad():
         for slot in range(where.slots):

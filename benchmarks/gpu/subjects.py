@@ -16,6 +16,7 @@ from torch import nn
 import models
 import prepare
 import recipes
+import transfers
 from benchmarks.gpu import Where
 from channel import ACT, VALUE, Channels, Counters, Record, SlotPool, Spec
 from config import Config, completed, embedded_files
@@ -118,6 +119,7 @@ def filled_slots(where: Where, one: Subject, model: nn.Module) -> Channels:
     pool["length"].fill_(where.segment)
     pool["reward"].bernoulli_(0.3)
     pool.use_on(where.device)
+    transfers.lock(pool, (*model.observation_fields(), *model.slot_fields()), where.device)
     for t in range(where.segment + 1):
         kind = ACT if t < where.segment else VALUE
         requests = [Record(slot, t, kind, 0, 0) for slot in range(where.slots)]
