@@ -30,7 +30,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     requests = channels.requests[rank]
     requests.close_writer()
     channels.pool.use_on(device)
-    model = models.build(config, spec, device).eval()
+    models.use_tf32(device, config.train.precision)
+    model = models.acting(models.build(config, spec, device)).eval()
     lanes = LanesServed(rank, config, channels)
     batcher = DynamicBatcher(*first_limits(config, lanes.count))
     padded = compile_where_asked(model, config, lanes, device, meter)
