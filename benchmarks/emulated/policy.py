@@ -87,6 +87,9 @@ class Emulated(nn.Module):
         self.weights = nn.Parameter(torch.zeros(weights // 4))
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
 
+    def acts_in(self, name: str) -> None:
+        """Its weights are used as they are."""
+
     def observation_fields(self) -> dict:
         return {"image": (self.picture, torch.uint8)}
 
