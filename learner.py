@@ -199,11 +199,16 @@ class Learner:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
         if self.config.algorithm.proximal == "behaviour":
             return old
+        # In bfloat16 inference and training round differently, although their weights are the same.
+        # Until an update the ratio is to be 1: the behaviour weight has the difference.
+        rounded = self.config.train.precision == "bfloat16" and not self.updates
+        fresh = new.detach() if rounded else old
         if self.proximal is None:
-            return interpolated_proximal(new, old, staleness)
-        exact = self.proximal.of(stored, logprob, places)
-        exact = units(exact, self.config.algorithm.granularity)
-        return torch.where(staleness[:, None] > 0, exact, old)
+            stale = interpolated_proximal(new, old, staleness)
+        else:
+            exact = self.proximal.of(stored, logprob, places)
+            stale = units(exact, self.config.algorithm.granularity)
+        return torch.where(staleness[:, None] > 0, stale, fresh)
 
     def tally_trajectories(self, data: dict, played: Tensor, targets: Targets) -> None:
         """Counts what is a fact of the trajectories, whatever the loss makes of them."""
