@@ -42,6 +42,8 @@ def run(
     from, and its "lines" of metrics.jsonl, or None; report: the first rank tells the launcher
     through it."""
     channels.pool.use_on(device)
+    if rank == 0:  # who publishes
+        channels.plane.use_on(device)
     ranks = Ranks.of(config, rank, device, run_folder, resume, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)

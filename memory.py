@@ -57,6 +57,7 @@ ANY_SIMULATOR = (300e6, 100e6)
 # and bytes of the driver's on the host.
 CONTEXT = {"launcher": 0.5e9, "env": 0.3e9, "rollout": 0.7e9, "actor": 0.7e9}
 DRIVER = 1.5e9
+SIMULATOR = 0.5  # share that a vectorised simulator has of the room that is left on a GPU
 
 
 # ---------------------------------------------------------------- what a run puts where
@@ -127,6 +128,19 @@ class Demand:
         return {name: (tuple(p.shape), p.dtype) for name, p in trainable}
 
     @property
+    def plane_device(self) -> str:
+        """Where the weight plane lies: on a GPU only where all who copy from or to it are, since
+        others would need a context there; else on the host, as do weights that actors share
+        (--shard), for which one device would be too small."""
+        devices = {*self.placement.rollout_devices, *self.placement.actor_devices}
+        return "cpu" if len(devices) > 1 or self.config.actor.shard else devices.pop()
+
+    @property
+    def drawn_on(self) -> str:
+        """The device of the slots that lie on a GPU, which every worker opens; without any: cpu."""
+        return self.placement.env_devices[0] if self.on_gpu else "cpu"
+
+    @property
     def pool_bytes(self) -> int:
         """Of the slots in the host's memory."""
         on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
@@ -170,26 +184,24 @@ class Table:
         for part, size in sizes.items():
             setattr(row, part, getattr(row, part) + size)
 
-    def add_process(self, kind: str, process: str, device: str) -> None:
-        """Adds what a process takes without tensors."""
-        self.add(process, "host", other=BARE[kind])
-        if device != "host":
-            self.add(process, "host", other=DRIVER)
-            self.add(process, device, other=CONTEXT[kind])
+    def add_process(self, kind: str, process: str, *devices: str) -> None:
+        """Adds what a process takes without tensors: a context on every GPU that it touches."""
+        gpus = {*devices, place_of(self.demand.drawn_on)} - {"host"}
+        self.add(process, "host", other=BARE[kind] + DRIVER * bool(gpus))
+        for gpu in gpus:
+            self.add(process, gpu, other=CONTEXT[kind])
 
     def add_shared(self) -> None:
-        """Adds the launcher, the server of the other processes, and what all of them share."""
+        """Adds the launcher, the server of the other processes, and what all of them share, which
+        is the launcher's: it has a context where that lies on a GPU, and only there."""
         demand = self.demand
-        placement = demand.placement
-        shard = self.config.actor.shard  # then the weight plane lies on the host
-        plane = place_of("cpu" if shard else placement.actor_devices[0])
+        plane = place_of(demand.plane_device)
         self.add_process("launcher", "launcher", plane)
-        self.add_process("server", "server", "host")
+        self.add("server", "host", other=BARE["server"])
         self.add("shared", "host", slots=demand.pool_bytes)
         if demand.on_gpu:
             drawn = {name: demand.slots[name] for name in demand.on_gpu}
-            there = place_of(placement.env_devices[0])
-            self.add("shared", there, slots=layout(drawn, demand.slot_count)[1])
+            self.add("shared", place_of(demand.drawn_on), slots=layout(drawn, demand.slot_count)[1])
         self.add("shared", plane, weight_plane=2 * self.trained)
 
     def add_env(self, rank: int, process: str, device: str) -> None:
@@ -311,12 +323,15 @@ REMEDIES = (
 )
 
 
+def table_of(demand: Demand, room: Room) -> Table:
+    """Returns the rows of a run: by a guess where it fits even then, for looking takes seconds."""
+    rough = Table(demand, room, ROUGH)
+    return rough if all(row.fits for row in rough.sums()) else Table(demand, room)
+
+
 def short(demand: Demand, room: Room) -> list[Row]:
     """Returns the sums of the devices that are too small."""
-    rough = Table(demand, room, ROUGH).sums()
-    if all(row.fits for row in rough):
-        return []
-    return [row for row in Table(demand, room).sums() if not row.fits]
+    return [row for row in table_of(demand, room).sums() if not row.fits]
 
 
 # Settings that `choose` may fill in.
@@ -433,6 +448,49 @@ def excess(sums: list[Row], room: Room) -> float:
     return sum(row.total - room.on(row.device) for row in sums)
 
 
+# ---------------------------------------------------------------- sharing a GPU
+
+
+def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
+    """Divides every GPU that several processes use: returns the bytes of tensors that each rollout
+    and actor worker there may have, by device and name.
+
+    It is what a worker needs, and of the room that is left a part in proportion. Contexts, what the
+    launcher shares and simulators come first; a vectorised simulator, whose need nobody knows, has
+    SIMULATOR of the room, too. These are D-VLA's two pools: ours, and the simulators'."""
+    found = {}
+    for whole in table.sums():
+        rows = [row for row in table.rows.values() if row.device == whole.device != "host"]
+        ours = [row for row in rows if row.process.startswith(("rollout", "actor")) and row.weights]
+        env = whole.device in table.demand.placement.env_devices
+        if not ours or len(ours) + env < 2:
+            continue
+        spare = max(0.0, room.on(whole.device) - whole.total)
+        spare *= SIMULATOR if env and table.config.env.lanes else 1.0
+        need = sum(row.total for row in ours)
+        found[whole.device] = {
+            row.process: row.total - row.other + spare * row.total / need for row in ours
+        }
+    return found
+
+
+def pools(table: Table, room: Room) -> str:
+    """Says in a line what processes may have of GPUs that they share, and what is left there."""
+    alike: dict[str, list[str]] = {}
+    for device, mine in budgets(table, room).items():
+        rows = [row for row in table.rows.values() if row.device == device]
+        left = room.gpu
+        for row in rows:
+            if not row.process.startswith(("all", "env")):
+                left -= mine[row.process] + row.other if row.process in mine else row.total
+        parts = [f"{process.partition('-')[0]} {size / GB:.1f}" for process, size in mine.items()]
+        whose = " to simulators" if device in table.demand.placement.env_devices else ""
+        said = f"{', '.join(parts)}, left{whose} {left / GB:.1f}"
+        alike.setdefault(said, []).append(device)
+    listed = (f"{', '.join(devices)}: {said}" for said, devices in alike.items())
+    return f"GPU memory, GB: {'; '.join(listed)}" if alike else ""
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -451,6 +509,8 @@ def show(table: Table, room: Room) -> None:
         listed = "".join(f"{size / GB:13.3g}" if size else f"{'–':>13s}" for size in sizes)
         room_gb = f"  of {room.on(rows[0].device) / GB:.1f}" if rows[0].process == "all" else ""
         print(f"{name:24s}{where:9s}{listed}{room_gb}{'' if rows[0].fits else '  TOO MUCH'}")
+    if shared := pools(table, room):
+        print(shared)
 
 
 @dataclass(kw_only=True)

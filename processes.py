@@ -47,12 +47,26 @@ RECENT_S = 3600.0  # restarts longer ago do not count: a run of days may meet ma
 # wrong shape.
 WRONG_CODE = (SyntaxError, NameError, AttributeError, ImportError, NotImplementedError)
 WRONG_CODE += (TypeError, ValueError, LookupError, AssertionError)
+LESS_MEMORY = (
+    "lower --micro-batch, --batch-max or --envs, or give --checkpointing on or --cache-prefix off"
+)
 # What torch says of shapes that do not go together, as a RuntimeError.
 WRONG_SHAPES = r"must match|cannot be multiplied|size mismatch|[Ee]xpected .*size|invalid for input"
 
 
 class WorkerFailed(Exception):
     """A worker is gone or hangs and is not to be replaced; the message names it."""
+
+
+class GpuPart(NamedTuple):
+    """What a worker may have of a GPU's memory."""
+
+    device: str
+    share: float  # 1.0: all
+
+    def said(self) -> str:
+        total = torch.cuda.get_device_properties(self.device).total_memory / 1e9
+        return f"{self.share * total:.1f} of {total:.1f} GB of {self.device}"
 
 
 @dataclass
@@ -64,6 +78,7 @@ class Job:
     meter: metrics.Meter
     environment: dict[str, str]
     replaceable: bool = False
+    part: GpuPart | None = None  # of the GPU where torch allocates
 
 
 class Failure(NamedTuple):
@@ -84,9 +99,14 @@ def may_pass(error: BaseException) -> bool:
     return singular or not isinstance(error, (UserError, *WRONG_CODE))
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException, part: GpuPart | None = None) -> str:
+    """Says what went wrong. part: what the worker may have of a GPU."""
     if isinstance(error, UserError):
         return f"failed: {error}"
+    if part and isinstance(error, torch.OutOfMemoryError):
+        asked = re.search(r"allocate ([\d.]+ \w+).* of which ([\d.]+ \w+) is free", str(error))
+        more = f", it asked for {asked[1]} more, and {asked[2]} are free there" if asked else ""
+        return f"failed: out of GPU memory: its budget is {part.said()}{more}: {LESS_MEMORY}"
     said = f"failed: {type(error).__name__}: {error}"[:1000]
     return said if may_pass(error) else f"{said}, at {place_of(error)}"
 
@@ -118,13 +138,15 @@ def child(job: Job, errors: connection.Connection) -> None:
     keep_freed_memory()
     status = 0
     try:
+        if job.part:
+            machine.take_part(*job.part)
         job.target(*job.args)
     except SystemExit:  # LEAVE; if the launcher did not send it, it must see a death
         status = 128 + LEAVE
     except BaseException as error:
         trace = "" if isinstance(error, UserError) else traceback.format_exc()[-2500:]
         with contextlib.suppress(OSError):  # a launcher that is gone asks for nothing
-            errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
+            errors.send((Failure(job.name, describe(error, job.part), may_pass(error)), trace))
         status = 1
     job.meter.flush()
     os._exit(status)

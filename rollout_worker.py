@@ -30,6 +30,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     requests = channels.requests[rank]
     requests.close_writer()
     channels.pool.use_on(device)
+    channels.plane.use_on(device)
     model = models.build(config, spec, device).eval()
     lanes = LanesServed(rank, config, channels)
     batcher = DynamicBatcher(*first_limits(config, lanes.count))

@@ -34,6 +34,9 @@ class WeightPlane(Shared):
     A set of weights is one block of bytes with the tensors as views on it, so that fetching is a
     single copy at memcpy's speed: tensor by tensor it takes 1.7 times as long.
 
+    It lies on a GPU where all who use it are there, else on the host, page-locked by those with a
+    GPU (`use_on`): who opens another one's memory has a context there, too.
+
     spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds;
     until it is published the version is −1, so K batches may start before there are weights."""
 
@@ -67,6 +70,12 @@ class WeightPlane(Shared):
             end = start + math.prod(shape) * dtype.itemsize
             found[name] = block[start:end].view(dtype).view(shape)
         return found
+
+    def use_on(self, device: str) -> None:
+        """Page-locks a plane on the host in a process that copies between it and a GPU: then the
+        GPU's copy engines read and write it while others go on computing."""
+        if device != "cpu" and self.buffers.arena is not None:
+            self.buffers.arena.pin()
 
     def watch(self) -> "WeightPlane":
         """The version without the weights, for processes that only wait for it: opens no GPU."""

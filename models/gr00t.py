@@ -336,7 +336,12 @@ class Gr00t(FlowPolicy):
         """pixels [n·V, 3, H, W] in [−1, 1], ids and real [n, P] → features [n, P, D]."""
         pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
         x = self.embed_tokens(ids)
-        x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
+        # Each takes the place of an image token. The gradient of masked_scatter, which does the
+        # same, would make the host wait.
+        here = ids == self.config.image_token
+        place = (here.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(x)
+        pictures = pictures.to(x.dtype).view(len(x), -1, x.shape[-1])
+        x = torch.where(here[..., None], pictures.gather(1, place), x)
         positions = torch.arange(ids.shape[1], device=x.device)[None]
         frequency = layers.frequencies(self.config.head_dim, x.device, theta=1e6)
         cos, sin = layers.rotary(positions, frequency, x.dtype)

@@ -247,9 +247,21 @@ class Oft(nn.Module):
         self.language_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.lm_head = lora.Linear(c.width, c.vocabulary, False)
         self.value_head = self.heads(c)["value_head"]
-        table = torch.from_numpy(bins.action_table({}, c.action_dim, c.bins))
-        self.register_buffer("action_table", table, persistent=False)
+        for name, table in self.tables({}).items():
+            self.register_buffer(name, table, persistent=False)
         lora.adapt(self, self.ADAPTED)
+
+    def tables(self, stats: dict) -> dict[str, Tensor]:
+        """Numbers that lie on the device, so that no inference has to bring them there: the actions
+        of all bins [A, bins], ImageNet's mean and deviation [2, 3, 1, 1], and where the pixels of
+        the cropped picture lie [H]."""
+        c = self.config
+        scale = np.array([c.dino_mean, c.dino_std], np.float32)[..., None, None]
+        return {
+            "action_table": torch.from_numpy(bins.action_table(stats, c.action_dim, c.bins)),
+            "dino_scale": torch.from_numpy(scale),
+            "crop": pictures.crop_positions(c.image_size),
+        }
 
     @staticmethod
     def heads(c: OftConfig) -> dict[str, nn.Module]:
@@ -276,8 +288,8 @@ class Oft(nn.Module):
             if trained or name in critic or "lora_" in name or p.dtype == torch.float16:
                 p.data = p.data.to(torch.float32)
         lora.adapt(self, self.ADAPTED)
-        table = torch.from_numpy(bins.action_table(stats, self.config.action_dim, self.config.bins))
-        self.action_table = table.to(self.lm_head.weight.device)
+        for name, table in self.tables(stats).items():
+            setattr(self, name, table.to(self.lm_head.weight.device))
 
     def dtype_of(self, name: str) -> None:
         """As the file has it; `begin` decides what is widened."""
@@ -289,9 +301,9 @@ class Oft(nn.Module):
         layers.require_images(image, c)
         image = image.flatten(0, 1)
         if c.center_crop:
-            image = pictures.center_crop(image)
+            image = pictures.center_crop(image, self.crop)
         x = image.permute(0, 3, 1, 2).float() / 255.0
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (c.dino_mean, c.dino_std))
+        mean, std = self.dino_scale
         return ((x - mean) / std).to(f), ((x - 0.5) / 0.5).to(f)
 
     def features(self, image: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from benchmarks import (
     tuning,
 )
 from benchmarks.emulated import libero, maniskill
-from benchmarks.plan_against_paper import emulated_node
+from benchmarks.plan_against_paper import TABLE_1, emulated_node
 from channel import layout
 from envs import Step
 from errors import UserError
@@ -135,7 +135,7 @@ def test_splitting_into_single_envs_costs_what_it_costs_the_paper():
 def test_no_row_of_the_event_model_exceeds_its_bound_and_none_is_ahead_of_full(setting, ratio):
     found = {
         p: simulate(*emulated_node(p, ratio, setting), iterations=12).env_steps_per_s
-        for p in config.PRESETS
+        for p in TABLE_1
     }
     for preset, rate in found.items():
         assert (
@@ -271,9 +271,9 @@ def test_rows_of_a_run(monkeypatch, capsys):
 
     monkeypatch.setattr(ladder, "run_preset", given)
     rows = ladder.measure("libero", "", 2)
-    assert [row["preset"] for row in rows] == list(config.PRESETS) and {
-        row["ratio"] for row in rows
-    } == {"3:1"}
+    assert [row["preset"] for row in rows] == list(TABLE_1) and {row["ratio"] for row in rows} == {
+        "3:1"
+    }
     full = rows[-1]
     sync = rows[1]
     assert full["env_steps_per_s"] == 240.0 and full["share_of_bound"] == pytest.approx(

@@ -322,13 +322,15 @@ def test_large_clusters_cost_no_more_events():
 
 
 # `python bench.py ladder --setting emulated`, and again on busier cores: env steps/s, in the order
-# of PRESETS
+# of TABLE_1
 MEASURED = (1400, 800, 1137, 2013, 2049)
 BUSY = (1370.5, 760.1, 1098.4, 1964.9, 1996.1)
 BUSY_PHASES = {"rollout_s": 4.643, "actor_s": 2.094}  # of its sync-disaggregated row
 
 
-@pytest.mark.parametrize("preset, measured", list(zip(PRESETS, MEASURED, strict=True)))
+@pytest.mark.parametrize(
+    "preset, measured", list(zip(plan_against_paper.TABLE_1, MEASURED, strict=True))
+)
 def test_emulated_ladder_from_nominal_times(preset, measured):
     found = simulate(*plan_against_paper.emulated_node(preset, "1:1"), iterations=40)
     assert found.env_steps_per_s == pytest.approx(measured, rel=0.05)
@@ -345,7 +347,7 @@ def test_emulated_ladder_from_its_synchronous_row(capsys):
             "actor_s": None,
         }
         | {f"bubble_{stage}": 0.5 for stage in metrics.STAGES}
-        for preset, measured in zip(PRESETS, BUSY, strict=True)
+        for preset, measured in zip(plan_against_paper.TABLE_1, BUSY, strict=True)
     ]
     rows[1] |= BUSY_PHASES
     for row, measured in zip(plan_against_paper.ladder(rows), BUSY, strict=True):

@@ -7,6 +7,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
+from channel import Arena
 from weights import WeightFetcher, WeightPlane
 
 fork = get_context("fork")
@@ -89,6 +90,18 @@ def test_a_reader_that_is_overtaken_once_keeps_what_it_has():
     mine.events = [lambda: plane.publish(filled(1.0), 1)]
     plane.publish(filled(0.0), 0)
     assert plane.fetch(mine) == 0 and values(plane, mine) == [0.0]
+
+
+def test_a_plane_on_the_host_is_page_locked_for_a_gpu(monkeypatch):
+    locked = []
+    monkeypatch.setattr(Arena, "pin", lambda arena: locked.append(arena))
+    plane = WeightPlane(WEIGHTS)
+    plane.use_on("cpu")
+    assert not locked
+    plane.use_on("cuda:1")
+    assert locked == [plane.buffers.arena]
+    WeightPlane(WEIGHTS, "meta").use_on("cuda:1")  # one that lies on a device has no arena
+    assert len(locked) == 1
 
 
 def test_weights_of_a_writer_that_died_while_writing_are_never_fetched():

@@ -67,16 +67,20 @@ def resize_eagle(image: np.ndarray, size: int) -> np.ndarray:
     return bicubic(x, size).permute(0, 2, 3, 1).numpy()
 
 
-def center_crop(image: Tensor, area: float = 0.9) -> Tensor:
-    """The middle `area` of pictures, resized back: [n, H, H, 3] uint8 → the same. As
-    tf.image.crop_and_resize: in fp32 in TensorFlow's order, corners of the box are pixel centres,
-    horizontal before vertical, × 255.5 rounded down."""
-    size = image.shape[1]
+def crop_positions(size: int, area: float = 0.9) -> Tensor:
+    """Where the pixels of a row or column of the middle `area` lie in a picture: [size] fp32. As
+    tf.image.crop_and_resize: corners of the box are pixel centres."""
     side = np.sqrt(np.float32(area))
     low = (np.float32(1.0) - side) / np.float32(2.0)
     step = (low + side - low) * np.float32(size - 1) / np.float32(size - 1)
     at = low * np.float32(size - 1) + np.arange(size, dtype=np.float32) * step
-    at = torch.from_numpy(at).to(image.device)
+    return torch.from_numpy(at)
+
+
+def center_crop(image: Tensor, at: Tensor) -> Tensor:
+    """The middle of pictures, resized back: [n, H, H, 3] uint8 → the same. at: `crop_positions`,
+    on the pictures' device. As tf.image.crop_and_resize: in fp32 in TensorFlow's order, horizontal
+    before vertical, × 255.5 rounded down."""
     first = at.floor().long()
     last = at.ceil().long()
     part = at - at.floor()
