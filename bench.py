@@ -80,11 +80,21 @@ class BenchConfig:
     seconds: AboveZero = 1.0
     """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each
     median"""
-    setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = (
-        "all"
-    )
+    setting: Literal[
+        "all",
+        "columns",
+        "emulated",
+        "gr00t",
+        "vectorised",
+        "headlines",
+        "metaworld_colocated",
+        "maniskill_hybrid",
+        "embedded",
+        "libero",
+    ] = "all"
     """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill +
-    π0), which sleep; embedded (the default model and simulator) and libero, all real; columns is
+    π0), which sleep; of its second version's headlines metaworld_colocated and maniskill_hybrid,
+    which sleep, too; embedded (the default model and simulator) and libero, all real; columns is
     the first three. tracing: all is emulated and embedded"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that
