@@ -5,7 +5,8 @@
     python bench.py weights                            a weight sync against a memcpy, and what it
                                                        costs a rollout worker that serves
     python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against
-                                                       each other and their bound
+                                                       each other and their bound, and its second
+                                                       version's headlines
     python bench.py prefix --model pi05                the actor with and without the frozen
                                                        prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix
@@ -101,10 +102,10 @@ class BenchConfig:
     --setting"""
     iterations: Natural = 0
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
-    vectorised, 4 real, 10 tuning"""
+    vectorised, 4 metaworld_colocated, 3 maniskill_hybrid, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and
-    3:1 of the real settings"""
+    3:1 of the real settings; headlines have one of their own"""
     model: Family = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
