@@ -8,6 +8,8 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
                                           with both, `Env` is for evaluation and for looking at it
     workers(ratio, placement) -> int      optional: how many env workers to start; else --ratio
                                           decides
+    preload()                             optional: imports what takes seconds, before the process
+                                          is copied for each env worker; draws nothing
     PACKAGES                              optional: packages that it imports where they are used,
                                           because that takes seconds
 

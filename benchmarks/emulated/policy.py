@@ -54,10 +54,9 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
         train / costs.ENVS,
     )
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
-    worker = device_of(current_process().name, placement)
-    return Emulated(
-        picture, config.rollout.chunk, env_spec.action_dim, times, costs.WEIGHTS, worker
-    )
+    gpu = device_of(current_process().name, placement)
+    sizes = (config.rollout.chunk, env_spec.action_dim)
+    return Emulated(picture, *sizes, times, costs.WEIGHTS, gpu).to(device)
 
 
 def shares(placement: str, actors: int) -> int:
@@ -96,12 +95,12 @@ class Emulated(nn.Module):
         action_dim: int,
         times: Times,
         weights: int,
-        device: Device | None = None,
+        gpu: Device | None = None,
     ):
-        """picture: shape of an observation; weights: bytes; device: that takes the time, if other
-        stages have it, too."""
+        """picture: shape of an observation; weights: bytes; gpu: the emulated device that takes the
+        time, if other stages have it, too."""
         super().__init__()
-        self.device = device
+        self.gpu = gpu
         self.picture = picture
         self.times = times
         # They have no gradient, so no optimizer touches them.
@@ -112,8 +111,8 @@ class Emulated(nn.Module):
         """Takes so long, on the device."""
         if not seconds:  # `sleep(0)` gives up the core for 50 µs
             return
-        if self.device:
-            self.device.use(seconds)
+        if self.gpu:
+            self.gpu.use(seconds)
         else:
             time.sleep(seconds)
 
