@@ -63,7 +63,7 @@ class RunConfig:
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
     env: str = "metaworld"
     """simulator: metaworld, libero, maniskill, robocasa, or a new one (envs/__init__.py);
-    `emulated`, `emulated_gr00t` and `vectorised` sleep as the policy `emulated` does"""
+    `emulated`, `vectorised` and those of benchmarks/emulated sleep as the policy `emulated` does"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
     suite: str = ""

@@ -52,6 +52,7 @@ SIMULATORS = {
     "metaworld": (20e6, 55e6),
     "libero": (330e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
+    **dict.fromkeys(("emulated_metaworld", "vectorised_hybrid"), (0.0, 1e5)),
 }
 ANY_SIMULATOR = (300e6, 100e6)
 # Estimates for a process that uses a GPU: bytes of its context there (a simulator's only draws),
