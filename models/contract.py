@@ -46,6 +46,8 @@ NETWORK = {
 MODEL = {
     "header": "`checkpoint.Header`, for the checkpoints of a run",
     "config": "its configuration",
+    "acts_in": "(name of a parameter, or its beginning) → the dtype in which the model uses it, or "
+    "None for its own; all of a block have one",
     "observation_fields": "() → {name: (shape, dtype)}, what the policy sees, of one chunk step",
     "slot_fields": "() → {name: (shape, dtype)}, what a slot keeps of a chunk step beside that",
     "training_fields": "() → the names of the slot fields that `evaluate` reads",
