@@ -107,6 +107,9 @@ class Emulated(nn.Module):
         self.weights = nn.Parameter(torch.zeros(weights // 4))
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
 
+    def acts_in(self, name: str) -> None:
+        """Its weights are used as they are."""
+
     def wait(self, seconds: float) -> None:
         """Takes so long, on the device."""
         if not seconds:  # `sleep(0)` gives up the core for 50 µs
