@@ -8,7 +8,7 @@
 `allocations.py` says what the model's functions take for a moment. Slots, weight plane and copies
 of weights have sizes that follow from shapes. What a process takes beside tensors cannot be
 derived: `BARE` and `SIMULATORS` say it, measured without a GPU; `CONTEXT` and `DRIVER` are
-estimates.
+estimates. `budgets` divides GPUs that several processes use.
 
 Left out: fragmentation beyond `USABLE`, what a vectorised simulator has on a GPU beside the slots,
 files that the system caches, NCCL's buffers.
@@ -52,12 +52,14 @@ SIMULATORS = {
     "metaworld": (20e6, 55e6),
     "libero": (330e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
+    **dict.fromkeys(("emulated_metaworld", "vectorised_hybrid"), (0.0, 1e5)),
 }
 ANY_SIMULATOR = (300e6, 100e6)
 # Estimates for a process that uses a GPU: bytes of its context there (a simulator's only draws),
 # and bytes of the driver's on the host.
 CONTEXT = {"launcher": 0.5e9, "env": 0.3e9, "rollout": 0.7e9, "actor": 0.7e9}
 DRIVER = 1.5e9
+SIMULATOR = 0.5  # share that a vectorised simulator has of the room that is left on a GPU
 
 
 # ---------------------------------------------------------------- what a run puts where
@@ -129,6 +131,19 @@ class Demand:
         return {name: (tuple(p.shape), acts_in(name) or p.dtype) for name, p in trainable}
 
     @property
+    def plane_device(self) -> str:
+        """Where the weight plane lies: on a GPU only where all who copy from or to it are, since
+        others would need a context there; else on the host, as do weights that actors share
+        (--shard), for which one device would be too small."""
+        devices = {*self.placement.rollout_devices, *self.placement.actor_devices}
+        return "cpu" if len(devices) > 1 or self.config.actor.shard else devices.pop()
+
+    @property
+    def drawn_on(self) -> str:
+        """The device of the slots that lie on a GPU, which every worker opens; without any: cpu."""
+        return self.placement.env_devices[0] if self.on_gpu else "cpu"
+
+    @property
     def pool_bytes(self) -> int:
         """Of the slots in the host's memory."""
         on_host = {name: kind for name, kind in self.slots.items() if name not in self.on_gpu}
@@ -174,26 +189,24 @@ class Table:
         for part, size in sizes.items():
             setattr(row, part, getattr(row, part) + size)
 
-    def add_process(self, kind: str, process: str, device: str) -> None:
-        """Adds what a process takes without tensors."""
-        self.add(process, "host", other=BARE[kind])
-        if device != "host":
-            self.add(process, "host", other=DRIVER)
-            self.add(process, device, other=CONTEXT[kind])
+    def add_process(self, kind: str, process: str, *devices: str) -> None:
+        """Adds what a process takes without tensors: a context on every GPU that it touches."""
+        gpus = {*devices, place_of(self.demand.drawn_on)} - {"host"}
+        self.add(process, "host", other=BARE[kind] + DRIVER * bool(gpus))
+        for gpu in gpus:
+            self.add(process, gpu, other=CONTEXT[kind])
 
     def add_shared(self) -> None:
-        """Adds the launcher, the server of the other processes, and what all of them share."""
+        """Adds the launcher, the server of the other processes, and what all of them share, which
+        is the launcher's: it has a context where that lies on a GPU, and only there."""
         demand = self.demand
-        placement = demand.placement
-        shard = self.config.actor.shard  # then the weight plane lies on the host
-        plane = place_of("cpu" if shard else placement.actor_devices[0])
+        plane = place_of(demand.plane_device)
         self.add_process("launcher", "launcher", plane)
-        self.add_process("server", "server", "host")
+        self.add("server", "host", other=BARE["server"])
         self.add("shared", "host", slots=demand.pool_bytes)
         if demand.on_gpu:
             drawn = {name: demand.slots[name] for name in demand.on_gpu}
-            there = place_of(placement.env_devices[0])
-            self.add("shared", there, slots=layout(drawn, demand.slot_count)[1])
+            self.add("shared", place_of(demand.drawn_on), slots=layout(drawn, demand.slot_count)[1])
         self.add("shared", plane, weight_plane=2 * self.plane)
 
     def add_env(self, rank: int, process: str, device: str) -> None:
@@ -250,7 +263,7 @@ class Table:
             gradients=self.trained / ranks,
             optimizer=kept / ranks,
             activations=max(peak, step),
-            slots=self.prefixes() if keeps else 0,
+            slots=(self.prefixes() if keeps else 0) + self.coming(device, copied),
         )
 
         # As they were when the batch began, if it has several steps, and in a checkpoint.
@@ -261,6 +274,15 @@ class Table:
         optimizer = saved * kept
         more = max(0.0, loading - copied - optimizer)
         self.add(process, "host", weights=copied, optimizer=optimizer, activations=more)
+
+    def coming(self, device: str, rows: int) -> int:
+        """Returns the bytes of the trajectories, of so many rows, that come to a GPU while others
+        are trained there, and of those whose memory is given back late (`transfers.Carrier`)."""
+        if device == "host":
+            return 0
+        fields = self.model.observation_fields() | self.model.slot_fields()
+        seen = {name: fields[name] for name in self.model.training_fields() if name in fields}
+        return 2 * layout(seen, rows)[1]
 
     def prefixes(self) -> int:
         """Returns the bytes of what a frozen VLM made of a rank's share of a batch."""
@@ -316,12 +338,15 @@ REMEDIES = (
 )
 
 
+def table_of(demand: Demand, room: Room) -> Table:
+    """Returns the rows of a run: by a guess where it fits even then, for looking takes seconds."""
+    rough = Table(demand, room, ROUGH)
+    return rough if all(row.fits for row in rough.sums()) else Table(demand, room)
+
+
 def short(demand: Demand, room: Room) -> list[Row]:
     """Returns the sums of the devices that are too small."""
-    rough = Table(demand, room, ROUGH).sums()
-    if all(row.fits for row in rough):
-        return []
-    return [row for row in Table(demand, room).sums() if not row.fits]
+    return [row for row in table_of(demand, room).sums() if not row.fits]
 
 
 # Settings that `choose` may fill in.
@@ -438,6 +463,49 @@ def excess(sums: list[Row], room: Room) -> float:
     return sum(row.total - room.on(row.device) for row in sums)
 
 
+# ---------------------------------------------------------------- sharing a GPU
+
+
+def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
+    """Divides every GPU that several processes use: returns the bytes of tensors that each rollout
+    and actor worker there may have, by device and name.
+
+    It is what a worker needs, and of the room that is left a part in proportion. Contexts, what the
+    launcher shares and simulators come first; a vectorised simulator, whose need nobody knows, has
+    SIMULATOR of the room, too. These are D-VLA's two pools: ours, and the simulators'."""
+    found = {}
+    for whole in table.sums():
+        rows = [row for row in table.rows.values() if row.device == whole.device != "host"]
+        ours = [row for row in rows if row.process.startswith(("rollout", "actor")) and row.weights]
+        env = whole.device in table.demand.placement.env_devices
+        if not ours or len(ours) + env < 2:
+            continue
+        spare = max(0.0, room.on(whole.device) - whole.total)
+        spare *= SIMULATOR if env and table.config.env.lanes else 1.0
+        need = sum(row.total for row in ours)
+        found[whole.device] = {
+            row.process: row.total - row.other + spare * row.total / need for row in ours
+        }
+    return found
+
+
+def pools(table: Table, room: Room) -> str:
+    """Says in a line what processes may have of GPUs that they share, and what is left there."""
+    alike: dict[str, list[str]] = {}
+    for device, mine in sorted(budgets(table, room).items()):
+        rows = [row for row in table.rows.values() if row.device == device]
+        left = room.gpu
+        for row in rows:
+            if not row.process.startswith(("all", "env")):
+                left -= mine[row.process] + row.other if row.process in mine else row.total
+        parts = [f"{process.partition('-')[0]} {size / GB:.1f}" for process, size in mine.items()]
+        whose = " to simulators" if device in table.demand.placement.env_devices else ""
+        said = f"{', '.join(parts)}, left{whose} {left / GB:.1f}"
+        alike.setdefault(said, []).append(device)
+    listed = (f"{', '.join(devices)}: {said}" for said, devices in alike.items())
+    return f"GPU memory, GB: {'; '.join(listed)}" if alike else ""
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -456,6 +524,8 @@ def show(table: Table, room: Room) -> None:
         listed = "".join(f"{size / GB:13.3g}" if size else f"{'–':>13s}" for size in sizes)
         room_gb = f"  of {room.on(rows[0].device) / GB:.1f}" if rows[0].process == "all" else ""
         print(f"{name:24s}{where:9s}{listed}{room_gb}{'' if rows[0].fits else '  TOO MUCH'}")
+    if shared := pools(table, room):
+        print(shared)
 
 
 @dataclass(kw_only=True)

@@ -59,11 +59,10 @@ class Setup(memory.Demand):
 
     def pool(self) -> SlotPool:
         """Makes the slots, each on the NUMA node of the GPU whose rollout worker serves it."""
-        device = self.placement.env_devices[0] if self.on_gpu else "cpu"
         nodes = [machine.near(rollout) for rollout in self.placement.rollout_devices]
         lanes = np.arange(self.slot_count) % self.config.env.envs // self.config.env.width
         near = [nodes[lane % len(nodes)] for lane in lanes]
-        return SlotPool(self.slots, self.slot_count, device, self.on_gpu, near)
+        return SlotPool(self.slots, self.slot_count, self.drawn_on, self.on_gpu, near)
 
 
 def prepare(config: Config) -> Setup:
@@ -329,7 +328,7 @@ def memory_report(setup: Setup) -> None:
     one = layout(setup.slots, 1)[1] / 1e6
     where = "shared memory"
     if setup.on_gpu:
-        where += f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}"
+        where += f", but {', '.join(setup.on_gpu)} on {setup.drawn_on}"
     print(f"slot pool: {count} slots × {one:.2f} MB = {count * one:.1f} MB of {where}")
     size = {name: layout({name: kind}, count)[1] for name, kind in setup.slots.items()}
     for name in sorted(size, key=size.get, reverse=True):

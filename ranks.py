@@ -39,7 +39,8 @@ class Ranks:
         self.stopped = False  # whether those who save have agreed to stop
         if self.several:
             store = dist.FileStore(str(folder / f"rendezvous-{version}"), count)
-            backend = "gloo" if device == "cpu" else "nccl"
+            # What ranks say to one another stays on the host: no GPU is waited for.
+            backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             # The launcher sees who hangs. Torch's own clock goes on while a run is suspended.
             limit = timedelta(days=7)
             group = {"store": store, "rank": rank, "world_size": count, "timeout": limit}
@@ -61,9 +62,9 @@ class Ranks:
         """Waits until all ranks have come here, and yields again and again meanwhile. The others'
         calls wait silently; whoever has met has little to wait for.
 
-        words: numbers of this rank, which become the highest of any rank."""
+        words: numbers of this rank, on the host, which become the highest of any rank."""
         if self.several:
-            words = torch.zeros(1, device=self.device) if words is None else words
+            words = torch.zeros(1) if words is None else words
             meeting = dist.all_reduce(words, dist.ReduceOp.MAX, async_op=True)
             while not meeting.is_completed():
                 yield
@@ -114,7 +115,7 @@ class Ranks:
         """Returns the sums over ranks."""
         if not self.several:
             return numbers
-        total = torch.tensor(numbers, device=self.device)
+        total = torch.tensor(numbers)
         dist.all_reduce(total)
         return total.tolist()
 

@@ -43,7 +43,7 @@ class ShardedRanks(Ranks):
 
     def agree(self, *mine: float) -> list[float]:
         """Waits for all ranks, with signs of life."""
-        words = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        words = torch.tensor(mine, dtype=torch.float64)
         with self.meter.wait("gradient"):
             for _ in self.meet(words):
                 self.meter.alive()

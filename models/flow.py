@@ -229,7 +229,7 @@ class FlowPolicy(nn.Module):
         # The flow itself stays in fp32. A copy like what later steps make of it: compiled code
         # tells tensors made in inference mode and their strides apart.
         x = noise["noise"].clone(memory_format=torch.contiguous_format)
-        times = torch.tensor(self.times(), device=x.device, dtype=x.dtype)
+        times = self.times()
         index = noise["denoise_index"][:, None, None]
         x_t = torch.zeros_like(x)
         x_next = torch.zeros_like(x)
@@ -237,7 +237,7 @@ class FlowPolicy(nn.Module):
         kept = None
         for i in range(self.config.denoise_steps):
             step = torch.full((len(x),), i, device=x.device)
-            t, t_next = self.at(step, times)
+            t, t_next = (x.new_full((len(x), 1, 1), time) for time in times[i : i + 2])
             h = self.denoise(seen, x, t[:, 0, 0], step)
             following, mean, std = self.transition(x, h, t, t_next)
             chosen = index == i
@@ -266,7 +266,8 @@ class FlowPolicy(nn.Module):
         seen = self.look(batch)
         x_t = batch["x_t"]
         step = batch["denoise_index"].long()
-        times = torch.tensor(self.times(), device=x_t.device, dtype=x_t.dtype)
+        # Filled by kernels: a list would travel from pageable memory, and the host wait for it.
+        times = torch.cat([x_t.new_full((1,), time) for time in self.times()])
         t, t_next = self.at(step, times)
         h = self.denoise(seen, x_t, t[:, 0, 0], step)
         _, mean, std = self.transition(x_t, h, t, t_next)

@@ -21,7 +21,6 @@ reads its checkpoints.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -139,9 +138,9 @@ FULL = {
 }
 
 
-def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """real [n, P] bool → mask of causal attention [n, 1, P, P], and which positions keep what
-    attention gives them [n, P, 1].
+def causal_mask(real: Tensor, rows: str, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    """real [n, P] bool → mask of causal attention [n, 1, group·P, P] ("eager": [n, 1, P, P]), and
+    which positions keep what attention gives them [n, P, 1]. group: of `layers.additive`.
 
     Implementations agree on real positions and differ on padded ones, which the blocks after the
     language model may see: "flash" (the original's on a GPU) gives a padded position zero; "sdpa"
@@ -154,7 +153,8 @@ def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Te
         mask = torch.zeros(see.shape, dtype=dtype, device=real.device)
         return mask.masked_fill(~see, torch.finfo(dtype).min)[:, None], torch.ones_like(some)
     keep = real[..., None] if rows == "flash" else some
-    return (see | ~some)[:, None], keep  # no row may mask all: softmax would give NaN
+    # No row may mask all: softmax would give NaN.
+    return layers.additive(see | ~some, dtype, group), keep
 
 
 class QwenLayer(nn.Module):
@@ -180,9 +180,11 @@ class QwenLayer(nn.Module):
         q = layers.rotate(self.q_norm(layers.split_heads(q, self.heads)), cos, sin)
         k = layers.rotate(self.k_norm(layers.split_heads(k, self.kv_heads)), cos, sin)
         v = layers.split_heads(v, self.kv_heads)
-        # The fused kernels' gradients lose the cancelling numbers of "eager".
-        with sdpa_kernel(SDPBackend.MATH) if self.eager else nullcontext():
-            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if self.eager:  # the fused kernels' gradients lose its cancelling numbers
+            with sdpa_kernel(SDPBackend.MATH):
+                h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        else:
+            h = layers.attention(q, k, v, mask)
         x = x + self.o_proj(layers.join_heads(h).masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -215,8 +217,8 @@ class Block(nn.Module):
         return layers.split_heads(k, self.heads), layers.split_heads(v, self.heads)
 
     def forward(self, x: Tensor, condition=None, keys=None, mask=None, only_keys: bool = False):
-        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] bool → [n,
-        S, D]. With `only_keys` x is a context, and this is `keys`."""
+        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] → [n, S,
+        D]. With `only_keys` x is a context, and this is `keys`."""
         if only_keys:
             return self.keys(x)
         if self.adaptive:
@@ -226,8 +228,7 @@ class Block(nn.Module):
             h = self.norm1(x)
         k, v = self.keys(h) if keys is None else keys
         q = layers.split_heads(self.q(h), self.heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(layers.join_heads(h))
+        x = x + self.out(layers.join_heads(layers.attention(q, k, v, mask)))
         h = F.layer_norm(x, x.shape[-1:]) if self.adaptive else self.norm3(x)
         return x + self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
 
@@ -337,11 +338,17 @@ class Gr00t(FlowPolicy):
         """pixels [n·V, 3, H, W] in [−1, 1], ids and real [n, P] → features [n, P, D]."""
         pictures = self.projector(self.vision(pixels, self.vlm_compute))  # [n·V, I, D]
         x = self.embed_tokens(ids).to(self.vlm_compute or self.embed_tokens.weight.dtype)
-        x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
+        # Each takes the place of an image token. The gradient of masked_scatter, which does the
+        # same, would make the host wait.
+        here = ids == self.config.image_token
+        place = (here.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(x)
+        pictures = pictures.to(x.dtype).view(len(x), -1, x.shape[-1])
+        x = torch.where(here[..., None], pictures.gather(1, place), x)
         positions = torch.arange(ids.shape[1], device=x.device)[None]
         frequency = layers.frequencies(self.config.head_dim, x.device, theta=1e6)
         cos, sin = layers.rotary(positions, frequency, x.dtype)
-        mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
+        c = self.config
+        mask, keep = causal_mask(real, c.padded_rows, x.dtype, c.heads // c.kv_heads)
         for layer in self.language:
             x = layer(x, cos, sin, mask, keep)
         x = self.language_norm(x)
@@ -350,8 +357,8 @@ class Gr00t(FlowPolicy):
     def context(self, features: Tensor, real: Tensor) -> tuple[Tensor, list, Tensor | None]:
         """features [n, P, D] → processed features, keys and values of each DiT layer that attends
         to them, and their mask."""
-        mask = real[:, None, None] if self.config.mask_padding else None
         x = self.vlln(features)
+        mask = layers.additive(real[:, None], x.dtype) if self.config.mask_padding else None
         for block in self.vl_blocks:
             x = block(x, mask=mask)
         return x, [block(x, only_keys=True) for block in self.dit[::2]], mask

@@ -157,19 +157,16 @@ class GemmaLayer(nn.Module):
         self.mlp = GeGLU(width, mlp)
 
     def forward(self, x, cos, sin, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
-        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S], past
-        keys and values [n, 2·kv, P, d] → x and this layer's own keys and values [n, 2·kv, S, d]."""
+        """x [n, S, D], cos and sin of `rotary`, mask [n, 1, 1 or heads/kv·S, P + S], past keys and
+        values [n, 2·kv, P, d] → x and this layer's own keys and values [n, 2·kv, S, d]."""
         h, gate = self.input_layernorm(x, condition)
         q = layers.rotate(layers.split_heads(self.q_proj(h), self.heads), cos, sin)
         k = layers.rotate(layers.split_heads(self.k_proj(h), self.kv_heads), cos, sin)
         v = layers.split_heads(self.v_proj(h), self.kv_heads)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
-        # A key/value head serves heads/kv query heads, which fold into the query axis.
-        folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
-        keys, values = both.chunk(2, dim=1)
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        x = gated(x, self.o_proj(layers.join_heads(out.view(q.shape))), gate)
+        out = layers.attention(q, *both.chunk(2, dim=1), mask)
+        x = gated(x, self.o_proj(layers.join_heads(out)), gate)
         h, gate = self.post_attention_layernorm(x, condition)
         return gated(x, self.mlp(h), gate), own
 
@@ -265,7 +262,7 @@ class Pi(FlowPolicy):
         x = x.to(self.vlm_compute or self.language[0].q_proj.weight.dtype)
         frequency = layers.frequencies(c.head_dim, x.device)
         cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
-        mask = additive(real, x.dtype)
+        mask = layers.additive(real[:, None], x.dtype)
         cache = []
         for layer in self.language:
             x, own = layer(x, cos, sin, mask)
@@ -298,11 +295,11 @@ class Pi(FlowPolicy):
         length = x.shape[1]  # S: C, and one for π0's state
         positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
         cos, sin = layers.rotary(positions, layers.frequencies(c.head_dim, x.device), x.dtype)
-        mask = additive(F.pad(real, (0, length), value=True), x.dtype)
+        see = F.pad(real, (0, length), value=True)[:, None]
         if not c.pi05:  # the state token sees the prefix and itself
-            mask = mask.repeat(1, 1, length, 1)
-            mask[:, :, 0, self.prefix_length + 1 :] = -math.inf
-            mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)  # once for every folded query head
+            see = see.repeat(1, length, 1)
+            see[:, 0, self.prefix_length + 1 :] = False
+        mask = layers.additive(see, x.dtype, c.heads // c.kv_heads)
         for i, layer in enumerate(self.expert):
             x, _ = layer(x, cos, sin, mask, cache[:, i].to(x.dtype), condition)
         x, _ = self.expert_norm(x, condition)
@@ -387,12 +384,6 @@ def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     (RLinf explore_noise_net.py)."""
     low, high = (2.0 * math.log(bound) for bound in bounds)
     return torch.exp(0.5 * (low + (high - low) * (torch.tanh(x) + 1.0) / 2.0))
-
-
-def additive(real: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, S] bool → attention mask [n, 1, 1, S]: 0 to attend, −∞ not to."""
-    mask = torch.zeros(real.shape, dtype=dtype, device=real.device)
-    return mask.masked_fill(~real, -math.inf)[:, None, None]
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:

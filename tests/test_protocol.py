@@ -211,7 +211,8 @@ class Learner:
         self.updates = 0
         self.tally = self
         self.gradients = Mock()
-        self.fields = tuple(run.channels.pool.spec)
+        self.facts = tuple(run.channels.pool.spec)
+        self.seen = ()
         # A rank may take long to build its model, while others have published already.
         for _ in range(run.world.random.choice((0, 300))):
             run.world.running.pause()
