@@ -8,7 +8,7 @@
 `allocations.py` says what the model's functions take for a moment. Slots, weight plane and copies
 of weights have sizes that follow from shapes. What a process takes beside tensors cannot be
 derived: `BARE` and `SIMULATORS` say it, measured without a GPU; `CONTEXT` and `DRIVER` are
-estimates.
+estimates. `budgets` divides GPUs that several processes use.
 
 Left out: fragmentation beyond `USABLE`, what a vectorised simulator has on a GPU beside the slots,
 files that the system caches, NCCL's buffers.
@@ -17,6 +17,7 @@ GB are 10⁹ bytes.
 """
 
 import bisect
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -51,6 +52,7 @@ SIMULATORS = {
     "metaworld": (110e6, 55e6),
     "libero": (405e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
+    **dict.fromkeys(("emulated_metaworld", "vectorised_hybrid"), (0.0, 1e5)),
 }
 ANY_SIMULATOR = (300e6, 100e6)
 # Estimates for a process that uses a GPU: bytes of its context there (a simulator's only draws),
@@ -125,9 +127,10 @@ class Demand:
 
     @property
     def weights(self) -> Spec:
-        """What the weight plane holds."""
+        """What the weight plane holds: as inference uses it."""
+        acts_in = self.model.acts_in
         trainable = self.model.trainable().items()
-        return {name: (tuple(p.shape), p.dtype) for name, p in trainable}
+        return {name: (tuple(p.shape), acts_in(name) or p.dtype) for name, p in trainable}
 
     @property
     def plane_device(self) -> str:
@@ -164,7 +167,9 @@ class Table:
         self.model = demand.model
         self.guess = guess
         self.whole = sum(p.nbytes for p in self.model.parameters())
-        self.trained = layout(demand.weights, 1)[1]
+        self.plane = layout(demand.weights, 1)[1]  # bytes of what is published of them
+        trained = self.model.trainable().items()
+        self.trained = layout({name: (tuple(p.shape), p.dtype) for name, p in trained}, 1)[1]
         self.rows: dict[tuple[str, str], Row] = {}
         self.add_shared()
         for stage in ("env", "rollout", "actor"):
@@ -205,7 +210,7 @@ class Table:
         if demand.on_gpu:
             drawn = {name: demand.slots[name] for name in demand.on_gpu}
             self.add("shared", place_of(demand.drawn_on), slots=layout(drawn, demand.slot_count)[1])
-        self.add("shared", plane, weight_plane=2 * self.trained)
+        self.add("shared", plane, weight_plane=2 * self.plane)
 
     def add_env(self, rank: int, process: str, device: str) -> None:
         env = self.config.env
@@ -221,8 +226,10 @@ class Table:
         env = self.config.env
         lanes = range(rank, env.envs // env.width, self.config.rollout.rollout_workers)
         samples = most_samples(self.config, len(lanes))
-        peak = self.activations(samples, inference_peak, samples)
-        self.add(process, device, weights=self.whole, weight_plane=self.trained, activations=peak)
+        acting = models.acting(copy.deepcopy(self.model))
+        weights = sum(p.nbytes for p in acting.parameters())
+        peak = self.activations(acting, samples, inference_peak, samples)
+        self.add(process, device, weights=weights, weight_plane=self.plane, activations=peak)
 
     def add_actor(self, rank: int, process: str, device: str) -> None:
         """Adds what training has, and what a rank that saves has on the host."""
@@ -232,12 +239,12 @@ class Table:
         self.add_process("actor", process, device)
         kept, step = optimizer_bytes(self.model.trainable(), device != "host")
 
-        # The most of a pass, the step, or the sum over ranks, which makes all gradients one tensor.
+        # The most of a pass or the step.
         keeps = actor.cache_prefix == "gpu" and actor.update_epochs > 1
         copied = max(1, actor.micro_batch // segment) * (segment + 1)
         passing = copied, actor.checkpointing == "on", keeps
-        peak = self.activations(actor.micro_batch, training_peak, actor.micro_batch, *passing)
-        flat = self.trained if actor.actor_workers > 1 else 0
+        rows = actor.micro_batch
+        peak = self.activations(self.model, rows, training_peak, rows, *passing)
 
         # Weights of before: those that the exact proximal policy has, and those that still act.
         parameters = dict(self.model.named_parameters())
@@ -250,7 +257,6 @@ class Table:
         if actor.shard:  # each rank has a part, and while it computes some weights whole
             ranks = actor.actor_workers
             step /= ranks
-            flat = 0
             weights = weights / ranks + whole_at_once(self.model, parameters.keys() - idle)
             peak += whole_at_once(self.model, self.model.trainable().keys())
         self.add(
@@ -259,8 +265,8 @@ class Table:
             weights=weights,
             gradients=self.trained / ranks,
             optimizer=kept / ranks,
-            activations=max(peak, step, flat),
-            slots=self.prefixes() if keeps else 0,
+            activations=max(peak, step),
+            slots=(self.prefixes() if keeps else 0) + self.coming(device, copied),
         )
 
         # As they were when the batch began, if it has several steps, and in a checkpoint.
@@ -272,18 +278,27 @@ class Table:
         more = max(0.0, loading - copied - optimizer)
         self.add(process, "host", weights=copied, optimizer=optimizer, activations=more)
 
+    def coming(self, device: str, rows: int) -> int:
+        """Returns the bytes of the trajectories, of so many rows, that come to a GPU while others
+        are trained there, and of those whose memory is given back late (`transfers.Carrier`)."""
+        if device == "host":
+            return 0
+        fields = self.model.observation_fields() | self.model.slot_fields()
+        seen = {name: fields[name] for name in self.model.training_fields() if name in fields}
+        return 2 * layout(seen, rows)[1]
+
     def prefixes(self) -> int:
         """Returns the bytes of what a frozen VLM made of a rank's share of a batch."""
         actor = self.config.actor
         rows = -(-actor.batch // actor.actor_workers) * self.config.env.segment
         return layout(self.model.cache_fields(), rows)[1]
 
-    def activations(self, samples: int, look: Callable[..., int], *sizes: int) -> int:
+    def activations(self, model, samples: int, look: Callable[..., int], *sizes: int) -> int:
         if self.demand.emulated:
             return 0
         if self.guess is not None:
             return self.guess * self.whole * samples
-        return look(Sketch.of(self.model), *sizes)
+        return look(Sketch.of(model), *sizes)
 
 
 def whole_at_once(model: torch.nn.Module, names: Iterable[str]) -> int:
@@ -480,7 +495,7 @@ def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
 def pools(table: Table, room: Room) -> str:
     """Says in a line what processes may have of GPUs that they share, and what is left there."""
     alike: dict[str, list[str]] = {}
-    for device, mine in budgets(table, room).items():
+    for device, mine in sorted(budgets(table, room).items()):
         rows = [row for row in table.rows.values() if row.device == device]
         left = room.gpu
         for row in rows:

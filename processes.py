@@ -64,10 +64,6 @@ class GpuPart(NamedTuple):
     device: str
     share: float  # 1.0: all
 
-    def said(self) -> str:
-        total = torch.cuda.get_device_properties(self.device).total_memory / 1e9
-        return f"{self.share * total:.1f} of {total:.1f} GB of {self.device}"
-
 
 @dataclass
 class Job:
@@ -105,9 +101,11 @@ def describe(error: BaseException, part: GpuPart | None = None) -> str:
     if isinstance(error, UserError):
         return f"failed: {error}"
     if part and isinstance(error, torch.OutOfMemoryError):
+        total = torch.cuda.get_device_properties(part.device).total_memory / 1e9
+        budget = f"its budget is {part.share * total:.1f} of {total:.1f} GB of {part.device}"
         asked = re.search(r"allocate ([\d.]+ \w+).* of which ([\d.]+ \w+) is free", str(error))
         more = f", it asked for {asked[1]} more, and {asked[2]} are free there" if asked else ""
-        return f"failed: out of GPU memory: its budget is {part.said()}{more}: {LESS_MEMORY}"
+        return f"failed: out of GPU memory: {budget}{more}: {LESS_MEMORY}"
     said = f"failed: {type(error).__name__}: {error}"[:1000]
     return said if may_pass(error) else f"{said}, at {place_of(error)}"
 

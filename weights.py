@@ -103,7 +103,9 @@ class WeightPlane(Shared):
         self.stamps[side] = -1
         fence()
         for name, tensor in weights.items():
-            self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
+            room = self.sides[side][name]
+            # In its type first: torch would convert on the host, behind pageable memory.
+            room.copy_(tensor.detach().to(room.dtype), non_blocking=True)
         synchronize(str(tensor.device))  # whose stream copies, also to a plane on the host
         self.stamps[side] = version
         fence()
@@ -172,6 +174,8 @@ class WeightFetcher:
 
     def _run(self) -> None:
         try:
+            if self.stream:  # a thread begins on GPU 0, and leaving the stream would open that
+                torch.cuda.set_device(self.stream.device)
             while True:
                 self.wake.wait(0.5)
                 self.wake.clear()
