@@ -16,15 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import models
 from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
 from learner import Learner
 from metrics import Ledger, Meter
-from ranks import Ranks, sum_gradients
+from ranks import Ranks
 from saving import Saver
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
 from tally import Tally
+from transfers import Carrier, gather
 
 
 def run(
@@ -42,10 +44,14 @@ def run(
     from, and its "lines" of metrics.jsonl, or None; report: the first rank tells the launcher
     through it."""
     channels.pool.use_on(device)
+    if rank == 0:  # who publishes
+        channels.plane.use_on(device)
+    models.use_tf32(device, config.train.precision)
     ranks = Ranks.of(config, rank, device, run_folder, resume, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
-    inbox = Inbox(rank, config, spec, channels, streamer, learner.fields)
+    carrier = Carrier(channels.pool, learner.seen, config.env.segment, device)
+    inbox = Inbox(rank, config, spec, channels, streamer, learner.facts, carrier)
     ledger = Ledger(resume["lines"] if resume else [], config.actor.update_epochs)
     publish(learner, channels, meter)
     meter.ready()
@@ -56,22 +62,22 @@ def run(
 
             # Take in what has arrived; wait for more only when no micro-batch is complete.
             inbox.receive(wait_s=0.0)
-            micro = streamer.next()
+            micro = inbox.next()
             if micro is None and not streamer.done:
                 with meter.wait("trajectory"):  # whom a long one is due to, `processes.Crew` says
                     inbox.receive(wait_s=1.0)
                 continue
 
-            # Train it. The optimizer steps once its minibatch is complete.
+            # Train it, while the next one travels. A complete minibatch ends with a step.
             if micro is not None:
                 numbers = {"slots": micro.slots, "epoch": micro.epoch, "minibatch": micro.minibatch}
                 with meter.work("train", **numbers):
-                    learner.train(inbox.read(micro, device), micro)
+                    learner.train(inbox.read(micro), micro)
                 if micro.last and not finish_minibatch(learner, streamer, channels, meter):
                     continue
 
             # Once the batch is complete, publish it, which also frees its slots, and report.
-            if streamer.done:
+            if inbox.done:
                 streamer.finish_batch()
                 inbox.settle(learner.tally)
                 line = learner.finish_batch()
@@ -124,7 +130,7 @@ def finish_minibatch(
                 meter.alive()
                 if ranks.first and is_to_stop(channels, learner):
                     return False
-            sum_gradients(learner.parameters)
+            learner.gradients.sum()
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():
@@ -196,13 +202,18 @@ class Inbox:
         spec,
         channels: Channels,
         streamer: Streamer,
-        fields: tuple[str, ...],
+        facts: tuple[str, ...],
+        carrier: Carrier,
     ):
-        """fields: what `Learner.train` needs of every trajectory."""
+        """facts: fields that `Learner.train` needs on the host; carrier: brings the others."""
         self.pool = channels.pool
         self.arrays = channels.pool.arrays
         self.streamer = streamer
-        self.fields = fields
+        self.facts = facts
+        self.carrier = carrier
+        self.coming: MicroBatch | None = None  # asked for, and not read yet
+        # What comes after a step is decided by how far that step has moved the policy.
+        self.waits_for_steps = config.algorithm.kl_stop > 0
         self.compares = spec.compares
         self.queue = channels.finished[rank]
         self.queue.close_writer()
@@ -250,17 +261,31 @@ class Inbox:
             tally.add(reason, steps, "part")
         self.accounts = dict.fromkeys(self.accounts, 0)
 
-    def read(self, micro: MicroBatch, device: str) -> dict[str, Tensor]:
-        """Returns the trajectories of a micro-batch [n, rows, …], and how their groups ended."""
+    def next(self) -> MicroBatch | None:
+        """Returns the next micro-batch, which may be on its way already; None while none is
+        complete."""
+        if self.coming is None:
+            self.coming = self.streamer.next()
+        return self.coming
+
+    @property
+    def done(self) -> bool:
+        """Whether every micro-batch of the batch has been read."""
+        return self.streamer.done and self.coming is None
+
+    def read(self, micro: MicroBatch) -> dict[str, Tensor]:
+        """Returns the trajectories of a micro-batch [n, rows, …], and how their groups ended. The
+        one after it begins to travel, if it is complete."""
         slots = np.array(micro.slots)
-        data = {
-            name: self.pool.gather(name, slots).to(device, non_blocking=True)
-            for name in self.fields
-        }
+        data = {name: gather(self.pool, name, slots) for name in self.facts}
+        data |= self.carrier.take(micro.slots)
         if self.group > 1:
-            outcomes = group_outcomes(self.pool, slots, self.group, self.compares)
-            data["outcomes"] = outcomes.to(device)
-            data["member"] = torch.from_numpy(slots % self.group).to(device)
+            data["outcomes"] = group_outcomes(self.pool, slots, self.group, self.compares)
+            data["member"] = torch.from_numpy(slots % self.group)
+        self.coming = None
+        looks_ahead = self.carrier.ahead and not (micro.last and self.waits_for_steps)
+        if looks_ahead and (following := self.next()):
+            self.carrier.begin(following.slots)
         return data
 
 

@@ -182,10 +182,10 @@ def by_staleness(new: Tensor, old: Tensor, staleness: Tensor) -> dict[str, Tenso
     bucket = staleness.long().clamp(0, len(STALENESS) - 1)
     found = {"approx_kl": kl.sum(), "ratio_max": log_ratio.exp().max()}
     for i, name in enumerate(STALENESS):
-        here = bucket == i
+        here = bucket == i  # not as an index: the host would wait to know how many there are
         found[f"samples_at_{name}"] = here.sum()
-        found[f"kl_at_{name}"] = kl[here].sum()
-        found[f"ratio_at_{name}"] = ratio[here].sum()
+        found[f"kl_at_{name}"] = torch.where(here, kl, 0.0).sum()
+        found[f"ratio_at_{name}"] = torch.where(here, ratio, 0.0).sum()
     return found
 
 
@@ -261,11 +261,12 @@ class Algorithm:
         return {}
 
     def targets(self, data: dict[str, Tensor], played: Tensor) -> Targets:
-        """Computes advantages from whole trajectories.
+        """Computes advantages from whole trajectories, on the host: which chunk steps are trained
+        on is known before the GPU is asked.
 
-        data: slot fields [n, T or T + 1, …]; with `groups` also "outcomes" [n, G], how each member
-        of a trajectory's group ended, and "member" [n], its own place in the group. played [n, T]:
-        the chunk steps that belong to the trajectory."""
+        data: the common slot fields and those of `slot_fields` [n, T or T + 1, …]; with `groups`
+        also "outcomes" [n, G], how each member of a trajectory's group ended, and "member" [n], its
+        own place in the group. played [n, T]: the chunk steps that belong to the trajectory."""
         raise NotImplementedError
 
     def scale(self, advantages: Tensor) -> Tensor:

@@ -5,7 +5,8 @@
     python bench.py weights                            a weight sync against a memcpy, and what it
                                                        costs a rollout worker that serves
     python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against
-                                                       each other and their bound
+                                                       each other and their bound, and its second
+                                                       version's headlines
     python bench.py prefix --model pi05                the actor with and without the frozen
                                                        prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix
@@ -18,8 +19,11 @@
                   --peer PYTHON                        or with TorchRL
     python bench.py tuning                             --ratio auto and automatic batches against an
                                                        exhaustive search
+    python bench.py gpu                                in at most 8 minutes, all that only a GPU can
+                                                       show
 
-It prints a table and, with --json, writes {"what", "machine", "rows"}. Units are in the names of
+It prints a table and, with --json, writes {"what", "machine", "rows"}; gpu does so row by row, and
+ends with status 1 where a part of it failed. Units are in the names of
 the keys. What they mean is said at the top of the files in benchmarks/.
 """
 
@@ -37,6 +41,7 @@ from rich.table import Table
 
 from benchmarks import (
     envs,
+    gpu,
     inference,
     ladder,
     machinery,
@@ -46,7 +51,7 @@ from benchmarks import (
     tuning,
     weights,
 )
-from benchmarks.measuring import end_on_sigterm
+from benchmarks.measuring import cell, end_on_sigterm
 from checks import AboveZero, Natural, Positive, check_ranges
 from config import Family, expanded, parse_ratio
 from errors import exit_on_user_error, require
@@ -56,7 +61,7 @@ from processes import keep_freed_memory
 @dataclass(kw_only=True)
 class BenchConfig:
     """Measured comparisons: transport, weights, presets, prefix cache, inference, simulators,
-    tracing, machinery, tuning."""
+    tracing, machinery, tuning, a GPU."""
 
     what: tyro.conf.Positional[
         Literal[
@@ -69,6 +74,7 @@ class BenchConfig:
             "tracing",
             "machinery",
             "tuning",
+            "gpu",
         ]
     ]
     """what to measure"""
@@ -80,21 +86,31 @@ class BenchConfig:
     seconds: AboveZero = 1.0
     """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each
     median"""
-    setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = (
-        "all"
-    )
+    setting: Literal[
+        "all",
+        "columns",
+        "emulated",
+        "gr00t",
+        "vectorised",
+        "headlines",
+        "metaworld_colocated",
+        "maniskill_hybrid",
+        "embedded",
+        "libero",
+    ] = "all"
     """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill +
-    π0), which sleep; embedded (the default model and simulator) and libero, all real; columns is
+    π0), which sleep; of its second version's headlines metaworld_colocated and maniskill_hybrid,
+    which sleep, too; embedded (the default model and simulator) and libero, all real; columns is
     the first three. tracing: all is emulated and embedded"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that
     --setting"""
     iterations: Natural = 0
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
-    vectorised, 4 real, 10 tuning"""
+    vectorised, 4 metaworld_colocated, 3 maniskill_hybrid, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and
-    3:1 of the real settings"""
+    3:1 of the real settings; headlines have one of their own"""
     model: Family = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"
@@ -156,22 +172,18 @@ def measure(config: BenchConfig) -> list[dict]:
             return machinery.measure(config.repeats, config.seconds)
 
 
-def machine() -> str:
-    """Describes what was measured on, without naming anybody's machine."""
+def machine(asks_gpus: bool = True) -> str:
+    """Describes what was measured on, without naming anybody's machine. asks_gpus: for their names,
+    which opens them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else os.uname().machine
     cores = len(os.sched_getaffinity(0))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no GPU"
+    gpus = f"{count} GPUs" if count else "no GPU"
+    if asks_gpus and count:
+        gpus = ", ".join(map(torch.cuda.get_device_name, range(count)))
     return f"{cores} cores, {processor}, torch {torch.__version__}, {gpus}"
-
-
-def text(value) -> str:
-    """Writes one cell of the table."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return "" if value is None else str(value)
 
 
 def show(result: dict) -> None:
@@ -181,7 +193,7 @@ def show(result: dict) -> None:
         justify = "left" if isinstance(value, str) else "right"
         table.add_column(key.replace("_", " "), justify=justify)
     for row in result["rows"]:
-        table.add_row(*map(text, row.values()))
+        table.add_row(*map(cell, row.values()))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
@@ -190,6 +202,8 @@ def main(config: BenchConfig) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as workers do
     end_on_sigterm()
+    if config.what == "gpu":
+        sys.exit(gpu.main(machine(False), not torch.cuda.is_available(), config.json))
     rows = measure(config)
     result = {"what": config.what, "machine": machine(), "rows": rows}
     if config.what == "ladder":

@@ -91,16 +91,15 @@ class Arena:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self.memory, dtype=dtype, count=count, offset=offset).view(shape)
 
-    def pin(self) -> None:
-        """Page-locks the mapping for fast copies to and from the GPU. Called by processes that own
-        a CUDA context."""
+    def pin(self, first: int = 0, end: int | None = None) -> None:
+        """Page-locks bytes of the mapping, whole pages, for copies by a GPU: in the process that
+        calls this alone, which owns a CUDA context. Takes tenths of a second per GB."""
         address = np.frombuffer(self.memory, np.uint8).ctypes.data
-        error = torch.cuda.cudart().cudaHostRegister(address, self.size, 0)
+        size = (end or self.size) - first
+        error = torch.cuda.cudart().cudaHostRegister(address + first, size, 0)
         if int(error) != 0:
-            raise RuntimeError(
-                f"cudaHostRegister of {self.size} bytes failed with error {error}: raise `ulimit "
-                "-l`"
-            )
+            failed = f"cudaHostRegister of {size} bytes failed with error {error}"
+            raise RuntimeError(f"{failed}: raise `ulimit -l`")
 
     def __getstate__(self):
         return {"size": self.size, "dup": DupFd(self.fd)}
@@ -164,13 +163,13 @@ class Shared:
 class SlotPool(Shared):
     """`pool["image"]` is one tensor [slots, *shape] that every process sees at the same place.
 
-    spec: name → (shape, dtype). device "cpu": anonymous shared memory, page-locked where a GPU is
-    used (`pin`). "cuda:k": the fields `on_device` (none given: all) are one allocation each, shared
-    by CUDA IPC when the pool is passed to a process; the others, which processes read and write
-    element by element, stay in shared memory. near: of every slot, cores of the NUMA node that is
-    to have it."""
+    spec: name → (shape, dtype). device "cpu": anonymous shared memory. "cuda:k": the fields
+    `on_device` (none given: all) are one allocation each, shared by CUDA IPC when the pool is
+    passed to a process; the others, which processes read and write element by element, stay in
+    shared memory. near: of every slot, cores of the NUMA node that is to have it. What is copied to
+    a device and back: transfers.py."""
 
-    KEPT = ("spec", "slots", "device", "gpu", "offsets", "bytes", "arena", "pinned")
+    KEPT = ("spec", "slots", "device", "gpu", "offsets", "bytes", "arena")
 
     def __init__(
         self,
@@ -191,7 +190,6 @@ class SlotPool(Shared):
             {name: kind for name, kind in spec.items() if name not in there}, slots
         )
         self.arena = Arena(self.bytes, self.parts(near or [])) if self.offsets else None
-        self.pinned = False
         self._view()
 
     def parts(self, near: list[frozenset[int]]) -> list[Part]:
@@ -213,46 +211,17 @@ class SlotPool(Shared):
         self.tensors = self.gpu | {name: self.arena.tensor(*where) for name, where in at.items()}
         # numpy copies a few small rows in half of torch's time.
         self.arrays = {name: bits(self.tensors[name]) for name in at}
+        self.locked: frozenset[str] = frozenset()  # fields that this process has page-locked
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def gather(self, name: str, slots: np.ndarray, rows: np.ndarray | None = None) -> Tensor:
-        """A copy of whole slots [n, rows, …], or of one row of each [n, …]: page-locked where the
-        pool is."""
-        if name in self.arrays and not self.pinned:
-            found = torch.from_numpy(self.arrays[name][slots if rows is None else (slots, rows)])
-            return found if found.dtype is self.spec[name][1] else found.view(self.spec[name][1])
-        tensor = self[name]
-        if rows is not None:
-            tensor, slots = tensor.flatten(0, 1), slots * tensor.shape[1] + rows
-        out = torch.empty(
-            (len(slots), *tensor.shape[1:]),
-            dtype=tensor.dtype,
-            device=tensor.device,
-            pin_memory=not tensor.is_cuda,
-        )
-        return torch.index_select(tensor, 0, torch.from_numpy(slots).to(tensor.device), out=out)
-
-    def put(self, name: str, slots: np.ndarray, rows: np.ndarray, values: Tensor) -> None:
-        """Writes values [n, …], from whatever device, into a row of each slot [n]."""
-        tensor = self.tensors[name]
-        values = values.to(tensor.device, tensor.dtype)
-        if name in self.arrays:
-            self.arrays[name][slots, rows] = bits(values)
-        else:
-            tensor[torch.from_numpy(slots), torch.from_numpy(rows)] = values
-
     def use_on(self, device: str) -> None:
-        """Makes this process work on a device, and close to it; a GPU copies fast from page-locked
-        slots."""
+        """Makes this process work on a device, and close to it."""
         if device == "cpu":
             return
         torch.cuda.set_device(device)
         os.sched_setaffinity(0, machine.near(device))
-        if self.arena is not None:
-            self.arena.pin()
-            self.pinned = True
 
 
 class Record(NamedTuple):
@@ -343,13 +312,32 @@ class IndexQueue:
         return {"reader": DupFd(self.reader), "writer": DupFd(self.writer)}
 
     def __setstate__(self, state):
-        self.reader = state["reader"].detach()
+        self.reader = state["reader"].detach() if "reader" in state else -1
         self.writer = state["writer"].detach()
 
     def __del__(self):
         for fd in (getattr(self, "reader", -1), getattr(self, "writer", -1)):
             if fd >= 0:
                 os.close(fd)
+
+
+class Writer:
+    """A queue on its way to a process that only writes to it: it gets half of the descriptors, of
+    which 253 at most can be sent to a process (SCM_MAX_FD of Linux)."""
+
+    def __init__(self, queue: IndexQueue):
+        self.queue = queue
+
+    def __reduce__(self):
+        return blank_queue, (), {"writer": DupFd(self.queue.writer)}
+
+
+def blank_queue() -> IndexQueue:
+    return IndexQueue.__new__(IndexQueue)
+
+
+def writers(queues: tuple[IndexQueue, ...]) -> tuple[Writer, ...]:
+    return tuple(Writer(queue) for queue in queues)
 
 
 class Counters(Shared):
@@ -422,3 +410,12 @@ class Channels(NamedTuple):
             tuple(IndexQueue() for _ in range(env.env_workers)),
             tuple(IndexQueue() for _ in range(config.actor.actor_workers)),
         )
+
+    def of_worker(self, stage: str, rank: int) -> "Channels":
+        """Returns what a worker uses of it, which leaves room for a hundred queues of others."""
+        if stage == "env":  # which waits for a version, and does not fetch it
+            mine = {rank: self.replies[rank]}
+            return self._replace(replies=mine, plane=self.plane.watch())
+        if stage == "rollout":
+            return self._replace(replies=writers(self.replies), finished=())
+        return self._replace(replies=writers(self.replies), requests=writers(self.requests))

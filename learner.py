@@ -15,17 +15,18 @@ from torch import Tensor
 
 import algorithms
 import models
+import transfers
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
 from config import Config
 from epochs import ExactProximal, Kept
 from models import checkpoint, contract, layers
-from ranks import Ranks
+from ranks import Gradients, Ranks
 from rows import Rows, cut, joined
 from saving import Snapshot
 from streamer import MicroBatch
 from tally import Tally
 
-# Slot fields that every loss is computed from.
+# Slot fields that every loss is computed from, on the host.
 COMMON = ("task", "length", "reward", "value", "success", "terminated", "truncated")
 COMMON += ("logprob", "version")
 
@@ -62,10 +63,14 @@ class Learner:
             ],
             betas=(0.9, 0.95),
             weight_decay=config.actor.weight_decay,
+            fused=device != "cpu",
         )
+        self.gradients = None if ranks.sharded else Gradients(self.parameters)
         self.algorithm = algorithms.load(config, spec)
-        extra = self.algorithm.slot_fields(config)
-        self.fields = tuple(dict.fromkeys((*COMMON, *extra, *self.model.training_fields())))
+        # What is known of trajectories on the host, and what the model sees of them.
+        self.facts = tuple(dict.fromkeys((*COMMON, *self.algorithm.slot_fields(config))))
+        self.seen = tuple(n for n in self.model.training_fields() if n not in self.facts)
+        self.fields = self.facts + self.seen
         self.of_steps = [name for name in self.fields if name not in ("task", "length")]
         self.sample: dict[str, Tensor] = {}  # a row [1, …] for passes of no weight (--shard)
         self.proximal: ExactProximal | None = None
@@ -86,8 +91,7 @@ class Learner:
         self.rows: Rows | None = None  # of the running minibatch, not yet enough for a pass
         self.updates = 0  # optimizer steps by which the weights are past those of `version`
         self.kept: tuple[dict[str, Tensor], dict] | None = None  # `on_host`, before the first
-        self.kl_sum = 0.0  # of the running minibatch
-        self.kl_samples = 0.0
+        self.kl_samples = 0  # of the running minibatch
         self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
         self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
 
@@ -95,38 +99,54 @@ class Learner:
         """Runs forward and backward over --micro-batch chunk steps at once; gradients accumulate
         until `step`.
 
-        data: `fields` of the micro-batch's trajectories [n, T or T + 1, …]."""
+        data: of the micro-batch's trajectories [n, T or T + 1, …], `facts` on the host and what is
+        `seen` on the device. It is emptied, for the memory."""
         self.tally.first_epoch = micro.epoch == 0
-        played = torch.arange(self.config.env.segment, device=self.device) < data["length"][:, None]
+        played = torch.arange(self.config.env.segment) < data["length"][:, None]
         targets = self.algorithm.targets(data, played)
         self.tally_trajectories(data, played, targets)
         self.steps |= dict(zip(micro.slots, targets.kept.sum(1).tolist(), strict=True))
 
         # What is left over waits for more. The last chunk steps of a minibatch make a smaller pass.
+        if self.ranks.sharded and not self.sample:
+            first = torch.zeros(1, dtype=torch.long)
+            self.sample = {name: self.picked(data[name], first) for name in self.of_steps}
         self.rows = joined(self.rows, self.chosen(data, targets, micro))
+        data.clear()
         most = self.config.actor.micro_batch
         whole, left = divmod(len(self.rows.places), most)
         count = whole + (micro.last and left > 0)
-        if self.ranks.sharded and not self.sample:
-            self.sample = {name: data[name][:1, 0].clone() for name in self.of_steps}
         passes = self.ranks.plan(count)
         if passes is None:  # all are to stop
             return
         for _ in range(count):
             self.train_rows(cut(self.rows, slice(most)), micro.of)
             self.rows = cut(self.rows, slice(most, None))
+        if not self.rows.places:
+            self.rows = None
         self.train_nothing(passes - count)
+        self.tally.send()
 
     def chosen(self, data: dict[str, Tensor], targets: Targets, micro: MicroBatch) -> Rows:
-        """Returns those chunk steps of the trajectories that are trained on."""
-        rows = targets.kept.nonzero()
-        at = rows.unbind(1)
+        """Returns those chunk steps of the trajectories that are trained on, on the device."""
+        index = targets.kept.flatten().nonzero()[:, 0]
+        segment = self.config.env.segment
         return Rows(
-            [(micro.slots[i], t) for i, t in rows.tolist()],
-            {name: data[name][at] for name in self.of_steps},
-            targets.advantages[at],
-            None if targets.returns is None else targets.returns[at],
+            [(micro.slots[i // segment], i % segment) for i in index.tolist()],
+            {name: self.picked(data[name], index) for name in self.of_steps},
+            self.picked(targets.advantages, index),
+            None if targets.returns is None else self.picked(targets.returns, index),
         )
+
+    def picked(self, values: Tensor, index: Tensor) -> Tensor:
+        """Returns values [n, T or T + 1, …] of m chunk steps [m, …], on the device.
+
+        index: in ascending order, which of the n·T they are [m], on the host."""
+        steps = values[:, : self.config.env.segment].flatten(0, 1)
+        if len(index) < len(steps):  # of all, nothing need be copied
+            index = index if steps.is_cpu else transfers.send(index, self.device)
+            steps = steps.index_select(0, index)
+        return transfers.send(steps, self.device)
 
     def train_rows(self, rows: Rows, trajectories: int) -> None:
         """Runs one forward and backward pass.
@@ -179,11 +199,16 @@ class Learner:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
         if self.config.algorithm.proximal == "behaviour":
             return old
+        # In bfloat16 inference and training round differently, although their weights are the same.
+        # Until an update the ratio is to be 1: the behaviour weight has the difference.
+        rounded = self.config.train.precision == "bfloat16" and not self.updates
+        fresh = new.detach() if rounded else old
         if self.proximal is None:
-            return interpolated_proximal(new, old, staleness)
-        exact = self.proximal.of(stored, logprob, places)
-        exact = units(exact, self.config.algorithm.granularity)
-        return torch.where(staleness[:, None] > 0, exact, old)
+            stale = interpolated_proximal(new, old, staleness)
+        else:
+            exact = self.proximal.of(stored, logprob, places)
+            stale = units(exact, self.config.algorithm.granularity)
+        return torch.where(staleness[:, None] > 0, stale, fresh)
 
     def tally_trajectories(self, data: dict, played: Tensor, targets: Targets) -> None:
         """Counts what is a fact of the trajectories, whatever the loss makes of them."""
@@ -211,7 +236,8 @@ class Learner:
         add("staleness_mean", staleness.sum(), "mean")
         add("staleness_max", staleness.max(), "max")
         distance = by_staleness(samples.new, samples.old, staleness)
-        self.kl_sum += float(distance["approx_kl"])
+        if self.config.algorithm.kl_stop:
+            add("kl_of_minibatch", distance["approx_kl"], "part")
         self.kl_samples += len(staleness)
         add("approx_kl", distance.pop("approx_kl"), "mean")
         add("ratio_max", distance.pop("ratio_max"), "max")
@@ -227,9 +253,11 @@ class Learner:
     def step(self) -> None:
         """Ends a minibatch: clips the gradients, which must be summed over ranks, and steps."""
         actor = self.config.actor
-        if self.version < self.config.algorithm.critic_warmup:
-            for parameter in self.policy:  # so that not even weight decay moves it
-                parameter.grad = None
+        # The optimizer is not to see what rests, so that not even weight decay moves it.
+        resting = self.policy if self.version < self.config.algorithm.critic_warmup else []
+        hidden = [parameter.grad for parameter in resting]
+        for parameter in resting:
+            parameter.grad = None
         self.tally.add("grad_norm_policy", self.norm_of(self.policy), "max")
         self.tally.add("grad_norm_value", self.norm_of(self.critic), "max")
         length = self.norm_of(self.parameters)
@@ -252,6 +280,8 @@ class Learner:
                 self.kept = self.on_host()
             self.optimizer.step()
             self.updates += 1
+        for parameter, gradient in zip(resting, hidden, strict=True):
+            parameter.grad = gradient
         self.optimizer.zero_grad(set_to_none=False)
 
     def norm_of(self, parameters: list[Tensor]) -> Tensor:
@@ -274,13 +304,13 @@ class Learner:
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all
         ranks."""
-        kl = [self.kl_sum, self.kl_samples]
-        self.kl_sum = 0.0
-        self.kl_samples = 0.0
         limit = self.config.algorithm.kl_stop
+        samples = self.kl_samples
+        self.kl_samples = 0
         if not limit:
             return False
-        total, samples = self.ranks.sum(kl)
+        self.tally.resolve()
+        total, samples = self.ranks.sum([self.tally.values.pop("kl_of_minibatch", 0.0), samples])
         return total > limit * samples
 
     def finish_batch(self) -> dict:
@@ -288,6 +318,7 @@ class Learner:
 
         Ranks meet here: all are through with the batch's slots, which publishing frees."""
         self.tally.add("skipped", sum(self.steps[slot] for slot in self.spared))
+        self.tally.resolve()
         tally = self.ranks.combine(self.tally)
         self.version += 1
         self.algorithm.finish_batch(tally.values, first=self.version == 1)

@@ -4,9 +4,11 @@ Left out: what other processes use of cores and GPUs.
 """
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -114,11 +116,49 @@ def gpus() -> int:
 
 
 def gpu_memory() -> int:
-    """Returns the bytes of the smallest GPU."""
+    """Returns the bytes of the smallest GPU. Asking torch makes no context (pytorch's
+    test/test_cuda_primary_ctx.py: its lazy start asks every GPU's properties, too)."""
     import torch
 
     count = torch.cuda.device_count()
     return min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
+
+
+def take_part(device: str, share: float) -> None:
+    """Gives this process a GPU, and of its memory a share at most (1.0: all), in segments that grow
+    where the driver can map memory: they lose less to fragmentation.
+
+    What others map by CUDA IPC must not lie in such segments, which some containers forbid to share
+    (pytorch issue 165685); workers share nothing that they allocate. torch reads its variables when
+    it is imported, which the fork server did, so it is told."""
+    import torch
+
+    torch.cuda.set_device(device)
+    own = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if not own and maps_memory(int(device.partition(":")[2])):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    if share < 1.0:
+        torch.cuda.set_per_process_memory_fraction(share, device)
+
+
+def maps_memory(gpu: int) -> bool:
+    """Whether the driver can map memory of a GPU (cuda.h,
+    CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED)."""
+    found = ctypes.c_int(0)
+    with contextlib.suppress(OSError):  # no such library
+        ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(found), 102, gpu)
+    return bool(found.value)
+
+
+def mps() -> bool:
+    """Whether NVIDIA's Multi-Process Service runs: the driver looks for its socket in the same
+    place. Every process started here then uses it."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+        control.settimeout(1.0)
+        control.connect(f"{folder}/control")
+        return True
+    return False
 
 
 def unseen(versions: list[str], cuda: str | None) -> str:

@@ -8,7 +8,7 @@
 `allocations.py` says what the model's functions take for a moment. Slots, weight plane and copies
 of weights have sizes that follow from shapes. What a process takes beside tensors cannot be
 derived: `BARE` and `SIMULATORS` say it, measured without a GPU; `CONTEXT` and `DRIVER` are
-estimates.
+estimates. `budgets` divides GPUs that several processes use.
 
 Left out: fragmentation beyond `USABLE`, what a vectorised simulator has on a GPU beside the slots,
 files that the system caches, NCCL's buffers.
@@ -17,6 +17,7 @@ GB are 10⁹ bytes.
 """
 
 import bisect
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -51,12 +52,14 @@ SIMULATORS = {
     "metaworld": (20e6, 55e6),
     "libero": (330e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
+    **dict.fromkeys(("emulated_metaworld", "vectorised_hybrid"), (0.0, 1e5)),
 }
 ANY_SIMULATOR = (300e6, 100e6)
 # Estimates for a process that uses a GPU: bytes of its context there (a simulator's only draws),
 # and bytes of the driver's on the host.
 CONTEXT = {"launcher": 0.5e9, "env": 0.3e9, "rollout": 0.7e9, "actor": 0.7e9}
 DRIVER = 1.5e9
+SIMULATOR = 0.5  # share that a vectorised simulator has of the room that is left on a GPU
 
 
 # ---------------------------------------------------------------- what a run puts where
@@ -122,9 +125,23 @@ class Demand:
 
     @property
     def weights(self) -> Spec:
-        """What the weight plane holds."""
+        """What the weight plane holds: as inference uses it."""
+        acts_in = self.model.acts_in
         trainable = self.model.trainable().items()
-        return {name: (tuple(p.shape), p.dtype) for name, p in trainable}
+        return {name: (tuple(p.shape), acts_in(name) or p.dtype) for name, p in trainable}
+
+    @property
+    def plane_device(self) -> str:
+        """Where the weight plane lies: on a GPU only where all who copy from or to it are, since
+        others would need a context there; else on the host, as do weights that actors share
+        (--shard), for which one device would be too small."""
+        devices = {*self.placement.rollout_devices, *self.placement.actor_devices}
+        return "cpu" if len(devices) > 1 or self.config.actor.shard else devices.pop()
+
+    @property
+    def drawn_on(self) -> str:
+        """The device of the slots that lie on a GPU, which every worker opens; without any: cpu."""
+        return self.placement.env_devices[0] if self.on_gpu else "cpu"
 
     @property
     def pool_bytes(self) -> int:
@@ -148,7 +165,9 @@ class Table:
         self.model = demand.model
         self.guess = guess
         self.whole = sum(p.nbytes for p in self.model.parameters())
-        self.trained = layout(demand.weights, 1)[1]
+        self.plane = layout(demand.weights, 1)[1]  # bytes of what is published of them
+        trained = self.model.trainable().items()
+        self.trained = layout({name: (tuple(p.shape), p.dtype) for name, p in trained}, 1)[1]
         self.rows: dict[tuple[str, str], Row] = {}
         self.add_shared()
         for stage in ("env", "rollout", "actor"):
@@ -170,27 +189,25 @@ class Table:
         for part, size in sizes.items():
             setattr(row, part, getattr(row, part) + size)
 
-    def add_process(self, kind: str, process: str, device: str) -> None:
-        """Adds what a process takes without tensors."""
-        self.add(process, "host", other=BARE[kind])
-        if device != "host":
-            self.add(process, "host", other=DRIVER)
-            self.add(process, device, other=CONTEXT[kind])
+    def add_process(self, kind: str, process: str, *devices: str) -> None:
+        """Adds what a process takes without tensors: a context on every GPU that it touches."""
+        gpus = {*devices, place_of(self.demand.drawn_on)} - {"host"}
+        self.add(process, "host", other=BARE[kind] + DRIVER * bool(gpus))
+        for gpu in gpus:
+            self.add(process, gpu, other=CONTEXT[kind])
 
     def add_shared(self) -> None:
-        """Adds the launcher, the server of the other processes, and what all of them share."""
+        """Adds the launcher, the server of the other processes, and what all of them share, which
+        is the launcher's: it has a context where that lies on a GPU, and only there."""
         demand = self.demand
-        placement = demand.placement
-        shard = self.config.actor.shard  # then the weight plane lies on the host
-        plane = place_of("cpu" if shard else placement.actor_devices[0])
+        plane = place_of(demand.plane_device)
         self.add_process("launcher", "launcher", plane)
-        self.add_process("server", "server", "host")
+        self.add("server", "host", other=BARE["server"])
         self.add("shared", "host", slots=demand.pool_bytes)
         if demand.on_gpu:
             drawn = {name: demand.slots[name] for name in demand.on_gpu}
-            there = place_of(placement.env_devices[0])
-            self.add("shared", there, slots=layout(drawn, demand.slot_count)[1])
-        self.add("shared", plane, weight_plane=2 * self.trained)
+            self.add("shared", place_of(demand.drawn_on), slots=layout(drawn, demand.slot_count)[1])
+        self.add("shared", plane, weight_plane=2 * self.plane)
 
     def add_env(self, rank: int, process: str, device: str) -> None:
         env = self.config.env
@@ -206,8 +223,10 @@ class Table:
         env = self.config.env
         lanes = range(rank, env.envs // env.width, self.config.rollout.rollout_workers)
         samples = most_samples(self.config, len(lanes))
-        peak = self.activations(samples, inference_peak, samples)
-        self.add(process, device, weights=self.whole, weight_plane=self.trained, activations=peak)
+        acting = models.acting(copy.deepcopy(self.model))
+        weights = sum(p.nbytes for p in acting.parameters())
+        peak = self.activations(acting, samples, inference_peak, samples)
+        self.add(process, device, weights=weights, weight_plane=self.plane, activations=peak)
 
     def add_actor(self, rank: int, process: str, device: str) -> None:
         """Adds what training has, and what a rank that saves has on the host."""
@@ -217,12 +236,12 @@ class Table:
         self.add_process("actor", process, device)
         kept, step = optimizer_bytes(self.model.trainable(), device != "host")
 
-        # The most of a pass, the step, or the sum over ranks, which makes all gradients one tensor.
+        # The most of a pass or the step.
         keeps = actor.cache_prefix == "gpu" and actor.update_epochs > 1
         copied = max(1, actor.micro_batch // segment) * (segment + 1)
         passing = copied, actor.checkpointing == "on", keeps
-        peak = self.activations(actor.micro_batch, training_peak, actor.micro_batch, *passing)
-        flat = self.trained if actor.actor_workers > 1 else 0
+        rows = actor.micro_batch
+        peak = self.activations(self.model, rows, training_peak, rows, *passing)
 
         # Weights of before: those that the exact proximal policy has, and those that still act.
         parameters = dict(self.model.named_parameters())
@@ -235,7 +254,6 @@ class Table:
         if actor.shard:  # each rank has a part, and while it computes some weights whole
             ranks = actor.actor_workers
             step /= ranks
-            flat = 0
             weights = weights / ranks + whole_at_once(self.model, parameters.keys() - idle)
             peak += whole_at_once(self.model, self.model.trainable().keys())
         self.add(
@@ -244,8 +262,8 @@ class Table:
             weights=weights,
             gradients=self.trained / ranks,
             optimizer=kept / ranks,
-            activations=max(peak, step, flat),
-            slots=self.prefixes() if keeps else 0,
+            activations=max(peak, step),
+            slots=(self.prefixes() if keeps else 0) + self.coming(device, copied),
         )
 
         # As they were when the batch began, if it has several steps, and in a checkpoint.
@@ -257,18 +275,27 @@ class Table:
         more = max(0.0, loading - copied - optimizer)
         self.add(process, "host", weights=copied, optimizer=optimizer, activations=more)
 
+    def coming(self, device: str, rows: int) -> int:
+        """Returns the bytes of the trajectories, of so many rows, that come to a GPU while others
+        are trained there, and of those whose memory is given back late (`transfers.Carrier`)."""
+        if device == "host":
+            return 0
+        fields = self.model.observation_fields() | self.model.slot_fields()
+        seen = {name: fields[name] for name in self.model.training_fields() if name in fields}
+        return 2 * layout(seen, rows)[1]
+
     def prefixes(self) -> int:
         """Returns the bytes of what a frozen VLM made of a rank's share of a batch."""
         actor = self.config.actor
         rows = -(-actor.batch // actor.actor_workers) * self.config.env.segment
         return layout(self.model.cache_fields(), rows)[1]
 
-    def activations(self, samples: int, look: Callable[..., int], *sizes: int) -> int:
+    def activations(self, model, samples: int, look: Callable[..., int], *sizes: int) -> int:
         if self.demand.emulated:
             return 0
         if self.guess is not None:
             return self.guess * self.whole * samples
-        return look(Sketch.of(self.model), *sizes)
+        return look(Sketch.of(model), *sizes)
 
 
 def whole_at_once(model: torch.nn.Module, names: Iterable[str]) -> int:
@@ -311,12 +338,15 @@ REMEDIES = (
 )
 
 
+def table_of(demand: Demand, room: Room) -> Table:
+    """Returns the rows of a run: by a guess where it fits even then, for looking takes seconds."""
+    rough = Table(demand, room, ROUGH)
+    return rough if all(row.fits for row in rough.sums()) else Table(demand, room)
+
+
 def short(demand: Demand, room: Room) -> list[Row]:
     """Returns the sums of the devices that are too small."""
-    rough = Table(demand, room, ROUGH).sums()
-    if all(row.fits for row in rough):
-        return []
-    return [row for row in Table(demand, room).sums() if not row.fits]
+    return [row for row in table_of(demand, room).sums() if not row.fits]
 
 
 # Settings that `choose` may fill in.
@@ -433,6 +463,49 @@ def excess(sums: list[Row], room: Room) -> float:
     return sum(row.total - room.on(row.device) for row in sums)
 
 
+# ---------------------------------------------------------------- sharing a GPU
+
+
+def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
+    """Divides every GPU that several processes use: returns the bytes of tensors that each rollout
+    and actor worker there may have, by device and name.
+
+    It is what a worker needs, and of the room that is left a part in proportion. Contexts, what the
+    launcher shares and simulators come first; a vectorised simulator, whose need nobody knows, has
+    SIMULATOR of the room, too. These are D-VLA's two pools: ours, and the simulators'."""
+    found = {}
+    for whole in table.sums():
+        rows = [row for row in table.rows.values() if row.device == whole.device != "host"]
+        ours = [row for row in rows if row.process.startswith(("rollout", "actor")) and row.weights]
+        env = whole.device in table.demand.placement.env_devices
+        if not ours or len(ours) + env < 2:
+            continue
+        spare = max(0.0, room.on(whole.device) - whole.total)
+        spare *= SIMULATOR if env and table.config.env.lanes else 1.0
+        need = sum(row.total for row in ours)
+        found[whole.device] = {
+            row.process: row.total - row.other + spare * row.total / need for row in ours
+        }
+    return found
+
+
+def pools(table: Table, room: Room) -> str:
+    """Says in a line what processes may have of GPUs that they share, and what is left there."""
+    alike: dict[str, list[str]] = {}
+    for device, mine in sorted(budgets(table, room).items()):
+        rows = [row for row in table.rows.values() if row.device == device]
+        left = room.gpu
+        for row in rows:
+            if not row.process.startswith(("all", "env")):
+                left -= mine[row.process] + row.other if row.process in mine else row.total
+        parts = [f"{process.partition('-')[0]} {size / GB:.1f}" for process, size in mine.items()]
+        whose = " to simulators" if device in table.demand.placement.env_devices else ""
+        said = f"{', '.join(parts)}, left{whose} {left / GB:.1f}"
+        alike.setdefault(said, []).append(device)
+    listed = (f"{', '.join(devices)}: {said}" for said, devices in alike.items())
+    return f"GPU memory, GB: {'; '.join(listed)}" if alike else ""
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -451,6 +524,8 @@ def show(table: Table, room: Room) -> None:
         listed = "".join(f"{size / GB:13.3g}" if size else f"{'–':>13s}" for size in sizes)
         room_gb = f"  of {room.on(rows[0].device) / GB:.1f}" if rows[0].process == "all" else ""
         print(f"{name:24s}{where:9s}{listed}{room_gb}{'' if rows[0].fits else '  TOO MUCH'}")
+    if shared := pools(table, room):
+        print(shared)
 
 
 @dataclass(kw_only=True)

@@ -59,11 +59,10 @@ class Setup(memory.Demand):
 
     def pool(self) -> SlotPool:
         """Makes the slots, each on the NUMA node of the GPU whose rollout worker serves it."""
-        device = self.placement.env_devices[0] if self.on_gpu else "cpu"
         nodes = [machine.near(rollout) for rollout in self.placement.rollout_devices]
         lanes = np.arange(self.slot_count) % self.config.env.envs // self.config.env.width
         near = [nodes[lane % len(nodes)] for lane in lanes]
-        return SlotPool(self.slots, self.slot_count, device, self.on_gpu, near)
+        return SlotPool(self.slots, self.slot_count, self.drawn_on, self.on_gpu, near)
 
 
 def prepare(config: Config) -> Setup:
@@ -173,10 +172,13 @@ def with_sizes(
 def find_workers(
     config: Config, simulator: envs.Simulator, room: memory.Room
 ) -> tuple[Config, Placement, tuning.Choices, str]:
-    """Divides the machine by the ratio. With --ratio auto the ratio is one that fits here.
+    """Divides the machine by the ratio, and says what networks compute in there. With --ratio auto
+    the ratio is one that fits here.
 
     Returns the settings with numbers of workers and lanes, the placement, what else can run here
     with --ratio auto, and what the user should know."""
+    if config.train.precision == "auto":
+        config = completed(config, precision="bfloat16" if room.gpus else "float32")
     lanes = config.env.lanes
     alone = f"for vectorised simulators: {config.train.env} steps every env by itself"
     require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")
@@ -326,7 +328,7 @@ def memory_report(setup: Setup) -> None:
     one = layout(setup.slots, 1)[1] / 1e6
     where = "shared memory"
     if setup.on_gpu:
-        where += f", but {', '.join(setup.on_gpu)} on {setup.placement.env_devices[0]}"
+        where += f", but {', '.join(setup.on_gpu)} on {setup.drawn_on}"
     print(f"slot pool: {count} slots × {one:.2f} MB = {count * one:.1f} MB of {where}")
     size = {name: layout({name: kind}, count)[1] for name, kind in setup.slots.items()}
     for name in sorted(size, key=size.get, reverse=True):

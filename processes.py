@@ -13,6 +13,7 @@ import ctypes
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -46,12 +47,22 @@ RECENT_S = 3600.0  # restarts longer ago do not count: a run of days may meet ma
 # wrong shape.
 WRONG_CODE = (SyntaxError, NameError, AttributeError, ImportError, NotImplementedError)
 WRONG_CODE += (TypeError, ValueError, LookupError, AssertionError)
+LESS_MEMORY = (
+    "lower --micro-batch, --batch-max or --envs, or give --checkpointing on or --cache-prefix off"
+)
 # What torch says of shapes that do not go together, as a RuntimeError.
 WRONG_SHAPES = r"must match|cannot be multiplied|size mismatch|[Ee]xpected .*size|invalid for input"
 
 
 class WorkerFailed(Exception):
     """A worker is gone or hangs and is not to be replaced; the message names it."""
+
+
+class GpuPart(NamedTuple):
+    """What a worker may have of a GPU's memory."""
+
+    device: str
+    share: float  # 1.0: all
 
 
 @dataclass
@@ -63,6 +74,7 @@ class Job:
     meter: metrics.Meter
     environment: dict[str, str]
     replaceable: bool = False
+    part: GpuPart | None = None  # of the GPU where torch allocates
 
 
 class Failure(NamedTuple):
@@ -83,9 +95,16 @@ def may_pass(error: BaseException) -> bool:
     return singular or not isinstance(error, (UserError, *WRONG_CODE))
 
 
-def describe(error: BaseException) -> str:
+def describe(error: BaseException, part: GpuPart | None = None) -> str:
+    """Says what went wrong. part: what the worker may have of a GPU."""
     if isinstance(error, UserError):
         return f"failed: {error}"
+    if part and isinstance(error, torch.OutOfMemoryError):
+        total = torch.cuda.get_device_properties(part.device).total_memory / 1e9
+        budget = f"its budget is {part.share * total:.1f} of {total:.1f} GB of {part.device}"
+        asked = re.search(r"allocate ([\d.]+ \w+).* of which ([\d.]+ \w+) is free", str(error))
+        more = f", it asked for {asked[1]} more, and {asked[2]} are free there" if asked else ""
+        return f"failed: out of GPU memory: {budget}{more}: {LESS_MEMORY}"
     said = f"failed: {type(error).__name__}: {error}"[:1000]
     return said if may_pass(error) else f"{said}, at {place_of(error)}"
 
@@ -117,13 +136,15 @@ def child(job: Job, errors: connection.Connection) -> None:
     keep_freed_memory()
     status = 0
     try:
+        if job.part:
+            machine.take_part(*job.part)
         job.target(*job.args)
     except SystemExit:  # LEAVE; if the launcher did not send it, it must see a death
         status = 128 + LEAVE
     except BaseException as error:
         trace = "" if isinstance(error, UserError) else traceback.format_exc()[-2500:]
         with contextlib.suppress(OSError):  # a launcher that is gone asks for nothing
-            errors.send((Failure(job.name, describe(error), may_pass(error)), trace))
+            errors.send((Failure(job.name, describe(error, job.part), may_pass(error)), trace))
         status = 1
     job.meter.flush()
     os._exit(status)
@@ -154,13 +175,16 @@ class Interrupts(list[int]):
         return self.count(signal.SIGINT) > 1
 
 
-def note_interrupts() -> Interrupts:
+def note_interrupts(*modules: str) -> Interrupts:
     """Lets INTERRUPTS only be noted in what is returned, from here on.
 
-    Starts the fork server too. Interrupts may reach it before it has handlers, so it inherits that
-    they are blocked."""
+    Starts the fork server too, which imports `modules` for all workers (preload.py). Interrupts may
+    reach it before it has handlers, so it inherits that they are blocked."""
     # Threads that wait must sleep: on shared cores, spinning at barriers is several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The launcher has five descriptors for each worker, and the usual limit is 1024.
+    most = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # The fork server looks for what it preloads here alone, and does not say when it fails.
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
@@ -171,9 +195,8 @@ def note_interrupts() -> Interrupts:
             signal.signal(number, interrupts.note)
     resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
     signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    forkserver.set_forkserver_preload(
-        ["actor_worker", "env_worker", "rollout_worker", "envs.metaworld", "models.pi"]
-    )
+    os.environ["VLA3_PRELOAD"] = " ".join(modules)
+    forkserver.set_forkserver_preload(["preload"])
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
     return interrupts

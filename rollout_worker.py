@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import models
-from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool, synchronize
+import transfers
+from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool
 from config import Config
 from metrics import HISTOGRAM, Meter
 from models import compiled, contract
@@ -30,7 +30,10 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     requests = channels.requests[rank]
     requests.close_writer()
     channels.pool.use_on(device)
-    model = models.build(config, spec, device).eval()
+    channels.plane.use_on(device)
+    models.use_tf32(device, config.train.precision)
+    model = models.acting(models.build(config, spec, device)).eval()
+    transfers.lock(channels.pool, (*model.observation_fields(), *model.slot_fields()), device)
     lanes = LanesServed(rank, config, channels)
     batcher = DynamicBatcher(*first_limits(config, lanes.count))
     padded = compile_where_asked(model, config, lanes, device, meter)
@@ -275,17 +278,22 @@ def serve(
     envs = pool.arrays["env"][slots].tolist()
     trajectories = pool.arrays["trajectory"][slots].tolist()
     keys = [(seed, envs[i], trajectories[i], samples[i].t) for i in range(n)]
-    noise = model.draw(keys, [r.kind != EVAL for r in samples])
-    observed = {name: pool.gather(name, slots, rows) for name in model.observation_fields()}
+    drawn = model.draw(keys, [r.kind != EVAL for r in samples])
+    noise = {name: transfers.send(x, device) for name, x in drawn.items()}
+    observed = transfers.read(pool, tuple(model.observation_fields()), slots, rows, device)
     if padded(n) > n:
         observed = compiled.pad(observed, padded(n))
         noise = compiled.pad(noise, padded(n))
-    out = model.act(to_device(observed, device), to_device(noise, device))
+    out = model.act(observed, noise)
     contract.check_acted(model, out, padded(n), pool.spec["actions"][0][1:])
+
+    # All results come to the host at once, but for large ones, which go straight into their slots.
+    kinds = [r.kind for r in samples]
+    acting = [i for i, kind in enumerate(kinds) if kind == ACT]
+    out = transfers.bring_back(pool, out, acting, slots, rows, device)
     contract.check_finite(out, *policy)
 
     # Every kind of request wants its own results in its row.
-    kinds = [r.kind for r in samples]
     for names, wanted in (
         (("actions",), (ACT, EVAL)),
         (("value",), (ACT, VALUE)),
@@ -295,19 +303,13 @@ def serve(
         everybody = len(chosen) == padded(n)  # then nothing need be copied out of the results
         at = (slots, rows) if everybody else (slots[chosen], rows[chosen])
         for name in names if chosen else ():
-            pool.put(name, *at, out[name] if everybody else out[name][chosen])
+            if name in out:
+                transfers.put(pool, name, *at, out[name] if everybody else out[name][chosen])
     pool.arrays["version"][at] = version  # of ACT, which was the last
     # FINAL names the row that holds the last observation for a moment: the one after its step's.
     finals = [i for i, kind in enumerate(kinds) if kind == FINAL]
     if finals:
-        pool.put("final", slots[finals], rows[finals] - 1, out["value"][finals])
-    synchronize(pool.device)  # written before anybody is told
-
-
-def to_device(tensors: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    if device == "cpu":
-        return tensors
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        transfers.put(pool, "final", slots[finals], rows[finals] - 1, out["value"][finals])
 
 
 def count_inference(

@@ -101,8 +101,9 @@ class Streamer:
         return len(self.finished)
 
     def next(self) -> MicroBatch | None:
-        """Returns the next micro-batch of the current minibatch. The caller trains it before it
-        asks again."""
+        """Returns the next micro-batch of the current minibatch. The caller trains them in
+        this order. It may ask for one before it has trained the last, but across an optimizer step
+        only if nothing can `stop` there."""
         if self.done:
             return None
         # Without streaming nothing is trained before the whole batch is there.

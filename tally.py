@@ -7,6 +7,7 @@ from torch import Tensor
 
 from algorithms import STALENESS, explained_variance
 from config import Config
+from transfers import Numbers
 
 How = Literal["sum", "mean", "max", "part"]
 ALWAYS = ("loss_policy", "loss_value", "approx_kl", "clip_fraction", "masked_fraction")
@@ -18,11 +19,15 @@ class Tally:
     """Collects numbers by name, nowhere registered: `add` is enough to have one in metrics.jsonl.
 
     how: "sum" and "max" appear as they are, "mean" is a sum that appears divided by the chunk steps
-    trained, and "part" is a sum that `line` makes other numbers from."""
+    trained, and "part" is a sum that `line` makes other numbers from.
+
+    Numbers that lie on a GPU come to the host together, when `send` and `resolve` are called."""
 
     first_epoch: bool = True  # whether the running micro-batch is of the batch's first epoch
-    values: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)  # as far as they have come to the host
     how: dict[str, How] = field(default_factory=dict)
+    there: list[tuple[str, Tensor]] = field(default_factory=list)  # still on the device
+    sent: list[tuple[list[str], Numbers]] = field(default_factory=list)  # on their way
 
     def add(
         self,
@@ -35,16 +40,41 @@ class Tally:
         that counts every time."""
         if per == "batch" and not self.first_epoch:
             return
-        number = float(value)
-        if self.how.get(name, how) != how:
+        if self.how.setdefault(name, how) != how:
             raise ValueError(f"the number {name!r} is added as a {how} and as a {self.how[name]}")
+        if isinstance(value, Tensor) and not value.is_cpu:
+            self.there.append((name, value))
+        else:
+            self.count(name, float(value))
+
+    def count(self, name: str, number: float) -> None:
         if name not in self.values:
             self.values[name] = number
-            self.how[name] = how
-        elif how == "max":
+        elif self.how[name] == "max":
             self.values[name] = max(self.values[name], number)
         else:
             self.values[name] += number
+
+    def send(self) -> None:
+        """Lets what was added since the last time travel to the host, and takes in what was sent
+        then: the host waits for that, and the device has work meanwhile."""
+        if self.there:
+            names, numbers = zip(*self.there, strict=True)
+            self.sent.append((names, Numbers(numbers)))
+            self.there = []
+        self.take_in(self.sent[:-1])
+        self.sent = self.sent[-1:]
+
+    def resolve(self) -> None:
+        """Waits for everything that was added: `values` are complete then."""
+        self.send()
+        self.take_in(self.sent)
+        self.sent = []
+
+    def take_in(self, sent: list[tuple[list[str], Numbers]]) -> None:
+        for names, numbers in sent:
+            for name, number in zip(names, numbers.read(), strict=True):
+                self.count(name, number)
 
     def merge(self, other: "Tally") -> None:
         """Takes in what another rank has tallied of the same batch."""

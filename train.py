@@ -25,8 +25,11 @@ import tyro
 
 import actor_worker
 import env_worker
+import envs
 import machine
+import memory
 import metrics
+import models
 import pictures
 import processes
 import recipes
@@ -54,7 +57,7 @@ from learner import schedule
 from models import checkpoint
 from output import disk_trouble
 from prepare import Setup, memory_report, prepare
-from processes import Crew, Job, WorkerFailed
+from processes import Crew, GpuPart, Job, WorkerFailed
 from report import batch_line, mirror
 from run_folder import RunFolder, checkpoints, newest_version
 from start import read_state
@@ -155,11 +158,8 @@ def without(args: list[str], *flags: str) -> list[str]:
 
 def connect(setup: Setup) -> Channels:
     """Makes the shared memory and the queues that the workers meet in."""
-    # Weights that actors share (--shard) would not fit one device: they are published on the host.
-    devices = [] if setup.config.actor.shard else setup.placement.actor_devices
-    gpu = next((device for device in devices if device != "cpu"), "cpu")
     workers = sum(setup.placement.workers().values())
-    plane = WeightPlane(setup.weights, gpu, setup.version)
+    plane = WeightPlane(setup.weights, setup.plane_device, setup.version)
     counters = Counters(workers, metrics.columns(setup.config.env.eval_episodes))
     return Channels.create(setup.config, setup.pool(), plane, counters)
 
@@ -168,33 +168,39 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
     """Lists what every worker is to do. A worker's place in the list is its row of the counters."""
     placement = setup.placement
     spec = setup.spec
+    budgets = memory.budgets(memory.table_of(setup, setup.room), setup.room)
     plans = []
     for rank, device in enumerate(placement.actor_devices):
         news = report if rank == 0 else None
-        args = (spec, device, channels, folder.path, setup.resume, news)
+        args = (spec, device, channels.of_worker("actor", rank), folder.path, setup.resume, news)
         plans.append(("actor", rank, actor_worker.run, args, placement.actor_threads, {}))
     for rank, device in enumerate(placement.rollout_devices):
-        args = (spec, device, channels)
+        args = (spec, device, channels.of_worker("rollout", rank))
         plans.append(("rollout", rank, rollout_worker.run, args, placement.rollout_threads, {}))
     for rank, device in enumerate(placement.env_devices):
         draws_on = {} if device == "cpu" else {"MUJOCO_EGL_DEVICE_ID": device.split(":")[1]}
-        watching = channels._replace(plane=channels.plane.watch())
-        args = (setup.header, device, watching, setup.version)
+        args = (setup.header, device, channels.of_worker("env", rank), setup.version)
         plans.append(("env", rank, env_worker.run, args, 1, draws_on))
 
     trace = folder.spans if setup.config.train.trace else None
     listed = []
     for stage, rank, target, args, threads, environment in plans:
         meter = metrics.Meter(f"{stage}-{rank}", len(listed), channels.counters, trace)
+        part = None
+        if stage != "env" and args[1] != "cpu":
+            budget = budgets.get(args[1], {}).get(meter.name, setup.room.gpu)
+            part = GpuPart(args[1], min(1.0, budget / setup.room.gpu))
         args = (rank, setup.config, *args, meter)
-        listed.append(Job(meter.name, target, args, threads, meter, environment, stage == "env"))
+        listed.append(
+            Job(meter.name, target, args, threads, meter, environment, stage == "env", part)
+        )
     return listed
 
 
 def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
     """Says what is about to run. again: it ran until now, at another ratio."""
     if again:
-        print(setup.placement.line, flush=True)
+        print(where(setup), flush=True)
         return
     if setup.resume:
         print(f"continues from {setup.config.train.checkpoint}{played_again(setup, folder)}")
@@ -203,9 +209,18 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
             print(f"other settings than this run had so far: {', '.join(changed)}")
         if jump := rate_jump(before, setup.config, setup.version):
             print(jump)
-    print(setup.placement.line)
+    print(where(setup))
     print(batch_line(setup.config, setup.config.env.segment))
     print(f"{setup.note}run folder {folder.path}", flush=True)
+
+
+def where(setup: Setup) -> str:
+    """Says where everybody works, and what those who share a GPU may have of it."""
+    shared = memory.pools(memory.table_of(setup, setup.room), setup.room)
+    if not shared:
+        return setup.placement.line
+    alone = "without MPS processes take turns on a GPU: start nvidia-cuda-mps-control -d"
+    return f"{setup.placement.line}\n{shared}; {'MPS runs' if machine.mps() else alone}"
 
 
 def played_again(setup: Setup, folder: RunFolder) -> str:
@@ -306,7 +321,9 @@ def main(config: Config) -> int:
     handover = Handover.take(path)
     again = handover.heard is not None
     folder.clear(keep_trace=again)
-    interrupts = processes.note_interrupts()
+    simulator = envs.SIMULATORS[train.env][0]
+    model = models.files(train.model).__name__
+    interrupts = processes.note_interrupts("train", simulator, model)
     for number in processes.kept_interrupts(handover.heard) if again else b"":
         interrupts.note(number)
     tracker = mirror(setup.config, folder)

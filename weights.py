@@ -34,6 +34,9 @@ class WeightPlane(Shared):
     A set of weights is one block of bytes with the tensors as views on it, so that fetching is a
     single copy at memcpy's speed: tensor by tensor it takes 1.7 times as long.
 
+    It lies on a GPU where all who use it are there, else on the host, page-locked by those with a
+    GPU (`use_on`): who opens another one's memory has a context there, too.
+
     spec: name → (shape, dtype) of the trainable weights. Version 0 is what the checkpoint holds;
     until it is published the version is −1, so K batches may start before there are weights."""
 
@@ -68,6 +71,12 @@ class WeightPlane(Shared):
             found[name] = block[start:end].view(dtype).view(shape)
         return found
 
+    def use_on(self, device: str) -> None:
+        """Page-locks a plane on the host in a process that copies between it and a GPU: then the
+        GPU's copy engines read and write it while others go on computing."""
+        if device != "cpu" and self.buffers.arena is not None:
+            self.buffers.arena.pin()
+
     def watch(self) -> "WeightPlane":
         """The version without the weights, for processes that only wait for it: opens no GPU."""
         other = copy.copy(self)
@@ -94,7 +103,9 @@ class WeightPlane(Shared):
         self.stamps[side] = -1
         fence()
         for name, tensor in weights.items():
-            self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
+            room = self.sides[side][name]
+            # In its type first: torch would convert on the host, behind pageable memory.
+            room.copy_(tensor.detach().to(room.dtype), non_blocking=True)
         synchronize(str(tensor.device))  # whose stream copies, also to a plane on the host
         self.stamps[side] = version
         fence()
@@ -163,6 +174,8 @@ class WeightFetcher:
 
     def _run(self) -> None:
         try:
+            if self.stream:  # a thread begins on GPU 0, and leaving the stream would open that
+                torch.cuda.set_device(self.stream.device)
             while True:
                 self.wake.wait(0.5)
                 self.wake.clear()

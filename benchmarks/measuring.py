@@ -97,16 +97,17 @@ def time_of(function: Callable, device: str) -> float:
     """Measures the seconds of one call."""
     start = time.perf_counter()
     function()
-    if device == "cuda":
+    if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-def matmul(device: str, dtype: torch.dtype) -> tuple[Callable, float]:
+def matmul(device: str, dtype: torch.dtype, side: int = 0) -> tuple[Callable, float]:
     """Makes a large matrix product, and counts its FLOPs.
 
-    Its rate is taken for the most that this machine reaches in this type."""
-    side = MATMUL[device]
+    Its rate is taken for the most that this machine reaches in this type. side: of the matrices; 0
+    means `MATMUL`'s."""
+    side = side or MATMUL[torch.device(device).type]
     a = torch.randn(side, side, device=device).to(dtype)
     b = torch.randn(side, side, device=device).to(dtype)
 
@@ -168,3 +169,10 @@ def peak_bytes_of(function: Callable, device: str) -> int:
     with PeakBytes() as mode:
         function()
     return mode.peak
+
+
+def cell(value) -> str:
+    """Writes one cell of a table."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "" if value is None else str(value)

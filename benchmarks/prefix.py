@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import transfers
 from benchmarks.measuring import flops_of, matmul, peak_bytes_of, random_model, seconds_of, where
 from channel import SlotPool
 from errors import require
@@ -83,20 +84,21 @@ class MicroBatches:
         self.device = device
         self.count = max(2, math.ceil(POOL_BYTES / bytes_of(self.fields) / SAMPLES))
         self.turn = 0  # which micro-batch was read last
-        self.pool = SlotPool(self.fields, self.count * SAMPLES)
+        steps = {name: ((1, *shape), dtype) for name, (shape, dtype) in self.fields.items()}
+        self.pool = SlotPool(steps, self.count * SAMPLES)
         obs = random_observations(model, SAMPLES, device)
         stored = obs | model.act(obs, random_noise(model, SAMPLES, device))
         for name in self.fields:
-            self.pool[name].unflatten(0, (-1, SAMPLES)).copy_(stored[name].to("cpu"))
+            self.pool[name][:, 0].unflatten(0, (-1, SAMPLES)).copy_(stored[name].to("cpu"))
         if device == "cuda":
             self.pool.use_on(device)
+        transfers.lock(self.pool, self.names, device)
 
     def read(self) -> dict[str, Tensor]:
         """Reads the next micro-batch: what `evaluate` needs, on the device."""
         self.turn = (self.turn + 1) % self.count
         slots = np.arange(self.turn * SAMPLES, (self.turn + 1) * SAMPLES)
-        data = {name: self.pool.gather(name, slots) for name in self.names}
-        return {name: x.to(self.device, non_blocking=True) for name, x in data.items()}
+        return transfers.read(self.pool, self.names, slots, 0 * slots, self.device)
 
 
 def actor_row(model: nn.Module, device: str, seconds: float) -> dict:

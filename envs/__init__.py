@@ -8,6 +8,8 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
                                           with both, `Env` is for evaluation and for looking at it
     workers(ratio, placement) -> int      optional: how many env workers to start; else --ratio
                                           decides
+    preload()                             optional: imports what takes seconds, before the process
+                                          is copied for each env worker; draws nothing
     PACKAGES                              optional: packages that it imports where they are used,
                                           because that takes seconds
 
@@ -54,6 +56,8 @@ SIMULATORS = {
     "emulated": ("benchmarks.emulated.libero", ""),
     "emulated_gr00t": ("benchmarks.emulated.gr00t", ""),
     "vectorised": ("benchmarks.emulated.maniskill", ""),
+    "emulated_metaworld": ("benchmarks.emulated.metaworld", ""),
+    "vectorised_hybrid": ("benchmarks.emulated.maniskill_hybrid", ""),
 }
 
 # How an import fails where GL or the display is missing: the kind of error, and its message.

@@ -112,15 +112,28 @@ def read_obj(raw: bytes) -> Corners:
         word, _, rest = line.partition(" ")
         if word in lines:
             lines[word].append(rest)
-    polygons = [[corner.split("/") for corner in face.split()] for face in lines["f"]]
-    faces = [(f[0], f[i], f[i + 1]) for f in polygons for i in range(1, len(f) - 1)]
+
+    # A polygon is as many triangles as it has corners beyond two; they share its first corner.
+    sizes = [len(polygon.split()) for polygon in lines["f"]]
+    fans = {size: np.arange(1, size - 1) for size in set(sizes)}
+    second = np.concatenate([fans[size] for size in sizes])
+    first = np.repeat(np.cumsum(sizes) - sizes, np.array(sizes) - 2)
+    triangles = np.stack([first, first + second, first + second + 1], axis=1)
+
+    # A corner is an index, or two or three with slashes between, the second of which may lack. What
+    # only some corners have is left out.
+    corners = " ".join(lines["f"]).split()
+    slashes = min(corner.count("/") for corner in corners)
+    if any(corner.count("/") > slashes for corner in corners):
+        corners = ["/".join(corner.split("/")[: slashes + 1]) for corner in corners]
+    text = " ".join(corners).replace("//", "/0/").replace("/", " ")
+    indices = np.fromstring(text, int, sep=" ").reshape(len(corners), slashes + 1)
 
     def look_up(column: int, word: str, width: int) -> np.ndarray | None:
-        values = np.array([x.split()[:width] for x in lines[word]], "f4")
-        given = all(len(c) > column and c[column] for face in faces for c in face)
-        if not (len(values) and given):
+        if not lines[word] or column > slashes or not indices[:, column].all():
             return None
-        return values[np.array([[int(c[column]) for c in face] for face in faces]) - 1]
+        values = np.fromstring(" ".join(lines[word]), sep=" ").reshape(len(lines[word]), -1)
+        return values[:, :width].astype("f4")[indices[:, column] - 1][triangles]
 
     texture = look_up(1, "vt", 2)
     if texture is not None:  # MuJoCo turns those of this format round

@@ -136,6 +136,10 @@ def original() -> types.ModuleType:
     return transform_utils
 
 
+def preload() -> None:
+    original()
+
+
 def build_problem(task: str, image_size: int, quality: str):
     """Builds LIBERO's env of a task, with its model. The user's random numbers stay."""
     original()

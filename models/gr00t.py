@@ -21,7 +21,6 @@ reads its checkpoints.
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -139,9 +138,9 @@ FULL = {
 }
 
 
-def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """real [n, P] bool → mask of causal attention [n, 1, P, P], and which positions keep what
-    attention gives them [n, P, 1].
+def causal_mask(real: Tensor, rows: str, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    """real [n, P] bool → mask of causal attention [n, 1, group·P, P] ("eager": [n, 1, P, P]), and
+    which positions keep what attention gives them [n, P, 1]. group: of `layers.additive`.
 
     Implementations agree on real positions and differ on padded ones, which the blocks after the
     language model may see: "flash" (the original's on a GPU) gives a padded position zero; "sdpa"
@@ -154,7 +153,8 @@ def causal_mask(real: Tensor, rows: str, dtype: torch.dtype) -> tuple[Tensor, Te
         mask = torch.zeros(see.shape, dtype=dtype, device=real.device)
         return mask.masked_fill(~see, torch.finfo(dtype).min)[:, None], torch.ones_like(some)
     keep = real[..., None] if rows == "flash" else some
-    return (see | ~some)[:, None], keep  # no row may mask all: softmax would give NaN
+    # No row may mask all: softmax would give NaN.
+    return layers.additive(see | ~some, dtype, group), keep
 
 
 class QwenLayer(nn.Module):
@@ -180,9 +180,11 @@ class QwenLayer(nn.Module):
         q = layers.rotate(self.q_norm(layers.split_heads(q, self.heads)), cos, sin)
         k = layers.rotate(self.k_norm(layers.split_heads(k, self.kv_heads)), cos, sin)
         v = layers.split_heads(v, self.kv_heads)
-        # The fused kernels' gradients lose the cancelling numbers of "eager".
-        with sdpa_kernel(SDPBackend.MATH) if self.eager else nullcontext():
-            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        if self.eager:  # the fused kernels' gradients lose its cancelling numbers
+            with sdpa_kernel(SDPBackend.MATH):
+                h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        else:
+            h = layers.attention(q, k, v, mask)
         x = x + self.o_proj(layers.join_heads(h).masked_fill(~keep, 0.0))
         gate, up = self.gate_up(self.post_attention_layernorm(x)).chunk(2, dim=-1)
         return x + self.down_proj(F.silu(gate) * up)
@@ -201,8 +203,8 @@ class Block(nn.Module):
         if adaptive:
             self.ada = lora.Linear(width, 2 * width)
         else:
-            self.norm1 = nn.LayerNorm(width)
-            self.norm3 = nn.LayerNorm(width)
+            self.norm1 = layers.LayerNorm(width)
+            self.norm3 = layers.LayerNorm(width)
         self.q = lora.Linear(width, width)
         self.kv = lora.Linear(context, 2 * width, parts=2 * (width,))
         self.out = lora.Linear(width, width)
@@ -215,8 +217,8 @@ class Block(nn.Module):
         return layers.split_heads(k, self.heads), layers.split_heads(v, self.heads)
 
     def forward(self, x: Tensor, condition=None, keys=None, mask=None, only_keys: bool = False):
-        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] bool → [n,
-        S, D]. With `only_keys` x is a context, and this is `keys`."""
+        """x [n, S, D], condition [n, D], keys of `keys` (None: of x), mask [n, 1, 1, P] → [n, S,
+        D]. With `only_keys` x is a context, and this is `keys`."""
         if only_keys:
             return self.keys(x)
         if self.adaptive:
@@ -226,8 +228,7 @@ class Block(nn.Module):
             h = self.norm1(x)
         k, v = self.keys(h) if keys is None else keys
         q = layers.split_heads(self.q(h), self.heads)
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self.out(layers.join_heads(h))
+        x = x + self.out(layers.join_heads(layers.attention(q, k, v, mask)))
         h = F.layer_norm(x, x.shape[-1:]) if self.adaptive else self.norm3(x)
         return x + self.ff_out(F.gelu(self.ff_in(h), approximate="tanh"))
 
@@ -241,7 +242,7 @@ class CategoryLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
 
     def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
-        return x @ self.W[which] + self.b[which].unsqueeze(-2)
+        return x @ self.W[which].to(x.dtype) + self.b[which].to(x.dtype).unsqueeze(-2)
 
 
 class CategoryMLP(nn.Module):
@@ -280,6 +281,7 @@ class Gr00t(FlowPolicy):
     HEADS = ("value_head",)
     COMPILED = ("backbone", "context", "velocity")
     FROZEN = ("vision.", "projector.", "embed_tokens.", "language", "eagle_linear.")
+    WIDE = ("action_decoder.",)
     # Queries, keys and values of the action head, and of the VLM: Isaac-GR00T N1.5's
     # get_lora_model (gr00t/utils/peft.py) with and without `action_head_only`.
     ADAPTED = ("dit.*.q", "dit.*.kv", "vl_blocks.*.q", "vl_blocks.*.kv")
@@ -295,7 +297,7 @@ class Gr00t(FlowPolicy):
         self.language_norm = layers.RMSNorm(c.width)
         if c.project:
             self.eagle_linear = lora.Linear(c.width, c.project)
-        self.vlln = nn.LayerNorm(c.features)
+        self.vlln = layers.LayerNorm(c.features)
         self.vl_blocks = nn.ModuleList(
             Block(c.features, c.vl_heads, c.features, False) for _ in range(c.vl_depth)
         )
@@ -334,13 +336,19 @@ class Gr00t(FlowPolicy):
 
     def backbone(self, pixels: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         """pixels [n·V, 3, H, W] in [−1, 1], ids and real [n, P] → features [n, P, D]."""
-        pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
-        x = self.embed_tokens(ids)
-        x = x.masked_scatter((ids == self.config.image_token)[..., None], pictures.to(x.dtype))
+        pictures = self.projector(self.vision(pixels, self.vlm_compute))  # [n·V, I, D]
+        x = self.embed_tokens(ids).to(self.vlm_compute or self.embed_tokens.weight.dtype)
+        # Each takes the place of an image token. The gradient of masked_scatter, which does the
+        # same, would make the host wait.
+        here = ids == self.config.image_token
+        place = (here.cumsum(1) - 1).clamp(min=0)[..., None].expand_as(x)
+        pictures = pictures.to(x.dtype).view(len(x), -1, x.shape[-1])
+        x = torch.where(here[..., None], pictures.gather(1, place), x)
         positions = torch.arange(ids.shape[1], device=x.device)[None]
         frequency = layers.frequencies(self.config.head_dim, x.device, theta=1e6)
         cos, sin = layers.rotary(positions, frequency, x.dtype)
-        mask, keep = causal_mask(real, self.config.padded_rows, x.dtype)
+        c = self.config
+        mask, keep = causal_mask(real, c.padded_rows, x.dtype, c.heads // c.kv_heads)
         for layer in self.language:
             x = layer(x, cos, sin, mask, keep)
         x = self.language_norm(x)
@@ -349,8 +357,8 @@ class Gr00t(FlowPolicy):
     def context(self, features: Tensor, real: Tensor) -> tuple[Tensor, list, Tensor | None]:
         """features [n, P, D] → processed features, keys and values of each DiT layer that attends
         to them, and their mask."""
-        mask = real[:, None, None] if self.config.mask_padding else None
         x = self.vlln(features)
+        mask = layers.additive(real[:, None], x.dtype) if self.config.mask_padding else None
         for block in self.vl_blocks:
             x = block(x, mask=mask)
         return x, [block(x, only_keys=True) for block in self.dit[::2]], mask
@@ -368,20 +376,23 @@ class Gr00t(FlowPolicy):
         # Cosine comes first, unlike in the action encoder.
         waves = sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)
         condition = self.time_out(F.silu(self.time_in(waves)))
-        actions = self.action_encoder(x_t, bucket, which) + self.position_embedding.weight[:horizon]
-        x = torch.cat([state, self.future_tokens.weight.expand(n, -1, -1), actions], dim=1)
+        actions = self.action_encoder(x_t, bucket, which)
+        actions = actions + self.position_embedding.weight[:horizon].to(x_t.dtype)
+        future = self.future_tokens.weight.to(x_t.dtype).expand(n, -1, -1)
+        x = torch.cat([state, future, actions], dim=1)
         for i, block in enumerate(self.dit):
             x = block(x, condition) if i % 2 else block(x, condition, keys[i // 2], mask)
         # Shift comes first, unlike in the blocks.
         shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(2, dim=-1)
         x = self.proj_out_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift)
-        return self.action_decoder(x[:, -horizon:], which)
+        return self.action_decoder(layers.wide(x[:, -horizon:]), which)
 
     def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
         """Processed features [n, P, D], encoded state [n, 1, D'] (both detached) → value [n]."""
         seen = (real if self.config.mask_padding else torch.ones_like(real))[..., None]
-        mean = (features * seen).sum(1) / seen.sum(1)
-        return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
+        mean = (layers.wide(features) * seen).sum(1) / seen.sum(1)
+        both = torch.cat([mean, state[:, 0]], dim=-1).detach()
+        return self.value_head(both.to(self.value_head[0].weight.dtype))[:, 0]
 
     def bucket(self, step: Tensor) -> Tensor:
         """What the network sees of the time of denoise step [n]: ⌊t·1000⌋."""
@@ -408,10 +419,15 @@ class Gr00t(FlowPolicy):
         ids, real = self.spread(obs["tokens"])
         found = obs.get("vl_features")
         if found is None:
-            pixels = layers.scaled(obs["image"], self.projector.weight.dtype)
+            kind = self.vlm_compute or self.projector.weight.dtype
+            pixels = layers.scaled(obs["image"], kind)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
                 found = self.backbone(pixels, ids, real)
-        return found.to(self.vlln.weight.dtype), real
+        return found.to(self.compute or self.vlln.weight.dtype), real
+
+    def kept(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Not the context, which later epochs compute anew."""
+        return {"vl_features": self.features(obs)[0].to(getattr(torch, self.config.prefix_dtype))}
 
     def look(self, obs: dict[str, Tensor]) -> dict:
         """The context, of pictures and prompt or what a slot keeps of them, and the state."""

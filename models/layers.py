@@ -4,6 +4,7 @@ and Qwen, small heads, and SigLIP, the image tower of π0, π0.5 and GR00T N1.5.
 Left out: OpenVLA-OFT's towers, which follow timm and end in another way (`models/oft.py`).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -72,6 +73,51 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attends: q [n, heads, S, d], k and v [n, kv, P, d], mask of `additive` → [n, heads, S, d].
+
+    A key/value head serves heads/kv query heads, which fold into the query axis: there they read
+    its keys once, and no kernel need know of groups.
+
+    Every call has arguments that a fused kernel of CUDA takes, in inference and training; "math",
+    which is left where none does, writes a number for every pair of positions. What a kernel does
+    not take (torch 2.13, aten/src/ATen/native/transformers/cuda/sdp_utils.cpp):
+
+        flash       a mask, fp32, d > 256
+        cuDNN       fp32, d > 128 (later versions take 256 on Hopper and Blackwell)
+        efficient   fewer heads of keys than of queries, d that is no multiple of 8 (fp32: of 4)
+
+    Who serves whom. Where cuDNN is preferred (Hopper and Blackwell with cuDNN 9.15.1), it stands
+    before flash and efficient:
+
+        call                                      d        mask                 bf16       fp32
+        SigLIP, DINOv2                            72, 64   none                 flash      efficient
+        GR00T's blocks after the language model   64, 48   none                 flash      efficient
+        the same with `mask_padding`              64, 48   [n, 1, 1, P]         efficient  efficient
+        Gemma: prefix, π0.5's expert              256      [n, 1, 1, P + S]     efficient  efficient
+        Gemma: π0's expert                        256      [n, 1, 8·S, P + S]   efficient  efficient
+        Qwen3 (but for "eager", which is math)    128      [n, 1, 2·P, P]       efficient  efficient
+        Llama                                     128      [n, 1, 1, P]         efficient  efficient
+
+    """
+    folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).view(q.shape)
+
+
+def additive(see: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:
+    """Makes the mask of `attention`: see [n, S or 1, P] bool → [n, 1, group·S or 1, P], 0 to attend
+    and −∞ not to. group: query heads per key/value head. dtype: the queries'.
+
+    Rows lie 8 numbers apart, or a multiple of it, as the memory-efficient kernel wants them: else
+    every call would copy the mask, and a boolean one it would convert first."""
+    if see.shape[1] > 1:
+        see = see.repeat(1, group, 1)
+    length = see.shape[-1]
+    hidden = F.pad(~see, (0, -length % 8))
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=see.device)
+    return mask.masked_fill(hidden, -math.inf)[:, None, :, :length]
+
+
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Returns a model's blocks by name: the entries of its ModuleLists."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
@@ -97,7 +143,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight.to(x.dtype) * y.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, which sums in fp32, in the type of what comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, self.bias.to(x.dtype), self.eps)
 
 
 def mlp(widths: tuple[int, ...], activation: type[nn.Module], bias: bool = True) -> nn.Sequential:
@@ -143,8 +197,8 @@ class VisionLayer(nn.Module):
     def __init__(self, width: int, hidden: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm1 = LayerNorm(width, eps=1e-6)
+        self.layer_norm2 = LayerNorm(width, eps=1e-6)
         self.qkv = lora.Linear(width, 3 * width, parts=3 * (width,))
         self.out_proj = lora.Linear(width, width)
         self.fc1 = lora.Linear(width, hidden)
@@ -153,7 +207,7 @@ class VisionLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.layer_norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
-        x = x + self.out_proj(join_heads(F.scaled_dot_product_attention(q, k, v)))
+        x = x + self.out_proj(join_heads(attention(q, k, v)))
         return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
@@ -168,12 +222,15 @@ class Siglip(nn.Module):
         self.layers = nn.ModuleList(
             VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth)
         )
-        self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
+        self.post_layernorm = LayerNorm(c.vision_width, eps=1e-6)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [m, 3, H, W] in [-1, 1] → [m, (H/patch)², D]."""
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
-        x = x.to(self.layers[0].qkv.weight.dtype)
+    def forward(self, pixels: Tensor, compute: torch.dtype | None = None) -> Tensor:
+        """pixels [m, 3, H, W] in [-1, 1] → [m, (H/patch)², D]. compute: the type in which that is
+        done; None: the weights'."""
+        weight, bias = (p.to(pixels.dtype) for p in self.patch_embedding.parameters())
+        x = F.conv2d(pixels, weight, bias, self.patch_embedding.stride).flatten(2).transpose(1, 2)
+        x = x + self.position_embedding.to(x.dtype)
+        x = x.to(compute or self.layers[0].qkv.weight.dtype)
         for layer in self.layers:
             x = layer(x)
         return self.post_layernorm(x)

@@ -144,8 +144,8 @@ class VisionBlock(nn.Module):
     def __init__(self, width: int, mlp: int, heads: int, scale: bool):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = layers.LayerNorm(width, eps=1e-6)
+        self.norm2 = layers.LayerNorm(width, eps=1e-6)
         self.qkv = lora.Linear(width, 3 * width)
         self.proj = lora.Linear(width, width)
         self.fc1 = lora.Linear(width, mlp)
@@ -157,10 +157,10 @@ class VisionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
-        h = self.proj(layers.join_heads(F.scaled_dot_product_attention(q, k, v)))
-        x = x + (h if self.scale1 is None else h * self.scale1)
+        h = self.proj(layers.join_heads(layers.attention(q, k, v)))
+        x = x + (h if self.scale1 is None else h * self.scale1.to(h.dtype))
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + (h if self.scale2 is None else h * self.scale2)
+        return x + (h if self.scale2 is None else h * self.scale2.to(h.dtype))
 
 
 class VisionTower(nn.Module):
@@ -179,9 +179,10 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, H, W], normalised → [n, P, D]."""
-        x = self.patch_embed(pixels) + self.pos_embed
+        x = self.patch_embed(pixels)
+        x = x + self.pos_embed.to(x.dtype)
         if self.extra:
-            front = torch.cat([self.cls_token, self.reg_token], dim=1)
+            front = torch.cat([self.cls_token, self.reg_token], dim=1).to(x.dtype)
             x = torch.cat([front.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -216,14 +217,12 @@ class LlamaLayer(nn.Module):
         self.down_proj = lora.Linear(c.mlp, c.width, False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [n, S, D], mask [n, 1, 1, S] bool: all look at everything that is not padding."""
+        """x [n, S, D], mask [n, 1, 1, S]: all look at everything that is not padding."""
         h = self.input_layernorm(x)
         q = layers.rotate(layers.split_heads(self.q_proj(h), self.heads), cos, sin)
         k = layers.rotate(layers.split_heads(self.k_proj(h), self.kv_heads), cos, sin)
         v = layers.split_heads(self.v_proj(h), self.kv_heads)
-        grouped = self.heads != self.kv_heads
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        x = x + self.o_proj(layers.join_heads(h))
+        x = x + self.o_proj(layers.join_heads(layers.attention(q, k, v, mask)))
         h = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(h)) * self.up_proj(h))
 
@@ -231,6 +230,8 @@ class LlamaLayer(nn.Module):
 class Oft(nn.Module):
     HEADS = ("value_head",)
     COMPILED = ("hidden",)
+    WIDE = ("lm_head.",)  # what computes in fp32 beside the value head, whatever the others do
+    compute: torch.dtype | None = None  # what those compute in; None: the type of their weights
     ADAPTED = ("*",)  # every linear layer and patch embedding, as RLinf (rlinf/models/__init__.py)
 
     def __init__(self, config: OftConfig):
@@ -247,9 +248,21 @@ class Oft(nn.Module):
         self.language_norm = layers.RMSNorm(c.width, c.norm_eps)
         self.lm_head = lora.Linear(c.width, c.vocabulary, False)
         self.value_head = self.heads(c)["value_head"]
-        table = torch.from_numpy(bins.action_table({}, c.action_dim, c.bins))
-        self.register_buffer("action_table", table, persistent=False)
+        for name, table in self.tables({}).items():
+            self.register_buffer(name, table, persistent=False)
         lora.adapt(self, self.ADAPTED)
+
+    def tables(self, stats: dict) -> dict[str, Tensor]:
+        """Numbers that lie on the device, so that no inference has to bring them there: the actions
+        of all bins [A, bins], ImageNet's mean and deviation [2, 3, 1, 1], and where the pixels of
+        the cropped picture lie [H]."""
+        c = self.config
+        scale = np.array([c.dino_mean, c.dino_std], np.float32)[..., None, None]
+        return {
+            "action_table": torch.from_numpy(bins.action_table(stats, c.action_dim, c.bins)),
+            "dino_scale": torch.from_numpy(scale),
+            "crop": pictures.crop_positions(c.image_size),
+        }
 
     @staticmethod
     def heads(c: OftConfig) -> dict[str, nn.Module]:
@@ -276,22 +289,25 @@ class Oft(nn.Module):
             if trained or name in critic or "lora_" in name or p.dtype == torch.float16:
                 p.data = p.data.to(torch.float32)
         lora.adapt(self, self.ADAPTED)
-        table = torch.from_numpy(bins.action_table(stats, self.config.action_dim, self.config.bins))
-        self.action_table = table.to(self.lm_head.weight.device)
+        for name, table in self.tables(stats).items():
+            setattr(self, name, table.to(self.lm_head.weight.device))
 
     def dtype_of(self, name: str) -> None:
         """As the file has it; `begin` decides what is widened."""
 
+    def acts_in(self, name: str) -> torch.dtype | None:
+        return None if name.startswith((*self.HEADS, *self.WIDE)) else self.compute
+
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
         c = self.config
-        f = self.lm_head.weight.dtype
+        f = self.compute or self.lm_head.weight.dtype
         layers.require_images(image, c)
         image = image.flatten(0, 1)
         if c.center_crop:
-            image = pictures.center_crop(image)
+            image = pictures.center_crop(image, self.crop)
         x = image.permute(0, 3, 1, 2).float() / 255.0
-        mean, std = (x.new_tensor(v)[:, None, None] for v in (c.dino_mean, c.dino_std))
+        mean, std = self.dino_scale
         return ((x - mean) / std).to(f), ((x - 0.5) / 0.5).to(f)
 
     def features(self, image: Tensor) -> Tensor:
@@ -307,9 +323,9 @@ class Oft(nn.Module):
         c = self.config
         n = len(tokens)
         pictures = self.projector(self.features(image))
-        words = self.embed_tokens(tokens)
+        words = self.embed_tokens(tokens).to(pictures.dtype)
         blanks = words.new_zeros(n, c.actions, c.width)  # action tokens differ by position alone
-        end = self.embed_tokens(tokens.new_full((n, int(c.stop_token)), c.stop))
+        end = self.embed_tokens(tokens.new_full((n, int(c.stop_token)), c.stop)).to(words.dtype)
         x = torch.cat([words[:, :1], pictures, words[:, 1:], blanks, end], dim=1)
         words_real = tokens != c.pad
         rest = F.pad(words_real[:, 1:], (c.pictures, c.actions + end.shape[1]), value=True)
@@ -317,15 +333,16 @@ class Oft(nn.Module):
         d = c.width // c.heads
         frequency = 1.0 / c.rope_theta ** (torch.arange(0, d, 2, device=x.device).float() / d)
         cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
+        mask = layers.additive(real[:, None], x.dtype)
         for layer in self.language:
-            x = layer(x, cos, sin, real[:, None, None])
+            x = layer(x, cos, sin, mask)
         start = c.pictures + tokens.shape[1] - 1  # the position of "▁"
         return self.language_norm(x[:, start : start + (c.actions if count is None else count)])
 
     def action_logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → [n, C·A, bins] fp32: all other words have probability 0."""
         first = self.config.words
-        return layers.wide(self.lm_head(hidden, slice(first, first + self.config.bins)))
+        return self.lm_head(layers.wide(hidden), slice(first, first + self.config.bins))
 
     def value(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → value [n], from where the first action token is predicted."""
@@ -392,7 +409,7 @@ class Oft(nn.Module):
         if c.stop_token:
             targets = F.pad(targets, (0, 1), value=c.stop)
         hidden = self.hidden(obs["image"], obs["tokens"], targets.shape[1])
-        return F.cross_entropy(layers.wide(self.lm_head(hidden)).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.lm_head(layers.wide(hidden)).flatten(0, 1), targets.flatten())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything, or adapters and value head."""

@@ -120,8 +120,8 @@ class RMSNorm(nn.Module):
         x = layers.wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         if condition is None:
-            return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), None
-        modulation = self.dense(condition.to(self.dense.weight.dtype))
+            return (x * (1.0 + self.weight.to(dtype).to(x.dtype))).to(dtype), None
+        modulation = self.dense(condition)
         scale, shift, gate = modulation[:, None].to(x.dtype).chunk(3, dim=-1)  # each [n, 1, D]
         return (x * (1.0 + scale) + shift).to(dtype), gate.to(dtype)
 
@@ -157,19 +157,16 @@ class GemmaLayer(nn.Module):
         self.mlp = GeGLU(width, mlp)
 
     def forward(self, x, cos, sin, mask, past=None, condition=None) -> tuple[Tensor, Tensor]:
-        """x [n, S, D], cos and sin of `rotary`, mask additive [n, 1, 1 or heads/kv·S, P + S], past
-        keys and values [n, 2·kv, P, d] → x and this layer's own keys and values [n, 2·kv, S, d]."""
+        """x [n, S, D], cos and sin of `rotary`, mask [n, 1, 1 or heads/kv·S, P + S], past keys and
+        values [n, 2·kv, P, d] → x and this layer's own keys and values [n, 2·kv, S, d]."""
         h, gate = self.input_layernorm(x, condition)
         q = layers.rotate(layers.split_heads(self.q_proj(h), self.heads), cos, sin)
         k = layers.rotate(layers.split_heads(self.k_proj(h), self.kv_heads), cos, sin)
         v = layers.split_heads(self.v_proj(h), self.kv_heads)
         own = torch.cat([k, v], dim=1)
         both = own if past is None else torch.cat([past, own], dim=2)
-        # A key/value head serves heads/kv query heads, which fold into the query axis.
-        folded = q.reshape(len(x), self.kv_heads, -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
-        keys, values = both.chunk(2, dim=1)
-        out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        x = gated(x, self.o_proj(layers.join_heads(out.view(q.shape))), gate)
+        out = layers.attention(q, *both.chunk(2, dim=1), mask)
+        x = gated(x, self.o_proj(layers.join_heads(out)), gate)
         h, gate = self.post_attention_layernorm(x, condition)
         return gated(x, self.mlp(h), gate), own
 
@@ -181,10 +178,10 @@ class VisionTower(layers.Siglip):
         super().__init__(c)
         self.projector = lora.Linear(c.vision_width, c.width)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, compute: torch.dtype | None = None) -> Tensor:
         """image [n, V, H, W, 3] uint8, or scaled to [-1, 1] → tokens [n, V·(H/patch)², D]."""
-        pixels = layers.scaled(image, self.patch_embedding.weight.dtype)
-        found = self.projector(super().forward(pixels))
+        pixels = layers.scaled(image, compute or self.patch_embedding.weight.dtype)
+        found = self.projector(super().forward(pixels, compute))
         return found.unflatten(0, image.shape[:2]).flatten(1, 2)
 
 
@@ -192,6 +189,8 @@ class Pi(FlowPolicy):
     COMPILED = ("prefix", "suffix")
     HEADS = ("value_head", "noise_head")
     FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
+    # as in openpi's own code (src/openpi/models_pytorch/pi0_pytorch.py)
+    WIDE = ("action_", "time_mlp_", "state_proj.")
     # Attention and feed-forward of the expert, as openpi's gemma_300m_lora, and of the VLM, as
     # gemma_2b_lora (src/openpi/models/gemma.py) and, with the image tower, RLinf
     # (rlinf/models/__init__.py).
@@ -255,12 +254,15 @@ class Pi(FlowPolicy):
         """As `prefix` → features [n, P, D] (meaningless where not real), cache."""
         c = self.config
         layers.require_images(image, c, floats=image.is_floating_point())
-        pictures = self.vision(image)
-        words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
-        x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
+        pictures = self.vision(image, self.vlm_compute)
+        words = self.embed_tokens(tokens)
+        words = words.to(self.vlm_compute or words.dtype)
+        words = words * math.sqrt(c.width)  # Gemma scales words, not pictures
+        x = torch.cat([pictures, words], dim=1)
+        x = x.to(self.vlm_compute or self.language[0].q_proj.weight.dtype)
         frequency = layers.frequencies(c.head_dim, x.device)
         cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
-        mask = additive(real, x.dtype)
+        mask = layers.additive(real[:, None], x.dtype)
         cache = []
         for layer in self.language:
             x, own = layer(x, cos, sin, mask)
@@ -283,20 +285,21 @@ class Pi(FlowPolicy):
         time = time_embedding(t, c.expert_width).to(dtype)  # [n, E]
         if c.pi05:
             condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+            condition = condition.to(self.compute or self.expert_norm.dense.weight.dtype)
         else:
             condition = None
             both = torch.cat([x, time[:, None].expand_as(x)], dim=-1)
             x = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))
             x = torch.cat([self.state_proj(state.to(dtype))[:, None], x], dim=1)
-        x = x.to(self.expert[0].q_proj.weight.dtype)
+        x = x.to(self.compute or self.expert[0].q_proj.weight.dtype)
         length = x.shape[1]  # S: C, and one for π0's state
         positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
         cos, sin = layers.rotary(positions, layers.frequencies(c.head_dim, x.device), x.dtype)
-        mask = additive(F.pad(real, (0, length), value=True), x.dtype)
+        see = F.pad(real, (0, length), value=True)[:, None]
         if not c.pi05:  # the state token sees the prefix and itself
-            mask = mask.repeat(1, 1, length, 1)
-            mask[:, :, 0, self.prefix_length + 1 :] = -math.inf
-            mask = mask.repeat(1, 1, c.heads // c.kv_heads, 1)  # once for every folded query head
+            see = see.repeat(1, length, 1)
+            see[:, 0, self.prefix_length + 1 :] = False
+        mask = layers.additive(see, x.dtype, c.heads // c.kv_heads)
         for i, layer in enumerate(self.expert):
             x, _ = layer(x, cos, sin, mask, cache[:, i].to(x.dtype), condition)
         x, _ = self.expert_norm(x, condition)
@@ -381,12 +384,6 @@ def bounded(x: Tensor, bounds: tuple[float, float]) -> Tensor:
     (RLinf explore_noise_net.py)."""
     low, high = (2.0 * math.log(bound) for bound in bounds)
     return torch.exp(0.5 * (low + (high - low) * (torch.tanh(x) + 1.0) / 2.0))
-
-
-def additive(real: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, S] bool → attention mask [n, 1, 1, S]: 0 to attend, −∞ not to."""
-    mask = torch.zeros(real.shape, dtype=dtype, device=real.device)
-    return mask.masked_fill(~real, -math.inf)[:, None, None]
 
 
 def time_embedding(t: Tensor, width: int) -> Tensor:

@@ -34,6 +34,7 @@ from run_folder import RunFolder, lines_until
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
 from tally import Tally
+from transfers import Carrier
 from weights import WeightPlane
 
 SEGMENT = 3
@@ -99,7 +100,8 @@ class World:
     def start(self, rank: int = 0) -> Inbox:
         streamer = Streamer.of(self.config, rank, 0)
         fields = ("reward", "length")
-        inbox = Inbox(rank, self.config, self.spec, self.channels, streamer, fields)
+        carrier = Carrier(self.channels.pool, (), SEGMENT, "cpu")
+        inbox = Inbox(rank, self.config, self.spec, self.channels, streamer, fields, carrier)
         self.inboxes.append(inbox)
         return inbox
 
@@ -274,12 +276,12 @@ def test_groups_are_read_with_how_every_member_ended():
     world.arrays["length"][:] = SEGMENT
     world.arrays["reward"][:] = np.arange(32)[:, None]
     world.arrays["success"][[1, 6], [2, 0]] = True
-    data = inbox.read(MicroBatch((1, 3, 6), 0, 0, False, 8), "cpu")
+    data = inbox.read(MicroBatch((1, 3, 6), 0, 0, False, 8))
     assert data["reward"][:, 0].tolist() == [1.0, 3.0, 6.0]
     first, second = [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]
     assert data["outcomes"].tolist() == [first, first, second]
     assert data["member"].tolist() == [1, 3, 2]
-    assert set(World().start().read(MicroBatch((1,), 0, 0, False, 8), "cpu")) == {
+    assert set(World().start().read(MicroBatch((1,), 0, 0, False, 8))) == {
         "reward",
         "length",
     }
@@ -333,6 +335,8 @@ class Toy(nn.Module):
 class Actor:
     """Runs the first rank in this process, over trajectories that are all there already."""
 
+    device = "cpu"
+
     def __init__(self, tmp_path, config: Config, model: Toy):
         self.folder = tmp_path
         (tmp_path / "checkpoints").mkdir()
@@ -365,7 +369,17 @@ class Actor:
     def run_rank(self, rank: int, report) -> None:
         meter = metrics.Meter(f"actor-{rank}", rank, self.channels.counters, None)
         with patch.object(models, "build", return_value=self.model):
-            run(rank, self.config, SPEC, "cpu", self.channels, self.folder, None, report, meter)
+            run(
+                rank,
+                self.config,
+                SPEC,
+                self.device,
+                self.channels,
+                self.folder,
+                None,
+                report,
+                meter,
+            )
 
     def counter(self, column: str) -> float:
         return self.channels.counters.get(0, column)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import channel
+import transfers
 from channel import (
     ACT,
     ALIGN,
@@ -112,12 +113,12 @@ def test_rows_are_read_and_written_as_torch_would(dtype):
     expected = {name: torch.zeros_like(pool[name]) for name in pool.spec}
     for name, shape in (("x", (3, 2, 3)), ("scalar", (3,))):
         values = torch.randn(shape, generator=generator)  # cast to the field's type
-        pool.put(name, slots, rows, values)
+        transfers.put(pool, name, slots, rows, values)
         expected[name][slots, rows] = values.to(dtype)
         assert torch.equal(pool[name], expected[name]) and pool[name].any()
-        found = pool.gather(name, slots, rows)
+        found = transfers.gather(pool, name, slots, rows)
         assert found.dtype == dtype and torch.equal(found, expected[name][slots, rows])
-        assert torch.equal(pool.gather(name, slots), expected[name][slots])
+        assert torch.equal(transfers.gather(pool, name, slots), expected[name][slots])
         found.zero_()
         assert torch.equal(pool[name], expected[name])  # it is a copy
 
@@ -149,7 +150,7 @@ def test_another_process_sees_slots_in_gpu_memory():
     assert (
         (pool["image"][2] == 7).all()
         and pool["image"].is_cuda
-        and pool.gather("image", np.array([2])).is_cuda
+        and transfers.read(pool, ("image",), *np.array([[2], [1]]), "cuda:0")["image"].is_cuda
     )
 
 

@@ -59,6 +59,7 @@ def test_presets_are_the_rows_of_table_1():
         "train-async": ("disaggregated", 1, *lockstep, False),
         "rollout-async": ("disaggregated", 1, *dynamic, False),
         "full": ("disaggregated", 1, *dynamic, True),
+        "full-colocated": ("colocated", 1, *dynamic, True),  # of the second version
     }
     for name, row in rows.items():
         config = from_preset(name)

@@ -14,6 +14,7 @@ from torch import nn
 import algorithms
 import models
 import saving
+import transfers
 from actor_worker import group_outcomes
 from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
@@ -130,7 +131,7 @@ def learner_of(
 def read(learner: Learner, pool: SlotPool, slots: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """The trajectories of a micro-batch, as `actor_worker.Inbox` reads them."""
     slots = np.array(slots)
-    data = {name: pool.gather(name, slots) for name in learner.fields}
+    data = {name: transfers.gather(pool, name, slots) for name in learner.fields}
     if learner.algorithm.groups:
         size = learner.config.algorithm.group_size
         data["outcomes"] = group_outcomes(pool, slots, size, learner.spec.compares)

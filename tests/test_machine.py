@@ -1,6 +1,7 @@
 """What a container gives is counted, and a GPU that torch does not see is no CPU."""
 
 import os
+import socket
 import subprocess
 import tempfile
 from typing import NamedTuple
@@ -109,6 +110,41 @@ def test_cores_near_a_gpu(monkeypatch, tmp_path):
     assert machine.near("cuda:0", tmp_path) == {0, 1, 4}
     assert machine.near("cuda:1", tmp_path) == every  # this process may use none of those
     assert machine.near("cuda:2", tmp_path) == machine.near("cpu", tmp_path) == every
+
+
+@pytest.mark.parametrize("given, share", [({}, 0.4), ({"PYTORCH_ALLOC_CONF": "x"}, 1.0)])
+def test_a_worker_takes_its_part_of_a_gpu(monkeypatch, given, share):
+    told = []
+    monkeypatch.setattr(machine, "maps_memory", lambda gpu: gpu == 2)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    limit = "set_per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, limit, lambda *part: told.append(part))
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    machine.take_part("cuda:2", share)
+    grows = [] if given else ["expandable_segments:True"]
+    assert told == ["cuda:2", *grows, *([(share, "cuda:2")] if share < 1 else [])]
+    told.clear()
+    machine.take_part("cuda:1", share)  # where the driver cannot map memory
+    assert "expandable_segments:True" not in told
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="is for a machine without a driver")
+def test_without_a_driver_no_memory_is_mapped():
+    assert not machine.maps_memory(0)
+
+
+def test_mps_is_found_where_it_listens(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert not machine.mps()
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(tmp_path / "control"))
+        daemon.listen()
+        assert machine.mps()
+    assert not machine.mps()  # it was killed, and its socket is left
 
 
 class Gpu(NamedTuple):

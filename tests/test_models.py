@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SMALL, STATS
 from safetensors.torch import save_file
 
@@ -196,6 +197,50 @@ def test_frames_of_the_simulator_are_what_every_family_prepares(made):
     small += pictures.crop_and_resize(image, 56), pictures.resize_eagle(image, 56)
     small += (pictures.resize_bicubic(torch.from_numpy(image), 56),)
     assert all(tuple(x.shape)[-3:-1] == (56, 56) for x in small)
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (480, 640), (100, 75), (56, 90)])
+def test_pictures_are_resized_to_the_bit_as_their_projects_write_it(height, width):
+    """The same in another order of memory takes less time, and must give the same bits."""
+    random = np.random.default_rng(height)
+    image = random.integers(0, 256, (2, height, width, 3), np.uint8)
+    image[1] = random.integers(0, 256)  # an even picture: rounding down must not darken it
+    x = torch.from_numpy(image).permute(0, 3, 1, 2).float()
+    like = {"align_corners": False, "antialias": True}
+
+    wide = F.interpolate(x, (56, 56), mode="bicubic", **like).clamp(0, 255).round()
+    found = pictures.resize_bicubic(torch.from_numpy(image), 56)
+    assert torch.equal(found, wide.to(torch.uint8).permute(0, 2, 3, 1))
+
+    high, across = int(height * 0.95), int(width * 0.95)
+    top, left = round((height - high) / 2.0), round((width - across) / 2.0)
+    middle = (x / 255.0)[:, :, top : top + high, left : left + across]
+    small = F.interpolate(middle, (56, 56), mode="bilinear", **like)
+    small = (small * 255.0).to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(torch.from_numpy(pictures.crop_and_resize(image, 56)), small)
+
+    square = torch.from_numpy(image[:, :56, :56])
+    low, *_, last = crop = crop_places(56)
+    assert 0 < low < 2 and 53 < last < 55
+    assert torch.equal(pictures.center_crop(square), cropped(square, torch.tensor(crop)))
+
+
+def crop_places(size: int, area: float = 0.9) -> list[float]:
+    """Where the pixels of a centre crop lie in a row of the picture, as TensorFlow counts."""
+    side = np.sqrt(np.float32(area))
+    low = (np.float32(1.0) - side) / np.float32(2.0)
+    step = (low + side - low) * np.float32(size - 1) / np.float32(size - 1)
+    return list(low * np.float32(size - 1) + np.arange(size, dtype=np.float32) * step)
+
+
+def cropped(image: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Interpolates between the four pixels around each place, as TensorFlow does."""
+    x = image.float() * np.float32(1.0 / 255.0)
+    low, high, part = at.floor().long(), at.ceil().long(), at - at.floor()
+    rows = [x[:, i] for i in (low, high)]
+    top, bottom = (r[:, :, low] + (r[:, :, high] - r[:, :, low]) * part[:, None] for r in rows)
+    out = top + (bottom - top) * part[:, None, None]
+    return (out.clamp(0.0, 1.0) * 255.5).to(torch.uint8)
 
 
 @pytest.mark.parametrize(

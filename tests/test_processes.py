@@ -9,6 +9,7 @@ import builtins
 import json
 import os
 import re
+import resource
 import signal
 import time
 from multiprocessing import get_context
@@ -23,7 +24,7 @@ from test_channel import SPEC, open_files
 
 import processes
 from channel import Counters, IndexQueue, SlotPool
-from config import ROOT, run_path
+from config import MOST_WORKERS, ROOT, STAGE_OF, run_path
 from errors import UserError
 from follow import Follower
 from metrics import Meter, columns
@@ -153,7 +154,10 @@ def test_whoever_starts_a_run_with_nohup_may_log_out(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "")
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        interrupts = processes.note_interrupts()
+        interrupts = processes.note_interrupts("train", "envs.metaworld")
+        assert os.environ["VLA3_PRELOAD"] == "train envs.metaworld"
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert limits[0] == min(limits[1], 65536)
         os.kill(os.getpid(), signal.SIGHUP)
         assert not interrupts
         os.kill(os.getpid(), signal.SIGTERM)
@@ -470,6 +474,32 @@ def test_an_actor_that_was_killed_is_named_rather_than_who_lost_it(tmp_path):
     said.send((lost, ""))
     crew.processes["actor-1"] = SimpleNamespace(exitcode=-signal.SIGKILL)
     assert crew.failure() == Failure("actor-1", "died (SIGKILL: out of memory?)", True)
+
+
+def test_hundreds_of_workers_start_meet_and_end(cli):
+    status, output = cli(Path(__file__).with_name("crowd.py"), "", PYTHONPATH=str(ROOT)).finish(
+        timeout=120
+    )
+    assert status == 0 and f"{MOST_WORKERS} workers have met" in output, output
+
+
+def test_who_is_out_of_gpu_memory_names_its_budget_and_the_flags(monkeypatch):
+    properties = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    said = (
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 74.50 "
+        "GiB of which 1.19 GiB is free. Including non-PyTorch memory, this has 18 GiB memory"
+    )
+    error = torch.OutOfMemoryError(said)
+    part = processes.GpuPart("cuda:3", 0.25)
+    assert processes.describe(error, part) == (
+        "failed: out of GPU memory: its budget is 20.0 of 80.0 GB of cuda:3, it asked for 2.50 GiB "
+        f"more, and 1.19 GiB are free there: {processes.LESS_MEMORY}"
+    )
+    assert "80.0 GB of cuda:3: lower" in processes.describe(torch.OutOfMemoryError("?"), part)
+    assert said in processes.describe(error)  # a simulator's, which has no budget
+    for flag in re.findall(r"--[a-z-]+", processes.LESS_MEMORY):
+        assert flag[2:].replace("-", "_") in STAGE_OF
 
 
 def fail_at_start(meter) -> None:

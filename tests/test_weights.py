@@ -1,12 +1,16 @@
 """New weights on their way: never mixed under fire, and never taken behind a worker's back."""
 
+import threading
 import time
 import weakref
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import weights
+from channel import Arena
 from weights import WeightFetcher, WeightPlane
 
 fork = get_context("fork")
@@ -89,6 +93,47 @@ def test_a_reader_that_is_overtaken_once_keeps_what_it_has():
     mine.events = [lambda: plane.publish(filled(1.0), 1)]
     plane.publish(filled(0.0), 0)
     assert plane.fetch(mine) == 0 and values(plane, mine) == [0.0]
+
+
+def test_a_plane_on_the_host_is_page_locked_for_a_gpu(monkeypatch):
+    locked = []
+    monkeypatch.setattr(Arena, "pin", lambda arena: locked.append(arena))
+    plane = WeightPlane(WEIGHTS)
+    plane.use_on("cpu")
+    assert not locked
+    plane.use_on("cuda:1")
+    assert locked == [plane.buffers.arena]
+    WeightPlane(WEIGHTS, "meta").use_on("cuda:1")  # one that lies on a device has no arena
+    assert len(locked) == 1
+
+
+def test_a_version_waits_for_its_copies_once_on_either_side(monkeypatch):
+    waited = []
+    monkeypatch.setattr(weights, "synchronize", waited.append)
+    plane = WeightPlane(WEIGHTS)
+    plane.publish(filled(1.0), 0)
+    assert waited == ["cpu"]  # by the device of what is published: its stream copies
+    plane.fetch(torch.empty(plane.bytes, dtype=torch.uint8, device="meta"))
+    assert waited == ["cpu", "meta"]
+
+
+def test_weights_are_published_in_the_plane_s_type():
+    plane = WeightPlane({"a": ((3,), torch.bfloat16)})
+    weights = torch.tensor([1.0, 1.001, 3.14159])
+    plane.publish({"a": weights}, 0)
+    mine = room(plane)
+    assert plane.fetch(mine) == 0
+    assert torch.equal(plane.tensors(mine)["a"], weights.to(torch.bfloat16))
+
+
+def test_the_thread_that_fetches_opens_no_other_gpu(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    fetcher = WeightFetcher.__new__(WeightFetcher)
+    fetcher.stream = SimpleNamespace(device="cuda:3")
+    fetcher.full = threading.Event()
+    fetcher._run()  # which ends at once, for it has nothing to wait for
+    assert used == ["cuda:3"] and isinstance(fetcher.error, AttributeError)
 
 
 def test_weights_of_a_writer_that_died_while_writing_are_never_fetched():

@@ -234,7 +234,7 @@ def install(count: int) -> None:
         setattr(torch.cuda, name, value)
 
     torch.UntypedStorage.to = storage_to
-    torch.Tensor.record_stream = nothing
+    torch.Tensor.record_stream = nothing  # memory is never given out too early
 
     # NCCL is Gloo, which meets on the CPU's view of the tensors.
     begin = dist.init_process_group

@@ -428,8 +428,8 @@ class Preparation(PreparationBase):
             return images
         if self.layout != "lerobot":
             return np.stack([pictures.resize_pil(image, size) for image in images])
-        pixels = pictures.resize_torch(torch.from_numpy(images).float() / 255.0, size, 0.0)
-        return pixels.mul(255.0).round().to(torch.uint8).numpy()
+        pixels = pictures.resize_torch(torch.from_numpy(images).float().div_(255.0), size, 0.0)
+        return pixels.mul_(255.0).round_().to(torch.uint8).numpy()
 
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         if self.own:
