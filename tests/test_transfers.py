@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import tiny_pi
 from test_actor_worker import Actor, Toy, settings
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
@@ -32,6 +33,7 @@ from rollout_worker import serve
 from streamer import MicroBatch
 from tally import Tally
 from transfers import Carrier, bring_back, gather, lock, read, runs
+from weights import WeightPlane
 
 SEGMENT = 3
 
@@ -62,6 +64,7 @@ class Watch(TorchDispatchMode):
     two."""
 
     ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+    ASKS += ("masked_scatter_backward",)  # it selects by a mask
 
     def __init__(self):
         super().__init__()
@@ -102,6 +105,20 @@ class Watch(TorchDispatchMode):
                     return args[0]
                 self.sent += 1
         return function(*args, **kwargs)
+
+
+class Lists(TorchFunctionMode):
+    """Refuses numbers that travel to the device as a list: they would from pageable memory."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        makes = function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
+        there = isinstance(made, torch.Tensor) and made.is_meta
+        assert not (makes and there), f"{function.__name__} waits for the device"
+        if function is torch.Tensor.__getitem__ and there:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(i, list) for i in index), "a list waits for the device"
+        return made
 
 
 @pytest.fixture
@@ -310,7 +327,7 @@ def test_an_inference_waits_once_and_copies_no_pageable_memory(family, watch):
     model, pool = without_memory(family, watch)
     kinds = (ACT, ACT, VALUE, EVAL, FINAL)
     records = [Record(slot, 1, kind, 0, 0) for slot, kind in enumerate(kinds)]
-    with watch:
+    with watch, Lists():
         serve(model, records, pool, seed=1, version=2, device="meta")
     assert Stream.waits == ["synchronize"]
     # Every sample's pictures, and one copy of whatever else it sees or draws.
@@ -334,7 +351,7 @@ def test_a_micro_batch_waits_once_and_copies_no_pageable_memory(family, watch):
     with patch.object(transfers, "lock"):
         carrier = Carrier(pool, learner.seen, SEGMENT, "meta")
     pool["length"][3] = 2  # one of them is not trained on whole
-    with watch:
+    with watch, Lists():
         for i, slots in enumerate(((0, 1, 2), (3, 5))):
             data = {name: gather(pool, name, np.array(slots)) for name in learner.facts}
             sent = watch.sent
@@ -372,7 +389,8 @@ def test_training_ahead_is_the_same_training(
     watch, tmp_path, monkeypatch, kl_stop, minibatch, micro_batch
 ):
     """Micro-batches come in the same order and each as often, also where --kl-stop ends a batch."""
-    monkeypatch.setattr(SlotPool, "use_on", lambda *_: None)
+    for owner in (SlotPool, WeightPlane):
+        monkeypatch.setattr(owner, "use_on", lambda *_: None)
     late = []  # slots that were not on their way when they were to be trained
     take = Carrier.take
 

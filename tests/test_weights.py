@@ -117,6 +117,15 @@ def test_a_version_waits_for_its_copies_once_on_either_side(monkeypatch):
     assert waited == ["cpu", "meta"]
 
 
+def test_weights_are_published_in_the_plane_s_type():
+    plane = WeightPlane({"a": ((3,), torch.bfloat16)})
+    weights = torch.tensor([1.0, 1.001, 3.14159])
+    plane.publish({"a": weights}, 0)
+    mine = room(plane)
+    assert plane.fetch(mine) == 0
+    assert torch.equal(plane.tensors(mine)["a"], weights.to(torch.bfloat16))
+
+
 def test_the_thread_that_fetches_opens_no_other_gpu(monkeypatch):
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
