@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import models
 from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
 from learner import Learner
 from metrics import Ledger, Meter
-from ranks import Ranks, sum_gradients
+from ranks import Ranks
 from saving import Saver
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
@@ -45,6 +46,7 @@ def run(
     channels.pool.use_on(device)
     if rank == 0:  # who publishes
         channels.plane.use_on(device)
+    models.use_tf32(device, config.train.precision)
     ranks = Ranks.of(config, rank, device, run_folder, resume, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
@@ -128,7 +130,7 @@ def finish_minibatch(
                 meter.alive()
                 if ranks.first and is_to_stop(channels, learner):
                     return False
-            sum_gradients(learner.parameters)
+            learner.gradients.sum()
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():

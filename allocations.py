@@ -100,13 +100,14 @@ class Sketch:
     """A model on the meta device. Two are equal if functions allocate the same for them."""
 
     config: object
-    weights: tuple[tuple[str, torch.dtype, torch.Size], ...]
+    weights: tuple[tuple, ...]  # name, dtype, dtype in which it is used, shape
     model: torch.nn.Module = field(compare=False)
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Sketch":
-        parameters = model.named_parameters()
-        return cls(model.config, tuple((n, p.dtype, p.shape) for n, p in parameters), model)
+        every = model.named_parameters()
+        weights = tuple((n, p.dtype, model.acts_in(n), p.shape) for n, p in every)
+        return cls(model.config, weights, model)
 
 
 @lru_cache
@@ -156,9 +157,9 @@ def empty(fields: dict, rows: int) -> dict[str, Tensor]:
     }
 
 
-def optimizer_bytes(trained: dict[str, Tensor], at_once: bool) -> tuple[int, int]:
+def optimizer_bytes(trained: dict[str, Tensor], fused: bool) -> tuple[int, int]:
     """Returns the bytes that AdamW keeps of weights, two moments, and those that a step has beside
-    them: a copy of all weights if it takes them at once, torch's choice on a GPU, else three of the
-    largest. Asking AdamW itself would import a compiler."""
+    them: none if it is fused, as on a GPU, else three of the largest. Asking AdamW itself would
+    import a compiler."""
     sizes = [parameter.nbytes for parameter in trained.values()]
-    return 2 * sum(sizes), sum(sizes) if at_once else 3 * max(sizes)
+    return 2 * sum(sizes), 0 if fused else 3 * max(sizes)

@@ -5,7 +5,8 @@
     python bench.py weights                            a weight sync against a memcpy, and what it
                                                        costs a rollout worker that serves
     python bench.py ladder                             the five presets of RL-VLA³'s Table 1 against
-                                                       each other and their bound
+                                                       each other and their bound, and its second
+                                                       version's headlines
     python bench.py prefix --model pi05                the actor with and without the frozen
                                                        prefix's cache in the slots
     python bench.py inference --model oft --size full  inference over batch sizes against a matrix
@@ -85,21 +86,31 @@ class BenchConfig:
     seconds: AboveZero = 1.0
     """transport, machinery: length of one repetition; prefix, inference, envs: time spent on each
     median"""
-    setting: Literal["all", "columns", "emulated", "gr00t", "vectorised", "embedded", "libero"] = (
-        "all"
-    )
+    setting: Literal[
+        "all",
+        "columns",
+        "emulated",
+        "gr00t",
+        "vectorised",
+        "headlines",
+        "metaworld_colocated",
+        "maniskill_hybrid",
+        "embedded",
+        "libero",
+    ] = "all"
     """ladder: of the paper's columns emulated (LIBERO + π0.5), gr00t and vectorised (ManiSkill +
-    π0), which sleep; embedded (the default model and simulator) and libero, all real; columns is
+    π0), which sleep; of its second version's headlines metaworld_colocated and maniskill_hybrid,
+    which sleep, too; embedded (the default model and simulator) and libero, all real; columns is
     the first three. tracing: all is emulated and embedded"""
     env: Literal["all", "libero", "metaworld", "vectorised"] = "all"
     """envs: which simulator, libero or metaworld; ladder: vectorised is the same as that
     --setting"""
     iterations: Natural = 0
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
-    vectorised, 4 real, 10 tuning"""
+    vectorised, 4 metaworld_colocated, 3 maniskill_hybrid, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and
-    3:1 of the real settings"""
+    3:1 of the real settings; headlines have one of their own"""
     model: Family = "pi05"
     """prefix, inference: the model family, with random weights; oft has no prefix"""
     size: Literal["auto", "small", "full"] = "auto"

@@ -63,7 +63,7 @@ class RunConfig:
     """policy family; `emulated` sleeps for calibrated times, to measure the pipeline alone"""
     env: str = "metaworld"
     """simulator: metaworld, libero, maniskill, robocasa, or a new one (envs/__init__.py);
-    `emulated`, `emulated_gr00t` and `vectorised` sleep as the policy `emulated` does"""
+    `emulated`, `vectorised` and those of benchmarks/emulated sleep as the policy `emulated` does"""
     tasks: tuple[str, ...] = ()
     """tasks of the simulator; none means its default task set"""
     suite: str = ""
@@ -106,6 +106,10 @@ class RunConfig:
     the checkpoint"""
     statistics: str = ""
     """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """what networks compute in, in rollouts and actors alike. bfloat16: over weights, gradients and
+    optimizer in float32; norms, softmax, log-probs, heads and losses stay float32, on a GPU as
+    TF32. auto: bfloat16 on GPUs, float32 on a CPU; config.json holds the one that a run uses"""
     checkpoint_every: Positive = 20
     """iterations between checkpoints; there is always one at the end"""
     keep: Natural = 0
@@ -207,9 +211,9 @@ class RolloutConfig:
     noise: Annotated[Literal["sde", "network"], PI] = "sde"
     """exploration of π0 and π0.5: Flow-SDE, or Flow-Noise, whose standard deviation a small network
     learns (πRL, arXiv 2510.25889)"""
-    prefix_dtype: Annotated[Literal["float32", "bfloat16"], FLOW] = "float32"
+    prefix_dtype: Annotated[Literal["float32", "bfloat16"] | None, FLOW] = None
     """dtype of a VLM that is frozen, but for adapters, and of what slots keep of it (OFT's is the
-    checkpoint's)"""
+    checkpoint's); none means as --precision"""
     compile: bool | None = None
     """compile inference with torch.compile, which takes minutes at start-up and pads batches to
     powers of two; none means where there is a GPU"""
@@ -449,11 +453,16 @@ def existing_run(name: str) -> Path:
 def from_json(path: Path) -> Config:
     """Reads a run's config.json. Raises UserError when it is not one.
 
-    One without "checkpointing" counts a micro-batch in trajectories: it is chosen anew."""
+    One without "checkpointing" counts a micro-batch in trajectories: it is chosen anew. One without
+    "precision" is of a run that computed in float32."""
     what = f"the settings of the run in {path}"
     config = read_json(path, Config, what)
     if "checkpointing" not in read_json(path).get("actor", {}):
         config.actor.micro_batch = "auto"
+    if "precision" not in read_json(path).get("train", {}):
+        config.train.precision = "float32"
+        if config.rollout.prefix_dtype == "float32":  # as every family had it where nobody gave it
+            config.rollout.prefix_dtype = None
     return config
 
 
@@ -513,7 +522,7 @@ def check_algorithm(config: Config) -> None:
     require(not algorithm.dual_clip or algorithm.dual_clip > 1, dual_clip)
     rank = config.actor.lora_rank
     adapted = rank or rank is None and config.train.adapter
-    frozen = not config.actor.train_vlm or adapted or config.rollout.prefix_dtype == "float32"
+    frozen = not config.actor.train_vlm or adapted or config.rollout.prefix_dtype != "bfloat16"
     instead = "leave out --train-vlm, or give --prefix-dtype float32 or --lora-rank"
     require(frozen, f"--prefix-dtype bfloat16 is for a frozen VLM: {instead}")
     nowhere = config.actor.cache_prefix in ("auto", "off") or not config.actor.train_vlm

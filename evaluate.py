@@ -63,6 +63,8 @@ class EvaluateConfig:
     """flow-matching steps; none means as the checkpoint says"""
     center_crop: bool | None = None
     """OFT sees the middle 0.9 of a picture; none means as the checkpoint says"""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """what the network computes in; none means as in the run, else bfloat16 on a GPU"""
     stop_token: bool | None = None
     """</s> stands after OFT's action tokens; none means as the checkpoint says"""
     env: str = ""
@@ -107,7 +109,9 @@ class Player:
         self.simulator = envs.load(config.env)
         spec = self.simulator.spec(tasks, 0)
         size = config.image_size or checkpoint.frame_size(path, spec.picture)
-        self.model = models.build(settings, spec._replace(image_size=size), self.device).eval()
+        models.use_tf32(self.device, settings.train.precision)
+        model = models.build(settings, spec._replace(image_size=size), self.device)
+        self.model = models.acting(model).eval()
         self.assumed = models.assumptions(settings, spec)
         self.spec = spec._replace(image_size=size).seen_by(self.model.header)
         _, shipped = embedded_files(family, config.env)
@@ -226,6 +230,7 @@ def settings_of(config: EvaluateConfig) -> Config:
     settings.train.adapter = config.adapter
     settings.train.model = family
     settings.train.env = config.env
+    settings.train.precision = config.precision or ("bfloat16" if machine.gpus() else "float32")
     settings.train.statistics = config.statistics
     settings.env.cameras = config.cameras
     return settings
@@ -236,6 +241,7 @@ def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
     run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
     saved = run / "config.json" if run else Path()
     trained = from_json(saved) if saved.is_file() else Config()
+    precision = trained.train.precision
     given = tuple(filter(None, (config.suite, *config.tasks)))
     tasks = trained.train.tasks if config.env in ("", trained.train.env) else ()
     return replace(
@@ -244,6 +250,7 @@ def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
         tasks=given or tasks,
         image_size=config.image_size or trained.env.image_size,
         cameras=config.cameras or trained.env.cameras,
+        precision=config.precision or (None if precision == "auto" else precision),
         render_quality=config.render_quality or trained.env.render_quality,
         videos=config.videos or (run or Path()) / "videos",
     )

@@ -20,7 +20,7 @@ from algorithms import Samples, Targets, by_staleness, interpolated_proximal, un
 from config import Config
 from epochs import ExactProximal, Kept
 from models import checkpoint, contract, layers
-from ranks import Ranks
+from ranks import Gradients, Ranks
 from rows import Rows, cut, joined
 from saving import Snapshot
 from streamer import MicroBatch
@@ -63,7 +63,9 @@ class Learner:
             ],
             betas=(0.9, 0.95),
             weight_decay=config.actor.weight_decay,
+            fused=device != "cpu",
         )
+        self.gradients = None if ranks.sharded else Gradients(self.parameters)
         self.algorithm = algorithms.load(config, spec)
         # What is known of trajectories on the host, and what the model sees of them.
         self.facts = tuple(dict.fromkeys((*COMMON, *self.algorithm.slot_fields(config))))
@@ -197,11 +199,16 @@ class Learner:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
         if self.config.algorithm.proximal == "behaviour":
             return old
+        # In bfloat16 inference and training round differently, although their weights are the same.
+        # Until an update the ratio is to be 1: the behaviour weight has the difference.
+        rounded = self.config.train.precision == "bfloat16" and not self.updates
+        fresh = new.detach() if rounded else old
         if self.proximal is None:
-            return interpolated_proximal(new, old, staleness)
-        exact = self.proximal.of(stored, logprob, places)
-        exact = units(exact, self.config.algorithm.granularity)
-        return torch.where(staleness[:, None] > 0, exact, old)
+            stale = interpolated_proximal(new, old, staleness)
+        else:
+            exact = self.proximal.of(stored, logprob, places)
+            stale = units(exact, self.config.algorithm.granularity)
+        return torch.where(staleness[:, None] > 0, stale, fresh)
 
     def tally_trajectories(self, data: dict, played: Tensor, targets: Targets) -> None:
         """Counts what is a fact of the trajectories, whatever the loss makes of them."""
@@ -246,9 +253,11 @@ class Learner:
     def step(self) -> None:
         """Ends a minibatch: clips the gradients, which must be summed over ranks, and steps."""
         actor = self.config.actor
-        if self.version < self.config.algorithm.critic_warmup:
-            for parameter in self.policy:  # so that not even weight decay moves it
-                parameter.grad = None
+        # The optimizer is not to see what rests, so that not even weight decay moves it.
+        resting = self.policy if self.version < self.config.algorithm.critic_warmup else []
+        hidden = [parameter.grad for parameter in resting]
+        for parameter in resting:
+            parameter.grad = None
         self.tally.add("grad_norm_policy", self.norm_of(self.policy), "max")
         self.tally.add("grad_norm_value", self.norm_of(self.critic), "max")
         length = self.norm_of(self.parameters)
@@ -271,6 +280,8 @@ class Learner:
                 self.kept = self.on_host()
             self.optimizer.step()
             self.updates += 1
+        for parameter, gradient in zip(resting, hidden, strict=True):
+            parameter.grad = gradient
         self.optimizer.zero_grad(set_to_none=False)
 
     def norm_of(self, parameters: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ GB are 10⁹ bytes.
 """
 
 import bisect
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -51,6 +52,7 @@ SIMULATORS = {
     "metaworld": (20e6, 55e6),
     "libero": (330e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
+    **dict.fromkeys(("emulated_metaworld", "vectorised_hybrid"), (0.0, 1e5)),
 }
 ANY_SIMULATOR = (300e6, 100e6)
 # Estimates for a process that uses a GPU: bytes of its context there (a simulator's only draws),
@@ -123,9 +125,10 @@ class Demand:
 
     @property
     def weights(self) -> Spec:
-        """What the weight plane holds."""
+        """What the weight plane holds: as inference uses it."""
+        acts_in = self.model.acts_in
         trainable = self.model.trainable().items()
-        return {name: (tuple(p.shape), p.dtype) for name, p in trainable}
+        return {name: (tuple(p.shape), acts_in(name) or p.dtype) for name, p in trainable}
 
     @property
     def plane_device(self) -> str:
@@ -162,7 +165,9 @@ class Table:
         self.model = demand.model
         self.guess = guess
         self.whole = sum(p.nbytes for p in self.model.parameters())
-        self.trained = layout(demand.weights, 1)[1]
+        self.plane = layout(demand.weights, 1)[1]  # bytes of what is published of them
+        trained = self.model.trainable().items()
+        self.trained = layout({name: (tuple(p.shape), p.dtype) for name, p in trained}, 1)[1]
         self.rows: dict[tuple[str, str], Row] = {}
         self.add_shared()
         for stage in ("env", "rollout", "actor"):
@@ -202,7 +207,7 @@ class Table:
         if demand.on_gpu:
             drawn = {name: demand.slots[name] for name in demand.on_gpu}
             self.add("shared", place_of(demand.drawn_on), slots=layout(drawn, demand.slot_count)[1])
-        self.add("shared", plane, weight_plane=2 * self.trained)
+        self.add("shared", plane, weight_plane=2 * self.plane)
 
     def add_env(self, rank: int, process: str, device: str) -> None:
         env = self.config.env
@@ -218,8 +223,10 @@ class Table:
         env = self.config.env
         lanes = range(rank, env.envs // env.width, self.config.rollout.rollout_workers)
         samples = most_samples(self.config, len(lanes))
-        peak = self.activations(samples, inference_peak, samples)
-        self.add(process, device, weights=self.whole, weight_plane=self.trained, activations=peak)
+        acting = models.acting(copy.deepcopy(self.model))
+        weights = sum(p.nbytes for p in acting.parameters())
+        peak = self.activations(acting, samples, inference_peak, samples)
+        self.add(process, device, weights=weights, weight_plane=self.plane, activations=peak)
 
     def add_actor(self, rank: int, process: str, device: str) -> None:
         """Adds what training has, and what a rank that saves has on the host."""
@@ -229,12 +236,12 @@ class Table:
         self.add_process("actor", process, device)
         kept, step = optimizer_bytes(self.model.trainable(), device != "host")
 
-        # The most of a pass, the step, or the sum over ranks, which makes all gradients one tensor.
+        # The most of a pass or the step.
         keeps = actor.cache_prefix == "gpu" and actor.update_epochs > 1
         copied = max(1, actor.micro_batch // segment) * (segment + 1)
         passing = copied, actor.checkpointing == "on", keeps
-        peak = self.activations(actor.micro_batch, training_peak, actor.micro_batch, *passing)
-        flat = self.trained if actor.actor_workers > 1 else 0
+        rows = actor.micro_batch
+        peak = self.activations(self.model, rows, training_peak, rows, *passing)
 
         # Weights of before: those that the exact proximal policy has, and those that still act.
         parameters = dict(self.model.named_parameters())
@@ -247,7 +254,6 @@ class Table:
         if actor.shard:  # each rank has a part, and while it computes some weights whole
             ranks = actor.actor_workers
             step /= ranks
-            flat = 0
             weights = weights / ranks + whole_at_once(self.model, parameters.keys() - idle)
             peak += whole_at_once(self.model, self.model.trainable().keys())
         self.add(
@@ -256,7 +262,7 @@ class Table:
             weights=weights,
             gradients=self.trained / ranks,
             optimizer=kept / ranks,
-            activations=max(peak, step, flat),
+            activations=max(peak, step),
             slots=(self.prefixes() if keeps else 0) + self.coming(device, copied),
         )
 
@@ -284,12 +290,12 @@ class Table:
         rows = -(-actor.batch // actor.actor_workers) * self.config.env.segment
         return layout(self.model.cache_fields(), rows)[1]
 
-    def activations(self, samples: int, look: Callable[..., int], *sizes: int) -> int:
+    def activations(self, model, samples: int, look: Callable[..., int], *sizes: int) -> int:
         if self.demand.emulated:
             return 0
         if self.guess is not None:
             return self.guess * self.whole * samples
-        return look(Sketch.of(self.model), *sizes)
+        return look(Sketch.of(model), *sizes)
 
 
 def whole_at_once(model: torch.nn.Module, names: Iterable[str]) -> int:

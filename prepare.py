@@ -172,10 +172,13 @@ def with_sizes(
 def find_workers(
     config: Config, simulator: envs.Simulator, room: memory.Room
 ) -> tuple[Config, Placement, tuning.Choices, str]:
-    """Divides the machine by the ratio. With --ratio auto the ratio is one that fits here.
+    """Divides the machine by the ratio, and says what networks compute in there. With --ratio auto
+    the ratio is one that fits here.
 
     Returns the settings with numbers of workers and lanes, the placement, what else can run here
     with --ratio auto, and what the user should know."""
+    if config.train.precision == "auto":
+        config = completed(config, precision="bfloat16" if room.gpus else "float32")
     lanes = config.env.lanes
     alone = f"for vectorised simulators: {config.train.env} steps every env by itself"
     require(simulator.vectorised or not lanes, f"--lanes {lanes} is {alone}")

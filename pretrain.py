@@ -37,7 +37,7 @@ from envs import metaworld
 from errors import exit_on_user_error, require
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
-from ranks import sum_gradients
+from ranks import Gradients
 
 CHUNK = Config().rollout.chunk  # actions that a frame is labelled with
 IMAGE_SIZE = 64  # pixels, as the small models take them
@@ -137,6 +137,7 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
     model = model if rank == 0 else copy.deepcopy(model)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    gradients = Gradients(parameters)
     # Every rank draws the same batches and takes its own part of them.
     torch.manual_seed(config.seed)
     mine = slice(rank * config.batch // PROCESSES, (rank + 1) * config.batch // PROCESSES)
@@ -149,9 +150,9 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
         draw = {name: x[mine] for name, x in model.imitation_draw(config.batch).items()}
         obs = {name: x[rows[mine]] for name, x in data.items()}
         loss = model.imitate(obs, obs["actions"], draw) / PROCESSES
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        sum_gradients(parameters)
+        gradients.sum()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if rank == 0 and (step + 1) % 100 == 0:

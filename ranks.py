@@ -8,12 +8,14 @@ Left out: several machines.
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from channel import layout
 from config import Config
 from metrics import Meter
 from models import checkpoint
@@ -134,18 +136,41 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def sum_gradients(parameters: list[Tensor]) -> None:
-    """Sums gradients over the processes of torch.distributed's group, as one flat tensor.
-    The loss is already divided by the global count.
+class Gradients:
+    """The gradients of weights that learn, as views of one tensor: backward adds to them in place,
+    and ranks sum them as they lie.
 
-    A weight may have no gradient on any rank (the last layer's, with --train-vlm), and then keeps
-    none. It may have one on some ranks only, where others' groups were all filtered (GRPO): theirs
-    counts as 0."""
-    has = parameters[0].new_tensor([p.grad is not None for p in parameters])
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([has, *(gradient.flatten() for gradient in gradients)])
-    dist.all_reduce(flat)
-    has, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
-    for parameter, part, somewhere in zip(parameters, parts, has.tolist(), strict=True):
-        if somewhere:
-            parameter.grad = part.view_as(parameter).clone()
+    A weight has none until backward first comes to it on some rank, and keeps it from then on. It
+    may have none on any rank (the last layer's, with --train-vlm), or on some ranks only, where
+    others' groups were all filtered (GRPO): theirs counts as 0."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        """parameters: of one dtype, on one device."""
+        self.parameters = parameters
+        size = parameters[0].itemsize
+        sizes = {str(i): ((p.numel(),), p.dtype) for i, p in enumerate(parameters)}
+        starts, end = layout(sizes, 1)  # bytes
+        self.flat = parameters[0].new_zeros(end // size + len(parameters))
+        self.has = self.flat[end // size :]  # which weights have a gradient; 1, or 0
+        self.views = []
+        self.hooks = []
+        for i, (parameter, start) in enumerate(zip(parameters, starts.values(), strict=True)):
+            part = self.flat[start // size :][: parameter.numel()]
+            self.views.append(part.view_as(parameter))
+            move = partial(self.move, i)
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(move))
+
+    def move(self, number: int, parameter: torch.nn.Parameter) -> None:
+        """Takes in a weight's first gradient, which backward has made."""
+        self.hooks[number].remove()
+        parameter.grad = self.views[number].copy_(parameter.grad)
+
+    def sum(self) -> None:
+        """Sums them over the processes of torch.distributed's group. The loss is already divided by
+        the global count."""
+        self.has.copy_(torch.tensor([p.grad is not None for p in self.parameters]))
+        dist.all_reduce(self.flat)
+        for number, somewhere in enumerate(self.has.tolist()):
+            if somewhere and self.parameters[number].grad is None:
+                self.hooks[number].remove()
+                self.parameters[number].grad = self.views[number]

@@ -5,8 +5,8 @@ A block of the model is whole on a device while it computes there, so all ranks 
 forward and backward pass, and in publishing and saving, where one weight at a time is whole. What
 they agree on (`Ranks.plan`) keeps them together: whoever has no rows makes a pass of no weight.
 
-Left out: bf16 compute over fp32 weights (log-probs would differ from those of inference, which
-computes in fp32), weights that wait on the host.
+Where networks compute in bf16, a block's weights are gathered in bf16, and gradients are summed in
+fp32. Left out: weights that wait on the host.
 """
 
 import warnings
@@ -17,7 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from metrics import Meter
@@ -52,10 +56,13 @@ class ShardedRanks(Ranks):
         # What they return is a view at times, and nobody changes it in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         unused = {p for p in model.parameters() if p.is_meta}  # `model.idle`
-        blocks = layers.blocks(model).values()
-        for unit in (*reversed(blocks), model):  # what is within another one first
+        units = [("", model), *layers.blocks(model).items()]
+        for name, unit in reversed(units):  # what is within another one first
             # Whole again for the backward pass: between passes the optimizer finds its parts.
-            fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, ignored_params=unused)
+            how = {"mesh": self.mesh, "reshard_after_forward": True, "ignored_params": unused}
+            if name and (kind := model.acts_in(f"{name}.")):
+                how["mp_policy"] = MixedPrecisionPolicy(kind, torch.float32, None, False)
+            fully_shard(unit, **how)
             # The loss is divided by the global count, so gradients are summed.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)

@@ -1,14 +1,21 @@
 """Measures the five presets, RL-VLA³'s Table 1, as users run them: `train.py --preset …`, one after
-another on the same work.
+another on the same work; and the headlines of its second version.
 
-    python bench.py ladder                       all of it: the three columns, then both real
-                                                 settings
+    python bench.py ladder                       all of it: the three columns, the headlines, then
+                                                 both real settings
     python bench.py ladder --setting columns     the paper's three columns at 1:1, 2:1 and 3:1
+    python bench.py ladder --setting headlines   the second version's two
     python bench.py ladder --setting gr00t --ratio 1:1
 
     emulated    LIBERO + π0.5         the paper's columns: all stages sleep for times calibrated on
     gr00t       LIBERO + GR00T N1.5   the paper's rows, so cores hardly matter; processes, queues,
     vectorised  ManiSkill + π0        batcher, streamer and weight plane are those of every run
+
+    metaworld_colocated  Meta-World + π0.5: sync-colocated and full-colocated, whose stages share a
+                         device (`emulated/devices.py`)
+    maniskill_hybrid     ManiSkill, hybrid 6:2: simulators and inference on devices apart, training
+                         on both; everything synchronous, and everything asynchronous
+
     embedded    Meta-World, small π0.5, everything real
     libero      LIBERO, small untrained π0.5, everything real
 
@@ -42,9 +49,9 @@ from types import ModuleType
 import torch
 
 import metrics
-from benchmarks.emulated import gr00t, libero, maniskill
+from benchmarks.emulated import gr00t, libero, maniskill, maniskill_hybrid, metaworld
 from benchmarks.machinery import cpu_seconds
-from benchmarks.plan_against_paper import MAIN, TABLE_1
+from benchmarks.plan_against_paper import HYBRID, MAIN, SECOND, TABLE_1, Gain
 from config import PRESETS, ROOT, Config, from_json, parse_ratio
 from errors import require
 from planning.settings import divisor
@@ -73,6 +80,17 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """A gain of RL-VLA³'s second version, emulated."""
+
+    title: str
+    env: str
+    costs: ModuleType
+    iterations: int  # that are measured
+    rows: Gain
+
+
+@dataclass(frozen=True)
 class Real:
     """A setting in which nothing sleeps."""
 
@@ -94,6 +112,23 @@ COLUMNS = {
     "vectorised": Column("ManiSkill + π0", "vectorised", maniskill, 2, paper("ManiSkill π0")),
 }
 COLUMNS["vectorised"].paper[SINGLE_ENVS] = COLUMNS["vectorised"].paper["rollout-async"]
+HEADLINES = {
+    "metaworld_colocated": Headline(
+        title="Meta-World + π0.5, colocated",
+        env="emulated_metaworld",
+        costs=metaworld,
+        iterations=4,
+        rows=SECOND["metaworld_colocated"],
+    ),
+    "maniskill_hybrid": Headline(
+        title="ManiSkill, hybrid 6:2",
+        env="vectorised_hybrid",
+        costs=maniskill_hybrid,
+        iterations=3,
+        rows=SECOND["maniskill_hybrid"],
+    ),
+}
+EMULATED = COLUMNS | HEADLINES
 LIBERO_FLAGS = (
     "--env libero "
     "--tasks turn_on_the_stove put_the_bowl_on_the_plate open_the_middle_drawer_of_the_cabinet "
@@ -103,8 +138,9 @@ REAL = {
     "embedded": Real("Meta-World, small π0.5", "3:1", 4, ()),
     "libero": Real("LIBERO, small untrained π0.5", "3:1", 4, tuple(LIBERO_FLAGS.split())),
 }
-SINGLE = {name: (name,) for name in (*COLUMNS, *REAL)}
-SETTINGS = {"all": (*COLUMNS, *REAL), "columns": tuple(COLUMNS)} | SINGLE
+SINGLE = {name: (name,) for name in (*EMULATED, *REAL)}
+SEVERAL = {"all": (*EMULATED, *REAL), "columns": tuple(COLUMNS), "headlines": tuple(HEADLINES)}
+SETTINGS = SEVERAL | SINGLE
 COMMON = ("--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "1000000")
 
 
@@ -114,6 +150,8 @@ COMMON = ("--eval-envs", "0", "--eval-every", "0", "--checkpoint-every", "100000
 def settings_of(preset: str) -> tuple[str, int, bool]:
     """Looks up placement, staleness, and whether all wait for all."""
     placement, staleness, batch_max, *_ = PRESETS[preset.partition(",")[0]]
+    if preset.endswith(HYBRID):
+        placement = "hybrid"
     return placement, staleness, batch_max == "all"
 
 
@@ -125,15 +163,17 @@ def warmup(preset: str) -> int:
     return staleness + 1
 
 
-def lanes(preset: str, ratio: str) -> int:
-    """Counts the lanes of each env worker in the vectorised setting.
-
-    A second lane has nothing to hide behind while all wait for all."""
+def lanes(preset: str, ratio: str, costs: ModuleType = maniskill) -> int:
+    """Counts the lanes of each env worker in a vectorised setting."""
     placement, _, lockstep = settings_of(preset)
     if preset == SINGLE_ENVS:
         workers, envs = libero.sizes(maniskill, ratio, placement)
         return envs // workers
-    return 1 if lockstep else 2
+    return costs.LOCKSTEP_LANES if lockstep else costs.LANES
+
+
+def is_vectorised(costs: ModuleType) -> bool:
+    return "Envs" in vars(costs)
 
 
 def flags(setting: str, preset: str, ratio: str) -> list[str]:
@@ -141,9 +181,10 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
     args = ["--preset", preset.partition(",")[0], "--ratio", ratio, *COMMON]
     if setting in REAL:
         return [*args, *REAL[setting].flags]
-    column = COLUMNS[setting]
+    column = EMULATED[setting]
     costs = column.costs
     placement, _, _ = settings_of(preset)
+    args += ["--placement", placement]
     workers, envs = libero.sizes(costs, ratio, placement)
     batch = costs.TRAJECTORIES * envs
     minibatch = batch // costs.MINIBATCHES
@@ -154,12 +195,12 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
         "--batch": batch,
         "--minibatch": minibatch,
         "--micro-batch": divisor(minibatch, costs.MICRO_BATCH) * costs.EPISODE,
-        "--update-epochs": 1,
+        "--update-epochs": costs.UPDATE_EPOCHS,
         "--segment": costs.EPISODE,
         "--chunk": costs.CHUNK,
     }
-    if costs is maniskill:
-        numbers["--lanes"] = lanes(preset, ratio)
+    if is_vectorised(costs):
+        numbers["--lanes"] = lanes(preset, ratio, costs)
     args += ["--model", "emulated", "--env", column.env]
     for flag, number in numbers.items():
         args += [flag, str(number)]
@@ -180,12 +221,13 @@ def run_preset(
     if trace is None:
         args.append("--no-trace")
     environment = dict(os.environ)
-    if setting in COLUMNS or sum(parse_ratio(ratio)) > torch.cuda.device_count():
+    if setting in EMULATED or sum(parse_ratio(ratio)) > torch.cuda.device_count():
         environment["CUDA_VISIBLE_DEVICES"] = ""  # with fewer GPUs than parts, use none
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         run = Path(folder) / "run"
         log = Path(folder) / "log"
+        environment["TMPDIR"] = folder  # where emulated devices are
         command = [sys.executable, str(ROOT / "train.py"), *args, "--run", str(run)]
         with open(log, "w") as output:
             process = subprocess.Popen(
@@ -238,40 +280,48 @@ def stop(process: subprocess.Popen, wanted: bool) -> None:
 
 
 def emulated_bounds(setting: str, ratio: str, preset: str) -> dict[str, float]:
-    """Computes the env steps/s that each stage alone allows, from the calibration."""
+    """Computes the env steps/s that each stage alone allows, from the calibration; and what drawing
+    on inference's device allows."""
     placement, _, _ = settings_of(preset)
-    costs = COLUMNS[setting].costs
+    costs = EMULATED[setting].costs
     for_rollout, for_actor = libero.devices(ratio, placement)
     workers, envs = libero.sizes(costs, ratio, placement)
     steps = envs * costs.CHUNK  # env steps of one chunk of every env
     share = envs / costs.ENVS
 
     # An env worker steps its lanes one after another: seconds per chunk of them all.
-    if costs is maniskill:
-        busy = lanes(preset, ratio) * costs.FIXED + envs / workers * costs.EACH
+    drawing = 0.0
+    if is_vectorised(costs):
+        busy = lanes(preset, ratio, costs) * costs.FIXED + envs / workers * costs.EACH
     else:
         busy = math.ceil(envs / workers) * costs.MEAN
+        drawing = envs * costs.MEAN * vars(costs).get("DRAWN", 0.0)
 
     # The largest batch holds every env. A trajectory of EPISODE chunks asks for one value besides.
     batch = costs.INFER_ALL * (costs.INFER_FIXED + (1 - costs.INFER_FIXED) * share)
     infer = batch * (1 + 1 / costs.EPISODE)
-    train = costs.TRAIN_ALL * share
+    train = costs.UPDATE_EPOCHS * costs.TRAIN_ALL * share
     return {
         "env": steps / busy,
         "rollout": steps / infer * for_rollout,
         "actor": steps / train * for_actor,
+        "drawing": steps / drawing if drawing else math.inf,
     }
 
 
 def emulated_bound(setting: str, ratio: str, preset: str) -> float:
     """Computes env steps/s if the slowest stage never waited.
 
-    Stages with devices of their own overlap, so the smallest counts. Colocated ones take turns:
-    their times per env step add up."""
+    Stages with devices of their own overlap, so the smallest counts. On a device that they share
+    they take turns, and their times per env step add up. Hybrid, training shares those of both the
+    other stages. Synchronous colocated stages take turns even with simulators, which have none."""
     bounds = emulated_bounds(setting, ratio, preset)
-    placement, _, _ = settings_of(preset)
-    if placement == "colocated":
+    placement, staleness, _ = settings_of(preset)
+    if placement == "hybrid" or placement == "colocated" and staleness == 0:
         return 1.0 / (1.0 / min(bounds["env"], bounds["rollout"]) + 1.0 / bounds["actor"])
+    if placement == "colocated":
+        shared = (bounds[stage] for stage in ("rollout", "actor", "drawing"))
+        return min(bounds["env"], 1.0 / sum(1.0 / bound for bound in shared))
     return min(bounds.values())
 
 
@@ -290,15 +340,15 @@ def real_bound(env_steps: float, cpu_s: float) -> float:
 def steady(setting: str, ratio: str, preset: str, lines: list[dict]) -> float:
     """Counts env steps after the warm-up, at the stage that bounds the pipeline.
 
-    Where the actor does, steps count when they are trained: trajectories pile up before it until
-    admission stops the simulators, and steps that are collected meanwhile would let a row exceed
-    its bound. Elsewhere steps count when they are collected: lanes drift apart by as much as
-    staleness allows, and a batch is trained only when the slowest of them is there."""
+    Where the actor does, or shares a device, steps count when they are trained: trajectories pile
+    up before it until admission stops the simulators, and steps that are collected meanwhile would
+    let a row exceed its bound. Elsewhere steps count when they are collected: lanes drift apart by
+    as much as staleness allows, and a batch is trained only when the slowest of them is there."""
     before = warmup(preset)
-    if setting in COLUMNS:
+    if setting in EMULATED:
         bounds = emulated_bounds(setting, ratio, preset)
-        if min(bounds, key=bounds.get) == "actor":
-            costs = COLUMNS[setting].costs
+        if setting in HEADLINES or min(bounds, key=bounds.get) == "actor":
+            costs = EMULATED[setting].costs
             placement, _, _ = settings_of(preset)
             _, envs = libero.sizes(costs, ratio, placement)
             batch = envs * costs.TRAJECTORIES * costs.EPISODE * costs.CHUNK
@@ -318,7 +368,7 @@ def measure_preset(
     rate = env_steps / seconds
     names = [name for name in window[0] if name in MEANS]
     mean = {name: statistics.mean(line[name] for line in window) for name in names}
-    if setting in COLUMNS:
+    if setting in EMULATED:
         bound = emulated_bound(setting, ratio, preset)
     else:
         bound = real_bound(env_steps, used[len(lines)] - used[before])
@@ -366,6 +416,7 @@ def climb(
 
     known = COLUMNS[setting].paper if setting in COLUMNS and ratio == "1:1" else None
     for preset, row in rows.items():
+        row["gain"] = row["paper_gain"] = None
         for base in ("sync-colocated", "sync-disaggregated"):
             relation = row["env_steps_per_s"] / rows[base]["env_steps_per_s"]
             row[f"ratio_to_{base.replace('-', '_')}"] = relation
@@ -374,12 +425,33 @@ def climb(
     return list(rows.values())
 
 
+def measure_headline(setting: str, iterations: int) -> list[dict]:
+    """Measures a headline's two rows."""
+    headline = HEADLINES[setting]
+    compared = headline.rows
+    rows = [
+        measure_preset(setting, preset, compared.ratio, iterations or headline.iterations, None)
+        for preset in (compared.synchronous, compared.asynchronous)
+    ]
+    for row in rows:
+        row |= dict.fromkeys(("ratio_to_sync_colocated", "ratio_to_sync_disaggregated"))
+        row["paper_ratio_to_sync_disaggregated"] = None
+        row["gain"] = row["env_steps_per_s"] / rows[0]["env_steps_per_s"] - 1.0
+        row["paper_gain"] = compared.paper - 1.0 if row is rows[1] else 0.0
+    return rows
+
+
 def measure(setting: str, ratio: str, iterations: int, traces: Path | None = None) -> list[dict]:
     """Measures a key of SETTINGS. An empty ratio and 0 iterations mean the setting's own.
 
-    traces: a file beside which those of the real settings go."""
+    traces: a file beside which those of the real settings go. Raises UserError."""
+    own = setting in SEVERAL and setting != "columns" or setting in HEADLINES
+    require(not ratio or not own, f"--setting {setting} has ratios of its own: leave out --ratio")
     rows = []
     for name in SETTINGS[setting]:
+        if name in HEADLINES:
+            rows += measure_headline(name, iterations)
+            continue
         kind = COLUMNS.get(name) or REAL[name]
         ratios = RATIOS if name in COLUMNS else (kind.ratio,)
         colocated = None
@@ -398,10 +470,39 @@ def report(rows: list[dict]) -> str:
     parts = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
         mine = [row for row in rows if row["setting"] == setting]
-        kind = COLUMNS.get(setting) or REAL[setting]
+        kind = EMULATED.get(setting) or REAL[setting]
+        if setting in HEADLINES:
+            parts += [f"{setting}: {kind.title}", gains(mine)]
+            continue
         told = verdict(mine) if setting in COLUMNS else contention(mine)
         parts += [f"{setting}: {kind.title}", table(mine), "\n".join(told)]
     return "\n\n".join(parts)
+
+
+def gains(rows: list[dict]) -> str:
+    """Writes a headline's rows as a table in Markdown, and whether the paper's gain is reached."""
+    head = [
+        "preset",
+        "env steps/s",
+        "gain",
+        "the paper's",
+        "of the bound",
+        "waits: env / rollout / actor",
+    ]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [
+            row["preset"],
+            f"{row['env_steps_per_s']:.0f}",
+            f"{row['gain']:+.1%}",
+            f"{row['paper_gain']:+.1%}",
+            f"{row['share_of_bound']:.1%} of {row['bound_env_steps_per_s']:.0f}",
+            " / ".join(f"{row[f'bubble_{stage}']:.0%}" for stage in metrics.STAGES),
+        ]
+        out.append(f"| {' | '.join(cells)} |")
+    last = rows[-1]
+    words = f"{last['preset']} gains {last['gain']:.1%}, the paper's {last['paper_gain']:.1%}"
+    return "\n".join([*out, "", mark(last["gain"] >= last["paper_gain"]) + words])
 
 
 def table(rows: list[dict]) -> str:

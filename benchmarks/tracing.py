@@ -129,7 +129,7 @@ def measure(setting: str, ratio: str, iterations: int, repeats: int) -> list[dic
     print(f"a span takes {meter_us:.2f} us, recorded {us:.2f} us more", flush=True)
     rows = []
     for name in ("emulated", "embedded") if setting == "all" else ladder.SETTINGS[setting]:
-        kind = ladder.COLUMNS.get(name) or ladder.REAL[name]
+        kind = ladder.EMULATED.get(name) or ladder.REAL[name]
         own = kind.ratio if name in ladder.REAL else "1:1"
         runs: dict[bool, list[Run]] = {True: [], False: []}
         for turn in range(2 * repeats):

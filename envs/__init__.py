@@ -56,6 +56,8 @@ SIMULATORS = {
     "emulated": ("benchmarks.emulated.libero", ""),
     "emulated_gr00t": ("benchmarks.emulated.gr00t", ""),
     "vectorised": ("benchmarks.emulated.maniskill", ""),
+    "emulated_metaworld": ("benchmarks.emulated.metaworld", ""),
+    "vectorised_hybrid": ("benchmarks.emulated.maniskill_hybrid", ""),
 }
 
 # How an import fails where GL or the display is missing: the kind of error, and its message.

@@ -113,12 +113,31 @@ def build(config: Config, spec, device="cpu", weights: source.Part = "all") -> t
             if key in missing:
                 model.add_module(key, head.to(device))
     model.begin(config, header.stats)
+    model.compute = torch.bfloat16 if config.train.precision == "bfloat16" else None
     words = header.vocabulary
     if config.train.tokenizer:
         words = words or tokenize.fingerprint(config.train.tokenizer)
     model.header = header._replace(shape=asdict(model.config), vocabulary=words)
     contract.check_model(model, name)
     return model
+
+
+def acting(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives every weight the dtype in which the model uses it, in place. `act` computes the same
+    numbers as with the weights that learn, to the bit, and has nothing to convert."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(model.acts_in(name) or parameter.dtype)
+    return model
+
+
+def use_tf32(device: str, precision: str) -> None:
+    """Sets how this process multiplies float32 on a GPU: rounded to TF32's 10 bits where networks
+    compute in bfloat16, else as it is. Both workers have to do alike.
+
+    The older of torch's two ways to say it: torch.compile asks by it (torch 2.13)."""
+    if device != "cpu":
+        torch.set_float32_matmul_precision("high" if precision == "bfloat16" else "highest")
+        torch.backends.cudnn.allow_tf32 = precision == "bfloat16"  # of convolutions
 
 
 def held(config: Config, spec) -> tuple[Path | None, checkpoint.Header, source.Source | None]:
@@ -187,7 +206,10 @@ def chosen(config: Config, shape) -> dict:
     """What the run's flags say of a family's configuration; None means as the checkpoint says."""
     flags = {"train_vlm": config.actor.train_vlm}
     flags["cache_prefix"] = config.actor.cache_prefix in ("auto", "slots")
-    rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise", "prefix_dtype")
+    precision = config.train.precision
+    followed = precision if precision != "auto" else "float32"
+    flags["prefix_dtype"] = config.rollout.prefix_dtype or followed
+    rollout = ("tokens", "denoise_steps", "noise_level", "sde_steps", "noise")
     rollout += ("temperature", "center_crop", "stop_token")
     flags |= {name: getattr(config.rollout, name) for name in rollout}
     known = {field.name for field in fields(shape)}

@@ -47,6 +47,8 @@ MODEL = {
     "header": "`checkpoint.Header`, for the checkpoints of a run",
     "config": "its configuration",
     "COMPILED": "names of the methods that `models/compiled.py` compiles",
+    "acts_in": "(name of a parameter, or its beginning) → the dtype in which the model uses it, or "
+    "None for its own; all of a block have one",
     "observation_fields": "() → {name: (shape, dtype)}, what the policy sees, of one chunk step",
     "slot_fields": "() → {name: (shape, dtype)}, what a slot keeps of a chunk step beside that",
     "training_fields": "() → the names of the slot fields that `evaluate` reads",

@@ -76,6 +76,7 @@ class FlowPolicy(nn.Module):
 
     config            a `FlowConfig`, and more
     FROZEN            beginnings of the names of the VLM's parameters
+    WIDE              and of those that compute in fp32 whatever the others do, beside the heads
     ADAPTED           layers that have adapters where nobody says which (`lora.matching`)
     ADAPTED_VLM       and these, with --train-vlm
     .value_head       the critic
@@ -92,8 +93,11 @@ class FlowPolicy(nn.Module):
     The robot executes the first steps and dimensions of what the flow denoises, `config.played`."""
 
     FROZEN: tuple[str, ...] = ()
+    WIDE: tuple[str, ...] = ()
     ADAPTED: tuple[str, ...] = ()
     ADAPTED_VLM: tuple[str, ...] = ()
+    # what it computes in over weights in fp32, of which `models.build` decides; None: their type
+    compute: torch.dtype | None = None
     learns_noise = False  # whether the transition's deviation depends on the weights
 
     def __init__(self, config: FlowConfig):
@@ -126,8 +130,25 @@ class FlowPolicy(nn.Module):
         """What is trained stays in fp32, as do the weights around it; a VLM whose own weights are
         frozen may be kept in half precision."""
         vlm = name.startswith(self.FROZEN) and ".lora_" not in name
-        frozen = vlm and (self.config.rank or not self.config.train_vlm)
+        frozen = vlm and self.vlm_frozen
         return getattr(torch, self.config.prefix_dtype) if frozen else torch.float32
+
+    @property
+    def vlm_frozen(self) -> bool:
+        """Whether the VLM's own weights are frozen: it may have adapters that learn."""
+        return bool(self.config.rank) or not self.config.train_vlm
+
+    @property
+    def vlm_compute(self) -> torch.dtype | None:
+        """`compute` of the VLM. A frozen one computes in the type of its weights."""
+        return None if self.vlm_frozen else self.compute
+
+    def acts_in(self, name: str) -> torch.dtype | None:
+        if name.startswith((*self.HEADS, *self.WIDE)):
+            return None
+        if name.startswith(self.FROZEN) and self.vlm_frozen:  # adapters follow the weights
+            return getattr(torch, self.config.prefix_dtype) if self.config.rank else None
+        return self.compute
 
     @property
     def cached(self) -> bool:
@@ -138,6 +159,9 @@ class FlowPolicy(nn.Module):
     def look_once(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns what a frozen VLM sees of frames: the fields that a slot would keep [n, …]."""
         assert not self.config.train_vlm, "a VLM that learns sees something else after every step"
+        return self.kept(obs)
+
+    def kept(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
         seen = self.look(obs)
         return {name: seen[name] for name in self.cache_fields()}
 

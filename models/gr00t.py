@@ -203,8 +203,8 @@ class Block(nn.Module):
         if adaptive:
             self.ada = lora.Linear(width, 2 * width)
         else:
-            self.norm1 = nn.LayerNorm(width)
-            self.norm3 = nn.LayerNorm(width)
+            self.norm1 = layers.LayerNorm(width)
+            self.norm3 = layers.LayerNorm(width)
         self.q = lora.Linear(width, width)
         self.kv = lora.Linear(context, 2 * width, parts=2 * (width,))
         self.out = lora.Linear(width, width)
@@ -242,7 +242,7 @@ class CategoryLinear(nn.Module):
         self.b = nn.Parameter(torch.zeros(embodiments, outputs))
 
     def forward(self, x: Tensor, which: int | Tensor) -> Tensor:
-        return x @ self.W[which] + self.b[which].unsqueeze(-2)
+        return x @ self.W[which].to(x.dtype) + self.b[which].to(x.dtype).unsqueeze(-2)
 
 
 class CategoryMLP(nn.Module):
@@ -281,6 +281,7 @@ class Gr00t(FlowPolicy):
     HEADS = ("value_head",)
     COMPILED = ("backbone", "context", "velocity")
     FROZEN = ("vision.", "projector.", "embed_tokens.", "language", "eagle_linear.")
+    WIDE = ("action_decoder.",)
     # Queries, keys and values of the action head, and of the VLM: Isaac-GR00T N1.5's
     # get_lora_model (gr00t/utils/peft.py) with and without `action_head_only`.
     ADAPTED = ("dit.*.q", "dit.*.kv", "vl_blocks.*.q", "vl_blocks.*.kv")
@@ -296,7 +297,7 @@ class Gr00t(FlowPolicy):
         self.language_norm = layers.RMSNorm(c.width)
         if c.project:
             self.eagle_linear = lora.Linear(c.width, c.project)
-        self.vlln = nn.LayerNorm(c.features)
+        self.vlln = layers.LayerNorm(c.features)
         self.vl_blocks = nn.ModuleList(
             Block(c.features, c.vl_heads, c.features, False) for _ in range(c.vl_depth)
         )
@@ -335,8 +336,8 @@ class Gr00t(FlowPolicy):
 
     def backbone(self, pixels: Tensor, ids: Tensor, real: Tensor) -> Tensor:
         """pixels [n·V, 3, H, W] in [−1, 1], ids and real [n, P] → features [n, P, D]."""
-        pictures = self.projector(self.vision(pixels))  # [n·V, I, D]
-        x = self.embed_tokens(ids)
+        pictures = self.projector(self.vision(pixels, self.vlm_compute))  # [n·V, I, D]
+        x = self.embed_tokens(ids).to(self.vlm_compute or self.embed_tokens.weight.dtype)
         # Each takes the place of an image token. The gradient of masked_scatter, which does the
         # same, would make the host wait.
         here = ids == self.config.image_token
@@ -375,20 +376,23 @@ class Gr00t(FlowPolicy):
         # Cosine comes first, unlike in the action encoder.
         waves = sine_cosine(bucket, 128, 127).roll(128, dims=-1).to(x_t.dtype)
         condition = self.time_out(F.silu(self.time_in(waves)))
-        actions = self.action_encoder(x_t, bucket, which) + self.position_embedding.weight[:horizon]
-        x = torch.cat([state, self.future_tokens.weight.expand(n, -1, -1), actions], dim=1)
+        actions = self.action_encoder(x_t, bucket, which)
+        actions = actions + self.position_embedding.weight[:horizon].to(x_t.dtype)
+        future = self.future_tokens.weight.to(x_t.dtype).expand(n, -1, -1)
+        x = torch.cat([state, future, actions], dim=1)
         for i, block in enumerate(self.dit):
             x = block(x, condition) if i % 2 else block(x, condition, keys[i // 2], mask)
         # Shift comes first, unlike in the blocks.
         shift, scale = self.proj_out_1(F.silu(condition))[:, None].chunk(2, dim=-1)
         x = self.proj_out_2(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1.0 + scale) + shift)
-        return self.action_decoder(x[:, -horizon:], which)
+        return self.action_decoder(layers.wide(x[:, -horizon:]), which)
 
     def value(self, features: Tensor, real: Tensor, state: Tensor) -> Tensor:
         """Processed features [n, P, D], encoded state [n, 1, D'] (both detached) → value [n]."""
         seen = (real if self.config.mask_padding else torch.ones_like(real))[..., None]
-        mean = (features * seen).sum(1) / seen.sum(1)
-        return self.value_head(torch.cat([mean, state[:, 0]], dim=-1).detach())[:, 0]
+        mean = (layers.wide(features) * seen).sum(1) / seen.sum(1)
+        both = torch.cat([mean, state[:, 0]], dim=-1).detach()
+        return self.value_head(both.to(self.value_head[0].weight.dtype))[:, 0]
 
     def bucket(self, step: Tensor) -> Tensor:
         """What the network sees of the time of denoise step [n]: ⌊t·1000⌋."""
@@ -415,10 +419,15 @@ class Gr00t(FlowPolicy):
         ids, real = self.spread(obs["tokens"])
         found = obs.get("vl_features")
         if found is None:
-            pixels = layers.scaled(obs["image"], self.projector.weight.dtype)
+            kind = self.vlm_compute or self.projector.weight.dtype
+            pixels = layers.scaled(obs["image"], kind)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_vlm):
                 found = self.backbone(pixels, ids, real)
-        return found.to(self.vlln.weight.dtype), real
+        return found.to(self.compute or self.vlln.weight.dtype), real
+
+    def kept(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Not the context, which later epochs compute anew."""
+        return {"vl_features": self.features(obs)[0].to(getattr(torch, self.config.prefix_dtype))}
 
     def look(self, obs: dict[str, Tensor]) -> dict:
         """The context, of pictures and prompt or what a slot keeps of them, and the state."""

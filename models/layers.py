@@ -143,7 +143,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = wide(x)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight.to(x.dtype) * y.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, which sums in fp32, in the type of what comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, self.bias.to(x.dtype), self.eps)
 
 
 def mlp(widths: tuple[int, ...], activation: type[nn.Module], bias: bool = True) -> nn.Sequential:
@@ -189,8 +197,8 @@ class VisionLayer(nn.Module):
     def __init__(self, width: int, hidden: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.layer_norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.layer_norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.layer_norm1 = LayerNorm(width, eps=1e-6)
+        self.layer_norm2 = LayerNorm(width, eps=1e-6)
         self.qkv = lora.Linear(width, 3 * width, parts=3 * (width,))
         self.out_proj = lora.Linear(width, width)
         self.fc1 = lora.Linear(width, hidden)
@@ -214,12 +222,15 @@ class Siglip(nn.Module):
         self.layers = nn.ModuleList(
             VisionLayer(c.vision_width, c.vision_mlp, c.vision_heads) for _ in range(c.vision_depth)
         )
-        self.post_layernorm = nn.LayerNorm(c.vision_width, eps=1e-6)
+        self.post_layernorm = LayerNorm(c.vision_width, eps=1e-6)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """pixels [m, 3, H, W] in [-1, 1] → [m, (H/patch)², D]."""
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2) + self.position_embedding
-        x = x.to(self.layers[0].qkv.weight.dtype)
+    def forward(self, pixels: Tensor, compute: torch.dtype | None = None) -> Tensor:
+        """pixels [m, 3, H, W] in [-1, 1] → [m, (H/patch)², D]. compute: the type in which that is
+        done; None: the weights'."""
+        weight, bias = (p.to(pixels.dtype) for p in self.patch_embedding.parameters())
+        x = F.conv2d(pixels, weight, bias, self.patch_embedding.stride).flatten(2).transpose(1, 2)
+        x = x + self.position_embedding.to(x.dtype)
+        x = x.to(compute or self.layers[0].qkv.weight.dtype)
         for layer in self.layers:
             x = layer(x)
         return self.post_layernorm(x)

@@ -72,6 +72,13 @@ class Lora(nn.Module):
         """A and B of all parts → of every part, as views."""
         return list(zip(a.chunk(len(self.parts)), b.split(self.parts), strict=True))
 
+    def weights(self, dtype: torch.dtype, rows: slice | None = None) -> tuple[Tensor, ...]:
+        """Weight and bias (or None) in the type of what they are multiplied by; only `rows`."""
+        chosen = (self.weight, self.bias)
+        if rows is not None:
+            chosen = tuple(None if p is None else p[rows] for p in chosen)
+        return tuple(None if p is None else p.to(dtype) for p in chosen)
+
     def folded(self) -> Tensor:
         """`weight` with the update added, at least in fp32 where there is one."""
         if self.lora_a is None:
@@ -84,10 +91,8 @@ class Lora(nn.Module):
 class Linear(Lora, nn.Linear):
     def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """With `rows` only those outputs are computed (of a layer of one part)."""
-        if rows is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = F.linear(x, self.weight[rows], None if self.bias is None else self.bias[rows])
+        weight, bias = self.weights(x.dtype, rows)
+        y = F.linear(x, weight, bias)
         if self.lora_a is None:
             return y
         low = F.linear(x, self.lora_a.to(x.dtype)) * self.scale
@@ -101,7 +106,7 @@ class Linear(Lora, nn.Linear):
 class PatchEmbedding(Lora, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """[n, 3, H, W] → [n, P, D]."""
-        y = super().forward(x)
+        y = F.conv2d(x, *self.weights(x.dtype), self.stride)
         if self.lora_a is not None:
             low = F.conv2d(x, self.lora_a.to(x.dtype), stride=self.stride) * self.scale
             y = y + F.conv2d(low, self.lora_b.to(x.dtype))

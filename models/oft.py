@@ -144,8 +144,8 @@ class VisionBlock(nn.Module):
     def __init__(self, width: int, mlp: int, heads: int, scale: bool):
         super().__init__()
         self.heads = heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = layers.LayerNorm(width, eps=1e-6)
+        self.norm2 = layers.LayerNorm(width, eps=1e-6)
         self.qkv = lora.Linear(width, 3 * width)
         self.proj = lora.Linear(width, width)
         self.fc1 = lora.Linear(width, mlp)
@@ -158,9 +158,9 @@ class VisionBlock(nn.Module):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [n, heads, S, d]
         h = self.proj(layers.join_heads(layers.attention(q, k, v)))
-        x = x + (h if self.scale1 is None else h * self.scale1)
+        x = x + (h if self.scale1 is None else h * self.scale1.to(h.dtype))
         h = self.fc2(F.gelu(self.fc1(self.norm2(x))))
-        return x + (h if self.scale2 is None else h * self.scale2)
+        return x + (h if self.scale2 is None else h * self.scale2.to(h.dtype))
 
 
 class VisionTower(nn.Module):
@@ -179,9 +179,10 @@ class VisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels [n, 3, H, W], normalised → [n, P, D]."""
-        x = self.patch_embed(pixels) + self.pos_embed
+        x = self.patch_embed(pixels)
+        x = x + self.pos_embed.to(x.dtype)
         if self.extra:
-            front = torch.cat([self.cls_token, self.reg_token], dim=1)
+            front = torch.cat([self.cls_token, self.reg_token], dim=1).to(x.dtype)
             x = torch.cat([front.expand(len(x), -1, -1), x], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -229,6 +230,8 @@ class LlamaLayer(nn.Module):
 class Oft(nn.Module):
     HEADS = ("value_head",)
     COMPILED = ("hidden",)
+    WIDE = ("lm_head.",)  # what computes in fp32 beside the value head, whatever the others do
+    compute: torch.dtype | None = None  # what those compute in; None: the type of their weights
     ADAPTED = ("*",)  # every linear layer and patch embedding, as RLinf (rlinf/models/__init__.py)
 
     def __init__(self, config: OftConfig):
@@ -292,10 +295,13 @@ class Oft(nn.Module):
     def dtype_of(self, name: str) -> None:
         """As the file has it; `begin` decides what is widened."""
 
+    def acts_in(self, name: str) -> torch.dtype | None:
+        return None if name.startswith((*self.HEADS, *self.WIDE)) else self.compute
+
     def pixels(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """image [n, V, H, W, 3] uint8 → as DINOv2 and as SigLIP want it, [n·V, 3, H, W] each."""
         c = self.config
-        f = self.lm_head.weight.dtype
+        f = self.compute or self.lm_head.weight.dtype
         layers.require_images(image, c)
         image = image.flatten(0, 1)
         if c.center_crop:
@@ -317,9 +323,9 @@ class Oft(nn.Module):
         c = self.config
         n = len(tokens)
         pictures = self.projector(self.features(image))
-        words = self.embed_tokens(tokens)
+        words = self.embed_tokens(tokens).to(pictures.dtype)
         blanks = words.new_zeros(n, c.actions, c.width)  # action tokens differ by position alone
-        end = self.embed_tokens(tokens.new_full((n, int(c.stop_token)), c.stop))
+        end = self.embed_tokens(tokens.new_full((n, int(c.stop_token)), c.stop)).to(words.dtype)
         x = torch.cat([words[:, :1], pictures, words[:, 1:], blanks, end], dim=1)
         words_real = tokens != c.pad
         rest = F.pad(words_real[:, 1:], (c.pictures, c.actions + end.shape[1]), value=True)
@@ -336,7 +342,7 @@ class Oft(nn.Module):
     def action_logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → [n, C·A, bins] fp32: all other words have probability 0."""
         first = self.config.words
-        return layers.wide(self.lm_head(hidden, slice(first, first + self.config.bins)))
+        return self.lm_head(layers.wide(hidden), slice(first, first + self.config.bins))
 
     def value(self, hidden: Tensor) -> Tensor:
         """hidden [n, C·A, D] → value [n], from where the first action token is predicted."""
@@ -403,7 +409,7 @@ class Oft(nn.Module):
         if c.stop_token:
             targets = F.pad(targets, (0, 1), value=c.stop)
         hidden = self.hidden(obs["image"], obs["tokens"], targets.shape[1])
-        return F.cross_entropy(layers.wide(self.lm_head(hidden)).flatten(0, 1), targets.flatten())
+        return F.cross_entropy(self.lm_head(layers.wide(hidden)).flatten(0, 1), targets.flatten())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything, or adapters and value head."""

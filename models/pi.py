@@ -120,8 +120,8 @@ class RMSNorm(nn.Module):
         x = layers.wide(x)
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
         if condition is None:
-            return (x * (1.0 + self.weight.to(x.dtype))).to(dtype), None
-        modulation = self.dense(condition.to(self.dense.weight.dtype))
+            return (x * (1.0 + self.weight.to(dtype).to(x.dtype))).to(dtype), None
+        modulation = self.dense(condition)
         scale, shift, gate = modulation[:, None].to(x.dtype).chunk(3, dim=-1)  # each [n, 1, D]
         return (x * (1.0 + scale) + shift).to(dtype), gate.to(dtype)
 
@@ -178,10 +178,10 @@ class VisionTower(layers.Siglip):
         super().__init__(c)
         self.projector = lora.Linear(c.vision_width, c.width)
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor, compute: torch.dtype | None = None) -> Tensor:
         """image [n, V, H, W, 3] uint8, or scaled to [-1, 1] → tokens [n, V·(H/patch)², D]."""
-        pixels = layers.scaled(image, self.patch_embedding.weight.dtype)
-        found = self.projector(super().forward(pixels))
+        pixels = layers.scaled(image, compute or self.patch_embedding.weight.dtype)
+        found = self.projector(super().forward(pixels, compute))
         return found.unflatten(0, image.shape[:2]).flatten(1, 2)
 
 
@@ -189,6 +189,8 @@ class Pi(FlowPolicy):
     COMPILED = ("prefix", "suffix")
     HEADS = ("value_head", "noise_head")
     FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
+    # as in openpi's own code (src/openpi/models_pytorch/pi0_pytorch.py)
+    WIDE = ("action_", "time_mlp_", "state_proj.")
     # Attention and feed-forward of the expert, as openpi's gemma_300m_lora, and of the VLM, as
     # gemma_2b_lora (src/openpi/models/gemma.py) and, with the image tower, RLinf
     # (rlinf/models/__init__.py).
@@ -252,9 +254,12 @@ class Pi(FlowPolicy):
         """As `prefix` → features [n, P, D] (meaningless where not real), cache."""
         c = self.config
         layers.require_images(image, c, floats=image.is_floating_point())
-        pictures = self.vision(image)
-        words = self.embed_tokens(tokens) * math.sqrt(c.width)  # Gemma scales words, not pictures
-        x = torch.cat([pictures, words], dim=1).to(self.language[0].q_proj.weight.dtype)
+        pictures = self.vision(image, self.vlm_compute)
+        words = self.embed_tokens(tokens)
+        words = words.to(self.vlm_compute or words.dtype)
+        words = words * math.sqrt(c.width)  # Gemma scales words, not pictures
+        x = torch.cat([pictures, words], dim=1)
+        x = x.to(self.vlm_compute or self.language[0].q_proj.weight.dtype)
         frequency = layers.frequencies(c.head_dim, x.device)
         cos, sin = layers.rotary(real.cumsum(1) - 1, frequency, x.dtype)
         mask = layers.additive(real[:, None], x.dtype)
@@ -280,12 +285,13 @@ class Pi(FlowPolicy):
         time = time_embedding(t, c.expert_width).to(dtype)  # [n, E]
         if c.pi05:
             condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+            condition = condition.to(self.compute or self.expert_norm.dense.weight.dtype)
         else:
             condition = None
             both = torch.cat([x, time[:, None].expand_as(x)], dim=-1)
             x = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both)))
             x = torch.cat([self.state_proj(state.to(dtype))[:, None], x], dim=1)
-        x = x.to(self.expert[0].q_proj.weight.dtype)
+        x = x.to(self.compute or self.expert[0].q_proj.weight.dtype)
         length = x.shape[1]  # S: C, and one for π0's state
         positions = real.sum(1, keepdim=True) + torch.arange(length, device=x.device)
         cos, sin = layers.rotary(positions, layers.frequencies(c.head_dim, x.device), x.dtype)

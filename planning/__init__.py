@@ -72,6 +72,8 @@ class Costs:
     step_s: float  # an env worker's, for one chunk of one lane, on average
     step_tail: float = 0.0  # σ of its log-normal distribution; the mean stays
     step_samples: tuple[float, ...] = ()  # draw from these measured times instead
+    draw_share: float = 0.0  # of that time, on the device that infers for the lane
+    slice_s: float = math.inf  # that a shared device works for one, if another waits for it
     infer_fixed_s: float = 0.0  # one inference, whatever its size
     infer_each_s: float  # and more for each sample (env) in it
     train_fixed_s: float = 0.0  # one micro-batch, whatever its size

@@ -81,7 +81,8 @@ def calibrate(plan: PlanConfig) -> Costs:
     runs = (nodes, plan.simulated_nodes, 12, 1, plan.seed)
 
     # Share the rollout out between simulators and inference.
-    free = Costs(step_s=1.0, step_tail=plan.tail, infer_each_s=0.0, train_each_s=0.0)
+    drawn = {"step_tail": plan.tail, "draw_share": plan.draw_share}
+    free = Costs(step_s=1.0, infer_each_s=0.0, train_each_s=0.0, **drawn)
     rounds = base.batch // base.envs * base.segment
     full = plan.infer_share * plan.rollout_s / rounds  # seconds of a full batch's inference
     costs = replace(
@@ -206,7 +207,7 @@ def costs_of_run(spans: dict[str, list[Span]], node: Node, batch_size: float, fi
 OF_THE_RUN = ("rollout_s", "actor_s", "measured_ratio", "measured_placement", "envs", "chunk")
 OF_THE_RUN += ("rollout_epochs", "episode_steps", "update_epochs", "minibatch", "micro_batch")
 OF_THE_RUN += ("env_workers", "lane_envs", "tail", "infer_share", "step_fixed", "train_fixed")
-OF_THE_RUN += ("optimizer_s",)
+OF_THE_RUN += ("optimizer_s", "draw_share")
 
 
 def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]]:
@@ -271,6 +272,10 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
     envs = max(1, min(node.lanes, round(settings.env.env_workers * rollout)))
     # Episodes may end within a chunk, so a chunk step has fewer env steps than C.
     node = replace(node, chunk=env_steps / chunk_steps, env_devices=("cpu",) * envs)
+    if changed.train.placement == "colocated":  # each rank has a part of the machine, in turns
+        stages = {"rollout_devices": node.rollout_devices, "actor_devices": node.actor_devices}
+        ranks = {stage: tuple(map(str, range(len(those)))) for stage, those in stages.items()}
+        node = replace(node, **ranks)
 
     # Measure what the run paid, and scale it to the new parts.
     batch_size = float(np.mean([line["batch_size_mean"] for line in lines]))

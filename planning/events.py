@@ -66,17 +66,22 @@ class World:
 
 
 class Device:
-    """Does the work of several workers one after another, first come first served.
+    """Does the work of several workers one after another, first come first served, and work that is
+    longer than a slice in turns with others'.
 
     A worker in the queue counts as busy, as one whose kernel waits for another's does."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, slice_s: float = math.inf):
         self.world = world
+        self.slice_s = slice_s
         self.free_at = 0.0  # when it has done all work so far
 
     def after(self, seconds: float, function: Callable, *arguments) -> None:
         """Calls the function once so many seconds of work are done; used like World's."""
-        self.free_at = max(self.free_at, self.world.now) + seconds
+        self.free_at = max(self.free_at, self.world.now) + min(seconds, self.slice_s)
+        if seconds > self.slice_s:
+            arguments = (seconds - self.slice_s, function, *arguments)
+            function = self.after
         self.world.at(self.free_at, function, *arguments)
 
 
@@ -158,10 +163,18 @@ class EnvWorker(Worker):
             lane, kind, trajectory = self.replies.popleft()
             if kind == ACT:
                 self.begin()
-                self.work(next(self.chunk_times), self.stepped, lane)
+                seconds = next(self.chunk_times)
+                drawing = seconds * self.costs.draw_share
+                self.work(seconds - drawing, self.simulated, lane, drawing)
                 return
             self.state.finish(lane, trajectory)
         self.end()
+
+    def simulated(self, lane: Lane, drawing: float) -> None:
+        if drawing:
+            lane.rollout.work(drawing, self.stepped, lane)
+        else:
+            self.stepped(lane)
 
     def stepped(self, lane: Lane) -> None:
         lane.t += 1
@@ -335,7 +348,7 @@ class NodeState:
         self.version = 0  # the newest one published
         self.admitted = self.admission.admitted(0)  # trajectories of an env that may have started
         devices = {*node.env_devices, *node.rollout_devices, *node.actor_devices} - {"cpu"}
-        shared = {name: Device(world) for name in devices}
+        shared = {name: Device(world, costs.slice_s) for name in devices}
         rollouts = len(node.rollout_devices)
         self.envs = [EnvWorker(self, shared.get(name)) for name in node.env_devices]
         self.rollouts = [

@@ -59,6 +59,7 @@ class PlanConfig:
 
     tail: FromZero = 0.27
     """σ of the log-normal time of a chunk (the emulated simulator's, from RL-VLA³'s LIBERO rows)"""
+    draw_share: Share = 0.0  # of a CPU simulator's time, that it draws on inference's GPU
     infer_share: Share = 0.2  # inference's share of the lockstep rollout (as emulated)
     infer_fixed: Share = 0.2  # share of a full inference that does not depend on size (as emulated)
     step_fixed: Share = 0.0

@@ -87,6 +87,9 @@ class Exact(nn.Module):
             nn.Parameter(torch.zeros(size)) for size in ((4,), (chunk, 4), (4,))
         )
 
+    def acts_in(self, name):
+        return None
+
     def observation_fields(self):
         return {
             "image": ((1, self.image_size, self.image_size, 3), torch.uint8),

@@ -290,6 +290,66 @@ def test_rows_of_a_run(monkeypatch, capsys):
     assert {tuple(row) for row in rows} == {tuple(full)}
 
 
+@pytest.mark.parametrize("setting", ladder.HEADLINES)
+def test_the_headlines_can_be_beaten_and_their_bounds_are_what_the_paper_s_gain_says(setting):
+    """In virtual time: a device that never rests is as many times as fast as its synchronous
+    baseline as the calibration assumes, and everything asynchronous gains more than the paper's."""
+    headline = ladder.HEADLINES[setting]
+    sync, ours = (
+        simulate(
+            *emulated_node(preset, headline.rows.ratio, setting), iterations=30
+        ).env_steps_per_s
+        for preset in headline.rows[:2]
+    )
+    bound = ladder.emulated_bound(setting, headline.rows.ratio, headline.rows.asynchronous)
+    costs = headline.costs
+    # The fixed times of four lanes instead of one are in the bound.
+    assert bound / sync == pytest.approx(costs.GAIN / costs.REACHED, rel=0.02)
+    assert headline.rows.paper == costs.GAIN
+    assert costs.GAIN * sync < ours <= bound * 1.001
+
+
+@pytest.mark.parametrize("setting", ladder.HEADLINES)
+def test_what_the_headlines_run_is_valid(setting):
+    headline = ladder.HEADLINES[setting]
+    for preset in headline.rows[:2]:
+        flags = ladder.flags(setting, preset, headline.rows.ratio)
+        settings = train.prepare(train.parse(flags)).config
+        node, _ = emulated_node(preset, headline.rows.ratio, setting)
+        actor = settings.actor
+        assert (actor.batch, actor.minibatch, actor.micro_batch, actor.update_epochs) == (
+            node.batch,
+            node.minibatch,
+            node.micro_batch * settings.env.segment,
+            node.update_epochs,
+        )
+        assert settings.env.envs // settings.env.width == node.lanes
+        workers = (settings.env.env_workers, actor.actor_workers, actor.max_staleness)
+        there = (len(node.env_devices), len(node.actor_devices), node.max_staleness)
+        assert workers == there and settings.train.placement == ladder.settings_of(preset)[0]
+
+
+def test_rows_of_a_headline(monkeypatch):
+    def given(setting, preset, ratio, iterations, trace):
+        pace = 2.0 if preset == "sync-colocated" else 1.0
+        bubbles = {f"bubble_{stage}": 0.5 for stage in metrics.STAGES}
+        others = {"batch_size_mean": 2.0, "weight_sync_s": 0.001, "weight_stall_s": 0.0}
+        lines = [
+            {"env_steps": 480.0 * n, "time": 1.0 + pace * n} | bubbles | others
+            for n in range(1, iterations + 1)
+        ]
+        return lines, {n: 3.0 * n for n in range(iterations + 1)}, config.Config()
+
+    monkeypatch.setattr(ladder, "run_preset", given)
+    rows = ladder.measure("metaworld_colocated", "", 3)
+    assert [row["gain"] for row in rows] == [0.0, 1.0]
+    assert rows[1]["paper_gain"] == pytest.approx(0.852)
+    assert set(rows[0]) == set(ladder.measure("emulated", "1:1", 1)[0])
+    assert "met:     full-colocated gains 100.0%, the paper's 85.2%" in ladder.report(rows)
+    with pytest.raises(UserError, match="has ratios of its own: leave out --ratio"):
+        ladder.measure("maniskill_hybrid", "3:1", 1)
+
+
 def test_refusals():
     with pytest.raises(UserError, match="--size full needs a GPU"):
         inference.measure("oft", "full", 0.01)

@@ -93,6 +93,9 @@ class Model(nn.Module):
         for name, value in self.changes.items():
             setattr(self, name, types.MethodType(lambda self, value=value: value, self))
 
+    def acts_in(self, name):
+        return None
+
     def draw(self, keys, explore):
         return {}
 

@@ -114,6 +114,43 @@ def test_what_an_iteration_pays_besides():
     assert late.step_s == pytest.approx(plain + (2 * 9 + 1 + 1) * 0.01)
 
 
+def test_long_work_on_a_device_goes_in_turns_with_others():
+    world = World()
+    done = []
+    device = Device(world, 1.0)
+    for name, seconds in (("long", 3.0), ("short", 0.5), ("longer", 3.5)):
+        device.after(seconds, lambda name: done.append((name, world.now)), name)
+    world.after(9.0, lambda: setattr(world, "running", False))
+    world.run()
+    assert done == [("short", 1.5), ("long", 5.5), ("longer", 7.0)]
+
+
+def test_a_simulator_that_draws_takes_turns_with_the_model_of_its_device():
+    """In lockstep, drawing is a part of the simulator's time; asynchronously, of the device's."""
+    node = replace(MANY, rollout_devices=("cuda:0",), actor_devices=("cuda:0",))
+    drawn = replace(TAILED, step_tail=0.0, draw_share=0.2)
+    one = replace(ONE, rollout_devices=("cuda:0",), actor_devices=("cuda:0",))
+    for costs in (drawn, replace(drawn, draw_share=0.0)):
+        assert simulate(one, costs, iterations=4).step_s == pytest.approx(
+            8 * (1.0 + 0.05) + 9 * 0.1 + 10 * 0.05  # the first last value rides along
+        )
+    # Of the device, in an iteration: 64 chunks drawn and trained, and 80 samples inferred.
+    found = simulate(as_preset(node, "full-colocated"), drawn, iterations=20)
+    assert found.step_s >= 64 * (0.2 + 0.05) + 80 * 0.05
+
+
+def test_asynchronous_stages_have_a_shared_gpu_once():
+    """Inference's and training's seconds of an iteration, on the same GPUs, are its least."""
+    flags = {"infer_share": 0.6, "tail": 0.0, "infer_fixed": 0.0}
+    sync = predicted(preset="sync-colocated", **flags)
+    found = predicted(preset="full-colocated", **flags)
+    assert 0.6 * 1050 + 861 <= found.step_s * 1.01 < sync.step_s
+    apart = predicted(preset="full", **flags)
+    assert apart.step_s < found.step_s
+    drawn = predicted(preset="full-colocated", draw_share=0.1, **flags)
+    assert drawn.step_s > found.step_s
+
+
 def test_workers_of_one_device_take_turns():
     world = World()
     done = []
@@ -469,6 +506,10 @@ def test_a_run_under_another_preset(tmp_path):
     )
     _, _, faster, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="sync-colocated"))
     assert faster.train_each_s == pytest.approx(costs.train_each_s / 2)
+    # Each has the whole machine, so neither has it while the other does.
+    shared, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full-colocated"))
+    assert shared.rollout_devices == shared.actor_devices == ("0",)
+    assert set(node.rollout_devices + node.actor_devices) == {"cpu"}
     node, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), max_staleness=3))
     assert (node.max_staleness, node.batch_max, node.stream) == (3, "all", False)
 

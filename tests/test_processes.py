@@ -23,14 +23,13 @@ from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
 
 import processes
-from channel import WAKE, Channels, Counters, IndexQueue, Record, SlotPool
-from config import MOST_WORKERS, ROOT, STAGE_OF, Config, completed, run_path
+from channel import Counters, IndexQueue, SlotPool
+from config import MOST_WORKERS, ROOT, STAGE_OF, run_path
 from errors import UserError
 from follow import Follower
 from metrics import Meter, columns
 from processes import Crew, Failure, Interrupts, Job, WorkerFailed, may_pass
 from run_folder import read_metrics
-from weights import WeightPlane
 
 QUICK = (
     "--model emulated --env emulated --tasks 0 --env-workers 1 --envs 4 --batch 4 --minibatch 4 "
@@ -477,6 +476,13 @@ def test_an_actor_that_was_killed_is_named_rather_than_who_lost_it(tmp_path):
     assert crew.failure() == Failure("actor-1", "died (SIGKILL: out of memory?)", True)
 
 
+def test_hundreds_of_workers_start_meet_and_end(cli):
+    status, output = cli(Path(__file__).with_name("crowd.py"), "", PYTHONPATH=str(ROOT)).finish(
+        timeout=120
+    )
+    assert status == 0 and f"{MOST_WORKERS} workers have met" in output, output
+
+
 def test_who_is_out_of_gpu_memory_names_its_budget_and_the_flags(monkeypatch):
     properties = SimpleNamespace(total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -494,69 +500,6 @@ def test_who_is_out_of_gpu_memory_names_its_budget_and_the_flags(monkeypatch):
     assert said in processes.describe(error)  # a simulator's, which has no budget
     for flag in re.findall(r"--[a-z-]+", processes.LESS_MEMORY):
         assert flag[2:].replace("-", "_") in STAGE_OF
-
-
-def ask(rank, channels, meter) -> None:
-    """As an env worker: it asks, and is ready once it has an answer."""
-    channels.requests[0].put([Record(0, 0, WAKE, rank, 0)])
-    assert channels.replies[rank].get(60.0) == [Record(0, 1, WAKE, rank, 0)]
-    channels.finished[0].put([Record(0, 2, WAKE, rank, 0)])
-    meter.ready()
-    time.sleep(60)
-
-
-def hear(queue, count: int) -> set[int]:
-    """Takes in so many records. Returns who has sent them."""
-    heard = []
-    while len(heard) < count:
-        heard += queue.get(60.0)
-    return {record.sender for record in heard}
-
-
-def answer(count, channels, meter) -> None:
-    """As a rollout worker."""
-    for rank in hear(channels.requests[0], count):
-        channels.replies[rank].put([Record(0, 1, WAKE, rank, 0)])
-    meter.ready()
-    time.sleep(60)
-
-
-def take(count, channels, meter) -> None:
-    """As an actor worker, which wakes all others, too."""
-    assert hear(channels.finished[0], count) == set(range(count))
-    for queue in (*channels.replies, *channels.requests):
-        queue.put([Record(0, 3, WAKE, 0, 0)])
-    meter.ready()
-    time.sleep(60)
-
-
-def test_hundreds_of_workers_start_meet_and_end(tmp_path):
-    """As many as may be asked for. They are trivial here, and nothing is imported beforehand."""
-    count = MOST_WORKERS - 2
-    config = completed(Config(), envs=count, env_workers=count, rollout_workers=1, actor_workers=1)
-    counters = Counters(count + 2, columns(0))
-    plane = WeightPlane({"w": ((1,), torch.float32)})
-    channels = Channels.create(config, SlotPool(SPEC, 1), plane, counters)
-    plans = [("rollout-0", answer, count), ("actor-0", take, count)]
-    plans += [(f"env-{rank}", ask, rank) for rank in range(count)]
-    jobs = []
-    for row, (name, target, number) in enumerate(plans):
-        stage, _, rank = name.partition("-")
-        meter = Meter(name, row, counters, None)
-        args = (number, channels.of_worker(stage, int(rank)), meter)
-        jobs.append(Job(name, target, args, 1, meter, {}))
-    crew = Crew(jobs, counters, tmp_path, restarts=0, timeout=60.0)
-    news, end = get_context("forkserver").Pipe(duplex=False)
-    ready = counters.table[:, counters.index["ready"]]
-    start = time.monotonic()
-    try:
-        crew.start_all()
-        while not ready.all():
-            crew.watch(news)
-    finally:
-        crew.stop(Interrupts())
-    assert time.monotonic() - start < 60.0
-    assert not any(process.is_alive() for process in crew.processes.values())
 
 
 def fail_at_start(meter) -> None:

@@ -11,6 +11,7 @@ import functools
 import zlib
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ class Learner:
         self.version = 0
         self.updates = 0
         self.tally = self
-        self.parameters = []
+        self.gradients = Mock()
         self.facts = tuple(run.channels.pool.spec)
         self.seen = ()
         # A rank may take long to build its model, while others have published already.
@@ -368,8 +369,8 @@ class Run:
         put(rollout_worker, "WeightFetcher", functools.partial(Fetcher, self.world))
         put(models, "preparation", lambda *_: Preparation())
         put(models, "build", lambda *_: Policy())
+        put(models, "acting", lambda model: model)
         put(actor_worker, "Learner", functools.partial(Learner, self))
-        put(actor_worker, "sum_gradients", lambda _: None)
         put(actor_worker.Saver, "save_last", lambda *_: {})
         put(actor_worker.Ranks, "of", functools.partial(Ranks, self))
         put(shard, "fence", self.fence)

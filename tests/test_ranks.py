@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import Ranks, sum_gradients
+from ranks import Gradients, Ranks
 from tally import Tally
 
 
@@ -17,11 +17,12 @@ def act(rank: int, folder: str) -> None:
     used = nn.Parameter(torch.ones(3))
     unused = nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm
     once = nn.Parameter(torch.ones(3))  # as of ranks whose groups are all filtered
+    gradients = Gradients([unused, used, once])
     ((rank + 1) * used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     if rank == 1:
         (once * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     list(ranks.meet())
-    sum_gradients([unused, used, once])
+    gradients.sum()
 
     tally = Tally()
     tally.add("trained", 10 + rank)

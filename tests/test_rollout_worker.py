@@ -213,6 +213,9 @@ class Counting(nn.Module):
     def trainable(self):
         return {"weight": self.weight}
 
+    def acts_in(self, name):
+        return None
+
     def observation_fields(self):
         return {"seen": ((), torch.float32)}
 

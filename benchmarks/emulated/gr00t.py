@@ -35,6 +35,7 @@ from benchmarks.emulated.libero import (  # noqa: F401  the same here
     MICRO_BATCH,
     SCALE,
     TRAJECTORIES,
+    UPDATE_EPOCHS,
     WEIGHTS,
     WORKERS,
     spec,

@@ -68,6 +68,7 @@ TRAIN_ALL = 440 / (8 * 48) * SCALE  # seconds of training one chunk step of ever
 CHUNK = 10  # control steps, of which one is long: for simplicity the first
 EPISODE = 8  # chunks
 TRAJECTORIES = 2  # of each lane in an iteration
+UPDATE_EPOCHS = 1
 MINIBATCHES = 2  # of an iteration: the paper's 2048 chunk steps are 32 rounds there, 8 rounds here
 MICRO_BATCH = 4  # trajectories, at most
 SYNC = (
@@ -79,14 +80,14 @@ VIEWS = 2
 
 
 def devices(ratio: str, placement: str) -> tuple[float, float]:
-    """Counts devices for env + rollout and for actors.
+    """Counts devices for rollouts and for actors.
 
-    In units of the disaggregated 1:1 rows that the times above are for."""
-    if placement == "colocated":
-        return 2.0, 2.0
+    In units of the disaggregated 1:1 rows that the times above are for: 4 GPUs. Hybrid is that of
+    RL-VLA³'s second version, where R parts simulate, A parts infer and all train."""
     rollouts, actors = parse_ratio(ratio)
-    total = rollouts + actors
-    return 2.0 * rollouts / total, 2.0 * actors / total
+    part = 2.0 / (rollouts + actors)
+    shared = {"colocated": (2.0, 2.0), "hybrid": (part * actors, 2.0)}
+    return shared.get(placement, (part * rollouts, part * actors))
 
 
 def workers(ratio: str, placement: str) -> int:
@@ -98,7 +99,10 @@ def workers(ratio: str, placement: str) -> int:
 def sizes(costs, ratio: str, placement: str) -> tuple[int, int]:
     """Counts env workers and envs. costs: this module or another one with the same constants.
 
-    Colocated, the envs of 1:1 are shared out among twice the workers."""
+    Colocated, the envs of 1:1 are shared out among twice the workers. Hybrid, one worker stands for
+    all devices that simulate, since envs that step together all take as long."""
+    if placement == "hybrid":
+        return 1, costs.ENVS
     for_rollout, _ = devices(ratio, placement)
     count = round(costs.WORKERS * for_rollout)
     if placement == "colocated":
@@ -122,10 +126,11 @@ NOTHING = Step(0.0, False)  # what every control step brings
 
 
 class Env(envs.Env):
-    """One env: every CHUNK steps it sleeps for a random time whose mean is the task's."""
+    """One env: every `chunk` steps it sleeps for a random time whose mean is the task's."""
 
     mean_s = MEAN
     tail = TAIL
+    chunk = CHUNK
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
@@ -138,13 +143,17 @@ class Env(envs.Env):
         self.steps = 0
 
     def step(self, action: np.ndarray) -> Step:
-        if self.mean and self.steps % CHUNK == 0:
+        if self.mean and self.steps % self.chunk == 0:
             if self.steps == 0:
                 self.random = np.random.default_rng(self.seed)
             factor = float(self.random.lognormal(-0.5 * self.tail**2, self.tail))  # of mean 1
-            time.sleep(self.mean * factor)
+            self.simulate(self.mean * factor)
         self.steps += 1
         return NOTHING
+
+    def simulate(self, seconds: float) -> None:
+        """Takes so long for a chunk."""
+        time.sleep(seconds)
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         return self.image, np.zeros(4, np.float32)

@@ -46,6 +46,8 @@ from envs import EnvSpec, Step
 SCALE = 1 / 40  # seconds here per second there
 WORKERS = 4  # GPUs that simulate, at 1:1
 ENVS = 256  # of them all
+LANES = 2  # of each env worker, where all do not wait for all
+LOCKSTEP_LANES = 1  # where they do, and a second lane has nothing to hide behind
 ROUND = 81_920 / 60.64 / 2 / 64 * SCALE  # seconds of one lockstep round, inference included
 SPLIT = 81_920 / 69.07 / 64 * SCALE  # seconds of a GPU for a round where each env steps by itself
 INFER_ALL = 0.204 * ROUND  # seconds of one inference for all envs
@@ -56,6 +58,7 @@ TRAIN_ALL = ROUND  # seconds of training one chunk step of every env
 CHUNK = 5  # control steps, of which one is long: for simplicity the first
 EPISODE = 16  # chunks
 TRAJECTORIES = 1  # of each env in an iteration
+UPDATE_EPOCHS = 1  # the paper's four are in `TRAIN_ALL`
 MINIBATCHES = 1  # of an iteration: the paper's 4096 chunk steps are 16 of its rounds
 MICRO_BATCH = 32  # trajectories, at most
 WEIGHTS = int(0.8 * EPISODE / 64 * SCALE / 2 * libero.COPIES)  # bytes, derived as in libero.py
@@ -79,10 +82,14 @@ class Envs(envs.Envs):
 
     def step(self, actions: torch.Tensor) -> Step:
         if self.steps % CHUNK == 0:
-            time.sleep(FIXED + self.count * EACH)
+            self.simulate()
         self.steps += 1
         reward = torch.zeros(self.count, device=self.device)
         return Step(reward, reward.bool())
+
+    def simulate(self) -> None:
+        """Takes as long as a chunk of all."""
+        time.sleep(FIXED + self.count * EACH)
 
     def observe(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images, torch.zeros(self.count, 4, device=self.device)

@@ -1,24 +1,31 @@
 """Sleeps as long as inference and training took: `--model emulated`, for the simulators beside it.
 
-`libero.py`, `gr00t.py` and `maniskill.py` derive for how long. A fifth of the time of inference for
-all envs does not depend on the number of samples. More devices for a phase, by placement or ratio,
-divide its times; against `--ratio 1:1`, colocated has twice the devices in either phase. Several
-actor workers share theirs. Weights mean nothing and never change, but there are as many bytes of
-them as their way through the weight plane is to take time for. Where simulation takes no time
-(`--tasks 0`), inference and training take none either.
+The files of the simulators derive for how long. A part of the time of inference for all envs does
+not depend on the number of samples. More devices for a phase, by placement or ratio, divide its
+times; against `--ratio 1:1`, colocated has twice the devices in either phase, and stages take turns
+on them (`devices.py`). Several actor workers share theirs. Weights mean nothing and never change,
+but there are as many bytes of them as their way through the weight plane is to take time for. Where
+simulation takes no time (`--tasks 0`), inference and training take none either.
 """
 
 import time
+from multiprocessing import current_process
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.emulated import gr00t, libero, maniskill
+from benchmarks.emulated import gr00t, libero, maniskill, maniskill_hybrid, metaworld
+from benchmarks.emulated.devices import Device, device_of
 from models.checkpoint import Header
 
 # Of a simulator; libero.py's for all others.
-COSTS = {"emulated_gr00t": gr00t, "vectorised": maniskill}
+COSTS = {
+    "emulated_gr00t": gr00t,
+    "vectorised": maniskill,
+    "emulated_metaworld": metaworld,
+    "vectorised_hybrid": maniskill_hybrid,
+}
 
 
 class Times(NamedTuple):
@@ -34,9 +41,10 @@ FORMATS = None  # nothing of it lies on disk
 
 def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emulated":
     costs = COSTS.get(config.train.env, libero)
-    for_rollout, for_actor = libero.devices(config.train.parts, config.train.placement)
+    placement = config.train.placement
+    for_rollout, for_actor = libero.devices(config.train.parts, placement)
     infer = costs.INFER_ALL / for_rollout
-    train = costs.TRAIN_ALL / for_actor * max(1, config.actor.actor_workers)
+    train = costs.TRAIN_ALL / for_actor * shares(placement, config.actor.actor_workers)
     if config.train.tasks == ("0",):
         infer = 0.0
         train = 0.0
@@ -46,13 +54,17 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
         train / costs.ENVS,
     )
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
+    gpu = device_of(current_process().name, placement)
     sizes = (config.rollout.chunk, env_spec.action_dim)
-    return Emulated(picture, *sizes, times, costs.WEIGHTS).to(device)
+    return Emulated(picture, *sizes, times, costs.WEIGHTS, gpu).to(device)
 
 
-def wait(seconds: float) -> None:
-    if seconds:  # `sleep(0)` gives up the core for 50 µs
-        time.sleep(seconds)
+def shares(placement: str, actors: int) -> int:
+    """Counts the devices that actor workers share out among themselves, by `devices.device_of`.
+
+    Disaggregated, each has its own share of theirs."""
+    most = {"colocated": 1, "hybrid": 2}.get(placement, actors)
+    return max(1, min(actors, most))
 
 
 def preparation(header: Header, tokenizer: str) -> "Preparation":
@@ -77,15 +89,35 @@ class Emulated(nn.Module):
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 
     def __init__(
-        self, picture: tuple[int, ...], chunk: int, action_dim: int, times: Times, weights: int
+        self,
+        picture: tuple[int, ...],
+        chunk: int,
+        action_dim: int,
+        times: Times,
+        weights: int,
+        gpu: Device | None = None,
     ):
-        """picture: shape of an observation; weights: bytes."""
+        """picture: shape of an observation; weights: bytes; gpu: the emulated device that takes the
+        time, if other stages have it, too."""
         super().__init__()
+        self.gpu = gpu
         self.picture = picture
         self.times = times
         # They have no gradient, so no optimizer touches them.
         self.weights = nn.Parameter(torch.zeros(weights // 4))
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
+
+    def acts_in(self, name: str) -> None:
+        """Its weights are used as they are."""
+
+    def wait(self, seconds: float) -> None:
+        """Takes so long, on the device."""
+        if not seconds:  # `sleep(0)` gives up the core for 50 µs
+            return
+        if self.gpu:
+            self.gpu.use(seconds)
+        else:
+            time.sleep(seconds)
 
     def observation_fields(self) -> dict:
         return {"image": (self.picture, torch.uint8)}
@@ -101,13 +133,13 @@ class Emulated(nn.Module):
 
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        wait(self.times.infer_base + n * self.times.infer_each)
+        self.wait(self.times.infer_base + n * self.times.infer_each)
         zeros = self.action.expand(n, -1, -1)
         return {"actions": zeros, "logprob": zeros, "value": zeros[:, 0, 0]}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
-        wait(n * self.times.train_each)
+        self.wait(n * self.times.train_each)
         zero = self.action.sum() * 0.0
         return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n)}
 
