@@ -64,8 +64,9 @@ def inference(where: Where, name: str) -> Iterator[dict]:
     """Measures inference of so many samples, eager and compiled."""
     peak_rate = peak(where)
     one = subject(where, name)
+    models.acting(one.sketch)
     flops = act_flops(one.sketch)
-    model = with_weights(where, one)
+    model = models.acting(with_weights(where, one))
     channels = filled_slots(where, one, model)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
@@ -270,9 +271,10 @@ def precision_row(where: Where, name: str, kind: str) -> dict:
     """Measures an inference of all slots at once, and how far from what it says of its own actions
     training is, which computes them in other batches."""
     changes = {"prefix_dtype": kind, "cache_prefix": "off"} if name in FLOW else {}
-    one = subject(where, name, segment=1, **changes)
+    one = subject(where, name, segment=1, precision=kind, **changes)
     model = with_weights(where, one, wide=kind == "float32")
-    channels = filled_slots(where, one, model)
+    acting = models.acting(with_weights(where, one, wide=kind == "float32"))  # the same again
+    channels = filled_slots(where, one, acting)
     fields = ("logprob", *model.training_fields())
     carrier = Carrier(channels.pool, fields, 1, where.device)
     data = carrier.take(tuple(range(where.slots)))
@@ -286,9 +288,10 @@ def precision_row(where: Where, name: str, kind: str) -> dict:
     noise = compiled.random_noise(model, where.slots, where.device)
     obs = compiled.random_observations(model, where.slots, where.device)
     with torch.inference_mode():
-        act = functools.partial(model.act, obs, noise)
+        act = functools.partial(acting.act, obs, noise)
         act_s = seconds_of([act], where.device, where.seconds, least=1)[0]
     return {
+        "computed_in": one.config.train.precision,
         "samples": where.slots,
         "act_ms": 1e3 * act_s,
         "samples_per_s": where.slots / act_s,

@@ -68,8 +68,9 @@ def subject(where: Where, name: str, **changes) -> Subject:
     simulator = {"env": "libero", "tasks": (), "eval_envs": 0, "lanes": 0}
     settings = workers | batches | simulator
     settings |= {"segment": where.segment, "checkpointing": "off", "micro_batch": 32}
+    settings |= {"precision": "bfloat16"}
     if where.fake:  # half precision takes processors fifty times as long
-        changes = changes | {"prefix_dtype": "float32"}
+        changes = changes | {"precision": "float32", "prefix_dtype": "float32"}
     config = completed(recipes.apply(RECIPES[name]), **settings | changes)
     with sizes(where, name, config.rollout.chunk):
         sketch = models.build(config, LIBERO, weights="none")
