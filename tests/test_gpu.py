@@ -4,6 +4,8 @@ Small models, fp32 where a CPU is compared with.
 """
 
 import os
+import subprocess
+import sys
 from multiprocessing import get_context
 
 import numpy as np
@@ -11,10 +13,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import machine
 import models
 import transfers
 from benchmarks.measuring import random_model
 from channel import SlotPool
+from config import ROOT
+from envs import drawing
 from models import compiled
 from weights import WeightFetcher, WeightPlane
 
@@ -194,15 +199,51 @@ def test_the_fused_optimizer_steps_as_the_plain_one():
 # ---------------------------------------------------------------- drawing
 
 
-def test_simulators_draw_on_a_gpu():
-    """EGL takes a GPU and no software: LIBERO's and Meta-World's pictures come from it."""
-    glinfo = pytest.importorskip("mujoco.egl")
-    from OpenGL import GL
+def test_every_gpu_has_a_device_of_egl_that_draws_there():
+    devices = drawing.egl_devices()
+    gpus = range(torch.cuda.device_count())
+    found = [drawing.matching(devices, gpu, machine.address(f"cuda:{gpu}")) for gpu in gpus]
+    assert None not in found and len(set(found)) == len(found)
 
-    context = glinfo.GLContext(64, 64)
-    context.make_current()
-    try:
-        renderer = GL.glGetString(GL.GL_RENDERER).decode()
-        assert not any(word in renderer.lower() for word in ("llvmpipe", "softpipe", "swrast"))
-    finally:
-        context.free()
+    # In a process of its own, since MuJoCo chooses its device once.
+    code = (
+        "from envs import drawing\n"
+        "drawing.choose_device()\n"
+        "from mujoco.egl import GLContext\n"
+        "context = GLContext(64, 64)\n"
+        "context.make_current()\n"
+        "print(drawing.renderer())\n"
+    )
+    last = gpus[-1]
+    place = {"MUJOCO_GL": "egl", "MUJOCO_EGL_DEVICE_ID": str(last)}
+    place |= {"VLA3_DRAWS_ON": machine.address(f"cuda:{last}")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | place,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    name = done.stdout.lower()
+    assert "none is cuda" not in name
+    assert not any(software in name for software in ("llvmpipe", "softpipe", "swrast"))
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_acting_and_training_agree_in_half_precision(name):
+    """At the same weights, where training computes other batches. The bound is loose: what the gap
+    is at full size, `bench.py gpu` measures."""
+    changes = {} if name == "oft" else {"prefix_dtype": "bfloat16"}
+    model = random_model(name, "small", DEVICE, torch.float32, **changes).eval()
+    model.compute = torch.bfloat16
+    obs = compiled.random_observations(model, 16, DEVICE)
+    with torch.no_grad():
+        stored = obs | model.act(obs, compiled.random_noise(model, 16, DEVICE))
+        some = [{key: x[i : i + 5] for key, x in stored.items()} for i in range(0, 16, 5)]
+        again = torch.cat([model.evaluate(batch)["logprob"] for batch in some])
+    gaps = (again - stored["logprob"]).flatten(1).sum(1).abs()
+    assert gaps.isfinite().all() and gaps.mean() < 0.1
