@@ -135,7 +135,8 @@ class EnvConfig:
     envs: Positive = 24
     """simulators; each keeps its task if the number of tasks divides --envs, else they alternate"""
     env_workers: Natural = 0
-    """processes that step them; 0 derives it from --ratio"""
+    """processes that step them; 0: beside GPUs all cores but two for each GPU, otherwise (and for a
+    vectorised simulator) by --ratio"""
     lanes: Natural = 0
     """lanes per env worker of a vectorised simulator, whose envs step together. 0 means 2: one
     steps while the other waits"""

@@ -4,9 +4,8 @@ and how near it comes to what the machine can do.
     python bench.py inference --model pi05 --size small
 
 Weights, pictures and prompts are random; figures are medians. There is a row for every batch size.
-On a GPU the VLM is in bf16 and what is trained in fp32, as in a run with `--prefix-dtype bfloat16`;
-rows are eager, and then with blocks that torch.compile has compiled. On a CPU they are eager, in
-fp32.
+On a GPU it computes in bf16, as a rollout worker does (`--precision auto`); rows are eager, and
+then with blocks that torch.compile has compiled. On a CPU they are eager, in fp32.
 
     samples_per_s              `model.act`: actions, log-prob and value of a batch whose
                                observations lie on the device already
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
+import models
 from benchmarks.measuring import flops_of, matmul, random_model, seconds_of, where
 from models.compiled import compile_parts, random_noise, random_observations
 
@@ -73,17 +73,6 @@ def gr00t_pieces(model: nn.Module, obs: dict[str, Tensor]) -> tuple[Callable, Ca
     return once, functools.partial(model.velocity, once(), state, x_t, bucket, c.embodiment)
 
 
-def dtype_in_rollout(name: str, model: nn.Module, key: str) -> torch.dtype:
-    """Looks up a parameter's type in a run on a GPU.
-
-    What is trained is in fp32, a frozen VLM in bf16. OFT's files are in bf16.
-    """
-    if name == "oft":
-        is_trained = key.startswith("value_head.") or "lora_" in key
-        return torch.float32 if is_trained else torch.bfloat16
-    return model.dtype_of(key)
-
-
 @torch.inference_mode()
 def inference_row(
     name: str, model: nn.Module, n: int, device: str, flops: float, seconds: float
@@ -121,7 +110,9 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
     model = random_model(name, size, device, torch.float32, **changes).eval().requires_grad_(False)
     if device == "cuda":
         for key, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtype_in_rollout(name, model, key))
+            parameter.data = parameter.data.to(model.dtype_of(key) or parameter.dtype)
+        model.compute = torch.bfloat16
+        models.acting(model)
     one = random_observations(model, 1, device)
     noise = random_noise(model, 1, device)
     # Counted before anything is compiled.

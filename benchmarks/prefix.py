@@ -52,12 +52,14 @@ def bytes_of(fields: dict) -> int:
 
 
 def actor_model(name: str, size: str, device: str, cached: bool) -> nn.Module:
-    """Makes a model as an actor holds it: the VLM frozen, what is trained in fp32."""
+    """Makes a model as an actor holds it: the VLM frozen, what is trained in fp32, and on a GPU
+    computed in bf16."""
     changes = {"train_vlm": False, "cache_prefix": cached}
     half = device == "cuda"
     if half:
         changes["prefix_dtype"] = "bfloat16"
     model = random_model(name, size, device, torch.float32, **changes)
+    model.compute = torch.bfloat16 if half else None
     trainable = model.trainable()
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(key in trainable)

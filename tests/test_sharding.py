@@ -46,6 +46,13 @@ def half_pi() -> Pi:
     return model
 
 
+def narrow_pi() -> Pi:
+    """Its blocks compute in bf16, over weights in fp32."""
+    model = tiny_pi(**SMALL, pi05=False, train_vlm=True)
+    model.compute = torch.bfloat16
+    return model
+
+
 def seen_by(model: nn.Module, n: int) -> dict[str, torch.Tensor]:
     if isinstance(model, test_gr00t.Gr00t):
         return test_gr00t.observations(model.config, n)
@@ -65,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict]] = {
     ),
     "oft": (lambda: test_oft.tiny_oft(torch.float64, train="full"), {"micro_batch": 4}),
     "half": (half_pi, {}),
+    "bfloat16": (narrow_pi, {"precision": "bfloat16"}),
     "lora": (lambda: test_oft.tiny_oft(torch.float64), {"algorithm": "grpo", "group_size": 2}),
 }
 
@@ -196,6 +204,8 @@ def test_two_ranks_that_share_the_weights_come_to_those_of_one(shared, name):
     """After five updates, in fp64 (fp32 and bf16 to what they can say); also what acts, what is
     saved and what the optimizer knows."""
     near = {"rtol": 1e-3, "atol": 1e-4} if name == "half" else {"rtol": 1e-9, "atol": 1e-9}
+    if name == "bfloat16":  # Adam makes a step of lr of any gradient, also of one that is rounding
+        near = {"rtol": 0.0, "atol": 5e-3}
     model = model_of(name)
     begun = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     learner = learner_of(model, config_of(CASES[name][1]))
@@ -216,6 +226,8 @@ def test_two_ranks_that_share_the_weights_come_to_those_of_one(shared, name):
     assert any((saved[key] - begun[key]).abs().max() > 1e-3 for key in learner.trainable)
 
     # One rank alone goes on from those files, too.
+    if name == "bfloat16":  # what Adam remembers are gradients
+        near = {"rtol": 0.1, "atol": 0.02}
     config = completed(learner.config, checkpoint=shared / name / "000004")
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
     known = learner_of(model_of(name), config, resume=resume).optimizer.state_dict()["state"]

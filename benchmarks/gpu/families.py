@@ -64,8 +64,9 @@ def inference(where: Where, name: str) -> Iterator[dict]:
     """Measures inference of so many samples, eager and compiled."""
     peak_rate = peak(where)
     one = subject(where, name)
+    models.acting(one.sketch)
     flops = act_flops(one.sketch)
-    model = with_weights(where, one)
+    model = models.acting(with_weights(where, one))
     channels = filled_slots(where, one, model)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
@@ -179,12 +180,14 @@ class Training:
         carrier = Carrier(channels.pool, self.learner.seen, config.env.segment, where.device)
         self.inbox = Inbox(0, config, LIBERO, channels, NoMore(), self.learner.facts, carrier)
         self.recomputes = False
+        # Bytes of gradients and moments, which the first step makes.
+        self.pending = 3 * sum(p.nbytes for p in self.learner.parameters)
 
     def row(self, chunk_steps: int) -> dict:
         """Measures a micro-batch of so many chunk steps, or says that it does not fit."""
         predicted = self.fitted(chunk_steps)
         says = {"checkpointing": self.recomputes, "predicted_gb": predicted / 1e9}
-        if not room_for(self.where, predicted):
+        if not room_for(self.where, predicted + self.pending):
             return says | {"note": "does not fit"}
         self.one.config.actor.micro_batch = chunk_steps
         if self.learner.prefixes:
@@ -198,15 +201,16 @@ class Training:
             self.learner.train(dict(data), micro)  # which empties what it is given
 
         # The first pass makes gradients, and the first step what the optimizer remembers.
-        train()
-        self.learner.step()
+        if self.pending:
+            train()
+            self.learner.step()
+            self.pending = 0
         memory = Peak(self.where)
         self.learner.train(read(), micro)
         peak_gb = memory.gb()
         device = self.where.device
-        read_s, train_s, step_s = seconds_of(
-            [read, train, self.learner.step], device, self.where.seconds
-        )
+        calls = [read, train, self.learner.step]
+        read_s, train_s, step_s = seconds_of(calls, device, self.where.seconds, least=1)
         return {
             "read_ms": 1e3 * read_s,
             "train_ms": 1e3 * train_s,
@@ -223,7 +227,7 @@ class Training:
         copied = chunk_steps // segment * (segment + 1)
         sizes = (model, chunk_steps, copied)
         predicted = training_peak(*sizes, self.recomputes, self.keeps)
-        if not self.recomputes and not room_for(self.where, predicted):
+        if not self.recomputes and not room_for(self.where, predicted + self.pending):
             layers.recompute_blocks(self.learner.model)
             self.recomputes = True
             predicted = training_peak(*sizes, True, self.keeps)
@@ -267,24 +271,27 @@ def precision_row(where: Where, name: str, kind: str) -> dict:
     """Measures an inference of all slots at once, and how far from what it says of its own actions
     training is, which computes them in other batches."""
     changes = {"prefix_dtype": kind, "cache_prefix": "off"} if name in FLOW else {}
-    one = subject(where, name, **changes)
+    one = subject(where, name, segment=1, precision=kind, **changes)
     model = with_weights(where, one, wide=kind == "float32")
-    channels = filled_slots(where, one, model)
+    acting = models.acting(with_weights(where, one, wide=kind == "float32"))  # the same again
+    channels = filled_slots(where, one, acting)
     fields = ("logprob", *model.training_fields())
-    carrier = Carrier(channels.pool, fields, where.segment, where.device)
+    carrier = Carrier(channels.pool, fields, 1, where.device)
     data = carrier.take(tuple(range(where.slots)))
     gaps = []
     with torch.no_grad():
-        for slot in range(where.slots):
-            stored = {name: x[slot, : where.segment] for name, x in data.items()}
+        for some in torch.arange(where.slots).chunk(4):
+            stored = {name: x[some[0] : some[-1] + 1, 0] for name, x in data.items()}
             gap = model.evaluate(stored)["logprob"] - stored["logprob"]
             gaps.append(gap.flatten(1).sum(1).abs())
     gaps = torch.cat(gaps)
     noise = compiled.random_noise(model, where.slots, where.device)
     obs = compiled.random_observations(model, where.slots, where.device)
     with torch.inference_mode():
-        act_s = seconds_of([lambda: model.act(obs, noise)], where.device, where.seconds)[0]
+        act = functools.partial(acting.act, obs, noise)
+        act_s = seconds_of([act], where.device, where.seconds, least=1)[0]
     return {
+        "computed_in": one.config.train.precision,
         "samples": where.slots,
         "act_ms": 1e3 * act_s,
         "samples_per_s": where.slots / act_s,
