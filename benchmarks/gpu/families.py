@@ -7,7 +7,8 @@ memory.py says of it.
 
     inference   act_ms         `model.act` alone: its observations lie on the device
                 served_ms      `rollout_worker.serve`: from slots, and back into them
-                first_call_s   the first call of a size, where it is compiled
+                compile_s      what a rollout worker compiles before it is ready
+                first_call_s   the first call of a size
     actor       prefix         where what a frozen VLM made of a frame lies: in the slots, on the
                                GPU from an earlier epoch on, or nowhere, so that it runs again
                 read_ms        bringing a micro-batch from the slots to the device
@@ -21,8 +22,9 @@ Left out: several ranks, processes that share the device.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -44,14 +46,15 @@ from benchmarks.gpu.subjects import (
     with_weights,
 )
 from benchmarks.measuring import flops_of, seconds_of
-from config import FLOW
+from config import FLOW, completed
 from learner import Learner
 from models import compiled, layers
 from ranks import Ranks
-from rollout_worker import serve
+from rollout_worker import compile_where_asked, serve
 from streamer import MicroBatch
 from transfers import Carrier
 
+Size = Callable[[int], int]  # of a batch of n samples, once it is padded
 SAMPLES = (16, 1, 64, 4)  # of an inference, the most telling first
 MICRO_BATCHES = (32, 96, 128)  # chunk steps
 PLACES = ("slots", "gpu", "off")  # of a frozen prefix
@@ -68,13 +71,16 @@ def inference(where: Where, name: str) -> Iterator[dict]:
     flops = act_flops(one.sketch)
     model = models.acting(with_weights(where, one))
     channels = filled_slots(where, one, model)
+    size = int
     for mode in ("eager", "compiled"):
         if mode == "compiled":
-            compile_sizes(where, model)
+            start = time.perf_counter()
+            size = compile_as_a_worker(where, one, model)
+            yield {"family": name, "mode": mode, "compile_s": time.perf_counter() - start}
         for n in (4,) if where.fake else SAMPLES:
             about = {"family": name, "mode": mode, "samples": n}
             try:
-                row = inference_row(where, one, model, channels.pool, n, mode == "compiled")
+                row = inference_row(where, one, model, channels.pool, n, size)
             except torch.cuda.OutOfMemoryError as error:
                 yield about | {"error": in_one_line(error)}
                 continue
@@ -83,9 +89,8 @@ def inference(where: Where, name: str) -> Iterator[dict]:
 
 
 @torch.inference_mode()
-def inference_row(where: Where, one: Subject, model: nn.Module, pool, n: int, padded: bool) -> dict:
-    """Measures one number of samples. padded: to a size that was compiled."""
-    size = compiled.bucket if padded else int
+def inference_row(where: Where, one: Subject, model: nn.Module, pool, n: int, size: Size) -> dict:
+    """Measures one number of samples. size: what n samples are padded to."""
     memory = Peak(where)
     obs = compiled.random_observations(model, size(n), where.device)
     noise = compiled.random_noise(model, size(n), where.device)
@@ -111,11 +116,13 @@ def inference_row(where: Where, one: Subject, model: nn.Module, pool, n: int, pa
     }
 
 
-def compile_sizes(where: Where, model: nn.Module) -> None:
-    """Lets the next call of each size compile it. For a device that is not there nobody can."""
-    if not where.fake:
-        torch._dynamo.config.recompile_limit = 64  # past it, torch would go on eagerly
-        compiled.compile_parts(model)
+def compile_as_a_worker(where: Where, one: Subject, model: nn.Module) -> Size:
+    """Compiles inference as a rollout worker does. Returns what n samples are padded to. For a
+    device that is not there nobody can compile."""
+    config = completed(one.config, compile=not where.fake)
+    lanes = SimpleNamespace(count=max(SAMPLES) // 2)  # each asks for last values, too
+    meter = SimpleNamespace(alive=lambda: None)
+    return compile_where_asked(model, config, lanes, where.device, meter)
 
 
 def act_flops(sketch: nn.Module) -> int:
