@@ -29,7 +29,6 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     """Works until the launcher ends it. spec: the simulator's EnvSpec."""
     requests = channels.requests[rank]
     requests.close_writer()
-    channels.pool.use_on(device)
     channels.plane.use_on(device)
     models.use_tf32(device, config.train.precision)
     model = models.acting(models.build(config, spec, device)).eval()

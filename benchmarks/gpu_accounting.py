@@ -123,7 +123,6 @@ class Case:
         found = {}
         with Account() as account, patch.object(models, "build", self.build):
             self.pool = SlotPool(prepare.slot_spec(self.config, self.spec, self.model), self.slots)
-            self.pool.use_on(DEVICE)
             models.use_tf32(DEVICE, self.config.train.precision)
             self.pool.arrays["length"][:] = self.steps
             self.pool.arrays["success"][0, -1] = True

@@ -101,7 +101,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     """
     folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
-    # CUDA's kernels give positions before heads in memory: no view of several kv heads unfolds that.
+    # CUDA's kernels put positions before heads in memory: no view of several kv heads unfolds that.
     return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
