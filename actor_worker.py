@@ -40,13 +40,9 @@ def run(
     report: Connection | None,
     meter: Meter,
 ) -> None:
-    """Trains until the last version. resume: state.json of the checkpoint that training goes on
-    from, and its "lines" of metrics.jsonl, or None; report: the first rank tells the launcher
-    through it."""
-    channels.pool.use_on(device)
-    if rank == 0:  # who publishes
-        channels.plane.use_on(device)
-    models.use_tf32(device, config.train.precision)
+    """Trains until the last version. resume: state.json of the checkpoint to go on from, and its
+    "lines" of metrics.jsonl, or None; report: from the first rank to the launcher."""
+    use_device(device, rank, config, channels)
     ranks = Ranks.of(config, rank, device, run_folder, resume, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
@@ -93,6 +89,14 @@ def run(
                     report.send(line)
 
         leave(learner, saver, report, meter)
+
+
+def use_device(device: str, rank: int, config: Config, channels: Channels) -> None:
+    """Makes this process work on its device."""
+    channels.pool.use_on(device)
+    if rank == 0:  # who publishes
+        channels.plane.use_on(device)
+    models.use_tf32(device, config.train.precision)
 
 
 def stop_where_asked(

@@ -107,7 +107,7 @@ class BenchConfig:
     --setting"""
     iterations: Natural = 0
     """ladder, tracing, tuning: iterations measured after the warm-up; 0: 5 emulated, 6 gr00t, 2
-    vectorised, 4 metaworld_colocated, 3 maniskill_hybrid, 4 real, 10 tuning"""
+    vectorised, 5 headlines, 4 real, 10 tuning"""
     ratio: str = ""
     """ladder, tracing: R:A; empty means 1:1, 2:1 and 3:1 of the paper's columns (tracing: 1:1) and
     3:1 of the real settings; headlines have one of their own"""

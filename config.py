@@ -135,7 +135,8 @@ class EnvConfig:
     envs: Positive = 24
     """simulators; each keeps its task if the number of tasks divides --envs, else they alternate"""
     env_workers: Natural = 0
-    """processes that step them; 0 derives it from --ratio"""
+    """processes that step them; 0: beside GPUs all cores but two for each GPU, otherwise (and for a
+    vectorised simulator) by --ratio"""
     lanes: Natural = 0
     """lanes per env worker of a vectorised simulator, whose envs step together. 0 means 2: one
     steps while the other waits"""
@@ -215,8 +216,8 @@ class RolloutConfig:
     """dtype of a VLM that is frozen, but for adapters, and of what slots keep of it (OFT's is the
     checkpoint's); none means as --precision"""
     compile: bool | None = None
-    """compile inference with torch.compile, which takes minutes at start-up and pads batches to
-    powers of two; none means where there is a GPU"""
+    """compile inference with torch.compile, at start-up; on a GPU it also becomes CUDA graphs, for
+    batches padded to a few sizes. None means where there is a GPU"""
 
 
 @dataclass(kw_only=True, slots=True)

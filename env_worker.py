@@ -41,7 +41,10 @@ def run(
     with envs.starting(config.train.env):
         lanes = {i: TrainingLane(shard, lane, begin) for i, lane in shard.training_lanes().items()}
         evaluation = EvaluationLanes(shard, shard.evaluation_lanes())
-        next(iter(lanes.values())).draw_once()
+        first = next(iter(lanes.values()))
+        first.draw_once()
+    if rank == 0 and not shard.generation:
+        shard.name_renderer(first.lane)
     if shard.generation:  # this worker replaces one that died
         for lane in lanes.values():
             lane.skip_finished_trajectories()

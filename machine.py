@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from errors import UserError, require
@@ -81,13 +81,41 @@ def near(device: str, root: Path = Path("/")) -> frozenset[int]:
     nodes = list((root / "sys/devices/system/node").glob("node[0-9]*"))
     if device == "cpu" or len(nodes) < 2:
         return every
+    # "ffff,00000000": a bit for each core, core 0 last.
+    folder = root / "sys/bus/pci/devices" / address(device)
+    mask = "".join(words(folder / "local_cpus")).replace(",", "")
+    return frozenset(core for core in every if int(mask or "0", 16) >> core & 1) or every
+
+
+def address(device: str) -> str:
+    """Names a GPU as the PCI bus does, whatever CUDA_VISIBLE_DEVICES calls it."""
     import torch
 
     gpu = torch.cuda.get_device_properties(device)
-    name = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
-    # "ffff,00000000": a bit for each core, core 0 last.
-    mask = "".join(words(root / "sys/bus/pci/devices" / name / "local_cpus")).replace(",", "")
-    return frozenset(core for core in every if int(mask or "0", 16) >> core & 1) or every
+    return f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Writes numbers shortly: "0–3, 8"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def where(cores: frozenset[int], root: Path = Path("/")) -> str:
+    """Names cores, and their NUMA nodes where the system tells them."""
+    nodes = []
+    for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        # "0-3,8": first and last of each run.
+        runs = [run.split("-") for run in ",".join(words(folder / "cpulist")).split(",") if run]
+        if any(int(run[0]) <= core <= int(run[-1]) for run in runs for core in cores):
+            nodes.append(int(folder.name[4:]))
+    of = f" (NUMA {ranges(nodes)})" if nodes else ""
+    return f"core{'s' * (len(cores) > 1)} {ranges(cores)}{of}"
 
 
 def gpus() -> int:

@@ -46,11 +46,11 @@ ROUGH = 8
 
 # Bytes of processes without tensors (Pss; Linux, Python 3.11, torch 2.13 without CUDA): the
 # launcher, the server that forks the workers, a worker.
-BARE = {"launcher": 250e6, "server": 125e6, "env": 115e6, "rollout": 120e6, "actor": 175e6}
+BARE = {"launcher": 250e6, "server": 125e6, "env": 40e6, "rollout": 120e6, "actor": 175e6}
 # Bytes of a simulator, drawn in software: of each process, and of each env in it.
 SIMULATORS = {
-    "metaworld": (20e6, 55e6),
-    "libero": (330e6, 50e6),
+    "metaworld": (110e6, 55e6),
+    "libero": (405e6, 50e6),
     **dict.fromkeys(("emulated", "emulated_gr00t", "vectorised"), (0.0, 1e5)),
     **dict.fromkeys(("emulated_metaworld", "vectorised_hybrid"), (0.0, 1e5)),
 }
@@ -59,6 +59,8 @@ ANY_SIMULATOR = (300e6, 100e6)
 # and bytes of the driver's on the host.
 CONTEXT = {"launcher": 0.5e9, "env": 0.3e9, "rollout": 0.7e9, "actor": 0.7e9}
 DRIVER = 1.5e9
+DRAWS = 0.3e9  # of the driver's in a process that only draws
+CORES = 16  # of a machine that is not here, for each GPU: they say how many env workers there are
 SIMULATOR = 0.5  # share that a vectorised simulator has of the room that is left on a GPU
 
 
@@ -192,7 +194,8 @@ class Table:
     def add_process(self, kind: str, process: str, *devices: str) -> None:
         """Adds what a process takes without tensors: a context on every GPU that it touches."""
         gpus = {*devices, place_of(self.demand.drawn_on)} - {"host"}
-        self.add(process, "host", other=BARE[kind] + DRIVER * bool(gpus))
+        driver = DRAWS if kind == "env" and not self.config.env.lanes else DRIVER
+        self.add(process, "host", other=BARE[kind] + driver * bool(gpus))
         for gpu in gpus:
             self.add(process, gpu, other=CONTEXT[kind])
 
@@ -544,7 +547,7 @@ class MemoryConfig:
             return Room.here()
         gpu_gb = self.gpu_gb or 80.0
         host_gb = self.host_gb or 1000.0
-        return Room(self.gpus, gpu_gb * GB, host_gb * GB, machine.cores())
+        return Room(self.gpus, gpu_gb * GB, host_gb * GB, CORES * self.gpus)
 
 
 def main(ours: MemoryConfig, flags: list[str]) -> None:

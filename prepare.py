@@ -57,6 +57,16 @@ class Setup(memory.Demand):
         """What training starts or continues from."""
         return self.resume["version"] if self.resume else 0
 
+    def cores(self, stage: str) -> list[frozenset[int]]:
+        """Lists the cores of every worker of a stage: those near its GPU. Simulators need cores
+        more than nearness, so those whose GPUs leave some cores out may use them all."""
+        devices = getattr(self.placement, f"{stage}_devices")
+        near = {device: machine.near(device) for device in ("cpu", *devices)}
+        every = near.pop("cpu") if "cpu" not in devices else near["cpu"]
+        if stage == "env" and frozenset().union(*near.values()) < every:
+            return [every] * len(devices)
+        return [near[device] for device in devices]
+
     def pool(self) -> SlotPool:
         """Makes the slots, each on the NUMA node of the GPU whose rollout worker serves it."""
         nodes = [machine.near(rollout) for rollout in self.placement.rollout_devices]
@@ -219,6 +229,8 @@ def shared_out(
     fixed = {name for name in WORKERS if setting(config, name)}
     if config.train.placement != "colocated":
         fixed.add("actor_workers")
+    if not simulator.vectorised:  # its env workers share nothing that must divide
+        fixed.add("env_workers")
     tried = [[count] if n in fixed else range(count, 0, -1) for n, count in counts.items()]
     actor = config.actor
     before = actor.minibatch

@@ -75,6 +75,7 @@ class Job:
     environment: dict[str, str]
     replaceable: bool = False
     part: GpuPart | None = None  # of the GPU where torch allocates
+    cores: frozenset[int] | None = None  # that it may use; None: all
 
 
 class Failure(NamedTuple):
@@ -133,6 +134,7 @@ def child(job: Job, errors: connection.Connection) -> None:
     os.environ.update(job.environment)
     output.never_fail()
     torch.set_num_threads(job.threads)
+    os.sched_setaffinity(0, job.cores or os.sched_getaffinity(0))
     keep_freed_memory()
     status = 0
     try:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from checks import flag_of
-from config import WORKERS, Config, group_of, parse_ratio, setting
+from config import MOST_WORKERS, WORKERS, Config, group_of, parse_ratio, setting
 from errors import require
 
 FIRST_WAIT_S = 0.01  # T_max where it is auto, until an inference was measured
@@ -246,14 +246,19 @@ class Placement:
 def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
     """Places the workers of `config` on the parts of the machine. Raises UserError.
 
-    simulator: an emulated one says itself how many env workers there are."""
+    simulator: an emulated one says itself how many env workers there are. One that steps on cores
+    has, beside GPUs, all but two for each of these, and at least a worker for each that it
+    draws on."""
     ratio = config.train.parts
     placement = config.train.placement
     env_workers, *others = (setting(config, name) for name in WORKERS)
-    said = simulator.workers(ratio, placement)
-    if said is not None and not env_workers:
-        env_workers = min(said, config.env.envs)
+    most = simulator.workers(ratio, placement)
     placement, ratio, instead = nearest(placement, ratio, gpus)
+    if most is None and gpus and not simulator.vectorised:
+        drawing = share_gpus(ratio, placement, gpus)[0]
+        most = max(len(drawing), min(cores, MOST_WORKERS) - 2 * gpus)
+    if most is not None and not env_workers:
+        env_workers = min(most, config.env.envs)
     placed = place(ratio, placement, gpus, cores, env_workers, *others)
     return replace(placed, line=placed.line + instead)
 
@@ -304,9 +309,9 @@ def place(ratio: str, placement: str, gpus: int, cores: int, *workers: int) -> P
     env = spread(env_gpus, env_workers)
     rollout = spread(rollout_gpus, rollout_workers)
     actor = spread(actor_gpus, actor_workers)
-    threads = max(1, cores // (len(rollout) + len(actor)))
+    threads = max(1, (cores - len(env)) // (len(rollout) + len(actor)))  # an env worker has one
     line = (
-        f"{gpus} GPU{'s' * (gpus > 1)}: {placement} {ratio} means env on "
+        f"{gpus} GPU{'s' * (gpus > 1)}: {placement} {ratio} means {len(env)} env workers on "
         f"{', '.join(dict.fromkeys(env))}; rollout on {', '.join(rollout)}; actor on "
         f"{', '.join(actor)}"
     )

@@ -16,6 +16,7 @@ from metrics import Meter
 from models.checkpoint import Header
 from scheduler import Admission, Trajectories
 
+SOFTWARE = ("llvmpipe", "softpipe", "swrast", "swiftshader", "osmesa")  # GL without a GPU
 # Where a chunk step usually takes less time than this (seconds), the requests of several lanes are
 # sent together.
 GATHER_S = 1e-3
@@ -132,6 +133,20 @@ class Shard:
                 if name != "image" or not self.pictures_stay:
                     self.arrays[name][slot, row] = value
         self.observed = tuple(fields)
+
+    def name_renderer(self, lane: Lane) -> None:
+        """Says what draws, and warns where it does so slowly beside GPUs."""
+        name = lane.player.renderer()
+        if not name:
+            return
+        slow = self.device != "cpu" and any(word in name.lower() for word in SOFTWARE)
+        instead = (
+            ", in software beside GPUs, which takes some hundred milliseconds a picture: install "
+            "the driver's GL (libnvidia-gl), in a container with NVIDIA_DRIVER_CAPABILITIES=all"
+        )
+        print(
+            f"{'warning: ' * slow}{self.meter.name} draws with {name}{instead * slow}", flush=True
+        )
 
     def carry_over(self, before: slice, slots: slice) -> None:
         """Copies row T of a trajectory's slots to row 0 of the next one's."""

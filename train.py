@@ -178,7 +178,9 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
         args = (spec, device, channels.of_worker("rollout", rank))
         plans.append(("rollout", rank, rollout_worker.run, args, placement.rollout_threads, {}))
     for rank, device in enumerate(placement.env_devices):
-        draws_on = {} if device == "cpu" else {"MUJOCO_EGL_DEVICE_ID": device.split(":")[1]}
+        draws_on = {} if device == "cpu" else {"VLA3_DRAWS_ON": machine.address(device)}
+        if draws_on:  # CUDA's number; `envs.drawing` finds EGL's
+            draws_on["MUJOCO_EGL_DEVICE_ID"] = device.split(":")[1]
         args = (setup.header, device, channels.of_worker("env", rank), setup.version)
         plans.append(("env", rank, env_worker.run, args, 1, draws_on))
 
@@ -191,8 +193,9 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
             budget = budgets.get(args[1], {}).get(meter.name, setup.room.gpu)
             part = GpuPart(args[1], min(1.0, budget / setup.room.gpu))
         args = (rank, setup.config, *args, meter)
+        cores = setup.cores(stage)[rank]
         listed.append(
-            Job(meter.name, target, args, threads, meter, environment, stage == "env", part)
+            Job(meter.name, target, args, threads, meter, environment, stage == "env", part, cores)
         )
     return listed
 
@@ -216,11 +219,26 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
 
 def where(setup: Setup) -> str:
     """Says where everybody works, and what those who share a GPU may have of it."""
-    shared = memory.pools(memory.table_of(setup, setup.room), setup.room)
-    if not shared:
-        return setup.placement.line
-    alone = "without MPS processes take turns on a GPU: start nvidia-cuda-mps-control -d"
-    return f"{setup.placement.line}\n{shared}; {'MPS runs' if machine.mps() else alone}"
+    # Workers with as many threads on the same cores are named together.
+    placement = setup.placement
+    threads = {"actor": placement.actor_threads, "rollout": placement.rollout_threads, "env": 1}
+    alike: dict[tuple, list[str]] = {}
+    for stage, count in threads.items():
+        ranks: dict[frozenset[int], list[int]] = {}
+        for rank, cores in enumerate(setup.cores(stage)):
+            ranks.setdefault(cores, []).append(rank)
+        for cores, these in ranks.items():
+            names = f"{stage} {machine.ranges(these)}"
+            alike.setdefault((cores, count), []).append(names)
+    said = [
+        f"{', '.join(names)}: {count} thread{'s' * (count > 1)} on {machine.where(cores)}"
+        for (cores, count), names in alike.items()
+    ]
+    lines = [placement.line, "; ".join(said)]
+    if shared := memory.pools(memory.table_of(setup, setup.room), setup.room):
+        alone = "without MPS processes take turns on a GPU: start nvidia-cuda-mps-control -d"
+        lines.append(f"{shared}; {'MPS runs' if machine.mps() else alone}")
+    return "\n".join(lines)
 
 
 def played_again(setup: Setup, folder: RunFolder) -> str:

@@ -117,14 +117,14 @@ HEADLINES = {
         title="Meta-World + π0.5, colocated",
         env="emulated_metaworld",
         costs=metaworld,
-        iterations=4,
+        iterations=5,
         rows=SECOND["metaworld_colocated"],
     ),
     "maniskill_hybrid": Headline(
         title="ManiSkill, hybrid 6:2",
         env="vectorised_hybrid",
         costs=maniskill_hybrid,
-        iterations=3,
+        iterations=5,
         rows=SECOND["maniskill_hybrid"],
     ),
 }

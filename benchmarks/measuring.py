@@ -78,16 +78,19 @@ def random_model(name: str, size: str, device: str, dtype: torch.dtype, **change
         torch.set_default_dtype(before)
 
 
-def seconds_of(functions: list[Callable], device: str, seconds: float) -> list[float]:
+def seconds_of(
+    functions: list[Callable], device: str, seconds: float, least: int = 3
+) -> list[float]:
     """Measures the median time of one call of each function, after one call that warms up.
 
-    They take turns, so that what disturbs one disturbs all. Each is called at least 3 times and for
-    `seconds`. A call lasts until the GPU is done."""
-    for function in functions:
+    They take turns, so that what disturbs one disturbs all. Each is called `least` times or more,
+    for `seconds`. A call lasts until the GPU is done. least: 1 where calls are long and have warmed
+    up, which is then left out."""
+    for function in functions if least > 1 else ():
         time_of(function, device)
     times = [[] for _ in functions]
     end = time.perf_counter() + seconds * len(functions)
-    while len(times[0]) < 3 or time.perf_counter() < end:
+    while len(times[0]) < least or time.perf_counter() < end:
         for taken, function in zip(times, functions, strict=True):
             taken.append(time_of(function, device))
     return [statistics.median(taken) for taken in times]

@@ -147,6 +147,10 @@ class Env(ABC):
         """Draws a frame for people, [size, size, 3] uint8; by default the policy's first view."""
         return resized(self.observe()[0][0], size)
 
+    def renderer(self) -> str:
+        """Names what has drawn last, as its driver does; "" where the simulator does not know."""
+        return ""
+
     def close(self) -> None:  # noqa: B027  nothing to free is the default
         """Frees what the interpreter's exit does not."""
 
@@ -182,6 +186,10 @@ class Envs(ABC):
     def film(self, size: int = 256) -> np.ndarray:
         """Draws a frame of the first env for people, [size, size, 3] uint8."""
         return resized(self.observe()[0][0, 0].cpu().numpy(), size)
+
+    def renderer(self) -> str:
+        """Names what has drawn last, as its driver does; "" where the simulator does not know."""
+        return ""
 
     def close(self) -> None:  # noqa: B027  nothing to free is the default
         """Frees what the interpreter's exit does not."""

@@ -4,29 +4,101 @@ On a processor a frame costs what its triangles cost, hardly its pixels, and a m
 textures and meshes. So both are thinned to what a frame can show.
 """
 
+import ctypes
 import hashlib
 import io
 import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
 
 LARGE = 1000  # triangles of a mesh that is worth thinning
+UNMATCHED: list[str] = []  # what to say where this process cannot draw on its own GPU
 FEWEST = 100  # triangles that must be left of it
 
 
-def forget_missing_device() -> None:
-    """Lets MuJoCo take any EGL device where a container shows fewer of them than CUDA ones."""
-    wanted = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    if wanted is not None and os.environ["MUJOCO_GL"] == "egl":
-        from mujoco.egl import egl_ext
+class EglDevice(NamedTuple):
+    """What EGL's driver says of one of its devices."""
 
-        if int(wanted) >= len(egl_ext.eglQueryDevicesEXT()):
-            del os.environ["MUJOCO_EGL_DEVICE_ID"]
+    file: str  # "/dev/dri/card0", or ""
+    cuda: int | None  # CUDA's number of it, in a process with this CUDA_VISIBLE_DEVICES
+
+
+def egl_devices() -> list[EglDevice]:
+    """Lists the devices as MUJOCO_EGL_DEVICE_ID counts them. (Extensions EGL_EXT_device_query,
+    EGL_EXT_device_drm, EGL_NV_device_cuda; numbers are of Khronos' eglext.h.)"""
+    from mujoco.egl import egl_ext
+
+    def function(name: str, result, *arguments):
+        return ctypes.CFUNCTYPE(result, *arguments)(egl_ext.eglGetProcAddress(name))
+
+    device = egl_ext.EGLDeviceEXT
+    number = ctypes.POINTER(ctypes.c_ssize_t)
+    try:
+        text = function("eglQueryDeviceStringEXT", ctypes.c_char_p, device, ctypes.c_int32)
+        ask = function("eglQueryDeviceAttribEXT", ctypes.c_uint, device, ctypes.c_int32, number)
+    except TypeError:  # an EGL without these functions
+        return []
+    found = []
+    for each in egl_ext.eglQueryDevicesEXT():
+        extensions = (text(each, 0x3055) or b"").split()  # EGL_EXTENSIONS
+        file = text(each, 0x3233) if b"EGL_EXT_device_drm" in extensions else None
+        cuda = ctypes.c_ssize_t(-1)
+        known = b"EGL_NV_device_cuda" in extensions and ask(each, 0x323A, ctypes.byref(cuda))
+        found.append(EglDevice((file or b"").decode(), cuda.value if known else None))
+    return found
+
+
+def matching(
+    devices: list[EglDevice], cuda: int, address: str, root: Path = Path("/")
+) -> int | None:
+    """Returns the number of the EGL device that is a GPU, or None.
+
+    EGL has an order of its own, and knows no CUDA_VISIBLE_DEVICES. So what counts is the address on
+    the PCI bus, which the system tells of a device file; where there is none, CUDA's number, which
+    NVIDIA's driver counts among the visible ones (RLinf, tests of its NvidiaGPUManager)."""
+    for number, device in enumerate(devices):
+        folder = root / "sys/class/drm" / Path(device.file).name / "device"
+        if device.file and folder.resolve().name == address:
+            return number
+    of_cuda = [number for number, device in enumerate(devices) if device.cuda == cuda]
+    return of_cuda[0] if len(of_cuda) == 1 else None
+
+
+def choose_device() -> None:
+    """Lets MuJoCo draw on this worker's GPU: turns MUJOCO_EGL_DEVICE_ID from CUDA's number into
+    EGL's. Where no device of EGL is that GPU, MuJoCo takes the first one that works; `renderer`
+    says so."""
+    address = os.environ.pop("VLA3_DRAWS_ON", "")
+    cuda = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if not address or cuda is None or os.environ["MUJOCO_GL"] != "egl":
+        return
+    devices = egl_devices()
+    number = matching(devices, int(cuda), address)
+    if number is None:
+        del os.environ["MUJOCO_EGL_DEVICE_ID"]
+        UNMATCHED.append(
+            f", the first of EGL's {len(devices)} devices, of which none is cuda:{cuda}"
+        )
+    else:
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(number)
+
+
+def renderer() -> str:
+    """Names what draws in this thread, as GL does, or returns "" where nothing was drawn yet."""
+    if os.environ["MUJOCO_GL"] != "egl":
+        return os.environ["MUJOCO_GL"]
+    from mujoco.egl import egl_ext
+
+    if not (address := egl_ext.eglGetProcAddress("glGetString")):
+        return ""
+    name = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_uint)(address)(0x1F01)  # GL_RENDERER
+    return (name or b"").decode(errors="replace") + "".join(UNMATCHED)
 
 
 def merge(vertices: np.ndarray, cell: float) -> tuple[np.ndarray, np.ndarray]:

@@ -358,7 +358,7 @@ class Env(envs.Env):
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
-        drawing.forget_missing_device()
+        drawing.choose_device()
         self.scene: Scene | None = None
 
     def reset(self, task: int, seed: int) -> None:

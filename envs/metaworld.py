@@ -127,7 +127,7 @@ class Env(envs.Env):
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
-        drawing.forget_missing_device()
+        drawing.choose_device()
         self.sims = {}  # by task, the one used last at the end
         # Show no site but one that alone shows a goal, which `_build` puts into group 1.
         self.option = mujoco.MjvOption()
@@ -171,6 +171,9 @@ class Env(envs.Env):
 
     def observe(self) -> tuple[np.ndarray, np.ndarray]:
         return self.film(self.size)[None], self.state[:4].astype(np.float32)
+
+    def renderer(self) -> str:
+        return drawing.renderer()
 
     def film(self, size: int = 256) -> np.ndarray:
         renderer = self._renderer(size)

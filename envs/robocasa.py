@@ -24,7 +24,7 @@ import re
 import numpy as np
 
 import envs
-from envs import EnvSpec, Step, stability
+from envs import EnvSpec, Step, drawing, stability
 from errors import UserError, require
 
 PACKAGES = ("robosuite", "robocasa")
@@ -123,6 +123,9 @@ class Env(envs.Env):
         pictures = np.stack([self._render(view, self.size) for view in VIEWS[: self.views]])
         numbers = [np.asarray(self.seen[name], np.float32).reshape(-1) for name in STATE]
         return pictures, np.concatenate(numbers)
+
+    def renderer(self) -> str:
+        return drawing.renderer()
 
     def film(self, size: int = 256) -> np.ndarray:
         return self._render(VIEWS[0], size)

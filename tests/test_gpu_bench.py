@@ -160,4 +160,3 @@ def test_the_whole_command_runs_to_its_end_where_no_gpu_is(tmp_path):
     assert [entry["section"] for entry in result["sections"]] == [s.name for s in SECTIONS]
     assert all(entry["rows"] and entry["status"] == "ran" for entry in result["sections"])
     assert {row["device"] for row in result["rows"]} == {"not there: times mean nothing"}
-    assert result["seconds"] < 480.0

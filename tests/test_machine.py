@@ -156,6 +156,15 @@ class Gpu(NamedTuple):
 GPUS = {"cuda:0": Gpu(0, 0x1A, 0), "cuda:1": Gpu(1, 0x81, 0), "cuda:2": Gpu(0, 0xFF, 0)}
 
 
+def test_cores_are_named_with_their_nodes(tmp_path):
+    assert machine.where(frozenset({5}), tmp_path) == "core 5"
+    nodes = {0: "0-3,8-11", 1: "4-7,12-15", 10: "16"}
+    files = {f"sys/devices/system/node/node{n}/cpulist": f"{x}\n" for n, x in nodes.items()}
+    written(tmp_path, files)
+    assert machine.where(frozenset({0, 1, 2, 9}), tmp_path) == "cores 0–2, 9 (NUMA 0)"
+    assert machine.where(frozenset({3, 12, 16}), tmp_path) == "cores 3, 12, 16 (NUMA 0–1, 10)"
+
+
 @pytest.fixture
 def nvidia_smi(monkeypatch):
     """Answers as the tool would, where torch sees no GPU."""

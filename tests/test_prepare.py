@@ -137,6 +137,39 @@ def test_slots_lie_near_the_gpu_whose_rollout_worker_serves_them(monkeypatch):
     assert near[:16] == served and len(near) == 18
 
 
+def test_env_workers_stay_near_their_gpus_only_where_no_cores_are_left_out(monkeypatch):
+    setup = prepare.prepare(settings())
+    near = {"cpu": {0, 1, 2, 3}, "cuda:0": {0, 1}, "cuda:1": {2, 3}, "cuda:2": {2, 3}}
+    monkeypatch.setattr(prepare.machine, "near", lambda device: frozenset(near[device]))
+
+    def cores(stage: str, *devices: str) -> list[set[int]]:
+        placement = replace(setup.placement, **{f"{stage}_devices": devices})
+        return [set(found) for found in replace(setup, placement=placement).cores(stage)]
+
+    assert cores("env", "cuda:0", "cuda:1", "cuda:0") == [{0, 1}, {2, 3}, {0, 1}]
+    assert cores("env", "cuda:1", "cuda:2") == [{0, 1, 2, 3}] * 2
+    assert cores("rollout", "cuda:1", "cuda:2") == [{2, 3}] * 2
+    assert cores("env", "cpu", "cpu") == [{0, 1, 2, 3}] * 2
+
+
+def test_everybody_s_threads_cores_and_node_are_said(monkeypatch):
+    setup = prepare.prepare(settings())
+    near = {"cpu": {0, 1, 2, 3}, "cuda:0": {0, 1}, "cuda:1": {2, 3}}
+    monkeypatch.setattr(prepare.machine, "near", lambda device: frozenset(near[device]))
+    gpus = ("cuda:0", "cuda:1")
+    changes = {"env_devices": gpus * 2, "rollout_devices": gpus, "actor_devices": gpus[:1]}
+    changes |= {"rollout_threads": 2, "actor_threads": 2, "line": "so"}
+    monkeypatch.setattr(train.memory, "table_of", lambda *_: None)
+    monkeypatch.setattr(train.memory, "pools", lambda *_: "")
+    monkeypatch.setattr(train.machine, "where", lambda cores: f"cores {sorted(cores)}")
+    said = train.where(replace(setup, placement=replace(setup.placement, **changes)))
+    assert said.splitlines() == [
+        "so",
+        "actor 0, rollout 0: 2 threads on cores [0, 1]; rollout 1: 2 threads on cores [2, 3]; "
+        "env 0, 2: 1 thread on cores [0, 1]; env 1, 3: 1 thread on cores [2, 3]",
+    ]
+
+
 class Simulator:
     """What `find_workers` asks of one."""
 

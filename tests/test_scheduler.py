@@ -3,15 +3,16 @@ machine.
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from config import parse_ratio
+from config import MOST_WORKERS, Config, completed, parse_ratio
 from errors import UserError
-from scheduler import Admission, DynamicBatcher, nearest, place
+from scheduler import Admission, DynamicBatcher, divide, nearest, place
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -345,6 +346,41 @@ def test_more_workers_than_gpus_share_them_in_turn():
         and found.rollout_devices == cuda(0, 0)
         and found.actor_devices == cuda(1)
     )
+
+
+def simulator(vectorised: bool = False, workers: int | None = None):
+    return SimpleNamespace(vectorised=vectorised, workers=lambda ratio, placement: workers)
+
+
+@pytest.mark.parametrize(
+    "gpus, cores, envs, counted",
+    [
+        (8, 112, 64, 64),  # one each
+        (8, 112, 128, 96),  # cores − 2 × GPUs
+        (8, 384, 512, MOST_WORKERS - 16),  # as many as can be started
+        (1, 16, 64, 14),
+        (4, 4, 64, 4),  # one for each GPU
+        (0, 112, 64, 3),  # without GPUs by the ratio
+    ],
+)
+def test_simulators_that_step_on_cores_get_processes_by_cores(gpus, cores, envs, counted):
+    ratio = "3:1" if gpus == 0 else "1:1"
+    config = completed(Config(), envs=envs, batch=envs, ratio=ratio, placement="colocated")
+    placed = divide(config, simulator(), gpus, cores)
+    assert len(placed.env_devices) == counted
+    if gpus:
+        dealt = [placed.env_devices.count(f"cuda:{i}") for i in range(gpus)]
+        assert max(dealt) - min(dealt) <= 1 and f"{counted} env workers" in placed.line
+        # Others say how many they want, or have one to a GPU, and a flag is obeyed.
+        assert len(divide(config, simulator(True), gpus, cores).env_devices) == gpus
+        assert len(divide(config, simulator(workers=5), gpus, cores).env_devices) == 5
+        given = completed(config, env_workers=7)
+        assert len(divide(given, simulator(), gpus, cores).env_devices) == 7
+
+
+def test_threads_of_inference_and_training_leave_a_core_to_each_env_worker():
+    assert place("1:1", "colocated", 8, 112, 64, 0, 0).rollout_threads == 3
+    assert place("1:1", "colocated", 8, 112, 96, 0, 0).actor_threads == 1
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,8 @@ def test_a_micro_batch_waits_once_and_copies_no_pageable_memory(family, watch):
             learner.train(data | carrier.take(slots), MicroBatch(slots, 0, 0, i == 1, 5))
             assert Stream.waits == ["synchronize"] * i  # for the numbers of the one before
         Stream.waits = []
-        learner.step()
+        with patch.object(learner.optimizer, "step"):  # fused, which needs a device with memory
+            learner.step()
         assert Stream.waits == ["_local_scalar_dense"]  # whether the gradient is finite
 
 

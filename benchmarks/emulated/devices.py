@@ -13,7 +13,7 @@ worker that is killed leaves no lock behind: the device does what it was given, 
 
 Processes that share a GPU have it in turns of a few milliseconds; were each to keep it for a whole
 micro-batch, a picture would wait for that to be drawn. `SLICE` is longer than such turns are, 0.1
-to 2 s in the papers' time, because a shorter one is no sleep that a busy machine can keep to.
+to 4 s in the papers' time, because a shorter one is no sleep that a busy machine can keep to.
 
 A device here stands for all GPUs that do the same at the same time. Colocated that is one. Where
 simulators have GPUs apart (hybrid), device 0 is theirs and device 1 is inference's, and the ranks

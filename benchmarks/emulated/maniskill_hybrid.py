@@ -36,7 +36,7 @@ from benchmarks.emulated.maniskill import (  # noqa: F401  the same here
     spec,
 )
 
-SCALE = 1 / 200  # seconds here per second there
+SCALE = 1 / 400  # seconds here per second there
 PAPERS = 544  # envs of a GPU
 WORKERS = 1
 ENVS = 64

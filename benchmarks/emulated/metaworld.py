@@ -41,7 +41,7 @@ from benchmarks.emulated.devices import Device
 from benchmarks.emulated.libero import TAIL, WEIGHTS  # noqa: F401  the same here
 from envs import EnvSpec
 
-SCALE = 1 / 10  # seconds here per second there
+SCALE = 1 / 15  # seconds here per second there
 PAPERS = 512  # envs, of which one lane stands for several
 WORKERS = 8  # env workers on 4 GPUs; colocated they are twice as many, with 2 lanes each
 ENVS = 32

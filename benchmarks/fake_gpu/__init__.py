@@ -7,7 +7,7 @@
 `stub.cpp` gives a torch that is built for CPUs devices named cuda:0 … cuda:7, whose memory is the
 host's and whose kernels are the CPU's. `shim/` puts it into every process of a run (by the
 environment variables above; `library.environment` makes them), `device.py` lets torch.cuda speak of
-it. Results are the CPU's, bit for bit.
+it. Results are the CPU's, up to rounding.
 
 `account.py` needs no memory and no time for kernels: its tensors on devices have shapes and no
 numbers, so that models of billions of weights go through the real functions; it counts what they

@@ -20,6 +20,7 @@ import math
 import sys
 import weakref
 from collections import Counter
+from functools import cache, partialmethod
 from pathlib import Path
 from unittest.mock import patch
 
@@ -52,11 +53,20 @@ def bytes_of(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+@cache
+def is_composite(function: torch._ops.OpOverload) -> bool:
+    """Whether an operator is made of others, whatever the device."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        function.name(), "CompositeImplicitAutograd"
+    )
+
+
 class Account(TorchDispatchMode):
     """The counts since `reset`, of all devices together; memory is of each."""
 
     def __init__(self):
         super().__init__()
+        self.depth = 0  # how often it was entered: again for the parts of an operator
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.sizes: dict[int, int] = {}  # bytes of every storage
         self.allocated: Counter[int] = Counter()  # device → bytes
@@ -67,11 +77,12 @@ class Account(TorchDispatchMode):
     def reset(self) -> None:
         """Begins to count anew. What is allocated stays allocated."""
         self.kernels: Counter[str] = Counter()  # operator → launches
-        self.operations: Counter[str] = Counter()  # dtype → floating-point operations of products
-        self.moved: Counter[str] = Counter()  # dtype → bytes that kernels without products touch
-        self.weights: Counter[str] = Counter()  # dtype → bytes that products touch
+        # Of every product: dtype, floating-point operations, bytes that it touches.
+        self.products: list[tuple[str, int, int]] = []
+        self.moved: Counter[str] = Counter()  # dtype → bytes that all other kernels touch
         self.copied: Counter[str] = Counter()  # "to pageable", … → bytes between host and device
         self.copies: Counter[str] = Counter()  # the same → how many
+        self.hosted = 0  # bytes that the host copies within its own memory
         self.waits: Counter[str] = Counter()  # "item at learner.py:103" → how often the host waits
         self.attention: Counter[str] = Counter()  # kernel → calls
         self.peak = Counter(self.allocated)
@@ -84,16 +95,24 @@ class Account(TorchDispatchMode):
     def synchronisations(self) -> int:
         return sum(self.waits.values())
 
+    @property
+    def operations(self) -> dict[str, int]:
+        """Floating-point operations of products, by dtype."""
+        found = Counter()
+        for kind, operations, _ in self.products:
+            found[kind] += operations
+        return dict(found)
+
     def to_json(self) -> dict:
         return {
             "launches": self.launches,
             "synchronisations": self.synchronisations,
             "waits": dict(self.waits.most_common()),
-            "operations": dict(self.operations),
+            "operations": self.operations,
             "moved": dict(self.moved),
-            "weights": dict(self.weights),
             "copied": dict(self.copied),
             "copies": dict(self.copies),
+            "hosted": self.hosted,
             "attention": dict(self.attention),
             "peak": {f"cuda:{index}": size for index, size in self.peak.items()},
         }
@@ -101,10 +120,15 @@ class Account(TorchDispatchMode):
     # ------------------------------------------------------------ entering and leaving
 
     def __enter__(self) -> "Account":
+        self.depth += 1
+        if self.depth > 1:
+            return super().__enter__()
         self.before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) is a copy that counts
         self.patches = contextlib.ExitStack()
         self.patches.enter_context(patch.object(F, "scaled_dot_product_attention", self.attend))
+        lists = partialmethod(listed, self)  # torch's own asks for one number after the other
+        self.patches.enter_context(patch.object(FakeTensor, "tolist", lists))
         told = fake_device.Told
         self.patches.enter_context(patch.object(told, "synchronised", self.wait))
         self.patches.enter_context(patch.object(told, "allocated", self.memory_of))
@@ -113,6 +137,9 @@ class Account(TorchDispatchMode):
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
+        self.depth -= 1
+        if self.depth:
+            return
         self.patches.close()
         torch._C._set_only_lift_cpu_tensors(self.before)
 
@@ -123,8 +150,17 @@ class Account(TorchDispatchMode):
         given = tree_leaves((args, kwargs))
         place = kwargs.get("device")
         on_device = place is not None and torch.device(place).type == "cuda"
-        if function.namespace == "prim" or not on_device and not any(map(of_device, given)):
+        if function.namespace == "prim":
             return function(*args, **kwargs)
+        if not on_device and not any(map(of_device, given)):
+            if function is aten.copy_.default:
+                self.hosted += bytes_of(args[0])
+            return function(*args, **kwargs)
+
+        # In inference mode operators arrive that are made of others
+        if is_composite(function):
+            with self:
+                return function.decompose(*args, **kwargs)
 
         # What the host must wait for
         name = function._schema.name.removeprefix("aten::")
@@ -173,8 +209,8 @@ class Account(TorchDispatchMode):
         packet = function.overloadpacket
         if packet in flop_registry:
             operations = flop_registry[packet](*args, **kwargs, out_val=made)
-            self.operations[dtype] += operations
-            self.weights[dtype] += touched
+            lossy = dtype == "float32" and torch.get_float32_matmul_precision() != "highest"
+            self.products.append(("tf32" if lossy else dtype, operations, touched))
         else:
             self.moved[dtype] += touched
 
@@ -216,8 +252,8 @@ class Account(TorchDispatchMode):
         """Runs an operator the size of whose result only the device knows."""
         self.wait(name)
         self.kernels[name] += SEVERAL.get(name, 1)
-        numbers = self.on_host(args[0])
-        made = getattr(aten, name)(numbers, *args[1:])
+        numbers = [self.on_host(x) if of_device(x) else x for x in args]
+        made = getattr(aten, name)(*numbers)
         place = args[0].device
         several = isinstance(made, tuple)
         found = tuple(self.keep(x, place) for x in (made if several else (made,)))
@@ -283,6 +319,13 @@ class Account(TorchDispatchMode):
         kernel, out = attention_on_device(q, k, v, attn_mask, is_causal, scale, **more)
         self.attention[f"{kernel} {str(q.dtype).removeprefix('torch.')}"] += 1
         return out
+
+
+def listed(tensor: FakeTensor, account: Account) -> list:
+    """Stands for Tensor.tolist."""
+    account.wait("tolist")
+    account.kernels["copy"] += 1
+    return account.on_host(tensor).tolist()
 
 
 ATTENTION = F.scaled_dot_product_attention

@@ -1,7 +1,7 @@
 // CUDA devices whose memory is the host's and whose kernels are the CPU's, for a torch without CUDA.
 //
 // Tensors say cuda:k, mixing devices is the error it is on a GPU, autograd runs on the engine's
-// threads for devices, and numbers are the CPU's, bit for bit. Streams and events do nothing: all
+// threads for devices, and numbers are the CPU's, up to rounding. Streams and events do nothing: all
 // is done at once and in order, so a synchronisation that is missing is not found out.
 //
 // Registered are what torch asks of a device (guard, hooks), its two allocators, and one kernel for

@@ -7,7 +7,8 @@ memory.py says of it.
 
     inference   act_ms         `model.act` alone: its observations lie on the device
                 served_ms      `rollout_worker.serve`: from slots, and back into them
-                first_call_s   the first call of a size, where it is compiled
+                compile_s      what a rollout worker compiles before it is ready
+                first_call_s   the first call of a size
     actor       prefix         where what a frozen VLM made of a frame lies: in the slots, on the
                                GPU from an earlier epoch on, or nowhere, so that it runs again
                 read_ms        bringing a micro-batch from the slots to the device
@@ -21,8 +22,9 @@ Left out: several ranks, processes that share the device.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -44,14 +46,15 @@ from benchmarks.gpu.subjects import (
     with_weights,
 )
 from benchmarks.measuring import flops_of, seconds_of
-from config import FLOW
+from config import FLOW, completed
 from learner import Learner
 from models import compiled, layers
 from ranks import Ranks
-from rollout_worker import serve
+from rollout_worker import compile_where_asked, serve
 from streamer import MicroBatch
 from transfers import Carrier
 
+Size = Callable[[int], int]  # of a batch of n samples, once it is padded
 SAMPLES = (16, 1, 64, 4)  # of an inference, the most telling first
 MICRO_BATCHES = (32, 96, 128)  # chunk steps
 PLACES = ("slots", "gpu", "off")  # of a frozen prefix
@@ -64,16 +67,20 @@ def inference(where: Where, name: str) -> Iterator[dict]:
     """Measures inference of so many samples, eager and compiled."""
     peak_rate = peak(where)
     one = subject(where, name)
+    models.acting(one.sketch)
     flops = act_flops(one.sketch)
-    model = with_weights(where, one)
+    model = models.acting(with_weights(where, one))
     channels = filled_slots(where, one, model)
+    size = int
     for mode in ("eager", "compiled"):
         if mode == "compiled":
-            compile_sizes(where, model)
+            start = time.perf_counter()
+            size = compile_as_a_worker(where, one, model)
+            yield {"family": name, "mode": mode, "compile_s": time.perf_counter() - start}
         for n in (4,) if where.fake else SAMPLES:
             about = {"family": name, "mode": mode, "samples": n}
             try:
-                row = inference_row(where, one, model, channels.pool, n, mode == "compiled")
+                row = inference_row(where, one, model, channels.pool, n, size)
             except torch.cuda.OutOfMemoryError as error:
                 yield about | {"error": in_one_line(error)}
                 continue
@@ -82,9 +89,8 @@ def inference(where: Where, name: str) -> Iterator[dict]:
 
 
 @torch.inference_mode()
-def inference_row(where: Where, one: Subject, model: nn.Module, pool, n: int, padded: bool) -> dict:
-    """Measures one number of samples. padded: to a size that was compiled."""
-    size = compiled.bucket if padded else int
+def inference_row(where: Where, one: Subject, model: nn.Module, pool, n: int, size: Size) -> dict:
+    """Measures one number of samples. size: what n samples are padded to."""
     memory = Peak(where)
     obs = compiled.random_observations(model, size(n), where.device)
     noise = compiled.random_noise(model, size(n), where.device)
@@ -110,11 +116,13 @@ def inference_row(where: Where, one: Subject, model: nn.Module, pool, n: int, pa
     }
 
 
-def compile_sizes(where: Where, model: nn.Module) -> None:
-    """Lets the next call of each size compile it. For a device that is not there nobody can."""
-    if not where.fake:
-        torch._dynamo.config.recompile_limit = 64  # past it, torch would go on eagerly
-        compiled.compile_parts(model)
+def compile_as_a_worker(where: Where, one: Subject, model: nn.Module) -> Size:
+    """Compiles inference as a rollout worker does. Returns what n samples are padded to. For a
+    device that is not there nobody can compile."""
+    config = completed(one.config, compile=not where.fake)
+    lanes = SimpleNamespace(count=max(SAMPLES) // 2)  # each asks for last values, too
+    meter = SimpleNamespace(alive=lambda: None)
+    return compile_where_asked(model, config, lanes, where.device, meter)
 
 
 def act_flops(sketch: nn.Module) -> int:
@@ -179,12 +187,14 @@ class Training:
         carrier = Carrier(channels.pool, self.learner.seen, config.env.segment, where.device)
         self.inbox = Inbox(0, config, LIBERO, channels, NoMore(), self.learner.facts, carrier)
         self.recomputes = False
+        # Bytes of gradients and moments, which the first step makes.
+        self.pending = 3 * sum(p.nbytes for p in self.learner.parameters)
 
     def row(self, chunk_steps: int) -> dict:
         """Measures a micro-batch of so many chunk steps, or says that it does not fit."""
         predicted = self.fitted(chunk_steps)
         says = {"checkpointing": self.recomputes, "predicted_gb": predicted / 1e9}
-        if not room_for(self.where, predicted):
+        if not room_for(self.where, predicted + self.pending):
             return says | {"note": "does not fit"}
         self.one.config.actor.micro_batch = chunk_steps
         if self.learner.prefixes:
@@ -198,15 +208,16 @@ class Training:
             self.learner.train(dict(data), micro)  # which empties what it is given
 
         # The first pass makes gradients, and the first step what the optimizer remembers.
-        train()
-        self.learner.step()
+        if self.pending:
+            train()
+            self.learner.step()
+            self.pending = 0
         memory = Peak(self.where)
         self.learner.train(read(), micro)
         peak_gb = memory.gb()
         device = self.where.device
-        read_s, train_s, step_s = seconds_of(
-            [read, train, self.learner.step], device, self.where.seconds
-        )
+        calls = [read, train, self.learner.step]
+        read_s, train_s, step_s = seconds_of(calls, device, self.where.seconds, least=1)
         return {
             "read_ms": 1e3 * read_s,
             "train_ms": 1e3 * train_s,
@@ -223,7 +234,7 @@ class Training:
         copied = chunk_steps // segment * (segment + 1)
         sizes = (model, chunk_steps, copied)
         predicted = training_peak(*sizes, self.recomputes, self.keeps)
-        if not self.recomputes and not room_for(self.where, predicted):
+        if not self.recomputes and not room_for(self.where, predicted + self.pending):
             layers.recompute_blocks(self.learner.model)
             self.recomputes = True
             predicted = training_peak(*sizes, True, self.keeps)
@@ -267,24 +278,27 @@ def precision_row(where: Where, name: str, kind: str) -> dict:
     """Measures an inference of all slots at once, and how far from what it says of its own actions
     training is, which computes them in other batches."""
     changes = {"prefix_dtype": kind, "cache_prefix": "off"} if name in FLOW else {}
-    one = subject(where, name, **changes)
+    one = subject(where, name, segment=1, precision=kind, **changes)
     model = with_weights(where, one, wide=kind == "float32")
-    channels = filled_slots(where, one, model)
+    acting = models.acting(with_weights(where, one, wide=kind == "float32"))  # the same again
+    channels = filled_slots(where, one, acting)
     fields = ("logprob", *model.training_fields())
-    carrier = Carrier(channels.pool, fields, where.segment, where.device)
+    carrier = Carrier(channels.pool, fields, 1, where.device)
     data = carrier.take(tuple(range(where.slots)))
     gaps = []
     with torch.no_grad():
-        for slot in range(where.slots):
-            stored = {name: x[slot, : where.segment] for name, x in data.items()}
+        for some in torch.arange(where.slots).chunk(4):
+            stored = {name: x[some[0] : some[-1] + 1, 0] for name, x in data.items()}
             gap = model.evaluate(stored)["logprob"] - stored["logprob"]
             gaps.append(gap.flatten(1).sum(1).abs())
     gaps = torch.cat(gaps)
     noise = compiled.random_noise(model, where.slots, where.device)
     obs = compiled.random_observations(model, where.slots, where.device)
     with torch.inference_mode():
-        act_s = seconds_of([lambda: model.act(obs, noise)], where.device, where.seconds)[0]
+        act = functools.partial(acting.act, obs, noise)
+        act_s = seconds_of([act], where.device, where.seconds, least=1)[0]
     return {
+        "computed_in": one.config.train.precision,
         "samples": where.slots,
         "act_ms": 1e3 * act_s,
         "samples_per_s": where.slots / act_s,

@@ -68,8 +68,9 @@ def subject(where: Where, name: str, **changes) -> Subject:
     simulator = {"env": "libero", "tasks": (), "eval_envs": 0, "lanes": 0}
     settings = workers | batches | simulator
     settings |= {"segment": where.segment, "checkpointing": "off", "micro_batch": 32}
+    settings |= {"precision": "bfloat16"}
     if where.fake:  # half precision takes processors fifty times as long
-        changes = changes | {"prefix_dtype": "float32"}
+        changes = changes | {"precision": "float32", "prefix_dtype": "float32"}
     config = completed(recipes.apply(RECIPES[name]), **settings | changes)
     with sizes(where, name, config.rollout.chunk):
         sketch = models.build(config, LIBERO, weights="none")
@@ -110,18 +111,19 @@ def draw(model: nn.Module, device: str, wide: bool) -> None:
 def filled_slots(where: Where, one: Subject, model: nn.Module) -> Channels:
     """Makes slots of trajectories that the model has played on random pictures."""
     config = one.config
+    segment = config.env.segment
     pool = SlotPool(one.slots, where.slots)
-    observed = random_observations(model, where.slots * (where.segment + 1), "cpu")
+    observed = random_observations(model, where.slots * (segment + 1), "cpu")
     for name, rows in observed.items():
-        pool[name].copy_(rows.unflatten(0, (where.slots, where.segment + 1)))
+        pool[name].copy_(rows.unflatten(0, (where.slots, segment + 1)))
     pool["env"].copy_(torch.arange(where.slots))
     pool["task"].copy_(torch.arange(where.slots) % TASKS)
-    pool["length"].fill_(where.segment)
+    pool["length"].fill_(segment)
     pool["reward"].bernoulli_(0.3)
     pool.use_on(where.device)
     transfers.lock(pool, (*model.observation_fields(), *model.slot_fields()), where.device)
-    for t in range(where.segment + 1):
-        kind = ACT if t < where.segment else VALUE
+    for t in range(segment + 1):
+        kind = ACT if t < segment else VALUE
         requests = [Record(slot, t, kind, 0, 0) for slot in range(where.slots)]
         serve(model, requests, pool, config.train.seed, 0, where.device)
     return Channels.create(config, pool, None, Counters(1, ("none",)))
