@@ -92,8 +92,7 @@ def run(
 
 
 def use_device(device: str, rank: int, config: Config, channels: Channels) -> None:
-    """Makes this process work on its device."""
-    channels.pool.use_on(device)
+    """Prepares this process for its device."""
     if rank == 0:  # who publishes
         channels.plane.use_on(device)
     models.use_tf32(device, config.train.precision)

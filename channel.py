@@ -216,13 +216,6 @@ class SlotPool(Shared):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def use_on(self, device: str) -> None:
-        """Makes this process work on a device, and close to it."""
-        if device == "cpu":
-            return
-        torch.cuda.set_device(device)
-        os.sched_setaffinity(0, machine.near(device))
-
 
 class Record(NamedTuple):
     """Says where to look: it speaks for a whole lane, whose first slot it names."""

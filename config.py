@@ -216,8 +216,8 @@ class RolloutConfig:
     """dtype of a VLM that is frozen, but for adapters, and of what slots keep of it (OFT's is the
     checkpoint's); none means as --precision"""
     compile: bool | None = None
-    """compile inference with torch.compile, which takes minutes at start-up and pads batches to
-    powers of two; none means where there is a GPU"""
+    """compile inference with torch.compile, at start-up; on a GPU it also becomes CUDA graphs, for
+    batches padded to a few sizes. None means where there is a GPU"""
 
 
 @dataclass(kw_only=True, slots=True)

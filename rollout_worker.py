@@ -20,7 +20,7 @@ import transfers
 from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool
 from config import Config
 from metrics import HISTOGRAM, Meter
-from models import compiled, contract
+from models import compiled, contract, layers
 from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max, most_samples
 from weights import WeightFetcher
 
@@ -29,7 +29,6 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     """Works until the launcher ends it. spec: the simulator's EnvSpec."""
     requests = channels.requests[rank]
     requests.close_writer()
-    channels.pool.use_on(device)
     channels.plane.use_on(device)
     models.use_tf32(device, config.train.precision)
     model = models.acting(models.build(config, spec, device)).eval()
@@ -246,11 +245,15 @@ def named(config: Config, version: int, begun: int) -> tuple[str, str]:
 def compile_where_asked(
     model, config: Config, lanes: LanesServed, device: str, meter: Meter
 ) -> Callable[[int], int]:
-    """Compiles inference (--compile). Returns what n samples are padded to; n where it is eager."""
+    """Compiles inference (--compile). Returns what n samples are padded to; n without a GPU."""
     wanted = config.rollout.compile
-    if not (model.COMPILED and (device != "cpu" if wanted is None else wanted)):
+    if not (layers.blocks(model) and (device != "cpu" if wanted is None else wanted)):
         return int
-    compiled.compile_for(model, most_samples(config, lanes.count), device, meter.alive)
+    most = most_samples(config, lanes.count)
+    compiled.compile_for(model, most, device, meter.alive)
+    if device == "cpu":
+        return int
+    model.act = compiled.Graphs(model.act, compiled.bucket(most))
     return compiled.bucket
 
 

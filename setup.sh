@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes this folder ready to run: system GL libraries (where they are missing and you may install
-# them), .venv, Python packages.
+# Makes this folder ready to run: system GL libraries and, for a GPU or the tests, a compiler (where
+# they are missing and you may install them), .venv, Python packages.
 #
 #   bash setup.sh              what training needs
 #   bash setup.sh --dev        and what the tests need
@@ -86,6 +86,26 @@ if ! have_gl || ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     else
         echo "note: rendering needs libEGL and Mesa; ask an administrator for:" \
             "apt-get install ${gl_packages[*]}" >&2
+    fi
+fi
+
+# Whether torch.compile can build what it makes: with g++ for a CPU, for a GPU with gcc and Python's
+# headers (Triton).
+can_compile() {
+    command -v gcc >/dev/null && command -v g++ >/dev/null &&
+        "$python" -c 'import sysconfig; open(sysconfig.get_path("include") + "/Python.h")' \
+            2>/dev/null
+}
+
+# Install a compiler where inference is compiled: on a GPU and in the tests. Or say what is missing.
+headers=$("$python" -c 'import sys; print("python{}.{}-dev".format(*sys.version_info))')
+compiler_packages=(gcc g++ "$headers")
+if { command -v nvidia-smi >/dev/null || [ "$requirements" = requirements-dev.txt ]; } &&
+    ! can_compile; then
+    echo "installing a compiler for torch.compile"
+    if ! may_install || ! install_packages "${compiler_packages[@]}"; then
+        echo "note: torch.compile needs a compiler and Python headers; ask an administrator for:" \
+            "apt-get install ${compiler_packages[*]}; until then give --compile False" >&2
     fi
 fi
 

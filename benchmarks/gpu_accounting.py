@@ -14,7 +14,7 @@ The functions are the real ones: `rollout_worker.serve`, `Inbox.read`, `Learner.
     memory      all other kernels, at the speed of memory
     launches    of kernels, by the host; they overlap with the two above where these take longer
     copies      between host and device, page-locked or pageable
-    host        the host's own gathering from slots, and scattering into them
+    host        the host's own gathering from slots, and copying to page-locked memory
     waits       of the host for the device, `WAIT` each
     at most     the sum, where nothing overlaps
 
@@ -28,19 +28,20 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import tyro
 
+import actor_worker
 import envs
 import memory
 import models
 import prepare
 import train
+import transfers
 from actor_worker import Inbox
 from benchmarks.fake_gpu import library
 from benchmarks.fake_gpu.account import Account
@@ -52,6 +53,7 @@ from ranks import Ranks
 from rollout_worker import serve
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from transfers import Carrier
 from weights import WeightPlane
 
 DEVICE = "cuda:0"
@@ -62,6 +64,7 @@ TRAJECTORIES = 2
 CASES = {
     "pi0": "libero_10_ppo_openpi --cache-prefix off",
     "pi05": "libero_10_ppo_openpi_pi05 --cache-prefix off",
+    "pi05_kept": "libero_10_ppo_openpi_pi05 --cache-prefix gpu",
     "gr00t": "libero_10_ppo_gr00t --cache-prefix off",
     "oft": "libero_10_grpo_openvlaoft --oft-train lora --lora-rank 32",
 }
@@ -83,7 +86,7 @@ class Count:
     """What something asks of a GPU, and how long that takes, in seconds."""
 
     account: dict  # of account.Account
-    gathered: int  # bytes that the host moved out of slots or into them
+    gathered: int  # bytes that the host took out of slots for itself
     bound: float
     seconds: dict[str, float]
 
@@ -120,7 +123,7 @@ class Case:
         found = {}
         with Account() as account, patch.object(models, "build", self.build):
             self.pool = SlotPool(prepare.slot_spec(self.config, self.spec, self.model), self.slots)
-            self.pool.use_on(DEVICE)
+            models.use_tf32(DEVICE, self.config.train.precision)
             self.pool.arrays["length"][:] = self.steps
             self.pool.arrays["success"][0, -1] = True
             plane = WeightPlane(self.weights, DEVICE)
@@ -148,7 +151,9 @@ class Case:
 
     def count_inference(self, found: dict[str, Count]) -> None:
         """Serves every kind of request at once."""
-        model = self.build(self.config, self.spec, DEVICE).eval()
+        model = models.acting(self.build(self.config, self.spec, DEVICE)).eval()
+        fields = (*model.observation_fields(), *model.slot_fields())
+        transfers.lock(self.pool, fields, DEVICE)
         rare = [EVAL, VALUE] + [FINAL] * ("final" in self.pool.spec)
         kinds = [ACT] * (SAMPLES - len(rare)) + rare
         samples = [self.request(kind, i) for i, kind in enumerate(kinds)]
@@ -164,11 +169,20 @@ class Case:
             ranks = Ranks.of(self.config, 0, DEVICE, Path(folder), None, None)
         learner = Learner(self.config, self.spec, DEVICE, ranks, None)
         streamer = Streamer.of(self.config, 0, 0)
-        inbox = Inbox(0, self.config, self.spec, self.channels, streamer, learner.fields)
+        carrier = Carrier(self.pool, learner.seen, self.steps, DEVICE)
+        facts = learner.facts
+        inbox = Inbox(0, self.config, self.spec, self.channels, streamer, facts, carrier)
         slots = tuple(range(TRAJECTORIES))
         micro = MicroBatch(slots, epoch=0, minibatch=0, last=True, of=TRAJECTORIES)
         with self.counting(found, "micro-batch"):
-            learner.train(inbox.read(micro, DEVICE), micro)
+            learner.train(inbox.read(micro), micro)
+        if learner.prefixes:
+            with self.counting(found, "micro-batch of a later epoch"):
+                later = replace(micro, epoch=1)
+                learner.train(inbox.read(later), later)
+        if self.config.actor.steps > 1:  # the first one of a batch keeps a copy for checkpoints
+            with self.counting(found, "first step of a batch"):
+                learner.step()
         with self.counting(found, "optimizer step"):
             learner.step()
         with self.counting(found, "publication"):
@@ -176,23 +190,17 @@ class Case:
 
     @contextlib.contextmanager
     def counting(self, found: dict[str, Count], name: str):
-        moved = Counter()
-        gather = SlotPool.gather
-        put = SlotPool.put
+        gathered = []
 
-        def gathered(*arguments):
-            made = gather(*arguments)
-            moved["bytes"] += made.nbytes
+        def gather(*arguments):
+            made = transfers.gather(*arguments)
+            gathered.append(made.nbytes)
             return made
 
-        def scattered(pool, field, slots, rows, values):
-            moved["bytes"] += values.nbytes
-            put(pool, field, slots, rows, values)
-
         self.account.reset()
-        with patch.object(SlotPool, "gather", gathered), patch.object(SlotPool, "put", scattered):
+        with patch.object(actor_worker, "gather", gather):
             yield
-        found[name] = estimated(self.account, moved["bytes"])
+        found[name] = estimated(self.account, sum(gathered))
 
 
 def estimated(account: Account, gathered: int) -> Count:
@@ -206,7 +214,7 @@ def estimated(account: Account, gathered: int) -> Count:
         "copies": sum(
             size / (PINNED if "pinned" in way else PAGEABLE) for way, size in account.copied.items()
         ),
-        "host": gathered / GATHER,
+        "host": (gathered + 2 * account.hosted) / GATHER,  # what is copied was gathered before
         "waits": account.synchronisations * WAIT,
     }
     return Count(account.to_json(), gathered, max(operations / PEAK, 0.0), seconds)
@@ -236,7 +244,7 @@ def show(counts: dict[str, dict[str, Count]]) -> None:
 @dataclass(kw_only=True)
 class AccountingConfig:
     case: tuple[str, ...] = tuple(CASES)
-    """which families"""
+    """which of `CASES`"""
     flags: str = ""
     """of train.py, on top of a family's recipe"""
     waits: bool = False

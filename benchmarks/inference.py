@@ -5,7 +5,7 @@ and how near it comes to what the machine can do.
 
 Weights, pictures and prompts are random; figures are medians. There is a row for every batch size.
 On a GPU it computes in bf16, as a rollout worker does (`--precision auto`); rows are eager, and
-then compiled by torch.compile for exactly that size. On a CPU they are eager, in fp32.
+then with blocks that torch.compile has compiled. On a CPU they are eager, in fp32.
 
     samples_per_s              `model.act`: actions, log-prob and value of a batch whose
                                observations lie on the device already
@@ -125,7 +125,6 @@ def measure(name: str, size: str, seconds: float) -> list[dict]:
         about = {"model": name, "size": size, "dtype": ", ".join(dtypes), "mode": mode}
         try:
             for n in BATCHES:
-                torch.compiler.reset()  # past some number of shapes it would go on eagerly
                 rows.append(about | inference_row(name, model, n, device, flops, seconds))
         except TorchDynamoException as error:
             # There is no compiler here, for instance. The eager rows are worth having.

@@ -92,8 +92,6 @@ class MicroBatches:
         stored = obs | model.act(obs, random_noise(model, SAMPLES, device))
         for name in self.fields:
             self.pool[name][:, 0].unflatten(0, (-1, SAMPLES)).copy_(stored[name].to("cpu"))
-        if device == "cuda":
-            self.pool.use_on(device)
         transfers.lock(self.pool, self.names, device)
 
     def read(self) -> dict[str, Tensor]:

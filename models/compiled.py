@@ -1,32 +1,49 @@
-"""Compiled inference: the large pieces of a family's `act` go through torch.compile, for a few
-fixed batch sizes.
+"""Compiled inference: a model's blocks go through torch.compile, and on a GPU its whole `act` is
+replayed as a CUDA graph, for a few fixed batch sizes.
 
     python train.py --compile True          (what a GPU does anyway)
 
-Kernels fitted to a batch size are worth their compilation if the size comes back: batches are
-padded to powers of two. All sizes that a rollout worker can meet are compiled before it says that
-it is ready, and kept on disk by torch for the next run. Left out: CUDA graphs (they fix the
-addresses of weights, which two blocks of memory take turns to hold).
+A block is an entry of a ModuleList (`layers.blocks`). All blocks of a list are one code, compiled
+once whatever the number of layers. The size of the batch is a variable in it, so that a worker
+compiles twice, for one sample (which torch.compile takes for a constant) and for all others. What
+stands between blocks stays eager; a family without ModuleLists is not compiled.
+
+Left to launch are hundreds of kernels, each of which takes the processor longer than a GPU. A CUDA
+graph launches all of them at once, of one batch size: batches are padded to `bucket`. Left out:
+CUDA graphs of the actor, whose sizes and weights change.
 """
 
-from collections.abc import Callable
+import contextlib
+import fcntl
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from errors import UserError
+from models import layers
 
-SMALLEST = 8  # samples; below, an inference is bound by reading weights, so padding is nearly free
+COMPILED_FOR = 8  # samples, at most: kernels are laid out for about so many, and take any number
+WARM_UPS = 2  # calls before a graph is captured: libraries choose their kernels in the first one
+
+# What `act` takes: observations and drawn numbers.
+Given = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 def bucket(n: int) -> int:
-    """The batch size that n samples are padded to."""
-    return max(SMALLEST, 1 << (n - 1).bit_length())
-
-
-def buckets(most: int) -> list[int]:
-    """All that batches of at most `most` samples can meet."""
-    return [SMALLEST << i for i in range((bucket(most) // SMALLEST).bit_length())]
+    """The batch size that n samples are padded to: 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, …
+    At full size eight samples take 1.6 times as long as five."""
+    if n < 4:
+        return n
+    step = 1 << (n.bit_length() - 3)  # n lies from 4 to below 8 steps
+    steps = -(-n // step)
+    return step * (8 if steps == 7 else steps)
 
 
 def pad(tensors: dict[str, Tensor], n: int) -> dict[str, Tensor]:
@@ -56,28 +73,133 @@ def random_noise(model: nn.Module, n: int, device: str) -> dict[str, Tensor]:
     return {name: x.to(device) for name, x in drawn.items()}
 
 
+# ---------------------------------------------------------------- blocks
+
+
 def compile_parts(model: nn.Module) -> None:
-    """`model.COMPILED`, in place. A piece that is no single graph is an error."""
-    for part in model.COMPILED:
-        setattr(model, part, torch.compile(getattr(model, part), dynamic=False, fullgraph=True))
+    """Makes every block of the model compile itself at its first call. A block that is no single
+    graph is an error."""
+    import torch._dynamo  # half a compiler, which takes seconds
+
+    torch._dynamo.config.recompile_limit = 64  # codes of one forward; past it, it would go eagerly
+    for block in layers.blocks(model).values():
+        block.forward = partial(
+            of_any_batch, torch.compile(block.forward, dynamic=False, fullgraph=True)
+        )
+
+
+def of_any_batch(forward: Callable, *given, **named):
+    """Calls a compiled block, which is to take the first dimension of what it is given, the batch,
+    for a variable, and all others for constants."""
+    for x in tree_leaves((given, named)):
+        if isinstance(x, Tensor) and x.dim() and len(x) > 1:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+    return forward(*given, **named)
 
 
 def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable[[], None]) -> None:
-    """Compiles `act` for every batch of at most `most` samples. Raises UserError where
-    torch.compile does not work."""
-    # Half a compiler, which takes seconds to import.
+    """Compiles the blocks for batches of up to `most` samples, before any is asked for. Raises
+    UserError where torch.compile does not work."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
-    sizes = buckets(most)
-    torch._dynamo.config.recompile_limit = 2 * len(sizes) + 8  # past it, torch would go on eagerly
     compile_parts(model)
     try:
-        # As in a rollout worker: a graph is for tensors made in this mode, or for others.
-        with torch.inference_mode():
-            for n in sizes:
+        # As in a rollout worker: a code is for tensors made in this mode, or for others.
+        with first_alone(model, device, sign_of_life), torch.inference_mode():
+            for n in sorted({1, min(most, COMPILED_FOR)}):
                 model.act(random_observations(model, n, device), random_noise(model, n, device))
                 sign_of_life()
     except (TorchDynamoException, InductorError) as error:  # no compiler here, for instance
         why = str(error).strip().splitlines()[0]
         raise UserError(f"torch.compile does not work here ({why}): give --compile False") from None
+
+
+@contextlib.contextmanager
+def first_alone(model: nn.Module, device: str, sign_of_life: Callable[[], None]) -> Iterator[None]:
+    """Lets one of the processes that compile the same at the same time go first, so that the others
+    find it in torch's cache on disk. These then go together.
+
+    The cache tells devices apart by their number, so those of other devices do not wait. The
+    kernel releases the lock of a process that dies."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    what = repr((type(model), model.config, device))
+    name = f"vla3-{hashlib.sha1(what.encode()).hexdigest()[:16]}.lock"
+    with (Path(cache_dir()) / name).open("w") as file:
+        wanted = fcntl.LOCK_EX
+        while True:
+            try:
+                fcntl.flock(file, wanted | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                wanted = fcntl.LOCK_SH
+                sign_of_life()
+                time.sleep(0.1)
+        yield
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+class Graphs:
+    """Stands for `act` of a model on a GPU and replays it, captured when a batch size first comes.
+
+    A graph reads and writes the addresses that it was captured with: weights must stay where they
+    are (`WeightFetcher` copies new ones there), and what a call returns is overwritten by the next
+    call of the same batch size, or of another one: they share their memory.
+
+    Where capturing fails, the process says so once and goes on without."""
+
+    def __init__(self, act: Callable, largest: int):
+        """largest: the largest batch that can come. It is captured first, so that all others fit
+        into its memory."""
+        self.act = act
+        self.sizes = (largest,)  # to capture before the next call
+        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Given, dict[str, Tensor]]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.fails = False
+
+    def __call__(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As `act`."""
+        n = len(next(iter(noise.values())))
+        for size in (*self.sizes, n):
+            if size not in self.captured and not self.fails:
+                self.capture(size, (obs, noise))
+        self.sizes = ()
+        if n not in self.captured:
+            return self.act(obs, noise)
+        graph, kept, out = self.captured[n]
+        for mine, given in zip(kept, (obs, noise), strict=True):
+            for name, x in given.items():
+                mine[name].copy_(x, non_blocking=True)
+        graph.replay()
+        return out
+
+    def capture(self, n: int, given: Given) -> None:
+        """Captures `act` for n samples, as torch's notes on CUDA graphs have it: warmed up on a
+        side stream. given: some of at most so many samples."""
+        kept = tuple(pad(tensors, n) for tensors in given)
+        now = torch.cuda.current_stream()
+        side = torch.cuda.Stream()
+        side.wait_stream(now)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):
+                    self.act(*kept)
+            now.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of this process may use the GPU meanwhile: new weights are fetched. A
+            # capture that fails leaves its stream the current one; the outer context does not.
+            with (
+                torch.cuda.stream(now),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
+                out = self.act(*kept)
+        except RuntimeError as error:
+            self.fails = True
+            why = str(error).strip().splitlines()[0]
+            said = f"warning: inference goes without CUDA graphs: capturing {n} samples fails"
+            print(f"{said} ({why})", file=sys.stderr, flush=True)
+            return
+        self.captured[n] = (graph, kept, out)

@@ -46,7 +46,6 @@ NETWORK = {
 MODEL = {
     "header": "`checkpoint.Header`, for the checkpoints of a run",
     "config": "its configuration",
-    "COMPILED": "names of the methods that `models/compiled.py` compiles",
     "acts_in": "(name of a parameter, or its beginning) → the dtype in which the model uses it, or "
     "None for its own; all of a block have one",
     "observation_fields": "() → {name: (shape, dtype)}, what the policy sees, of one chunk step",

@@ -279,7 +279,6 @@ def sine_cosine(bucket: Tensor, half: int, periods: int) -> Tensor:
 
 class Gr00t(FlowPolicy):
     HEADS = ("value_head",)
-    COMPILED = ("backbone", "context", "velocity")
     FROZEN = ("vision.", "projector.", "embed_tokens.", "language", "eagle_linear.")
     WIDE = ("action_decoder.",)
     # Queries, keys and values of the action head, and of the VLM: Isaac-GR00T N1.5's

@@ -101,8 +101,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
     """
     folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
-    found = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
-    return found.reshape(q.shape)  # CUDA's kernels leave heads beside d: several cannot be viewed
+    # CUDA's kernels put positions before heads in memory: no view of several kv heads unfolds that.
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
 
 
 def additive(see: Tensor, dtype: torch.dtype, group: int = 1) -> Tensor:

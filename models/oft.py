@@ -229,7 +229,6 @@ class LlamaLayer(nn.Module):
 
 class Oft(nn.Module):
     HEADS = ("value_head",)
-    COMPILED = ("hidden",)
     WIDE = ("lm_head.",)  # what computes in fp32 beside the value head, whatever the others do
     compute: torch.dtype | None = None  # what those compute in; None: the type of their weights
     ADAPTED = ("*",)  # every linear layer and patch embedding, as RLinf (rlinf/models/__init__.py)

@@ -186,7 +186,6 @@ class VisionTower(layers.Siglip):
 
 
 class Pi(FlowPolicy):
-    COMPILED = ("prefix", "suffix")
     HEADS = ("value_head", "noise_head")
     FROZEN = ("vision.", "embed_tokens.", "language.", "language_norm.")  # the VLM
     # as in openpi's own code (src/openpi/models_pytorch/pi0_pytorch.py)

@@ -21,7 +21,7 @@ VARIANTS = {
     "pi0": {"train_vlm": True, "cache_prefix": False},
     "pi05": {"train_vlm": True, "cache_prefix": False},
     "gr00t": {"train_vlm": True, "cache_prefix": False},
-    "gr00t that masks padding": {"mask_padding": True},
+    "gr00t that masks padding": {"train_vlm": True, "cache_prefix": False, "mask_padding": True},
     "oft": {"train": "full"},
     "oft of grouped heads": {"kv_heads": 8, "views": 2},
 }
@@ -66,7 +66,8 @@ def calls_of(name: str, dtype: torch.dtype) -> list[tuple]:
     short = {key: value for key, value in short.items() if hasattr(full, key)}
     config = replace(full, prefix_dtype="float32") if hasattr(full, "prefix_dtype") else full
     with torch.device("meta"):
-        model = module.NETWORK(replace(config, **short, **VARIANTS[name])).to(dtype)
+        model = module.NETWORK(replace(config, **short, **VARIANTS[name]))
+    model.to("meta").compute = dtype  # over masters in fp32
     calls = []
 
     def note(q, k, v, attn_mask=None, **more):

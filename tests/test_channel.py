@@ -200,17 +200,6 @@ def test_memory_that_ends_or_takes_long_says_so(monkeypatch, capsys):
     assert os.sched_getaffinity(0) == ours
 
 
-def test_a_worker_with_a_gpu_stays_close_to_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(channel.machine, "near", lambda device: {device})
-    moved = []
-    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: moved.append(cores))
-    pool = SlotPool(SPEC, 3, "meta")  # without an arena
-    pool.use_on("cpu")
-    pool.use_on("cuda:1")
-    assert moved == [{"cuda:1"}]
-
-
 def test_nothing_stays_open():
     def use() -> None:
         pool = SlotPool(SPEC, 3)

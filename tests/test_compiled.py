@@ -1,11 +1,15 @@
 """Inference through torch.compile gives what it gives without, and a run with it trains."""
 
+import contextlib
 import json
+import multiprocessing
+import os
 from functools import partial
 
 import pytest
 import torch
 from conftest import SMALL, observations, tiny_pi
+from torch import nn
 
 import models
 from benchmarks.measuring import random_model
@@ -23,9 +27,10 @@ def caches(monkeypatch, tmp_path):
 
 
 def test_few_batch_sizes_occur():
-    assert [compiled.bucket(n) for n in (1, 8, 9, 16, 17, 100)] == [8, 8, 16, 16, 32, 128]
-    for most in (1, 8, 9, 64, 65):
-        assert compiled.buckets(most) == sorted({compiled.bucket(n) for n in range(1, most + 1)})
+    sizes = [1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128]
+    assert sorted({compiled.bucket(n) for n in range(1, 129)}) == sizes
+    for n in range(1, 129):
+        assert compiled.bucket(n) == min(size for size in sizes if size >= n)
 
 
 def test_padding_repeats_the_last_row():
@@ -37,8 +42,7 @@ def test_padding_repeats_the_last_row():
 
 
 def compare(model, obs) -> None:
-    """Eager against compiled, of a batch that is no power of two, before and after the weights are
-    swapped for others."""
+    """Eager against compiled, before and after the weights are swapped for others."""
     n = len(obs["tokens"])
     noise = compiled.random_noise(model, n, "cpu")
     swapped = {
@@ -55,42 +59,175 @@ def compare(model, obs) -> None:
     )
     signs = []
     compiled.compile_for(model, n, "cpu", lambda: signs.append(1))
-    assert len(signs) == len(compiled.buckets(n))
+    assert len(signs) == 2  # for one sample, and for several
     for weights, want in zip((before, swapped), wanted, strict=True):
         for name, parameter in model.named_parameters():
             parameter.data = weights[name]
         # What comes later than the start-up, of tensors made as `rollout_worker.serve` makes them.
         with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
-            out = model.act(
-                compiled.pad(obs, compiled.bucket(n)), compiled.pad(noise, compiled.bucket(n))
-            )
+            out = model.act(obs, noise)
         for name, tensor in want.items():
-            torch.testing.assert_close(out[name][:n], tensor, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out[name], tensor, atol=1e-4, rtol=1e-4)
 
 
 def test_compiled_inference_is_the_same(monkeypatch):
-    # Captured as one graph each, which then runs uncompiled: compiling takes a minute.
+    # Captured as a graph for each kind of block, which then runs uncompiled: compiling takes long.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = tiny_pi(depth=1, vision_depth=1)
     compare(model, observations(model, 3))
 
 
-def test_one_graph_for_each_piece_and_batch_size(monkeypatch):
+def graphs_of(model, monkeypatch) -> list:
+    """What compiling for up to 16 samples captures; nothing more for whatever number comes then."""
     graphs = []
 
     def count(graph, inputs):
         return graphs.append(graph) or graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    model = tiny_pi(depth=1, vision_depth=1)
     compiled.compile_for(model, 16, "cpu", lambda: None)
-    assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
-    for n in (5, 8, 16):  # a padded batch, and full ones as `draw` makes their noise
-        with torch.inference_mode():  # as `rollout_worker.serve` does
-            noise = model.draw([(1, i, 0, 0) for i in range(n)], [True] * n)
-            obs = observations(model, n)
-            model.act(*(compiled.pad(x, compiled.bucket(n)) if n == 5 else x for x in (obs, noise)))
-    assert len(graphs) == len(model.COMPILED) * len(compiled.buckets(16))
+    with torch.compiler.set_stance("fail_on_recompile"), torch.inference_mode():
+        for n in (1, 2, 3, 7, 16):
+            obs = compiled.random_observations(model, n, "cpu")
+            model.act(obs, compiled.random_noise(model, n, "cpu"))
+    torch.compiler.reset()
+    return graphs
+
+
+# π: SigLIP's layer, Gemma's in the prefix and in the expert. GR00T: SigLIP's, Qwen's, of the
+# features, and of the DiT the keys, what attends to them and what attends to itself. OFT: two of
+# towers, Llama's. One sample has two kinds of the expert's: strides of a dimension of one differ.
+KINDS = {"pi05": 3, "gr00t": 6, "oft": 3}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_all_blocks_of_a_kind_are_one_code_for_every_number_of_samples(name, monkeypatch):
+    deeper = {"pi05": {"depth": 3}, "gr00t": {"depth": 3, "dit_depth": 6}, "oft": {"depth": 3}}
+    model = random_model(name, "small", "cpu", torch.float32, **deeper[name])
+    graphs = graphs_of(model.eval().requires_grad_(False), monkeypatch)
+    assert 2 * KINDS[name] <= len(graphs) <= 2 * KINDS[name] + 1
+
+
+class Toy(nn.Module):
+    """The smallest model with blocks."""
+
+    config = "toy"
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def observation_fields(self):
+        return {"state": ((4,), torch.float32)}
+
+    def draw(self, keys, explore):
+        return {"noise": torch.zeros(len(keys), 4)}
+
+    def act(self, obs, noise):
+        x = obs["state"] + noise["noise"]
+        for block in self.stack:
+            x = block(x)
+        return {"actions": x}
+
+
+def compile_toy(folder: str, gate, results) -> None:
+    """Compiles in a process of its own → hits and misses of the cache on disk, signs of life."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+    from torch._dynamo.utils import counters
+
+    signs = []
+    torch.manual_seed(0)
+    model = Toy().requires_grad_(False)
+    gate.wait()
+    compiled.compile_for(model, 1, "cpu", lambda: signs.append(1))
+    found = counters["inductor"]
+    results.put((found["fxgraph_cache_hit"], found["fxgraph_cache_miss"], len(signs)))
+
+
+def test_workers_that_start_together_compile_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    gate = context.Barrier(2)
+    results = context.Queue()
+    workers = [
+        context.Process(target=compile_toy, args=(str(tmp_path), gate, results)) for _ in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    first, second = sorted((results.get(timeout=300) for _ in workers), key=lambda x: x[0])
+    for worker in workers:
+        worker.join()
+    assert first[:2] == (0, 1) and second[:2] == (1, 0)
+    assert second[2] > 1  # it gave signs of life while it waited
+
+
+# ---------------------------------------------------------------- CUDA graphs, without CUDA
+
+
+class Stream:
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    """Remembers that it was replayed. `broken`: the capture fails for this size."""
+
+    replayed = 0
+
+    def replay(self):
+        self.replayed += 1
+
+
+@contextlib.contextmanager
+def capturing(graph, pool, capture_error_mode):
+    yield
+
+
+@pytest.fixture
+def graphs_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+
+
+def given(n: int, value: float) -> compiled.Given:
+    return {"state": torch.full((n, 4), value)}, {"noise": torch.zeros(n, 4)}
+
+
+def test_act_is_captured_once_for_each_size_and_the_largest_first(graphs_without_cuda):
+    sizes = []
+
+    def act(obs, noise):
+        sizes.append(len(obs["state"]))
+        return {"actions": obs["state"] + noise["noise"]}
+
+    graphs = compiled.Graphs(act, 8)
+    graphs(*given(3, 1.0))
+    calls = compiled.WARM_UPS + 1
+    assert sizes == calls * [8] + calls * [3]
+    again = graphs(*given(3, 2.0))
+    assert len(sizes) == 2 * calls  # replayed, not called
+    graph, (obs, _), out = graphs.captured[3]
+    assert graph.replayed == 2 and again is out
+    assert obs["state"].tolist() == given(3, 2.0)[0]["state"].tolist()  # it reads the new ones
+
+
+def test_where_capturing_fails_inference_goes_on_without(graphs_without_cuda, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def failing(graph, pool, capture_error_mode):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", failing)
+    graphs = compiled.Graphs(Toy().act, 8)
+    for value in (1.0, 2.0):
+        want = graphs.act(*given(3, value))["actions"]
+        assert torch.equal(graphs(*given(3, value))["actions"], want)
+    said = capsys.readouterr().err
+    assert said.count("warning: inference goes without CUDA graphs") == 1
+    assert said.count("\n") == 1 and "not permitted" in said
 
 
 @pytest.mark.slow

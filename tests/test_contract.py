@@ -77,7 +77,6 @@ def test_what_a_preparation_lacks_is_named(register):
 class Model(nn.Module):
     """The least that the contract asks for; `changes` replace what a method returns."""
 
-    COMPILED = ()
     config = header = None
 
     def __init__(self, changes: dict):

@@ -5,17 +5,14 @@ that counts: `BOUNDS` says how much of everything each may take. Whole runs are 
 compute.
 """
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
-import torch
 
 from benchmarks.fake_gpu import library
 from config import ROOT
-from run_folder import read_metrics
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,6 @@ def test_rows_come_from_slots_and_go_back_bit_by_bit(dtype):
     pool = SlotPool({name: ((4, *shape), dtype) for name, shape in shapes.items()}, 6)
     for name in shapes:
         pool[name].copy_(torch.randint(0, 256, pool[name].shape).to(dtype))
-    pool.use_on(DEVICE)
     transfers.lock(pool, tuple(shapes), DEVICE)
     assert transfers.goes_straight(pool, "large") and not transfers.goes_straight(pool, "small")
     slots = np.array([5, 0, 3, 4])
@@ -116,7 +115,6 @@ def test_trajectories_that_travel_ahead_arrive_bit_by_bit():
     segment = 3
     pool = SlotPool({"seen": ((segment + 1, 2**16), torch.float32)}, 8)
     pool["seen"].normal_()
-    pool.use_on(DEVICE)
     carrier = transfers.Carrier(pool, ("seen",), segment, DEVICE)
     batches = [(0, 1, 2), (5, 4), (7,), (3, 6)]
     carrier.begin(batches[0])

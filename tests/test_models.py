@@ -222,7 +222,10 @@ def test_pictures_are_resized_to_the_bit_as_their_projects_write_it(height, widt
     square = torch.from_numpy(image[:, :56, :56])
     low, *_, last = crop = crop_places(56)
     assert 0 < low < 2 and 53 < last < 55
-    assert torch.equal(pictures.center_crop(square), cropped(square, torch.tensor(crop)))
+    assert torch.equal(
+        pictures.center_crop(square, pictures.crop_positions(square.shape[1])),
+        cropped(square, torch.tensor(crop)),
+    )
 
 
 def crop_places(size: int, area: float = 0.9) -> list[float]:

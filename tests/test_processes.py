@@ -502,6 +502,26 @@ def test_who_is_out_of_gpu_memory_names_its_budget_and_the_flags(monkeypatch):
         assert flag[2:].replace("-", "_") in STAGE_OF
 
 
+def say_its_cores(meter) -> None:
+    raise UserError(f"on {sorted(os.sched_getaffinity(0))} with {torch.get_num_threads()} threads")
+
+
+def test_a_worker_has_the_cores_and_threads_of_its_job(tmp_path):
+    counters = Counters(1, columns(0))
+    meter = Meter("env-0", 0, counters, None)
+    core = min(os.sched_getaffinity(0))
+    job = Job("env-0", say_its_cores, (meter,), 3, meter, {}, cores=frozenset({core}))
+    crew = Crew([job], counters, tmp_path, restarts=0, timeout=60.0)
+    news, _end = get_context("forkserver").Pipe(duplex=False)
+    try:
+        crew.start_all()
+        with pytest.raises(WorkerFailed, match=rf"on \[{core}\] with 3 threads"):
+            while True:
+                crew.watch(news)
+    finally:
+        crew.stop(Interrupts())
+
+
 def fail_at_start(meter) -> None:
     if not meter.restarts():
         meter.ready()

@@ -113,8 +113,6 @@ def sampled(state: float, key: list[int], version: int) -> int:
 class Policy:
     """Its one weight is its version."""
 
-    COMPILED = ()
-
     def __init__(self):
         self.weights = {"w": torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))}
 

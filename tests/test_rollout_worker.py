@@ -204,8 +204,6 @@ class Counting(nn.Module):
     """A policy whose actions say how many samples it was given, which weights it had, and what it
     saw."""
 
-    COMPILED = ()
-
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.full((1,), -1.0))

@@ -390,8 +390,7 @@ def test_training_ahead_is_the_same_training(
     watch, tmp_path, monkeypatch, kl_stop, minibatch, micro_batch
 ):
     """Micro-batches come in the same order and each as often, also where --kl-stop ends a batch."""
-    for owner in (SlotPool, WeightPlane):
-        monkeypatch.setattr(owner, "use_on", lambda *_: None)
+    monkeypatch.setattr(WeightPlane, "use_on", lambda *_: None)
     late = []  # slots that were not on their way when they were to be trained
     take = Carrier.take
 

@@ -1,5 +1,6 @@
 """New weights on their way: never mixed under fire, and never taken behind a worker's back."""
 
+import contextlib
 import threading
 import time
 import weakref
@@ -281,3 +282,32 @@ def test_an_error_of_the_side_thread_reaches_the_worker(plane, parameters):
     fetcher.look()
     with pytest.raises(TimeoutError, match="no weights came"):
         fetcher.swap(10.0)
+
+
+class Stream:
+    """Stands for a CUDA stream, and counts what it waits for."""
+
+    waits = 0
+
+    def wait_stream(self, other):
+        self.waits += 1
+
+
+def test_weights_on_a_gpu_stay_at_their_addresses(monkeypatch):
+    """CUDA graphs know them. The next fetch waits for the copy, which is on the serving stream."""
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    plane = WeightPlane(WEIGHTS)
+    model = {name: torch.nn.Parameter(x) for name, x in filled(-1.0).items()}
+    fetcher = WeightFetcher(plane, model, 5.0)
+    # As it is on a GPU: blocks are tensors, and there is a stream.
+    fetcher.blocks = [torch.from_numpy(block) for block in fetcher.blocks]
+    fetcher.stream = Stream()
+    addresses = [p.data_ptr() for p in model.values()]
+    for version in range(3):
+        plane.publish(filled(version), version)
+        fetcher.look()
+        assert fetcher.swap(5.0) and fetcher.version == version
+        assert fetcher.stream.waits == version + 1
+        assert all((p == version).all() for p in model.values())
+        assert [p.data_ptr() for p in model.values()] == addresses

@@ -84,7 +84,6 @@ class Preparation:
 class Emulated(nn.Module):
     """A policy that returns zeros, after a while."""
 
-    COMPILED = ()
     config = None
     header = Header("emulated", {}, {"state_low": [0.0] * 4, "state_high": [1.0] * 4})
 

@@ -82,6 +82,7 @@ class Account(TorchDispatchMode):
         self.moved: Counter[str] = Counter()  # dtype → bytes that all other kernels touch
         self.copied: Counter[str] = Counter()  # "to pageable", … → bytes between host and device
         self.copies: Counter[str] = Counter()  # the same → how many
+        self.hosted = 0  # bytes that the host copies within its own memory
         self.waits: Counter[str] = Counter()  # "item at learner.py:103" → how often the host waits
         self.attention: Counter[str] = Counter()  # kernel → calls
         self.peak = Counter(self.allocated)
@@ -111,6 +112,7 @@ class Account(TorchDispatchMode):
             "moved": dict(self.moved),
             "copied": dict(self.copied),
             "copies": dict(self.copies),
+            "hosted": self.hosted,
             "attention": dict(self.attention),
             "peak": {f"cuda:{index}": size for index, size in self.peak.items()},
         }
@@ -148,7 +150,11 @@ class Account(TorchDispatchMode):
         given = tree_leaves((args, kwargs))
         place = kwargs.get("device")
         on_device = place is not None and torch.device(place).type == "cuda"
-        if function.namespace == "prim" or not on_device and not any(map(of_device, given)):
+        if function.namespace == "prim":
+            return function(*args, **kwargs)
+        if not on_device and not any(map(of_device, given)):
+            if function is aten.copy_.default:
+                self.hosted += bytes_of(args[0])
             return function(*args, **kwargs)
 
         # In inference mode operators arrive that are made of others

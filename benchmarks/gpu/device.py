@@ -181,7 +181,6 @@ def slots_rate(where: Where) -> float:
     spec = {"image": ((rows, block(where) // slots), torch.uint8)}
     pool = SlotPool(spec, slots)
     pool["image"].fill_(1)
-    pool.use_on(where.device)
     transfers.lock(pool, ("image",), where.device)
     every = np.arange(slots)
 

@@ -120,7 +120,6 @@ def filled_slots(where: Where, one: Subject, model: nn.Module) -> Channels:
     pool["task"].copy_(torch.arange(where.slots) % TASKS)
     pool["length"].fill_(segment)
     pool["reward"].bernoulli_(0.3)
-    pool.use_on(where.device)
     transfers.lock(pool, (*model.observation_fields(), *model.slot_fields()), where.device)
     for t in range(segment + 1):
         kind = ACT if t < segment else VALUE
