@@ -124,3 +124,16 @@ def test_folded_groups_attend_as_torch_has_it(rows):
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=see[:, None], enable_gqa=True)
     mask = layers.additive(see, torch.float32, group=2)
     assert torch.equal(layers.attention(q, k, v, mask), want)
+
+
+def test_what_kernels_of_cuda_return_lies_in_another_order(monkeypatch):
+    """[n, S, heads, d] in memory, which grouped heads cannot be viewed through."""
+    q, k, v = torch.randn(2, 8, 6, 16), torch.randn(2, 4, 5, 16), torch.randn(2, 4, 5, 16)
+    expected = layers.attention(q, k, v)
+    plain = F.scaled_dot_product_attention
+
+    def as_on_cuda(*given, **named):
+        return plain(*given, **named).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_cuda)
+    assert torch.equal(layers.attention(q, k, v), expected)

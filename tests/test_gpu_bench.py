@@ -101,7 +101,7 @@ def test_a_command_that_is_killed_leaves_what_it_has(tmp_path):
         "sections = [gpu.Section(name, f'sections:{name}') for name in names]\n"
         f"gpu.measure('a machine', False, Path({str(file)!r}), tuple(sections))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
     try:
         until = time.monotonic() + 100.0
