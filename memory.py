@@ -229,6 +229,8 @@ class Table:
         acting = models.acting(copy.deepcopy(self.model))
         weights = sum(p.nbytes for p in acting.parameters())
         peak = self.activations(acting, samples, inference_peak, samples)
+        if device != "host" and self.config.rollout.compile is not False:
+            peak *= 2  # what a CUDA graph keeps for itself, and what warms one up
         self.add(process, device, weights=weights, weight_plane=self.plane, activations=peak)
 
     def add_actor(self, rank: int, process: str, device: str) -> None:

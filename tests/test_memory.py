@@ -263,7 +263,7 @@ def test_a_process_has_a_context_only_where_its_own_work_is(gpus, flags, plane):
     for name, device in table.rows:
         assert device in ("host", placed.get(name, device)), name
     plane_row = table.rows["shared", memory.place_of(plane)]
-    assert plane_row.weight_plane == 2 * table.trained
+    assert plane_row.weight_plane == 2 * table.plane
     shard = replace(demand.config.actor, shard=True)
     assert replace(demand, config=replace(demand.config, actor=shard)).plane_device == "cpu"
 
