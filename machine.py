@@ -179,10 +179,13 @@ def maps_memory(gpu: int) -> bool:
 
 
 def mps() -> bool:
-    """Whether NVIDIA's Multi-Process Service runs: the driver looks for its socket in the same
-    place. Every process started here then uses it."""
+    """Whether NVIDIA's Multi-Process Service runs. The driver looks for its socket, which is of this
+    type, in the same place; then every process started here uses it."""
     folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as control,
+    ):
         control.settimeout(1.0)
         control.connect(f"{folder}/control")
         return True
