@@ -224,7 +224,7 @@ class Inbox:
         self.group = admission.group
         self.width = admission.width
         first_slots = np.arange(0, admission.slots, admission.width)
-        owner = admission.owner(first_slots, len(channels.finished))
+        owner = admission.owner(first_slots, config.actor.actor_workers)
         self.slots = first_slots[owner == rank]  # the first ones of this rank's lanes
         # Both begin at 0, as the slots did: env workers may have finished trajectories already
         # when this rank comes to make its inbox.

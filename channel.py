@@ -305,7 +305,7 @@ class IndexQueue:
         return {"reader": DupFd(self.reader), "writer": DupFd(self.writer)}
 
     def __setstate__(self, state):
-        self.reader = state["reader"].detach() if "reader" in state else -1
+        self.reader = state["reader"].detach()
         self.writer = state["writer"].detach()
 
     def __del__(self):
@@ -322,15 +322,14 @@ class Writer:
         self.queue = queue
 
     def __reduce__(self):
-        return blank_queue, (), {"writer": DupFd(self.queue.writer)}
+        return queue_to_write, (DupFd(self.queue.writer),)
 
 
-def blank_queue() -> IndexQueue:
-    return IndexQueue.__new__(IndexQueue)
-
-
-def writers(queues: tuple[IndexQueue, ...]) -> tuple[Writer, ...]:
-    return tuple(Writer(queue) for queue in queues)
+def queue_to_write(writer) -> IndexQueue:
+    queue = IndexQueue.__new__(IndexQueue)
+    queue.reader = -1
+    queue.writer = writer.detach()
+    return queue
 
 
 class Counters(Shared):
@@ -405,10 +404,18 @@ class Channels(NamedTuple):
         )
 
     def of_worker(self, stage: str, rank: int) -> "Channels":
-        """Returns what a worker uses of it, which leaves room for a hundred queues of others."""
-        if stage == "env":  # which waits for a version, and does not fetch it
-            mine = {rank: self.replies[rank]}
-            return self._replace(replies=mine, plane=self.plane.watch())
-        if stage == "rollout":
-            return self._replace(replies=writers(self.replies), finished=())
-        return self._replace(replies=writers(self.replies), requests=writers(self.requests))
+        """Returns what a worker uses of it: the queue that it reads, and the writing ends of
+        others', which leaves room for those of some hundred env workers."""
+        requests, replies, finished = (
+            tuple(map(Writer, queues)) for queues in (self.requests, self.replies, self.finished)
+        )
+        plane = self.plane
+        if stage == "env":
+            replies = {rank: self.replies[rank]}
+            plane = plane.watch()  # it waits for a version, and does not fetch it
+        elif stage == "rollout":
+            requests = {rank: self.requests[rank]}
+            finished = ()
+        else:
+            finished = {rank: self.finished[rank]}
+        return self._replace(requests=requests, replies=replies, finished=finished, plane=plane)

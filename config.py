@@ -501,7 +501,7 @@ def check_by_themselves(config: Config) -> None:
                 require(known.intersection(only), f"{flag_of(flag.name)} {means}")
 
 
-# A descriptor of each env worker goes to each other one, with some twenty more (`channel.Writer`).
+# Each rollout and actor worker gets a descriptor of each, with some twenty more (`channel.Writer`).
 MOST_WORKERS = 220
 
 

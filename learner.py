@@ -199,15 +199,16 @@ class Learner:
         """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
         if self.config.algorithm.proximal == "behaviour":
             return old
-        # In bfloat16 inference and training round differently, although their weights are the same.
-        # Until an update the ratio is to be 1: the behaviour weight has the difference.
-        rounded = self.config.train.precision == "bfloat16" and not self.updates
-        fresh = new.detach() if rounded else old
         if self.proximal is None:
             stale = interpolated_proximal(new, old, staleness)
+            first = old if self.updates else new.detach()
         else:
             exact = self.proximal.of(stored, logprob, places)
-            stale = units(exact, self.config.algorithm.granularity)
+            stale = first = units(exact, self.config.algorithm.granularity)
+        # In bfloat16 inference and training round differently, although their weights are the same.
+        # So training's own log-prob is the proximal one, where it is known under the weights that
+        # acted: the behaviour weight has the difference, and the ratio has none.
+        fresh = first if self.config.train.precision == "bfloat16" else old
         return torch.where(staleness[:, None] > 0, stale, fresh)
 
     def tally_trajectories(self, data: dict, played: Tensor, targets: Targets) -> None:

@@ -179,10 +179,11 @@ def maps_memory(gpu: int) -> bool:
 
 
 def mps() -> bool:
-    """Whether NVIDIA's Multi-Process Service runs: the driver looks for its socket in the same
-    place. Every process started here then uses it."""
+    """Whether NVIDIA's Multi-Process Service runs: it listens where the driver looks for it, on a
+    SEQPACKET socket (lsof says so). Every process started here then uses it."""
     folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with contextlib.suppress(OSError), control:
         control.settimeout(1.0)
         control.connect(f"{folder}/control")
         return True

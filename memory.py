@@ -229,8 +229,11 @@ class Table:
         acting = models.acting(copy.deepcopy(self.model))
         weights = sum(p.nbytes for p in acting.parameters())
         peak = self.activations(acting, samples, inference_peak, samples)
-        if device != "host" and self.config.rollout.compile is not False:
-            peak *= 2  # what a CUDA graph keeps for itself, and what warms one up
+        if device != "host" and self.config.rollout.compile is not False and layers.blocks(acting):
+            # Graphs have memory of their own, which one that is warmed up takes again, and read and
+            # write the same tensors.
+            fields = acting.observation_fields() | acting.slot_fields()
+            peak = 2 * peak + layout(fields, samples)[1]
         self.add(process, device, weights=weights, weight_plane=self.plane, activations=peak)
 
     def add_actor(self, rank: int, process: str, device: str) -> None:
@@ -475,7 +478,8 @@ def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
     """Divides every GPU that several processes use: returns the bytes of tensors that each rollout
     and actor worker there may have, by device and name.
 
-    It is what a worker needs, and of the room that is left a part in proportion. Contexts, what the
+    It is what a worker needs, with its own share of fragmentation (torch counts what it has taken
+    of the GPU, used or not), and of the room that is left a part in proportion. Contexts, what the
     launcher shares and simulators come first; a vectorised simulator, whose need nobody knows, has
     SIMULATOR of the room, too. These are D-VLA's two pools: ours, and the simulators'."""
     found = {}
@@ -489,7 +493,7 @@ def budgets(table: Table, room: Room) -> dict[str, dict[str, float]]:
         spare *= SIMULATOR if env and table.config.env.lanes else 1.0
         need = sum(row.total for row in ours)
         found[whole.device] = {
-            row.process: row.total - row.other + spare * row.total / need for row in ours
+            row.process: (row.total - row.other) / USABLE + spare * row.total / need for row in ours
         }
     return found
 

@@ -61,8 +61,8 @@ class Setup(memory.Demand):
         """Lists the cores of every worker of a stage: those near its GPU. Simulators need cores
         more than nearness, so those whose GPUs leave some cores out may use them all."""
         devices = getattr(self.placement, f"{stage}_devices")
-        near = {device: machine.near(device) for device in ("cpu", *devices)}
-        every = near.pop("cpu") if "cpu" not in devices else near["cpu"]
+        near = {device: machine.near(device) for device in set(devices)}
+        every = machine.near("cpu")
         if stage == "env" and frozenset().union(*near.values()) < every:
             return [every] * len(devices)
         return [near[device] for device in devices]

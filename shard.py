@@ -60,7 +60,7 @@ class Shard:
         self.observed: tuple[str, ...] = ()  # the fields of an observation
 
         # Queues. Records carry the generation, so that nobody takes a dead worker's for this one's.
-        self.plane = channels.plane.watch()  # tells the published version
+        self.plane = channels.plane  # tells the published version
         self.seen_version: int | None = None  # the last one that parked lanes were asked about
         self.lanes = channels.lanes
         self.requests = channels.requests

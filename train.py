@@ -185,6 +185,7 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
         plans.append(("env", rank, env_worker.run, args, 1, draws_on))
 
     trace = folder.spans if setup.config.train.trace else None
+    cores = {stage: setup.cores(stage) for stage in metrics.STAGES}
     listed = []
     for stage, rank, target, args, threads, environment in plans:
         meter = metrics.Meter(f"{stage}-{rank}", len(listed), channels.counters, trace)
@@ -193,10 +194,10 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
             budget = budgets.get(args[1], {}).get(meter.name, setup.room.gpu)
             part = GpuPart(args[1], min(1.0, budget / setup.room.gpu))
         args = (rank, setup.config, *args, meter)
-        cores = setup.cores(stage)[rank]
-        listed.append(
-            Job(meter.name, target, args, threads, meter, environment, stage == "env", part, cores)
-        )
+        may_use = cores[stage][rank]
+        again = stage == "env"
+        job = Job(meter.name, target, args, threads, meter, environment, again, part, may_use)
+        listed.append(job)
     return listed
 
 

@@ -103,9 +103,8 @@ class WeightPlane(Shared):
         self.stamps[side] = -1
         fence()
         for name, tensor in weights.items():
-            room = self.sides[side][name]
-            # In its type first: torch would convert on the host, behind pageable memory.
-            room.copy_(tensor.detach().to(room.dtype), non_blocking=True)
+            # On a GPU, which converts it there, too (torch's Copy.cu: conversion_device).
+            self.sides[side][name].copy_(tensor.detach(), non_blocking=True)
         synchronize(str(tensor.device))  # whose stream copies, also to a plane on the host
         self.stamps[side] = version
         fence()

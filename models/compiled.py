@@ -145,49 +145,53 @@ def first_alone(model: nn.Module, device: str, sign_of_life: Callable[[], None])
 class Graphs:
     """Stands for `act` of a model on a GPU and replays it, captured when a batch size first comes.
 
-    A graph reads and writes the addresses that it was captured with: weights must stay where they
-    are (`WeightFetcher` copies new ones there), and what a call returns is overwritten by the next
-    call of the same batch size, or of another one: they share their memory.
+    A graph reads and writes the addresses that it was captured with. Weights must stay where they
+    are (`WeightFetcher` copies new ones there). Graphs of all sizes read and write the first rows
+    of the same tensors: what a call returns is overwritten by the next one.
 
     Where capturing fails, the process says so once and goes on without."""
 
     def __init__(self, act: Callable, largest: int):
-        """largest: the largest batch that can come. It is captured first, so that all others fit
-        into its memory."""
+        """largest: the largest batch that can come."""
         self.act = act
-        self.sizes = (largest,)  # to capture before the next call
-        self.captured: dict[int, tuple[torch.cuda.CUDAGraph, Given, dict[str, Tensor]]] = {}
+        self.largest = largest
+        self.given: Given = ({}, {})  # what graphs read [largest, …]
+        self.results: dict[str, Tensor] = {}  # what they write [largest, …]
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # by batch size
         self.pool = torch.cuda.graph_pool_handle()
         self.fails = False
 
     def __call__(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         """As `act`."""
         n = len(next(iter(noise.values())))
-        for size in (*self.sizes, n):
-            if size not in self.captured and not self.fails:
-                self.capture(size, (obs, noise))
-        self.sizes = ()
-        if n not in self.captured:
+        if not self.results and not self.fails:
+            self.given = pad(obs, self.largest), pad(noise, self.largest)
+            self.capture(self.largest)  # first, so that all others fit into its memory
+        if n not in self.graphs and not self.fails:
+            self.capture(n)
+        if n not in self.graphs:
             return self.act(obs, noise)
-        graph, kept, out = self.captured[n]
-        for mine, given in zip(kept, (obs, noise), strict=True):
+        for mine, given in zip(self.given, (obs, noise), strict=True):
             for name, x in given.items():
-                mine[name].copy_(x, non_blocking=True)
-        graph.replay()
-        return out
+                mine[name][:n].copy_(x, non_blocking=True)
+        self.graphs[n].replay()
+        return first(self.results, n)
 
-    def capture(self, n: int, given: Given) -> None:
+    def capture(self, n: int) -> None:
         """Captures `act` for n samples, as torch's notes on CUDA graphs have it: warmed up on a
-        side stream. given: some of at most so many samples."""
-        kept = tuple(pad(tensors, n) for tensors in given)
+        side stream."""
+        obs, noise = (first(tensors, n) for tensors in self.given)
         now = torch.cuda.current_stream()
         side = torch.cuda.Stream()
         side.wait_stream(now)
         try:
             with torch.cuda.stream(side):
                 for _ in range(WARM_UPS):
-                    self.act(*kept)
+                    out = self.act(obs, noise)
             now.wait_stream(side)
+            if not self.results:
+                self.results = {name: torch.empty_like(x) for name, x in out.items()}
+            del out  # before the graph takes its memory
             graph = torch.cuda.CUDAGraph()
             # Other threads of this process may use the GPU meanwhile: new weights are fetched. A
             # capture that fails leaves its stream the current one; the outer context does not.
@@ -195,11 +199,17 @@ class Graphs:
                 torch.cuda.stream(now),
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
-                out = self.act(*kept)
+                for name, x in self.act(obs, noise).items():
+                    self.results[name][:n].copy_(x)
         except RuntimeError as error:
             self.fails = True
             why = str(error).strip().splitlines()[0]
             said = f"warning: inference goes without CUDA graphs: capturing {n} samples fails"
             print(f"{said} ({why})", file=sys.stderr, flush=True)
             return
-        self.captured[n] = (graph, kept, out)
+        self.graphs[n] = graph
+
+
+def first(tensors: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """Every tensor [m, …] → its first n rows, as views."""
+    return {name: x[:n] for name, x in tensors.items()}

@@ -6,7 +6,8 @@ import os
 import select
 import signal
 import time
-from multiprocessing import get_context
+from multiprocessing import get_context, popen_forkserver, reduction
+from multiprocessing.context import set_spawning_popen
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from channel import (
     SlotPool,
     layout,
 )
-from config import Config
+from config import MOST_WORKERS, Config
 from errors import UserError
 from weights import WeightPlane
 
@@ -375,3 +376,23 @@ def test_there_is_a_queue_for_every_worker_and_a_row_for_every_lane(lanes, count
     assert (len(channels.requests), len(channels.replies), len(channels.finished)) == (2, 3, 4)
     assert channels.lanes.trajectory.tolist() == [0] * count
     assert channels.lanes.generation.tolist() == [0] * 3
+
+
+@pytest.mark.parametrize("stage", ["env", "rollout", "actor"])
+def test_no_worker_gets_more_descriptors_than_one_message_carries(stage):
+    """253 are the most (SCM_MAX_FD of Linux). A worker also gets two pipes to the launcher."""
+    config = Config()
+    config.env.envs = config.env.env_workers = MOST_WORKERS
+    config.rollout.rollout_workers = config.actor.actor_workers = 8
+    plane = WeightPlane({"w": ((1,), torch.float32)})
+    pool = SlotPool({"x": ((1,), torch.float32)}, 1)
+    channels = Channels.create(config, pool, plane, Counters(9, ("a",)))
+    start = popen_forkserver.Popen.__new__(popen_forkserver.Popen)
+    start._fds = []
+    set_spawning_popen(start)
+    try:
+        reduction.ForkingPickler.dumps(channels.of_worker(stage, 0))
+    finally:
+        set_spawning_popen(None)
+    of_the_server = 4  # its own four: popen_forkserver.py, forkserver.connect_to_new_process
+    assert len(start._fds) + 2 + of_the_server <= 253

@@ -170,11 +170,13 @@ def test_compiled_inference_is_the_eager_one(name, monkeypatch, tmp_path):
     model, obs, noise, expected = played(name, DEVICE)
     compiled.compile_for(model, 5, DEVICE, lambda: None)
     n = compiled.bucket(5)
+    act = compiled.Graphs(model.act, 2 * n)
     with torch.inference_mode():
-        for _ in range(3):  # a graph that was captured is run again
-            out = model.act(compiled.pad(obs, n), compiled.pad(noise, n))
+        for size in (n, n, 2 * n, n):  # it is captured once, and replayed
+            out = act(compiled.pad(obs, size), compiled.pad(noise, size))
             for key in ("actions", "logprob", "value"):
                 torch.testing.assert_close(out[key][:5], expected[key], rtol=2e-3, atol=2e-3)
+    assert set(act.graphs) == {n, 2 * n}
 
 
 def test_the_fused_optimizer_steps_as_the_plain_one():

@@ -140,7 +140,7 @@ def test_without_a_driver_no_memory_is_mapped():
 def test_mps_is_found_where_it_listens(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     assert not machine.mps()
-    with socket.socket(socket.AF_UNIX) as daemon:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as daemon:
         daemon.bind(str(tmp_path / "control"))
         daemon.listen()
         assert machine.mps()

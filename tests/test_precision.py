@@ -219,6 +219,21 @@ def test_until_an_update_rounding_alone_makes_no_ratio(precision):
         assert (found[2:] < old[2:]).all() and (found[2:] > new[2:]).all()
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_the_exact_proximal_policy_takes_rounding_out_of_later_ratios_too(precision):
+    learner = learner_of(Toy(), completed(Config(), precision=precision, proximal="exact"))
+    new = torch.randn(2, 1, 1)
+    exact = new - 0.2  # what training said under the batch's first weights
+    old = exact + 0.03  # what inference did
+    learner.updates = 1
+    learner.proximal.kept.rows = {(0, t): {"logprob": exact[t]} for t in range(2)}
+    staleness = torch.tensor([0.0, 1.0])
+    flat = [x.flatten(1) for x in (new, old, exact)]
+    found = learner.proximal_logprob({}, new, *flat[:2], staleness, [(0, 0), (0, 1)])
+    assert torch.equal(found[0], flat[2 if precision == "bfloat16" else 1][0])
+    assert torch.equal(found[1], flat[2][1])
+
+
 def test_gradients_lie_side_by_side_and_a_weight_without_one_keeps_none():
     used, rests, unused = (nn.Parameter(torch.ones(size)) for size in (3, 5, 2))
     gradients = Gradients([used, rests, unused])
