@@ -107,9 +107,9 @@ class RunConfig:
     statistics: str = ""
     """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """what networks compute in, in rollouts and actors alike. bfloat16: over weights, gradients and
-    optimizer in float32; norms, softmax, log-probs, heads and losses stay float32, on a GPU as
-    TF32. auto: bfloat16 on GPUs, float32 on a CPU; config.json holds the one that a run uses"""
+    """what networks compute in, in rollouts and actors alike. With bfloat16 the weights that learn,
+    gradients, optimizer, norms, softmax, log-probs, heads and losses stay float32, whose products
+    on a GPU are TF32. auto: bfloat16 on GPUs, float32 on a CPU; config.json holds the choice"""
     checkpoint_every: Positive = 20
     """iterations between checkpoints; there is always one at the end"""
     keep: Natural = 0
@@ -562,7 +562,7 @@ def check_shares(config: Config) -> None:
     alone = "--shard divides the weights among actor workers, and there is one: leave it out, or "
     require(ranks > 1 or not actor.shard, f"{alone}give more by --ratio or --actor-workers")
     few = f"{env.env_workers} env workers have only {env.envs} envs"
-    require(env.env_workers <= env.envs, f"{few}: give --envs at least {env.env_workers}")
+    require(env.env_workers <= env.envs, f"{few}: lower --env-workers or raise --envs")
     lanes = env.envs // env.width
     rollouts = config.rollout.rollout_workers
     require(rollouts <= lanes, f"{rollouts} rollout workers have only {lanes} lanes: raise --envs")

@@ -38,7 +38,7 @@ def understood(what: object) -> Iterator[None]:
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turns a UserError, a full disk, and a path that cannot be used, into one line on stderr and
-    exit status 2. Nothing that is printed can fail within it."""
+    exit status 2; Ctrl-C into one and 130. Nothing that is printed can fail within it."""
     output.never_fail()
     try:
         yield
@@ -51,6 +51,9 @@ def exit_on_user_error() -> Iterator[None]:
             said = f"cannot use the path {str(error.filename)[:300]}: {error.strerror}"
         else:
             raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     else:
         return
     print(f"error: {said}", file=sys.stderr)

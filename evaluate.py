@@ -299,6 +299,8 @@ def main(config: EvaluateConfig) -> dict:
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
     path = settings.train.checkpoint
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
+    if settings.train.precision == "bfloat16":
+        shown += ", --precision bfloat16"
     tasks = len(player.spec.tasks)
     played = f"{config.episodes} episodes of {config.env}"
     if config.episodes < tasks:

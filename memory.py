@@ -571,8 +571,9 @@ def main(ours: MemoryConfig, flags: list[str]) -> None:
     show(table, room)
     actor = demand.config.actor
     print(
-        f"this is with --micro-batch {actor.micro_batch} --checkpointing {actor.checkpointing} "
-        f"--cache-prefix {actor.cache_prefix}"
+        f"this is with --precision {demand.config.train.precision} --micro-batch "
+        f"{actor.micro_batch} --checkpointing {actor.checkpointing} --cache-prefix "
+        f"{actor.cache_prefix}"
     )
     if ours.json:
         rows = [row.to_json() for row in table.rows.values()]

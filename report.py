@@ -28,7 +28,8 @@ def batch_line(config: Config, segment: int) -> str:
     """Says what one iteration trains; segment: chunk steps of a trajectory."""
     actor = config.actor
     trained = f"{actor.batch} trajectories = {actor.batch * segment} chunk steps"
-    return f"{trained}, {actor.steps} optimizer step{'s' * (actor.steps > 1)} per batch"
+    line = f"{trained}, {actor.steps} optimizer step{'s' * (actor.steps > 1)} per batch"
+    return line + ", computed in bfloat16" * (config.train.precision == "bfloat16")
 
 
 def number(value: float | None, style: str) -> str:
@@ -72,7 +73,7 @@ class Beginning:
             return f"{ready} of {workers} workers are ready {after}"
         if collected < self.batch:
             return f"first batch: {collected} of {self.batch} chunk steps are collected {after}"
-        return f"first batch: all {self.batch} chunk steps are collected {after}; it is trained"
+        return f"first batch: all {self.batch} chunk steps are collected; in training {after}"
 
 
 class Display:

@@ -311,7 +311,8 @@ def place(ratio: str, placement: str, gpus: int, cores: int, *workers: int) -> P
     actor = spread(actor_gpus, actor_workers)
     threads = max(1, (cores - len(env)) // (len(rollout) + len(actor)))  # an env worker has one
     line = (
-        f"{gpus} GPU{'s' * (gpus > 1)}: {placement} {ratio} means {len(env)} env workers on "
+        f"{gpus} GPU{'s' * (gpus > 1)}: {placement} {ratio} means {len(env)} env "
+        f"worker{'s' * (len(env) > 1)} on "
         f"{', '.join(dict.fromkeys(env))}; rollout on {', '.join(rollout)}; actor on "
         f"{', '.join(actor)}"
     )

@@ -141,8 +141,9 @@ class Shard:
             return
         slow = self.device != "cpu" and any(word in name.lower() for word in SOFTWARE)
         instead = (
-            ", in software beside GPUs, which takes some hundred milliseconds a picture: install "
-            "the driver's GL (libnvidia-gl), in a container with NVIDIA_DRIVER_CAPABILITIES=all"
+            ", in software beside GPUs, which takes up to some hundred milliseconds a picture: "
+            "install the driver's GL (libnvidia-gl), in a container with "
+            "NVIDIA_DRIVER_CAPABILITIES=all"
         )
         print(
             f"{'warning: ' * slow}{self.meter.name} draws with {name}{instead * slow}", flush=True

@@ -19,6 +19,7 @@ import time
 import torch
 
 from benchmarks.measuring import random_model
+from errors import exit_on_user_error
 from models import compiled
 
 SIZES = (8, 1, 2, 5, 12, 32)  # the first two are compiled, the others must not be
@@ -79,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

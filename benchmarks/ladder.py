@@ -227,7 +227,6 @@ def run_preset(
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         run = Path(folder) / "run"
         log = Path(folder) / "log"
-        environment["TMPDIR"] = folder  # where emulated devices are
         command = [sys.executable, str(ROOT / "train.py"), *args, "--run", str(run)]
         with open(log, "w") as output:
             process = subprocess.Popen(

@@ -14,6 +14,7 @@ import time
 import numpy as np
 import torch
 
+from errors import exit_on_user_error
 from models.formats import gr00t, oft, pi
 from models.gr00t import Gr00tConfig
 from models.oft import OftConfig
@@ -53,4 +54,5 @@ def milliseconds(preparation, random: np.random.Generator, height: int, width: i
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -112,7 +112,8 @@ def compile_for(model: nn.Module, most: int, device: str, sign_of_life: Callable
                 sign_of_life()
     except (TorchDynamoException, InductorError) as error:  # no compiler here, for instance
         why = str(error).strip().splitlines()[0]
-        raise UserError(f"torch.compile does not work here ({why}): give --compile False") from None
+        instead = "where a compiler is missing install gcc and g++, or give --compile False"
+        raise UserError(f"torch.compile does not work here ({why}): {instead}") from None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ FORK = mp.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(devices.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(devices.util, "get_temp_dir", lambda: str(tmp_path))
 
 
 def reserve(times: int, seconds: float, queue) -> None:

@@ -62,6 +62,12 @@ def test_every_entry_point_prints_so():
             assert "with exit_on_user_error()" in main[1] or "summary.main()" in main[1], name
 
 
+def test_ctrl_c_is_one_word(capsys):
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 def test_a_full_disk_is_one_sentence(capsys):
     with pytest.raises(SystemExit), exit_on_user_error():
         Path("/dev/full").write_text("x")

@@ -20,20 +20,18 @@ simulators have GPUs apart (hybrid), device 0 is theirs and device 1 is inferenc
 of training are on both, as in RL-VLA³'s second version. Disaggregated, actors have theirs alone,
 which no other stage asks for.
 
-The file lies in the folder for temporary files, under a name of the run's own. `ladder.py` gives
-each run a folder of its own, and removes it.
+The file lies in the folder that `multiprocessing` makes for a launcher and its workers, and removes
+when the launcher ends.
 
 Left out: what changing from one stage to another costs, and stages that run beside each other at
 less than full speed, as small kernels do.
 """
 
 import fcntl
-import hashlib
 import os
 import struct
-import tempfile
 import time
-from multiprocessing import current_process
+from multiprocessing import util
 from pathlib import Path
 
 SLICE = 0.01  # seconds of work after which it is another's turn
@@ -50,9 +48,7 @@ class Device:
     def use(self, seconds: float) -> None:
         """Sleeps until the device has done so many seconds of work for the caller."""
         if self.file < 0:
-            # All processes of a run have its key, and no other run has it.
-            name = hashlib.sha256(current_process().authkey).hexdigest()[:16]
-            path = Path(tempfile.gettempdir()) / f"emulated-devices-{name}"
+            path = Path(util.get_temp_dir()) / "emulated-devices"
             self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         # A slice that begins where the one before it ended asks for then, not for when it woke up.
         asked_at = time.monotonic()

@@ -41,6 +41,7 @@ from errors import UserError
 
 SECONDS = 470.0  # of the whole command; it takes some more to end a section that hangs
 FAKE_SECONDS = 1800.0  # where processors do the work: other programs may use them, too
+FAKE_TAKES = "some 5 minutes on two cores"
 ENDING_S = 4.0  # for a section that is told to end, before it is killed
 LOG = 40  # lines of what a section said, which are kept where it failed
 LOOK_S = 0.1  # how often a running section is looked at
@@ -193,11 +194,16 @@ def measure(
             library.library()
         except library.Unavailable as error:
             raise UserError(
-                f"there is no GPU, nor can there be one that is not there: {error}"
+                f"no GPU was found, nor can the device be made that stands for one: {error}"
             ) from None
     report = Report(machine, fake, file)
     if fake:
-        print("no GPU: on a device that is not there, so times mean nothing", flush=True)
+        print(
+            "no GPU: small models run on a device that is not there, to show that all of this "
+            "works; times mean nothing, and nothing is compiled"
+        )
+    takes = FAKE_TAKES if fake else f"{math.ceil(SECONDS / 60)} minutes at most"
+    print(f"{len(sections)} sections, {takes}; each prints its table at its end", flush=True)
     end = time.monotonic() + (seconds or (FAKE_SECONDS if fake else SECONDS))
     for number, section in enumerate(sections):
         # What earlier sections left of their time, later ones have.
