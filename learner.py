@@ -294,13 +294,13 @@ class Learner:
         """Copies what this rank holds of weights and optimizer: 12 bytes for each trained weight
         (float32)."""
         part = self.ranks.part
-        weights = {n: part(p.detach()).to("cpu", copy=True) for n, p in self.trainable.items()}
         state = self.optimizer.state_dict()
-        state["state"] = {
-            number: {name: part(tensor).to("cpu", copy=True) for name, tensor in one.items()}
-            for number, one in state["state"].items()
-        }
-        return weights, state
+        moments = state["state"]
+        tensors = {name: part(p.detach()) for name, p in self.trainable.items()}
+        tensors |= {(i, name): part(x) for i, one in moments.items() for name, x in one.items()}
+        copied = transfers.copy_to_host(tensors, self.device)
+        state["state"] = {i: {name: copied[i, name] for name in one} for i, one in moments.items()}
+        return {name: copied[name] for name in self.trainable}, state
 
     def moved_too_far(self) -> bool:
         """Whether the minibatch's KL from the policy that acted is above --kl-stop, on all

@@ -21,6 +21,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,6 +140,18 @@ def bring_back(
             found[name] = page_locked(result.shape, result.dtype).copy_(result, non_blocking=True)
     synchronize(device)
     return found
+
+
+def copy_to_host(tensors: dict[Any, Tensor], device: str) -> dict[Any, Tensor]:
+    """Returns copies on the host, which waits here until all are there."""
+    if device == "cpu":
+        return {name: tensor.clone() for name, tensor in tensors.items()}
+    copies = {
+        name: page_locked(tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+        for name, tensor in tensors.items()
+    }
+    synchronize(device)
+    return copies
 
 
 class Numbers:

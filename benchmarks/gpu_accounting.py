@@ -180,9 +180,11 @@ class Case:
             with self.counting(found, "micro-batch of a later epoch"):
                 later = replace(micro, epoch=1)
                 learner.train(inbox.read(later), later)
-        if self.config.actor.steps > 1:  # the first one of a batch keeps a copy for checkpoints
-            with self.counting(found, "first step of a batch"):
-                learner.step()
+        # The first of several steps of a batch keeps a copy for checkpoints, the very first one
+        # makes the optimizer's moments.
+        several = self.config.actor.steps > 1
+        with self.counting(found, "first step of a batch" if several else "first step"):
+            learner.step()
         with self.counting(found, "optimizer step"):
             learner.step()
         with self.counting(found, "publication"):
@@ -259,10 +261,12 @@ def main(config: AccountingConfig) -> None:
     if config.waits:
         for case, found in counts.items():
             for name, count in found.items():
-                print(f"\n{case} {name} waits", json.dumps(count.account["waits"], indent=1))
+                print(f"\n{case} {name} waits", json.dumps(count.account["waits"], indent=1) + "\n")
     if config.json:
         rows = {case: {n: asdict(c) for n, c in found.items()} for case, found in counts.items()}
-        config.json.write_text(json.dumps({"what": "gpu_accounting", "cases": rows}, indent=1))
+        config.json.write_text(
+            json.dumps({"what": "gpu_accounting", "cases": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

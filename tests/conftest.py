@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import metrics
+from benchmarks.fake_gpu import library
 from benchmarks.faults import shared_memory
 from channel import Channels, Counters
 from config import ROOT
@@ -132,6 +133,19 @@ def tiny_checkpoint(tmp_path_factory) -> Path:
         path, checkpoint.Header("pi05", asdict(model.config), STATS), model.state_dict()
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def gpus():
+    """Returns the environment of a process that has so many of them."""
+
+    def environment(count: int) -> dict[str, str]:
+        try:
+            return library.environment(count)
+        except library.Unavailable as error:
+            pytest.skip(str(error))
+
+    return environment
 
 
 def channels_of(setup) -> Channels:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
@@ -42,6 +43,9 @@ BLOCK = 512  # bytes: torch rounds what it allocates on a GPU up to so many
 SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_"}
 SILENT |= {"_unsafe_view", "lift_fresh"}
 # Kernels of operators that are no single one on a GPU.
+TOGETHER = (
+    110  # tensors that one launch takes at most (aten/src/ATen/native/cuda/MultiTensorApply.cuh)
+)
 SEVERAL = {"nonzero": 3, "_unique2": 5, "sort": 2}
 
 
@@ -129,6 +133,9 @@ class Account(TorchDispatchMode):
         self.patches.enter_context(patch.object(F, "scaled_dot_product_attention", self.attend))
         lists = partialmethod(listed, self)  # torch's own asks for one number after the other
         self.patches.enter_context(patch.object(FakeTensor, "tolist", lists))
+        # torch takes one kernel for many tensors where all are of a type that it knows.
+        types = [*_foreach_utils._foreach_supported_types, FakeTensor]
+        self.patches.enter_context(patch.object(_foreach_utils, "_foreach_supported_types", types))
         told = fake_device.Told
         self.patches.enter_context(patch.object(told, "synchronised", self.wait))
         self.patches.enter_context(patch.object(told, "allocated", self.memory_of))
@@ -199,8 +206,10 @@ class Account(TorchDispatchMode):
         if name in SILENT or function.is_view:
             return
         results = [x for x in tree_leaves(made) if isinstance(x, Tensor)]
-        self.kernels[name] += SEVERAL.get(name, 1)
         inputs = [x for x in tree_leaves((args, kwargs)) if of_device(x)]
+        together = name.startswith(("_foreach_", "_fused_"))
+        launches = -(-len(inputs) // TOGETHER) if together else SEVERAL.get(name, 1)
+        self.kernels[name] += launches
         for tensor in results:
             self.known.pop(tensor.untyped_storage(), None)
         dtype = str((inputs or results)[0].dtype).removeprefix("torch.")
