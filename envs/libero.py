@@ -511,6 +511,9 @@ class Env(envs.Env):
         state = np.concatenate([scene.view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)
 
+    def renderer(self) -> str:
+        return drawing.renderer()
+
     def film(self, size: int = FILM) -> np.ndarray:
         self._pose_view()
         return self.scene.draw(CAMERAS[0], size)

@@ -65,8 +65,10 @@ def test_mujoco_is_told_egl_s_number(monkeypatch):
 def test_whoever_draws_by_mujoco_chooses_its_device(simulator, monkeypatch):
     chosen = []
     monkeypatch.setattr(drawing, "choose_device", lambda: chosen.append(simulator))
-    simulator.Env((), 64)
+    env = simulator.Env((), 64)
     assert chosen
+    monkeypatch.setattr(drawing, "renderer", lambda: "a GPU")
+    assert env.renderer() == "a GPU"  # which a warning of software rendering is due to
 
 
 def test_robosuite_does_not_see_egl_s_number_when_it_is_imported(monkeypatch):
