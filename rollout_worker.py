@@ -247,7 +247,7 @@ def compile_where_asked(
 ) -> Callable[[int], int]:
     """Compiles inference (--compile). Returns what n samples are padded to; n without a GPU."""
     wanted = config.rollout.compile
-    if not (layers.blocks(model) and (device != "cpu" if wanted is None else wanted)):
+    if not ((device != "cpu" if wanted is None else wanted) and layers.blocks(model)):
         return int
     most = most_samples(config, lanes.count)
     compiled.compile_for(model, most, device, meter.alive)
