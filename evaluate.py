@@ -64,7 +64,8 @@ class EvaluateConfig:
     center_crop: bool | None = None
     """OFT sees the middle 0.9 of a picture; none means as the checkpoint says"""
     precision: Literal["float32", "bfloat16"] | None = None
-    """what the network computes in; none means as in the run, else bfloat16 on a GPU"""
+    """what the network computes in, but for a frozen VLM, which is as a checkpoint of ours says;
+    none means as in the run, else bfloat16 on a GPU"""
     stop_token: bool | None = None
     """</s> stands after OFT's action tokens; none means as the checkpoint says"""
     env: str = ""

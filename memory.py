@@ -276,6 +276,10 @@ class Table:
 
         # As they were when the batch began, if it has several steps, and in a checkpoint.
         saved = (actor.steps > 1) / ranks * (rank == 0 or actor.shard) + (rank == 0)
+        if device != "host":
+            # Page-locked blocks have powers of two as sizes (torch's CachingHostAllocator.h).
+            trained = self.model.trainable().values()
+            saved *= sum(1 << (p.nbytes - 1).bit_length() for p in trained) / self.trained
         first = unused if rank == 0 else 0
         loading = used if actor.shard else 0  # the model is on the host until it is spread
         copied = first + saved * self.trained

@@ -27,7 +27,7 @@ class Tally:
     values: dict[str, float] = field(default_factory=dict)  # as far as they have come to the host
     how: dict[str, How] = field(default_factory=dict)
     there: list[tuple[str, Tensor]] = field(default_factory=list)  # still on the device
-    sent: list[tuple[list[str], Numbers]] = field(default_factory=list)  # on their way
+    sent: list[tuple[tuple[str, ...], Numbers]] = field(default_factory=list)  # on their way
 
     def add(
         self,
@@ -58,23 +58,20 @@ class Tally:
     def send(self) -> None:
         """Lets what was added since the last time travel to the host, and takes in what was sent
         then: the host waits for that, and the device has work meanwhile."""
+        before = self.sent
+        self.sent = []
         if self.there:
             names, numbers = zip(*self.there, strict=True)
-            self.sent.append((names, Numbers(numbers)))
+            self.sent = [(names, Numbers(numbers))]
             self.there = []
-        self.take_in(self.sent[:-1])
-        self.sent = self.sent[-1:]
+        for names, numbers in before:
+            for name, number in zip(names, numbers.read(), strict=True):
+                self.count(name, number)
 
     def resolve(self) -> None:
         """Waits for everything that was added: `values` are complete then."""
         self.send()
-        self.take_in(self.sent)
-        self.sent = []
-
-    def take_in(self, sent: list[tuple[list[str], Numbers]]) -> None:
-        for names, numbers in sent:
-            for name, number in zip(names, numbers.read(), strict=True):
-                self.count(name, number)
+        self.send()
 
     def merge(self, other: "Tally") -> None:
         """Takes in what another rank has tallied of the same batch."""

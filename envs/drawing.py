@@ -4,11 +4,12 @@ On a processor a frame costs what its triangles cost, hardly its pixels, and a m
 textures and meshes. So both are thinned to what a frame can show.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -87,6 +88,18 @@ def choose_device() -> None:
         )
     else:
         os.environ["MUJOCO_EGL_DEVICE_ID"] = str(number)
+
+
+@contextlib.contextmanager
+def hidden_device() -> Iterator[None]:
+    """Hides MUJOCO_EGL_DEVICE_ID from an import: robosuite refuses a number that is not in
+    CUDA_VISIBLE_DEVICES (utils/binding_utils.py), and EGL's need not be."""
+    device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
+    try:
+        yield
+    finally:
+        if device is not None:
+            os.environ["MUJOCO_EGL_DEVICE_ID"] = device
 
 
 def renderer() -> str:

@@ -21,7 +21,6 @@ import contextlib
 import ctypes
 import importlib.util
 import math
-import os
 import runpy
 import sys
 import types
@@ -116,21 +115,18 @@ def original() -> types.ModuleType:
     """Imports LIBERO, with stand-ins for what it never needs here. Returns robosuite's rotations.
 
     matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
-    half a minute; robosuite warns without private macros and logs to /tmp, and refuses an EGL
-    device that is not a CUDA one's number (we make our own contexts)."""
+    half a minute; robosuite warns without private macros and logs to /tmp."""
     names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
     added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
     if "numba" in added:
         added["numba"].jit = lambda **_: lambda function: function
     sys.modules |= added
-    device = os.environ.pop("MUJOCO_EGL_DEVICE_ID", None)
     try:
-        importlib.import_module("libero.libero.envs")
+        with drawing.hidden_device():
+            importlib.import_module("libero.libero.envs")
     finally:
         for name in added:
             del sys.modules[name]
-        if device is not None:
-            os.environ["MUJOCO_EGL_DEVICE_ID"] = device
     from robosuite.utils import transform_utils
 
     return transform_utils
@@ -514,6 +510,9 @@ class Env(envs.Env):
         turn = original().quat2axisangle(np.roll(scene.view.xquat[scene.hand], -1))
         state = np.concatenate([scene.view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)
+
+    def renderer(self) -> str:
+        return drawing.renderer()
 
     def film(self, size: int = FILM) -> np.ndarray:
         self._pose_view()

@@ -68,12 +68,14 @@ class Env(envs.Env):
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         super().__init__(tasks, image_size, quality)
+        drawing.choose_device()
         self.task = -1
         self.sim = None
 
     def _make(self, name: str):
-        import robocasa  # noqa: F401  registers the tasks
-        import robosuite
+        with drawing.hidden_device():
+            import robocasa  # noqa: F401  registers the tasks
+            import robosuite
         from robocasa.environments.kitchen.kitchen import REGISTERED_KITCHEN_ENVS
         from robosuite.controllers import load_composite_controller_config
 

@@ -98,7 +98,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         Gemma: π0's expert                        256      [n, 1, 8·S, P + S]   efficient  efficient
         Qwen3 (but for "eager", which is math)    128      [n, 1, 2·P, P]       efficient  efficient
         Llama                                     128      [n, 1, 1, P]         efficient  efficient
-
     """
     folded = q.reshape(len(q), k.shape[1], -1, q.shape[-1])  # [n, kv, heads/kv·S, d]
     # CUDA's kernels put positions before heads in memory: no view of several kv heads unfolds that.

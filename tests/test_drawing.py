@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from envs import drawing
+from envs import drawing, libero, metaworld, robocasa
 from envs.drawing import EglDevice, matching
 from shard import Shard
 
@@ -59,6 +59,23 @@ def test_mujoco_is_told_egl_s_number(monkeypatch):
     drawing.choose_device()
     assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
     assert drawing.UNMATCHED == [", the first of EGL's 3 devices, of which none is cuda:5"]
+
+
+@pytest.mark.parametrize("simulator", [libero, metaworld, robocasa])
+def test_whoever_draws_by_mujoco_chooses_its_device(simulator, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(drawing, "choose_device", lambda: chosen.append(simulator))
+    env = simulator.Env((), 64)
+    assert chosen
+    monkeypatch.setattr(drawing, "renderer", lambda: "a GPU")
+    assert env.renderer() == "a GPU"  # which a warning of software rendering is due to
+
+
+def test_robosuite_does_not_see_egl_s_number_when_it_is_imported(monkeypatch):
+    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "3")
+    with drawing.hidden_device():
+        assert "MUJOCO_EGL_DEVICE_ID" not in os.environ
+    assert os.environ["MUJOCO_EGL_DEVICE_ID"] == "3"
 
 
 def test_this_machine_s_devices_are_listed():
