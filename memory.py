@@ -338,6 +338,7 @@ REMEDIES = (
     {"cache_prefix": "off"},
     {"micro_batch": ENOUGH},
     {"checkpointing": "on"},
+    {"compile": False},
     {"micro_batch": 1},
     {"shard": True},
     {"oft_train": "lora"},

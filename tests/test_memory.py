@@ -194,6 +194,18 @@ def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():
         MemoryConfig(gpu_gb=24.0).room()
 
 
+def test_a_gpu_too_small_for_cuda_graphs_of_inference_does_without():
+    flags = ("--ratio", "1:1")
+    large = Room(2, 1e12, 1e12, 2)
+    eager = Table(laid_out(large, *flags, "--compile", "False")[0], large)
+    needs = max(row.total for row in eager.sums() if row.device != "host")
+    small = large._replace(gpu=(needs + 1) / USABLE)
+    demand, lay_out = laid_out(small, *flags)
+    with pytest.raises(UserError, match=r"cuda:0 needs .* and has .* GB: give .*--compile False$"):
+        memory.check(demand, small, lay_out)
+    memory.check(laid_out(small, *flags, "--compile", "False")[0], small, lay_out)
+
+
 def test_the_command_prints_and_writes_every_row(tmp_path, capsys):
     file = tmp_path / "rows.json"
     flags = ["--ratio", "1:1", "--envs", "6", "--batch", "6", "--minibatch", "6"]
