@@ -19,7 +19,8 @@ MACHINES = ((1, 80), (4, 80), (8, 80), (1, 24))  # GPUs, and GB of each
 LESS = (
     "libero_10_grpo_openvlaoft --shard --ratio 1:1",
     "libero_10_grpo_openvlaoft --oft-train lora --lora-rank 32",
-    "libero_10_ppo_openpi_pi05 --lora-rank 32 --envs 16 --batch-max 8 --env-workers 4 --compile False",
+    "libero_10_ppo_openpi_pi05 --lora-rank 32 --envs 16 --batch-max 8 --env-workers 4 "
+    "--compile False",
 )
 
 
