@@ -132,8 +132,7 @@ def training_peak(
     frames is kept on the device."""
 
     def run(copied: torch.nn.Module) -> None:
-        fields = copied.observation_fields() | copied.slot_fields()
-        fields = {name: fields[name] for name in copied.training_fields() if name in fields}
+        fields = trained_fields(copied)
         if checkpointing:
             layers.recompute_blocks(copied)
         data = empty(fields, copied_rows)
@@ -147,6 +146,12 @@ def training_peak(
         data.clear()  # it lives until here
 
     return peak_of(sketch.model, run)
+
+
+def trained_fields(model: torch.nn.Module) -> dict:
+    """Returns the fields that `evaluate` reads, of those that the model itself has."""
+    fields = model.observation_fields() | model.slot_fields()
+    return {name: fields[name] for name in model.training_fields() if name in fields}
 
 
 def empty(fields: dict, rows: int) -> dict[str, Tensor]:

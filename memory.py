@@ -30,7 +30,7 @@ import tyro
 
 import machine
 import models
-from allocations import Sketch, inference_peak, optimizer_bytes, training_peak
+from allocations import Sketch, inference_peak, optimizer_bytes, trained_fields, training_peak
 from channel import Spec, layout
 from checks import AboveZero, Natural, check_ranges, flag_of
 from config import FLOW, Config, completed, expanded, setting
@@ -166,6 +166,7 @@ class Table:
         self.config = demand.config
         self.model = demand.model
         self.guess = guess
+        self.acting = models.acting(copy.deepcopy(self.model))  # as rollout workers have it
         self.whole = sum(p.nbytes for p in self.model.parameters())
         self.plane = layout(demand.weights, 1)[1]  # bytes of what is published of them
         trained = self.model.trainable().items()
@@ -226,7 +227,7 @@ class Table:
         env = self.config.env
         lanes = range(rank, env.envs // env.width, self.config.rollout.rollout_workers)
         samples = most_samples(self.config, len(lanes))
-        acting = models.acting(copy.deepcopy(self.model))
+        acting = self.acting
         weights = sum(p.nbytes for p in acting.parameters())
         peak = self.activations(acting, samples, inference_peak, samples)
         if device != "host" and self.config.rollout.compile is not False and layers.blocks(acting):
@@ -292,9 +293,7 @@ class Table:
         are trained there, and of those whose memory is given back late (`transfers.Carrier`)."""
         if device == "host":
             return 0
-        fields = self.model.observation_fields() | self.model.slot_fields()
-        seen = {name: fields[name] for name in self.model.training_fields() if name in fields}
-        return 2 * layout(seen, rows)[1]
+        return 2 * layout(trained_fields(self.model), rows)[1]
 
     def prefixes(self) -> int:
         """Returns the bytes of what a frozen VLM made of a rank's share of a batch."""
