@@ -131,19 +131,15 @@ def bring_back(
     are left out."""
     if device == "cpu":
         return results
-    found = {}
-    for name, result in results.items():
-        if goes_straight(pool, name):
-            for i in chosen:
-                pool[name][slots[i], rows[i]].copy_(result[i], non_blocking=True)
-        else:
-            found[name] = page_locked(result.shape, result.dtype).copy_(result, non_blocking=True)
-    synchronize(device)
-    return found
+    straight = {name for name in results if goes_straight(pool, name)}
+    for name in straight:
+        for i in chosen:
+            pool[name][slots[i], rows[i]].copy_(results[name][i], non_blocking=True)
+    return copy_to_host({name: x for name, x in results.items() if name not in straight}, device)
 
 
 def copy_to_host(tensors: dict[Any, Tensor], device: str) -> dict[Any, Tensor]:
-    """Returns copies on the host, which waits here until all are there."""
+    """Returns copies on the host, which waits here until all that was queued is done."""
     if device == "cpu":
         return {name: tensor.clone() for name, tensor in tensors.items()}
     copies = {
