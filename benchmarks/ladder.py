@@ -488,20 +488,20 @@ def gains(rows: list[dict]) -> str:
         "of the bound",
         "waits: env / rollout / actor",
     ]
-    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [
+    body = [
+        [
             row["preset"],
             f"{row['env_steps_per_s']:.0f}",
             f"{row['gain']:+.1%}",
             f"{row['paper_gain']:+.1%}",
             f"{row['share_of_bound']:.1%} of {row['bound_env_steps_per_s']:.0f}",
-            " / ".join(f"{row[f'bubble_{stage}']:.0%}" for stage in metrics.STAGES),
+            waits(row),
         ]
-        out.append(f"| {' | '.join(cells)} |")
+        for row in rows
+    ]
     last = rows[-1]
     words = f"{last['preset']} gains {last['gain']:.1%}, the paper's {last['paper_gain']:.1%}"
-    return "\n".join([*out, "", mark(last["gain"] >= last["paper_gain"]) + words])
+    return f"{markdown(head, body)}\n\n{mark(last['gain'] >= last['paper_gain'])}{words}"
 
 
 def table(rows: list[dict]) -> str:
@@ -515,7 +515,7 @@ def table(rows: list[dict]) -> str:
         "of the bound",
         "waits: env / rollout / actor",
     ]
-    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    body = []
     for row in rows:
         placement, _, _ = settings_of(row["preset"])
         is_same = placement == "colocated" and row["setting"] in COLUMNS  # at every ratio
@@ -529,10 +529,21 @@ def table(rows: list[dict]) -> str:
             f"{row['ratio_to_sync_disaggregated']:.2f}",
             f"{of_paper:.2f}" if of_paper else "",
             f"{row['share_of_bound']:.1%}",
-            " / ".join(f"{row[f'bubble_{stage}']:.0%}" for stage in metrics.STAGES),
+            waits(row),
         ]
-        out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
+        body.append(cells)
+    return markdown(head, body)
+
+
+def waits(row: dict) -> str:
+    """Writes the bubble of every stage."""
+    return " / ".join(f"{row[f'bubble_{stage}']:.0%}" for stage in metrics.STAGES)
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    """Writes a table in Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *body)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def verdict(rows: list[dict]) -> list[str]:
