@@ -2,10 +2,10 @@
 batch.
 
 Read `run` first. What is computed is in learner.py, who else trains is in ranks.py, and which
-trajectories belong together is in streamer.py. The first rank publishes the weights, writes
-checkpoints and reports.
+trajectories belong together is in streamer.py. The first rank of a node publishes the weights. The
+first one of all writes checkpoints and reports.
 
-Paper: RL-VLA³, Train Async and Streamer. Left out: several machines.
+Paper: RL-VLA³, Train Async and Streamer.
 """
 
 import time
@@ -20,8 +20,8 @@ import models
 from channel import WAKE, Channels, Record, SlotPool, fence
 from config import Config
 from learner import Learner
-from metrics import Ledger, Meter
-from ranks import Ranks
+from metrics import TOTALS, Ledger, Meter
+from ranks import Meeting, Ranks
 from saving import Saver
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
@@ -36,14 +36,15 @@ def run(
     device: str,
     channels: Channels,
     run_folder: Path,
+    meeting: Meeting,
     resume: dict | None,
     report: Connection | None,
     meter: Meter,
 ) -> None:
     """Trains until the last version. resume: state.json of the checkpoint to go on from, and its
-    "lines" of metrics.jsonl, or None; report: from the first rank to the launcher."""
+    "lines" of metrics.jsonl, or None; report: from a node's first rank to its launcher."""
     use_device(device, rank, config, channels)
-    ranks = Ranks.of(config, rank, device, run_folder, resume, meter)
+    ranks = Ranks.of(config, rank, device, meeting, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
     carrier = Carrier(channels.pool, learner.seen, config.env.segment, device)
@@ -76,16 +77,18 @@ def run(
             if inbox.done:
                 streamer.finish_batch()
                 inbox.settle(learner.tally)
+                if ranks.leads:
+                    count_totals(learner.tally, channels)
                 line = learner.finish_batch()
                 publish(learner, channels, meter)
                 line["samples_per_s"] = max(1, line["trained_once"]) / (time.monotonic() - begun)
                 begun = time.monotonic()
                 line["queue_depths"] = {"finished": streamer.waiting}
                 if ranks.first:
-                    ledger.enter(line, int(channels.pool["collected"].sum()), channels.counters)
+                    ledger.enter(line, channels.counters)
                 if ranks.saves and learner.should_save():
                     save(learner, saver)
-                if ranks.first:
+                if ranks.leads:
                     report.send(line)
 
         leave(learner, saver, report, meter)
@@ -147,16 +150,23 @@ def save(learner: Learner, saver: Saver) -> None:
         saver.begin(learner)
 
 
+def count_totals(tally: Tally, channels: Channels) -> None:
+    """Counts what a node's workers have done since they started."""
+    tally.add("collected", int(channels.pool["collected"].sum()))
+    for name in TOTALS:
+        tally.add(name, channels.counters.table[:, channels.counters.index[name]].sum())
+
+
 def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
-    """The first rank copies the weights into the plane and wakes whoever may wait for a version.
-    Ranks that share the weights gather them with it."""
-    first = learner.ranks.first
-    size = channels.plane.bytes if first else 0
+    """A node's first rank copies the weights into the plane and wakes whoever may wait for a
+    version. Ranks that share the weights gather them with it."""
+    leads = learner.ranks.leads
+    size = channels.plane.bytes if leads else 0
     if learner.device != "cpu":
         meter.set("gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
     with meter.work("publish", version=learner.version, bytes=size):
-        weights = learner.weights_that_act() if learner.ranks.saves else {}
-        if not first:
+        weights = learner.weights_that_act() if learner.ranks.publishes else {}
+        if not leads:
             for _ in weights.values():
                 pass
             return
@@ -180,7 +190,7 @@ def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Mete
     for _ in ranks.meet():
         meter.alive()
     ranks.leave()
-    if ranks.first:
+    if ranks.leads:
         report.send({"done": learner.version} | news)
 
 

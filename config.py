@@ -83,6 +83,10 @@ class RunConfig:
     that a run uses last"""
     workers_given: Annotated[tuple[int, int, int], tyro.conf.Suppress] = (0, 0, 0)
     """no flag: worker counts given beside --ratio auto, for a resumed run; 0 where it decides"""
+    nodes: Annotated[Positive, tyro.conf.Suppress] = 1
+    """no flag: machines that train together; torchrun says how many"""
+    node: Annotated[Natural, tyro.conf.Suppress] = 0
+    """no flag: which of them this is"""
     placement: Literal["colocated", "disaggregated", "hybrid"] = "disaggregated"
     """colocated shares devices in turn, disaggregated splits them by --ratio, hybrid also separates
     env from rollout"""

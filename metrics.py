@@ -256,14 +256,14 @@ class Ledger:
         in_flight = self.collected - self.trained_once - sum(self.discarded_by.values())
         self.discarded_by["resume"] += in_flight
 
-    def add(self, line: dict, collected: int) -> dict:
-        """Returns the totals after one more batch. line: the actor's, of this batch; collected:
-        chunk steps since the workers started."""
+    def add(self, line: dict) -> dict:
+        """Returns the totals after one more batch. line: the actors', of this batch, where totals
+        are since the workers started."""
         self.trained_once += line["trained_once"]
         for reason, steps in line["discarded_by"].items():
             self.discarded_by[reason] += steps
         out = {
-            "collected": self.collected + collected,
+            "collected": self.collected + int(line["collected"]),
             "trained_once": self.trained_once,
             "discarded": sum(self.discarded_by.values()),
             "discarded_by": dict(self.discarded_by),
@@ -282,14 +282,13 @@ class Ledger:
             )
         return out
 
-    def enter(self, line: dict, collected: int, counters: Counters) -> None:
-        """Completes the actor's line of one batch by the totals of the run, and keeps it until the
+    def enter(self, line: dict, counters: Counters) -> None:
+        """Completes the actors' line of one batch by the totals of the run, and keeps it until the
         launcher has written it."""
-        line |= self.add(line, collected)
+        line |= self.add(line)
         line["time"] = time.monotonic() - counters.get(0, "began")
         for name in TOTALS:
-            gained = int(counters.table[:, counters.index[name]].sum())
-            line[name] = self.earlier.get(name, 0) + gained
+            line[name] = self.earlier.get(name, 0) + int(line[name])
         written = counters.get(0, "written")
         self.lines = [one for one in self.lines if one["version"] > written] + [line]
 

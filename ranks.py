@@ -1,8 +1,7 @@
 """The actor workers together: each rank trains its share of every minibatch, and all hold the same
-weights, because gradients are summed before every step.
+weights, because gradients are summed before every step. Those of all nodes are one group.
 
 With --shard each rank holds a part of the weights, and overrides what is said here: sharding.py.
-Left out: several machines.
 """
 
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,36 +22,52 @@ from models import checkpoint
 from tally import Tally
 
 
+class Meeting(NamedTuple):
+    """Where actor workers meet: in a file of their machine, or in torchrun's store. Each start of
+    the workers has a meeting of its own."""
+
+    file: Path  # where one machine has all
+    address: tuple[str, int] | None = None  # of the store, where several have them
+    name: str = ""  # of the meeting, there
+
+    def store(self, ranks: int) -> dist.Store:
+        if self.address is None:
+            return dist.FileStore(str(self.file), ranks)
+        store = dist.TCPStore(*self.address, is_master=False, wait_for_workers=False)
+        return dist.PrefixStore(self.name, store)
+
+
 class Ranks:
     """This actor's place among the others. With one rank alone, everything here does nothing."""
 
     sharded = False  # whether each rank holds a part of the weights (--shard)
 
-    def __init__(self, rank: int, count: int, device: str, folder: Path, version: int):
-        """folder: where the ranks meet; version: of this start of the workers. One file serves one
-        meeting."""
-        self.rank = rank
-        self.count = count
+    def __init__(
+        self, rank: int, count: int, device: str, meeting: Meeting, node: int = 0, nodes: int = 1
+    ):
+        """rank: on this node, of `count`."""
+        self.rank = node * count + rank  # of all
+        self.count = nodes * count
         self.device = device
-        self.first = rank == 0  # publishes, writes checkpoints, reports
-        self.several = count > 1
-        self.saves = self.first  # takes part in publishing and saving
+        self.first = self.rank == 0  # writes checkpoints, reports
+        self.leads = rank == 0  # on its node: fills the weight plane
+        self.several = self.count > 1
+        self.saves = self.first  # takes part in saving
+        self.publishes = self.leads  # takes part in publishing
         self.stopped = False  # whether those who save have agreed to stop
         if self.several:
-            store = dist.FileStore(str(folder / f"rendezvous-{version}"), count)
+            store = meeting.store(self.count)
             # What ranks say to one another stays on the host: no GPU is waited for.
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             # The launcher sees who hangs. Torch's own clock goes on while a run is suspended.
             limit = timedelta(days=7)
-            group = {"store": store, "rank": rank, "world_size": count, "timeout": limit}
+            group = {"store": store, "rank": self.rank, "world_size": self.count, "timeout": limit}
             dist.init_process_group(backend, **group)
 
     @staticmethod
-    def of(
-        config: Config, rank: int, device: str, run_folder: Path, resume: dict | None, meter: Meter
-    ) -> "Ranks":
-        version = resume["version"] if resume else 0
-        place = (rank, config.actor.actor_workers, device, run_folder / ".spans", version)
+    def of(config: Config, rank: int, device: str, meeting: Meeting, meter: Meter) -> "Ranks":
+        train = config.train
+        place = (rank, config.actor.actor_workers, device, meeting, train.node, train.nodes)
         if not config.actor.shard:
             return Ranks(*place)
         from sharding import ShardedRanks  # here, for it takes a second to import

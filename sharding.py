@@ -39,6 +39,7 @@ class ShardedRanks(Ranks):
         super().__init__(*place)
         self.meter = meter
         self.saves = True
+        self.publishes = True
         self.mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.partition(":")[0])
 
     def agree(self, *mine: float) -> list[float]:

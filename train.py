@@ -58,6 +58,7 @@ from models import checkpoint
 from output import disk_trouble
 from prepare import Setup, memory_report, prepare
 from processes import Crew, GpuPart, Job, WorkerFailed
+from ranks import Meeting
 from report import batch_line, mirror
 from run_folder import RunFolder, checkpoints, newest_version
 from start import read_state
@@ -168,11 +169,13 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
     """Lists what every worker is to do. A worker's place in the list is its row of the counters."""
     placement = setup.placement
     spec = setup.spec
+    meeting = Meeting(folder.spans / f"rendezvous-{setup.version}")
     budgets = memory.budgets(memory.table_of(setup, setup.room), setup.room)
     plans = []
     for rank, device in enumerate(placement.actor_devices):
         news = report if rank == 0 else None
-        args = (spec, device, channels.of_worker("actor", rank), folder.path, setup.resume, news)
+        whose = channels.of_worker("actor", rank)
+        args = (spec, device, whose, folder.path, meeting, setup.resume, news)
         plans.append(("actor", rank, actor_worker.run, args, placement.actor_threads, {}))
     for rank, device in enumerate(placement.rollout_devices):
         args = (spec, device, channels.of_worker("rollout", rank))
@@ -263,7 +266,7 @@ def rate_jump(before: Config, now: Config, version: int) -> str:
 def differences(before: Config, now: Config) -> list[str]:
     """Lists the settings that differ, as they are now."""
     # What every start says anew: the files, too, for a run may have been copied.
-    own = ("checkpoint", "tokenizer", "resume", "run", "ratio_from", "workers_given")
+    own = ("checkpoint", "tokenizer", "resume", "run", "ratio_from", "workers_given", "node")
     said = []
     for name in STAGE_OF:
         pair = setting(now, name), setting(before, name)

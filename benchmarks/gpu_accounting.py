@@ -49,7 +49,7 @@ from channel import ACT, EVAL, FINAL, VALUE, Channels, Record, SlotPool
 from config import completed, group_of
 from errors import exit_on_user_error
 from learner import Learner
-from ranks import Ranks
+from ranks import Meeting, Ranks
 from rollout_worker import serve
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
@@ -166,7 +166,7 @@ class Case:
 
     def count_training(self, found: dict[str, Count]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            ranks = Ranks.of(self.config, 0, DEVICE, Path(folder), None, None)
+            ranks = Ranks.of(self.config, 0, DEVICE, Meeting(Path(folder)), None)
         learner = Learner(self.config, self.spec, DEVICE, ranks, None)
         streamer = Streamer.of(self.config, 0, 0)
         carrier = Carrier(self.pool, learner.seen, self.steps, DEVICE)

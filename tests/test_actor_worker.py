@@ -28,7 +28,7 @@ from errors import UserError
 from follow import Follower
 from metrics import Ledger
 from models import checkpoint
-from ranks import Ranks
+from ranks import Meeting, Ranks
 from report import flatten
 from run_folder import RunFolder, lines_until
 from scheduler import Admission
@@ -376,6 +376,7 @@ class Actor:
                 self.device,
                 self.channels,
                 self.folder,
+                Meeting(self.folder / ".spans" / "rendezvous-0"),
                 None,
                 report,
                 meter,
@@ -626,7 +627,7 @@ def test_a_launcher_that_dies_between_save_and_line_loses_no_line(tmp_path, writ
     beyond = kept[-1]["collected"] - saved * 16 * SEGMENT - 4
     after = {"trained": 48, "skipped": 0, "trained_once": 48, "iteration": saved + 1}
     after |= {"discarded_by": {"restart": 0, "filtered": 0, "after_end": 0}}
-    total = Ledger(kept, epochs=1).add(after, 48)
+    total = Ledger(kept, epochs=1).add(after | {"collected": 48})
     assert total["trained_once"] == (saved + 1) * 16 * SEGMENT
     assert total["discarded_by"] == {"restart": 4, "filtered": 0, "after_end": 0, "resume": beyond}
     assert total["collected"] == total["trained_once"] + total["discarded"]
@@ -636,7 +637,7 @@ def test_a_snapshot_does_not_change_with_training(tmp_path):
     actor = Actor(tmp_path, settings(), Toy())
     with patch.object(models, "build", return_value=actor.model):
         learner = actor_worker.Learner(
-            actor.config, SPEC, "cpu", Ranks(0, 1, "cpu", tmp_path, 0), None
+            actor.config, SPEC, "cpu", Ranks(0, 1, "cpu", Meeting(tmp_path)), None
         )
     snapshot = learner.snapshot([])
     before = snapshot.weights["policy.weight"].clone()
@@ -846,7 +847,7 @@ def test_a_rank_that_waits_for_others_saves_when_it_is_told_to(tmp_path, shard):
 def test_only_the_first_rank_publishes(tmp_path):
     class Stub:
         def __init__(self, first):
-            self.ranks = type("Ranks", (), {"first": first, "saves": first})
+            self.ranks = type("Ranks", (), {"leads": first, "publishes": first})
             self.version = 0
             self.device = "cpu"
 

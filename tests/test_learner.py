@@ -26,7 +26,7 @@ from learner import Learner, schedule
 from metrics import Ledger
 from models import checkpoint
 from models.formats import source
-from ranks import Ranks
+from ranks import Meeting, Ranks
 from saving import write
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
@@ -121,7 +121,7 @@ def learner_of(
     if config.actor.micro_batch == "auto":
         config.actor.micro_batch = BATCH * SEGMENT
     with patch.object(models, "build", return_value=model):
-        learner = Learner(config, spec, "cpu", ranks or Ranks(0, 1, "cpu", Path(), 0), resume)
+        learner = Learner(config, spec, "cpu", ranks or Ranks(0, 1, "cpu", Meeting(Path())), resume)
     if resume is None:
         learner.version = 3
         learner.algorithm.advantage_scale = AdvantageScale(0.8, 0.7)
@@ -505,10 +505,10 @@ def test_a_batch_must_be_trained_once_an_epoch_or_spared(trained, spared, balanc
     learner.spared = list(range(BATCH - (wrong == -1))) * spared
     if wrong:
         with pytest.raises(RuntimeError, match="of iteration 4, .* samples were trained and"):
-            Ledger([], epochs=2).add(learner.finish_batch(), 10**6)
+            Ledger([], epochs=2).add(learner.finish_batch() | {"collected": 10**6})
         return
     line = learner.finish_batch()
-    Ledger([], epochs=2).add(line, 10**6)
+    Ledger([], epochs=2).add(line | {"collected": 10**6})
     assert line["skipped"] == spared * BATCH * SEGMENT
     assert line["trained"] == trained * BATCH * SEGMENT
 

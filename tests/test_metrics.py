@@ -117,7 +117,8 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     table.add(0, "wait_trajectory_s", 10.0)
     out = interval.measure()
     entered = of_batch(10, 2, 3, 1)
-    Ledger([], epochs=2).enter(entered, 16, table)
+    entered |= {"collected": 16, "env_steps": 450, "restarts": 0}
+    Ledger([], epochs=2).enter(entered, table)
     assert entered["env_steps"] == 450 and out["env_steps_per_s"] == 40.0
     assert (
         out["batch_size_mean"] == 3.0
@@ -178,27 +179,27 @@ def of_batch(trained_once: int, restart: int, filtered: int, after_end: int) -> 
 
 def test_the_ledger_goes_on_where_a_resumed_run_stopped():
     ledger = Ledger([], epochs=2)
-    first = ledger.add(of_batch(10, 2, 3, 1), 20)
+    first = ledger.add(of_batch(10, 2, 3, 1) | {"collected": 20})
     by = {"restart": 2, "filtered": 3, "after_end": 1, "resume": 0}
     assert first == {"collected": 20, "trained_once": 10, "discarded": 6, "discarded_by": by}
-    second = ledger.add(of_batch(4, 0, 8, 0), 35)
+    second = ledger.add(of_batch(4, 0, 8, 0) | {"collected": 35})
     by = {"restart": 2, "filtered": 11, "after_end": 1, "resume": 0}
     assert second == {"collected": 35, "trained_once": 14, "discarded": 14, "discarded_by": by}
     assert first["discarded_by"]["filtered"] == 3  # a line of its own
     # 7 were in flight, of which nothing is left.
-    resumed = Ledger([second], epochs=2).add(of_batch(10, 2, 3, 1), 16)
+    resumed = Ledger([second], epochs=2).add(of_batch(10, 2, 3, 1) | {"collected": 16})
     by = {"restart": 4, "filtered": 14, "after_end": 2, "resume": 7}
     assert resumed == {"collected": 51, "trained_once": 24, "discarded": 27, "discarded_by": by}
 
 
 def test_a_ledger_that_does_not_balance_is_an_error():
-    Ledger([], epochs=2).add(of_batch(10, 2, 3, 1), 16)
+    Ledger([], epochs=2).add(of_batch(10, 2, 3, 1) | {"collected": 16})
     for epochs, collected, sides in (
         (2, 15, "15 chunk steps were collected in all, but 10 trained and 6 discarded"),
         (3, 16, "19 samples were trained and 1 skipped, but 3 epochs of 10 chunk steps are 30"),
     ):
         with pytest.raises(RuntimeError, match=f"does not balance: of iteration 1, {sides}"):
-            Ledger([], epochs).add(of_batch(10, 2, 3, 1), collected)
+            Ledger([], epochs).add(of_batch(10, 2, 3, 1) | {"collected": collected})
 
 
 SPANS = {

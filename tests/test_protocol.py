@@ -180,7 +180,7 @@ class Ranks:
         self.first = rank == 0
         self.several = self.count > 1
         self.sharded = False
-        self.saves = self.first
+        self.leads = self.publishes = self.saves = self.first
         self.stopped = False
         self.meetings = 0
 
@@ -208,6 +208,7 @@ class Learner:
         self.version = 0
         self.updates = 0
         self.tally = self
+        self.totals = {}
         self.gradients = Mock()
         self.facts = tuple(run.channels.pool.spec)
         self.seen = ()
@@ -227,15 +228,18 @@ class Learner:
     def moved_too_far(self) -> bool:
         return False
 
-    def add(self, reason, steps, how) -> None:
+    def add(self, reason, steps, how="sum") -> None:
         """It is its own tally."""
         assert steps >= 0, reason
-        self.run.accounts[reason] += steps
+        if how == "sum":  # a total, of the workers so far
+            self.totals[reason] = steps
+        else:
+            self.run.accounts[reason] += steps
 
     def finish_batch(self) -> dict:
         list(self.ranks.meet())
         self.version += 1
-        numbers = dict.fromkeys(("trained", "skipped", "trained_once"), 0)
+        numbers = dict.fromkeys(("trained", "skipped", "trained_once"), 0) | self.totals
         return numbers | {"version": self.version, "iteration": self.version, "discarded_by": {}}
 
     def should_save(self) -> bool:
@@ -397,10 +401,10 @@ class Run:
         return functools.partial(rollout_worker.run, *arguments)
 
     def actor_worker(self, rank: int):
-        arguments = (rank, self.config, self.spec, "cpu", self.channels, Path("nowhere"), None)
+        arguments = (rank, self.config, self.spec, "cpu", self.channels, Path("nowhere"))
         report = self.reports if rank == 0 else None
         meter = self.meters[f"actor-{rank}"]
-        return functools.partial(actor_worker.run, *arguments, report, meter)
+        return functools.partial(actor_worker.run, *arguments, None, None, report, meter)
 
     def replace(self, name: str) -> None:
         """What `processes.Crew` does."""

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import Gradients, Ranks
+from ranks import Gradients, Meeting, Ranks
 from tally import Tally
 
 
 def act(rank: int, folder: str) -> None:
     """One of two ranks, whose gradients are 1, 2, 3 times its number plus one; and 1, 2, 3 on rank
     1 alone."""
-    ranks = Ranks(rank, 2, "cpu", Path(folder), 4)
+    ranks = Ranks(rank, 2, "cpu", Meeting(Path(folder, "rendezvous-4")))
     used = nn.Parameter(torch.ones(3))
     unused = nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm
     once = nn.Parameter(torch.ones(3))  # as of ranks whose groups are all filtered
@@ -82,7 +82,7 @@ def test_tallies_are_combined_also_of_names_that_one_rank_alone_has(both):
 
 
 def test_one_rank_alone_changes_nothing(tmp_path):
-    ranks = Ranks(0, 1, "cpu", tmp_path, 0)
+    ranks = Ranks(0, 1, "cpu", Meeting(tmp_path / "rendezvous-0"))
     tally = Tally()
     assert list(ranks.meet()) == [] and ranks.sum([1.0]) == [1.0] and ranks.combine(tally) is tally
     ranks.leave()

@@ -27,6 +27,7 @@ from errors import UserError
 from learner import Learner
 from models import checkpoint
 from models.pi import Pi
+from ranks import Meeting
 from saving import write
 from sharding import ShardedRanks
 from streamer import MicroBatch
@@ -128,7 +129,7 @@ def meter(rank: int) -> metrics.Meter:
 def sharing(rank: int, folder: Path) -> None:
     """One of two ranks, which trains every case."""
     torch.set_num_threads(1)
-    ranks = ShardedRanks(meter(rank), rank, 2, "cpu", folder, 0)
+    ranks = ShardedRanks(meter(rank), rank, 2, "cpu", Meeting(folder / "rendezvous-0"))
     for name, (_, changes) in CASES.items():
         model = model_of(name)
         pool = pool_of(model)

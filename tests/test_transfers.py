@@ -28,7 +28,7 @@ from models.gr00t import Gr00t, Gr00tConfig
 from models.oft import Oft, OftConfig
 from models.pi import Pi, PiConfig
 from prepare import common_fields
-from ranks import Ranks
+from ranks import Meeting, Ranks
 from rollout_worker import serve
 from streamer import MicroBatch
 from tally import Tally
@@ -347,7 +347,7 @@ def test_a_micro_batch_waits_once_and_copies_no_pageable_memory(family, watch):
     config.actor.update_epochs = 1
     spec = EnvSpec(("push",), ("push it",), 1, 64, 4, 4, 60)
     with patch.object(models, "build", return_value=model):
-        learner = Learner(config, spec, "meta", Ranks(0, 1, "meta", Path(), 0), None)
+        learner = Learner(config, spec, "meta", Ranks(0, 1, "meta", Meeting(Path())), None)
     with patch.object(transfers, "lock"):
         carrier = Carrier(pool, learner.seen, SEGMENT, "meta")
     pool["length"][3] = 2  # one of them is not trained on whole

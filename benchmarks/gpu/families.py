@@ -49,7 +49,7 @@ from benchmarks.measuring import flops_of, seconds_of
 from config import FLOW, completed
 from learner import Learner
 from models import compiled, layers
-from ranks import Ranks
+from ranks import Meeting, Ranks
 from rollout_worker import compile_where_asked, serve
 from streamer import MicroBatch
 from transfers import Carrier
@@ -175,7 +175,7 @@ class Training:
         self.keeps = config.actor.cache_prefix == "gpu"
         model = with_weights(where, one)
         channels = filled_slots(where, one, model)
-        ranks = Ranks(0, 1, where.device, Path(), 0)
+        ranks = Ranks(0, 1, where.device, Meeting(Path()))
 
         def build(config, spec, device="cpu", weights="all") -> nn.Module:
             """Gives the learner the model; what training has no use for is saved, which it is not
