@@ -99,6 +99,7 @@ class Nodes:
         unshared = "torchrun's store is not shared: unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         require(told["TORCHELASTIC_USE_AGENT_STORE"] == "True", unshared)
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: torchrun is gone
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until workers start
         address = told["MASTER_ADDR"], int(told["MASTER_PORT"])
         return Nodes(int(told["RANK"]), int(told["WORLD_SIZE"]), address)
 
@@ -356,15 +357,19 @@ class Nodes:
         """Waits for a word of this kind from all whose words come here, and returns it by node.
         Raises Ended, NodeLost."""
         found: dict[int, dict] = {}
+        for_later = []
         late = time.monotonic() + min(limit_s, 10 * self.limit_s)
         while len(found) < len(self.others):
             for node, word in self.news():
-                if word["kind"] == kind:
+                if word["kind"] == kind and node not in found:
                     found[node] = word
+                else:
+                    for_later.append((node, word))
             missing = ", ".join(self.names[node] for node in self.others if node not in found)
             if time.monotonic() > late:
                 raise NodeLost(f"{missing} did not come to say {kind!r}")
             time.sleep(0.02)
+        self.inbox.extendleft(for_later[::-1])
         return found
 
     def talk(self) -> None:
@@ -437,8 +442,6 @@ class Nodes:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Ends all nodes where this one ends with an error, and this one where another does."""
-        if self.several:
-            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until workers start
         try:
             yield
         except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from channel import layout
 from config import Config
+from errors import require
 from metrics import Meter
 from models import checkpoint
 from tally import Tally
@@ -48,6 +49,7 @@ class Ranks:
         """rank: on this node, of `count`."""
         self.rank = node * count + rank  # of all
         self.count = nodes * count
+        self.nodes = nodes
         self.device = device
         self.first = self.rank == 0  # writes checkpoints, reports
         self.leads = rank == 0  # on its node: fills the weight plane
@@ -100,6 +102,23 @@ class Ranks:
         most, more, stop = self.agree(passes, not through, stop)
         self.stopped = bool(stop)
         return int(most) if more and not stop else None
+
+    def check_alike(self, model: torch.nn.Module) -> None:
+        """Raises UserError, on all, where nodes have begun with other weights. Bits are compared:
+        what is summed up of them, with every tensor's place."""
+        if self.nodes == 1:
+            return
+        total = 0
+        for place, tensor in enumerate(model.state_dict().values(), 1):
+            if not tensor.is_meta:
+                bits = tensor.flatten().view(torch.uint8)
+                whole = bits[: len(bits) // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
+                total += place * (int(whole) + int(bits[len(bits) // 4 * 4 :].sum()))
+        totals: list[int] = [0] * self.count
+        dist.all_gather_object(totals, total)
+        for rank, other in enumerate(totals):
+            found = f"the weights of node {rank * self.nodes // self.count} are not those of node 0"
+            require(other == totals[0], f"{found}: give all nodes the same --checkpoint")
 
     def spread(self, model: torch.nn.Module, methods: tuple[str, ...]) -> None:
         """Leaves a rank that shares the weights its part of them. methods: those that are called

@@ -28,6 +28,7 @@ from config import MOST_WORKERS, ROOT, STAGE_OF, run_path
 from errors import UserError
 from follow import Follower
 from metrics import Meter, columns
+from nodes import Nodes
 from processes import Crew, Failure, Interrupts, Job, WorkerFailed, may_pass
 from run_folder import read_metrics
 
