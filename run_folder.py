@@ -50,6 +50,7 @@ class Line(TypedDict, extra_items=Number | None):
     batch_size_hist: Numbers
     queue_depths: Numbers
     waits: Numbers
+    nodes: NotRequired[dict[str, dict[str, Number]]]  # by the node's number
     tuning: NotRequired[dict[str, Number | str]]
 
 
