@@ -12,12 +12,23 @@ import pytest
 from conftest import LINE
 
 import metrics
+import run_folder
 from channel import Counters
 from config import ROOT, Config
 from errors import UserError
 from metrics import HISTOGRAM, Interval, Ledger, Meter, figures
 from report import Beginning, batch_line, flatten, progress
-from run_folder import RunFolder, lines_until, read_metrics, read_trace, write_trace
+from run_folder import (
+    RunFolder,
+    lines_until,
+    pack_spans,
+    place_of,
+    read_metrics,
+    read_spans,
+    read_trace,
+    take_spans,
+    write_trace,
+)
 from tally import Tally
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
@@ -380,6 +391,53 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
     ]  # rollout-1 has no span
     assert rows["env-10"] == [("step", 0.5, 1.0, {}), ("wait: action", 1.0, 1.25, {})]
     assert rows["weights to rollout-0"] == [("fetch", 0.25, 0.5, {"version": 0, "bytes": 8})]
+
+
+def recorded(folder, spans: dict) -> None:
+    folder.mkdir()
+    for name, row in spans.items():
+        (folder / f"{name}.jsonl").write_text("\n" + json.dumps(row) + '\n[["torn", 1.0')
+
+
+def test_a_trace_has_the_rows_of_every_node_on_one_clock(tmp_path):
+    """The other nodes' clocks are of other machines: one is 500 s behind, one 500 s ahead."""
+    recorded(tmp_path / "1", {"env-0": [["step", 1.0, 2.0]], "rollout-0": [["fetch", 1.5, 1.75]]})
+    recorded(tmp_path / "10", {"env-0": [["step", 1001.5, 1002.5, {"batch": 3}]]})
+    folder = RunFolder(tmp_path / "run", resume=False)
+    mine = {"env-0": [["step", 501.5, 502.5]], "env-1": [["step", 500.0, 501.0]]}
+    for name, row in mine.items():
+        (folder.spans / f"{name}.jsonl").write_text(json.dumps(row))
+    assert take_spans(folder.spans, 10, pack_spans(tmp_path / "10", 3), -500.0) == ""
+    assert take_spans(folder.spans, 1, pack_spans(tmp_path / "1", 3), 500.0) == ""
+    folder.clear(keep_trace=True)  # as before another ratio
+    folder.finish()
+    rows = read_trace(folder.path)
+    assert list(rows) == [
+        *("env-0", "env-1", "node 1 env-0", "node 10 env-0"),
+        "node 1 weights to rollout-0",
+    ]
+    assert rows["env-0"] == [("step", 1.5, 2.5, {})]
+    assert rows["node 1 env-0"] == [("step", 1.0, 2.0, {})]
+    assert rows["node 10 env-0"] == [("step", 1.5, 2.5, {"batch": 3})]
+    assert rows["node 1 weights to rollout-0"] == [("fetch", 1.5, 1.75, {})]
+    assert place_of("node 10 weights to rollout-0") == (10, "weights to rollout-0")
+
+
+def test_spans_travel_in_pieces_the_newest_first(tmp_path, monkeypatch):
+    spans = {"env-0": [["step", i + 0.1, i + 0.9] for i in range(100)]}
+    spans["actor-0"] = [["train", 90.0, 99.5], ["publish", 99.5, 99.6]]
+    recorded(tmp_path / "node", spans)
+    monkeypatch.setattr(run_folder, "PIECE", 100)
+    monkeypatch.setattr(run_folder, "SENT", 22)
+    pieces = pack_spans(tmp_path / "node", nodes=3)
+    assert len(pieces) > 1 and max(map(len, pieces)) == 100
+    (tmp_path / "first").mkdir()
+    said = take_spans(tmp_path / "first", 2, pieces, 0.0)
+    assert said == "trace.json lacks the 91 oldest spans of node 2"
+    kept = read_spans(tmp_path / "first")
+    assert kept["node 2 env-0"] == spans["env-0"][-9:]
+    assert kept["node 2 actor-0"] == spans["actor-0"]
+    assert pack_spans(tmp_path / "first" / "none", 2)  # a node that records nothing says so
 
 
 def test_a_run_that_is_started_over_keeps_the_vocabulary_that_it_uses(tmp_path):
