@@ -567,6 +567,18 @@ def test_what_a_batch_is():
     assert "1 optimizer step per batch, computed in bfloat16" in batch_line(config, 9)
 
 
+def test_another_node_says_once_where_to_look(capsys):
+    display = progress(5, interactive=True, first="10.0.0.7")
+    with display.screen:
+        display.say("all 6 workers are ready after 2 s")
+        for version in (1, 2, 3):
+            display.show({"version": version})
+    begun, where = capsys.readouterr().out.splitlines()
+    assert begun.startswith("all 6 workers") and where.endswith(
+        "progress, warnings of training, metrics and checkpoints are on the first node, 10.0.0.7"
+    )
+
+
 def test_nested_numbers_are_mirrored_by_their_path():
     nested = {
         "waits": {"env:action": 0.5},
