@@ -29,7 +29,7 @@ GROUPS = ("env", "rollout", "weights", "actor")
 Span = tuple[str, float, float] | tuple[str, float, float, dict]
 # What rows of a trace are sorted by: group, node, number there; and a row's name.
 Row = tuple[int, int, int, str]
-SENT = 1_000_000  # spans that the first node takes of all others together, some 100 MB as text
+SENT = 400_000  # spans that the first node takes of all others together: more would take minutes
 PIECE = 4 * 2**20  # bytes; torchrun's store takes 8 MiB at once
 
 Number = int | float

@@ -343,7 +343,8 @@ def test_advice_follows_from_the_numbers(waits, changes, more, words):
 
 
 def test_the_command_prints_a_summary_and_draws(tmp_path):
-    lines = [line(1), line(2, eval_success_rate=0.5), line(3, success_rate=1.0)]
+    nodes = {"0": of_node(0.5, 0.0), "1": of_node(0.1, 0.4)}
+    lines = [line(1), line(2, eval_success_rate=0.5), line(3, success_rate=1.0, nodes=nodes)]
     run = a_run(tmp_path / "x", lines)
     done = command(run)
     assert done.returncode == 0, done.stderr
@@ -356,7 +357,8 @@ def test_the_command_prints_a_summary_and_draws(tmp_path):
         "critical: train 97%",
         "3 to 4",
         "75%",
-        "advice: ",
+        "wait: gradient",
+        "advice: Node 1 is slow, so actors of others wait 50% for gradients",
     ):
         assert words in done.stdout, done.stdout
     for picture in ("swimlane.png", "curve.png"):
