@@ -12,7 +12,7 @@ import report
 from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
-from metrics import Interval
+from metrics import Interval, Measured, figures
 from nodes import Ended, NodeLost, Nodes
 from output import disk_trouble
 from prepare import Setup
@@ -180,12 +180,16 @@ class Follower:
 
     def measure(self, line: dict) -> None:
         """Adds to the actor's part of a line what the launcher measures."""
+        mine = self.measured()
+        line |= figures([mine])
+        self.tuner.iteration(line["version"], mine["cpu_s"])
+
+    def measured(self) -> Measured:
+        """Returns what this node's launcher measured since it was last asked."""
         if self.interval is None:
             self.begin()
         memory_gb, cpu_s = self.crew.used()
-        line |= self.interval.measure()
-        line["rss_gb"] = memory_gb + self.setup.pool_bytes / 1e9
-        self.tuner.iteration(line["version"], cpu_s)
+        return self.interval.measure(memory_gb + self.setup.pool_bytes / 1e9, cpu_s)
 
     def complete(self, line: dict) -> dict:
         """Adds what evaluations and the tuner have found until now."""
