@@ -183,7 +183,7 @@ def save_and_wait_for_the_end(learner: Learner, saver: Saver, report: Connection
         news = saver.save_last(learner) | {"saved": str(saver.path)}
         if learner.ranks.first:
             report.send(news | {"dropped": learner.updates} if learner.updates else news)
-    wait_to_be_ended()
+    wait_to_be_ended(saver.meter)
 
 
 def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
@@ -197,10 +197,11 @@ def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Mete
         report.send({"done": learner.version} | news)
 
 
-def wait_to_be_ended() -> None:
+def wait_to_be_ended(meter: Meter) -> None:
     """The launcher ends this worker. Leaving first would fail the other ranks before the launcher
-    has read that all is saved."""
+    has read that all is saved, which may take the first rank long."""
     while True:
+        meter.alive()
         time.sleep(1.0)
 
 
