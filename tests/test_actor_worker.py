@@ -340,6 +340,7 @@ class Actor:
 
     def __init__(self, tmp_path, config: Config, model: Toy):
         self.folder = tmp_path
+        self.meeting = Meeting(tmp_path / ".spans" / "rendezvous-0")
         (tmp_path / "checkpoints").mkdir()
         self.config = config
         self.model = model
@@ -377,7 +378,7 @@ class Actor:
                 self.device,
                 self.channels,
                 self.folder,
-                Meeting(self.folder / ".spans" / "rendezvous-0"),
+                self.meeting,
                 None,
                 report,
                 meter,
