@@ -21,8 +21,10 @@ from checks import FromZero, Natural, Share, Total, parse_json, read_json
 from config import ROOT, from_json
 from errors import UserError, require
 
-# A trace's rows are grouped: "weights" are transfers beside what a worker does.
-GROUPS = ("env", "rollout", "weights", "actor")
+# A trace's rows are grouped: "weights" and "gradients" are transfers beside what a worker does.
+GROUPS = ("env", "rollout", "weights", "actor", "gradients")
+# The spans of such transfers, their group, and the beginning of their rows' names.
+BESIDE = {"fetch": ("weights", "weights to"), "reduce": ("gradients", "gradients of")}
 # What was done, its start and end in monotonic seconds, and perhaps numbers that belong to it.
 Span = tuple[str, float, float] | tuple[str, float, float, dict]
 
@@ -185,14 +187,15 @@ def lines_until(run: Path, version: int, saved: list[dict]) -> list[dict]:
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
     """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker.
 
-    A side thread fetches weights while its worker infers, so fetches get rows of their own, in the
-    group "weights"."""
+    A side thread fetches weights while its worker infers, and sums of gradients go on while one
+    trains: both get rows of their own."""
     rows: dict[tuple[int, int, str], list[Span]] = {}  # by group, number and name
     for worker, mixed in spans.items():
         stage, _, number = worker.partition("-")
-        rows[GROUPS.index(stage), int(number), worker] = [s for s in mixed if s[0] != "fetch"]
-        if fetches := [span for span in mixed if span[0] == "fetch"]:
-            rows[GROUPS.index("weights"), int(number), f"weights to {worker}"] = fetches
+        rows[GROUPS.index(stage), int(number), worker] = [s for s in mixed if s[0] not in BESIDE]
+        for what, (group, title) in BESIDE.items():
+            if transfers := [span for span in mixed if span[0] == what]:
+                rows[GROUPS.index(group), int(number), f"{title} {worker}"] = transfers
     with open(path, "w") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         for n, event in enumerate(trace_events(rows)):
