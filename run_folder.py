@@ -133,6 +133,17 @@ class RunFolder:
         if spans:
             write_trace(self.path / "trace.json", spans)
 
+    def remove(self) -> None:
+        """Removes what another node than the first one needed for its workers: all but what an
+        error says."""
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != "error.txt":
+                path.unlink()
+        with contextlib.suppress(OSError):  # there was an error
+            self.path.rmdir()
+
 
 def checkpoints(run: Path) -> list[Path]:
     """Returns the folders of a run's checkpoints, the newest last. Each is named by its version: a

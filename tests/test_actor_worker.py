@@ -28,6 +28,7 @@ from errors import UserError
 from follow import Follower
 from metrics import Ledger
 from models import checkpoint
+from nodes import Nodes
 from ranks import Meeting, Ranks
 from report import flatten
 from run_folder import RunFolder, lines_until
@@ -744,7 +745,7 @@ def test_a_failed_save_is_noticed_at_once_and_what_was_published_is_saved(tmp_pa
     assert (saved / "model.safetensors").is_file()
 
     # The launcher says both in one sentence.
-    follower = SimpleNamespace(trouble="", advice="continue with …")
+    follower = SimpleNamespace(trouble="", advice="continue with …", nodes=Nodes())
     end = Follower.hear(follower, news)
     assert (end.message, end.status) == (f"error: {trouble}; saved {saved}; continue with …", 1)
 

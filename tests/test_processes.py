@@ -182,6 +182,8 @@ def test_ctrl_c_twice_ends_a_run_whose_last_checkpoint_is_never_written():
         reports=SimpleNamespace(poll=lambda: news[0]),
         channels=SimpleNamespace(plane=SimpleNamespace(version=9)),
         config=SimpleNamespace(train=SimpleNamespace(iterations=9)),
+        nodes=Nodes(),
+        where="",
     )
     interrupts.append(signal.SIGINT)
     assert Follower.interrupt(follower) is None
