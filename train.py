@@ -218,7 +218,7 @@ def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
             print(jump)
     print(where(setup))
     print(batch_line(setup.config, setup.config.env.segment))
-    print(f"{setup.note}run folder {folder.path}", flush=True)
+    print(f"{recipes.beside(setup.config)}{setup.note}run folder {folder.path}", flush=True)
 
 
 def where(setup: Setup) -> str:
