@@ -8,12 +8,12 @@ Both sides meet in the shared counters. The launcher writes the number of the ru
 workers write the outcome of episode e into their column `outcome_e` as 2 · round + success, in one
 store. So a replaced worker sees what is left to play, and nothing counts twice.
 
-Of several nodes each plays its share of a round. The first one's launcher begins rounds and reads
-outcomes; the others' `begin` a round when they are told, and hand over their `outcomes`.
+Of several nodes each plays its share of a round. The first one's launcher decides when a round is
+due and hears how it ended; the others' are told, and hand over their shares.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -133,51 +133,61 @@ class Evaluations:
         self.counters = counters
         self.round = 0
         self.running: int | None = None  # the version that is being evaluated
-        self.due = math.inf  # the version that is evaluated next
+        self.due = math.inf  # the version that is evaluated next; the first node knows it
         self.episodes: list[int] = []  # this node's share of a round
+        self.elsewhere: dict[int, int] = {}  # how other nodes' episodes of this round have ended
         if config.env.evaluates:
             evaluated = [line["eval_version"] for line in lines if "eval_version" in line]
             due = max(evaluated) + config.env.eval_every if evaluated else version
-            self.due = min(due, config.train.iterations)
+            if config.train.node == 0:
+                self.due = min(due, config.train.iterations)
             step = config.env.eval_envs * config.train.nodes
             mine = first_episodes(config)
             self.episodes = [e for e in range(config.env.eval_episodes) if e % step in mine]
         self.news: dict = {}  # the newest finished round
 
-    def begins(self, version: int, others: Mapping[int, int] | None = None) -> bool:
-        """Whether a round begins now. Notes the result of the one that has just ended.
-
-        others: what the other nodes have handed over of the running round, all in one."""
-        if self.running is not None and not self.is_over(others or {}):
+    def begins(self, version: int) -> bool:
+        """Whether a round begins now. Notes the result of the one that has just ended."""
+        if self.running is not None and not self.is_over():
             return False
         self.running = None
         if version < self.due:
             return False
-        last = self.config.train.iterations
-        next_one = min(version + self.config.env.eval_every, last)
-        self.due = next_one if version < last else math.inf
+        train = self.config.train
+        next_one = min(version + self.config.env.eval_every, train.iterations)
+        again = train.node == 0 and version < train.iterations
+        self.due = next_one if again else math.inf
         self.running = version
-        self.begin(self.round + 1)
+        self.round += 1
+        self.elsewhere = {}
+        self.counters.set(0, "eval_round", self.round)
         return True
 
-    def begin(self, round: int) -> None:
-        """Lets this node's env workers play their share of a round, once they are woken."""
-        self.round = round
-        self.counters.set(0, "eval_round", round)
+    def hand_over(self) -> dict[int, int] | None:
+        """Returns how this node's share of the running round ended, 1 for success, once all of it
+        has been played; then the round is over here."""
+        ended = None if self.running is None else self.outcomes()
+        if ended is not None:
+            self.running = None
+        return ended
+
+    def hear(self, outcomes: dict[str, int]) -> None:
+        """Takes in what another node has handed over; JSON has made words of its episodes."""
+        self.elsewhere |= {int(episode): won for episode, won in outcomes.items()}
 
     def outcomes(self) -> dict[int, int] | None:
-        """Returns how this node's episodes of the running round ended, 1 for success; None while
-        one of them is yet to end."""
+        """Returns how this node's episodes of the running round ended; None while one of them is
+        yet to end."""
         columns = [self.counters.index[f"outcome_{episode}"] for episode in self.episodes]
         # Only one worker writes an episode's outcome; the others' rows hold 0.
         written = self.counters.table[:, columns].max(axis=0)
         won = (written - 2 * self.round).astype(int).tolist()  # negative where it is yet to end
         return None if min(won, default=0) < 0 else dict(zip(self.episodes, won, strict=True))
 
-    def is_over(self, others: Mapping[int, int]) -> bool:
+    def is_over(self) -> bool:
         """Whether every episode of the running round has its outcome; if so, it becomes `news`."""
         episodes = self.config.env.eval_episodes
-        ended = {**others, **(self.outcomes() or {})}
+        ended = self.elsewhere | (self.outcomes() or {})
         if len(ended) < episodes:
             return False
         won = np.array([ended[episode] for episode in range(episodes)])

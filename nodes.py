@@ -45,7 +45,8 @@ FAREWELL_S = 10.0  # that the first node stays for the others, which may need it
 CLOCKS_S = 10.0  # that the clocks of two nodes may differ
 PINGS = 5  # of a clock; the quickest one counts
 PIECE = 2**26  # bytes of a file that travel at a time
-# What may differ between nodes: where files lie, and how many simulators' workers there are.
+# What may differ between nodes: where files lie, and how many workers there are of simulators whose
+# lanes have one env each; those of others say which envs make a lane.
 OWN = ("checkpoint", "adapter", "tokenizer", "run", "resume", "resume_or_start", "node")
 OWN += ("env_workers",)
 
@@ -315,7 +316,8 @@ class Nodes:
         not mean the same."""
         if not self.several:
             return
-        mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in OWN}
+        own = OWN[:-1] if config.env.lanes else OWN
+        mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in own}
         if not self.first:
             self.tell({"kind": "settings", "settings": mine})
             self.run = self.wait_for("agreed")[0]["run"]

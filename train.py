@@ -31,6 +31,7 @@ import metrics
 import models
 import pictures
 import processes
+import recipes
 import rollout_worker
 import tuning
 from channel import Channels, Counters

@@ -248,16 +248,19 @@ def test_evaluation_episodes_are_shared_out_to_all_nodes(chosen, count, tasks):
 
     shards = [Shard(config, tasks) for config in nodes]
     each = [Evaluations(s.config, words, 0, s.meter.counters) for s in shards]
-    assert each[0].begins(0)
-    for other in each[1:]:
-        other.begin(each[0].round)
+    for n, evaluations in enumerate(each):
+        if n:
+            assert not evaluations.begins(0)  # until it is told
+            evaluations.due = 0
+        assert evaluations.begins(0) and not evaluations.begins(1)
     handed: dict[int, int] = {}
     of_nodes = []
     for shard, evaluations in zip(shards, each, strict=True):
         if evaluations.episodes:
-            assert evaluations.outcomes() is None and not each[0].begins(0, handed)
+            assert evaluations.outcomes() is None and not each[0].begins(0)
         of_nodes.append(shard.play())
-        outcomes = evaluations.outcomes()
+        outcomes = evaluations.outcomes() if evaluations is each[0] else evaluations.hand_over()
+        each[0].hear(json.loads(json.dumps(outcomes)))
         assert not handed.keys() & outcomes.keys()
         handed |= outcomes
     assert (
@@ -265,36 +268,36 @@ def test_evaluation_episodes_are_shared_out_to_all_nodes(chosen, count, tasks):
         and set.union(*(b for _, b in of_nodes)) == begun
     )
     assert sum(len(k) for k, _ in of_nodes) == len(keys)
-    assert not each[0].begins(0, json_again(handed)) and each[0].news == alone.news
+    assert not each[0].begins(0) and each[0].news == alone.news
     assert sorted(handed) == list(range(chosen["eval_episodes"]))
 
 
-def json_again(outcomes: dict[int, int]) -> dict[int, int]:
-    """Returns outcomes as they come out of a store that holds text."""
-    return {int(episode): won for episode, won in json.loads(json.dumps(outcomes)).items()}
-
-
-def test_what_a_node_hands_over_is_of_the_running_round():
+def test_a_node_hands_over_its_share_of_a_round_once():
+    """And begins a round only with weights as new as those of the first node."""
     config = completed(Config(), eval_envs=1, eval_episodes=4, eval_every=1, nodes=2, node=1)
     counters = Counters(2, metrics.columns(4))
     other = Evaluations(config, ("push",), 0, counters)
-    other.begin(1)
-    assert counters.get(0, "eval_round") == 1 and other.outcomes() is None
+    other.due = 3
+    assert other.hand_over() is None and not other.begins(2) and other.begins(4)
+    assert counters.get(0, "eval_round") == 1 and other.hand_over() is None
     counters.set(1, "outcome_1", 3)
-    assert other.outcomes() is None
+    assert other.hand_over() is None and not other.begins(100)
     counters.set(1, "outcome_3", 2)
-    assert other.outcomes() == {1: 1, 3: 0}
-    other.begin(2)
-    assert counters.get(0, "eval_round") == 2 and other.outcomes() is None
+    assert other.hand_over() == {1: 1, 3: 0} and other.hand_over() is None
+    assert not other.begins(100)  # it is told, and does not count itself
+    other.due = 100
+    assert other.begins(100) and counters.get(0, "eval_round") == 2 and other.hand_over() is None
+    assert other.news == {}
 
 
 def test_a_node_without_an_episode_has_nothing_to_wait_for():
     config = completed(Config(), eval_envs=2, eval_episodes=3, nodes=2, node=1)
     other = Evaluations(config, ("push",), 0, Counters(1, metrics.columns(3)))
-    other.begin(1)
-    assert other.episodes == [1] and other.outcomes() is None
+    assert other.episodes == [1]
     config = completed(config, eval_episodes=1)
-    assert Evaluations(config, ("push",), 0, Counters(1, metrics.columns(1))).outcomes() == {}
+    other = Evaluations(config, ("push",), 0, Counters(1, metrics.columns(1)))
+    other.due = 0
+    assert other.begins(0) and other.hand_over() == {} and other.hand_over() is None
 
 
 # ---------------------------------------------------------------- what is said and checked
