@@ -31,6 +31,7 @@ import metrics
 import models
 import pictures
 import processes
+import recipes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
@@ -123,7 +124,7 @@ def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None
             print(jump)
     print(where(setup))
     print(batch_line(setup.config, setup.config.env.segment))
-    print(f"{setup.note}run folder {folder.path}", flush=True)
+    print(f"{recipes.beside(setup.config)}{setup.note}run folder {folder.path}", flush=True)
 
 
 def where(setup: Setup) -> str:
