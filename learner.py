@@ -47,6 +47,7 @@ class Learner:
         self.trainable = self.model.trainable()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
+        ranks.check_alike(self.model)
         # What a frozen VLM makes of a frame is kept for later epochs (--cache-prefix gpu).
         keeps = config.actor.cache_prefix == "gpu" and config.actor.update_epochs > 1
         ranks.spread(self.model, ("evaluate", "look_once") if keeps else ("evaluate",))
