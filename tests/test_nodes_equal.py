@@ -30,14 +30,18 @@ SAME = (
 # A simulator and a policy of elementwise numbers, at random speeds, asynchronous but for staleness.
 EXACT = f"--model emulated --env emulated --image-size 8 --lr 0.02 {SAME}"
 EXACT += " --preset full --max-staleness 0"
-PPO = f"{EXACT} --value-lr 0.02 --segment 4 --chunk 5 --micro-batch 24"
-GRPO = f"{EXACT} --algorithm grpo --group-size 2 --segment 6 --micro-batch 36"
+PPO = f"{EXACT} --value-lr 0.02 --chunk 5"
+GRPO = f"{EXACT} --algorithm grpo --group-size 2"
 
 
-def sizes(lanes: int, batches: int, workers: str = "") -> str:
-    """Writes how much a node has of everything. batches: trajectories of each lane in a batch."""
-    batch = lanes * batches
-    return f"--envs {lanes} --batch {batch} --minibatch {batch // 2} {workers}"
+def sizes(lanes: int, actors: int, each: int, segment: int) -> str:
+    """Writes how much a node has of everything. each: trajectories of a lane in a batch.
+
+    An actor worker trains its share of a minibatch in one pass: more of them would add up by
+    arrival."""
+    minibatch = lanes * each // 2
+    numbers = f"--envs {lanes} --batch {lanes * each} --minibatch {minibatch} --segment {segment}"
+    return f"{numbers} --micro-batch {minibatch // actors * segment} --actor-workers {actors}"
 
 
 def free_port() -> int:
@@ -50,16 +54,18 @@ def free_port() -> int:
 def both(cli, tmp_path):
     """Runs one node, and several with the same lanes. Returns both run folders."""
 
-    def learn(file: Path, flags: str, nodes: int, batches: int, workers: str) -> list[Path]:
+    def learn(
+        file: Path, flags: str, nodes: int, each: int, segment: int, workers: str = ""
+    ) -> list[Path]:
+        path = {"PYTHONPATH": str(ROOT)}
         folders = [tmp_path / "one", tmp_path / "several"]
-        one = sizes(LANES, batches, f"--actor-workers {nodes} {workers}")
-        runs = [cli(file, f"{flags} {one} --run {folders[0]}", PYTHONPATH=str(ROOT))]
-        each = f"{flags} {sizes(LANES // nodes, batches)} --env-workers 1"
+        one = f"{flags} {sizes(LANES, nodes, each, segment)} --env-workers 2 {workers}"
+        assert_done([cli(file, f"{one} --run {folders[0]}", **path)])
+        node = f"{flags} {sizes(LANES // nodes, 1, each, segment)} --env-workers 1"
         command = f"torch.distributed.run --nnodes {nodes} --nproc-per-node 1 --rdzv-backend c10d "
-        command += f"--rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id equal -- {file} {each} "
+        command += f"--rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id equal -- {file} {node} "
         command += f"--run {folders[1]}"
-        assert_done(runs)  # one after the other, for memory
-        assert_done([cli("-m", command, PYTHONPATH=str(ROOT)) for _ in range(nodes)])
+        assert_done([cli("-m", command, **path) for _ in range(nodes)])
         return folders
 
     return learn
@@ -97,18 +103,17 @@ def assert_same_lines(one: Path, several: Path, timed: set[str]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "nodes, batches, flags",
+    "nodes, each, segment, flags",
     [
-        (2, 1, PPO),
-        pytest.param(4, 2, GRPO, marks=pytest.mark.slow),
-        pytest.param(4, 2, PPO, marks=pytest.mark.slow),
-        pytest.param(2, 2, GRPO, marks=pytest.mark.slow),
+        (2, 1, 4, PPO),
+        pytest.param(2, 2, 6, GRPO, marks=pytest.mark.slow),
+        pytest.param(4, 2, 4, PPO, marks=pytest.mark.slow),
+        pytest.param(4, 2, 6, GRPO, marks=pytest.mark.slow),
     ],
 )
-def test_nodes_learn_the_bits_of_one_node_with_all_their_lanes(both, nodes, batches, flags):
+def test_nodes_learn_the_bits_of_one_node_with_all_their_lanes(both, nodes, each, segment, flags):
     """24 lanes: 2 nodes of 12 or 4 of 6, with one actor worker each, against 2 or 4 on one node."""
-    file = Path(__file__).with_name("exact.py")
-    folders = both(file, flags, nodes, batches, "--env-workers 2")
+    folders = both(Path(__file__).with_name("exact.py"), flags, nodes, each, segment)
     assert difference(*folders) == 0.0
     lines = assert_same_lines(*folders, TIMED)
     assert any(line["episodes"] and line["success_rate"] for line in lines)
@@ -122,10 +127,8 @@ def test_nodes_learn_the_weights_of_one_node_on_the_real_simulator(both, nodes, 
     """Meta-World and a π0.5, whose matrix products depend on how many rows they are given: so all
     lanes of a rollout worker are inferred together, here and there. Lane l asks rollout worker
     l mod their number, which therefore has the lanes of a node."""
-    flags = f"{SAME} --checkpoint {tiny_checkpoint} --segment 2 --preset sync-disaggregated"
-    flags += f" --micro-batch {LANES // nodes}"
-    workers = f"--env-workers 2 --rollout-workers {nodes}"
-    folders = both(ROOT / "train.py", flags, nodes, 1, workers)
+    flags = f"{SAME} --checkpoint {tiny_checkpoint} --preset sync-disaggregated"
+    folders = both(ROOT / "train.py", flags, nodes, 1, 2, f"--rollout-workers {nodes}")
     assert difference(*folders) <= 1e-6
     lines = assert_same_lines(*folders, TIMED - {"batch_size_mean", "batch_size_hist"})
     assert all(line["grad_norm"] > 0 for line in lines)
