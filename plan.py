@@ -32,7 +32,7 @@ from checks import check_ranges
 from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
-from planning.costs import all_reduce_s, calibrate, from_run
+from planning.costs import calibrate, from_run, gradient_s
 from planning.events import simulate
 from planning.settings import PlanConfig, divisor, planned
 
@@ -66,15 +66,20 @@ def share_of(node: Node, nodes: int, base: int) -> Node | None:
     return replace(node, batch=batch, minibatch=minibatch, micro_batch=micro_batch)
 
 
+def summed(plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int) -> Costs:
+    """Returns the costs of summing gradients over `nodes` instead of `base` nodes."""
+    more_s = gradient_s(plan, node, costs, nodes) - gradient_s(plan, node, costs, base)
+    return replace(costs, gradient_s=max(0.0, costs.gradient_s + more_s))
+
+
 def at_size(
     plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int, batch: int
 ) -> Prediction:
     """Predicts with the all-reduce of `nodes` instead of `base` nodes."""
-    gradient_s = costs.gradient_s - all_reduce_s(plan, base) + all_reduce_s(plan, nodes)
     # Fewer trajectories than `batch` scatter more.
     iterations = plan.iterations * min(50, max(1, batch // node.batch))
     plan = replace(plan, iterations=iterations)
-    return predict(plan, node, replace(costs, gradient_s=gradient_s), nodes)
+    return predict(plan, node, summed(plan, node, costs, nodes, base), nodes)
 
 
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
@@ -96,7 +101,8 @@ def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
             first = first or found.env_steps_per_s / gpus
             row = {"batch": batch, "gpus": gpus, "nodes": nodes} | asdict(found)
             row["efficiency"] = found.env_steps_per_s / gpus / first
-            row["gradient_share"] = all_reduce_s(plan, nodes) * mine.optimizer_steps / found.step_s
+            seconds = summed(plan, mine, costs, nodes, base).gradient_s * mine.optimizer_steps
+            row["gradient_share"] = seconds / found.step_s
             rows.append(row)
             busy = " ".join(f"{stage} {share:.0%}" for stage, share in busy_shares(found).items())
             print(
