@@ -141,7 +141,7 @@ class Nodes:
 
     def held(self) -> subprocess.Popen:
         """Starts a namespace: a process that ends with its standard input, thus with this one."""
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         script = "ip link set lo up && echo up && exec cat"
         holder = subprocess.Popen(["unshare", "--net", "sh", "-c", script], text=True, **pipes)
         self.stack.callback(end, holder)
