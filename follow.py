@@ -1,5 +1,6 @@
 """Follows a run to its end. Read `Follower.follow` first."""
 
+import re
 import signal
 import sys
 import time
@@ -11,12 +12,17 @@ import report
 from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
-from metrics import Interval
+from metrics import Interval, Measured, figures
+from nodes import Ended, NodeLost, Nodes
 from output import disk_trouble
 from prepare import Setup
 from processes import Crew, Interrupts, WorkerFailed
 from run_folder import RunFolder
 from tuning import Tuner
+
+EXPLAIN_S = 6.0  # that a lost connection may wait for its cause
+# What Gloo and NCCL say where another rank is gone.
+LOST = r"closed by peer|reset by peer|Broken pipe|pair closure|remote process exited|NCCL"
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class End:
 class Follower:
     """Writes metrics, watches workers, begins evaluations, hears Ctrl-C.
 
-    The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder."""
+    The workers are the crew's, decisions are the tuner's, and what lasts is in the run folder. Of
+    several nodes the first one decides and writes, and the others follow its words."""
 
     setup: Setup
     folder: RunFolder
@@ -42,6 +49,7 @@ class Follower:
     interrupts: Interrupts
     tracker: Any  # the W&B run, or None
     tuner: Tuner
+    nodes: Nodes
 
     def __post_init__(self):
         self.config = self.setup.config
@@ -63,24 +71,33 @@ class Follower:
         self.display = report.progress(self.config.train.iterations, sys.stdout.isatty())
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
         self.beginning = report.Beginning(self.channels.counters, batch)
+        self.asked_elsewhere = False  # whether another node was interrupted
         self.advice = f"continue with: python train.py --resume {self.folder.name}"
         self.trouble = ""  # why metrics.jsonl or a checkpoint could not be written
 
     def follow(self) -> End:
-        """Returns when the run is done, interrupted, or to start again. Raises WorkerFailed."""
+        """Returns when the run is done, interrupted, failed, or to start again."""
         end = None
-        with self.display.screen:
-            while end is None:
-                news = self.watch()
-                self.say_how_it_begins()
-                self.tune()
-                end = self.hear(self.reports.recv()) if news else None
-                if end is None and self.interrupts:
-                    end = self.interrupt()
+        try:
+            with self.display.screen:
+                while end is None:
+                    news = self.watch()
+                    self.say_how_it_begins()
+                    self.tune()
+                    end = self.hear(self.reports.recv()) if news else None
+                    if end is None and (self.interrupts or self.asked_elsewhere):
+                        end = self.interrupt()
+        except (WorkerFailed, NodeLost) as failure:
+            return self.failed(failure)
+        except Ended as elsewhere:
+            return self.ended(elsewhere)
         return end
 
     def watch(self) -> bool:
-        """Waits for the actor's news at most 0.25 s and returns whether there is some."""
+        """Waits for the actor's news at most 0.25 s and returns whether there is some. Raises
+        WorkerFailed, Ended, NodeLost."""
+        for _, word in self.nodes.news():
+            self.take(word)
         if self.evaluations.begins(self.channels.plane.version):
             # Env workers that wait for an action or for a version are to see it.
             for reply in self.channels.replies:
@@ -114,19 +131,34 @@ class Follower:
             self.channels.counters.set(0, "written", self.setup.version)
             self.folder.write("config.json", self.setup.saved)
 
+    def take(self, word: dict) -> None:
+        """Takes in what another node says."""
+        if word["kind"] == "stop" and self.nodes.first:
+            self.asked_elsewhere = True
+        elif word["kind"] == "stop":
+            self.channels.counters.set(0, "stop", word["how"])
+
     @property
     def new_ratio(self) -> str:
-        """What the tuner wants instead of the ratio in use, or ""."""
+        """What the tuner wants instead of the ratio in use, or "". It is decided once."""
+        if not self.nodes.first:
+            return ""
         return self.tuner.ratio if self.tuner.ratio != self.config.train.parts else ""
 
     def ask_to_save(self, how: float) -> None:
         """Lets the actor save and report where: after the batch that it is training (1), or at once
         what was published last (2)."""
-        self.channels.counters.set(0, "stop", max(how, self.channels.counters.get(0, "stop")))
+        if how > self.channels.counters.get(0, "stop"):
+            self.channels.counters.set(0, "stop", how)
+            self.nodes.tell({"kind": "stop", "how": how})
 
     def hear(self, news: dict) -> End | None:
         """Takes in what the actor reports: a line of metrics.jsonl, or its last word."""
         self.trouble = self.trouble or news.get("trouble", "")
+        if not self.nodes.first:
+            if "iteration" in news:
+                self.measure(news)
+            return None  # the first node says when it is the end
         if "done" in news:
             done = f"{news['done']} iterations done; checkpoint in"
             done = f"{done} {self.folder.path / 'checkpoints'}"
@@ -148,12 +180,16 @@ class Follower:
 
     def measure(self, line: dict) -> None:
         """Adds to the actor's part of a line what the launcher measures."""
+        mine = self.measured()
+        line |= figures([mine])
+        self.tuner.iteration(line["version"], mine["cpu_s"])
+
+    def measured(self) -> Measured:
+        """Returns what this node's launcher measured since it was last asked."""
         if self.interval is None:
             self.begin()
         memory_gb, cpu_s = self.crew.used()
-        line |= self.interval.measure()
-        line["rss_gb"] = memory_gb + self.setup.pool_bytes / 1e9
-        self.tuner.iteration(line["version"], cpu_s)
+        return self.interval.measure(memory_gb + self.setup.pool_bytes / 1e9, cpu_s)
 
     def complete(self, line: dict) -> dict:
         """Adds what evaluations and the tuner have found until now."""
@@ -193,9 +229,12 @@ class Follower:
         """Lets the actor save at the first interrupt; stops at once at a second Ctrl-C, or at
         start-up."""
         if self.interrupts.twice and not self.reports.poll():  # else "saved" may come first
-            return End("interrupted twice: stopped without saving", 130)
+            return End(f"{self.where}interrupted twice: stopped without saving", 130)
         if self.channels.plane.version >= self.config.train.iterations:
             return None  # all is trained, and being saved
+        if not self.nodes.first:
+            self.ask_to_save(2.0)
+            return None
         if self.interval is None:
             if self.setup.resume:
                 return End(f"interrupted; {self.advice}", 130)
@@ -207,8 +246,59 @@ class Follower:
         self.ask_to_save(2.0)
         return None
 
-    def failed(self, failure: WorkerFailed) -> End:
-        """Returns to the ratio before where this one never got going; else the run has failed."""
+    @property
+    def where(self) -> str:
+        """Names this node in a sentence, where there are others."""
+        return f"{self.nodes.name}: " if self.nodes.several else ""
+
+    def ended(self, elsewhere: Ended) -> End:
+        """Returns how the run ends where another node has said that it does."""
+        said = str(elsewhere)
+        if self.nodes.first and elsewhere.status == 1:
+            return self.failed(said.removeprefix("error: "))
+        return End(said, elsewhere.status, "" if self.interrupts else elsewhere.ratio)
+
+    def cause(self, failure: Exception | str) -> str:
+        """Returns why a run has failed. Where one rank is gone, those of other nodes may be the
+        first to say something: that they have lost it."""
+        said = failure if isinstance(failure, str) else f"{self.where}{failure}"
+        mine = not isinstance(failure, str)
+        late = time.monotonic() + EXPLAIN_S
+        while self.nodes.several and re.search(LOST, said) and time.monotonic() < late:
+            try:
+                if not mine:
+                    self.crew.watch(self.reports)
+                for _ in self.nodes.news():
+                    pass
+                time.sleep(0.1)
+            except WorkerFailed as failed:
+                mine = True
+                said = f"{self.where}{failed}"
+            except Ended as elsewhere:
+                said = str(elsewhere).removeprefix("error: ")
+                if not self.nodes.first:
+                    raise
+            except NodeLost as lost:
+                return str(lost)
+        if re.search(LOST, said):
+            said = f"{self.nodes.silent() or said}"
+        return said
+
+    def failed(self, failure: Exception | str) -> End:
+        """Returns to the ratio before where this one never got going; else the run has failed.
+
+        Where it is not the first node's affair, that one says what comes of it."""
+        if not self.nodes.first:
+            said = f"{self.where}{failure}"
+            self.nodes.end(f"error: {said}", 1)
+            try:
+                self.nodes.wait_for("end", 2 * EXPLAIN_S)
+            except Ended as end:
+                return self.ended(end)
+            except NodeLost as lost:
+                gone = f"error: {said}" if isinstance(failure, WorkerFailed) else f"error: {lost}"
+                return End(gone, 1)
+        failure = self.cause(failure)
         past = self.tuner.past
         now = self.config.train.parts
         if not past.left or self.folder.lines()[-1]["version"] > self.setup.version:

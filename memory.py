@@ -561,14 +561,14 @@ class MemoryConfig:
 
 
 def main(ours: MemoryConfig, flags: list[str]) -> None:
-    import prepare  # here, for it imports this file
-    import train
+    import command_line  # here, for they import this file
+    import prepare
 
     check_ranges(ours)
     folder = ours.json and ours.json.absolute().parent
     require(not folder or folder.is_dir(), f"the folder {folder} does not exist: create it")
     room = ours.room()
-    config = train.parse(flags)
+    config = command_line.parse(flags)
     print("looking at what inference and training take, for up to a minute", flush=True)
     demand, lay_out = prepare.demand_of(config, room)
     table = Table(demand, room)

@@ -159,8 +159,25 @@ def reasons(waits: dict[str, float], stage: str) -> str:
     return f"waits for {', '.join(said)}" if said else ""
 
 
-def progress(iterations: int, interactive: bool) -> Display:
-    """Returns what shows a run's progress: a live panel, or plain lines off a terminal."""
+class Elsewhere(Display):
+    """Says on another node than the first how its workers begin, and then once where to look."""
+
+    def __init__(self, iterations: int, first: str):
+        super().__init__(iterations)
+        self.first = first  # names the first node's machine
+
+    def show(self, line: dict) -> None:
+        if not self.history:
+            what = "progress, warnings of training, metrics and checkpoints are on the first node"
+            print(f"this node's first iteration is done: {what}, {self.first}", flush=True)
+        self.history = [line]
+
+
+def progress(iterations: int, interactive: bool, first: str = "") -> Display:
+    """Returns what shows a run's progress: a live panel, or plain lines off a terminal. first: on
+    another node than the first one, the name of that one's machine."""
+    if first:
+        return Elsewhere(iterations, first)
     return Panel(iterations) if interactive else Display(iterations)
 
 

@@ -9,7 +9,7 @@
 
 It goes from flags over `prepare` to shared memory, workers and a `Follower`. With `--ratio auto`
 the run may start again at another ratio, from a checkpoint saved for the purpose (`start_again`).
-Left out: several machines.
+On several machines torchrun starts one of these on each: nodes.py.
 """
 
 import json
@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch.multiprocessing as mp
-import tyro
 
 import actor_worker
 import env_worker
@@ -32,129 +31,29 @@ import metrics
 import models
 import pictures
 import processes
-import recipes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
 from checks import flag_of, read_json
+from command_line import parse, without
 from config import (
     STAGE_OF,
-    WORKERS,
     Config,
-    RunConfig,
-    completed,
-    existing_run,
-    expanded,
     from_json,
-    from_preset,
-    parse_ratio,
     run_path,
     setting,
 )
 from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
 from learner import schedule
-from models import checkpoint
+from nodes import Nodes
 from output import disk_trouble
 from prepare import Setup, memory_report, prepare
-from processes import Crew, GpuPart, Job, WorkerFailed
+from processes import Crew, GpuPart, Job
 from ranks import Meeting
 from report import batch_line, mirror
-from run_folder import RunFolder, checkpoints, newest_version
-from start import read_state
+from run_folder import RunFolder, newest_version
 from weights import WeightPlane
-
-
-def parse(args: list[str]) -> Config:
-    """Turns the command line into settings.
-
-    A preset and a recipe, or what is published for a checkpoint's family, or a resumed run's
-    config.json supply the defaults, which flags override. A run that is done ends the program with
-    status 0 where it is to be resumed or started."""
-    known = [word for word in args if word not in ("-h", "--help")]
-    look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
-    if name := look.resume_or_start:
-        both = f"--resume-or-start {name} says which run: leave out --run and --resume"
-        require(not gives(args, "--run", "--resume"), both)
-        saved = newest_version(run_path(name))
-        flag = "--run" if saved is None else "--resume"
-        config = parse([*without(args, "--resume-or-start"), flag, name])
-        if saved is not None and saved >= config.train.iterations:
-            add_missing_lines(run_path(name))
-            print(f"run {name} already has {saved} iterations: nothing is left to do")
-            sys.exit(0)
-        return config
-    default = from_preset(look.preset)
-    if look.recipe and not look.resume:
-        default = recipes.apply(look.recipe, look.preset)
-        if gives(args, "--env", "--suite", "--tasks"):
-            default = completed(default, tasks=())
-        if gives(args, "--oft-train"):
-            default = completed(default, lora_rank=None)
-    if look.resume:
-        saved = existing_run(look.resume) / "config.json"
-        both = f"--run and --resume {look.resume} exclude each other"
-        require(not gives(args, "--run"), f"{both}: a resumed run goes on in its own folder")
-        default = from_json(saved)
-        default.train.ratio_from = default.train.parts
-        if default.train.ratio == "auto" or gives(args, "--ratio", "--placement"):
-            # Worker counts follow from the ratio, as far as no flag gave them.
-            given = default.train.workers_given
-            default = completed(default, **dict(zip(WORKERS, given, strict=True)))
-    config = flags_over(default, args)
-    name = config.train.recipe
-    other = f"--recipe {name} is not what run {look.resume} began with: leave it out"
-    require(not look.resume or name == default.train.recipe, other)
-    if not look.resume and not name and is_published(config):
-        config = flags_over(completed(default, **recipes.of_family(config)), args)
-    ratio_from = config.train.ratio_from
-    if ratio_from not in ("", default.train.ratio_from):
-        parse_ratio(ratio_from, "--ratio-from")
-        alone = f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them"
-        require(config.train.ratio == "auto", alone)
-    return config
-
-
-def flags_over(default: Config, args: list[str]) -> Config:
-    return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
-
-
-def is_published(config: Config) -> bool:
-    """Whether the run begins with another project's checkpoint; what is wrong with one is said
-    later."""
-    train = config.train
-    if train.checkpoint is None or train.model not in recipes.FAMILIES:
-        return False
-    try:
-        return checkpoint.published(expanded(train).checkpoint)
-    except UserError:
-        return False
-
-
-def add_missing_lines(run: Path) -> None:
-    """Completes the metrics.jsonl of a run that is done, where its launcher was killed before the
-    last line was written: it waits for the last evaluation."""
-    folder = RunFolder(run, resume=True)
-    lines = read_state(checkpoints(run)[-1])["lines"]
-    if lines != folder.lines():
-        folder.go_on_from(lines)
-
-
-def gives(args: list[str], *flags: str) -> bool:
-    """Whether one of these flags is given. "--run=x" and "--ratio_from x" are ways to do so."""
-    return any(word.partition("=")[0].replace("_", "-") in flags for word in args)
-
-
-def without(args: list[str], *flags: str) -> list[str]:
-    """Leaves out these flags, each of which takes one value."""
-    kept = []
-    words = iter(args)
-    for word in words:
-        if not gives([word], *flags):
-            kept.append(word)
-        elif "=" not in word:
-            next(words, None)
-    return kept
 
 
 def connect(setup: Setup) -> Channels:
@@ -165,11 +64,12 @@ def connect(setup: Setup) -> Channels:
     return Channels.create(setup.config, setup.pool(), plane, counters)
 
 
-def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection) -> list[Job]:
+def jobs(
+    setup: Setup, channels: Channels, folder: RunFolder, meeting: Meeting, report: Connection
+) -> list[Job]:
     """Lists what every worker is to do. A worker's place in the list is its row of the counters."""
     placement = setup.placement
     spec = setup.spec
-    meeting = Meeting(folder.spans / f"rendezvous-{setup.version}")
     budgets = memory.budgets(memory.table_of(setup, setup.room), setup.room)
     plans = []
     for rank, device in enumerate(placement.actor_devices):
@@ -204,10 +104,15 @@ def jobs(setup: Setup, channels: Channels, folder: RunFolder, report: Connection
     return listed
 
 
-def announce(setup: Setup, folder: RunFolder, again: bool) -> None:
+def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None:
     """Says what is about to run. again: it ran until now, at another ratio."""
     if again:
         print(where(setup), flush=True)
+        return
+    if not nodes.first:
+        print(f"{nodes.name} of {nodes.count}: {where(setup)}")
+        there = f"metrics, checkpoints and pictures are on {nodes.names[0]}: {nodes.run}"
+        print(f"{setup.note}{there}; what follows is of this node alone", flush=True)
         return
     if setup.resume:
         print(f"continues from {setup.config.train.checkpoint}{played_again(setup, folder)}")
@@ -297,11 +202,17 @@ class Handover:
 
 
 def start_again(
-    ratio: str, folder: RunFolder, past: tuning.Past, interrupts: processes.Interrupts, tracker
+    ratio: str,
+    folder: RunFolder,
+    run: str,
+    past: tuning.Past,
+    interrupts: processes.Interrupts,
+    tracker,
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
-    It returns only if Ctrl-C came before. The new start hears what comes later."""
+    run: its name, on the first node. It returns only if Ctrl-C came before. The new start hears
+    what comes later."""
     heard = processes.keep_interrupts()
     if interrupts:
         return
@@ -310,7 +221,7 @@ def start_again(
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")
-    processes.replace_this_process([*flags, "--resume", folder.name, "--ratio-from", ratio])
+    processes.replace_this_process([*flags, "--resume", run, "--ratio-from", ratio])
 
 
 def unused_path() -> Path:
@@ -328,19 +239,41 @@ def unused_path() -> Path:
             raise UserError(f"{found}; give --run PATH, where you may write") from None
 
 
-def main(config: Config) -> int:
-    """Runs to the end and returns the exit status."""
-    setup = prepare(config)
+def open_folder(setup: Setup, nodes: Nodes) -> RunFolder:
+    """Opens the run's folder; on other nodes than the first, one for what workers need. Raises
+    UserError."""
+    nodes.agree(setup.config)
     train = setup.config.train
-    if train.memory_report:
-        memory_report(setup)
-        return 0
+    if not nodes.first:
+        return RunFolder(nodes.folder(nodes.run), resume=True)
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
     # Whoever held the lock before may have saved since `prepare` looked.
     moved = f"run {folder.name} was saved again a moment ago: start once more"
     require(not setup.resume or newest_version(path) == setup.version, moved)
-    handover = Handover.take(path)
+    nodes.name_run(folder.name)
+    return folder
+
+
+def begin(args: list[str]) -> int:
+    """Runs what the command line asks for, with the other nodes, if there are any. Returns the exit
+    status."""
+    nodes = Nodes.here()
+    with nodes.together():
+        config = parse(nodes.arrange(args))
+        return main(nodes.placed(config), nodes)
+
+
+def main(config: Config, nodes: Nodes | None = None) -> int:
+    """Runs to the end and returns the exit status. nodes: None where this one is alone."""
+    nodes = nodes or Nodes()
+    setup = prepare(config)
+    train = setup.config.train
+    if train.memory_report:
+        memory_report(setup)
+        return 0
+    folder = open_folder(setup, nodes)
+    handover = Handover.take(folder.path)
     again = handover.heard is not None
     folder.clear(keep_trace=again)
     simulator = envs.SIMULATORS[train.env][0]
@@ -348,33 +281,43 @@ def main(config: Config) -> int:
     interrupts = processes.note_interrupts("train", simulator, model)
     for number in processes.kept_interrupts(handover.heard) if again else b"":
         interrupts.note(number)
-    tracker = mirror(setup.config, folder)
+    tracker = mirror(setup.config, folder) if nodes.first else None
     folder.appended = handover.appended
-    announce(setup, folder, again)
+    announce(setup, folder, again, nodes)
     if not setup.resume:
         folder.write("config.json", setup.saved)
     folder.keep(setup.config.train.tokenizer)
 
-    end = run_crew(setup, folder, interrupts, tracker, handover.past)
+    end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
     if end.ratio:
-        start_again(end.ratio, folder, handover.past, interrupts, tracker)
+        nodes.close()
+        start_again(end.ratio, folder, nodes.run, handover.past, interrupts, tracker)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
+        if not nodes.first:
+            folder.remove()
+            return nodes.status(end.status)
         folder.finish()
         if not interrupts:  # who ends a run may not wait for long; `python -m metrics` draws, too
-            pictures.draw(path)
+            pictures.draw(folder.path)
     except OSError as error:
         print(f"warning: {disk_trouble(error)}: without trace and pictures", file=sys.stderr)
-    return end.status
+    return nodes.status(end.status)
 
 
 def run_crew(
-    setup: Setup, folder: RunFolder, interrupts: processes.Interrupts, tracker, past: tuning.Past
+    setup: Setup,
+    folder: RunFolder,
+    interrupts: processes.Interrupts,
+    tracker,
+    past: tuning.Past,
+    nodes: Nodes,
 ) -> End:
-    """Starts all workers, follows them, and ends them."""
+    """Starts all workers, follows them, and ends them. Other nodes hear how it ended."""
     channels = connect(setup)
     reports, report = mp.Pipe(duplex=False)
-    listed = jobs(setup, channels, folder, report)
+    meeting = nodes.meeting(folder.spans / f"rendezvous-{setup.version}")
+    listed = jobs(setup, channels, folder, meeting, report)
     env, train = setup.config.env, setup.config.train
     crew = Crew(listed, channels.counters, folder.path, env.restarts, train.timeout_s)
     rows = {stage: [] for stage in metrics.STAGES}
@@ -382,16 +325,16 @@ def run_crew(
         rows[job.name.partition("-")[0]].append(job.meter.row)
     cores = machine.cores()
     tuner = tuning.Tuner(setup.choices, channels.counters, rows, past, cores, train.iterations)
-    follower = Follower(setup, folder, crew, channels, reports, interrupts, tracker, tuner)
+    follower = Follower(setup, folder, crew, channels, reports, interrupts, tracker, tuner, nodes)
     try:
         crew.start_all()
-        return follower.follow()
-    except WorkerFailed as failure:
-        return follower.failed(failure)
+        end = follower.follow()
+        nodes.end(end.message, end.status, end.ratio)
+        return end
     finally:
         crew.stop(interrupts)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.exit(main(parse(sys.argv[1:])))
+        sys.exit(begin(sys.argv[1:]))

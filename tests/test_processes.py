@@ -28,6 +28,7 @@ from config import MOST_WORKERS, ROOT, STAGE_OF, run_path
 from errors import UserError
 from follow import Follower
 from metrics import Meter, columns
+from nodes import Nodes
 from processes import Crew, Failure, Interrupts, Job, WorkerFailed, may_pass
 from run_folder import read_metrics
 
@@ -182,6 +183,8 @@ def test_ctrl_c_twice_ends_a_run_whose_last_checkpoint_is_never_written():
         reports=SimpleNamespace(poll=lambda: news[0]),
         channels=SimpleNamespace(plane=SimpleNamespace(version=9)),
         config=SimpleNamespace(train=SimpleNamespace(iterations=9)),
+        nodes=Nodes(),
+        where="",
     )
     interrupts.append(signal.SIGINT)
     assert Follower.interrupt(follower) is None

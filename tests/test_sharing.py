@@ -17,7 +17,7 @@ import train
 from prepare import prepare
 setup = prepare(train.parse(sys.argv[1:]))
 channels = train.connect(setup)
-listed = train.jobs(setup, channels, SimpleNamespace(path=None, spans=None), None)
+listed = train.jobs(setup, channels, SimpleNamespace(path=None, spans=None), None, None)
 print(train.where(setup))
 parts = {job.name: job.part for job in listed}
 print(json.dumps({"plane": channels.plane.buffers.device, "parts": parts}))

@@ -1,0 +1,130 @@
+"""The command line of train.py: flags → settings.
+
+A preset and a recipe, or what is published for a checkpoint's family, or a resumed run's
+config.json supply the defaults, which flags override. Left out: what the settings mean on this
+machine (prepare.py).
+"""
+
+import sys
+from pathlib import Path
+
+import tyro
+
+import recipes
+from config import (
+    WORKERS,
+    Config,
+    RunConfig,
+    completed,
+    existing_run,
+    expanded,
+    from_json,
+    from_preset,
+    parse_ratio,
+    run_path,
+)
+from errors import UserError, require
+from models import checkpoint
+from run_folder import RunFolder, checkpoints, newest_version
+from start import read_state
+
+
+def parse(args: list[str]) -> Config:
+    """Turns the command line into settings.
+
+    A preset and a recipe, or what is published for a checkpoint's family, or a resumed run's
+    config.json supply the defaults, which flags override. A run that is done ends the program with
+    status 0 where it is to be resumed or started."""
+    known = [word for word in args if word not in ("-h", "--help")]
+    look, _ = tyro.cli(RunConfig, args=known, return_unknown_args=True)
+    if name := look.resume_or_start:
+        both = f"--resume-or-start {name} says which run: leave out --run and --resume"
+        require(not gives(args, "--run", "--resume"), both)
+        saved = newest_version(run_path(name))
+        flag = "--run" if saved is None else "--resume"
+        config = parse([*without(args, "--resume-or-start"), flag, name])
+        if saved is not None and saved >= config.train.iterations:
+            add_missing_lines(run_path(name))
+            print(f"run {name} already has {saved} iterations: nothing is left to do")
+            sys.exit(0)
+        return config
+    default = from_preset(look.preset)
+    if look.recipe and not look.resume:
+        default = recipes.apply(look.recipe, look.preset)
+        if gives(args, "--env", "--suite", "--tasks"):
+            default = completed(default, tasks=())
+        if gives(args, "--oft-train"):
+            default = completed(default, lora_rank=None)
+    if look.resume:
+        saved = existing_run(look.resume) / "config.json"
+        both = f"--run and --resume {look.resume} exclude each other"
+        require(not gives(args, "--run"), f"{both}: a resumed run goes on in its own folder")
+        default = from_json(saved)
+        default.train.ratio_from = default.train.parts
+        if default.train.ratio == "auto" or gives(args, "--ratio", "--placement"):
+            # Worker counts follow from the ratio, as far as no flag gave them.
+            given = default.train.workers_given
+            default = completed(default, **dict(zip(WORKERS, given, strict=True)))
+    config = flags_over(default, args)
+    name = config.train.recipe
+    other = f"--recipe {name} is not what run {look.resume} began with: leave it out"
+    require(not look.resume or name == default.train.recipe, other)
+    if not look.resume and not name and is_published(config):
+        config = flags_over(completed(default, **recipes.of_family(config)), args)
+    ratio_from = config.train.ratio_from
+    if ratio_from not in ("", default.train.ratio_from):
+        parse_ratio(ratio_from, "--ratio-from")
+        alone = f"--ratio-from {ratio_from} is for --ratio auto: leave out one of them"
+        require(config.train.ratio == "auto", alone)
+    return config
+
+
+def flags_over(default: Config, args: list[str]) -> Config:
+    return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def is_published(config: Config) -> bool:
+    """Whether the run begins with another project's checkpoint; what is wrong with one is said
+    later."""
+    train = config.train
+    if train.checkpoint is None or train.model not in recipes.FAMILIES:
+        return False
+    try:
+        return checkpoint.published(expanded(train).checkpoint)
+    except UserError:
+        return False
+
+
+def add_missing_lines(run: Path) -> None:
+    """Completes the metrics.jsonl of a run that is done, where its launcher was killed before the
+    last line was written: it waits for the last evaluation."""
+    folder = RunFolder(run, resume=True)
+    lines = read_state(checkpoints(run)[-1])["lines"]
+    if lines != folder.lines():
+        folder.go_on_from(lines)
+
+
+def gives(args: list[str], *flags: str) -> bool:
+    """Whether one of these flags is given. "--run=x" and "--ratio_from x" are ways to do so."""
+    return any(word.partition("=")[0].replace("_", "-") in flags for word in args)
+
+
+def without(args: list[str], *flags: str) -> list[str]:
+    """Leaves out these flags, each of which takes one value."""
+    kept = []
+    words = iter(args)
+    for word in words:
+        if not gives([word], *flags):
+            kept.append(word)
+        elif "=" not in word:
+            next(words, None)
+    return kept
+
+
+def value_of(args: list[str], *flags: str) -> str | None:
+    """Returns the value of the last of these flags that is given, as it is written."""
+    found = None
+    for word, following in zip(args, [*args[1:], None], strict=True):
+        if gives([word], *flags):
+            found = word.partition("=")[2] if "=" in word else following
+    return found
