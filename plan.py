@@ -14,9 +14,10 @@ anybody pays for them.
 what to charge there. How the rollout divides (simulators' tail, inference's share) no synchronous
 run shows: `--validate` prints how much depends on those defaults.
 
-Communication: inside a node weights go to the rollout workers in --fetch-s, beside their work.
-Across nodes only gradients go: a ring all-reduce at every optimizer step (`all_reduce_s`), and
-every rank waits for the slowest. Actor time that was given for --gpus contains its communication.
+Communication (`planning/wire.py`): inside a node weights go to the rollout workers beside their
+work. Across nodes only gradients go. At every optimizer step all ranks wait for the slowest, and
+sum them in buckets, of which its last backward pass hides what it can. Actor time that was given
+for --gpus contains its communication; a run of several nodes (--from) gives its network's speed.
 
 Not predicted: how fast anything learns, memory, cores or links that stages fight over, slower
 simulators as policies change, persistently slow nodes, failures.
@@ -32,7 +33,7 @@ from checks import check_ranges
 from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
-from planning.costs import calibrate, from_run, gradient_s
+from planning.costs import calibrate, from_run, summed
 from planning.events import simulate
 from planning.settings import PlanConfig, divisor, planned
 
@@ -64,12 +65,6 @@ def share_of(node: Node, nodes: int, base: int) -> Node | None:
         return None
     micro_batch = divisor(minibatch // len(node.actor_devices), node.micro_batch)
     return replace(node, batch=batch, minibatch=minibatch, micro_batch=micro_batch)
-
-
-def summed(plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int) -> Costs:
-    """Returns the costs of summing gradients over `nodes` instead of `base` nodes."""
-    more_s = gradient_s(plan, node, costs, nodes) - gradient_s(plan, node, costs, base)
-    return replace(costs, gradient_s=max(0.0, costs.gradient_s + more_s))
 
 
 def at_size(
@@ -218,7 +213,7 @@ def answer(plan: PlanConfig) -> dict:
 
         return {"what": "validate", "rows": validate(plan.ladder)}
     if plan.from_:
-        node, nodes, costs, line = from_run(plan)
+        node, nodes, costs, line, plan = from_run(plan)
     else:
         node, nodes, line = planned(plan)
         costs = calibrate(plan)

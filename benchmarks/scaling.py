@@ -22,7 +22,7 @@ import tyro
 
 import plan
 from errors import exit_on_user_error
-from planning.costs import calibrate
+from planning.costs import calibrate, summed
 from planning.settings import PlanConfig, planned
 
 SIZES = tuple(8 * 2**i for i in range(8))  # GPUs
@@ -34,6 +34,7 @@ MANISKILL = {"rollout_s": 676.0, "actor_s": 676.0, "envs": 256, "rollout_epochs"
 MANISKILL |= {"episode_steps": 80, "chunk": 5, "update_epochs": 4, "lane_envs": 32}
 MANISKILL |= {"tail": 0.0, "step_fixed": 0.02, "gradient_gb": 1.26}
 WHOLE = {"gradient_gb": 13.4}  # all of π0.5's 3.36 billion weights
+LIMIT = {"ratio": "3:1", "measured_ratio": "1:1"}
 SYNC = {"preset": "sync-disaggregated"}
 CASES = {  # what of PlanConfig differs
     "LIBERO π0.5, 25 Gbit/s": PI05 | SLOW,
@@ -41,8 +42,10 @@ CASES = {  # what of PlanConfig differs
     "the same batch on all sizes, 25 Gbit/s": PI05 | SLOW,
     "the same batch on all sizes, 400 Gbit/s": PI05 | FAST,
     "all weights of π0.5, 25 Gbit/s": PI05 | SLOW | WHOLE,
-    "the same in one piece after training": PI05 | SLOW | WHOLE | {"overlap": 0.0},
+    "the same in one piece after training, 25 Gbit/s": PI05 | SLOW | WHOLE | {"overlap": 0.0},
     "all weights of π0.5, 400 Gbit/s": PI05 | FAST | WHOLE,
+    "all weights at 3:1, where training is the limit, 25 Gbit/s": PI05 | SLOW | WHOLE | LIMIT,
+    "the same at 3:1 in one piece": PI05 | SLOW | WHOLE | LIMIT | {"overlap": 0.0},
     "π0.5, nodes that differ (σ 5 %)": PI05 | SLOW | {"node_spread": 0.05},
     "π0.5, sync-disaggregated": PI05 | SLOW | SYNC,
     "LIBERO GR00T, 25 Gbit/s": GR00T | SLOW,
@@ -79,7 +82,7 @@ def case(name: str, flags: dict) -> list[dict]:
         row["efficiency"] = found.env_steps_per_s / gpus
         row["efficiency"] /= rows[0]["env_steps_per_s"] / 8 if rows else row["efficiency"]
         steps = mine.optimizer_steps
-        row["gradient_share"] = steps * plan.summed(config, mine, costs, nodes, 1).gradient_s
+        row["gradient_share"] = steps * summed(config, mine, costs, nodes, 1).gradient_s
         row["gradient_share"] /= found.step_s
         rows.append(row)
         last = mine

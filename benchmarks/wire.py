@@ -16,6 +16,13 @@ GPUs do. Rows, with the shortest of REPEATS, because other work on the cores onl
                           one number at full speed
     ratio                 seconds / model_s
 
+    python -m benchmarks.wire --runs [--json FILE]    three minutes
+
+runs `torchrun … train.py` on such nodes instead, with emulated stages and RUN_MB of gradients, in
+the synchronous preset, where nothing hides their sum. Beside `reduce_s` of metrics.jsonl and the
+seconds of an iteration stands what the planner says (`planning.events`, the first iteration left
+out).
+
 A namespace lives as long as the process that holds it, and that one as long as this command, so
 nothing is left however it ends. Left out: delays (netem; the smallest is what this machine has) and
 GPUs (NCCL).
@@ -23,12 +30,13 @@ GPUs (NCCL).
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +45,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import cell, end_on_sigterm
+from benchmarks.plan_against_paper import emulated_node
 from config import ROOT
 from errors import UserError, exit_on_user_error
+from planning.events import simulate
 from planning.wire import Network, all_reduce_s, exposed_s, wire_gb
+from run_folder import read_metrics
 
 REPEATS = 4
 WARMUP = 1  # sums that do not count
@@ -47,6 +58,12 @@ NODES = ((2, 1), (4, 1), (2, 2))  # and ranks of each
 MBIT_S = (100, 200)
 MIB = (1, 8)
 BUCKETS = 8
+RUN_MB = 4  # gradients of a minibatch
+RUN = (
+    "--preset sync-disaggregated --ratio 1:1 --env emulated --model emulated --image-size 8 "
+    "--env-workers 2 --envs 4 --batch 8 --minibatch 4 --micro-batch 16 --update-epochs 1 "
+    "--segment 8 --chunk 10 --eval-envs 0 --eval-every 0 --iterations 8 --no-trace"
+)
 FREE_MBIT_S = 100_000  # no limit
 MTU = 9000  # bytes of a packet: large ones cost the cores less
 PAYLOAD = (MTU - 52) / (MTU + 14)  # without the heads of Ethernet, IP and TCP
@@ -56,6 +73,7 @@ PAYLOAD = (MTU - 52) / (MTU + 14)  # without the heads of Ethernet, IP and TCP
 class WireConfig:
     """Compares the planner's communication model with reductions over a limited network."""
 
+    runs: bool = False  # compare whole runs instead of sums
     json: Path | None = None  # also write {"what", "machine", "rows"}
     rank: int = -1  # of a process that this command starts; likewise the next two
     ranks: int = 0
@@ -197,6 +215,57 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+# ---------------------------------------------------------------- whole runs
+
+
+def run_on(nodes: int) -> dict:
+    """Runs train.py on so many nodes. Returns what it took beside what the planner says."""
+    variables = {"GLOO_SOCKET_IFNAME": "eth0", "CUDA_VISIBLE_DEVICES": ""}
+    variables = os.environ | variables | {"EMULATED_GRADIENT_MB": str(RUN_MB)}
+    with Nodes(nodes) as network, tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        network.limit(MBIT_S[0])
+        launchers = []
+        for number in range(nodes):
+            flags = f"--nnodes {nodes} --nproc-per-node 1 --rdzv-backend c10d --rdzv-id wire "
+            flags += f"--rdzv-endpoint {address(0)}:29400 --local-addr {address(number)} "
+            flags += f"--rdzv-conf is_host={number == 0} -- train.py --run {folder}/run {RUN}"
+            command = [*network.command(number), sys.executable, "-m", "torch.distributed.run"]
+            log = stack.enter_context(open(f"{folder}/log-{number}", "w"))
+            pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            command += flags.split()
+            launchers.append(subprocess.Popen(command, env=variables, cwd=ROOT, **pipes))
+            stack.callback(stop, launchers[-1])
+        if any([launcher.wait() for launcher in launchers]):
+            raise UserError(f"a node failed: {Path(f'{folder}/log-0').read_text()[-1000:]}")
+        lines = read_metrics(Path(folder, "run"))
+
+    # Find the same node in virtual time.
+    node, costs = emulated_node("sync-disaggregated", "1:1")
+    ours = {"lanes": 4, "env_devices": ("cpu",) * 2, "batch": 8, "minibatch": 4, "micro_batch": 2}
+    node = replace(node, **ours)
+    steps = node.optimizer_steps
+    gb = lines[-1]["reduce_bytes"] / 1e9 / steps
+    card = Network(gb_s=MBIT_S[0] / 8e3 * PAYLOAD)
+    costs = replace(costs, gradient_s=all_reduce_s(gb, nodes, 1, card))
+    row = {"nodes": nodes, "mbit_s": MBIT_S[0], "reduce_mb": lines[-1]["reduce_bytes"] / 1e6}
+    row["reduce_s"] = statistics.mean(line["reduce_s"] for line in lines[1:])
+    row["model_reduce_s"] = steps * costs.gradient_s
+    row["iteration_s"] = (lines[-1]["time"] - lines[0]["time"]) / (len(lines) - 1)
+    row["model_iteration_s"] = simulate(node, costs, nodes, nodes, 40).step_s
+    row["ratio"] = row["reduce_s"] / row["model_reduce_s"]
+    row["iteration_ratio"] = row["iteration_s"] / row["model_iteration_s"]
+    return row
+
+
+def stop(launcher: subprocess.Popen) -> None:
+    """Ends a node and waits for it, unless it has ended."""
+    launcher.terminate()
+    try:
+        launcher.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        end(launcher)
+
+
 # ---------------------------------------------------------------- the comparison
 
 
@@ -271,12 +340,15 @@ def main(config: WireConfig) -> None:
         return
     end_on_sigterm()
     rows = []
-    for nodes, ranks in NODES:
-        rows += measured(nodes, ranks)
+    if config.runs:
+        rows = [run_on(nodes) for nodes in (2, 4)]
+    else:
+        for nodes, ranks in NODES:
+            rows += measured(nodes, ranks)
     show(rows)
     if config.json:
         machine = f"{os.cpu_count()} cores, Linux {os.uname().release}"
-        found = {"what": "wire", "machine": machine, "rows": rows}
+        found = {"what": "wire, runs" if config.runs else "wire", "machine": machine, "rows": rows}
         config.json.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -17,7 +17,7 @@ from errors import require, understood
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, overridden, planned
-from planning.wire import Network, all_reduce_s, exposed_s
+from planning.wire import Network, all_reduce_s, exposed_s, wire_gb
 from run_folder import read_metrics, read_trace
 from scheduler import place
 
@@ -46,6 +46,12 @@ def gradient_s(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> float:
     not hide."""
     micro_s = costs.train_fixed_s + node.micro_batch * node.segment * costs.train_each_s
     return exposed_s(*reductions(plan, node, nodes), plan.overlap * micro_s)
+
+
+def summed(plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int) -> Costs:
+    """Returns the costs with sums of gradients over `nodes` instead of `base` nodes."""
+    more_s = gradient_s(plan, node, costs, nodes) - gradient_s(plan, node, costs, base)
+    return replace(costs, gradient_s=max(0.0, costs.gradient_s + more_s))
 
 
 def words(costs: Costs) -> str:
@@ -265,9 +271,22 @@ def shares_of(config: Config) -> tuple[float, float]:
     return r / (r + a), a / (r + a)
 
 
-def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
-    """Returns node, number of nodes and costs of a run, changed as flags say; and, in words, what
-    the run itself reached. Raises UserError.
+def as_summed(plan: PlanConfig, node: Node, nodes: int, lines: list[dict]) -> PlanConfig:
+    """Returns the plan with the gradients that a run's ranks summed, and, if it had several nodes,
+    with the speed at which they did. A flag that is given counts instead."""
+    gb = 1e-9 * float(np.mean([line["reduce_bytes"] for line in lines]))
+    found = {"gradient_gb": gb / node.optimizer_steps}
+    if nodes > 1:
+        seconds = float(np.mean([line["reduce_s"] for line in lines]))
+        found["network_gb_s"] = wire_gb(gb, nodes * len(node.actor_devices)) / seconds
+    default = PlanConfig()
+    ours = {name for name in found if getattr(plan, name) == getattr(default, name)}
+    return replace(plan, **{name: found[name] for name in ours})
+
+
+def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str, PlanConfig]:
+    """Returns node, number of nodes and costs of a run, changed as flags say; in words, what the
+    run itself reached; and the plan with its gradients and network. Raises UserError.
 
     Lanes stay as wide as they were: other parts mean other numbers of env workers, and faster or
     slower rollouts and actors."""
@@ -308,7 +327,13 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
     line = f"{run}: {all_words(costs)}; the run reached {env_steps / seconds:.0f} env steps/s"
     if len(lines) < TOO_FEW:
         line += "; of so few iterations predictions may be far off: ten and more are within 3 %"
-    nodes = max(1, plan.gpus // plan.gpus_per_node)
     costs = scaled(costs, rollout=1 / rollout, actor=1 / actor)
-    more_s = gradient_s(plan, node, costs, nodes) - gradient_s(plan, node, costs, 1)
-    return node, nodes, replace(costs, gradient_s=costs.gradient_s + more_s), line
+
+    # Sum gradients over as many nodes as are asked for, instead of those that ran.
+    base = settings.train.nodes
+    nodes = base if plan.gpus == default.gpus else max(1, plan.gpus // plan.gpus_per_node)
+    if "reduce_s" in lines[-1]:
+        plan = as_summed(plan, ran, base, lines)
+        waited = float(np.mean([line["reduce_wait_s"] for line in lines]))
+        costs = replace(costs, gradient_s=waited / ran.optimizer_steps)
+    return node, nodes, summed(plan, node, costs, nodes, base), line, plan

@@ -43,7 +43,7 @@ class PlanConfig:
     measured_ratio: str = ""  # R:A that --rollout-s and --actor-s belong to, if it is not --ratio
     measured_placement: Where = ""  # placement that they belong to, if it is not the one predicted
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """run whose trace.json and metrics.jsonl give the costs instead; it counts as one node"""
+    """run whose trace.json and metrics.jsonl give the costs, and its nodes where --gpus does not"""
 
     envs: Positive = 64  # envs of a node (RL-VLA³, setup C: 64)
     rollout_epochs: Positive = 8  # episodes of every env in an iteration (RL-VLA³, setup C: 8)

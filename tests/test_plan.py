@@ -513,7 +513,7 @@ def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True
 def test_a_run_predicts_itself(tmp_path):
     iteration = traced_run(tmp_path / "run")
     config = PlanConfig(from_=str(tmp_path / "run"), iterations=4)
-    node, nodes, costs, line = from_run(config)
+    node, nodes, costs, line, _ = from_run(config)
     assert (node.lanes, node.segment, node.chunk, node.batch, node.max_staleness, nodes) == (
         2,
         2,
@@ -555,6 +555,32 @@ def test_of_a_run_on_two_nodes_costs_are_the_first_one_s(tmp_path):
     assert both[0] == alone[0] and both[2] == alone[2]
 
 
+def test_a_run_of_several_nodes_gives_gradients_and_network(tmp_path):
+    """Two nodes with a rank each have summed 6 MB in two optimizer steps, of 0.1 s each."""
+    traced_run(tmp_path / "run")
+    run = tmp_path / "run"
+    saved = json.loads((run / "config.json").read_text())
+    saved["train"]["nodes"] = 2
+    saved["actor"]["minibatch"] = 1
+    saved["actor"]["micro_batch"] = 1
+    (run / "config.json").write_text(json.dumps(saved))
+    more = {"nodes": {"0": {}, "1": {}}, "reduce_bytes": 6e6, "reduce_s": 0.2}
+    more |= {"reduce_wait_s": 0.16}
+    lines = [line | more for line in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    node, nodes, costs, _, found = from_run(PlanConfig(from_=str(run)))
+    assert nodes == 2 and costs.gradient_s == pytest.approx(0.08)
+    assert found.gradient_gb == pytest.approx(3e-3)
+    assert found.network_gb_s == pytest.approx(6e-3 / 0.2)
+    # Many nodes send twice as much, at that speed. One node sends nothing.
+    _, nodes, many, *_ = from_run(PlanConfig(from_=str(run), gpus=1024))
+    assert nodes == 128 and 0.16 < many.gradient_s < 0.21
+    _, nodes, one, *_ = from_run(PlanConfig(from_=str(run), gpus=1, gpus_per_node=1))
+    assert nodes == 1 and one.gradient_s < 0.01
+    _, _, fast, _, found = from_run(PlanConfig(from_=str(run), gpus=1024, network_gb_s=1.0))
+    assert found.network_gb_s == 1.0 and fast.gradient_s < many.gradient_s
+
+
 def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
     """Lanes ask, samples are inferred, and a lane's trajectories go to one rank."""
     traced_run(tmp_path / "run")
@@ -564,7 +590,7 @@ def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
     saved["actor"] |= {"batch": 8, "minibatch": 8, "actor_workers": 2}
     saved["rollout"]["batch_wait_ms"] = 1.0
     path.write_text(json.dumps(saved))
-    node, nodes, costs, _ = from_run(PlanConfig(from_=str(tmp_path / "run")))
+    node, nodes, costs, *_ = from_run(PlanConfig(from_=str(tmp_path / "run")))
     assert (node.lanes, node.lane_envs, node.batch, len(node.env_devices)) == (2, 4, 8, 1)
     # Without sizes in the trace the fixed share is of a full batch: 8 samples.
     assert costs.infer_fixed_s == pytest.approx(0.25 * 8 * costs.infer_each_s, rel=1e-3)
@@ -575,14 +601,14 @@ def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
 
 def test_a_run_under_another_preset(tmp_path):
     traced_run(tmp_path / "run")
-    node, _, costs, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full"))
+    node, _, costs, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full"))
     assert (node.max_staleness, node.batch_max, node.batch_wait_s, node.stream) == (
         1,
         "auto",
         "auto",
         True,
     )
-    _, _, faster, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="sync-colocated"))
+    _, _, faster, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="sync-colocated"))
     assert faster.train_each_s == pytest.approx(costs.train_each_s / 2)
     # Each has the whole machine, so neither has it while the other does.
     shared, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full-colocated"))
