@@ -110,11 +110,23 @@ class Follower:
         WorkerFailed, Ended, NodeLost."""
         for node, word in self.nodes.news():
             self.take(node, word)
-        if self.evaluations.begins(self.channels.plane.version):
+        self.evaluate()
+        return self.crew.watch(self.reports)
+
+    def evaluate(self) -> None:
+        """Begins a round of evaluation where one is due. The first node tells the others, which
+        hand over their shares."""
+        if not self.nodes.first:
+            ended = self.evaluations.hand_over()
+            if ended is not None:
+                self.nodes.tell({"kind": "evaluated", "outcomes": ended})
+        version = self.channels.plane.version
+        if self.evaluations.begins(version):
+            if self.nodes.first:
+                self.nodes.tell({"kind": "evaluates", "version": version})
             # Env workers that wait for an action or for a version are to see it.
             for reply in self.channels.replies:
                 reply.put([Record(0, 0, WAKE, 0, 0)])
-        return self.crew.watch(self.reports)
 
     def say_how_it_begins(self) -> None:
         """Says how far the run is, until its first iteration is done."""
@@ -151,6 +163,10 @@ class Follower:
             self.asked_elsewhere = True
         elif word["kind"] == "stop":
             self.channels.counters.set(0, "stop", word["how"])
+        elif word["kind"] == "evaluates":
+            self.evaluations.due = word["version"]
+        elif word["kind"] == "evaluated":
+            self.evaluations.hear(word["outcomes"])
 
     @property
     def new_ratio(self) -> str:

@@ -46,7 +46,8 @@ SPANS_S = 30.0  # that it waits for the spans of others
 CLOCKS_S = 10.0  # that the clocks of two nodes may differ
 PINGS = 5  # of a clock; the quickest one counts
 PIECE = 2**26  # bytes of a file that travel at a time
-# What may differ between nodes: where files lie, and how many simulators' workers there are.
+# What may differ between nodes: where files lie, and how many workers there are of simulators whose
+# lanes have one env each; those of others say which envs make a lane.
 OWN = ("checkpoint", "adapter", "tokenizer", "run", "resume", "resume_or_start", "node")
 OWN += ("env_workers",)
 
@@ -316,7 +317,8 @@ class Nodes:
         not mean the same."""
         if not self.several:
             return
-        mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in OWN}
+        own = OWN[:-1] if config.env.lanes else OWN
+        mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in own}
         if not self.first:
             self.tell({"kind": "settings", "settings": mine})
             self.run = self.wait_for("agreed")[0]["run"]
