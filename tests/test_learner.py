@@ -347,6 +347,21 @@ def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, miniba
     assert expected["reward"] == float((pool["reward"] * played).sum()) / BATCH
 
 
+def test_other_ranks_hear_of_the_last_pass_of_a_minibatch_before_it_begins(monkeypatch):
+    model = Toy()
+    learner = learner_of(model, Config())
+    learner.config.actor.micro_batch = SEGMENT
+    learner.ranks.several = True
+    told = []
+    monkeypatch.setattr(learner, "train_rows", lambda *_: told.append("pass"))
+    monkeypatch.setattr(learner.gradients, "expect", lambda: told.append("expect"))
+    data = toy_pool(model)
+    for last in (False, True):
+        micro = MicroBatch((0, 1, 2), 0, 0, last, learner.config.actor.minibatch)
+        learner.train(read(learner, data, micro.slots), micro)
+    assert told == ["pass"] * 5 + ["expect", "pass"]
+
+
 @pytest.mark.parametrize("algorithm, epochs", [("ppo", 1), ("ppo", 4), ("grpo", 1), ("grpo", 4)])
 def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, epochs):
     """Also once weights have moved: minibatches of later epochs hold the same trajectories in
