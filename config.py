@@ -125,8 +125,8 @@ class RunConfig:
     memory_report: bool = False
     """print what every process takes (memory.py), and the slots in detail, then exit"""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 120.0
-    """seconds without a sign of life after which a worker counts as hung. An env worker is then
-    replaced; another worker ends the run"""
+    """seconds without a sign of life after which a worker counts as hung. An env or rollout worker
+    is then replaced; an actor worker ends the run"""
 
     @property
     def parts(self) -> str:
@@ -157,7 +157,8 @@ class EnvConfig:
     segment: Natural = 0
     """T, chunk steps of a trajectory; 0 means one horizon"""
     restarts: Natural = 5
-    """how often in an hour each env worker is replaced, 1, 2, 4 … seconds after it failed, before
+    """how often in an hour (or twice the time that so many hangs take to be seen, where that is
+    longer) each env and each rollout worker is replaced, 1, 2, 4 … seconds after it failed, before
     the run ends; 0 means never"""
     eval_envs: Natural = 4
     """lanes of a node that only evaluate, on seeds never trained on, and hold up nobody before the

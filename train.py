@@ -50,7 +50,7 @@ from learner import schedule
 from nodes import Nodes
 from output import disk_trouble
 from prepare import Setup, memory_report, prepare
-from processes import Crew, GpuPart, Job
+from processes import START_UP, Crew, GpuPart, Job
 from ranks import Meeting
 from report import batch_line, mirror
 from run_folder import RunFolder, newest_version
@@ -79,7 +79,7 @@ def jobs(
         args = (spec, device, whose, folder.path, meeting, setup.resume, news)
         plans.append(("actor", rank, actor_worker.run, args, placement.actor_threads, {}))
     for rank, device in enumerate(placement.rollout_devices):
-        args = (spec, device, channels.of_worker("rollout", rank))
+        args = (spec, device, channels.of_worker("rollout", rank), setup.version)
         plans.append(("rollout", rank, rollout_worker.run, args, placement.rollout_threads, {}))
     for rank, device in enumerate(placement.env_devices):
         draws_on = {} if device == "cpu" else {"VLA3_DRAWS_ON": machine.address(device)}
@@ -99,9 +99,10 @@ def jobs(
             part = GpuPart(args[1], min(1.0, budget / setup.room.gpu))
         args = (rank, setup.config, *args, meter)
         may_use = cores[stage][rank]
-        again = stage == "env"
-        job = Job(meter.name, target, args, threads, meter, environment, again, part, may_use)
-        listed.append(job)
+        again = stage != "actor"
+        start_up = START_UP if stage == "rollout" else 1.0
+        job = (meter.name, target, args, threads, meter, environment, again, start_up)
+        listed.append(Job(*job, part, may_use))
     return listed
 
 

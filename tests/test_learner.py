@@ -259,6 +259,21 @@ def updates(
     return found
 
 
+def test_other_ranks_hear_of_the_last_pass_of_a_minibatch_before_it_begins(monkeypatch):
+    model = Toy()
+    learner = learner_of(model, Config())
+    learner.config.actor.micro_batch = SEGMENT
+    learner.ranks.several = True
+    told = []
+    monkeypatch.setattr(learner, "train_rows", lambda *_: told.append("pass"))
+    monkeypatch.setattr(learner.gradients, "expect", lambda: told.append("expect"))
+    data = toy_pool(model)
+    for last in (False, True):
+        micro = MicroBatch((0, 1, 2), 0, 0, last, learner.config.actor.minibatch)
+        learner.train(read(learner, data, micro.slots), micro)
+    assert told == ["pass"] * 5 + ["expect", "pass"]
+
+
 def part_of(pool: SlotPool, slots: np.ndarray) -> SlotPool:
     """Returns the slots of a node that has these lanes of all."""
     part = SlotPool(pool.spec, len(slots))
@@ -345,21 +360,6 @@ def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, miniba
         assert node.algorithm.state() == pytest.approx(one.algorithm.state(), rel=1e-12)
     played = torch.arange(SEGMENT) < pool["length"][:, None]
     assert expected["reward"] == float((pool["reward"] * played).sum()) / BATCH
-
-
-def test_other_ranks_hear_of_the_last_pass_of_a_minibatch_before_it_begins(monkeypatch):
-    model = Toy()
-    learner = learner_of(model, Config())
-    learner.config.actor.micro_batch = SEGMENT
-    learner.ranks.several = True
-    told = []
-    monkeypatch.setattr(learner, "train_rows", lambda *_: told.append("pass"))
-    monkeypatch.setattr(learner.gradients, "expect", lambda: told.append("expect"))
-    data = toy_pool(model)
-    for last in (False, True):
-        micro = MicroBatch((0, 1, 2), 0, 0, last, learner.config.actor.minibatch)
-        learner.train(read(learner, data, micro.slots), micro)
-    assert told == ["pass"] * 5 + ["expect", "pass"]
 
 
 @pytest.mark.parametrize("algorithm, epochs", [("ppo", 1), ("ppo", 4), ("grpo", 1), ("grpo", 4)])
