@@ -106,7 +106,7 @@ def stop_where_asked(
 ) -> None:
     """Saves and waits for the end, once those who save have agreed to stop."""
     ranks = learner.ranks
-    if ranks.saves and (saver.trouble or is_to_stop(channels, learner)):
+    if (ranks.saves or ranks.sharded) and (saver.trouble or is_to_stop(channels, learner)):
         ranks.plan(0, stop=True)
     if ranks.stopped:
         save_and_wait_for_the_end(learner, saver, report)
@@ -130,7 +130,9 @@ def finish_minibatch(
             learner.train_nothing(passes)
     if ranks.stopped:
         return False
-    if ranks.several and not ranks.sharded:
+    if ranks.sharded:
+        ranks.sum_over_nodes(learner.parameters)
+    elif ranks.several:
         with meter.wait("gradient"):
             for _ in learner.gradients.meet():
                 meter.alive()
@@ -180,10 +182,11 @@ def publish(learner: Learner, channels: Channels, meter: Meter) -> None:
 
 def save_and_wait_for_the_end(learner: Learner, saver: Saver, report: Connection | None) -> None:
     """Saves what was published last, without the updates of the batch under way."""
-    news = saver.save_last(learner) | {"saved": str(saver.path)}
-    if learner.ranks.first:
-        report.send(news | {"dropped": learner.updates} if learner.updates else news)
-    wait_to_be_ended()
+    if learner.ranks.saves:
+        news = saver.save_last(learner) | {"saved": str(saver.path)}
+        if learner.ranks.first:
+            report.send(news | {"dropped": learner.updates} if learner.updates else news)
+    wait_to_be_ended(saver.meter)
 
 
 def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Meter) -> None:
@@ -197,10 +200,11 @@ def leave(learner: Learner, saver: Saver, report: Connection | None, meter: Mete
         report.send({"done": learner.version} | news)
 
 
-def wait_to_be_ended() -> None:
+def wait_to_be_ended(meter: Meter) -> None:
     """The launcher ends this worker. Leaving first would fail the other ranks before the launcher
-    has read that all is saved."""
+    has read that all is saved, which may take the first rank long."""
     while True:
+        meter.alive()
         time.sleep(1.0)
 
 

@@ -48,6 +48,7 @@ class Learner:
         self.trainable = self.model.trainable()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self.trainable)
+        ranks.check_alike(self.model)
         # What a frozen VLM makes of a frame is kept for later epochs (--cache-prefix gpu).
         keeps = config.actor.cache_prefix == "gpu" and config.actor.update_epochs > 1
         ranks.spread(self.model, ("evaluate", "look_once") if keeps else ("evaluate",))
@@ -154,7 +155,7 @@ class Learner:
     def train_rows(self, rows: Rows, trajectories: int) -> None:
         """Runs one forward and backward pass.
 
-        trajectories: of the whole minibatch over all ranks. Their chunk steps, trained on or not,
+        trajectories: of the whole minibatch on all nodes. Their chunk steps, trained on or not,
         divide the loss, so that it depends neither on how the minibatch is cut nor on outcomes."""
         # What the slots hold of the rows, and what the policy says of them now.
         stored = rows.stored

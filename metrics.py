@@ -13,9 +13,11 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import psutil
+from typing_extensions import TypedDict
 
 from channel import Counters
 from run_folder import Span
@@ -45,6 +47,9 @@ COLUMNS = (
 )
 # Counters that go on over a whole run, also when it is resumed.
 TOTALS = ("env_steps", "restarts")
+# Figures of every node that a line has beside those of all: they tell a slow node from a fast one.
+NODE_FIGURES = ("env_steps_per_s", *(f"bubble_{stage}" for stage in STAGES))
+NODE_FIGURES += ("cpu_fraction", "rss_gb", "gpu_memory_gb")
 # Why a chunk step is never trained on, and how a summary says so: its worker died before its
 # trajectory was complete; its group was filtered (GRPO); its env's episode had ended while others
 # of its lane went on (GRPO, vectorised); the run stopped before it was trained.
@@ -175,6 +180,19 @@ def count_wait(row: np.ndarray, column: dict[str, int], now: float) -> None:
         row[column[f"wait_{CAUSES[waiting - 1]}_s"]] += max(0.0, now - row[column["since"]])
 
 
+class Measured(TypedDict):
+    """What one node's launcher measures between two lines of metrics.jsonl, in sums, so that those
+    of all nodes can be added. It travels as JSON."""
+
+    elapsed: float  # seconds
+    workers: dict[str, int]  # of each stage
+    gained: dict[str, dict[str, float]]  # stage → column of the counters → gain
+    gpu_memory_gb: float
+    cpu_fraction: float
+    rss_gb: float
+    cpu_s: float  # seconds of processors that this node's processes have used so far
+
+
 class Interval:
     """Tells what the counters gained since it was last asked, which is once an iteration."""
 
@@ -183,45 +201,79 @@ class Interval:
         self.rows = rows  # of each stage's workers
         self.last = snapshot(counters)
         self.last_time = time.monotonic()
-        self.gained = np.zeros_like(self.last)
         cpu_fraction()
 
-    def gain(self, stage: str, name: str) -> float:
-        """Returns what a column gained in the measured interval, summed over a stage's workers."""
-        return float(self.gained[self.rows[stage], self.counters.index[name]].sum())
-
-    def measure(self) -> dict:
-        """Ends the interval and returns its part of a line of metrics.jsonl (docs/metrics.md)."""
+    def measure(self, rss_gb: float, cpu_s: float) -> Measured:
+        """Ends the interval and returns what this node's launcher measured in it. rss_gb, cpu_s:
+        what its processes hold, and have used so far."""
         now = time.monotonic()
         table = snapshot(self.counters)
         # A wait that ended while it was read may have lost a little.
-        self.gained = np.maximum(table - self.last, 0.0)
+        gained = np.maximum(table - self.last, 0.0)
         elapsed = max(now - self.last_time, 1e-9)
         self.last = table
         self.last_time = now
-
-        batches = max(self.gain("rollout", "batches"), 1.0)
-        fetches = max(self.gain("rollout", "fetches"), 1.0)
-        sizes = {name.removeprefix("batch_le_"): self.gain("rollout", name) for name in HISTOGRAM}
-        out = {
-            "env_steps_per_s": self.gain("env", "env_steps") / elapsed,
-            "batch_size_mean": self.gain("rollout", "requests") / batches,
-            "batch_size_hist": {size: int(count) for size, count in sizes.items() if count},
-            "batch_wait_ms": 1e3 * self.gain("rollout", "batch_wait_s") / batches,
-            "weight_sync_s": self.gain("rollout", "weight_sync_s") / fetches,
-            "weight_stall_s": self.gain("rollout", "weight_stall_s"),
-            "gpu_memory_gb": float(table[:, self.counters.index["gpu_memory_gb"]].sum()),
+        column = self.counters.index
+        return {
+            "elapsed": elapsed,
+            "workers": {stage: len(rows) for stage, rows in self.rows.items()},
+            "gained": {
+                stage: {name: float(gained[rows, column[name]].sum()) for name in COLUMNS}
+                for stage, rows in self.rows.items()
+            },
+            "gpu_memory_gb": float(table[:, column["gpu_memory_gb"]].sum()),
             "cpu_fraction": cpu_fraction(),
-            "waits": {},
+            "rss_gb": rss_gb,
+            "cpu_s": cpu_s,
         }
-        for stage in STAGES:
-            time_of_all = elapsed * len(self.rows[stage])
-            waits = {cause: self.gain(stage, f"wait_{cause}_s") / time_of_all for cause in CAUSES}
-            out[f"bubble_{stage}"] = min(1.0, sum(waits.values()))
-            for cause, share in waits.items():
-                if share > 0:
-                    out["waits"][f"{stage}:{cause}"] = round(share, 4)
-        return out
+
+
+def gain(measured: list[Measured], stage: str, name: str) -> float:
+    """Returns what a column gained, summed over a stage's workers on these nodes."""
+    return sum(one["gained"][stage][name] for one in measured)
+
+
+def figures(measured: list[Measured]) -> dict:
+    """Returns the launchers' part of a line of metrics.jsonl (docs/metrics.md).
+
+    measured: of every node, the first one's first. With several, the line also has some figures of
+    each, in "nodes"."""
+    batches = max(gain(measured, "rollout", "batches"), 1.0)
+    fetches = max(gain(measured, "rollout", "fetches"), 1.0)
+    hist = {name.removeprefix("batch_le_"): gain(measured, "rollout", name) for name in HISTOGRAM}
+    out = {
+        "env_steps_per_s": sum(
+            gain([one], "env", "env_steps") / one["elapsed"] for one in measured
+        ),
+        "batch_size_mean": gain(measured, "rollout", "requests") / batches,
+        "batch_size_hist": {size: int(count) for size, count in hist.items() if count},
+        "batch_wait_ms": 1e3 * gain(measured, "rollout", "batch_wait_s") / batches,
+        "weight_sync_s": gain(measured, "rollout", "weight_sync_s") / fetches,
+        "weight_stall_s": gain(measured, "rollout", "weight_stall_s"),
+        "gpu_memory_gb": sum(one["gpu_memory_gb"] for one in measured),
+        "cpu_fraction": fmean(one["cpu_fraction"] for one in measured),
+        "rss_gb": sum(one["rss_gb"] for one in measured),
+        "waits": {},
+    }
+    for stage in STAGES:
+        time_of_all = sum(one["elapsed"] * one["workers"][stage] for one in measured)
+        waits = {cause: gain(measured, stage, f"wait_{cause}_s") / time_of_all for cause in CAUSES}
+        out[f"bubble_{stage}"] = min(1.0, sum(waits.values()))
+        for cause, share in waits.items():
+            if share > 0:
+                out["waits"][f"{stage}:{cause}"] = round(share, 4)
+    if len(measured) > 1:
+        out["nodes"] = {str(node): of_node(one) for node, one in enumerate(measured)}
+    return out
+
+
+def of_node(measured: Measured) -> dict[str, float]:
+    """Returns what tells a slow node from a fast one: few numbers, short, for there may be many."""
+    alone = figures([measured])
+    gradient = alone["waits"].get("actor:gradient", 0.0)
+    restarts = sum(gain([measured], stage, "restarts") for stage in STAGES)
+    own = {name: round(alone[name], 4) for name in NODE_FIGURES}
+    return own | {"wait_gradient": gradient, "restarts": int(restarts)}
 
 
 def cpu_fraction() -> float:

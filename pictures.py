@@ -3,13 +3,14 @@
 Left out: the whole trace, for which there is Perfetto.
 """
 
-from itertools import pairwise
+from collections import Counter
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 
-from run_folder import GROUPS, read_metrics, read_trace
+from run_folder import GROUPS, place_of, read_metrics, read_trace
 
 GREEN = "#4c9f70"
 BLUE = "#3b7dd8"
@@ -41,6 +42,7 @@ WAITS = {
 TITLE = (
     "full bars are work, with batch sizes of inference; thin bars wait, in the colour of whom for"
 )
+ROWS = 40  # that can be told apart in one picture
 # These are too short to be seen, so they are drawn last, and at least this share of the width.
 MARKED = ("fetch", "publish")
 LEAST = 0.003
@@ -56,7 +58,7 @@ def draw(run: Path) -> None:
 
 def group_of(row: str) -> str:
     """Returns the stage of a trace's row, or its transfers' group."""
-    return next(group for group in GROUPS if row.startswith(group))
+    return next(group for group in GROUPS if place_of(row)[1].startswith(group))
 
 
 def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
@@ -64,6 +66,8 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     from matplotlib.figure import Figure
 
     first, last = window(spans)
+    nodes, left_out = shown(spans, first, last)
+    spans = {name: row for name, row in spans.items() if place_of(name)[0] in nodes}
 
     # Place the rows from above to below, with a gap between two stages.
     heights = [0.0]
@@ -87,7 +91,7 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    axes.set_title(TITLE, fontsize=9)
+    axes.set_title(TITLE + left_out, fontsize=9)
     axes.spines[["top", "right", "left"]].set_visible(False)
     handles = legend(seen, WORK, "", 1.0) + legend(seen, WAITS, "wait: ", 0.6)
     style = {"loc": "outside lower center", "frameon": False, "fontsize": 8}
@@ -95,11 +99,34 @@ def draw_swimlane(file: Path, spans: dict[str, list]) -> None:
     figure.savefig(file, dpi=110)
 
 
+def shown(spans: dict[str, list], first: float, last: float) -> tuple[list[int], str]:
+    """Returns the nodes that are drawn, and what the title says of the others: all as long as there
+    are at most ROWS rows; else the first node, and those whose actors wait least for gradients
+    between these two times, one at least, for the others wait for them."""
+    rows = Counter(place_of(name)[0] for name in spans)
+    waits = Counter()
+    for name, row in spans.items():
+        for what, start, end, _ in row:
+            if what == "wait: gradient":
+                waits[place_of(name)[0]] += max(0.0, min(end, last) - max(start, first))
+    order = [0, *sorted(rows.keys() - {0}, key=lambda node: (waits[node], node))]
+    room = sum(total <= ROWS for total in accumulate(rows[node] for node in order))
+    drawn = order[: max(room, 2)]
+    if len(drawn) == len(order):
+        return drawn, ""
+    names = ", ".join(map(str, drawn[1:]))
+    which = f"node 0, and of {len(order) - 1} others those that wait least for gradients: {names}"
+    return drawn, f"\n{which}; trace.json has all"
+
+
 def window(spans: dict[str, list]) -> tuple[float, float]:
     """Returns where the swimlane looks, in seconds: at some 40 inferences around a publication a
-    little after the middle of the run."""
+    little after the middle of the run, where every node has spans."""
     everything = [span for rows in spans.values() for span in rows]
-    begin = min(start for _, start, _, _ in everything)
+    starts: dict[int, list[float]] = {}  # of each node's spans
+    for name, row in spans.items():
+        starts.setdefault(place_of(name)[0], []).extend(start for _, start, _, _ in row)
+    begin = max(map(min, starts.values()))
     end = max(end for _, _, end, _ in everything)
     inferences = [end - start for what, start, end, _ in everything if what == "infer"]
     seconds = min(max(40 * median(inferences or [0.1]), 0.5), 8.0, end - begin)

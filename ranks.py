@@ -16,9 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import Config
+from errors import require
 from metrics import Meter
 from models import checkpoint
 from tally import Tally
+
+# The launcher sees who hangs. Torch's own clock goes on while a run is suspended.
+LIMIT = timedelta(days=7)
 
 
 class Meeting(NamedTuple):
@@ -47,6 +51,7 @@ class Ranks:
         """rank: on this node, of `count`."""
         self.rank = node * count + rank  # of all
         self.count = nodes * count
+        self.of_node = range(node * count, (node + 1) * count)  # ranks of this node
         self.device = device
         self.first = self.rank == 0  # writes checkpoints, reports
         self.leads = rank == 0  # on its node: fills the weight plane
@@ -58,9 +63,7 @@ class Ranks:
             store = meeting.store(self.count)
             # What ranks say to one another stays on the host: no GPU is waited for.
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            # The launcher sees who hangs. Torch's own clock goes on while a run is suspended.
-            limit = timedelta(days=7)
-            group = {"store": store, "rank": self.rank, "world_size": self.count, "timeout": limit}
+            group = {"store": store, "rank": self.rank, "world_size": self.count, "timeout": LIMIT}
             dist.init_process_group(backend, **group)
 
     @staticmethod
@@ -73,13 +76,16 @@ class Ranks:
 
         return ShardedRanks(meter, *place)
 
-    def meet(self, words: Tensor | None = None) -> Iterator[None]:
+    def meet(
+        self, words: Tensor | None = None, group: dist.ProcessGroup | None = None
+    ) -> Iterator[None]:
         """Waits until all ranks have come here, and yields again and again meanwhile. The others'
         calls wait silently; whoever has met has little to wait for.
 
-        words: numbers of this rank, on the host, which become the highest of any rank."""
+        words: numbers of this rank, on the host, which become the highest of any rank; group: who
+        meets, if not all."""
         if self.several:
-            yield from waiting(come(torch.zeros(1) if words is None else words))
+            yield from waiting(come(torch.zeros(1) if words is None else words, group))
 
     def agree(self, *mine: float) -> list[float]:
         """Returns the highest of each number, of any rank that shares the weights with this one."""
@@ -92,8 +98,32 @@ class Ranks:
         if self.stopped:
             return None
         most, more, stop = self.agree(passes, not through, stop)
-        self.stopped = bool(stop)
-        return int(most) if more and not stop else None
+        if more and not stop:
+            return int(most)
+        self.stopped = self.join_nodes(bool(stop))
+        return None
+
+    def join_nodes(self, stop: bool) -> bool:
+        """Waits for other nodes, where weights are shared within a node. Returns whether one is to
+        stop."""
+        return stop
+
+    def check_alike(self, model: torch.nn.Module) -> None:
+        """Raises UserError, on all, where nodes have begun with other weights. Bits are compared:
+        what is summed up of them, with every tensor's place."""
+        if len(self.of_node) == self.count:
+            return
+        total = 0
+        for place, tensor in enumerate(model.state_dict().values(), 1):
+            if not tensor.is_meta:
+                bits = tensor.flatten().view(torch.uint8)
+                whole = bits[: len(bits) // 4 * 4].view(torch.int32).sum(dtype=torch.int64)
+                total += place * (int(whole) + int(bits[len(bits) // 4 * 4 :].sum()))
+        totals: list[int] = [0] * self.count
+        dist.all_gather_object(totals, total)
+        for rank, other in enumerate(totals):
+            found = f"the weights of node {rank // len(self.of_node)} are not those of node 0"
+            require(other == totals[0], f"{found}: give all nodes the same --checkpoint")
 
     def spread(self, model: torch.nn.Module, methods: tuple[str, ...]) -> None:
         """Leaves a rank that shares the weights its part of them. methods: those that are called
@@ -146,9 +176,9 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def come(words: Tensor) -> dist.Work:
-    """Tells the other ranks that this one has come, and does not wait for them."""
-    return dist.all_reduce(words, dist.ReduceOp.MAX, async_op=True)
+def come(words: Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Tells the other ranks, of a group or all, that this one has come. Does not wait for them."""
+    return dist.all_reduce(words, dist.ReduceOp.MAX, group, async_op=True)
 
 
 def waiting(work: dist.Work) -> Iterator[None]:

@@ -25,10 +25,15 @@ RECENT = 10  # iterations that success and time left are averaged over
 
 
 def batch_line(config: Config, segment: int) -> str:
-    """Says what one iteration trains; segment: chunk steps of a trajectory."""
+    """Says what one iteration trains, on all nodes; segment: chunk steps of a trajectory."""
     actor = config.actor
-    trained = f"{actor.batch} trajectories = {actor.batch * segment} chunk steps"
+    nodes = config.train.nodes
+    batch = actor.batch * nodes
+    trained = f"{batch} trajectories = {batch * segment} chunk steps"
     line = f"{trained}, {actor.steps} optimizer step{'s' * (actor.steps > 1)} per batch"
+    if nodes > 1:
+        envs = f"{config.env.envs * nodes} envs, {config.env.eval_envs * nodes} evaluation envs"
+        line = f"{nodes} nodes in all: {envs}, minibatches of {actor.minibatch * nodes}; {line}"
     return line + ", computed in bfloat16" * (config.train.precision == "bfloat16")
 
 
@@ -159,8 +164,25 @@ def reasons(waits: dict[str, float], stage: str) -> str:
     return f"waits for {', '.join(said)}" if said else ""
 
 
-def progress(iterations: int, interactive: bool) -> Display:
-    """Returns what shows a run's progress: a live panel, or plain lines off a terminal."""
+class Elsewhere(Display):
+    """Says on another node than the first how its workers begin, and then once where to look."""
+
+    def __init__(self, iterations: int, first: str):
+        super().__init__(iterations)
+        self.first = first  # names the first node's machine
+
+    def show(self, line: dict) -> None:
+        if not self.history:
+            what = "progress, warnings of training, metrics and checkpoints are on the first node"
+            print(f"this node's first iteration is done: {what}, {self.first}", flush=True)
+        self.history = [line]
+
+
+def progress(iterations: int, interactive: bool, first: str = "") -> Display:
+    """Returns what shows a run's progress: a live panel, or plain lines off a terminal. first: on
+    another node than the first one, the name of that one's machine."""
+    if first:
+        return Elsewhere(iterations, first)
     return Panel(iterations) if interactive else Display(iterations)
 
 

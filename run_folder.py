@@ -7,10 +7,12 @@ The launcher alone writes here, but for checkpoints (the first actor), videos (e
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NotRequired
@@ -27,6 +29,10 @@ GROUPS = ("env", "rollout", "weights", "actor", "gradients")
 BESIDE = {"fetch": ("weights", "weights to"), "reduce": ("gradients", "gradients of")}
 # What was done, its start and end in monotonic seconds, and perhaps numbers that belong to it.
 Span = tuple[str, float, float] | tuple[str, float, float, dict]
+# What rows of a trace are sorted by: group, node, number there; and a row's name.
+Row = tuple[int, int, int, str]
+SENT = 400_000  # spans that the first node takes of all others together: more would take minutes
+PIECE = 4 * 2**20  # bytes; torchrun's store takes 8 MiB at once
 
 Number = int | float
 Numbers = NotRequired[dict[str, Number]]
@@ -52,6 +58,7 @@ class Line(TypedDict, extra_items=Number | None):
     batch_size_hist: Numbers
     queue_depths: Numbers
     waits: Numbers
+    nodes: NotRequired[dict[str, dict[str, Number]]]  # by the node's number
     tuning: NotRequired[dict[str, Number | str]]
 
 
@@ -123,12 +130,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Writes trace.json from the workers' spans, and removes what only workers needed."""
-        spans: dict[str, list[Span]] = {}
-        for file in sorted(self.spans.glob("*.jsonl")):
-            spans[file.stem] = []
-            for row in file.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
-                    spans[file.stem] += json.loads(row)
+        spans = read_spans(self.spans)
         shutil.rmtree(self.spans)
         if spans:
             write_trace(self.path / "trace.json", spans)
@@ -195,18 +197,64 @@ def lines_until(run: Path, version: int, saved: list[dict]) -> list[dict]:
     return [lines[number] for number in sorted(lines)]
 
 
+def read_spans(folder: Path) -> dict[str, list[Span]]:
+    """Returns what workers have recorded in .spans/, by their names."""
+    spans: dict[str, list[Span]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        spans[file.stem] = []
+        for row in file.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # an empty line, or one torn by a kill
+                spans[file.stem] += json.loads(row)
+    return spans
+
+
+def pack_spans(folder: Path, nodes: int) -> list[bytes]:
+    """Returns what the workers of a node have recorded, for the first of `nodes`, in pieces of at
+    most PIECE bytes. Of more than its part of SENT spans, the newest are packed."""
+    spans = read_spans(folder)
+    ends = sorted(span[2] for row in spans.values() for span in row)
+    most = SENT // (nodes - 1)
+    since = ends[-most] if len(ends) > most else -math.inf  # what ended before is left out
+    kept = {name: [span for span in row if span[2] >= since] for name, row in spans.items()}
+    left_out = len(ends) - sum(map(len, kept.values()))
+    packed = zlib.compress(json.dumps([kept, left_out]).encode())
+    return [packed[start : start + PIECE] for start in range(0, len(packed), PIECE)]
+
+
+def take_spans(folder: Path, node: int, pieces: list[bytes], ahead_s: float) -> str:
+    """Puts another node's spans beside the first node's own, and returns what to say of them.
+
+    ahead_s: what is to be added to that node's monotonic seconds to have those of the first."""
+    kept, left_out = json.loads(zlib.decompress(b"".join(pieces)))
+    for name, row in kept.items():
+        moved = [[what, start + ahead_s, end + ahead_s, *args] for what, start, end, *args in row]
+        (folder / f"node {node} {name}.jsonl").write_text(json.dumps(moved))
+    return f"trace.json lacks the {left_out:,} oldest spans of node {node}" if left_out else ""
+
+
+def place_of(row: str) -> tuple[int, str]:
+    """Returns the node of a trace's row, and the row's name there: of "node 3 env-0" 3 and "env-0".
+    Rows of the first node, or of a run on one, are named without it."""
+    found = re.match("node ([0-9]+) ", row)
+    return (int(found[1]), row[found.end() :]) if found else (0, row)
+
+
 def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
-    """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker.
+    """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker,
+    those of one node after those of another.
 
     A side thread fetches weights while its worker infers, and sums of gradients go on while one
     trains: both get rows of their own."""
-    rows: dict[tuple[int, int, str], list[Span]] = {}  # by group, number and name
+    rows: dict[Row, list[Span]] = {}
     for worker, mixed in spans.items():
-        stage, _, number = worker.partition("-")
-        rows[GROUPS.index(stage), int(number), worker] = [s for s in mixed if s[0] not in BESIDE]
+        node, name = place_of(worker)
+        stage, _, number = name.partition("-")
+        place = (node, int(number))
+        rows[GROUPS.index(stage), *place, worker] = [s for s in mixed if s[0] not in BESIDE]
         for what, (group, title) in BESIDE.items():
             if transfers := [span for span in mixed if span[0] == what]:
-                rows[GROUPS.index(group), int(number), f"{title} {worker}"] = transfers
+                beside = f"{worker.removesuffix(name)}{title} {name}"
+                rows[GROUPS.index(group), *place, beside] = transfers
     with open(path, "w") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         for n, event in enumerate(trace_events(rows)):
@@ -214,18 +262,19 @@ def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
         file.write("\n]}\n")
 
 
-def trace_events(rows: dict[tuple[int, int, str], list[Span]]) -> Iterator[dict]:
+def trace_events(rows: dict[Row, list[Span]]) -> Iterator[dict]:
     """Yields names and order ("M"), then one complete event ("X") per span, in microseconds since
     the first one. Perfetto takes process 0 and thread 0 for the kernel's, so numbers begin at 1."""
     begin = min((span[1] for row in rows.values() for span in row), default=0.0)
-    for group in sorted({group for group, _, _ in rows}):
+    for group in sorted({group for group, *_ in rows}):
         process = {"ph": "M", "pid": group + 1}
         yield process | {"name": "process_name", "args": {"name": GROUPS[group]}}
         yield process | {"name": "process_sort_index", "args": {"sort_index": group}}
-    for thread, (group, number, name) in enumerate(sorted(rows), 1):
+    for thread, row in enumerate(sorted(rows), 1):
+        group, *_, name = row
         where = {"pid": group + 1, "tid": thread}
         yield {"ph": "M", "name": "thread_name", **where, "args": {"name": name}}
-        for what, start, end, *args in rows[group, number, name]:
+        for what, start, end, *args in rows[row]:
             event = {"ph": "X", "name": what, **where}
             event["ts"] = round((start - begin) * 1e6, 1)
             event["dur"] = round((end - start) * 1e6, 1)

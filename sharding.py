@@ -5,12 +5,16 @@ A block of the model is whole on a device while it computes there, so all ranks 
 forward and backward pass, and in publishing and saving, where one weight at a time is whole. What
 they agree on (`Ranks.plan`) keeps them together: whoever has no rows makes a pass of no weight.
 
+All this stays within a node. Every node has all weights (hybrid sharding), and its ranks meet those
+of other nodes once for every optimizer step: ranks with the same part sum its gradients.
+
 Where networks compute in bf16, a block's weights are gathered in bf16, and gradients are summed in
 fp32. Left out: weights that wait on the host.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -26,11 +30,13 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from metrics import Meter
 from models import checkpoint, layers
-from ranks import Ranks
+from ranks import LIMIT, Ranks
+
+BUCKET = 32 * 2**20  # bytes of gradients that travel together between nodes
 
 
 class ShardedRanks(Ranks):
-    """This actor's place among those that share the weights."""
+    """This actor's place among those of its node, which share the weights, and of other nodes."""
 
     sharded = True
 
@@ -38,17 +44,61 @@ class ShardedRanks(Ranks):
         """place: as of `Ranks`."""
         super().__init__(*place)
         self.meter = meter
-        self.saves = True
+        self.saves = 0 in self.of_node
         self.publishes = True
-        self.mesh = DeviceMesh.from_group(dist.group.WORLD, self.device.partition(":")[0])
+        self.node = dist.group.WORLD  # who shares the weights with this rank
+        self.twins: dist.ProcessGroup | None = None  # who has the same part, one on every node
+        local = len(self.of_node)
+        if self.count > local:
+            # Its ranks alone make a group.
+            how = {"timeout": LIMIT, "use_local_synchronization": True}
+            self.node = dist.new_group(list(self.of_node), **how)
+            twins = range(self.rank - self.of_node.start, self.count, local)
+            self.twins = dist.new_group(list(twins), **how)
+        self.mesh = DeviceMesh.from_group(self.node, self.device.partition(":")[0])
 
     def agree(self, *mine: float) -> list[float]:
-        """Waits for all ranks, with signs of life."""
+        return self.highest(self.node, mine)
+
+    def join_nodes(self, stop: bool) -> bool:
+        return bool(self.highest(self.twins, [stop])[0]) if self.twins is not None else stop
+
+    def highest(self, group: dist.ProcessGroup, mine: Iterable[float]) -> list[float]:
+        """Returns the highest of each number, of any rank of a group. Waits for all of them, with
+        signs of life."""
         words = torch.tensor(mine, dtype=torch.float64)
         with self.meter.wait("gradient"):
-            for _ in self.meet(words):
+            for _ in self.meet(words, group):
                 self.meter.alive()
         return words.tolist()
+
+    def sum_over_nodes(self, parameters: list[Tensor]) -> None:
+        """Adds up the gradients of all nodes, which are summed over each node's ranks already, and
+        whose ranks have met. A node that has none of a weight, where others have one, counts as
+        0."""
+        if self.twins is None:
+            return
+        with self.meter.wait("gradient"):
+            has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+            dist.all_reduce(has, dist.ReduceOp.MAX, self.twins)
+            parts = []
+            for parameter, somewhere in zip(parameters, has.tolist(), strict=True):
+                if somewhere and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                if somewhere:
+                    parts.append(self.part(parameter.grad))
+
+            # Some of them at a time, so that their copy is small.
+            ends = accumulate(part.nbytes for part in parts)
+            numbered = zip(parts, ends, strict=True)
+            for _, bucket in groupby(numbered, lambda one: one[1] // BUCKET):
+                some = [part for part, _ in bucket]
+                flat = torch.cat([part.flatten() for part in some])
+                dist.all_reduce(flat, group=self.twins)
+                sums = flat.split([part.numel() for part in some])
+                for part, total in zip(some, sums, strict=True):
+                    part.copy_(total.view_as(part))
+                self.meter.alive()
 
     def spread(self, model: nn.Module, methods: tuple[str, ...]) -> None:
         """Leaves this rank its part of every parameter, on its device, frozen ones too. Block by

@@ -7,7 +7,7 @@ NAME`).
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import compress, islice, pairwise
 from statistics import fmean
 
 from rich.columns import Columns
@@ -34,6 +34,8 @@ FOR = {
 STALENESS = {"0": "0", "1": "1", "2": "2", "3_or_more": "3 or more"}
 SIZES = {"1": "1", "2": "2"} | {str(2**i): f"{2**i // 2 + 1} to {2**i}" for i in range(2, 8)}
 SIZES |= {"256": "129 or more"}
+SLOW = 0.1  # of their time that actors of other nodes wait longer for gradients than a slow one's
+LISTED = 8  # nodes in a summary
 
 
 @dataclass
@@ -56,6 +58,9 @@ class Summary:
     totals: dict  # collected, discarded, discarded_by, restarts
     cpu: float  # share of the cores that was busy
     gpu: bool
+    # Node → its figures (docs/metrics.md), restarts summed, the node that the others wait for
+    # first. Empty where there is one node.
+    nodes: dict[str, dict[str, float]]
 
     @property
     def bubble(self) -> dict[str, float]:
@@ -110,9 +115,22 @@ def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
         totals={name: last[name] for name in totals},
         cpu=fmean([line["cpu_fraction"] for line in measured], seconds),
         gpu=measured[-1]["gpu_memory_gb"] > 0,
+        nodes=nodes_of(measured, seconds),
     )
     summary.busy_with = work_of(summary.critical, 1.0 - summary.bubble[summary.critical], spans)
     return summary
+
+
+def nodes_of(lines: list[dict], seconds: list[float]) -> dict[str, dict[str, float]]:
+    """Returns the figures of `Summary.nodes`; seconds: that each line's iteration took."""
+    found = {}
+    for node, newest in lines[-1].get("nodes", {}).items():
+        with_it = [node in line.get("nodes", {}) for line in lines]  # not yet, where it came later
+        alone = [line["nodes"][node] for line in compress(lines, with_it)]
+        weights = list(compress(seconds, with_it))
+        found[node] = {name: fmean([one[name] for one in alone], weights) for name in newest}
+        found[node]["restarts"] = sum(one["restarts"] for one in alone)
+    return dict(sorted(found.items(), key=lambda entry: entry[1]["wait_gradient"]))
 
 
 def work_of(stage: str, busy: float, spans: dict[str, list]) -> dict[str, float]:
@@ -129,6 +147,8 @@ def work_of(stage: str, busy: float, spans: dict[str, list]) -> dict[str, float]
 
 def advice(summary: Summary, config: Config) -> str:
     """Returns one sentence: what should be changed, from the most certain finding to the least."""
+    if found := slow_node(summary.nodes):
+        return found
     bubble = summary.bubble
     most = max(STAGES, key=lambda stage: bubble[stage])
     least = bubble[summary.critical]
@@ -170,6 +190,25 @@ def advice(summary: Summary, config: Config) -> str:
     return f"{found}: {more_for(summary.critical, config, summary.gpu)}."
 
 
+def slow_node(nodes: dict[str, dict[str, float]]) -> str:
+    """Names a node that the others wait for, and its workers that make them wait, or returns "".
+    nodes: see `Summary.nodes`."""
+    if not nodes:
+        return ""
+    slow, *others = nodes.values()
+    wait = fmean(one["wait_gradient"] for one in others)
+    if wait - slow["wait_gradient"] < SLOW:
+        return ""
+    trains = slow["bubble_actor"] - slow["wait_gradient"] < 0.15  # and has what it trains in time
+    stages = ("actor",) if trains else ("env", "rollout")
+    stage = min(stages, key=lambda stage: slow[f"bubble_{stage}"])
+    found = f"Node {next(iter(nodes))} is slow, so actors of others wait {wait:.0%} for gradients"
+    bubble = slow[f"bubble_{stage}"]
+    return (
+        f"{found}: compare its {NAMES[stage]}, which wait only {bubble:.0%}, with those of others."
+    )
+
+
 def more_for(stage: str, config: Config, gpu: bool) -> str:
     """Says which flag gives the critical stage more to work with."""
     rollout, actor = map(int, config.train.parts.split(":"))
@@ -207,6 +246,8 @@ def show(name: str, summary: Summary, config: Config) -> None:
     )
     console.print(facts(summary), end="\n\n", soft_wrap=True)
     console.print(stages(summary), "")
+    if summary.nodes:
+        console.print(table_of(summary.nodes), "")
     sizes = histogram("batch size", summary.batch_sizes, SIZES)
     ages = histogram("staleness", summary.staleness, STALENESS)
     console.print(Columns([sizes, ages], padding=(0, 6)), "")
@@ -245,6 +286,24 @@ def stages(summary: Summary) -> Table:
             doing = shares(summary.busy_with)
             role = f"critical: {doing}" if doing else "critical"
         table.add_row(stage, f"{1 - bubble:.0%}", f"{bubble:.0%}", causes, role)
+    return table
+
+
+def table_of(nodes: dict[str, dict[str, float]]) -> Table:
+    """Returns a table of the nodes, or of those of many that the others wait for; nodes: see
+    `Summary.nodes`."""
+    busy = (f"{stage} busy" for stage in STAGES)
+    titles = ("node", "env steps/s", *busy, "wait: gradient", "cores busy", "memory", "restarts")
+    more = len(nodes) - LISTED
+    caption = f"{more} more nodes, whose actors wait longer" if more > 0 else None
+    style = {"box": None, "header_style": "bold", "caption_justify": "left"}
+    table = Table(*titles, caption=caption, **style)
+    for node, one in islice(nodes.items(), LISTED):
+        shares = [1 - one[f"bubble_{stage}"] for stage in STAGES]
+        shares += [one["wait_gradient"], one["cpu_fraction"]]
+        shown = [f"{share:.0%}" for share in shares]
+        memory = f"{one['rss_gb']:.1f} GB"
+        table.add_row(node, f"{one['env_steps_per_s']:,.0f}", *shown, memory, f"{one['restarts']}")
     return table
 
 

@@ -219,6 +219,8 @@ def read_run(name: str) -> tuple[Path, Config, list[dict], dict[str, list[Span]]
     settings = from_json(run / "config.json")
     with understood(f"what run {run} left behind"):
         lines = [line for line in read_metrics(run) if "batch_size_mean" in line]  # measured
+        nodes = settings.train.nodes  # before it was resumed there may have been others
+        lines = [line for line in lines if len(line.get("nodes", {0: {}})) == nodes]
         spans = read_trace(run)
     parts = settings.train.parts
     changed = any("ratio" in line.get("tuning", {}) for line in lines)
@@ -265,7 +267,7 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
     node = node_of(changed, placement)
     env_steps = lines[-1]["env_steps"] - lines[0]["env_steps"]
     seconds = lines[-1]["time"] - lines[0]["time"]
-    chunk_steps = (len(lines) - 1) * node.batch * node.segment
+    chunk_steps = (len(lines) - 1) * node.batch * node.segment * settings.train.nodes
     rollout, actor = (
         now / then for now, then in zip(shares_of(changed), shares_of(settings), strict=True)
     )

@@ -12,18 +12,35 @@ import pytest
 from conftest import LINE
 
 import metrics
+import run_folder
 from channel import Counters
 from config import ROOT, Config
 from errors import UserError
-from metrics import HISTOGRAM, Interval, Ledger, Meter
+from metrics import HISTOGRAM, Interval, Ledger, Meter, figures
 from report import Beginning, batch_line, flatten, progress
-from run_folder import RunFolder, lines_until, read_metrics, read_trace, write_trace
+from run_folder import (
+    RunFolder,
+    lines_until,
+    pack_spans,
+    place_of,
+    read_metrics,
+    read_spans,
+    read_trace,
+    take_spans,
+    write_trace,
+)
+from tally import Tally
 
 ROWS = {"actor": [0], "rollout": [1], "env": [2, 3]}
 
 
 def counters() -> Counters:
     return Counters(4, metrics.columns(4))
+
+
+def ended(interval: Interval) -> dict:
+    """What a launcher that is alone makes of an interval."""
+    return figures([interval.measure(rss_gb=2.0, cpu_s=3.0)])
 
 
 def line(version: int, **more) -> dict:
@@ -115,7 +132,7 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     table.add(3, "wait_action_s", 3.0)
     table.add(3, "wait_admission_s", 2.0)
     table.add(0, "wait_trajectory_s", 10.0)
-    out = interval.measure()
+    out = ended(interval)
     entered = of_batch(10, 2, 3, 1)
     entered |= {"collected": 16, "env_steps": 450, "restarts": 0}
     Ledger([], epochs=2).enter(entered, table)
@@ -137,8 +154,76 @@ def test_an_interval_is_what_was_gained_since_the_last(monkeypatch):
     )
     assert out["waits"] == {"env:action": 0.2, "env:admission": 0.1, "actor:trajectory": 1.0}
     now[0] = 111.0
-    again = interval.measure()
+    again = ended(interval)
     assert again["env_steps_per_s"] == 0.0 and again["bubble_env"] == 0.0
+
+
+def measured(number: int, seconds: float, envs: int, **changes) -> dict:
+    """What the launcher of a node measured whose workers did the more, the higher its number."""
+    gained = {stage: dict.fromkeys(metrics.COLUMNS, 0.0) for stage in metrics.STAGES}
+    gained["env"] |= {"env_steps": 100.0 * number, "wait_action_s": 2.0, "restarts": number - 1.0}
+    batches = {"batches": 4.0 * number, "requests": 8.0 * number**2, "batch_wait_s": 0.02}
+    gained["rollout"] |= batches | {"fetches": 1.0, "weight_sync_s": 0.5 * number}
+    gained["rollout"] |= {"weight_stall_s": 0.25, HISTOGRAM[number]: 4.0 * number}
+    gained["actor"] |= {"wait_gradient_s": 3.0 * (2 - number), "wait_trajectory_s": 1.0}
+    return {
+        "elapsed": seconds,
+        "workers": {"env": envs, "rollout": 1, "actor": 1},
+        "gained": gained,
+        "gpu_memory_gb": 1.5,
+        "cpu_fraction": 0.25 * number,
+        "rss_gb": 3.0 + number,
+        "cpu_s": 100.0,
+    } | changes
+
+
+def test_a_line_is_of_all_nodes_with_each_one_s_figures_beside_it():
+    """Means are over all inferences and fetches, and bubbles over the time of all workers: neither
+    is the mean of the nodes' own."""
+    both = [measured(1, 10.0, envs=2), measured(2, 8.0, envs=5)]
+    out = json.loads(json.dumps(figures(both)))
+    assert out["env_steps_per_s"] == 100 / 10 + 200 / 8
+    assert out["batch_size_mean"] == (8 + 32) / 12 and out["batch_wait_ms"] == 1e3 * 0.04 / 12
+    assert out["batch_size_hist"] == {"2": 4, "4": 8}
+    assert (out["weight_sync_s"], out["weight_stall_s"]) == (0.75, 0.5)
+    assert (out["gpu_memory_gb"], out["cpu_fraction"], out["rss_gb"]) == (3.0, 0.375, 9.0)
+    assert out["bubble_env"] == 4 / (2 * 10 + 5 * 8)
+    assert out["bubble_actor"] == pytest.approx((1 + 3 + 1) / 18)
+    assert out["waits"] == {
+        "env:action": round(4 / 60, 4),
+        "actor:trajectory": round(2 / 18, 4),
+        "actor:gradient": round(3 / 18, 4),
+    }
+    assert out["nodes"]["0"] == {
+        "env_steps_per_s": 10.0,
+        "bubble_env": 0.1,
+        "bubble_rollout": 0.0,
+        "bubble_actor": 0.4,
+        "wait_gradient": 0.3,
+        "restarts": 0,
+        "cpu_fraction": 0.25,
+        "rss_gb": 4.0,
+        "gpu_memory_gb": 1.5,
+    }
+    slow = out["nodes"]["1"]
+    assert (slow["wait_gradient"], slow["bubble_env"], slow["restarts"]) == (0.0, 0.05, 1)
+    assert list(out["nodes"]) == ["0", "1"] and "nodes" not in figures(both[:1])
+
+
+def test_every_figure_of_a_node_is_documented():
+    found = paths({"nodes": figures([measured(1, 10.0, 2), measured(2, 8.0, 5)])["nodes"]})
+    rows = {entry: keys for entry, keys in documented().items() if "NODE" in entry}
+    assert set().union(*rows.values()) == found
+
+
+def test_a_line_with_nodes_is_read_again_and_mirrored(tmp_path):
+    nodes = figures([measured(1, 10.0, 2), measured(2, 8.0, 5)])["nodes"]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE | {"nodes": nodes}) + "\n")
+    assert read_metrics(tmp_path)[0]["nodes"] == nodes
+    assert flatten({"nodes": nodes})["nodes/1/env_steps_per_s"] == 25.0
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE | {"nodes": {"0": "fast"}}) + "\n")
+    with pytest.raises(UserError, match="line 1 of .*metrics.jsonl"):
+        read_metrics(tmp_path)
 
 
 def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
@@ -152,17 +237,17 @@ def test_of_a_wait_across_its_border_each_interval_has_its_part(monkeypatch):
     now[0] = 108.0
     with Meter("actor-0", 0, table, None).wait("trajectory"):
         now[0] = 110.0
-        assert interval.measure()["waits"] == {"actor:trajectory": 0.6}
+        assert ended(interval)["waits"] == {"actor:trajectory": 0.6}
         now[0] = 111.0
     now[0] = 114.0
-    assert interval.measure()["waits"] == {"actor:trajectory": 0.25}
+    assert ended(interval)["waits"] == {"actor:trajectory": 0.25}
     table.set(2, "waiting", 1 + metrics.CAUSES.index("action"))
     table.set(2, "since", 114.0)
     now[0] = 118.0  # killed in this wait, which its row keeps
     metrics.count_wait(table.table[2], table.index, now[0])
     table.set(2, "waiting", 0.0)
     now[0] = 124.0
-    assert interval.measure()["waits"] == {"env:action": 0.2}
+    assert ended(interval)["waits"] == {"env:action": 0.2}
 
 
 def of_batch(trained_once: int, restart: int, filtered: int, after_end: int) -> dict:
@@ -190,6 +275,42 @@ def test_the_ledger_goes_on_where_a_resumed_run_stopped():
     resumed = Ledger([second], epochs=2).add(of_batch(10, 2, 3, 1) | {"collected": 16})
     by = {"restart": 4, "filtered": 14, "after_end": 2, "resume": 7}
     assert resumed == {"collected": 51, "trained_once": 24, "discarded": 27, "discarded_by": by}
+
+
+def node_tally(collected: int, once: int, skipped: int, **lost: int) -> Tally:
+    """What a node's ranks tally of a batch that is trained in two epochs."""
+    tally = Tally()
+    sums = {"trained": 2 * once - skipped, "skipped": skipped, "trained_once": once}
+    sums |= {"collected": collected, "env_steps": 5 * collected, "restarts": 1}
+    for name, value in sums.items():
+        tally.add(name, value)
+    for reason, steps in lost.items():
+        tally.add(reason, steps, "part")
+    return tally
+
+
+def test_the_ledger_is_of_all_nodes():
+    """Each node's workers collect, lose and train; only the sums balance, and restarts add up."""
+    config = Config()
+    ledger = Ledger([], epochs=2)
+    first = Tally()
+    first.merge(node_tally(collected=20, once=10, skipped=0, restart=2))
+    first.merge(node_tally(collected=30, once=14, skipped=4, restart=0, after_end=3))
+    line = first.line(1, config, ("push",))
+    ledger.enter(line, counters())
+    assert (line["collected"], line["trained_once"], line["discarded"]) == (50, 24, 5)
+    assert (line["trained"], line["skipped"]) == (44, 4)
+    assert (line["env_steps"], line["restarts"]) == (250, 2)
+    by = {"restart": 2, "filtered": 0, "after_end": 3, "resume": 0}
+    assert line["discarded_by"] == by
+
+    # Without the second node's workers in it, more was trained than collected.
+    alone = Tally()
+    alone.merge(node_tally(collected=20, once=10, skipped=0, restart=2))
+    second = node_tally(collected=0, once=14, skipped=4, restart=0, after_end=3)
+    alone.merge(second)
+    with pytest.raises(RuntimeError, match="20 chunk steps were collected in all, but 24 trained"):
+        Ledger([], epochs=2).enter(alone.line(1, config, ("push",)), counters())
 
 
 def test_a_ledger_that_does_not_balance_is_an_error():
@@ -274,6 +395,53 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
     ]  # rollout-1 has no span
     assert rows["env-10"] == [("step", 0.5, 1.0, {}), ("wait: action", 1.0, 1.25, {})]
     assert rows["weights to rollout-0"] == [("fetch", 0.25, 0.5, {"version": 0, "bytes": 8})]
+
+
+def recorded(folder, spans: dict) -> None:
+    folder.mkdir()
+    for name, row in spans.items():
+        (folder / f"{name}.jsonl").write_text("\n" + json.dumps(row) + '\n[["torn", 1.0')
+
+
+def test_a_trace_has_the_rows_of_every_node_on_one_clock(tmp_path):
+    """The other nodes' clocks are of other machines: one is 500 s behind, one 500 s ahead."""
+    recorded(tmp_path / "1", {"env-0": [["step", 1.0, 2.0]], "rollout-0": [["fetch", 1.5, 1.75]]})
+    recorded(tmp_path / "10", {"env-0": [["step", 1001.5, 1002.5, {"batch": 3}]]})
+    folder = RunFolder(tmp_path / "run", resume=False)
+    mine = {"env-0": [["step", 501.5, 502.5]], "env-1": [["step", 500.0, 501.0]]}
+    for name, row in mine.items():
+        (folder.spans / f"{name}.jsonl").write_text(json.dumps(row))
+    assert take_spans(folder.spans, 10, pack_spans(tmp_path / "10", 3), -500.0) == ""
+    assert take_spans(folder.spans, 1, pack_spans(tmp_path / "1", 3), 500.0) == ""
+    folder.clear(keep_trace=True)  # as before another ratio
+    folder.finish()
+    rows = read_trace(folder.path)
+    assert list(rows) == [
+        *("env-0", "env-1", "node 1 env-0", "node 10 env-0"),
+        "node 1 weights to rollout-0",
+    ]
+    assert rows["env-0"] == [("step", 1.5, 2.5, {})]
+    assert rows["node 1 env-0"] == [("step", 1.0, 2.0, {})]
+    assert rows["node 10 env-0"] == [("step", 1.5, 2.5, {"batch": 3})]
+    assert rows["node 1 weights to rollout-0"] == [("fetch", 1.5, 1.75, {})]
+    assert place_of("node 10 weights to rollout-0") == (10, "weights to rollout-0")
+
+
+def test_spans_travel_in_pieces_the_newest_first(tmp_path, monkeypatch):
+    spans = {"env-0": [["step", i + 0.1, i + 0.9] for i in range(100)]}
+    spans["actor-0"] = [["train", 90.0, 99.5], ["publish", 99.5, 99.6]]
+    recorded(tmp_path / "node", spans)
+    monkeypatch.setattr(run_folder, "PIECE", 100)
+    monkeypatch.setattr(run_folder, "SENT", 22)
+    pieces = pack_spans(tmp_path / "node", nodes=3)
+    assert len(pieces) > 1 and max(map(len, pieces)) == 100
+    (tmp_path / "first").mkdir()
+    said = take_spans(tmp_path / "first", 2, pieces, 0.0)
+    assert said == "trace.json lacks the 91 oldest spans of node 2"
+    kept = read_spans(tmp_path / "first")
+    assert kept["node 2 env-0"] == spans["env-0"][-9:]
+    assert kept["node 2 actor-0"] == spans["actor-0"]
+    assert pack_spans(tmp_path / "first" / "none", 2)  # a node that records nothing says so
 
 
 def test_a_run_that_is_started_over_keeps_the_vocabulary_that_it_uses(tmp_path):
@@ -403,6 +571,18 @@ def test_what_a_batch_is():
     assert "1 optimizer step per batch, computed in bfloat16" in batch_line(config, 9)
 
 
+def test_another_node_says_once_where_to_look(capsys):
+    display = progress(5, interactive=True, first="10.0.0.7")
+    with display.screen:
+        display.say("all 6 workers are ready after 2 s")
+        for version in (1, 2, 3):
+            display.show({"version": version})
+    begun, where = capsys.readouterr().out.splitlines()
+    assert begun.startswith("all 6 workers") and where.endswith(
+        "progress, warnings of training, metrics and checkpoints are on the first node, 10.0.0.7"
+    )
+
+
 def test_nested_numbers_are_mirrored_by_their_path():
     nested = {
         "waits": {"env:action": 0.5},
@@ -431,6 +611,7 @@ PLACEHOLDERS = {
     "REASON": tuple(metrics.REASONS),
     "STAGE": metrics.STAGES,
     "CAUSE": metrics.CAUSES,
+    "NODE": ("0", "1"),
 }
 
 
@@ -472,7 +653,7 @@ def test_every_key_is_documented_and_every_documented_key_exists(cli, tmp_path):
         lines = read_metrics(run)
         assert len(lines) == 2 and all("eval_version" in line for line in lines[1:])
         written |= set().union(*map(paths, lines))
-    rows = documented()
+    rows = {entry: keys for entry, keys in documented().items() if "NODE" not in entry}
     assert written - set().union(*rows.values()) == set()
 
     # What is chosen automatically needs longer runs.

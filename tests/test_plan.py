@@ -22,7 +22,7 @@ from planning import Costs, Node, events
 from planning.costs import all_reduce_s, calibrate, from_run, inference_cost
 from planning.events import Device, NodeState, World, simulate
 from planning.settings import PlanConfig, node_of, planned
-from run_folder import read_metrics, write_trace
+from run_folder import read_metrics, read_trace, write_trace
 from scheduler import Admission, place
 
 ONE = Node(
@@ -475,6 +475,30 @@ def test_a_run_predicts_itself(tmp_path):
     )
     assert plan.predict(config, node, costs, nodes).step_s == pytest.approx(iteration, rel=0.01)
     assert f"reached {20 / iteration:.0f} env steps/s" in line
+
+
+def test_of_a_run_on_two_nodes_costs_are_the_first_one_s(tmp_path):
+    """The second node's workers take three times as long, and rows of both are in the trace. Lines
+    of before, when there was one node, do not count."""
+    traced_run(tmp_path / "one")
+    traced_run(tmp_path / "two")
+    run = tmp_path / "two"
+    slow = {}
+    for name, row in read_trace(run).items():
+        slow[f"node 1 {name}"] = [
+            (what, 3 * start, 3 * end, args) for what, start, end, args in row
+        ]
+    write_trace(run / "trace.json", read_trace(run) | slow)
+    saved = json.loads((run / "config.json").read_text())
+    saved["train"]["nodes"] = 2
+    (run / "config.json").write_text(json.dumps(saved))
+    nodes = {"nodes": {"0": {}, "1": {}}}
+    lines = [line | {"env_steps": 2 * line["env_steps"]} | nodes for line in read_metrics(run)]
+    lines = [LINE | {"batch_size_mean": 99.0}, *lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone = from_run(PlanConfig(from_=str(tmp_path / "one")))
+    both = from_run(PlanConfig(from_=str(run)))
+    assert both[0] == alone[0] and both[2] == alone[2]
 
 
 def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):

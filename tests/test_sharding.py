@@ -1,5 +1,5 @@
 """Ranks that share the weights (--shard) come to those of one rank that has them all, and to the
-same files, with every family; none of them ever holds them all."""
+same files, with every family, on one node or several; none of them ever holds them all."""
 
 import json
 import weakref
@@ -12,6 +12,7 @@ import pytest
 import test_gr00t
 import test_oft
 import torch
+import torch.distributed as dist
 from conftest import observations, tiny_pi
 from safetensors.torch import load_file
 from test_actor_worker import Actor, Toy, settings
@@ -77,6 +78,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict]] = {
     "lora": (lambda: test_oft.tiny_oft(torch.float64), {"algorithm": "grpo", "group_size": 2}),
 }
 
+NODES = ("lora",)  # cases that are also trained on two nodes
+
 
 def model_of(name: str) -> nn.Module:
     model = CASES[name][0]()
@@ -115,9 +118,7 @@ def five_updates(learner: Learner, pool: SlotPool, shares: list[tuple[int, ...]]
             slots = share[first : first + 2]
             micro = MicroBatch(slots, epoch, update % 2, first + 2 >= len(share), 4)
             learner.train(read(learner, pool, slots), micro)
-        while (passes := learner.ranks.plan(0, through=True)) is not None:
-            learner.train_nothing(passes)
-        learner.step()
+        assert actor_worker.finish_minibatch(learner, None, None, meter(0))
         if update == 3:
             learner.finish_batch()
 
@@ -126,31 +127,45 @@ def meter(rank: int) -> metrics.Meter:
     return metrics.Meter(f"actor-{rank}", rank, Counters(2, metrics.columns(0)), None)
 
 
-def sharing(rank: int, folder: Path) -> None:
-    """One of two ranks, which trains every case."""
+# Slots of two minibatches that each rank trains. Of two nodes, the second one has a group that is
+# filtered in the first minibatch, and the first one has more passes in the second.
+TWO = [[(0, 1, 2), (4, 5, 6)], [(3,), (7,)]]
+TWO_GROUPS = [[(0, 1), (4, 5)], [(2, 3), (6, 7)]]  # the second rank has nothing to train at first
+FOUR = [[(0,), (4, 5, 6)], [(1,), ()], [(2,), (7,)], [(3,), ()]]
+
+
+def sharing(number: int, folder: Path, cases: tuple[str, ...], nodes: int) -> None:
+    """One of two ranks of a node, which trains cases."""
     torch.set_num_threads(1)
-    ranks = ShardedRanks(meter(rank), rank, 2, "cpu", Meeting(folder / "rendezvous-0"))
-    for name, (_, changes) in CASES.items():
+    node, rank = divmod(number, 2)
+    place = rank, 2, "cpu", Meeting(folder / "rendezvous-0"), node, nodes
+    ranks = ShardedRanks(meter(rank), *place)
+    assert dist.get_process_group_ranks(ranks.mesh.get_group()) == list(ranks.of_node)
+    for name in cases:
+        changes = CASES[name][1]
         model = model_of(name)
         pool = pool_of(model)
         whole = sum(p.numel() for p in model.parameters())
         learner = learner_of(model, config_of(changes), ranks=ranks)
         groups = learner.algorithm.groups
-        # The second rank has fewer trajectories, or nothing to train in the first minibatch.
-        shares = [[(0, 1, 2), (4, 5, 6)], [(3,), (7,)]][rank]
-        if groups:
-            shares = [[(0, 1), (4, 5)], [(2, 3), (6, 7)]][rank]
-        five_updates(learner, pool, shares)
+        shares = FOUR if nodes > 1 else TWO_GROUPS if groups else TWO
+        sent = []
+        with patch.object(dist, "all_reduce", counting(dist.all_reduce, ranks, sent)):
+            five_updates(learner, pool, shares[number])
         acting = one_after_the_other(learner.weights_that_act())
-        snapshot = learner.snapshot([])
-        assert (snapshot is None) == (rank == 1)
+        snapshot = learner.snapshot([]) if ranks.saves else None
+        assert (snapshot is None) == (number > 0)
         mine = sum(ranks.part(p).numel() for p in learner.model.parameters())
-        found = {"acting": acting, "whole": whole, "mine": mine}
-        if rank == 0:
+        gradients = sum(ranks.part(p.grad).nbytes for p in learner.parameters if p.grad is not None)
+        found = {"acting": acting, "whole": whole, "mine": mine, "gradients": gradients}
+        found["sent"] = sent
+        if ranks.first:
             write(snapshot, folder / name)
         list(ranks.meet())
-        found["again"] = again(model_of(name), learner, folder / name)
-        torch.save(found, folder / f"{name}-{rank}.pt")
+        found["resumed"] = resumed(model_of(name), learner, folder / name)
+        if ranks.saves:  # what this rank knew before the updates of the running batch
+            found["kept"] = learner.kept[1]["state"]
+        torch.save(found, folder / f"{name}-{number}.pt")
     list(ranks.meet())
     ranks.leave()
 
@@ -167,30 +182,45 @@ def one_after_the_other(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return copied
 
 
-def again(model: nn.Module, learner: Learner, saved: Path) -> bool:
-    """Whether a learner of this rank that is resumed knows of the optimizer what was saved: what
-    this one knew before the updates of the running batch."""
+def counting(all_reduce: Callable, ranks: ShardedRanks, sent: list[int]) -> Callable:
+    """An all_reduce that notes the bytes that go from node to node."""
+
+    def counted(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        if dist.get_process_group_ranks(group) != list(ranks.of_node):
+            sent.append(tensor.nbytes)
+        return all_reduce(tensor, op, group, async_op)
+
+    return counted
+
+
+def resumed(model: nn.Module, learner: Learner, saved: Path) -> dict:
+    """What a learner of this rank that is resumed knows of the optimizer."""
     config = completed(learner.config, checkpoint=saved / f"{learner.version:06d}")
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
-    other = learner_of(model, config, resume=resume, ranks=learner.ranks)
-    ours = learner.kept[1]["state"]
-    theirs = other.on_host()[1]["state"]
-    same = [torch.equal(ours[n][key], theirs[n][key]) for n in ours for key in ours[n]]
-    return all(same) and ours.keys() == theirs.keys() and len(same) > 0
+    return learner_of(model, config, resume=resume, ranks=learner.ranks).on_host()[1]["state"]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sharing")
-    for name in CASES:
+    return folder_of(tmp_path_factory.mktemp("sharing"), tuple(CASES), 1)
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory) -> Path:
+    return folder_of(tmp_path_factory.mktemp("nodes"), NODES, 2)
+
+
+def folder_of(folder: Path, cases: tuple[str, ...], nodes: int) -> Path:
+    for name in cases:
         (folder / name).mkdir()
-    in_two_processes(sharing, folder)
+    in_processes(2 * nodes, sharing, folder, cases, nodes)
     return folder
 
 
-def in_two_processes(target: Callable, *arguments) -> None:
+def in_processes(count: int, target: Callable, *arguments) -> None:
     processes = [
-        get_context("fork").Process(target=target, args=(rank, *arguments)) for rank in range(2)
+        get_context("fork").Process(target=target, args=(number, *arguments))
+        for number in range(count)
     ]
     for process in processes:
         process.start()
@@ -204,6 +234,33 @@ def in_two_processes(target: Callable, *arguments) -> None:
 def test_two_ranks_that_share_the_weights_come_to_those_of_one(shared, name):
     """After five updates, in fp64 (fp32 and bf16 to what they can say); also what acts, what is
     saved and what the optimizer knows."""
+    found = [torch.load(shared / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+    compare_with_one(shared, name, found)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_two_nodes_of_two_ranks_that_share_the_weights_come_to_those_of_one_rank(nodes, name):
+    """Their gradients cross the wire once for every step, and nodes hold the same bits."""
+    found = [torch.load(nodes / f"{name}-{number}.pt", weights_only=True) for number in range(4)]
+    for node in (found[:2], found[2:]):
+        compare_with_one(nodes, name, node)
+    for one, twin in zip(found[:2], found[2:], strict=True):
+        for key, tensor in one["acting"].items():
+            assert torch.equal(tensor, twin["acting"][key])
+        assert same(one["resumed"], twin["resumed"])
+    words = [8, len(found[0]["acting"])]  # whether one stops, and which weights have a gradient
+    for one in found:
+        assert one["sent"] == [*words, one["gradients"]] * 5
+
+
+def same(known: dict, other: dict) -> bool:
+    """Whether two optimizers know the same."""
+    equal = [torch.equal(known[n][key], other[n][key]) for n in known for key in known[n]]
+    return all(equal) and known.keys() == other.keys() and len(equal) > 0
+
+
+def compare_with_one(folder: Path, name: str, found: list[dict]) -> None:
+    """Compares what the ranks of a node have with one rank alone."""
     near = {"rtol": 1e-3, "atol": 1e-4} if name == "half" else {"rtol": 1e-9, "atol": 1e-9}
     if name == "bfloat16":  # Adam makes a step of lr of any gradient, also of one that is rounding
         near = {"rtol": 0.0, "atol": 5e-3}
@@ -212,15 +269,14 @@ def test_two_ranks_that_share_the_weights_come_to_those_of_one(shared, name):
     learner = learner_of(model, config_of(CASES[name][1]))
     five_updates(learner, pool_of(model_of(name)), [(0, 1, 2, 3), (4, 5, 6, 7)])
     snapshot = learner.snapshot([])
-    found = [torch.load(shared / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
     assert sum(one["mine"] for one in found) == found[0]["whole"]
     assert max(one["mine"] for one in found) < 0.6 * found[0]["whole"]
     for one in found:
-        assert one["again"]
+        assert same(one.get("kept", one["resumed"]), one["resumed"])
         assert one["acting"].keys() == learner.trainable.keys()
         for key, tensor in learner.weights_that_act().items():
             torch.testing.assert_close(one["acting"][key], tensor, **near)
-    saved = load_file(shared / name / "000004" / "model.safetensors")
+    saved = load_file(folder / name / "000004" / "model.safetensors")
     assert saved.keys() == snapshot.weights.keys()
     for key, tensor in snapshot.weights.items():
         torch.testing.assert_close(saved[key], tensor, **near)
@@ -229,7 +285,7 @@ def test_two_ranks_that_share_the_weights_come_to_those_of_one(shared, name):
     # One rank alone goes on from those files, too.
     if name == "bfloat16":  # what Adam remembers are gradients
         near = {"rtol": 0.1, "atol": 0.02}
-    config = completed(learner.config, checkpoint=shared / name / "000004")
+    config = completed(learner.config, checkpoint=folder / name / "000004")
     resume = json.loads((config.train.checkpoint / "state.json").read_text())
     known = learner_of(model_of(name), config, resume=resume).optimizer.state_dict()["state"]
     assert known.keys() == snapshot.optimizer["state"].keys()
@@ -282,6 +338,58 @@ def test_an_interrupt_in_the_midst_of_a_batch_saves_what_was_published(tmp_path)
     for number, state in known.items():
         for name, tensor in state.items():
             torch.testing.assert_close(kept[number][name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_an_interrupt_on_one_node_stops_all_and_the_first_one_saves(tmp_path):
+    """The other one learns of it where nodes meet, at the end of its minibatch."""
+    actors = []
+    for node in range(2):
+        (tmp_path / f"{node}" / ".spans").mkdir(parents=True)
+        config = completed(settings(ranks=2), shard=True, node=node, nodes=2)
+        torch.manual_seed(0)  # of the weights
+        model = Toy()
+        torch.manual_seed(node)  # of the data
+        actors.append(Actor(tmp_path / f"{node}", config, model))
+    actors[1].meeting = actors[0].meeting
+
+    class Stopping(Learner):
+        def step(self):
+            super().step()
+            if (self.version, self.updates) == (1, 1):
+                actors[1].channels.counters.set(0, "stop", 2)
+
+    pipes = [Pipe(duplex=False) for _ in actors]
+    with patch.object(actor_worker, "Learner", Stopping):
+        processes = [
+            get_context("fork").Process(target=actor.run_rank, args=(rank, pipe[1]))
+            for actor, pipe in zip(actors, pipes, strict=True)
+            for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+    try:
+        for reports, _ in pipes:
+            assert reports.poll(60.0) and reports.recv()["version"] == 1
+        saved = tmp_path / "0" / "checkpoints" / "000001"
+        assert pipes[0][0].poll(60.0)
+        assert pipes[0][0].recv() == {"saved": str(saved), "dropped": 1}
+        assert not list((tmp_path / "1" / "checkpoints").iterdir())
+
+        # They wait to be ended, with signs of life.
+        signs = [actor.channels.counters.get(r, "time") for actor in actors for r in range(2)]
+        assert not pipes[1][0].poll(1.5)
+        later = [actor.channels.counters.get(r, "time") for actor in actors for r in range(2)]
+        assert all(a < b for a, b in zip(signs, later, strict=True))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    weights = load_file(saved / "model.safetensors")
+    for plane in (actor.channels.plane for actor in actors):
+        block = torch.zeros(plane.bytes, dtype=torch.uint8)
+        assert plane.version == plane.fetch(block) == 1
+        for name, tensor in plane.tensors(block).items():
+            assert torch.equal(tensor, weights[name])
 
 
 def test_one_rank_alone_cannot_share():

@@ -16,7 +16,7 @@ import pictures
 import summary
 from config import ROOT, Config, from_preset, to_json
 from metrics import CAUSES
-from run_folder import read_metrics, read_trace, write_trace
+from run_folder import place_of, read_metrics, read_trace, write_trace
 from summary import Summary, advice, summarise
 
 
@@ -152,6 +152,71 @@ def test_the_trace_tells_what_the_critical_stage_does(tmp_path):
     ) == pytest.approx(0.8)
 
 
+def of_node(gradient: float, trajectory: float, **more) -> dict:
+    """A node's figures, whose actors wait so much."""
+    return {
+        "env_steps_per_s": 50.0,
+        "bubble_env": 0.3,
+        "bubble_rollout": 0.5,
+        "bubble_actor": gradient + trajectory,
+        "wait_gradient": gradient,
+        "restarts": 1,
+        "cpu_fraction": 0.5,
+        "rss_gb": 2.0,
+        "gpu_memory_gb": 0.0,
+    } | more
+
+
+def test_each_node_s_figures_are_means_over_the_time_that_it_was_there():
+    lines = [
+        line(1),
+        line(2, time=70.0, nodes={"0": of_node(0.8, 0.0)}),  # 10 s
+        line(3, time=100.0, nodes={"0": of_node(0.4, 0.0), "1": of_node(0.1, 0.3)}),  # 30 s
+    ]
+    nodes = summarise(lines, {}).nodes
+    assert list(nodes) == ["1", "0"]  # the one that is waited for first
+    assert nodes["0"]["wait_gradient"] == pytest.approx(0.5) and nodes["0"]["restarts"] == 2
+    assert nodes["1"]["wait_gradient"] == 0.1 and nodes["1"]["restarts"] == 1
+    assert summarise([*lines, line(4)], {}).nodes == {}  # it went on alone
+
+
+@pytest.mark.parametrize(
+    "nodes, words",
+    [
+        ({"2": of_node(0.3, 0.0), "0": of_node(0.3, 0.1), "1": of_node(0.35, 0.1)}, None),
+        (
+            {"2": of_node(0.1, 0.4), "0": of_node(0.5, 0.0), "1": of_node(0.4, 0.0)},
+            "Node 2 is slow, so actors of others wait 45% for gradients: compare its env workers, "
+            "which wait only 30%, with those of others.",
+        ),
+        (
+            {"1": of_node(0.0, 0.4, bubble_rollout=0.2), "0": of_node(0.5, 0.0)},
+            "Node 1 is slow, .*: compare its rollout workers, which wait only 20%, with",
+        ),
+        (
+            {"1": of_node(0.02, 0.05), "0": of_node(0.5, 0.0)},
+            "Node 1 is slow, .*: compare its actors, which wait only 7%, with",
+        ),
+    ],
+)
+def test_the_summary_names_a_slow_node(nodes, words):
+    said = advice(of(*ACTOR_BOUND, nodes=nodes), full())
+    if words is None:
+        assert said == advice(of(*ACTOR_BOUND), full())
+    else:
+        assert re.fullmatch(f"{words}.*", said), said
+        assert said.count(". ") == 0 and said.endswith(".")
+
+
+def test_of_many_nodes_the_table_lists_those_that_are_waited_for(capsys):
+    nodes = {str(n): of_node(0.01 * n, 0.1, env_steps_per_s=100.0 + n) for n in range(20)}
+    summary.Console(width=110).print(summary.table_of(nodes))
+    titles, *rows, more = capsys.readouterr().out.splitlines()
+    assert len(rows) == summary.LISTED and "rollout busy  actor busy  wait: gradient" in titles
+    assert rows[7].split() == ["7", "107", "70%", "50%", "83%", "7%", "50%", "2.0", "GB", "1"]
+    assert more.strip() == "12 more nodes, whose actors wait longer"
+
+
 # ---------------------------------------------------------------- the advice
 
 
@@ -172,6 +237,7 @@ def of(env: dict, rollout: dict, actor: dict, **more) -> Summary:
             "totals": {},
             "cpu": 0.5,
             "gpu": False,
+            "nodes": {},
         }
         | more
     )
@@ -277,7 +343,8 @@ def test_advice_follows_from_the_numbers(waits, changes, more, words):
 
 
 def test_the_command_prints_a_summary_and_draws(tmp_path):
-    lines = [line(1), line(2, eval_success_rate=0.5), line(3, success_rate=1.0)]
+    nodes = {"0": of_node(0.5, 0.0), "1": of_node(0.1, 0.4)}
+    lines = [line(1), line(2, eval_success_rate=0.5), line(3, success_rate=1.0, nodes=nodes)]
     run = a_run(tmp_path / "x", lines)
     done = command(run)
     assert done.returncode == 0, done.stderr
@@ -290,7 +357,8 @@ def test_the_command_prints_a_summary_and_draws(tmp_path):
         "critical: train 97%",
         "3 to 4",
         "75%",
-        "advice: ",
+        "wait: gradient",
+        "advice: Node 1 is slow, so actors of others wait 50% for gradients",
     ):
         assert words in done.stdout, done.stdout
     for picture in ("swimlane.png", "curve.png"):
@@ -340,6 +408,7 @@ def test_every_wait_and_every_kind_of_work_has_a_colour():
         "optimizer",
         "publish",
         "checkpoint",
+        "reduce",
     }
     assert set(pictures.WORK) == recorded
 
@@ -355,6 +424,58 @@ def test_the_window_lies_around_a_publication_after_the_middle(tmp_path):
     )  # 40 inferences of 0.05 s
     short = {"rollout-0": [("infer", 1.0, 1.25, {})]}
     assert pictures.window(short) == (1.0, 1.25)
+
+
+def nodes_spans(nodes: int, workers: int) -> dict[str, list]:
+    """Of nodes with so many env workers and an actor each; the last but one waits for nobody, and
+    the others the less, the higher their number."""
+    spans = {}
+    for node in range(nodes):
+        prefix = f"node {node} " * (node > 0)
+        for worker in range(workers):
+            spans[f"{prefix}env-{worker}"] = [("step", 0.0, 10.0, {})]
+        wait = 0.0 if node == nodes - 2 else 5.0 - 0.1 * node
+        begun = 10.0 - wait
+        row = [("train", 0.0, begun, {}), ("wait: gradient", begun, 10.0, {})]
+        spans[f"{prefix}actor-0"] = row
+    return spans
+
+
+def test_of_many_nodes_the_swimlane_draws_the_first_and_the_slowest():
+    everything = nodes_spans(nodes=2, workers=4)
+    assert pictures.shown(everything, 0.0, 10.0) == ([0, 1], "")
+    assert pictures.shown(nodes_spans(1, 60), 0.0, 10.0) == ([0], "")
+    drawn, left_out = pictures.shown(nodes_spans(nodes=8, workers=30), 0.0, 10.0)
+    assert drawn == [0, 6]
+    assert left_out == (
+        "\nnode 0, and of 7 others those that wait least for gradients: 6; trace.json has all"
+    )
+    drawn, left_out = pictures.shown(nodes_spans(nodes=8, workers=9), 0.0, 10.0)
+    assert drawn == [0, 6, 7, 5] and "gradients: 6, 7, 5;" in left_out
+    # The window counts: there node 1 is the one that does not wait.
+    late = nodes_spans(3, 30) | {"node 2 actor-0": [("wait: gradient", 3.0, 9.0, {})]}
+    assert pictures.shown(late, 8.0, 9.0)[0] == [0, 1]
+
+
+def test_the_swimlane_of_many_nodes_is_drawn_in_order(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_bars", lambda axes, row, *_: drawn.append(row))
+    spans = nodes_spans(4, 20)
+    spans["node 3 rollout-0"] = [("fetch", 0.0, 1.0, {})]
+    write_trace(tmp_path / "trace.json", spans)
+    pictures.draw(tmp_path)
+    assert (tmp_path / "swimlane.png").is_file() and len(drawn) == 42
+    rows = read_trace(tmp_path)
+    names = [name for name in rows if place_of(name)[0] in (0, 2)]
+    assert [row[0] for row in drawn[:-2]] == [rows[name][0] for name in names[:-2]]
+    assert names[-2:] == ["actor-0", "node 2 actor-0"]
+
+
+def test_the_window_lies_where_every_node_has_spans():
+    spans = {"rollout-0": [("infer", 0.1 * i, 0.1 * i + 0.05, {}) for i in range(1000)]}
+    spans["actor-0"] = [("publish", 58.0, 58.1, {})]
+    spans["node 1 env-0"] = [("step", 90.0, 99.0, {})]
+    assert pictures.window(spans) == (pytest.approx(90.0), pytest.approx(92.0))
 
 
 def test_the_swimlane_shows_what_each_row_did(tmp_path):
