@@ -224,7 +224,7 @@ class Record(NamedTuple):
     t: int  # chunk step of the trajectory (of evaluation: of the episode)
     kind: int  # one of those below
     sender: int  # rank of the env worker that asks
-    generation: int  # how often that worker had been replaced when it asked
+    generation: int  # how often it and the rollout worker, together, had been replaced by then
 
 
 RECORD = struct.Struct("<IHBBH")  # 10 bytes
@@ -361,21 +361,24 @@ class Counters(Shared):
 
 
 class LaneTable(Shared):
-    """Where every lane is. Each number is written by one env worker and read by rollout workers."""
+    """Where every lane is, and who serves it. Each number is written by one worker, and read by
+    those of the other stage."""
 
     KEPT = ("sizes", "arena")
 
-    def __init__(self, lanes: int, env_workers: int):
-        self.sizes = lanes, env_workers
-        self.arena = Arena(8 * (lanes + env_workers))
+    def __init__(self, lanes: int, env_workers: int, rollout_workers: int):
+        self.sizes = lanes, env_workers, rollout_workers
+        self.arena = Arena(8 * sum(self.sizes))
         self._view()
 
     def _view(self) -> None:
-        lanes, env_workers = self.sizes
+        lanes, env_workers, _ = self.sizes
         # The one that the lane plays, or waits to begin.
         self.trajectory = self.arena.tensor(0, (lanes,), torch.int64).numpy()
-        # Of env workers: how often each was replaced. It is read one by one.
-        self.generation = memoryview(self.arena.memory).cast("q")[lanes : lanes + env_workers]
+        # How often each worker was replaced. It is read one by one.
+        numbers = memoryview(self.arena.memory).cast("q")[lanes : sum(self.sizes)]
+        self.generation = numbers[:env_workers]
+        self.rollout_generation = numbers[env_workers:]
 
 
 class Channels(NamedTuple):
@@ -397,7 +400,7 @@ class Channels(NamedTuple):
             pool,
             plane,
             counters,
-            LaneTable(env.envs // env.width, env.env_workers),
+            LaneTable(env.envs // env.width, env.env_workers, config.rollout.rollout_workers),
             tuple(IndexQueue() for _ in range(config.rollout.rollout_workers)),
             tuple(IndexQueue() for _ in range(env.env_workers)),
             tuple(IndexQueue() for _ in range(config.actor.actor_workers)),

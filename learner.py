@@ -157,7 +157,7 @@ class Learner:
     def train_rows(self, rows: Rows, trajectories: int) -> None:
         """Runs one forward and backward pass.
 
-        trajectories: of the whole minibatch over all ranks. Their chunk steps, trained on or not,
+        trajectories: of the whole minibatch on all nodes. Their chunk steps, trained on or not,
         divide the loss, so that it depends neither on how the minibatch is cut nor on outcomes."""
         # What the slots hold of the rows, and what the policy says of them now.
         stored = rows.stored

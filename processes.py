@@ -1,10 +1,11 @@
 """Starts the processes of a run, sees that one is gone, and replaces it.
 
-A simulator may raise, crash, hang, return NaN or be killed for want of memory. That ends its env
-worker and nothing else: the launcher starts another in its place, 1, 2, 4 … seconds later and at
-most `--restarts` times each, which plays again what the dead one had begun. Three things end the
-run instead: an error that would only come again (`may_pass`), a worker that fails before it was
-ever ready, and the end of a rollout or an actor worker. Left out: replacing those.
+A simulator may raise, crash, hang, return NaN or be killed for want of memory, and so may a policy
+on its GPU. That ends an env or a rollout worker and nothing else: the launcher starts another in
+its place, 1, 2, 4 … seconds later and at most `--restarts` times each. It plays again what the dead
+one had begun, or serves what that one left unanswered. Three things end the run instead: an error
+that would only come again (`may_pass`, or the same one twice in a row), a worker that fails before
+it was ever ready, and the end of an actor worker, which alone holds the weights being trained.
 """
 
 import atexit
@@ -74,6 +75,7 @@ class Job:
     meter: metrics.Meter
     environment: dict[str, str]
     replaceable: bool = False
+    start_up: float = 1.0  # times the time limit that a successor may take until it is ready
     part: GpuPart | None = None  # of the GPU where torch allocates
     cores: frozenset[int] | None = None  # that it may use; None: all
 
@@ -261,7 +263,8 @@ class Crew:
         self.started: dict[str, float] = {}  # when its present process was started
         self.due: dict[str, float] = {}  # when those who have none are started again
         self.lost: dict[str, list[float]] = {}  # when each failed, of late
-        self.at_start: dict[str, str] = {}  # the error of those who last failed before being ready
+        # How each last failed, and its seconds of work by then.
+        self.ends: dict[str, tuple[str, float]] = {}
         self.work = 0.0  # sum of everybody's work
         self.last_work = time.monotonic()  # when it last changed
         self.looked = self.last_work  # when the launcher last looked after its workers
@@ -344,7 +347,7 @@ class Crew:
                 return Failure(name, f"died ({how}{why})", True)
         for name, process in processes.items():
             if process.exitcode is None and self.hangs(name):
-                return Failure(name, f"hangs: no sign of life for {self.timeout:.0f} s", True)
+                return Failure(name, f"hangs: no sign of life for {self.limit(name):.0f} s", True)
         return None
 
     def hangs(self, name: str) -> bool:
@@ -354,7 +357,12 @@ class Crew:
             return False
         ready = self.counter(name, "ready")
         alive = self.counter(name, "time") if ready else self.started[name]
-        return time.monotonic() - max(alive, self.back) > self.timeout
+        return time.monotonic() - max(alive, self.back) > self.limit(name)
+
+    def limit(self, name: str) -> float:
+        """Returns how many seconds a worker may be silent, or a successor take to be ready."""
+        ready = self.counter(name, "ready")
+        return self.timeout * (1.0 if ready else self.jobs[name].start_up)
 
     def replace(self, failure: Failure) -> None:
         """Ends what is left of a worker and plans its successor, or raises WorkerFailed."""
@@ -362,14 +370,8 @@ class Crew:
         said = f"worker {name} {failure.cause}"
         if not (failure.passes and self.jobs[name].replaceable and self.was_ready(name)):
             raise WorkerFailed(said)
-        # An error that comes again before any work is done will not pass; a kill might.
-        earlier = self.at_start.pop(name, "")
-        if failure.cause.startswith("failed") and not self.counter(name, "ready"):
-            if failure.cause == earlier:
-                raise WorkerFailed(f"{said}, twice in a row when it started")
-            self.at_start[name] = failure.cause
         # The window is longer where hanging takes long to tell.
-        window = max(RECENT_S, 2 * self.restarts * self.timeout)
+        window = max(RECENT_S, 2 * self.restarts * self.timeout * self.jobs[name].start_up)
         now = time.monotonic()
         lost = self.lost[name] = [when for when in self.lost.get(name, []) if when > now - window]
         before = len(lost)
@@ -377,6 +379,11 @@ class Crew:
         if before >= self.restarts:
             count = f"{before} restarts in {minutes}"
             raise WorkerFailed(f"{said}, after {count}: --restarts allows no more")
+        # An error that comes again before any work is done will not pass; a kill might.
+        end = failure.cause, self.counter(name, "work_s")
+        if failure.cause.startswith("failed") and end == self.ends.get(name):
+            raise WorkerFailed(f"{said}, twice in a row before it had done anything")
+        self.ends[name] = end
         self.processes[name].kill()
         self.processes[name].join(10.0)
         if self.processes[name].is_alive():

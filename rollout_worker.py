@@ -4,6 +4,10 @@ Observations and results never move: the worker reads rows of the shared slots a
 the shared slots. New weights are copied by a side thread (weights.py) while the old ones go on
 serving, and are taken into use between two batches.
 
+A worker that replaces one that died takes the newest weights, and env workers ask it anew what the
+dead one has not answered: rows that it left half written are written again, whole. What was
+answered and acted on is never served again.
+
 Read `run` first. Paper: RL-VLA³, Rollout Async (eq. 1); D-VLA, weight plane.
 Left out: sharing lanes between rollout workers, tensor parallelism.
 """
@@ -21,12 +25,28 @@ from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool
 from config import Config
 from metrics import HISTOGRAM, Meter
 from models import compiled, contract, layers
-from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max, most_samples
+from scheduler import (
+    FIRST_WAIT_S,
+    Admission,
+    DynamicBatcher,
+    env_numbers,
+    first_batch_max,
+    most_samples,
+)
 from weights import WeightFetcher
 
 
-def run(rank: int, config: Config, spec, device: str, channels: Channels, meter: Meter) -> None:
-    """Works until the launcher ends it. spec: the simulator's EnvSpec."""
+def run(
+    rank: int,
+    config: Config,
+    spec,
+    device: str,
+    channels: Channels,
+    begun: int,
+    meter: Meter,
+) -> None:
+    """Works until the launcher ends it. spec: the simulator's EnvSpec; begun: the version where
+    training starts or resumes, also for a worker that replaces another."""
     requests = channels.requests[rank]
     requests.close_writer()
     channels.plane.use_on(device)
@@ -39,7 +59,7 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
     fetcher = WeightFetcher(channels.plane, model.trainable(), config.train.timeout_s)
     meter.ready()
     take_first_weights(fetcher, meter)
-    begun = fetcher.version
+    take_over(rank, channels, meter.restarts())
 
     while True:
         # Wait for requests, but no longer than the oldest one may wait (eq. 1).
@@ -70,7 +90,8 @@ def run(rank: int, config: Config, spec, device: str, channels: Channels, meter:
             # --extra-staleness: the actor publishes older weights under a version's number.
             acting = max(begun, fetcher.version - config.actor.extra_staleness)
             policy = named(config, acting, begun)
-            serve(model, samples, channels.pool, config.train.seed, acting, device, padded, policy)
+            how = (config.train.seed, acting, device, padded, policy, lanes.world)
+            serve(model, samples, channels.pool, *how)
             answer(batch, channels)
         infer_s = time.monotonic() - start
         count_inference(meter, len(samples), infer_s, waited_s, device)
@@ -85,6 +106,7 @@ class LanesServed:
 
     def __init__(self, rank: int, config: Config, channels: Channels):
         workers = config.rollout.rollout_workers
+        self.rank = rank
         self.admission = Admission.of(config)
         self.plane = channels.plane
         self.iterations = config.train.iterations
@@ -96,6 +118,7 @@ class LanesServed:
         self.count = len(self.trajectory)
         self.asked = channels.pool.arrays["asked"]
         self.env_in_slot = channels.pool.arrays["env"]
+        self.world = env_numbers(config).item  # an env's number → that among those of all nodes
         self.trajectory_in_slot = channels.pool.arrays["trajectory"]
         self.newest: dict[int, tuple[Record, float]] = {}  # slot → its last request, and of when
 
@@ -113,8 +136,10 @@ class LanesServed:
         return record.kind != EVAL
 
     def is_of_the_living(self, record: Record) -> bool:
-        """Whether the env worker that asked this has not been replaced since."""
-        return record.generation == self.generation[record.sender]
+        """Whether neither the env worker that asked this nor this worker's predecessor, whom it may
+        have asked, has been replaced since."""
+        own = self.lanes.rollout_generation[self.rank]
+        return record.generation == self.generation[record.sender] + own
 
     def is_to_be_served(self, record: Record) -> bool:
         """Whether a living env worker asks this for the first time. A row that newer weights served
@@ -196,6 +221,14 @@ def answer(batch: list[Record], channels: Channels) -> None:
         channels.replies[worker].put(records)
 
 
+def take_over(rank: int, channels: Channels, generation: int) -> None:
+    """Says that a worker serves from now on, and lets env workers see it. generation: how often it
+    was replaced."""
+    channels.lanes.rollout_generation[rank] = generation
+    for queue in channels.replies if generation else ():
+        queue.put([Record(0, 0, WAKE, 0, 0)])
+
+
 def take_first_weights(fetcher: WeightFetcher, meter: Meter) -> None:
     """Waits however long the actor takes to start: the launcher watches it."""
     with meter.wait("weights"):
@@ -225,9 +258,10 @@ def swap(fetcher: WeightFetcher, wait_s: float, meter: Meter) -> bool:
     swapped = fetcher.swap(wait_s)
     if swapped:
         numbers = {"version": fetcher.version, "bytes": fetcher.plane.bytes}
-        meter.record("fetch", *fetcher.took, numbers)
-        meter.set("weight_sync_s", fetcher.seconds)
-        meter.set("fetches", fetcher.fetches)
+        start, end = fetcher.took
+        meter.record("fetch", start, end, numbers)
+        meter.count("weight_sync_s", end - start)
+        meter.count("fetches", 1)
     return swapped
 
 
@@ -267,12 +301,14 @@ def serve(
     device: str,
     padded: Callable[[int], int] = int,
     policy: tuple[str, str] = ("the policy", "give another --checkpoint"),
+    world: Callable[[int], int] = int,
 ) -> None:
     """Runs one inference: reads the observations of `samples` from the slots, and writes what each
     kind of request asked for.
 
     version: what is noted beside the actions. padded: the number of samples that the model is given
-    in place of n. policy: of `named`. Raises UserError where the policy gives NaN."""
+    in place of n. policy: of `named`. world: the number among those of all nodes that names an env.
+    Raises UserError where the policy gives NaN."""
     slots = np.array([r.slot for r in samples])
     rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
     n = len(samples)
@@ -280,7 +316,7 @@ def serve(
     # Noise is named by (seed, env, trajectory, step), so it does not depend on who shares a batch.
     envs = pool.arrays["env"][slots].tolist()
     trajectories = pool.arrays["trajectory"][slots].tolist()
-    keys = [(seed, envs[i], trajectories[i], samples[i].t) for i in range(n)]
+    keys = [(seed, world(envs[i]), trajectories[i], samples[i].t) for i in range(n)]
     drawn = model.draw(keys, [r.kind != EVAL for r in samples])
     noise = {name: transfers.send(x, device) for name, x in drawn.items()}
     observed = transfers.read(pool, tuple(model.observation_fields()), slots, rows, device)

@@ -59,7 +59,7 @@ class Shard:
         self.blank = np.broadcast_to(np.uint8(0), picture)  # stands for one that stays on the GPU
         self.observed: tuple[str, ...] = ()  # the fields of an observation
 
-        # Queues. Records carry the generation, so that nobody takes a dead worker's for this one's.
+        # Queues. Records carry the generations, so that nobody takes a dead worker's for another's.
         self.plane = channels.plane  # tells the published version
         self.seen_version: int | None = None  # the last one that parked lanes were asked about
         self.lanes = channels.lanes
@@ -69,7 +69,8 @@ class Shard:
         self.replies.close_writer()
         self.generation = meter.restarts()  # how often this worker was replaced
         self.lanes.generation[rank] = self.generation
-        self.awaited: set[Record] = set()  # requests without an answer yet
+        self.asks = self.lanes.rollout_generation.tolist()  # which generation of rollout workers
+        self.awaited: dict[Record, int] = {}  # requests without an answer, and who is to answer
         self.answers: deque[Record] = deque()  # read, and not yet acted on
         self.outbox: dict[int, list[Record]] = {}  # requests to be sent, by rollout worker
         self.sent = 0.0  # monotonic seconds: when the outbox was last emptied
@@ -174,10 +175,25 @@ class Shard:
     def request(self, lane: Lane, slots: slice, kind: int, t: int) -> None:
         """Puts a question for the lane's rollout worker into the outbox. The lane's first slot
         stands for the whole lane."""
-        self.arrays["asked"][slots.start] = time.monotonic()
-        record = Record(slots.start, t, kind, self.rank, self.generation)
-        self.awaited.add(record)
-        self.outbox.setdefault(lane.index % len(self.requests), []).append(record)
+        self.ask(lane.index % len(self.requests), slots.start, t, kind)
+
+    def ask(self, worker: int, slot: int, t: int, kind: int) -> None:
+        self.arrays["asked"][slot] = time.monotonic()
+        record = Record(slot, t, kind, self.rank, self.generation + self.asks[worker])
+        self.awaited[record] = worker
+        self.outbox.setdefault(worker, []).append(record)
+
+    def ask_again(self) -> None:
+        """Asks anew, of rollout workers that were replaced, what the dead ones have not answered.
+
+        What a dead one may have answered after all counts no more, though it be in the pipe: its
+        row is written again, perhaps with other weights. So nothing is played but what stays."""
+        before = self.asks
+        self.asks = self.lanes.rollout_generation.tolist()
+        for record, worker in list(self.awaited.items()) if self.asks != before else ():
+            if self.asks[worker] != before[worker]:
+                del self.awaited[record]
+                self.ask(worker, record.slot, record.t, record.kind)
 
     def wake_rollout(self, lane: Lane) -> None:
         """Lets the lane's rollout worker see that the lane table has changed."""
@@ -186,6 +202,7 @@ class Shard:
 
     def send_requests(self) -> None:
         """Empties the outbox, unless more requests will follow within a moment."""
+        self.ask_again()
         now = time.monotonic()
         if self.answers and self.chunk_s < GATHER_S and now - self.sent < GATHER_S:
             return
@@ -196,13 +213,13 @@ class Shard:
 
     def next_answer(self, waiting_for: str) -> Record | None:
         """Waits up to a second. Leaves out what nobody waits for: an answer that comes twice, or
-        that was meant for a worker that this one replaces."""
+        that was meant for a worker that this one replaces, or comes from one that was replaced."""
         if not self.answers:
             with self.meter.wait(waiting_for):
                 records = self.replies.get(1.0)
             for record in records:
                 if record in self.awaited:
-                    self.awaited.remove(record)
+                    del self.awaited[record]
                     self.answers.append(record)
         return self.answers.popleft() if self.answers else None
 

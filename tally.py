@@ -99,7 +99,7 @@ class Tally:
             line[name] = int(self.get(name))
         line |= self.successes(tasks)
         line |= {
-            "reward": self.get("reward_sum") / config.actor.batch,
+            "reward": self.get("reward_sum") / (config.actor.batch * config.train.nodes),
             "entropy_or_noise": line.get("entropy_or_noise"),
             "masked": int(self.get("masked_fraction")),
             "filtered_fraction": self.get("filtered") / (self.get("filtered") + once),

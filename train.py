@@ -31,6 +31,7 @@ import metrics
 import models
 import pictures
 import processes
+import recipes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
@@ -49,7 +50,7 @@ from learner import schedule
 from nodes import Nodes
 from output import disk_trouble
 from prepare import Setup, memory_report, prepare
-from processes import Crew, GpuPart, Job
+from processes import START_UP, Crew, GpuPart, Job
 from ranks import Meeting
 from report import batch_line, mirror
 from run_folder import RunFolder, newest_version
@@ -78,7 +79,7 @@ def jobs(
         args = (spec, device, whose, folder.path, meeting, setup.resume, news)
         plans.append(("actor", rank, actor_worker.run, args, placement.actor_threads, {}))
     for rank, device in enumerate(placement.rollout_devices):
-        args = (spec, device, channels.of_worker("rollout", rank))
+        args = (spec, device, channels.of_worker("rollout", rank), setup.version)
         plans.append(("rollout", rank, rollout_worker.run, args, placement.rollout_threads, {}))
     for rank, device in enumerate(placement.env_devices):
         draws_on = {} if device == "cpu" else {"VLA3_DRAWS_ON": machine.address(device)}
@@ -98,9 +99,10 @@ def jobs(
             part = GpuPart(args[1], min(1.0, budget / setup.room.gpu))
         args = (rank, setup.config, *args, meter)
         may_use = cores[stage][rank]
-        again = stage == "env"
-        job = Job(meter.name, target, args, threads, meter, environment, again, part, may_use)
-        listed.append(job)
+        again = stage != "actor"
+        start_up = START_UP if stage == "rollout" else 1.0
+        job = (meter.name, target, args, threads, meter, environment, again, start_up)
+        listed.append(Job(*job, part, may_use))
     return listed
 
 
@@ -123,7 +125,7 @@ def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None
             print(jump)
     print(where(setup))
     print(batch_line(setup.config, setup.config.env.segment))
-    print(f"{setup.note}run folder {folder.path}", flush=True)
+    print(f"{recipes.beside(setup.config)}{setup.note}run folder {folder.path}", flush=True)
 
 
 def where(setup: Setup) -> str:
@@ -294,6 +296,7 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         start_again(end.ratio, folder, nodes.run, handover.past, interrupts, tracker)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
+        nodes.gather_spans(folder.spans)
         if not nodes.first:
             folder.remove()
             return nodes.status(end.status)
@@ -313,7 +316,7 @@ def run_crew(
     past: tuning.Past,
     nodes: Nodes,
 ) -> End:
-    """Starts all workers, follows them, and ends them. Other nodes hear how it ended."""
+    """Starts all workers, follows them, and ends them."""
     channels = connect(setup)
     reports, report = mp.Pipe(duplex=False)
     meeting = nodes.meeting(folder.spans / f"rendezvous-{setup.version}")
@@ -328,9 +331,7 @@ def run_crew(
     follower = Follower(setup, folder, crew, channels, reports, interrupts, tracker, tuner, nodes)
     try:
         crew.start_all()
-        end = follower.follow()
-        nodes.end(end.message, end.status, end.ratio)
-        return end
+        return follower.follow()
     finally:
         crew.stop(interrupts)
 

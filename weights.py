@@ -164,8 +164,6 @@ class WeightFetcher:
         self.staged = -1  # of the weights in spare memory, valid while `full` is set
         self.copied = (0.0, 0.0)  # monotonic seconds: when the staged weights were fetched
         self.took = (0.0, 0.0)  # and when those in use were
-        self.seconds = 0.0  # that all fetches so far took
-        self.fetches = 0
         self.error: Exception | None = None
         self.wake = threading.Event()
         self.full = threading.Event()
@@ -187,8 +185,6 @@ class WeightFetcher:
                 with torch.cuda.stream(self.stream) if self.stream else contextlib.nullcontext():
                     self.staged = self.plane.fetch(self.blocks[self.spare], self.timeout_s)
                 self.copied = start, time.monotonic()
-                self.seconds += self.copied[1] - start
-                self.fetches += 1
                 self.spare_is_free.clear()
                 self.full.set()
         except Exception as error:  # `swap` raises it again, in the worker's own thread

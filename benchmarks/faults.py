@@ -5,10 +5,10 @@
 
 A signal of SIGNALS goes to a random process of a run. Four kinds of run take turns (RUNS). A life
 of a run goes through faults that it must survive (SURVIVED): of env workers, several at once, of
-the resource tracker, and SIGSTOP of everything for longer than --timeout-s. Then comes a fault that
-ends it (FATAL), of a rollout or actor worker, of the launcher or of the fork server, and in its
-next life the run goes on from its newest checkpoint. A launcher that is stopped is either let go
-again, or killed after the actor has gone on without it.
+rollout workers, of the resource tracker, and SIGSTOP of everything for longer than --timeout-s.
+Then comes a fault that ends it (FATAL), of an actor worker, of the launcher or of the fork server,
+and in its next life the run goes on from its newest checkpoint. A launcher that is stopped is
+either let go again, or killed after the actor has gone on without it.
 
 Checked are: what survives trains on; what ends does so within END_S, without a traceback, and
 leaves no process and no file in /dev/shm; both identities of the accounts hold in every line, of
@@ -51,8 +51,9 @@ RUNS = {
     "colocated": "--env emulated --tasks 0 --placement colocated",
 }
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGABRT")
-SURVIVED = ("env",) * 6 + ("resource tracker", "everything")  # by how often they are hit
-FATAL = ("rollout", "actor", "launcher", "fork server")
+# By how often they are hit.
+SURVIVED = ("env",) * 6 + ("rollout",) * 3 + ("resource tracker", "everything")
+FATAL = ("actor", "launcher", "fork server")
 LIVES = 12  # faults that a run survives before the one that ends it
 AT_ONCE = 4  # of env workers at most, as each one's later restarts are delayed more
 AWAY_S = 7.0  # seconds: longer than --timeout-s
@@ -213,7 +214,7 @@ def hit(life: Life, stage: str, name: str, rng: random.Random) -> str:
                 chosen = rng.choice(alike)
                 living[chosen].send_signal(signal.Signals[name])
                 return chosen
-        time.sleep(0.1)  # every env worker may be just being replaced
+        time.sleep(0.1)  # every one may be just being replaced
     raise Wrong(f"there was no {stage} process for {GOES_ON_S:.0f} s")
 
 

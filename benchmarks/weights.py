@@ -96,7 +96,6 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
     copy = np.ones(size, np.uint8)
     alone = []
     beside = []
-    reported = 0.0  # seconds of fetches that were sent
     is_pending = True  # a version is being fetched
     for step in range(1_000_000):
         records = updates.get(0.0 if serve or is_pending else None)
@@ -112,8 +111,8 @@ def reader(spec: Spec, plane: WeightPlane, updates: IndexQueue, results, serve: 
             held = time.monotonic()
             np.copyto(copy, source)
             memcpy = time.monotonic() - held
-            results.send(Took(fetcher.seconds - reported, held - start, held, memcpy))
-            reported = fetcher.seconds
+            began, ended = fetcher.took
+            results.send(Took(ended - began, held - start, held, memcpy))
             is_pending = False
     results.send((alone, beside))
 

@@ -62,6 +62,7 @@ def touch(pool: SlotPool, counters: Counters, lanes: LaneTable, queue: IndexQueu
     counters.add(1, "b", 2.5)
     lanes.trajectory[2] = 2**40
     lanes.generation[1] = 5
+    lanes.rollout_generation[0] = 6
     queue.put([Record(1, 2, WAKE, 3, 4)])
 
 
@@ -69,7 +70,7 @@ def touch(pool: SlotPool, counters: Counters, lanes: LaneTable, queue: IndexQueu
 def test_every_process_sees_the_same_slots(method):
     pool = SlotPool(SPEC, 3)
     counters = Counters(2, ("a", "b"))
-    lanes = LaneTable(3, 2)
+    lanes = LaneTable(3, 2, 1)
     queue = IndexQueue()
     pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     process = get_context(method).Process(target=touch, args=(pool, counters, lanes, queue))
@@ -79,6 +80,7 @@ def test_every_process_sees_the_same_slots(method):
     assert (pool["image"][2] == 7).all() and (pool["image"][:2] == 0).all()
     assert counters.get(1, "b") == 2.5 and counters.get(0, "b") == 0.0
     assert lanes.trajectory.tolist() == [0, 0, 2**40] and lanes.generation.tolist() == [0, 5]
+    assert lanes.rollout_generation.tolist() == [6]
     assert queue.get(0) == [Record(1, 2, WAKE, 3, 4)]
 
 
@@ -141,7 +143,7 @@ def test_some_fields_on_a_device_and_the_others_in_shared_memory():
 def test_another_process_sees_slots_in_gpu_memory():
     pool = SlotPool(SPEC, 3, "cuda:0", ("image",))
     counters = Counters(2, ("a", "b"))
-    lanes = LaneTable(3, 2)
+    lanes = LaneTable(3, 2, 1)
     queue = IndexQueue()
     pool["value"][1] = torch.tensor([1.0, 2.0, 3.0, 4.0])
     process = get_context("forkserver").Process(target=touch, args=(pool, counters, lanes, queue))
@@ -206,7 +208,7 @@ def test_nothing_stays_open():
         pool = SlotPool(SPEC, 3)
         plane = WeightPlane(SPEC)
         counters = Counters(2, ("a",))
-        lanes = LaneTable(3, 2)
+        lanes = LaneTable(3, 2, 1)
         queue = IndexQueue()
         queue.put(records(3))
         queue.get(0)
@@ -376,6 +378,7 @@ def test_there_is_a_queue_for_every_worker_and_a_row_for_every_lane(lanes, count
     assert (len(channels.requests), len(channels.replies), len(channels.finished)) == (2, 3, 4)
     assert channels.lanes.trajectory.tolist() == [0] * count
     assert channels.lanes.generation.tolist() == [0] * 3
+    assert channels.lanes.rollout_generation.tolist() == [0] * 2
 
 
 @pytest.mark.parametrize("stage", ["env", "rollout", "actor"])

@@ -18,7 +18,7 @@ from scripted import (
     worker_starter,
 )
 
-from channel import ACT, VALUE, WAKE
+from channel import ACT, VALUE, WAKE, Record
 
 
 @pytest.fixture
@@ -85,6 +85,46 @@ def test_answers_that_were_meant_for_a_dead_generation_are_dropped(worker):
     assert channels.lanes.generation.tolist() == [2]
     answer(channels, asks(0, 0, ACT, 1), plan())
     assert requests(channels, 0) == [] and pool["collected"][:LANES].tolist() == [1, 0]
+
+
+def test_a_rollout_worker_that_replaces_another_is_asked_anew_what_was_not_answered(worker):
+    channels = worker()
+    pool = channels.pool
+    publish(channels, 0)
+    zero, one = requests(channels, 2)
+    answer(channels, one, plan())
+    (one,) = requests(channels, 1)
+    assert one == asks(1, 1, ACT)
+    # It dies with both unanswered, and its successor says that it serves.
+    channels.lanes.rollout_generation[0] = 1
+    channels.replies[0].put([Record(0, 0, WAKE, 0, 0)])
+    assert requests(channels, 2) == [asks(0, 0, ACT, 1), asks(1, 1, ACT, 1)]
+
+    # An answer that comes after all may be of a row that is being written again.
+    answer(channels, zero, plan())
+    answer(channels, one, plan())
+    assert requests(channels, 0) == [] and pool["collected"][:LANES].tolist() == [0, 1]
+    answer(channels, asks(1, 1, ACT, 1), plan())
+    assert requests(channels, 1) == [asks(1, 2, ACT, 1)]
+    # Nothing is lost or played twice, and nobody asks again what was answered.
+    drive(channels, asks(0, 0, ACT, 1), begins_next=True)
+    assert pool["collected"][:LANES].tolist() == [SEGMENT, 2]
+
+    # Whoever replaces the env worker knows both generations.
+    worker(replaces=channels)
+    assert requests(channels, 2, since=2) == [asks(1, 0, ACT, 2), asks(2, 0, ACT, 2)]
+
+
+def test_an_answer_that_was_read_before_the_successor_is_seen_counts(worker):
+    """Its row is complete, and is not asked for again."""
+    channels = worker()
+    zero, one = requests(channels, 2)
+    answer(channels, zero, plan())
+    answer(channels, one, plan())
+    assert requests(channels, 2) == [asks(0, 1, ACT), asks(1, 1, ACT)]
+    channels.lanes.rollout_generation[0] = 1  # nobody has woken the env worker
+    assert requests(channels, 2) == [asks(0, 1, ACT, 1), asks(1, 1, ACT, 1)]
+    assert channels.pool["collected"][:LANES].tolist() == [1, 1]
 
 
 def test_only_the_mark_decides_whether_a_trajectory_is_complete(worker):

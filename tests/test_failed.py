@@ -59,7 +59,7 @@ class Shard:
         fields |= {"reward": ((SEGMENT,), torch.float32), "collected": ((), torch.int64)}
         self.arrays = SlotPool(fields, 3).arrays
         self.meter = metrics.Meter("env-0", 0, Counters(1, metrics.columns(1)), None)
-        self.lanes = LaneTable(1, 1)
+        self.lanes = LaneTable(1, 1, 1)
         self.generation = 0
         self.chunk_s = 1.0
         self.parked = []

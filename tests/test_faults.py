@@ -7,15 +7,15 @@ import pytest
 from benchmarks import faults
 
 LIVES = {
-    "GRPO": [("env", "SIGKILL"), ("env", "SIGBUS"), ("rollout", "SIGSEGV")],
+    "GRPO": [("env", "SIGKILL"), ("rollout", "SIGBUS"), ("actor", "SIGSEGV")],
     "PPO": [("resource tracker", "SIGABRT"), ("launcher", "SIGSTOP")],
 }
 
 
 @pytest.mark.parametrize("run", LIVES)
 def test_a_life_with_faults(tmp_path, monkeypatch, run):
-    """Env workers are lost, then whatever ends the run, which goes on and is ended again. A stopped
-    launcher is killed when the actor has saved what it has no line of."""
+    """An env and a rollout worker are lost, then whatever ends the run, which goes on and is ended
+    again. A stopped launcher is killed when the actor has saved what it has no line of."""
     monkeypatch.setattr(faults, "BASE", f"{faults.BASE} --checkpoint-every 1")
     rng = random.Random(2)
     monkeypatch.setattr(rng, "random", lambda: 0.1)

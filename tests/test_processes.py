@@ -29,7 +29,7 @@ from errors import UserError
 from follow import Follower
 from metrics import Meter, columns
 from nodes import Nodes
-from processes import Crew, Failure, Interrupts, Job, WorkerFailed, may_pass
+from processes import START_UP, Crew, Failure, Interrupts, Job, WorkerFailed, may_pass
 from run_folder import read_metrics
 
 QUICK = (
@@ -222,21 +222,29 @@ def test_a_killed_launcher_takes_everything_along(endless):
     process.assert_nothing_left()
 
 
-def test_a_rollout_worker_that_dies_ends_the_run_by_name(endless, tmp_path):
-    process = endless()
-    process.workers()[1].kill()  # rollout-0, after actor-0
+def test_rollout_workers_that_die_or_hang_are_replaced_and_an_actor_s_end_ends_the_run(
+    endless, tmp_path
+):
+    """A real policy, killed as for want of memory while another one hangs."""
+    process = endless("--timeout-s 12 --rollout-workers 2")
+    process.wait_for(tmp_path / "x" / "metrics.jsonl")
+    workers = process.workers()
+    workers[1].kill()  # rollout-0 and rollout-1, after actor-0
+    workers[2].suspend()
+    wait_until(lambda: {w.pid for w in workers[1:3]}.isdisjoint(w.pid for w in process.workers()))
+    wait_until(lambda: len(process.workers()) == 5)
+    count = len(read_metrics(tmp_path / "x"))
+    process.wait_for(tmp_path / "x" / "metrics.jsonl", lines=count + 3)
+    lines = read_metrics(tmp_path / "x")
+    assert lines[-1]["restarts"] == 2 and lines[-1]["discarded"] == 0  # nothing is played again
+    assert [line["trained_once"] for line in lines] == [12 * line["iteration"] for line in lines]
+
+    process.workers()[0].kill()
     status, output = process.finish(timeout=30)
     process.assert_nothing_left()
-    assert status == 1 and "worker rollout-0 died (SIGKILL: out of memory?)" in output, output
-    assert_clean_end(tmp_path / "x", output)
-
-
-def test_a_rollout_worker_that_hangs_ends_the_run_by_name(endless, tmp_path):
-    process = endless("--timeout-s 12")
-    process.workers()[1].suspend()
-    status, output = process.finish()
-    process.assert_nothing_left()
-    assert status == 1 and "rollout-0" in output.splitlines()[-1], output
+    assert status == 1 and "worker actor-0 died (SIGKILL: out of memory?)" in output, output
+    assert "worker rollout-0 died (SIGKILL: out of memory?); starting it again in 1 s" in output
+    assert "worker rollout-1 hangs: no sign of life for 12 s; starting it again in 1 s" in output
     assert_clean_end(tmp_path / "x", output)
 
 
@@ -538,11 +546,63 @@ def test_an_error_that_comes_again_at_start_does_not_pass(tmp_path):
     crew = Crew([job], counters, tmp_path, restarts=5, timeout=60.0)
     news, _ = get_context("forkserver").Pipe(duplex=False)
     crew.start_all()
-    with pytest.raises(WorkerFailed, match="nothing to draw with .* twice in a row when it start"):
+    twice = "nothing to draw with .* twice in a row before it had done anything"
+    with pytest.raises(WorkerFailed, match=twice):
         while True:
             crew.watch(news)
     crew.stop(Interrupts())
-    assert counters.get(0, "restarts") == 2
+    assert counters.get(0, "restarts") == 1
+
+
+def test_an_error_passes_as_long_as_work_is_done_between(monkeypatch, tmp_path):
+    """A GPU's memory may be short in one inference and not in the next thousand."""
+    counters = Counters(1, columns(0))
+    clock = [1e6]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    meter = Meter("rollout-0", 0, counters, None)
+    job = Job("rollout-0", print, (), 1, meter, {}, replaceable=True)
+    crew = Crew([job], counters, tmp_path, restarts=9, timeout=60.0)
+    crew.processes["rollout-0"] = Gone()
+    full = Failure("rollout-0", "failed: out of GPU memory", True)
+    for _ in range(3):
+        meter.ready()
+        with meter.work("infer"):
+            clock[0] += 0.1
+        crew.replace(full)
+    meter.ready()
+    crew.replace(Failure("rollout-0", "died (SIGKILL)", True))
+    crew.replace(full)  # the first time that it comes at once
+    with pytest.raises(WorkerFailed, match="twice in a row before it had done anything"):
+        crew.replace(full)
+
+
+def test_a_successor_that_reads_weights_and_compiles_has_the_time_for_it(monkeypatch, tmp_path):
+    counters = Counters(2, columns(0))
+    clock = [1e6]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    jobs = []
+    for row, (name, start_up) in enumerate({"env-0": 1, "rollout-0": START_UP}.items()):
+        meter = Meter(name, row, counters, None)
+        jobs.append(Job(name, print, (), 1, meter, {}, True, start_up))
+        counters.set(row, "restarts", 1)
+    crew = Crew(jobs, counters, tmp_path, 2, timeout=60.0)
+    crew.started = dict.fromkeys(crew.jobs, clock[0])
+    clock[0] += 61.0
+    assert crew.hangs("env-0") and not crew.hangs("rollout-0")
+    crew.check_progress()  # who waits for it meanwhile does not hang
+    clock[0] += 540.0
+    assert crew.hangs("rollout-0") and crew.limit("rollout-0") == 600.0
+    # Even if each start takes so long, too many of them are seen as such.
+    crew.processes["rollout-0"] = Gone()
+    hangs = Failure("rollout-0", "hangs", True)
+    for _ in range(2):
+        crew.replace(hangs)
+        clock[0] += 661.0
+    with pytest.raises(WorkerFailed, match="after 2 restarts"):
+        crew.replace(hangs)
+    # At work it is as any other.
+    counters.set(1, "ready", 1)
+    assert crew.limit("rollout-0") == 60.0
 
 
 def test_an_error_in_a_simulator_s_code_ends_the_run_at_once(faulty, tmp_path):

@@ -1,6 +1,6 @@
 """The protocol of the stages as a property: whatever records are lost with a killed worker, doubled
-or delayed, and wherever env workers are killed, every trajectory is trained exactly once an epoch,
-from rows that belong together, and the run ends.
+or delayed, and wherever env and rollout workers are killed, every trajectory is trained exactly
+once an epoch, from rows that belong together, and the run ends.
 
 The three workers are the real ones, but for what they compute. Every number that they write can be
 computed from others: a simulator's state is a hash of what it was given, the policy's actions are a
@@ -8,6 +8,7 @@ hash of what they were sampled from. So the learner sees whether a row was overw
 """
 
 import functools
+import itertools
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -41,6 +42,8 @@ SEGMENT = 3
 ITERATIONS = 4
 PATIENCE = 20_000  # steps of the world without progress, after which somebody waits for ever
 SEEDS = range(6)
+STAGES = {"env": env_worker, "rollout": rollout_worker, "actor": actor_worker}
+put_row = rollout_worker.transfers.put
 
 
 def mix(*numbers: float) -> int:
@@ -106,14 +109,26 @@ class Preparation:
 # ---------------------------------------------------------------- what the other stages compute
 
 
-def sampled(state: float, key: list[int], version: int) -> int:
-    return mix(state, mix(*key), version)
+UNIT = 1000  # of what is packed into a value: versions and rollout workers' processes are fewer
+
+
+def sampled(state: float, noise: int, version: int, process: int) -> int:
+    return mix(state, noise, version, process)
+
+
+def valued(state, version: int, process: int):
+    """Says who has said it: two processes say different things of one observation, as versions
+    do."""
+    return (state * UNIT + process) * UNIT + version
 
 
 class Policy:
     """Its one weight is its version."""
 
+    made = itertools.count()  # by each test anew
+
     def __init__(self):
+        self.process = next(self.made)
         self.weights = {"w": torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))}
 
     def eval(self):
@@ -135,11 +150,12 @@ class Policy:
         version = int(self.weights["w"])
         states = observed["state"][:, 0].tolist()
         chosen = [
-            mix(state, number, version)
+            sampled(state, number, version, self.process)
             for state, number in zip(states, noise["noise"].tolist(), strict=True)
         ]
         actions = torch.tensor([[[s, a]] * CHUNK for s, a in zip(states, chosen, strict=True)])
-        value = torch.tensor(states, dtype=torch.float64) * 1000 + version
+        seen = torch.tensor(states, dtype=torch.float64)
+        value = valued(seen, version, self.process)
         return {"actions": actions, "logprob": actions[..., 1:].expand_as(actions), "value": value}
 
 
@@ -152,8 +168,6 @@ class Fetcher:
         self.parameters = parameters
         self.version = -1
         self.took = (0.0, 0.0)
-        self.seconds = 0.0
-        self.fetches = 0
 
     def look(self) -> None:
         """New weights are looked for without being asked, too."""
@@ -333,7 +347,7 @@ class Run:
             SlotPool(slot_fields(), self.admission.slots + env.eval_envs),
             WeightPlane({"w": ((1,), torch.float64)}),
             counters,
-            LaneTable(env.envs // env.width, env.env_workers),
+            LaneTable(env.envs // env.width, *stages[:2]),
             tuple(Pipe(world, apart=True) for _ in range(stages[1])),
             tuple(Pipe(world, apart=False) for _ in range(stages[0])),
             tuple(Pipe(world, apart=True) for _ in range(stages[2])),
@@ -354,12 +368,8 @@ class Run:
             for rank in range(count):
                 self.meters[f"{stage}-{rank}"] = Meter(world, f"{stage}-{rank}", row, counters)
                 row += 1
-        for rank in range(stages[0]):
-            self.start_env_worker(f"env-{rank}")
-        for rank in range(stages[1]):
-            world.start(f"rollout-{rank}", self.rollout_worker(rank))
-        for rank in range(stages[2]):
-            world.start(f"actor-{rank}", self.actor_worker(rank))
+        for name in self.meters:
+            self.start(name)
 
     def put_stand_ins(self, monkeypatch) -> None:
         """Puts what this file defines in place of what takes time and devices."""
@@ -370,11 +380,13 @@ class Run:
         put(rollout_worker, "DynamicBatcher", batcher)
         put(rollout_worker, "WeightFetcher", functools.partial(Fetcher, self.world))
         put(models, "preparation", lambda *_: Preparation())
+        put(Policy, "made", itertools.count())
         put(models, "build", lambda *_: Policy())
         put(models, "acting", lambda model: model)
         put(actor_worker, "Learner", functools.partial(Learner, self))
         put(actor_worker.Saver, "save_last", lambda *_: {})
         put(actor_worker.Ranks, "of", functools.partial(Ranks, self))
+        put(rollout_worker.transfers, "put", self.put_row)
         put(shard, "fence", self.fence)
         put(actor_worker, "fence", self.fence)
         monkeypatch.setitem(envs.SIMULATORS, "metaworld", (__name__, ""))
@@ -387,30 +399,29 @@ class Run:
         fence()
         self.world.point(risk=0.02)
 
+    def put_row(self, pool, name: str, slots, rows, values) -> None:
+        """Writes row by row, and may be killed in between."""
+        for i in range(len(slots)):
+            self.world.point()
+            put_row(pool, name, slots[i : i + 1], rows[i : i + 1], values[i : i + 1])
+
     # ---------------------------------------------------------------- workers
 
-    def start_env_worker(self, name: str) -> None:
-        rank = int(name.removeprefix("env-"))
-        header = Header("toy", {}, {})
-        arguments = (rank, self.config, header, "cpu", self.channels, 0, self.meters[name])
-        self.world.start(name, functools.partial(env_worker.run, *arguments), mortal=True)
-
-    def rollout_worker(self, rank: int):
-        meter = self.meters[f"rollout-{rank}"]
-        arguments = (rank, self.config, self.spec, "cpu", self.channels, meter)
-        return functools.partial(rollout_worker.run, *arguments)
-
-    def actor_worker(self, rank: int):
-        arguments = (rank, self.config, self.spec, "cpu", self.channels, Path("nowhere"))
-        report = self.reports if rank == 0 else None
-        meter = self.meters[f"actor-{rank}"]
-        return functools.partial(actor_worker.run, *arguments, None, None, report, meter)
+    def start(self, name: str) -> None:
+        """Starts a worker. Only actors' deaths end a run."""
+        stage, rank = name.split("-")
+        seen = Header("toy", {}, {}) if stage == "env" else self.spec
+        report = self.reports if rank == "0" else None
+        more = (Path("nowhere"), None, None, report) if stage == "actor" else (0,)
+        arguments = (int(rank), self.config, seen, "cpu", self.channels, *more, self.meters[name])
+        run = functools.partial(STAGES[stage].run, *arguments)
+        self.world.start(name, run, mortal=stage != "actor")
 
     def replace(self, name: str) -> None:
         """What `processes.Crew` does."""
         self.channels.counters.add(self.meters[name].row, "restarts", 1)
-        Env.generations[name] += 1
-        self.start_env_worker(name)
+        Env.generations[name] += name.startswith("env")
+        self.start(name)
 
     # ---------------------------------------------------------------- from beginning to end
 
@@ -471,17 +482,20 @@ class Run:
             self.look_at_policy(rows, env, trajectory, t, version)
             self.look_at_simulator(rows, env, trajectory, t)
         if not self.names.are_episodes:
-            assert rows["value"][length] // 1000 == rows["state"][length, 0]
+            assert rows["value"][length] // UNIT**2 == rows["state"][length, 0]
 
     def look_at_policy(self, rows, env: int, trajectory: int, t: int, version: int) -> None:
-        """Row t holds what the policy of one version said of the row's own observation."""
+        """Row t holds what the policy of one version, in one process, said of the row's own
+        observation."""
         acted = int(rows["version"][t])
         assert version - self.config.actor.max_staleness <= acted <= version
         state = rows["state"][t, 0]
-        action = sampled(state, [self.config.train.seed, env, trajectory, t], acted)
+        process = int(rows["value"][t]) // UNIT % UNIT
+        noise = mix(self.config.train.seed, env, trajectory, t)
+        action = sampled(state, noise, acted, process)
         assert (rows["actions"][t] == [state, action]).all()
         assert (rows["logprob"][t] == action).all()
-        assert rows["value"][t] == state * 1000 + acted
+        assert rows["value"][t] == valued(int(state), acted, process)
 
     def look_at_simulator(self, rows, env: int, trajectory: int, t: int) -> None:
         """Row t + 1 follows from row t and its actions."""
@@ -511,7 +525,7 @@ class Run:
             last = state
             for action in chunk[played:] if self.config.env.width > 1 else ():
                 last = move(last, action)[0]
-            assert rows["final"][t] // 1000 == last
+            assert rows["final"][t] // UNIT**2 == last
         if ended:
             where = (trajectory + 1, 0) if is_last else (trajectory, t + 1)
             state = self.first_state(env, *where, generation)

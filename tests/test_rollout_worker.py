@@ -233,12 +233,27 @@ class Counting(nn.Module):
 @pytest.fixture
 def worker(monkeypatch):
     """Starts rollout worker 0, which serves three lanes of two env workers; the test plays those
-    and the actor."""
+    and the actor. `start.again` kills it and starts another in its place, as the launcher does."""
     monkeypatch.setattr(models, "build", lambda config, spec, device: Counting())
     processes = []
 
-    def start(width: int = 1, **rollout) -> Channels:
+    def begin(config: Config, channels: Channels) -> None:
+        meter = metrics.Meter("rollout-0", 0, channels.counters, None)
+        args = (0, config, None, "cpu", channels, 0, meter)
+        process = get_context("fork").Process(target=run, args=args, daemon=True)
+        process.start()
+        processes.append((process, config))
+
+    def again(channels: Channels) -> None:
+        process, config = processes.pop()
+        process.kill()
+        process.join()
+        channels.counters.add(0, "restarts", 1)
+        begin(config, channels)
+
+    def start(width: int = 1, extra_staleness: int = 0, **rollout) -> Channels:
         config = Config()
+        config.actor.extra_staleness = extra_staleness
         config.env.envs = config.actor.batch = LANES * width
         config.env.env_workers = 1 if width > 1 else 2
         config.env.lanes = LANES if width > 1 else 0
@@ -262,17 +277,13 @@ def worker(monkeypatch):
         pool["seen"].copy_(torch.arange(pool["seen"].numel()).view_as(pool["seen"]))
         plane = WeightPlane({"weight": ((1,), torch.float32)})
         channels = Channels.create(config, pool, plane, Counters(1, metrics.columns(1)))
-        meter = metrics.Meter("rollout-0", 0, channels.counters, None)
-        process = get_context("fork").Process(
-            target=run, args=(0, config, None, "cpu", channels, meter), daemon=True
-        )
-        process.start()
-        processes.append(process)
+        begin(config, channels)
         publish(channels, 0)
         return channels
 
+    start.again = again
     yield start
-    for process in processes:
+    for process, _ in processes:
         assert process.is_alive()
         process.kill()
         process.join()
@@ -300,6 +311,14 @@ def answers(channels: Channels, worker: int, count: int) -> list[Record]:
         got += more
     assert len(got) == count
     return got
+
+
+def wait_for_count(channels: Channels, column: str, count: int) -> None:
+    """Waits until a counter comes to a number: a worker counts after it has answered."""
+    deadline = time.monotonic() + 10.0
+    while channels.counters.get(0, column) != count:
+        assert time.monotonic() < deadline, f"{column}: {channels.counters.get(0, column)}"
+        time.sleep(0.01)
 
 
 def nothing_comes(channels: Channels) -> bool:
@@ -399,6 +418,50 @@ def test_a_trajectory_is_never_played_with_weights_older_than_those_that_admitte
         answers(channels, 0, 1)
         assert channels.pool["actions"][0, 0, 0, 1] == version
         assert channels.pool["version"][0, 0] == version
+
+
+def test_one_that_replaces_another_serves_what_it_is_asked_anew_and_nothing_else(worker):
+    channels = worker(batch_max=1)
+    actions = channels.pool["actions"]
+    done = ask(channels, 0, 0, ACT)
+    assert answers(channels, 0, 1) == [done]
+    wait_for_count(channels, "requests", 1)
+    publish(channels, 1)
+    worker.again(channels)
+    # It wakes every env worker once it serves: they see by the table that it is another.
+    assert [queue.get(10.0) for queue in channels.replies] == [[Record(0, 0, WAKE, 0, 0)]] * 2
+    assert channels.lanes.rollout_generation.tolist() == [1]
+
+    # What the dead one was asked, read or not, answered or not, is not served.
+    actions[0, 0] = -7
+    channels.requests[0].put([done])
+    ask(channels, 1, 0, ACT)
+    assert nothing_comes(channels) and (actions[0, 0] == -7).all()
+    # What it is asked anew is, with the newest weights, as is what comes next.
+    again = ask(channels, 1, 0, ACT, generation=1)
+    assert answers(channels, 1, 1) == [again]
+    assert actions[1, 0, 0, 1] == channels.pool["version"][1, 0] == 1
+    # Both generations count: of who asks, and of who is asked.
+    channels.lanes.generation[1] = 1
+    ask(channels, 1, 1, ACT, generation=1)
+    assert nothing_comes(channels)
+    both = ask(channels, 1, 1, ACT, generation=2)
+    assert answers(channels, 1, 1) == [both]
+    # Sums go on.
+    wait_for_count(channels, "requests", 3)
+    wait_for_count(channels, "fetches", 2)
+
+
+def test_one_that_replaces_another_names_versions_as_that_one_did(worker):
+    """With --extra-staleness 1 the newest weights are those of the version before."""
+    channels = worker(batch_max=1, extra_staleness=1)
+    for version in (1, 2):
+        publish(channels, version)
+    worker.again(channels)
+    for queue in channels.replies:
+        assert queue.get(10.0)
+    answered = ask(channels, 0, 0, ACT, generation=1)
+    assert answers(channels, 0, 1) == [answered] and channels.pool["version"][0, 0] == 1
 
 
 # ---------------------------------------------------------------- lanes and limits

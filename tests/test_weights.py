@@ -214,9 +214,9 @@ def test_weights_change_only_when_they_are_swapped_in(plane, parameters):
         -1.0
     }  # staged beside the weights in use
     assert fetcher.swap() and fetcher.version == 0 and values_of(parameters) == {0.0}
-    assert not fetcher.swap() and fetcher.fetches == 1
+    assert not fetcher.swap() and not fetcher.full.is_set()
     start, end = fetcher.took  # when they were copied, for the trace
-    assert began <= start < end <= time.monotonic() and fetcher.seconds == end - start
+    assert began <= start < end <= time.monotonic()
 
 
 def test_the_model_s_own_weights_serve_beside_one_spare_block(plane, parameters):
