@@ -134,11 +134,14 @@ def finish_minibatch(
         ranks.sum_over_nodes(learner.parameters)
     elif ranks.several:
         with meter.wait("gradient"):
-            for _ in ranks.meet():
+            for _ in learner.gradients.meet():
                 meter.alive()
                 if ranks.first and is_to_stop(channels, learner):
                     return False
-            learner.gradients.sum()
+            for _ in learner.gradients.sum():
+                meter.alive()
+        for bucket, (start, end, size) in enumerate(learner.gradients.spans):
+            meter.record("reduce", start, end, {"bucket": bucket, "bytes": size})
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():

@@ -137,7 +137,8 @@ class RunConfig:
 @dataclass(kw_only=True, slots=True)
 class EnvConfig:
     envs: Positive = 24
-    """simulators; each keeps its task if the number of tasks divides --envs, else they alternate"""
+    """simulators of a node; each keeps its task if the number of tasks divides those of all nodes,
+    else they alternate"""
     env_workers: Natural = 0
     """processes that step them; 0: beside GPUs all cores but two for each GPU, otherwise (and for a
     vectorised simulator) by --ratio"""
@@ -160,9 +161,10 @@ class EnvConfig:
     longer) each env and each rollout worker is replaced, 1, 2, 4 … seconds after it failed, before
     the run ends; 0 means never"""
     eval_envs: Natural = 4
-    """lanes that only evaluate, on seeds never trained on, and hold up nobody before the end"""
+    """lanes of a node that only evaluate, on seeds never trained on, and hold up nobody before the
+    end"""
     eval_episodes: Natural = 24
-    """episodes of one evaluation, spread evenly over tasks"""
+    """episodes of one evaluation, spread evenly over tasks, and over all nodes"""
     eval_every: Natural = 10
     """iterations between evaluations, of which the last version always gets one; 0 means never"""
 
@@ -239,9 +241,10 @@ class ActorConfig:
     stream: bool = True
     """train micro-batches as their trajectories complete, instead of waiting for the whole batch"""
     batch: Positive = 48
-    """trajectories of one iteration; a multiple of --envs"""
+    """trajectories of one iteration that a node plays; a multiple of --envs"""
     minibatch: Positive = 24
-    """trajectories of one optimizer step, about: a batch is cut into parts as even as can be"""
+    """a node's trajectories of one optimizer step, about: a batch is cut into parts as even as can
+    be"""
     micro_batch: Positive | Literal["auto"] = "auto"
     """chunk steps of one forward and backward pass of an actor worker, fewer only where a minibatch
     ends (RL-VLA³ on LIBERO: 32 to 128); auto: as many as fit, of 1, 2, 4 … 128; without a
@@ -555,7 +558,8 @@ def check_shares(config: Config) -> None:
         require(total % parts == 0, f"{said}: choose {flag} as a multiple of it")
     more = f"--minibatch {actor.minibatch} is larger than --batch {actor.batch}"
     require(actor.minibatch <= actor.batch, f"{more}: give --minibatch at most {actor.batch}")
-    least = ranks * larger if ranks > 1 else group  # an actor worker trains whole lanes and groups
+    several = ranks * config.train.nodes > 1
+    least = ranks * larger if several else group  # an actor worker trains whole lanes and groups
     share = f"a {'group' if group > env.width else 'lane'} of {larger} trajectories"
     each = f"cannot give each of {ranks} actor workers {share if larger > 1 else 'a trajectory'}"
     most = actor.batch // least  # minibatches of which that is true

@@ -250,5 +250,6 @@ class TrainingLane:
 
     def seeds_of(self, rows: list[int], trajectory: int, t: int) -> list[int]:
         name = self.shard.trajectories.episode_seed
+        world = self.shard.admission.world
         generation = self.shard.generation
-        return [name(self.lane.envs[row], trajectory, t, generation) for row in rows]
+        return [name(world(self.lane.envs[row]), trajectory, t, generation) for row in rows]

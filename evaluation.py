@@ -7,14 +7,20 @@ slots of their own behind the training slots. Nobody waits for them before the r
 Both sides meet in the shared counters. The launcher writes the number of the running round; env
 workers write the outcome of episode e into their column `outcome_e` as 2 · round + success, in one
 store. So a replaced worker sees what is left to play, and nothing counts twice.
+
+Of several nodes each plays its share of a round. The first one's launcher decides when a round is
+due and hears how it ended; the others' are told, and hand over their shares.
 """
 
 import math
 from collections.abc import Iterable
 
+import numpy as np
+
 from channel import EVAL, Counters, Record
 from config import Config
 from envs.lanes import Lane
+from scheduler import env_numbers
 
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
 
@@ -22,12 +28,17 @@ EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 
 class EvaluationLanes:
     """Plays an env worker's share of every round.
 
-    Episode e runs on evaluation env e % eval_envs, always in row 0 of that env's own slot."""
+    Episode e runs on evaluation env e % n of the n that all nodes have, always in row 0 of that
+    env's own slot."""
 
     def __init__(self, shard, lanes: dict[int, Lane]):
         """shard: the `shard.Shard` that lends slots, queues and meter; lanes: by index."""
         self.shard = shard
         self.lanes = lanes
+        config = shard.config
+        self.first = config.env.envs  # number of the first evaluation env
+        self.share = first_episodes(config)
+        self.step = config.env.eval_envs * config.train.nodes
         self.round = 0
         self.episodes = {index: [0] * len(lane.envs) for index, lane in lanes.items()}
         self.t = dict.fromkeys(lanes, 0)  # chunk steps since all envs of a lane began together
@@ -38,13 +49,12 @@ class EvaluationLanes:
         if self.round >= self.asked_round[0]:
             return
         self.round = int(self.asked_round[0])
-        first = self.shard.config.env.envs
         for index, lane in self.lanes.items():
-            self.episodes[index] = [env - first for env in lane.envs]
+            self.episodes[index] = [self.share[env - self.first] for env in lane.envs]
             self.go_on(lane, list(range(len(lane.envs))))
 
     def slots_of(self, lane: Lane) -> slice:
-        first = self.shard.admission.slots + lane.envs[0] - self.shard.config.env.envs
+        first = self.shard.admission.slots + lane.envs[0] - self.first
         return slice(first, first + len(lane.envs))
 
     def on_actions(self, record: Record) -> None:
@@ -71,7 +81,7 @@ class EvaluationLanes:
         episodes = self.episodes[lane.index]
         for row in rows:
             while episodes[row] < count and self.is_played(episodes[row]):
-                episodes[row] += shard.config.env.eval_envs
+                episodes[row] += self.step
 
         # Noise is named by episode and t; episodes that begin together begin at t = 0.
         fresh = [row for row in rows if episodes[row] < count]
@@ -94,9 +104,16 @@ class EvaluationLanes:
         return meter.counters.get(meter.row, f"outcome_{episode}") >= 2 * self.round
 
 
+def first_episodes(config: Config) -> list[int]:
+    """Returns the first episode of each of a node's evaluation envs: its number among those of all
+    nodes. Every n-th from there on is its, too, of n evaluation envs on all nodes."""
+    first = config.env.envs * config.train.nodes
+    return (env_numbers(config)[config.env.envs :] - first).tolist()
+
+
 class Evaluations:
-    """Decides when to evaluate, and reads the result. The launcher keeps it, which no fault of a
-    simulator touches.
+    """Decides when to evaluate, and reads the result. A node's launcher keeps it, which no fault of
+    a simulator touches.
 
     A round begins when all of the one before has been played, so that rounds never mix: every
     `eval_every`-th version, as far as there is time, and always the last one."""
@@ -116,11 +133,17 @@ class Evaluations:
         self.counters = counters
         self.round = 0
         self.running: int | None = None  # the version that is being evaluated
-        self.due = math.inf  # the version that is evaluated next
+        self.due = math.inf  # the version that is evaluated next; the first node knows it
+        self.episodes: list[int] = []  # this node's share of a round
+        self.elsewhere: dict[int, int] = {}  # how other nodes' episodes of this round have ended
         if config.env.evaluates:
             evaluated = [line["eval_version"] for line in lines if "eval_version" in line]
             due = max(evaluated) + config.env.eval_every if evaluated else version
-            self.due = min(due, config.train.iterations)
+            if config.train.node == 0:
+                self.due = min(due, config.train.iterations)
+            step = config.env.eval_envs * config.train.nodes
+            mine = first_episodes(config)
+            self.episodes = [e for e in range(config.env.eval_episodes) if e % step in mine]
         self.news: dict = {}  # the newest finished round
 
     def begins(self, version: int) -> bool:
@@ -130,23 +153,44 @@ class Evaluations:
         self.running = None
         if version < self.due:
             return False
-        last = self.config.train.iterations
-        next_one = min(version + self.config.env.eval_every, last)
-        self.due = next_one if version < last else math.inf
+        train = self.config.train
+        next_one = min(version + self.config.env.eval_every, train.iterations)
+        again = train.node == 0 and version < train.iterations
+        self.due = next_one if again else math.inf
         self.running = version
         self.round += 1
+        self.elsewhere = {}
         self.counters.set(0, "eval_round", self.round)
         return True
+
+    def hand_over(self) -> dict[int, int] | None:
+        """Returns how this node's share of the running round ended, 1 for success, once all of it
+        has been played; then the round is over here."""
+        ended = None if self.running is None else self.outcomes()
+        if ended is not None:
+            self.running = None
+        return ended
+
+    def hear(self, outcomes: dict[str, int]) -> None:
+        """Takes in what another node has handed over; JSON has made words of its episodes."""
+        self.elsewhere |= {int(episode): won for episode, won in outcomes.items()}
+
+    def outcomes(self) -> dict[int, int] | None:
+        """Returns how this node's episodes of the running round ended; None while one of them is
+        yet to end."""
+        columns = [self.counters.index[f"outcome_{episode}"] for episode in self.episodes]
+        # Only one worker writes an episode's outcome; the others' rows hold 0.
+        written = self.counters.table[:, columns].max(axis=0)
+        won = (written - 2 * self.round).astype(int).tolist()  # negative where it is yet to end
+        return None if min(won, default=0) < 0 else dict(zip(self.episodes, won, strict=True))
 
     def is_over(self) -> bool:
         """Whether every episode of the running round has its outcome; if so, it becomes `news`."""
         episodes = self.config.env.eval_episodes
-        first = self.counters.index["outcome_0"]
-        # Only one worker writes an episode's outcome; the others' rows hold 0.
-        written = self.counters.table[:, first : first + episodes].max(axis=0)
-        won = written - 2 * self.round  # 1 or 0, and negative where an episode is yet to end
-        if (won < 0).any():
+        ended = self.elsewhere | (self.outcomes() or {})
+        if len(ended) < episodes:
             return False
+        won = np.array([ended[episode] for episode in range(episodes)])
         self.news = {
             "eval_success_rate": float(won.mean()),
             "eval_episodes": episodes,

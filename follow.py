@@ -68,7 +68,10 @@ class Follower:
         before = past if self.folder.appended else []
         run = (self.config, self.setup.spec.tasks, self.setup.version, self.channels.counters)
         self.evaluations = Evaluations(*run, before)
-        self.display = report.progress(self.config.train.iterations, sys.stdout.isatty())
+        first = "" if self.nodes.first else self.nodes.names[0]
+        self.display = report.progress(self.config.train.iterations, sys.stdout.isatty(), first)
+        # What other nodes have measured, by version and node.
+        self.elsewhere: dict[int, dict[int, Measured]] = {}
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
         self.beginning = report.Beginning(self.channels.counters, batch)
         self.asked_elsewhere = False  # whether another node was interrupted
@@ -76,33 +79,54 @@ class Follower:
         self.trouble = ""  # why metrics.jsonl or a checkpoint could not be written
 
     def follow(self) -> End:
-        """Returns when the run is done, interrupted, failed, or to start again."""
-        end = None
+        """Returns when the run is done, interrupted, failed, or to start again. Other nodes hear
+        how it has ended."""
         try:
-            with self.display.screen:
-                while end is None:
-                    news = self.watch()
-                    self.say_how_it_begins()
-                    self.tune()
-                    end = self.hear(self.reports.recv()) if news else None
-                    if end is None and (self.interrupts or self.asked_elsewhere):
-                        end = self.interrupt()
+            end = self.go_on()
+            self.nodes.end(end.message, end.status)
         except (WorkerFailed, NodeLost) as failure:
-            return self.failed(failure)
+            end = self.failed(failure)
         except Ended as elsewhere:
-            return self.ended(elsewhere)
+            end = self.ended(elsewhere)
+        if self.nodes.first:
+            self.nodes.end(end.message, end.status, end.ratio)
+        return end
+
+    def go_on(self) -> End:
+        """Follows a run that goes well. Raises WorkerFailed, Ended, NodeLost."""
+        end = None
+        with self.display.screen:
+            while end is None:
+                news = self.watch()
+                self.say_how_it_begins()
+                self.tune()
+                end = self.hear(self.reports.recv()) if news else None
+                if end is None and (self.interrupts or self.asked_elsewhere):
+                    end = self.interrupt()
         return end
 
     def watch(self) -> bool:
         """Waits for the actor's news at most 0.25 s and returns whether there is some. Raises
         WorkerFailed, Ended, NodeLost."""
-        for _, word in self.nodes.news():
-            self.take(word)
-        if self.evaluations.begins(self.channels.plane.version):
+        for node, word in self.nodes.news():
+            self.take(node, word)
+        self.evaluate()
+        return self.crew.watch(self.reports)
+
+    def evaluate(self) -> None:
+        """Begins a round of evaluation where one is due. The first node tells the others, which
+        hand over their shares."""
+        if not self.nodes.first:
+            ended = self.evaluations.hand_over()
+            if ended is not None:
+                self.nodes.tell({"kind": "evaluated", "outcomes": ended})
+        version = self.channels.plane.version
+        if self.evaluations.begins(version):
+            if self.nodes.first:
+                self.nodes.tell({"kind": "evaluates", "version": version})
             # Env workers that wait for an action or for a version are to see it.
             for reply in self.channels.replies:
                 reply.put([Record(0, 0, WAKE, 0, 0)])
-        return self.crew.watch(self.reports)
 
     def say_how_it_begins(self) -> None:
         """Says how far the run is, until its first iteration is done."""
@@ -131,12 +155,18 @@ class Follower:
             self.channels.counters.set(0, "written", self.setup.version)
             self.folder.write("config.json", self.setup.saved)
 
-    def take(self, word: dict) -> None:
+    def take(self, node: int, word: dict) -> None:
         """Takes in what another node says."""
-        if word["kind"] == "stop" and self.nodes.first:
+        if word["kind"] == "measured":
+            self.elsewhere.setdefault(word["version"], {})[node] = word["measured"]
+        elif word["kind"] == "stop" and self.nodes.first:
             self.asked_elsewhere = True
         elif word["kind"] == "stop":
             self.channels.counters.set(0, "stop", word["how"])
+        elif word["kind"] == "evaluates":
+            self.evaluations.due = word["version"]
+        elif word["kind"] == "evaluated":
+            self.evaluations.hear(word["outcomes"])
 
     @property
     def new_ratio(self) -> str:
@@ -157,7 +187,7 @@ class Follower:
         self.trouble = self.trouble or news.get("trouble", "")
         if not self.nodes.first:
             if "iteration" in news:
-                self.measure(news)
+                self.hand_over(news)
             return None  # the first node says when it is the end
         if "done" in news:
             done = f"{news['done']} iterations done; checkpoint in"
@@ -170,25 +200,35 @@ class Follower:
             if "dropped" in news:
                 how = f"{news['dropped']} updates of an unfinished batch are dropped; {how}"
             return End(how, 130, "" if self.interrupts else self.new_ratio)
-        self.measure(news)
+        mine = self.measured(news)
         try:
+            self.wait_for_others(news["version"])
             if news["iteration"] == self.config.train.iterations and self.config.env.evaluates:
                 self.finish_evaluating()
-        finally:  # the line counts, whatever becomes of the evaluation
+        finally:  # the line counts, whatever becomes of others and of the evaluation
+            others = self.elsewhere.pop(news["version"], {})
+            news |= figures([mine, *(others[node] for node in sorted(others))])
             self.write(self.complete(news))
         return None
 
-    def measure(self, line: dict) -> None:
-        """Adds to the actor's part of a line what the launcher measures."""
-        mine = self.measured()
-        line |= figures([mine])
-        self.tuner.iteration(line["version"], mine["cpu_s"])
+    def hand_over(self, line: dict) -> None:
+        """Tells the first node what this one has measured."""
+        mine = {"kind": "measured", "version": line["version"], "measured": self.measured(line)}
+        self.nodes.tell(mine)
+        self.display.show(line)
 
-    def measured(self) -> Measured:
-        """Returns what this node's launcher measured since it was last asked."""
+    def wait_for_others(self, version: int) -> None:
+        """Waits until all other nodes have measured an iteration."""
+        while len(self.elsewhere.get(version, {})) < self.nodes.count - 1:
+            self.watch()
+            time.sleep(0.01)
+
+    def measured(self, line: dict) -> Measured:
+        """Returns what this node's launcher measured until a line came, since the last one."""
         if self.interval is None:
             self.begin()
         memory_gb, cpu_s = self.crew.used()
+        self.tuner.iteration(line["version"], cpu_s)
         return self.interval.measure(memory_gb + self.setup.pool_bytes / 1e9, cpu_s)
 
     def complete(self, line: dict) -> dict:

@@ -19,8 +19,9 @@ import transfers
 from algorithms import Samples, Targets, by_staleness, interpolated_proximal, units
 from config import Config
 from epochs import ExactProximal, Kept
+from gradients import Gradients
 from models import checkpoint, contract, layers
-from ranks import Gradients, Ranks
+from ranks import Ranks
 from rows import Rows, cut, joined
 from saving import Snapshot
 from streamer import MicroBatch
@@ -120,7 +121,9 @@ class Learner:
         passes = self.ranks.plan(count)
         if passes is None:  # all are to stop
             return
-        for _ in range(count):
+        for number in range(count):
+            if micro.last and number == count - 1 and self.gradients and self.ranks.several:
+                self.gradients.expect()
             self.train_rows(cut(self.rows, slice(most)), micro.of)
             self.rows = cut(self.rows, slice(most, None))
         if not self.rows.places:
@@ -152,7 +155,7 @@ class Learner:
     def train_rows(self, rows: Rows, trajectories: int) -> None:
         """Runs one forward and backward pass.
 
-        trajectories: of the whole minibatch over all ranks. Their chunk steps, trained on or not,
+        trajectories: of the whole minibatch on all nodes. Their chunk steps, trained on or not,
         divide the loss, so that it depends neither on how the minibatch is cut nor on outcomes."""
         # What the slots hold of the rows, and what the policy says of them now.
         stored = rows.stored
@@ -320,6 +323,10 @@ class Learner:
 
         Ranks meet here: all are through with the batch's slots, which publishing frees."""
         self.tally.add("skipped", sum(self.steps[slot] for slot in self.spared))
+        if self.gradients:
+            for name, amount in self.gradients.totals.items():
+                self.tally.add(name, amount, "min")
+            self.gradients.totals.clear()
         self.tally.resolve()
         tally = self.ranks.combine(self.tally)
         self.version += 1

@@ -37,15 +37,17 @@ from command_line import gives, value_of, without
 from config import ROOT, STAGE_OF, Config, completed, run_path, setting
 from errors import UserError, require
 from ranks import Meeting
-from run_folder import checkpoints, newest_version
+from run_folder import checkpoints, newest_version, pack_spans, take_spans
 
 BEAT_S = 1.0  # seconds between two signs of life of a node
 LOOK_S = 0.1  # seconds between two looks for words
 FAREWELL_S = 10.0  # that the first node stays for the others, which may need its machine's store
+SPANS_S = 30.0  # that it waits for the spans of others
 CLOCKS_S = 10.0  # that the clocks of two nodes may differ
 PINGS = 5  # of a clock; the quickest one counts
 PIECE = 2**26  # bytes of a file that travel at a time
-# What may differ between nodes: where files lie, and how many simulators' workers there are.
+# What may differ between nodes: where files lie, and how many workers there are of simulators whose
+# lanes have one env each; those of others say which envs make a lane.
 OWN = ("checkpoint", "adapter", "tokenizer", "run", "resume", "resume_or_start", "node")
 OWN += ("env_workers",)
 
@@ -315,7 +317,8 @@ class Nodes:
         not mean the same."""
         if not self.several:
             return
-        mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in OWN}
+        own = OWN[:-1] if config.env.lanes else OWN
+        mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in own}
         if not self.first:
             self.tell({"kind": "settings", "settings": mine})
             self.run = self.wait_for("agreed")[0]["run"]
@@ -353,10 +356,12 @@ class Nodes:
         if self.trouble and not self.leaving.is_set():
             raise NodeLost(self.trouble)
 
-    def wait_for(self, kind: str, limit_s: float = math.inf) -> dict[int, dict]:
+    def wait_for(
+        self, kind: str, limit_s: float = math.inf, found: dict[int, dict] | None = None
+    ) -> dict[int, dict]:
         """Waits for a word of this kind from all whose words come here, and returns it by node.
-        Raises Ended, NodeLost."""
-        found: dict[int, dict] = {}
+        found: where it is put, for what there is when Ended or NodeLost is raised."""
+        found = {} if found is None else found
         for_later = []
         late = time.monotonic() + min(limit_s, 10 * self.limit_s)
         while len(found) < len(self.others):
@@ -428,6 +433,28 @@ class Nodes:
         return f"{', '.join(gone)} is silent: is it gone?" if gone else ""
 
     # ---------------------------------------------------------------- the end
+
+    def gather_spans(self, folder: Path) -> None:
+        """Brings the spans of all nodes' workers to the first node's .spans/."""
+        if not self.several or self.trouble:
+            return
+        store = self.open_store()
+        if not self.first:
+            pieces = pack_spans(folder, self.count)
+            for number, piece in enumerate(pieces):
+                store.set(self.key("spans", self.number, number), piece)
+            self.tell({"kind": "spans", "pieces": len(pieces), "clock": self.clock})
+            return
+        found: dict[int, dict] = {}
+        with contextlib.suppress(NodeLost, Ended):
+            self.wait_for("spans", SPANS_S, found)
+        for node, word in found.items():
+            keys = [self.key("spans", node, number) for number in range(word["pieces"])]
+            said = take_spans(folder, node, [store.get(key) for key in keys], word["clock"])
+            if said:
+                print(said, flush=True)
+        if away := [self.names[node] for node in self.others if node not in found]:
+            print(f"trace.json lacks {', '.join(away)}", flush=True)
 
     def end(self, message: str, status: int, ratio: str = "") -> None:
         """Tells the other nodes how this one has ended."""

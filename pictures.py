@@ -26,6 +26,7 @@ WORK = {
     "train": ORANGE,
     "optimizer": BROWN,
     "publish": PURPLE,
+    "reduce": BROWN,
     "checkpoint": "#777777",
 }
 OTHER = "#bbbbbb"  # of work that has no colour of its own
@@ -56,7 +57,7 @@ def draw(run: Path) -> None:
 
 
 def group_of(row: str) -> str:
-    """Returns the stage of a trace's row, or "weights"."""
+    """Returns the stage of a trace's row, or its transfers' group."""
     return next(group for group in GROUPS if place_of(row)[1].startswith(group))
 
 

@@ -7,6 +7,7 @@ completed copies of the settings it is given. Left out: tensors and processes, w
 from a `Setup`.
 """
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
@@ -257,12 +258,14 @@ def with_segment(config: Config, spec: envs.EnvSpec) -> tuple[Config, str]:
     cut = f"--segment {segment} cuts episodes of {horizon} chunk steps, which {whole}"
     require(not loss_of(config).groups or segment == horizon, cut)
     config = completed(config, segment=segment)
-    if config.env.envs % tasks == 0 or segment == horizon:
+    nodes = config.train.nodes
+    total = config.env.envs * nodes
+    if total % tasks == 0 or segment == horizon:
         return config, ""
     return config, (
-        f"{config.env.envs} envs take turns at {tasks} tasks, so episodes end after --segment "
+        f"{total} envs take turns at {tasks} tasks, so episodes end after --segment "
         f"{segment} of {horizon} chunk steps: to see their ends, leave it out, or give a multiple "
-        f"of {tasks} as --envs\n"
+        f"of {tasks // math.gcd(tasks, nodes)} as --envs\n"
     )
 
 
@@ -270,17 +273,18 @@ def share_of(config: Config) -> tuple[int, str]:
     """Returns how many chunk steps of a minibatch an actor worker trains at most, and what to say
     about the size of minibatches."""
     actor = config.actor
+    nodes = config.train.nodes
     admission = Admission.of(config)
     sizes = np.bincount(admission.minibatch_of(actor.minibatches, actor.actor_workers))
-    share = -(-int(sizes.max()) // actor.actor_workers) * config.env.segment
+    share = -(-int(sizes.max()) // (actor.actor_workers * nodes)) * config.env.segment
     most = share if actor.micro_batch == "auto" or config.train.resume else actor.micro_batch
     large = f"--micro-batch {most} is larger than the {share} chunk steps of a minibatch"
     require(most <= share, f"{large} that an actor worker trains: give at most {share}")
-    if set(sizes) == {actor.minibatch}:
+    if set(sizes) == {actor.minibatch * nodes}:
         return share, ""
     of = " or ".join(map(str, sorted(set(sizes))))
-    made = f"{len(sizes)} minibatches of {of} trajectories, in place of {actor.minibatch}"
-    return share, f"a batch of {actor.batch} trajectories makes {made}\n"
+    made = f"{len(sizes)} minibatches of {of} trajectories, in place of {actor.minibatch * nodes}"
+    return share, f"a batch of {actor.batch * nodes} trajectories makes {made}\n"
 
 
 def common_fields(segment: int, chunk: int, action_dim: int) -> Spec:
@@ -306,7 +310,7 @@ def common_fields(segment: int, chunk: int, action_dim: int) -> Spec:
         "length": ((), torch.int32),
         # In a lane's first slot: the last trajectory that was completed there + 1; 0 for none.
         "done": ((), torch.int64),
-        "env": ((), torch.int32),  # whose trajectory it is, by the env's number
+        "env": ((), torch.int32),  # whose trajectory it is, by the env's number on this node
         "trajectory": ((), torch.int64),
         "task": ((), torch.int32),
     }

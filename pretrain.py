@@ -35,9 +35,9 @@ from checks import AboveZero, Fraction, FromZero, Natural, Positive, check_range
 from config import Config, Family, embedded_files, expanded
 from envs import metaworld
 from errors import exit_on_user_error, require
+from gradients import Gradients
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
-from ranks import Gradients
 
 CHUNK = Config().rollout.chunk  # actions that a frame is labelled with
 IMAGE_SIZE = 64  # pixels, as the small models take them
@@ -152,7 +152,8 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
         loss = model.imitate(obs, obs["actions"], draw) / PROCESSES
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        gradients.sum()
+        for _ in gradients.sum():
+            pass
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if rank == 0 and (step + 1) % 100 == 0:

@@ -1,5 +1,6 @@
 """The actor workers together: each rank trains its share of every minibatch, and all hold the same
-weights, because gradients are summed before every step. Those of all nodes are one group.
+weights, because gradients are summed before every step (gradients.py). Those of all nodes are one
+group.
 
 With --shard each rank holds a part of the weights, and overrides what is said here: sharding.py.
 """
@@ -7,7 +8,6 @@ With --shard each rank holds a part of the weights, and overrides what is said h
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from channel import layout
 from config import Config
 from errors import require
 from metrics import Meter
@@ -86,12 +85,7 @@ class Ranks:
         words: numbers of this rank, on the host, which become the highest of any rank; group: who
         meets, if not all."""
         if self.several:
-            words = torch.zeros(1) if words is None else words
-            meeting = dist.all_reduce(words, dist.ReduceOp.MAX, group, async_op=True)
-            while not meeting.is_completed():
-                yield
-                time.sleep(0.001)
-            meeting.wait()  # raises what went wrong
+            yield from waiting(come(torch.zeros(1) if words is None else words, group))
 
     def agree(self, *mine: float) -> list[float]:
         """Returns the highest of each number, of any rank that shares the weights with this one."""
@@ -182,41 +176,14 @@ class Ranks:
             dist.destroy_process_group()
 
 
-class Gradients:
-    """The gradients of weights that learn, as views of one tensor: backward adds to them in place,
-    and ranks sum them as they lie.
+def come(words: Tensor, group: dist.ProcessGroup | None = None) -> dist.Work:
+    """Tells the other ranks, of a group or all, that this one has come. Does not wait for them."""
+    return dist.all_reduce(words, dist.ReduceOp.MAX, group, async_op=True)
 
-    A weight has none until backward first comes to it on some rank, and keeps it from then on. It
-    may have none on any rank (the last layer's, with --train-vlm), or on some ranks only, where
-    others' groups were all filtered (GRPO): theirs counts as 0."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
-        """parameters: of one dtype, on one device."""
-        self.parameters = parameters
-        size = parameters[0].itemsize
-        sizes = {str(i): ((p.numel(),), p.dtype) for i, p in enumerate(parameters)}
-        starts, end = layout(sizes, 1)  # bytes
-        self.flat = parameters[0].new_zeros(end // size + len(parameters))
-        self.has = self.flat[end // size :]  # which weights have a gradient; 1, or 0
-        self.views = []
-        self.hooks = []
-        for i, (parameter, start) in enumerate(zip(parameters, starts.values(), strict=True)):
-            part = self.flat[start // size :][: parameter.numel()]
-            self.views.append(part.view_as(parameter))
-            move = partial(self.move, i)
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(move))
-
-    def move(self, number: int, parameter: torch.nn.Parameter) -> None:
-        """Takes in a weight's first gradient, which backward has made."""
-        self.hooks[number].remove()
-        parameter.grad = self.views[number].copy_(parameter.grad)
-
-    def sum(self) -> None:
-        """Sums them over the processes of torch.distributed's group. The loss is already divided by
-        the global count."""
-        self.has.copy_(torch.tensor([p.grad is not None for p in self.parameters]))
-        dist.all_reduce(self.flat)
-        for number, somewhere in enumerate(self.has.tolist()):
-            if somewhere and self.parameters[number].grad is None:
-                self.hooks[number].remove()
-                self.parameters[number].grad = self.views[number]
+def waiting(work: dist.Work) -> Iterator[None]:
+    """Yields again and again until it is done. Raises what went wrong."""
+    while not work.is_completed():
+        yield
+        time.sleep(0.001)
+    work.wait()

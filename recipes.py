@@ -273,6 +273,24 @@ def of_family(config: Config) -> dict[str, Any]:
     return {name: value for name, value in said if STAGE_OF[name] != "rollout"}
 
 
+def beside(config: Config) -> str:
+    """Says in a line what RL-VLA³'s table has for as many nodes of 8 GPUs, beside what this run
+    has; "" where the recipe is not of that table."""
+    name = config.train.recipe
+    letter = name.removeprefix("rl_vla3_").removesuffix("_3to1")
+    if letter not in SETUPS:
+        return ""
+    setup = RECIPES[name]
+    nodes = config.train.nodes
+    theirs = f"{nodes * setup.envs} envs and a global batch of {nodes * setup.global_batch}"
+    here = nodes * config.actor.minibatch * config.env.segment
+    ours = f"{nodes * config.env.envs} envs and {here}"
+    return (
+        f"RL-VLA³ has for setup {letter.upper()} on {8 * nodes} GPUs {theirs} chunk steps; "
+        f"this run has {ours}\n"
+    )
+
+
 def note(config: Config) -> str:
     """Says in a line which settings are as RLinf trains models of the family, unlike the defaults;
     "" where none are."""

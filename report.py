@@ -25,10 +25,15 @@ RECENT = 10  # iterations that success and time left are averaged over
 
 
 def batch_line(config: Config, segment: int) -> str:
-    """Says what one iteration trains; segment: chunk steps of a trajectory."""
+    """Says what one iteration trains, on all nodes; segment: chunk steps of a trajectory."""
     actor = config.actor
-    trained = f"{actor.batch} trajectories = {actor.batch * segment} chunk steps"
+    nodes = config.train.nodes
+    batch = actor.batch * nodes
+    trained = f"{batch} trajectories = {batch * segment} chunk steps"
     line = f"{trained}, {actor.steps} optimizer step{'s' * (actor.steps > 1)} per batch"
+    if nodes > 1:
+        envs = f"{config.env.envs * nodes} envs, {config.env.eval_envs * nodes} evaluation envs"
+        line = f"{nodes} nodes in all: {envs}, minibatches of {actor.minibatch * nodes}; {line}"
     return line + ", computed in bfloat16" * (config.train.precision == "bfloat16")
 
 

@@ -25,7 +25,14 @@ from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Record, SlotPool
 from config import Config
 from metrics import HISTOGRAM, Meter
 from models import compiled, contract, layers
-from scheduler import FIRST_WAIT_S, Admission, DynamicBatcher, first_batch_max, most_samples
+from scheduler import (
+    FIRST_WAIT_S,
+    Admission,
+    DynamicBatcher,
+    env_numbers,
+    first_batch_max,
+    most_samples,
+)
 from weights import WeightFetcher
 
 
@@ -83,7 +90,8 @@ def run(
             # --extra-staleness: the actor publishes older weights under a version's number.
             acting = max(begun, fetcher.version - config.actor.extra_staleness)
             policy = named(config, acting, begun)
-            serve(model, samples, channels.pool, config.train.seed, acting, device, padded, policy)
+            how = (config.train.seed, acting, device, padded, policy, lanes.world)
+            serve(model, samples, channels.pool, *how)
             answer(batch, channels)
         infer_s = time.monotonic() - start
         count_inference(meter, len(samples), infer_s, waited_s, device)
@@ -110,6 +118,7 @@ class LanesServed:
         self.count = len(self.trajectory)
         self.asked = channels.pool.arrays["asked"]
         self.env_in_slot = channels.pool.arrays["env"]
+        self.world = env_numbers(config).item  # an env's number → that among those of all nodes
         self.trajectory_in_slot = channels.pool.arrays["trajectory"]
         self.newest: dict[int, tuple[Record, float]] = {}  # slot → its last request, and of when
 
@@ -292,12 +301,14 @@ def serve(
     device: str,
     padded: Callable[[int], int] = int,
     policy: tuple[str, str] = ("the policy", "give another --checkpoint"),
+    world: Callable[[int], int] = int,
 ) -> None:
     """Runs one inference: reads the observations of `samples` from the slots, and writes what each
     kind of request asked for.
 
     version: what is noted beside the actions. padded: the number of samples that the model is given
-    in place of n. policy: of `named`. Raises UserError where the policy gives NaN."""
+    in place of n. policy: of `named`. world: the number among those of all nodes that names an env.
+    Raises UserError where the policy gives NaN."""
     slots = np.array([r.slot for r in samples])
     rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
     n = len(samples)
@@ -305,7 +316,7 @@ def serve(
     # Noise is named by (seed, env, trajectory, step), so it does not depend on who shares a batch.
     envs = pool.arrays["env"][slots].tolist()
     trajectories = pool.arrays["trajectory"][slots].tolist()
-    keys = [(seed, envs[i], trajectories[i], samples[i].t) for i in range(n)]
+    keys = [(seed, world(envs[i]), trajectories[i], samples[i].t) for i in range(n)]
     drawn = model.draw(keys, [r.kind != EVAL for r in samples])
     noise = {name: transfers.send(x, device) for name, x in drawn.items()}
     observed = transfers.read(pool, tuple(model.observation_fields()), slots, rows, device)

@@ -23,8 +23,10 @@ from checks import FromZero, Natural, Share, Total, parse_json, read_json
 from config import ROOT, from_json
 from errors import UserError, require
 
-# A trace's rows are grouped: "weights" are transfers beside what a worker does.
-GROUPS = ("env", "rollout", "weights", "actor")
+# A trace's rows are grouped: "weights" and "gradients" are transfers beside what a worker does.
+GROUPS = ("env", "rollout", "weights", "actor", "gradients")
+# The spans of such transfers, their group, and the beginning of their rows' names.
+BESIDE = {"fetch": ("weights", "weights to"), "reduce": ("gradients", "gradients of")}
 # What was done, its start and end in monotonic seconds, and perhaps numbers that belong to it.
 Span = tuple[str, float, float] | tuple[str, float, float, dict]
 # What rows of a trace are sorted by: group, node, number there; and a row's name.
@@ -241,17 +243,18 @@ def write_trace(path: Path, spans: dict[str, list[Span]]) -> None:
     """Writes the workers' spans in Chrome's trace format: a process per stage, a thread per worker,
     those of one node after those of another.
 
-    A side thread fetches weights while its worker infers, so fetches get rows of their own, in the
-    group "weights"."""
+    A side thread fetches weights while its worker infers, and sums of gradients go on while one
+    trains: both get rows of their own."""
     rows: dict[Row, list[Span]] = {}
     for worker, mixed in spans.items():
         node, name = place_of(worker)
         stage, _, number = name.partition("-")
         place = (node, int(number))
-        rows[GROUPS.index(stage), *place, worker] = [s for s in mixed if s[0] != "fetch"]
-        if fetches := [span for span in mixed if span[0] == "fetch"]:
-            weights = f"{worker.removesuffix(name)}weights to {name}"
-            rows[GROUPS.index("weights"), *place, weights] = fetches
+        rows[GROUPS.index(stage), *place, worker] = [s for s in mixed if s[0] not in BESIDE]
+        for what, (group, title) in BESIDE.items():
+            if transfers := [span for span in mixed if span[0] == what]:
+                beside = f"{worker.removesuffix(name)}{title} {name}"
+                rows[GROUPS.index(group), *place, beside] = transfers
     with open(path, "w") as file:
         file.write('{"displayTimeUnit": "ms", "traceEvents": [')
         for n, event in enumerate(trace_events(rows)):

@@ -103,10 +103,30 @@ class DynamicBatcher:
         return batch, waited
 
 
+def interleaved(number, whole: int, node: int, nodes: int):
+    """Returns the number among those of all nodes of what a node numbers by itself: nodes take
+    turns, and what stays together, `whole` of them in a row, does so there too.
+
+    So one node with all the lanes deals them to as many actor ranks in the same way
+    (`Admission.owner`). For an array, an array."""
+    return (number // whole * nodes + node) * whole + number % whole
+
+
+def env_numbers(config: Config) -> np.ndarray:
+    """Returns the numbers that a node's envs have among those of all nodes [envs + eval_envs].
+
+    Evaluation envs come after all training envs, here as there."""
+    env, train = config.env, config.train
+    playing = Admission.of(config).world(np.arange(env.envs))
+    place = (env.eval_width, train.node, train.nodes)
+    evaluating = env.envs * train.nodes + interleaved(np.arange(env.eval_envs), *place)
+    return np.concatenate([playing, evaluating])
+
+
 @dataclass(frozen=True)
 class Admission:
     """Decides which trajectory is which, and when it may start: staleness as back-pressure, without
-    talking to anyone.
+    talking to anyone. Batch, envs and slots are a node's own; what names data is of all nodes.
 
     An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of
     every env make a batch. So membership never depends on outcome or speed. The trajectory may
@@ -122,6 +142,8 @@ class Admission:
     batches: float = math.inf
     width: int = 1
     group: int = 1  # G of GRPO: so many envs in a row begin each trajectory in the same state
+    node: int = 0  # this one, of so many
+    nodes: int = 1
 
     @classmethod
     def of(cls, config: Config) -> "Admission":
@@ -132,6 +154,8 @@ class Admission:
             config.train.iterations,
             config.env.width,
             group_of(config),
+            config.train.node,
+            config.train.nodes,
         )
 
     @property
@@ -174,22 +198,31 @@ class Admission:
         For an array of slots, an array."""
         return slot % self.batch // self.whole % ranks
 
+    def world(self, number):
+        """Returns the number that an env of this node, or a position of its batch, has among those
+        of all nodes. For an array, an array."""
+        return interleaved(number, self.whole, self.node, self.nodes)
+
     def minibatch_of(self, minibatches: int, ranks: int) -> np.ndarray:
-        """Returns the minibatch of every position of a batch [batch]. They are as even in size as
-        whole groups, and with several ranks whole lanes, allow."""
-        whole = self.whole if ranks > 1 else self.group
-        return np.arange(self.batch) // whole * minibatches // (self.batch // whole)
+        """Returns the minibatch of every position of the batch of all nodes [batch · nodes]. They
+        are as even in size as whole groups, and with several ranks whole lanes, allow.
+
+        ranks: of a node."""
+        total = self.batch * self.nodes
+        whole = self.whole if ranks * self.nodes > 1 else self.group
+        return np.arange(total) // whole * minibatches // (total // whole)
 
     def task(self, env: int, trajectory: int, tasks: int) -> int:
         """Returns the task that it plays: tasks are dealt in turn to the positions of a batch, and
         on from batch to batch.
 
         So every batch, and the run as a whole, holds each task equally often, ± 1, however fast its
-        simulators are. Where `tasks` divides the lanes, a whole lane plays one task and keeps it,
-        which saves it from building another scene. So does a group."""
-        lanes = self.envs // self.width
+        simulators are. Where `tasks` divides the lanes of all nodes, a whole lane plays one task
+        and keeps it, which saves it from building another scene. So does a group."""
+        envs = self.envs * self.nodes
+        lanes = envs // self.width
         unit = self.whole if self.group > 1 or lanes % tasks == 0 else 1
-        return (trajectory * self.envs + env) // unit % tasks
+        return (trajectory * envs + self.world(env)) // unit % tasks
 
 
 @dataclass(frozen=True)
@@ -216,7 +249,7 @@ class Trajectories:
 
         generation: of the worker. A replaced one plays other episodes, or a fault that depends on
         the seed would come again. The envs of a group share their episodes, so there it is left out
-        and the group's first env stands for all."""
+        and the group's first env stands for all. env: its number among those of all nodes."""
         if self.are_episodes:
             env -= env % self.group
             generation = 0

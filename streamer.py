@@ -29,7 +29,7 @@ class MicroBatch:
     epoch: int
     minibatch: int
     last: bool  # the optimizer steps after this one
-    of: int  # trajectories of the minibatch, over all ranks
+    of: int  # trajectories of the minibatch, over the ranks of all nodes
 
 
 @dataclass(eq=False)
@@ -42,24 +42,27 @@ class Streamer:
     together: int  # trajectories of a micro-batch; the last one of a minibatch may have fewer
     epochs: int
     stream: bool
-    rank: int
+    rank: int  # of the node, which has so many
     ranks: int
     seed: int
     version: int  # the batch to begin with, then the running one
 
     def __post_init__(self):
-        minibatch_of = self.admission.minibatch_of(self.minibatches, self.ranks)
-        owner = self.admission.owner(np.arange(self.admission.batch), self.ranks)
+        admission = self.admission
+        positions = np.arange(admission.batch)  # of this node's batch
+        everywhere = admission.minibatch_of(self.minibatches, self.ranks)
+        minibatch_of = everywhere[admission.world(positions)]
+        owner = admission.owner(positions, self.ranks)
         self.minibatch_of = minibatch_of.tolist()
-        # Trajectories of each minibatch: over all ranks, and of this one.
-        self.sizes = np.bincount(minibatch_of).tolist()
+        # Trajectories of each minibatch: over the ranks of all nodes, and of this one.
+        self.sizes = np.bincount(everywhere).tolist()
         self.shares = np.bincount(minibatch_of[owner == self.rank]).tolist()
         self.finished: set[int] = set()  # slots waiting, of this batch and of later ones
         self._begin_batch()
 
     @classmethod
     def of(cls, config: Config, rank: int, version: int) -> "Streamer":
-        """Makes the streamer of an actor rank. version: the batch to begin with."""
+        """Makes the streamer of a node's actor rank. version: the batch to begin with."""
         actor = config.actor
         return cls(
             Admission.of(config),
@@ -165,11 +168,13 @@ class Streamer:
 
     def _begin_epoch(self) -> None:
         """Shuffles the same trajectories again, once every minibatch of the epoch is out. The
-        shuffle is named by seed, version, epoch and rank."""
+        shuffle is named by seed, version, epoch and rank: the one that would have the same
+        trajectories if one node had all lanes."""
         self.step = 0
         self.epoch = self.epochs if self.stopping else self.epoch + 1
         if not self.done:
-            random = np.random.default_rng([self.seed, self.version, self.epoch, self.rank])
+            rank = self.rank * self.admission.nodes + self.admission.node
+            random = np.random.default_rng([self.seed, self.version, self.epoch, rank])
             order = random.permutation(sorted(self.consumed))
             parts = np.split(order, np.cumsum(self.shares)[:-1])
             self.ready = [deque(map(int, part)) for part in parts]

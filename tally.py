@@ -9,7 +9,7 @@ from algorithms import STALENESS, explained_variance
 from config import Config
 from transfers import Numbers
 
-How = Literal["sum", "mean", "max", "part"]
+How = Literal["sum", "mean", "max", "min", "part"]
 ALWAYS = ("loss_policy", "loss_value", "approx_kl", "clip_fraction", "masked_fraction")
 ALWAYS += ("ratio_max", "staleness_mean")
 
@@ -18,8 +18,8 @@ ALWAYS += ("ratio_max", "staleness_mean")
 class Tally:
     """Collects numbers by name, nowhere registered: `add` is enough to have one in metrics.jsonl.
 
-    how: "sum" and "max" appear as they are, "mean" is a sum that appears divided by the chunk steps
-    trained, and "part" is a sum that `line` makes other numbers from.
+    how: "sum", "max" and "min" appear as they are, "mean" is a sum that appears divided by the
+    chunk steps trained, and "part" is a sum that `line` makes other numbers from.
 
     Numbers that lie on a GPU come to the host together, when `send` and `resolve` are called."""
 
@@ -52,6 +52,8 @@ class Tally:
             self.values[name] = number
         elif self.how[name] == "max":
             self.values[name] = max(self.values[name], number)
+        elif self.how[name] == "min":
+            self.values[name] = min(self.values[name], number)
         else:
             self.values[name] += number
 
@@ -97,7 +99,7 @@ class Tally:
             line[name] = int(self.get(name))
         line |= self.successes(tasks)
         line |= {
-            "reward": self.get("reward_sum") / config.actor.batch,
+            "reward": self.get("reward_sum") / (config.actor.batch * config.train.nodes),
             "entropy_or_noise": line.get("entropy_or_noise"),
             "masked": int(self.get("masked_fraction")),
             "filtered_fraction": self.get("filtered") / (self.get("filtered") + once),

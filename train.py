@@ -31,6 +31,7 @@ import metrics
 import models
 import pictures
 import processes
+import recipes
 import rollout_worker
 import tuning
 from channel import Channels, Counters
@@ -124,7 +125,7 @@ def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None
             print(jump)
     print(where(setup))
     print(batch_line(setup.config, setup.config.env.segment))
-    print(f"{setup.note}run folder {folder.path}", flush=True)
+    print(f"{recipes.beside(setup.config)}{setup.note}run folder {folder.path}", flush=True)
 
 
 def where(setup: Setup) -> str:
@@ -295,6 +296,7 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         start_again(end.ratio, folder, nodes.run, handover.past, interrupts, tracker)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
+        nodes.gather_spans(folder.spans)
         if not nodes.first:
             folder.remove()
             return nodes.status(end.status)
@@ -314,7 +316,7 @@ def run_crew(
     past: tuning.Past,
     nodes: Nodes,
 ) -> End:
-    """Starts all workers, follows them, and ends them. Other nodes hear how it ended."""
+    """Starts all workers, follows them, and ends them."""
     channels = connect(setup)
     reports, report = mp.Pipe(duplex=False)
     meeting = nodes.meeting(folder.spans / f"rendezvous-{setup.version}")
@@ -329,9 +331,7 @@ def run_crew(
     follower = Follower(setup, folder, crew, channels, reports, interrupts, tracker, tuner, nodes)
     try:
         crew.start_all()
-        end = follower.follow()
-        nodes.end(end.message, end.status, end.ratio)
-        return end
+        return follower.follow()
     finally:
         crew.stop(interrupts)
 

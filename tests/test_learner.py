@@ -27,9 +27,11 @@ from metrics import Ledger
 from models import checkpoint
 from models.formats import source
 from ranks import Meeting, Ranks
+from report import flatten
 from saving import write
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from tally import Tally
 
 BATCH = 8
 SEGMENT = 5
@@ -255,6 +257,109 @@ def updates(
                 optimizer.zero_grad()
     learner.finish_batch()  # it counts: every chunk step once an epoch
     return found
+
+
+def test_other_ranks_hear_of_the_last_pass_of_a_minibatch_before_it_begins(monkeypatch):
+    model = Toy()
+    learner = learner_of(model, Config())
+    learner.config.actor.micro_batch = SEGMENT
+    learner.ranks.several = True
+    told = []
+    monkeypatch.setattr(learner, "train_rows", lambda *_: told.append("pass"))
+    monkeypatch.setattr(learner.gradients, "expect", lambda: told.append("expect"))
+    data = toy_pool(model)
+    for last in (False, True):
+        micro = MicroBatch((0, 1, 2), 0, 0, last, learner.config.actor.minibatch)
+        learner.train(read(learner, data, micro.slots), micro)
+    assert told == ["pass"] * 5 + ["expect", "pass"]
+
+
+def part_of(pool: SlotPool, slots: np.ndarray) -> SlotPool:
+    """Returns the slots of a node that has these lanes of all."""
+    part = SlotPool(pool.spec, len(slots))
+    for name in pool.spec:
+        part[name].copy_(pool[name][torch.from_numpy(slots)])
+    return part
+
+
+def minibatches_of(streamer: Streamer) -> list[list[MicroBatch]]:
+    """Lists the micro-batches of each optimizer step of a batch."""
+    found = [[]]
+    for slot in sorted(streamer.mine):
+        streamer.add(slot)
+    while (micro := streamer.next()) is not None:
+        found[-1].append(micro)
+        if micro.last:
+            found.append([])
+    return found[:-1]
+
+
+@pytest.mark.parametrize(
+    "algorithm, group, minibatches",
+    [("ppo", 1, 1), ("ppo", 1, 2), ("ppo", 1, 3), ("grpo", 2, 1), ("grpo", 2, 2)],
+)
+def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, minibatches):
+    """Of every minibatch, also of later epochs and once weights have moved; and the numbers that
+    all nodes tally make the line that one node writes, and scale the next advantages alike."""
+    epochs = 2
+    torch.manual_seed(1)
+    pool = toy_pool(Toy())
+    if algorithm == "grpo":
+        make_episodes(pool, {0: 1, 3: 4, 5: 0})
+
+    def learner(batch: int, nodes: int) -> Learner:
+        torch.manual_seed(2)
+        config = Config()
+        config.train.algorithm = algorithm
+        config.algorithm.group_size = 2
+        config.actor.update_epochs = epochs
+        found = learner_of(Toy(), config)
+        config.actor.batch = batch
+        config.train.nodes = nodes
+        return found
+
+    # One node whose two ranks are trained one after the other, and two nodes of one rank each.
+    half = BATCH // 2
+    one = learner(BATCH, 1)
+    both = [learner(half, 2) for _ in range(2)]
+    whole = Admission(BATCH, BATCH, 0, group=group)
+    parts = [Admission(half, half, 0, group=group, node=n, nodes=2) for n in range(2)]
+    pools = [part_of(pool, part.world(np.arange(half))) for part in parts]
+    how = {"minibatches": minibatches, "together": 2, "epochs": epochs, "stream": True}
+    how |= {"seed": 1, "version": 0}
+    of_one = [minibatches_of(Streamer(whole, rank=r, ranks=2, **how)) for r in range(2)]
+    of_nodes = [minibatches_of(Streamer(part, rank=0, ranks=1, **how)) for part in parts]
+    assert len(of_one[0]) == len(of_nodes[0]) == minibatches * epochs
+    for step in range(minibatches * epochs):
+        for ranks_share in of_one:
+            for micro in ranks_share[step]:
+                one.train(read(one, pool, micro.slots), micro)
+        for node in range(2):
+            for micro in of_nodes[node][step]:
+                both[node].train(read(both[node], pools[node], micro.slots), micro)
+        for parameter, *theirs in zip(one.parameters, *(x.parameters for x in both), strict=True):
+            if parameter.grad is None:
+                continue
+            gradient = parameter.grad.clone()
+            total = sum(p.grad for p in theirs if p.grad is not None)
+            torch.testing.assert_close(total, gradient, rtol=1e-12, atol=1e-15)
+            with torch.no_grad():
+                for p in (parameter, *theirs):
+                    p -= 0.1 * gradient
+                    if p.grad is not None:
+                        p.grad.zero_()
+
+    tally = Tally()
+    for node in both:
+        tally.merge(node.tally)
+    expected = one.finish_batch()
+    for node in both:
+        with patch.object(node.ranks, "combine", return_value=tally):
+            line = node.finish_batch()
+        assert flatten(line) == pytest.approx(flatten(expected), rel=1e-9)
+        assert node.algorithm.state() == pytest.approx(one.algorithm.state(), rel=1e-12)
+    played = torch.arange(SEGMENT) < pool["length"][:, None]
+    assert expected["reward"] == float((pool["reward"] * played).sum()) / BATCH
 
 
 @pytest.mark.parametrize("algorithm, epochs", [("ppo", 1), ("ppo", 4), ("grpo", 1), ("grpo", 4)])

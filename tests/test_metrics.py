@@ -329,6 +329,7 @@ SPANS = {
     "actor-0": [
         ["publish", 10.0, 10.25, {"version": 0, "bytes": 8}],
         ["train", 11.0, 12.0, {"slots": [0, 1], "epoch": 1}],
+        ["reduce", 11.75, 12.25, {"bucket": 0, "bytes": 16}],
     ],
     "rollout-0": [
         ["infer", 10.5, 11.5, {"batch": 2}],
@@ -340,11 +341,12 @@ SPANS = {
 
 def test_the_trace_is_in_chrome_s_format(tmp_path):
     """A process per stage and a thread per worker, in an order that Perfetto keeps; transfers of
-    weights beside them."""
+    weights and gradients beside them."""
     write_trace(tmp_path / "trace.json", SPANS)
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     stages = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert list(stages.values()) == ["env", "rollout", "weights", "actor"] and min(stages) > 0
+    assert list(stages.values()) == ["env", "rollout", "weights", "actor", "gradients"]
+    assert min(stages) > 0
     order = {e["pid"]: e["args"]["sort_index"] for e in events if e["name"] == "process_sort_index"}
     assert sorted(stages, key=order.get) == list(stages)
     rows = {
@@ -359,9 +361,10 @@ def test_the_trace_is_in_chrome_s_format(tmp_path):
         ("rollout", "rollout-1"),
         ("weights", "weights to rollout-0"),
         ("actor", "actor-0"),
+        ("gradients", "gradients of actor-0"),
     ]
     spans = [e for e in events if e["ph"] == "X"]
-    assert len(spans) == 7 and all(stages[e["pid"]] == rows[e["tid"]][0] for e in spans)
+    assert len(spans) == 8 and all(stages[e["pid"]] == rows[e["tid"]][0] for e in spans)
     found = {(rows[e["tid"]][1], e["name"]): (e["ts"], e["dur"], e.get("args")) for e in spans}
     assert found["env-10", "step"] == (
         500_000.0,
@@ -388,6 +391,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path):
         "rollout-0",
         "weights to rollout-0",
         "actor-0",
+        "gradients of actor-0",
     ]  # rollout-1 has no span
     assert rows["env-10"] == [("step", 0.5, 1.0, {}), ("wait: action", 1.0, 1.25, {})]
     assert rows["weights to rollout-0"] == [("fetch", 0.25, 0.5, {"version": 0, "bytes": 8})]
@@ -637,7 +641,7 @@ def test_every_key_is_documented_and_every_documented_key_exists(cli, tmp_path):
     """Of real runs by PPO and GRPO, with evaluation, on the emulated simulator and model."""
     flags = (
         "--model emulated --env emulated --tasks 0 --image-size 8 --envs 4 --batch 8 --minibatch 4 "
-        "--iterations 2 --eval-envs 1 --eval-episodes 2 --eval-every 1"
+        "--iterations 2 --eval-envs 1 --eval-episodes 2 --eval-every 1 --actor-workers 2"
     )
     written = set()
     for algorithm in ("ppo", "grpo --group-size 2"):

@@ -208,6 +208,10 @@ def test_nodes_must_mean_the_same(several):
     with pytest.raises(UserError, match=r"node 1 \(.*\) has --lr 0.5, and node 0 \(.*\) "):
         made[0].agree(config)
     assert wrong.actor.lr == 0.5
+    # Lanes of several envs must be the same on all nodes: which env has which number is theirs.
+    made[1].tell({"kind": "settings", "settings": {"env_workers": "7"}})
+    with pytest.raises(UserError, match=r"node 1 \(.*\) has --env-workers 7, and node 0 "):
+        made[0].agree(completed(config, lanes=2))
 
 
 @pytest.mark.parametrize(

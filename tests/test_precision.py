@@ -18,11 +18,11 @@ import prepare
 import train
 from config import Config, completed, from_json, to_json
 from errors import UserError
+from gradients import Gradients
 from memory import Room, Table
 from models import layers, lora
 from models.gr00t import CategoryLinear, Gr00t
 from models.pi import Pi
-from ranks import Gradients
 from streamer import MicroBatch
 
 N = 5

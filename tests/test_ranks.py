@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ranks import Gradients, Meeting, Ranks
+from gradients import Gradients
+from ranks import Meeting, Ranks
 from tally import Tally
 
 
@@ -21,8 +22,8 @@ def act(rank: int, folder: str) -> None:
     ((rank + 1) * used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     if rank == 1:
         (once * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    list(ranks.meet())
-    gradients.sum()
+    list(gradients.meet())
+    list(gradients.sum())
 
     tally = Tally()
     tally.add("trained", 10 + rank)

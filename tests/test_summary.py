@@ -408,6 +408,7 @@ def test_every_wait_and_every_kind_of_work_has_a_colour():
         "optimizer",
         "publish",
         "checkpoint",
+        "reduce",
     }
     assert set(pictures.WORK) == recorded
 

@@ -19,7 +19,7 @@ import train
 from config import PRESETS, ROOT, Config, to_json
 from errors import UserError, exit_on_user_error
 from models import checkpoint
-from run_folder import RunFolder
+from run_folder import RunFolder, read_trace
 
 KEYS = {
     "iteration",
@@ -153,12 +153,15 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
         config["actor"]["actor_workers"],
     )
     assert workers == ((2, 2, 2) if case == "staleness-0" else (2, 1, 1))
-    stages = ("env", "rollout", "weights to rollout", "actor")
-    assert rows == {
-        f"{s}-{i}"
-        for s, n in zip(stages, (*workers[:2], workers[1], workers[2]), strict=True)
-        for i in range(n)
+    stages = {
+        "env": 2,
+        "rollout": workers[1],
+        "weights to rollout": workers[1],
+        "actor": workers[2],
     }
+    if case == "staleness-0":
+        stages["gradients of actor"] = 2
+    assert rows == {f"{stage}-{i}" for stage, count in stages.items() for i in range(count)}
     for picture in ("swimlane.png", "curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -208,6 +211,22 @@ def test_the_trace_has_a_span_per_unit_of_work(finished, case):
     assert [a["version"] for a in args["publish"] if a["bytes"]] == [0, 1, 2]
     assert {a["version"] for a in args["fetch"]} >= ({0, 1} if case == "staleness-0" else {0})
     assert {a["bytes"] for a in args["fetch"]} == {a["bytes"] for a in args["publish"]} - {0}
+
+
+def test_every_reduction_of_gradients_has_its_bytes_and_seconds(finished):
+    run = finished("staleness-0")
+    lines = lines_of(run)
+    sums = {name: row for name, row in read_trace(run).items() if name.startswith("gradients of")}
+    assert set(sums) == {"gradients of actor-0", "gradients of actor-1"}
+    for row in sums.values():
+        assert {what for what, *_ in row} == {"reduce"}
+        assert [args["bucket"] for *_, args in row].count(0) == len(lines)  # one minibatch each
+        size = sum(args["bytes"] for *_, args in row)
+        assert size == sum(line["reduce_bytes"] for line in lines) > 0
+        assert sum(line["reduce_s"] for line in lines) <= sum(b - a for _, a, b, _ in row) + 1e-3
+    for line in lines:
+        assert line["reduce_wait_s"] >= 0 and 0 < line["reduce_s"] < line["time"]
+    assert not any("reduce" in name for line in lines_of(finished("full")) for name in line)
 
 
 # What a batch holds and what is learned from it. fp32 sums in other orders; success and entropy are
