@@ -111,6 +111,8 @@ class Follower:
         for node, word in self.nodes.news():
             self.take(node, word)
         self.evaluate()
+        self.crew.elsewhere = self.nodes.work_elsewhere
+        self.nodes.work = self.crew.done
         return self.crew.watch(self.reports)
 
     def evaluate(self) -> None:

@@ -227,8 +227,9 @@ def test_rollout_workers_that_die_or_hang_are_replaced_and_an_actor_s_end_ends_t
 ):
     """A real policy, killed as for want of memory while another one hangs. Every action that is
     trained has the probability that it was executed with: at staleness 0 the ratio is 1."""
-    process = endless("--timeout-s 12 --rollout-workers 2 --max-staleness 0 --precision float32")
-    process.wait_for(tmp_path / "x" / "metrics.jsonl")
+    flags = "--timeout-s 12 --rollout-workers 2 --max-staleness 0 --precision float32"
+    process = endless(flags, wait=False)
+    process.wait_for(tmp_path / "x" / "metrics.jsonl", timeout=120.0)
     workers = process.workers()
     workers[1].kill()  # rollout-0 and rollout-1, after actor-0
     workers[2].suspend()
