@@ -223,7 +223,7 @@ class Learner:
         self.updates = 0
         self.tally = self
         self.totals = {}
-        self.gradients = Mock()
+        self.gradients = Mock(meet=ranks.meet, sum=lambda: (), spans=[])
         self.facts = tuple(run.channels.pool.spec)
         self.seen = ()
         # A rank may take long to build its model, while others have published already.
