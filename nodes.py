@@ -269,7 +269,10 @@ class Nodes:
         if self.first:
             return path
         runs = ROOT / "runs"
-        return runs / f".{path.name}.node-{self.number}"
+        # Runs elsewhere may have the same name.
+        other = hashlib.sha256(str(path.parent.absolute()).encode()).hexdigest()[:8]
+        name = path.name if path.parent == runs else f"{path.name}-{other}"
+        return runs / f".{name}.node-{self.number}"
 
     def copy_run(self, run: Path, version: int) -> None:
         """Copies from the first node to the others what a resumed run needs: its newest checkpoint,

@@ -247,7 +247,8 @@ def open_folder(setup: Setup, nodes: Nodes) -> RunFolder:
     nodes.agree(setup.config)
     train = setup.config.train
     if not nodes.first:
-        return RunFolder(nodes.folder(nodes.run), resume=True)
+        path = run_path(train.resume) if train.resume else nodes.folder(nodes.run)
+        return RunFolder(path, resume=True)
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
     # Whoever held the lock before may have saved since `prepare` looked.

@@ -47,7 +47,7 @@ WAYS = ("after", "beside")
 class Trained:
     """A model whose gradients are summed in one of the two ways."""
 
-    def __init__(self, name: str, way: str):
+    def __init__(self, name: str, way: str, ranks: Ranks):
         self.way = way
         self.model = random_model(name, "small", "cpu", torch.float32)
         trainable = self.model.trainable()
@@ -56,7 +56,7 @@ class Trained:
         obs = random_observations(self.model, SAMPLES, "cpu")
         acted = self.model.act(obs, random_noise(self.model, SAMPLES, "cpu"))
         self.stored = obs | {key: x.clone() for key, x in acted.items()}
-        self.gradients = Gradients(list(trainable.values()))
+        self.gradients = Gradients(list(trainable.values()), ranks)
 
     def step(self, ranks: Ranks) -> dict[str, float]:
         """Makes one step. Returns its seconds."""
@@ -90,7 +90,7 @@ def act(rank: int, name: str, folder: Path) -> list[dict]:
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     ranks = Ranks(rank, 2, "cpu", Meeting(folder / "rendezvous"))
-    both = [Trained(name, way) for way in WAYS]
+    both = [Trained(name, way, ranks) for way in WAYS]
     took = {way: [] for way in WAYS}
     for _ in range(WARMUP + STEPS):
         for one in both:
