@@ -295,6 +295,8 @@ class Nodes:
             dist.broadcast_object_list(listed)
             for name, size in listed[0]:
                 self.copy_file(run / name, into / name, size)
+        except RuntimeError as error:  # of Gloo
+            raise NodeLost(f"a node is gone that the run was copied to or from: {error}") from None
         finally:
             dist.destroy_process_group()
 
@@ -405,8 +407,13 @@ class Nodes:
                     self.beats[node] = self.feel(store, node, *self.beats[node])
                 self.leaving.wait(LOOK_S)
         except Exception as error:  # what torch says of a store that is gone has several kinds
-            host = self.address[0]
-            self.trouble = self.trouble or f"torchrun's store on {host} is gone ({error})"[:300]
+            self.trouble = self.trouble or self.gone(error)
+
+    def gone(self, error: Exception) -> str:
+        """Says so where torchrun's store does not answer."""
+        host, port = self.address
+        gone = f"torchrun's store on {host}, port {port}, is gone: has torchrun ended there?"
+        return f"{gone} ({error})"[:300]
 
     def hear(self, store: dist.Store, node: int, count: int) -> int:
         """Takes in the words of a node after the first `count`. Returns how many it has said."""
@@ -481,12 +488,13 @@ class Nodes:
             self.end(str(end), end.status)
             print(end, file=sys.stderr if end.status else sys.stdout, flush=True)
             raise SystemExit(end.status) from None
-        except NodeLost as lost:
-            self.end(f"error: {lost}", 1)
-            print(f"error: {lost}", file=sys.stderr, flush=True)
+        except (NodeLost, dist.DistError) as lost:
+            said = str(lost) if isinstance(lost, NodeLost) else self.gone(lost)
+            self.end(f"error: {said}", 1)
+            print(f"error: {said}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         except SystemExit as left:
-            self.end(f"{self.name} has ended with status {left.code}", left.code or 0)
+            self.end(f"{self.name} has ended: what it prints says why", left.code or 0)
             raise
         except BaseException as error:
             said = str(error) if isinstance(error, UserError) else repr(error)

@@ -158,7 +158,7 @@ def test_a_store_that_is_gone_is_named():
     made[1].thread.start()
     time.sleep(0.3)
     del store
-    with pytest.raises(NodeLost, match="torchrun's store on 127.0.0.1 is gone"):
+    with pytest.raises(NodeLost, match="torchrun's store on 127.0.0.1, port [0-9]+, is gone"):
         made[1].wait_for("anything")
     made[1].close()  # nobody is waited for
 
@@ -288,3 +288,12 @@ def test_a_resumed_run_is_copied_from_the_node_that_has_it(tmp_path, address):
         if path.is_file()
     }
     assert there == {name: data for name, data in files.items() if data != b"not this"}
+
+
+def test_a_store_that_nobody_has_is_named(capsys):
+    one = Nodes(1, 2, ("127.0.0.1", 1))
+    with pytest.raises(SystemExit) as left, one.together():
+        one.arrange(["--timeout-s", "1"])
+    assert left.value.code == 1
+    said = "error: torchrun's store on 127.0.0.1, port 1, is gone: has torchrun ended there? ("
+    assert capsys.readouterr().err.startswith(said)
