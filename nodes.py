@@ -68,8 +68,16 @@ class NodeLost(Exception):
 class Nodes:
     """This node among those of the run. One that is alone has nobody to talk to."""
 
-    def __init__(self, number: int = 0, count: int = 1, address: tuple[str, int] | None = None):
-        """number: torchrun's, until nodes have met; address: of torchrun's store."""
+    def __init__(
+        self,
+        number: int = 0,
+        count: int = 1,
+        address: tuple[str, int] | None = None,
+        job: str = "",
+    ):
+        """number: torchrun's, until nodes have met; address: of torchrun's store, which other jobs
+        may have, too; job: its --rdzv-id."""
+        self.job = job
         self.number = number
         self.count = count
         self.address = address
@@ -103,7 +111,8 @@ class Nodes:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: torchrun is gone
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until workers start
         address = told["MASTER_ADDR"], int(told["MASTER_PORT"])
-        return Nodes(int(told["RANK"]), int(told["WORLD_SIZE"]), address)
+        job = told["TORCHELASTIC_RUN_ID"]
+        return Nodes(int(told["RANK"]), int(told["WORLD_SIZE"]), address, job)
 
     @property
     def first(self) -> bool:
@@ -126,15 +135,16 @@ class Nodes:
         """Says where the actor workers of this start meet."""
         if not self.several:
             return Meeting(file)
-        return Meeting(file, self.address, self.key("actors"))
+        return Meeting(file, self.address, f"{self.job}/{self.key('actors')}")
 
     def key(self, *words: object) -> str:
         """Returns the store's key of something of this start."""
         return "/".join(["vla3", str(self.meets), *map(str, words)])
 
-    def open_store(self) -> dist.TCPStore:
+    def open_store(self) -> dist.Store:
         limit = timedelta(seconds=self.limit_s)
-        return dist.TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=limit)
+        options = {"is_master": False, "wait_for_workers": False, "timeout": limit}
+        return dist.PrefixStore(self.job, dist.TCPStore(*self.address, **options))
 
     # ---------------------------------------------------------------- before the workers start
 
@@ -456,8 +466,11 @@ class Nodes:
             self.tell({"kind": "spans", "pieces": len(pieces), "clock": self.clock})
             return
         found: dict[int, dict] = {}
-        with contextlib.suppress(NodeLost, Ended):
-            self.wait_for("spans", SPANS_S, found)
+        late = time.monotonic() + SPANS_S
+        with contextlib.suppress(NodeLost):
+            while len(found) < len(self.others):
+                with contextlib.suppress(Ended):  # one that has failed sends them, too
+                    self.wait_for("spans", late - time.monotonic(), found)
         for node, word in found.items():
             keys = [self.key("spans", node, number) for number in range(word["pieces"])]
             said = take_spans(folder, node, [store.get(key) for key in keys], word["clock"])

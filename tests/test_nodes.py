@@ -79,7 +79,15 @@ def test_nodes_meet_and_are_numbered_by_who_has_the_run(several):
     assert hellos[0] == hellos[1] == hellos[2]
     assert made[0].names == made[2].names and made[0].name.startswith("node 1 (")
     assert all(abs(one.clock) < 0.1 for one in made)  # they have one clock
-    assert made[1].meeting(Path("x")).name == made[2].meeting(Path("y")).name == "vla3/8/actors"
+    assert made[1].meeting(Path("x")).name == made[2].meeting(Path("y")).name == "/vla3/8/actors"
+
+
+def test_jobs_may_have_one_store(address):
+    """Of two torchruns with one port and two ids, the second one uses the first one's store."""
+    made = [Nodes(rank, 2, address, job) for job in ("a", "b") for rank in range(2)]
+    met(made, [-1, -1, 3, 7])
+    assert [one.number for one in made] == [0, 1, 1, 0]
+    assert [one.meeting(Path("x")).name[:2] for one in made] == ["a/", "a/", "b/", "b/"]
 
 
 def test_nodes_must_run_the_same_program_and_have_one_time(several):
