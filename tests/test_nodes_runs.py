@@ -5,6 +5,8 @@ What a launcher says to another, in one process: test_nodes.py."""
 import contextlib
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
