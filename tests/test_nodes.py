@@ -3,6 +3,7 @@
 Nodes here are threads that share a store; whole runs by torchrun are in test_nodes_runs.py."""
 
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -225,13 +226,16 @@ def caught(act) -> BaseException | None:
     return None
 
 
-def test_nodes_must_mean_the_same(several):
+def test_nodes_must_mean_the_same(several, tmp_path):
     made = several(2)
     met(made, [-1, -1])
     for one in made:
         one.thread.start()
-    config = Config()
-    same = completed(config, checkpoint=Path("elsewhere"), env_workers=7, node=1)
+    files = [tmp_path / name for name in ("one", "same", "other")]
+    for file in files:
+        file.write_bytes(bytes(16_000_000))
+    config = completed(Config(), checkpoint=files[0])
+    same = completed(config, checkpoint=files[1], env_workers=7, node=1)
     made[0].name_run("x")
     assert at_once(Nodes.agree, made, [config, same]) == [None, None]
     assert made[1].run == "x"
@@ -240,6 +244,13 @@ def test_nodes_must_mean_the_same(several):
     with pytest.raises(UserError, match=r"node 1 \(.*\) has --lr 0.5, and node 0 \(.*\) "):
         made[0].agree(config)
     assert wrong.actor.lr == 0.5
+    # The same flags, and files that differ in one place, which no actor may look at.
+    with open(files[2], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    made[1].tell({"kind": "settings", "settings": {"checkpoint": nodes.contents(files[2])}})
+    with pytest.raises(UserError, match=r"node 1 \(.*\) has --checkpoint contents .*: give all"):
+        made[0].agree(config)
     # Lanes of several envs must be the same on all nodes: which env has which number is theirs.
     made[1].tell({"kind": "settings", "settings": {"env_workers": "7"}})
     with pytest.raises(UserError, match=r"node 1 \(.*\) has --env-workers 7, and node 0 "):
