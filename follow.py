@@ -341,8 +341,8 @@ class Follower:
             except Ended as end:
                 return self.ended(end)
             except NodeLost as lost:
-                gone = f"error: {said}" if isinstance(failure, WorkerFailed) else f"error: {lost}"
-                return End(gone, 1)
+                known = isinstance(failure, WorkerFailed) and not re.search(LOST, said)
+                return End(f"error: {said if known else lost}", 1)
         failure = self.cause(failure)
         past = self.tuner.past
         now = self.config.train.parts
