@@ -382,3 +382,103 @@ def test_a_run_goes_on_from_the_one_disk_that_has_it(nodes, checkouts):
         assert not list((checkouts[1] / "runs").glob("*x*"))
         flags = "--resume-or-start x --iterations 100000"
     assert len(checkpoints_of(run)) == 2
+
+
+# What one of two nodes gets wrong, and what both say of it.
+MISTAKES = [
+    ("--nonsense 1", "Unrecognized options: --nonsense|has ended: what it prints says why"),
+    ("--env nonsense", "unknown --env 'nonsense'"),
+    ("--checkpoint /nowhere/x.safetensors --model pi05", "no checkpoint at /nowhere/x.safetensors"),
+    ("--seed 4", r"node 1 \(.*\) has --seed 4, and node 0 \(.*\) 3: give all nodes the same"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong, said", MISTAKES)
+@pytest.mark.parametrize("node", range(2))
+def test_a_mistake_on_one_node_ends_all(nodes, tmp_path, node, wrong, said):
+    run = tmp_path / "one"
+    flags = [f"{BRIEF} --run {run}"] * 2
+    flags[node] += f" {wrong}"
+    job = nodes(flags, STATIC)
+    assert job.finish() == [1, 1], job.said()
+    if wrong.startswith("--seed") and node == 0:
+        said = r"node 1 \(.*\) has --seed 3, and node 0 \(.*\) 4: give all nodes the same"
+    for place in range(2):
+        assert re.search(said, job.said(place)), job.said()
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_torchrun_must_start_one_launcher(nodes, tmp_path):
+    job = nodes(f"{BRIEF} --run {tmp_path / 'one'}", f"--nproc-per-node 2 {C10D}")
+    assert job.finish() == [1, 1], job.said()
+    for node in range(2):
+        assert "--nproc-per-node 2 starts 2 launchers on a machine: give 1" in job.said(node)
+
+
+@pytest.mark.slow
+def test_a_run_that_another_job_trains_is_left_alone(nodes, tmp_path):
+    run = tmp_path / "one"
+    job = begun(nodes(f"{ENDLESS} --run {run}", STATIC), run)
+    second = nodes(f"{ENDLESS} --resume-or-start {run}", STATIC)
+    assert second.finish() == [1, 1], second.said()
+    for node in range(2):
+        assert f"run {run} is being trained by another process" in second.said(node)
+    begun(job, run, 3)
+    send(job, 0, "launcher", signal.SIGTERM)
+    job.finish()
+    assert checkpoints_of(run) == [len(lines_of(run))]
+
+
+RATIO = """
+import importlib.util
+import sys
+from errors import exit_on_user_error
+import tuning
+
+spec = importlib.util.spec_from_file_location("train", "ROOT/train.py")
+train = importlib.util.module_from_spec(spec)
+sys.modules["train"] = train
+spec.loader.exec_module(train)
+iteration = tuning.Tuner.iteration
+
+def decides(self, version, cpu_s):
+    iteration(self, version, cpu_s)
+    if version >= 3 and self.ratio == "3:1" and self.config.train.node == 0:
+        self.past.left = self.ratio
+        self.past.measured["3:1"] = 1.0
+        self.past.rejected.add("2:2")
+        self.ratio = self.past.news["ratio"] = "1:1"
+
+tuning.Tuner.iteration = decides
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(train.begin(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_the_first_node_decides_the_ratio_and_all_start_again(nodes, tmp_path):
+    run = tmp_path / "one"
+    (tmp_path / "train.py").write_text(RATIO.replace("ROOT", str(ROOT)))
+    flags = BRIEF.replace("--ratio 1:1", "--ratio auto").replace("--timeout-s 8", "--timeout-s 30")
+    roots = (tmp_path, tmp_path)
+    job = nodes(f"{flags} --iterations 9 --run {run}", STATIC, roots=roots, PYTHONPATH=str(ROOT))
+    assert job.finish(200.0) == [0, 0], job.said()
+    lines = lines_of(run)
+    assert len(lines) == 9
+    assert [line["tuning"]["ratio"] for line in lines if "ratio" in line["tuning"]] == ["1:1"]
+    assert not re.search("^ratio", job.said(1), re.MULTILINE)
+    assert assert_balanced(run)["version"] == 9
+    assert len([row for row in read_trace(run) if row.startswith("node 1 ")]) > 4
+
+
+@pytest.mark.slow
+def test_weights_are_shared_within_a_node_and_alike_on_all(nodes, tmp_path, tiny_checkpoint):
+    run = tmp_path / "one"
+    flags = BRIEF.replace("--model emulated", f"--model pi05 --checkpoint {tiny_checkpoint}")
+    flags = flags.replace("--timeout-s 8", "--timeout-s 60").replace("--image-size 8 ", "")
+    job = nodes(f"{flags} --shard --actor-workers 2 --iterations 3 --run {run}", STATIC)
+    assert job.finish(240.0) == [0, 0], job.said()
+    assert assert_balanced(run)["version"] == 3 and len(lines_of(run)) == 3
