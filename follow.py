@@ -101,7 +101,7 @@ class Follower:
                 self.say_how_it_begins()
                 self.tune()
                 end = self.hear(self.reports.recv()) if news else None
-                if end is None and (self.interrupts or self.asked_elsewhere):
+                if end is None and self.is_interrupted:
                     end = self.interrupt()
         return end
 
@@ -111,6 +111,8 @@ class Follower:
         for node, word in self.nodes.news():
             self.take(node, word)
         self.evaluate()
+        self.crew.elsewhere = self.nodes.work_elsewhere
+        self.nodes.work = self.crew.done
         return self.crew.watch(self.reports)
 
     def evaluate(self) -> None:
@@ -238,7 +240,7 @@ class Follower:
     def finish_evaluating(self) -> None:
         """Every run ends with an evaluation of the last weights. Nothing is left to hold up."""
         last = self.config.train.iterations
-        while self.evaluations.news.get("eval_version") != last and not self.interrupts:
+        while self.evaluations.news.get("eval_version") != last and not self.is_interrupted:
             self.watch()
             time.sleep(0.25)
 
@@ -264,6 +266,10 @@ class Follower:
             except Exception as error:  # whatever the mirror of a run ends with, the run goes on
                 print(f"warning: Weights & Biases stops: {error}", file=sys.stderr, flush=True)
                 self.tracker = None
+
+    @property
+    def is_interrupted(self) -> bool:
+        return bool(self.interrupts or self.asked_elsewhere)
 
     def interrupt(self) -> End | None:
         """Lets the actor save at the first interrupt; stops at once at a second Ctrl-C, or at

@@ -81,6 +81,8 @@ class Nodes:
         self.inbox: deque[tuple[int, dict]] = deque()
         self.outbox: deque[dict] = deque()
         self.beats: dict[int, tuple[str, float]] = {}  # the newest sign of life, and when it came
+        self.work = 0.0  # what the workers here have done so far, in any measure
+        self.works: dict[int, float] = {}  # and those of others
         self.trouble = ""  # why there are no more words
         self.leaving = threading.Event()
         self.thread = threading.Thread(target=self.talk, daemon=True, name="nodes")
@@ -269,7 +271,10 @@ class Nodes:
         if self.first:
             return path
         runs = ROOT / "runs"
-        return runs / f".{path.name}.node-{self.number}"
+        # Runs elsewhere may have the same name.
+        other = hashlib.sha256(str(path.parent.absolute()).encode()).hexdigest()[:8]
+        name = path.name if path.parent == runs else f"{path.name}-{other}"
+        return runs / f".{name}.node-{self.number}"
 
     def copy_run(self, run: Path, version: int) -> None:
         """Copies from the first node to the others what a resumed run needs: its newest checkpoint,
@@ -395,7 +400,8 @@ class Nodes:
                     self.outbox.popleft()
                     told += 1
                 if now - beaten > BEAT_S:
-                    store.set(self.key("alive", self.number), str(now))
+                    work = self.work + (self.work_elsewhere if self.first else 0.0)
+                    store.set(self.key("alive", self.number), f"{now} {work}")
                     beaten = now
                 for node in self.others:
                     heard[node] = self.hear(store, node, heard[node])
@@ -420,11 +426,18 @@ class Nodes:
         key = self.key("alive", node)
         now = store.get(key).decode() if store.check([key]) else ""
         if now != beat:
+            self.works[node] = float(now.split()[1])
             return now, time.monotonic()
         if time.monotonic() - when > self.limit_s:
             self.trouble = f"{self.names[node]} is silent for {self.limit_s:.0f} s: is it gone?"
             raise NodeLost(self.trouble)
         return beat, when
+
+    @property
+    def work_elsewhere(self) -> float:
+        """Returns a number that grows while workers of other nodes do something: a node may wait
+        long for gradients of a slower one."""
+        return sum(list(self.works.values()))
 
     def silent(self) -> str:
         """Names the nodes that have given no sign of life for some seconds, or ""."""

@@ -121,6 +121,8 @@ def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None
         before = from_json(folder.path / "config.json")
         if changed := differences(before, setup.config):
             print(f"other settings than this run had so far: {', '.join(changed)}")
+        if before.train.nodes != setup.config.train.nodes:
+            print(other_batches(before, setup.config))
         if jump := rate_jump(before, setup.config, setup.version):
             print(jump)
     print(where(setup))
@@ -158,6 +160,14 @@ def played_again(setup: Setup, folder: RunFolder) -> str:
     if newest <= setup.version:
         return ""
     return f"; it was killed at iteration {newest}, so those after {setup.version} come again"
+
+
+def other_batches(before: Config, now: Config) -> str:
+    """Says what another number of nodes makes of the batches."""
+    was, is_now = (config.actor.batch * config.train.nodes for config in (before, now))
+    size = f"a batch of all nodes has {is_now} trajectories now (was {was})"
+    whose = "which one a trajectory belongs to follows from its env's number among all nodes' envs"
+    return f"{size}: the same learning rates mean something else, and {whose}"
 
 
 def rate_jump(before: Config, now: Config, version: int) -> str:
@@ -247,7 +257,8 @@ def open_folder(setup: Setup, nodes: Nodes) -> RunFolder:
     nodes.agree(setup.config)
     train = setup.config.train
     if not nodes.first:
-        return RunFolder(nodes.folder(nodes.run), resume=True)
+        path = run_path(train.resume) if train.resume else nodes.folder(nodes.run)
+        return RunFolder(path, resume=True)
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
     # Whoever held the lock before may have saved since `prepare` looked.

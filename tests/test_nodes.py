@@ -151,6 +151,30 @@ def test_a_silent_node_is_lost_and_named_by_all(several, monkeypatch):
         made[2].wait_for("anything")
 
 
+def test_work_of_any_node_is_seen_by_all(several, monkeypatch):
+    """A node that waits long for the gradients of a slower one is not to give up."""
+    monkeypatch.setattr(nodes, "BEAT_S", 0.05)
+    made = several(3)
+    met(made, [-1, -1, -1])
+    for one in made:
+        one.thread.start()
+
+    def seen(*work: float) -> bool:
+        late = time.monotonic() + 20.0
+        while time.monotonic() < late:
+            if tuple(one.work_elsewhere for one in made) == work:
+                return True
+            time.sleep(0.05)
+        return False
+
+    made[2].work = 3.0
+    assert seen(3.0, 3.0, 3.0)
+    made[0].work = 1.0
+    assert seen(3.0, 4.0, 4.0)
+    time.sleep(0.3)  # it does not grow by itself
+    assert seen(3.0, 4.0, 4.0)
+
+
 def test_a_store_that_is_gone_is_named():
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     made = [Nodes(rank, 2, ("127.0.0.1", store.port)) for rank in range(2)]
