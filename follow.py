@@ -21,8 +21,9 @@ from run_folder import RunFolder
 from tuning import Tuner
 
 EXPLAIN_S = 6.0  # that a lost connection may wait for its cause
-# What Gloo and NCCL say where another rank is gone.
+# What Gloo and NCCL say where another rank is gone, and a launcher where all wait for one.
 LOST = r"closed by peer|reset by peer|Broken pipe|pair closure|remote process exited|NCCL"
+LOST += r"|nothing happened for .* for gradient"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,11 @@ class Follower:
         how it has ended."""
         try:
             end = self.go_on()
-            self.nodes.end(end.message, end.status)
         except (WorkerFailed, NodeLost) as failure:
             end = self.failed(failure)
         except Ended as elsewhere:
             end = self.ended(elsewhere)
-        if self.nodes.first:
-            self.nodes.end(end.message, end.status, end.ratio)
+        self.nodes.end(end.message, end.status, end.ratio)
         return end
 
     def go_on(self) -> End:

@@ -68,8 +68,16 @@ class NodeLost(Exception):
 class Nodes:
     """This node among those of the run. One that is alone has nobody to talk to."""
 
-    def __init__(self, number: int = 0, count: int = 1, address: tuple[str, int] | None = None):
-        """number: torchrun's, until nodes have met; address: of torchrun's store."""
+    def __init__(
+        self,
+        number: int = 0,
+        count: int = 1,
+        address: tuple[str, int] | None = None,
+        job: str = "",
+    ):
+        """number: torchrun's, until nodes have met; address: of torchrun's store, which other jobs
+        may have, too; job: its --rdzv-id."""
+        self.job = job
         self.number = number
         self.count = count
         self.address = address
@@ -105,7 +113,8 @@ class Nodes:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: torchrun is gone
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # until workers start
         address = told["MASTER_ADDR"], int(told["MASTER_PORT"])
-        return Nodes(int(told["RANK"]), int(told["WORLD_SIZE"]), address)
+        job = told["TORCHELASTIC_RUN_ID"]
+        return Nodes(int(told["RANK"]), int(told["WORLD_SIZE"]), address, job)
 
     @property
     def first(self) -> bool:
@@ -128,15 +137,16 @@ class Nodes:
         """Says where the actor workers of this start meet."""
         if not self.several:
             return Meeting(file)
-        return Meeting(file, self.address, self.key("actors"))
+        return Meeting(file, self.address, f"{self.job}/{self.key('actors')}")
 
     def key(self, *words: object) -> str:
         """Returns the store's key of something of this start."""
         return "/".join(["vla3", str(self.meets), *map(str, words)])
 
-    def open_store(self) -> dist.TCPStore:
+    def open_store(self) -> dist.Store:
         limit = timedelta(seconds=self.limit_s)
-        return dist.TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=limit)
+        options = {"is_master": False, "wait_for_workers": False, "timeout": limit}
+        return dist.PrefixStore(self.job, dist.TCPStore(*self.address, **options))
 
     # ---------------------------------------------------------------- before the workers start
 
@@ -297,6 +307,8 @@ class Nodes:
             dist.broadcast_object_list(listed)
             for name, size in listed[0]:
                 self.copy_file(run / name, into / name, size)
+        except RuntimeError as error:  # of Gloo
+            raise NodeLost(f"a node is gone that the run was copied to or from: {error}") from None
         finally:
             dist.destroy_process_group()
 
@@ -324,6 +336,7 @@ class Nodes:
             return
         own = OWN[:-1] if config.env.lanes else OWN
         mine = {name: str(setting(config, name)) for name in STAGE_OF if name not in own}
+        mine |= {name: contents(setting(config, name)) for name in ("checkpoint", "adapter")}
         if not self.first:
             self.tell({"kind": "settings", "settings": mine})
             self.run = self.wait_for("agreed")[0]["run"]
@@ -332,7 +345,7 @@ class Nodes:
             for name, value in word["settings"].items():
                 found = f"{self.names[node]} has {flag_of(name)} {value or 'empty'}"
                 other = f"and {self.names[0]} {mine[name] or 'empty'}"
-                same = "give all nodes the same flags, on machines that are alike"
+                same = "give all nodes the same flags and files, on machines that are alike"
                 require(value == mine[name], f"{found}, {other}: {same}")
 
     def name_run(self, run: str) -> None:
@@ -408,8 +421,13 @@ class Nodes:
                     self.beats[node] = self.feel(store, node, *self.beats[node])
                 self.leaving.wait(LOOK_S)
         except Exception as error:  # what torch says of a store that is gone has several kinds
-            host = self.address[0]
-            self.trouble = self.trouble or f"torchrun's store on {host} is gone ({error})"[:300]
+            self.trouble = self.trouble or self.gone(error)
+
+    def gone(self, error: Exception) -> str:
+        """Says so where torchrun's store does not answer."""
+        host, port = self.address
+        gone = f"torchrun's store on {host}, port {port}, is gone: has torchrun ended there?"
+        return f"{gone} ({error})"[:300]
 
     def hear(self, store: dist.Store, node: int, count: int) -> int:
         """Takes in the words of a node after the first `count`. Returns how many it has said."""
@@ -459,8 +477,11 @@ class Nodes:
             self.tell({"kind": "spans", "pieces": len(pieces), "clock": self.clock})
             return
         found: dict[int, dict] = {}
-        with contextlib.suppress(NodeLost, Ended):
-            self.wait_for("spans", SPANS_S, found)
+        late = time.monotonic() + SPANS_S
+        with contextlib.suppress(NodeLost):
+            while len(found) < len(self.others):
+                with contextlib.suppress(Ended):  # one that has failed sends them, too
+                    self.wait_for("spans", late - time.monotonic(), found)
         for node, word in found.items():
             keys = [self.key("spans", node, number) for number in range(word["pieces"])]
             said = take_spans(folder, node, [store.get(key) for key in keys], word["clock"])
@@ -491,12 +512,13 @@ class Nodes:
             self.end(str(end), end.status)
             print(end, file=sys.stderr if end.status else sys.stdout, flush=True)
             raise SystemExit(end.status) from None
-        except NodeLost as lost:
-            self.end(f"error: {lost}", 1)
-            print(f"error: {lost}", file=sys.stderr, flush=True)
+        except (NodeLost, dist.DistError) as lost:
+            said = str(lost) if isinstance(lost, NodeLost) else self.gone(lost)
+            self.end(f"error: {said}", 1)
+            print(f"error: {said}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
         except SystemExit as left:
-            self.end(f"{self.name} has ended with status {left.code}", left.code or 0)
+            self.end(f"{self.name} has ended: what it prints says why", left.code or 0)
             raise
         except BaseException as error:
             said = str(error) if isinstance(error, UserError) else repr(error)
@@ -524,6 +546,22 @@ class Nodes:
             self.tell({"kind": "bye"})
         self.leaving.set()
         self.thread.join(FAREWELL_S)
+
+
+def contents(path: Path | None) -> str:
+    """Names what the files of a checkpoint hold. Of large ones 256 pieces are read: actors compare
+    what they train (`Ranks.check_alike`), but not what they leave to rollout workers."""
+    if path is None:
+        return ""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            for place in sorted({size * n // 256 for n in range(256)}):
+                stream.seek(place)
+                found.update(stream.read(2**16))
+        found.update(str(size).encode())
+    return f"contents {found.hexdigest()[:8]}"
 
 
 def about_this_program() -> dict:

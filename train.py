@@ -309,7 +309,7 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
     try:
         nodes.gather_spans(folder.spans)
         if not nodes.first:
-            folder.remove()
+            folder.remove(failed=end.status == 1)
             return nodes.status(end.status)
         folder.finish()
         if not interrupts:  # who ends a run may not wait for long; `python -m metrics` draws, too

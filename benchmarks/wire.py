@@ -1,6 +1,6 @@
 """Compares the planner's communication model with reductions over a network of limited speed.
 
-    python -m benchmarks.wire [--json FILE]      two minutes; as root, or under `unshare -rn`
+    python -m benchmarks.wire [--json FILE]      minutes; as root, or under `unshare -rn`
 
 Each node is a network namespace with a card of its own on a bridge, and `tc` limits what the card
 sends (tbf). The ranks in it sum a tensor by torch.distributed with Gloo, as actor workers without
@@ -30,12 +30,13 @@ GPUs (NCCL).
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,7 @@ REPEATS = 4
 WARMUP = 1  # sums that do not count
 NODES = ((2, 1), (4, 1), (2, 2))  # and ranks of each
 MBIT_S = (100, 200)
-MIB = (1, 8)
+MIB = (4, 8)
 BUCKETS = 8
 RUN_MB = 4  # gradients of a minibatch
 RUN = (
@@ -104,16 +105,19 @@ def sum_as_told(rank: int, ranks: int, store: str) -> None:
         case = Case(*json.loads(line))
         tensor = torch.ones(max(1, int(case.mib * 2**18)))
         seconds = []
+        worked = []
         sent = []
         for _ in range(WARMUP + REPEATS):
             tensor.fill_(1.0)
             dist.barrier()
             before = bytes_sent()
+            start = time.perf_counter()
             works = []
             for bucket in tensor.chunk(case.buckets):
                 time.sleep(case.beside_s / case.buckets)
                 works.append(dist.all_reduce(bucket, async_op=True))
             ready = time.perf_counter()
+            worked.append(ready - start)
             for work in works:
                 work.wait()
             seconds.append(time.perf_counter() - ready)
@@ -123,8 +127,8 @@ def sum_as_told(rank: int, ranks: int, store: str) -> None:
         slowest = torch.tensor(seconds)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if rank == 0:
-            found = [float(slowest[WARMUP:].min()), min(sent[WARMUP:])]
-            print(json.dumps(found), flush=True)
+            best = WARMUP + int(slowest[WARMUP:].argmin())
+            print(json.dumps([float(slowest[best]), worked[best], sent[best]]), flush=True)
     dist.destroy_process_group()
 
 
@@ -286,7 +290,7 @@ def measured(nodes: int, ranks: int) -> list[dict]:
             raise UserError("a rank ended before it was ready: see above")
 
         # What one hop takes is the one thing that is fitted.
-        def run(case: Case) -> tuple[float, float]:
+        def run(case: Case) -> tuple[float, float, float]:
             network.limit(case.mbit_s)
             for process in processes:
                 process.stdin.write(json.dumps(case) + "\n")
@@ -296,7 +300,7 @@ def measured(nodes: int, ranks: int) -> list[dict]:
                 raise UserError("a rank ended while it summed: see above")
             return tuple(json.loads(line))
 
-        seconds, _ = run(Case(FREE_MBIT_S, 0))
+        seconds, *_ = run(Case(FREE_MBIT_S, 0))
         hop_s = seconds / (2 * (nodes * ranks - 1))
         rows = []
         for mbit_s in MBIT_S:
@@ -305,14 +309,22 @@ def measured(nodes: int, ranks: int) -> list[dict]:
             # Work that hides half of the sum, and work that hides all but its last bucket.
             hidden = [Case(mbit_s, MIB[-1], BUCKETS, share * whole_s) for share in (0.5, 1.5)]
             for case in plain + hidden * (mbit_s == MBIT_S[0]):
+                seconds, worked, sent = run(case)
+                if case.beside_s:
+                    case = case._replace(beside_s=worked)  # a sleep is never shorter than asked
                 row = {"nodes": nodes, "ranks": ranks} | case._asdict()
-                seconds, sent = run(case)
                 model_s = modelled(case, nodes, ranks, hop_s)
                 gb = case.mib * 2**20 / 1e9
                 row |= {"gb_sent": sent / 1e9, "gb_model": wire_gb(gb, nodes * ranks)}
                 row |= {"seconds": seconds, "model_s": model_s, "ratio": seconds / model_s}
                 rows.append(row)
                 print(", ".join(f"{name} {cell(value)}" for name, value in row.items()), flush=True)
+        # Let the ranks end by themselves.
+        for process in processes:
+            process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):
+            for process in processes:
+                process.wait(timeout=20)
     return rows
 
 
@@ -338,6 +350,8 @@ def main(config: WireConfig) -> None:
     if config.rank >= 0:
         sum_as_told(config.rank, config.ranks, config.store)
         return
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip", "tc"))):
+        sys.exit(f"error: {REFUSED}")
     end_on_sigterm()
     rows = []
     if config.runs:

@@ -136,4 +136,4 @@ if __name__ == "__main__":
     from errors import exit_on_user_error
 
     with exit_on_user_error():
-        sys.exit(train.main(train.parse(sys.argv[1:])))
+        sys.exit(train.begin(sys.argv[1:]))

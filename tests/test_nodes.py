@@ -3,6 +3,7 @@
 Nodes here are threads that share a store; whole runs by torchrun are in test_nodes_runs.py."""
 
 import json
+import os
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,7 +80,15 @@ def test_nodes_meet_and_are_numbered_by_who_has_the_run(several):
     assert hellos[0] == hellos[1] == hellos[2]
     assert made[0].names == made[2].names and made[0].name.startswith("node 1 (")
     assert all(abs(one.clock) < 0.1 for one in made)  # they have one clock
-    assert made[1].meeting(Path("x")).name == made[2].meeting(Path("y")).name == "vla3/8/actors"
+    assert made[1].meeting(Path("x")).name == made[2].meeting(Path("y")).name == "/vla3/8/actors"
+
+
+def test_jobs_may_have_one_store(address):
+    """Of two torchruns with one port and two ids, the second one uses the first one's store."""
+    made = [Nodes(rank, 2, address, job) for job in ("a", "b") for rank in range(2)]
+    met(made, [-1, -1, 3, 7])
+    assert [one.number for one in made] == [0, 1, 1, 0]
+    assert [one.meeting(Path("x")).name[:2] for one in made] == ["a/", "a/", "b/", "b/"]
 
 
 def test_nodes_must_run_the_same_program_and_have_one_time(several):
@@ -182,7 +191,7 @@ def test_a_store_that_is_gone_is_named():
     made[1].thread.start()
     time.sleep(0.3)
     del store
-    with pytest.raises(NodeLost, match="torchrun's store on 127.0.0.1 is gone"):
+    with pytest.raises(NodeLost, match="torchrun's store on 127.0.0.1, port [0-9]+, is gone"):
         made[1].wait_for("anything")
     made[1].close()  # nobody is waited for
 
@@ -217,13 +226,16 @@ def caught(act) -> BaseException | None:
     return None
 
 
-def test_nodes_must_mean_the_same(several):
+def test_nodes_must_mean_the_same(several, tmp_path):
     made = several(2)
     met(made, [-1, -1])
     for one in made:
         one.thread.start()
-    config = Config()
-    same = completed(config, checkpoint=Path("elsewhere"), env_workers=7, node=1)
+    files = [tmp_path / name for name in ("one", "same", "other")]
+    for file in files:
+        file.write_bytes(bytes(16_000_000))
+    config = completed(Config(), checkpoint=files[0])
+    same = completed(config, checkpoint=files[1], env_workers=7, node=1)
     made[0].name_run("x")
     assert at_once(Nodes.agree, made, [config, same]) == [None, None]
     assert made[1].run == "x"
@@ -232,6 +244,13 @@ def test_nodes_must_mean_the_same(several):
     with pytest.raises(UserError, match=r"node 1 \(.*\) has --lr 0.5, and node 0 \(.*\) "):
         made[0].agree(config)
     assert wrong.actor.lr == 0.5
+    # The same flags, and files that differ in one place, which no actor may look at.
+    with open(files[2], "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    made[1].tell({"kind": "settings", "settings": {"checkpoint": nodes.contents(files[2])}})
+    with pytest.raises(UserError, match=r"node 1 \(.*\) has --checkpoint contents .*: give all"):
+        made[0].agree(config)
     # Lanes of several envs must be the same on all nodes: which env has which number is theirs.
     made[1].tell({"kind": "settings", "settings": {"env_workers": "7"}})
     with pytest.raises(UserError, match=r"node 1 \(.*\) has --env-workers 7, and node 0 "):
@@ -312,3 +331,12 @@ def test_a_resumed_run_is_copied_from_the_node_that_has_it(tmp_path, address):
         if path.is_file()
     }
     assert there == {name: data for name, data in files.items() if data != b"not this"}
+
+
+def test_a_store_that_nobody_has_is_named(capsys):
+    one = Nodes(1, 2, ("127.0.0.1", 1))
+    with pytest.raises(SystemExit) as left, one.together():
+        one.arrange(["--timeout-s", "1"])
+    assert left.value.code == 1
+    said = "error: torchrun's store on 127.0.0.1, port 1, is gone: has torchrun ended there? ("
+    assert capsys.readouterr().err.startswith(said)

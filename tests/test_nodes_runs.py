@@ -5,6 +5,8 @@ What a launcher says to another, in one process: test_nodes.py."""
 import contextlib
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -14,9 +16,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import assert_balanced
 
 from benchmarks.faults import shared_memory
 from config import ROOT
+from run_folder import read_metrics, read_trace
 
 # The smallest run of every kind of worker.
 BRIEF = (
@@ -25,6 +29,9 @@ BRIEF = (
     "--env-workers 2 --seed 3 --timeout-s 8"
 )
 ENDLESS = f"{BRIEF} --iterations 100000 --checkpoint-every 1000"
+# How torchruns find one another: by who comes first, or with numbers, so that node 0 is known.
+C10D = "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port}"
+STATIC = "--rdzv-backend static --node-rank {node} --master-addr 127.0.0.1 --master-port {port}"
 END_S = 40.0  # seconds in which all nodes must have ended: --timeout-s and torchrun's own part
 
 
@@ -37,7 +44,7 @@ def free_port() -> int:
 class Job:
     """One torchrun for each node. An environment variable marks all of its processes."""
 
-    def __init__(self, logs: Path, flags: list[str], options: str = "", roots=(ROOT, ROOT), **more):
+    def __init__(self, logs: Path, flags: list[str], options: str, roots=(ROOT, ROOT), **more):
         """flags: of train.py, for each node; options: of torchrun; roots: the checkout of each."""
         self.mark = uuid.uuid4().hex
         self.port = more.pop("port", 0) or free_port()
@@ -45,7 +52,7 @@ class Job:
         self.logs = [logs / f"{self.mark[:6]}-{node}.log" for node in range(len(flags))]
         self.agents: list[subprocess.Popen] = []
         self.flags = flags
-        self.options = options or "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{port}"
+        self.options = options
         self.environment = os.environ | {"TEST_MARK": self.mark} | more
         for node in range(len(flags)):
             self.start(node)
@@ -146,7 +153,7 @@ def nodes(tmp_path):
     started = []
     before = shared_memory()
 
-    def start(flags: str | list[str], options: str = "", **more) -> Job:
+    def start(flags: str | list[str], options: str = C10D, **more) -> Job:
         flags = [flags] * 2 if isinstance(flags, str) else flags
         started.append(Job(tmp_path, flags, options, **more))
         return started[-1]
@@ -164,3 +171,214 @@ def nodes(tmp_path):
     finally:
         for job in started:
             job.kill()
+
+
+def lines_of(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, of which none may be missing or doubled."""
+    lines = read_metrics(run)
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    return lines
+
+
+def checkpoints_of(run: Path) -> list[int]:
+    return sorted(int(path.name) for path in run.glob("checkpoints/0*"))
+
+
+def begun(job: Job, run: Path, more: int = 1) -> Job:
+    """Waits until a job has trained so many iterations more than its run has lines."""
+    file = run / "metrics.jsonl"
+    have = len(file.read_text().splitlines()) if file.is_file() else 0
+    job.wait_for(file, have + more)
+    return job
+
+
+def send(job: Job, number: int, what: str, signal_number: int) -> None:
+    """Sends a signal to "torchrun", "launcher" or a worker of a node."""
+    place = job.node(number)
+    if what == "torchrun":
+        process = psutil.Process(job.agents[place].pid)
+    elif what == "launcher":
+        process = job.launcher(place)
+    else:
+        process = job.worker(place, what)
+    process.send_signal(signal_number)
+
+
+def copied_checkout(folder: Path) -> Path:
+    """A checkout of its own, as that of another machine: what is in runs/ is not shared."""
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.suffix == ".py":
+            shutil.copy(path, folder)
+        elif path.name in ("assets", "envs", "models", "planning", "benchmarks"):
+            shutil.copytree(path, folder / path.name)
+    return folder
+
+
+@pytest.fixture
+def checkouts(tmp_path):
+    return copied_checkout(tmp_path / "a"), copied_checkout(tmp_path / "b")
+
+
+def test_two_nodes_are_one_run(nodes, tmp_path):
+    run = tmp_path / "runs" / "one"
+    evaluates = "--eval-envs 2 --eval-every 2 --eval-episodes 4 --iterations 3"
+    flags = BRIEF.replace("--eval-envs 0 --eval-every 0", evaluates)
+    job = nodes(f"{flags} --run {run}", STATIC)
+    assert job.finish(150.0) == [0, 0], job.said()
+    assert "Traceback" not in job.said() and "warning" not in job.said()
+    lines = lines_of(run)
+    assert [set(line["nodes"]) for line in lines] == [{"0", "1"}] * 3
+    assert assert_balanced(run)["trained_once"] == 3 * 2 * 4 * 2  # chunk steps of both
+    assert (lines[-1]["eval_version"], lines[-1]["eval_episodes"] % 4) == (3, 0)
+    rows = read_trace(run)
+    for worker in ("env-0", "env-1", "rollout-0", "actor-0"):
+        assert rows.keys() >= {worker, f"node 1 {worker}"}, rows.keys()
+    done = f"3 iterations done; checkpoint in {run / 'checkpoints'}"
+    assert done in job.said(0) and done in job.said(1)
+    assert "2 nodes in all: 8 envs, 4 evaluation envs" in job.said(0)
+    assert re.search(r"^node 1 \(.*\) of 2: ", job.said(1), re.MULTILINE)
+    assert "metrics, checkpoints and pictures are on node 0" in job.said(1)
+    assert checkpoints_of(run) == [3] and os.listdir(run.parent) == ["one"]
+    assert not list((ROOT / "runs").glob(".one-*"))
+
+
+def test_a_node_s_affair_stays_its_own_and_any_node_can_stop_the_run(nodes, tmp_path):
+    run = tmp_path / "one"
+    job = begun(nodes(f"{ENDLESS} --run {run}", STATIC), run)
+    send(job, 1, "env-0", signal.SIGKILL)
+    send(job, 1, "rollout-0", signal.SIGKILL)
+    late = time.monotonic() + 60.0
+    while lines_of(run)[-1]["restarts"] < 2:
+        assert time.monotonic() < late, job.said()
+        time.sleep(0.2)
+    begun(job, run, 3)
+    send(job, 1, "launcher", signal.SIGINT)
+    assert job.finish() == [1, 1], job.said()
+    lines = lines_of(run)
+    assert checkpoints_of(run) == [len(lines)]
+    for worker in ("env-0", "rollout-0"):
+        died = f"worker {worker} died (SIGKILL: out of memory?); starting it again in 1 s"
+        assert died in job.said(1) and died not in job.said(0)
+    for node in range(2):
+        saved = f"interrupted; saved {run / 'checkpoints'}/{len(lines):06d}; continue with: "
+        assert saved in job.said(node)
+
+
+def test_nodes_that_disagree_end_at_once(nodes, tmp_path):
+    run = tmp_path / "one"
+    job = nodes([f"{BRIEF} --run {run}", f"{BRIEF} --run {run} --lr 0.5"], STATIC)
+    assert job.finish() == [1, 1], job.said()
+    for node in range(2):
+        assert re.search(r"node 1 \(.*\) has --lr 0.5, and node 0 \(.*\) 0.00015", job.said(node))
+    assert not run.exists()
+
+
+# ---------------------------------------------------------------- longer than a minute
+
+STOPS = [
+    (0, "launcher", signal.SIGINT),
+    (0, "torchrun", signal.SIGTERM),
+    (1, "torchrun", signal.SIGTERM),
+    (0, "torchrun", signal.SIGINT),
+    (1, "launcher", signal.SIGTERM),
+]
+
+
+@pytest.mark.slow
+def test_every_node_and_torchrun_can_stop_a_run(nodes, tmp_path):
+    """Each time it goes on where it was saved. Last with one node, and then with two again."""
+    run = tmp_path / "one"
+    flags = f"{ENDLESS} --run {run}"
+    for number, what, word in STOPS:
+        job = begun(nodes(flags, STATIC), run)
+        send(job, number, what, word)
+        job.finish()
+        job.assert_nothing_left()
+        lines = lines_of(run)
+        assert checkpoints_of(run)[-1] == len(lines), (number, what, word, job.said())
+        for node in range(2):
+            assert "interrupted; saved" in job.said(node), (number, what, word, job.said())
+        flags = f"--resume {run}"
+    assert len(checkpoints_of(run)) == len(STOPS)  # one each time
+    for count in (1, 2):
+        job = begun(nodes([flags] * count, STATIC), run)
+        send(job, 0, "launcher", signal.SIGINT)
+        job.finish()
+        changes = f"other settings than this run had so far: nodes {count} (was {3 - count})"
+        assert changes in job.said(0)
+        assert checkpoints_of(run)[-1] == len(lines_of(run))
+    assert "batches of" in job.said(0) or "2 nodes in all: 8 envs" in job.said(0)
+
+
+# Who is killed or stopped, on which node, and what both nodes say.
+ENDS = [
+    ("actor-0", 0, signal.SIGKILL, r"node 0 \(.*\): worker actor-0 died \(SIGKILL"),
+    ("actor-0", 1, signal.SIGKILL, r"node 1 \(.*\): worker actor-0 died \(SIGKILL"),
+    ("actor-0", 1, signal.SIGSTOP, r"node 1 \(.*\): worker actor-0 hangs: no sign of life for 8"),
+    ("launcher", 0, signal.SIGKILL, r"node 0 \(.*\) is silent"),
+    ("launcher", 1, signal.SIGKILL, r"node 1 \(.*\) is silent"),
+    ("launcher", 1, signal.SIGSTOP, r"node 1 \(.*\) is silent for 8 s: is it gone\?"),
+    ("torchrun", 0, signal.SIGKILL, r"torchrun's store on 127.0.0.1, port [0-9]+, is gone"),
+    ("torchrun", 1, signal.SIGKILL, "interrupted; saved"),  # its launcher is told to stop
+]
+
+
+@pytest.mark.slow
+def test_whatever_dies_or_hangs_ends_all_nodes_and_the_run_goes_on(nodes, tmp_path):
+    run = tmp_path / "one"
+    flags = f"{ENDLESS} --run {run} --checkpoint-every 3"
+    for what, number, word, said in ENDS:
+        case = (what, number, word)
+        job = begun(nodes(flags, STATIC), run, 4)
+        send(job, number, what, word)
+        victim = job.agents[job.node(number)]
+        late = time.monotonic() + END_S
+        while any(agent.poll() is None for agent in job.agents if agent is not victim):
+            assert time.monotonic() < late, (case, job.said())
+            time.sleep(0.1)
+        if word == signal.SIGSTOP and what == "launcher":  # what torchrun waits for
+            send(job, number, what, signal.SIGKILL)
+        statuses = job.finish()
+        assert 0 not in statuses, (case, statuses)
+        job.assert_nothing_left()
+        for node in range(2):
+            if what == "actor-0" or node != number:
+                assert re.search(said, job.said(job.node(node))), (case, node, job.said())
+        flags = f"--resume {run}"
+        lines_of(run)
+
+
+@pytest.mark.slow
+def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts):
+    """Without a flag, and where nodes share no disk."""
+    options = f"--max-restarts 1 {C10D}"
+    flags = f"{BRIEF} --iterations 60 --checkpoint-every 10"
+    job = nodes(flags, options, roots=checkouts)
+    late = time.monotonic() + 120.0
+    while not (found := [one for path in checkouts for one in path.glob("runs/*/checkpoints/0*")]):
+        assert time.monotonic() < late, job.said()
+        time.sleep(0.05)
+    send(job, 1, "actor-0", signal.SIGKILL)
+    assert job.finish(200.0) == [0, 0], job.said()
+    run = found[0].parents[1]
+    assert len(lines_of(run)) == 60 and assert_balanced(run)["discarded_by"]["resume"] >= 0
+    assert re.search(r"node 1 \(.*\): worker actor-0 died", job.said(job.node(0)))
+    assert "continues from" in job.said(job.node(0))
+    left = [path for checkout in checkouts for path in (checkout / "runs").iterdir()]
+    assert [path for path in left if path.name != run.name and path.is_dir()] == []
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_one_disk_that_has_it(nodes, checkouts):
+    """Whichever node that is. The others leave nothing on theirs."""
+    run = checkouts[0] / "runs" / "x"
+    flags = f"{ENDLESS} --run x"
+    for roots in (checkouts, checkouts[::-1]):
+        job = begun(nodes(flags, STATIC, roots=roots), run)
+        send(job, 1, "launcher", signal.SIGTERM)
+        job.finish()
+        assert checkpoints_of(run)[-1] == len(lines_of(run))
+        assert not list((checkouts[1] / "runs").glob("*x*"))
+        flags = "--resume-or-start x --iterations 100000"
+    assert len(checkpoints_of(run)) == 2

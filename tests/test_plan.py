@@ -15,7 +15,7 @@ import metrics
 import plan
 import scheduler
 import streamer
-from benchmarks import plan_against_paper
+from benchmarks import plan_against_paper, wire
 from config import PRESETS, ROOT, Config, to_json
 from errors import UserError
 from planning import Costs, Node, events
@@ -303,6 +303,13 @@ def test_the_slowest_of_many_nodes_decides_and_staleness_makes_up_for_it():
         assert alone < eight < many
         waits[preset] = many / alone - 1
     assert waits["train-async"] < waits["sync-disaggregated"]
+
+
+def test_the_wire_is_not_compared_where_there_are_no_namespaces(monkeypatch):
+    """A sentence and status 1, in place of figures of something else."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match="allows no network namespaces or no tc here"):
+        wire.main(wire.WireConfig())
 
 
 # ---------------------------------------------------------------- what must hold for any costs
