@@ -306,8 +306,8 @@ class Follower:
     def cause(self, failure: Exception | str) -> str:
         """Returns why a run has failed. Where one rank is gone, those of other nodes may be the
         first to say something: that they have lost it."""
-        said = failure if isinstance(failure, str) else f"{self.where}{failure}"
-        mine = not isinstance(failure, str)
+        mine = isinstance(failure, WorkerFailed)
+        said = f"{self.where if mine else ''}{failure}"
         late = time.monotonic() + EXPLAIN_S
         while self.nodes.several and re.search(LOST, said) and time.monotonic() < late:
             try:
@@ -334,15 +334,16 @@ class Follower:
 
         Where it is not the first node's affair, that one says what comes of it."""
         if not self.nodes.first:
-            said = f"{self.where}{failure}"
+            mine = isinstance(failure, WorkerFailed)
+            said = f"{self.where if mine else ''}{failure}"
             self.nodes.end(f"error: {said}", 1)
             try:
                 self.nodes.wait_for("end", 2 * EXPLAIN_S)
             except Ended as end:
                 return self.ended(end)
             except NodeLost as lost:
-                gone = f"error: {said}" if isinstance(failure, WorkerFailed) else f"error: {lost}"
-                return End(gone, 1)
+                known = mine and not re.search(LOST, said)
+                return End(f"error: {said if known else lost}", 1)
         failure = self.cause(failure)
         past = self.tuner.past
         now = self.config.train.parts

@@ -327,6 +327,7 @@ class Nodes:
 
     def placed(self, config: Config) -> Config:
         """Returns the settings with this node's place in them."""
+        self.limit_s = config.train.timeout_s
         return completed(config, node=self.number, nodes=self.count)
 
     def agree(self, config: Config) -> None:
