@@ -30,7 +30,7 @@ the real settings share the cores, and hiding one behind another gains only what
     working                  workers that work at the same time, on average; more of them than cores
                              in a real row means that they fight over cores
 
-Left out: several nodes.
+Left out: several nodes, which `nodes.py` measures.
 """
 
 import contextlib

@@ -116,8 +116,9 @@ def test_the_tests_that_a_page_names_exist(page):
 
 
 NODES = (ROOT / "docs" / "nodes.md").read_text()
-# Words of torch, in what an actor worker says (`follow.LOST`).
+# Words of torch, in what an actor worker says (`follow.LOST`) or a launcher.
 TORCH = ["Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"]
+TORCH += ["Gloo connectFullMesh failed with …", "Unable to find address for: …"]
 
 
 def understood(words: list[str]):

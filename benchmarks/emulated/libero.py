@@ -38,6 +38,9 @@ All of it is taken for the way of the weights, half of it to the weight plane an
 Nothing sleeps for it: the model has as many bytes (`WEIGHTS`) as the real plane copies in that
 time.
 
+Many nodes on one machine need slower stages, or its cores would be the limit: SLOWER in the
+environment, which all processes of a run inherit, multiplies all times (`benchmarks/nodes.py`).
+
 `--tasks 0` is a pipeline of stages that take no time at all. What is left is the cost of the
 machinery: `python bench.py machinery`.
 
@@ -45,6 +48,7 @@ Left out: images that mean anything. A training step's 384 rounds are 16 here, s
 further apart, relative to it. The optimizer step has no time of its own; it is part of the actor's.
 """
 
+import os
 import time
 
 import numpy as np
@@ -54,7 +58,7 @@ from config import parse_ratio
 from envs import EnvSpec, Step
 from errors import require
 
-SCALE = 1 / 10  # seconds here per second there
+SCALE = float(os.environ.get("SLOWER", "1")) / 10  # seconds here per second there
 ROUND = 1070 / (8 * 48) * SCALE  # seconds of one lockstep round of all lanes, inference included
 LOCKSTEP = 1.80  # seconds of lockstep rollout per second that a worker simulates
 WORKERS = 16  # env workers, at 1:1
