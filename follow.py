@@ -200,7 +200,7 @@ class Follower:
             how = f"interrupted; saved {news['saved']}; {self.advice}"
             if "dropped" in news:
                 how = f"{news['dropped']} updates of an unfinished batch are dropped; {how}"
-            return End(how, 130, "" if self.interrupts else self.new_ratio)
+            return End(how, 130, "" if self.is_interrupted else self.new_ratio)
         mine = self.measured(news)
         try:
             self.wait_for_others(news["version"])
@@ -208,7 +208,7 @@ class Follower:
                 self.finish_evaluating()
         finally:  # the line counts, whatever becomes of others and of the evaluation
             others = self.elsewhere.pop(news["version"], {})
-            news |= figures([mine, *(others[node] for node in sorted(others))])
+            news |= figures({0: mine} | others)
             self.write(self.complete(news))
         return None
 
@@ -278,6 +278,8 @@ class Follower:
         if self.channels.plane.version >= self.config.train.iterations:
             return None  # all is trained, and being saved
         if not self.nodes.first:
+            if self.channels.counters.get(0, "stop") < 2:
+                print(f"{self.nodes.names[0]} saves what was published last", flush=True)
             self.ask_to_save(2.0)
             return None
         if self.interval is None:
@@ -301,7 +303,7 @@ class Follower:
         said = str(elsewhere)
         if self.nodes.first and elsewhere.status == 1:
             return self.failed(said.removeprefix("error: "))
-        return End(said, elsewhere.status, "" if self.interrupts else elsewhere.ratio)
+        return End(said, elsewhere.status, elsewhere.ratio)
 
     def cause(self, failure: Exception | str) -> str:
         """Returns why a run has failed. Where one rank is gone, those of other nodes may be the
@@ -343,7 +345,7 @@ class Follower:
                 return self.ended(end)
             except NodeLost as lost:
                 known = mine and not re.search(LOST, said)
-                return End(f"error: {said if known else lost}", 1)
+                return End(f"error: {said if known else self.nodes.silent() or lost}", 1)
         failure = self.cause(failure)
         past = self.tuner.past
         now = self.config.train.parts

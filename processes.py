@@ -206,10 +206,13 @@ def note_interrupts(*modules: str) -> Interrupts:
     return interrupts
 
 
-def keep_interrupts() -> int:
+def keep_interrupts(before: bytes = b"") -> int:
     """Lets a pipe note interrupts, also for the program that replaces this one. Returns its end to
-    read from. The mask of a thread is not enough: other threads are interrupted."""
+    read from. The mask of a thread is not enough: other threads are interrupted.
+
+    before: the numbers of signals that came already."""
     heard, noted = os.pipe()
+    os.write(noted, before)
     os.set_blocking(heard, False)
     os.set_blocking(noted, False)
     os.set_inheritable(heard, True)

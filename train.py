@@ -46,6 +46,7 @@ from config import (
 )
 from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
+from joining import agree, bring_run, meet_the_others
 from learner import schedule
 from nodes import Nodes
 from output import disk_trouble
@@ -216,24 +217,24 @@ class Handover:
 def start_again(
     ratio: str,
     folder: RunFolder,
-    run: str,
+    nodes: Nodes,
     past: tuning.Past,
     interrupts: processes.Interrupts,
     tracker,
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
-    run: its name, on the first node. It returns only if Ctrl-C came before. The new start hears
-    what comes later."""
-    heard = processes.keep_interrupts()
-    if interrupts:
+    It returns only if Ctrl-C came before. The new start hears what comes later; of several nodes,
+    which all start again, also what came before."""
+    heard = processes.keep_interrupts(bytes(interrupts) if nodes.several else b"")
+    if interrupts and not nodes.several:
         return
     handover = Handover(os.getpid(), past, folder.appended, heard)
     folder.write("tuning.json", json.dumps(asdict(handover), default=sorted))  # sets become lists
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")
-    processes.replace_this_process([*flags, "--resume", run, "--ratio-from", ratio])
+    processes.replace_this_process([*flags, "--resume", nodes.run, "--ratio-from", ratio])
 
 
 def unused_path() -> Path:
@@ -254,11 +255,10 @@ def unused_path() -> Path:
 def open_folder(setup: Setup, nodes: Nodes) -> RunFolder:
     """Opens the run's folder; on other nodes than the first, one for what workers need. Raises
     UserError."""
-    nodes.agree(setup.config)
+    agree(nodes, setup.config)
     train = setup.config.train
     if not nodes.first:
-        path = run_path(train.resume) if train.resume else nodes.folder(nodes.run)
-        return RunFolder(path, resume=True)
+        return RunFolder(nodes.copied or nodes.folder(nodes.run), resume=True)
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
     # Whoever held the lock before may have saved since `prepare` looked.
@@ -273,8 +273,10 @@ def begin(args: list[str]) -> int:
     status."""
     nodes = Nodes.here()
     with nodes.together():
-        config = parse(nodes.arrange(args))
-        return main(nodes.placed(config), nodes)
+        args = meet_the_others(nodes, args)
+        config = parse(args) if nodes.first else None
+        args = bring_run(nodes, args, config)
+        return main(nodes.placed(config or parse(args)), nodes)
 
 
 def main(config: Config, nodes: Nodes | None = None) -> int:
@@ -304,7 +306,7 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
     end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
     if end.ratio:
         nodes.close()
-        start_again(end.ratio, folder, nodes.run, handover.past, interrupts, tracker)
+        start_again(end.ratio, folder, nodes, handover.past, interrupts, tracker)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
         nodes.gather_spans(folder.spans)

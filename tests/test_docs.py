@@ -219,7 +219,15 @@ def consists_of(words: str, known: str, parts: int = 3) -> bool:
 
 
 def test_every_message_that_is_explained_can_be_said():
-    files = ["nodes.py", "ranks.py", "follow.py", "processes.py", "train.py", "report.py"]
+    files = [
+        "nodes.py",
+        "joining.py",
+        "ranks.py",
+        "follow.py",
+        "processes.py",
+        "train.py",
+        "report.py",
+    ]
     known = "\0".join(text for file in files for text in texts(file))
     table = NODES.split("## What each message means")[1].split("Before launchers run")[0]
     rows = re.findall(r"^\| (`.*?) \| ", table, re.M)
@@ -232,6 +240,6 @@ def test_every_message_that_is_explained_can_be_said():
 
 
 def test_every_message_of_nodes_is_explained():
-    for text in texts("nodes.py"):
+    for text in [*texts("nodes.py"), *texts("joining.py")]:
         if len(text.split()) > 3:
             assert text.strip() in NODES, f"docs/nodes.md does not explain {text!r}"
