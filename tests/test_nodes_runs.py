@@ -360,7 +360,8 @@ def test_whatever_dies_or_hangs_ends_all_nodes_and_the_run_goes_on(nodes, tmp_pa
 
 
 @pytest.mark.slow
-def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts):
+@pytest.mark.parametrize("number, what", [(1, "actor-0"), (0, "launcher")])
+def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts, number, what):
     """Without a flag, and where nodes share no disk."""
     options = f"--max-restarts 1 {C10D}"
     flags = f"{BRIEF} --iterations 60 --checkpoint-every 10"
@@ -369,11 +370,12 @@ def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts)
     while not (found := [one for path in checkouts for one in path.glob("runs/*/checkpoints/0*")]):
         assert time.monotonic() < late, job.said()
         time.sleep(0.05)
-    send(job, 1, "actor-0", signal.SIGKILL)
+    send(job, number, what, signal.SIGKILL)
     assert job.finish(200.0) == [0, 0], job.said()
     run = found[0].parents[1]
     assert len(lines_of(run)) == 60 and assert_balanced(run)["discarded_by"]["resume"] >= 0
-    assert re.search(r"node 1 \(.*\): worker actor-0 died", job.said(job.node(0)))
+    if what == "actor-0":
+        assert re.search(r"node 1 \(.*\): worker actor-0 died", job.said(job.node(0)))
     assert "continues from" in job.said(job.node(0))
     left = [path for checkout in checkouts for path in (checkout / "runs").iterdir()]
     assert [path for path in left if path.name != run.name and path.is_dir()] == []
