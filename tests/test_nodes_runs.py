@@ -3,6 +3,7 @@
 What a launcher says to another, in one process: test_nodes.py."""
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -148,6 +149,12 @@ class Job:
             agent.wait()
 
 
+def folders_of_nodes(run: Path) -> list[Path]:
+    """What nodes other than the first have kept of a run in runs/."""
+    other = hashlib.sha256(str(run.parent).encode()).hexdigest()[:8]
+    return list((ROOT / "runs").glob(f".{run.name}-{other}.node-*"))
+
+
 @pytest.fixture
 def nodes(tmp_path):
     """Starts jobs; afterwards none of their processes may be left, nor a file in /dev/shm."""
@@ -172,6 +179,8 @@ def nodes(tmp_path):
     finally:
         for job in started:
             job.kill()
+        for left in folders_of_nodes(tmp_path / "one"):  # of launchers that were killed
+            shutil.rmtree(left)
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -241,7 +250,7 @@ def test_two_nodes_are_one_run(nodes, tmp_path):
     assert re.search(r"^node 1 \(.*\) of 2: ", job.said(1), re.MULTILINE)
     assert "metrics, checkpoints and pictures are on node 0" in job.said(1)
     assert checkpoints_of(run) == [3] and os.listdir(run.parent) == ["one"]
-    assert not list((ROOT / "runs").glob(".one-*"))
+    assert not folders_of_nodes(run)
 
 
 def test_a_node_s_affair_stays_its_own_and_any_node_can_stop_the_run(nodes, tmp_path):
