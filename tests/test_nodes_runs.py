@@ -3,6 +3,7 @@
 What a launcher says to another, in one process: test_nodes.py."""
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -148,6 +149,12 @@ class Job:
             agent.wait()
 
 
+def folders_of_nodes(run: Path) -> list[Path]:
+    """What nodes other than the first have kept of a run in runs/."""
+    other = hashlib.sha256(str(run.parent).encode()).hexdigest()[:8]
+    return list((ROOT / "runs").glob(f".{run.name}-{other}.node-*"))
+
+
 @pytest.fixture
 def nodes(tmp_path):
     """Starts jobs; afterwards none of their processes may be left, nor a file in /dev/shm."""
@@ -172,6 +179,8 @@ def nodes(tmp_path):
     finally:
         for job in started:
             job.kill()
+        for left in folders_of_nodes(tmp_path / "one"):  # of launchers that were killed
+            shutil.rmtree(left)
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -241,7 +250,7 @@ def test_two_nodes_are_one_run(nodes, tmp_path):
     assert re.search(r"^node 1 \(.*\) of 2: ", job.said(1), re.MULTILINE)
     assert "metrics, checkpoints and pictures are on node 0" in job.said(1)
     assert checkpoints_of(run) == [3] and os.listdir(run.parent) == ["one"]
-    assert not list((ROOT / "runs").glob(".one-*"))
+    assert not folders_of_nodes(run)
 
 
 def test_a_node_s_affair_stays_its_own_and_any_node_can_stop_the_run(nodes, tmp_path):
@@ -360,7 +369,8 @@ def test_whatever_dies_or_hangs_ends_all_nodes_and_the_run_goes_on(nodes, tmp_pa
 
 
 @pytest.mark.slow
-def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts):
+@pytest.mark.parametrize("number, what", [(1, "actor-0"), (0, "launcher")])
+def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts, number, what):
     """Without a flag, and where nodes share no disk."""
     options = f"--max-restarts 1 {C10D}"
     flags = f"{BRIEF} --iterations 60 --checkpoint-every 10"
@@ -369,11 +379,12 @@ def test_torchrun_s_restart_goes_on_from_the_newest_checkpoint(nodes, checkouts)
     while not (found := [one for path in checkouts for one in path.glob("runs/*/checkpoints/0*")]):
         assert time.monotonic() < late, job.said()
         time.sleep(0.05)
-    send(job, 1, "actor-0", signal.SIGKILL)
+    send(job, number, what, signal.SIGKILL)
     assert job.finish(200.0) == [0, 0], job.said()
     run = found[0].parents[1]
     assert len(lines_of(run)) == 60 and assert_balanced(run)["discarded_by"]["resume"] >= 0
-    assert re.search(r"node 1 \(.*\): worker actor-0 died", job.said(job.node(0)))
+    if what == "actor-0":
+        assert re.search(r"node 1 \(.*\): worker actor-0 died", job.said(job.node(0)))
     assert "continues from" in job.said(job.node(0))
     left = [path for checkout in checkouts for path in (checkout / "runs").iterdir()]
     assert [path for path in left if path.name != run.name and path.is_dir()] == []
