@@ -130,13 +130,12 @@ def finish_minibatch(
             learner.train_nothing(passes)
     if ranks.stopped:
         return False
-    if ranks.sharded:
-        ranks.sum_over_nodes(learner.parameters)
-    elif ranks.several:
+    if ranks.several and learner.gradients:
         with meter.wait("gradient"):
             for _ in learner.gradients.meet():
                 meter.alive()
-                if ranks.first and is_to_stop(channels, learner):
+                # Who shares weights has agreed to go on.
+                if ranks.first and not ranks.sharded and is_to_stop(channels, learner):
                     return False
             for _ in learner.gradients.sum():
                 meter.alive()

@@ -451,7 +451,7 @@ def run_path(name: str) -> Path:
 def existing_run(name: str) -> Path:
     """Returns the folder of a run that exists. Raises UserError, which names those that do."""
     path = run_path(name)
-    have = sorted(folder.name for folder in (ROOT / "runs").glob("*/")) or ["none"]
+    have = sorted(folder.name for folder in (ROOT / "runs").glob("[!.]*/")) or ["none"]
     more = f" and {len(have) - 8} more" if len(have) > 8 else ""
     require(path.is_dir(), f"there is no run {path}: runs/ holds {', '.join(have[-8:])}{more}")
     part = f"{path} is one checkpoint of a run: name the run, {path.parent.parent}"

@@ -21,8 +21,9 @@ from run_folder import RunFolder
 from tuning import Tuner
 
 EXPLAIN_S = 6.0  # that a lost connection may wait for its cause
-# What Gloo and NCCL say where another rank is gone.
+# What Gloo and NCCL say where another rank is gone, and a launcher where all wait for one.
 LOST = r"closed by peer|reset by peer|Broken pipe|pair closure|remote process exited|NCCL"
+LOST += r"|nothing happened for .* for gradient"
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,11 @@ class Follower:
         how it has ended."""
         try:
             end = self.go_on()
-            self.nodes.end(end.message, end.status)
         except (WorkerFailed, NodeLost) as failure:
             end = self.failed(failure)
         except Ended as elsewhere:
             end = self.ended(elsewhere)
-        if self.nodes.first:
-            self.nodes.end(end.message, end.status, end.ratio)
+        self.nodes.end(end.message, end.status, end.ratio)
         return end
 
     def go_on(self) -> End:
@@ -101,7 +100,7 @@ class Follower:
                 self.say_how_it_begins()
                 self.tune()
                 end = self.hear(self.reports.recv()) if news else None
-                if end is None and (self.interrupts or self.asked_elsewhere):
+                if end is None and self.is_interrupted:
                     end = self.interrupt()
         return end
 
@@ -111,6 +110,8 @@ class Follower:
         for node, word in self.nodes.news():
             self.take(node, word)
         self.evaluate()
+        self.crew.elsewhere = self.nodes.work_elsewhere
+        self.nodes.work = self.crew.done
         return self.crew.watch(self.reports)
 
     def evaluate(self) -> None:
@@ -199,7 +200,7 @@ class Follower:
             how = f"interrupted; saved {news['saved']}; {self.advice}"
             if "dropped" in news:
                 how = f"{news['dropped']} updates of an unfinished batch are dropped; {how}"
-            return End(how, 130, "" if self.interrupts else self.new_ratio)
+            return End(how, 130, "" if self.is_interrupted else self.new_ratio)
         mine = self.measured(news)
         try:
             self.wait_for_others(news["version"])
@@ -207,7 +208,7 @@ class Follower:
                 self.finish_evaluating()
         finally:  # the line counts, whatever becomes of others and of the evaluation
             others = self.elsewhere.pop(news["version"], {})
-            news |= figures([mine, *(others[node] for node in sorted(others))])
+            news |= figures({0: mine} | others)
             self.write(self.complete(news))
         return None
 
@@ -238,7 +239,7 @@ class Follower:
     def finish_evaluating(self) -> None:
         """Every run ends with an evaluation of the last weights. Nothing is left to hold up."""
         last = self.config.train.iterations
-        while self.evaluations.news.get("eval_version") != last and not self.interrupts:
+        while self.evaluations.news.get("eval_version") != last and not self.is_interrupted:
             self.watch()
             time.sleep(0.25)
 
@@ -265,6 +266,10 @@ class Follower:
                 print(f"warning: Weights & Biases stops: {error}", file=sys.stderr, flush=True)
                 self.tracker = None
 
+    @property
+    def is_interrupted(self) -> bool:
+        return bool(self.interrupts or self.asked_elsewhere)
+
     def interrupt(self) -> End | None:
         """Lets the actor save at the first interrupt; stops at once at a second Ctrl-C, or at
         start-up."""
@@ -273,6 +278,8 @@ class Follower:
         if self.channels.plane.version >= self.config.train.iterations:
             return None  # all is trained, and being saved
         if not self.nodes.first:
+            if self.channels.counters.get(0, "stop") < 2:
+                print(f"{self.nodes.names[0]} saves what was published last", flush=True)
             self.ask_to_save(2.0)
             return None
         if self.interval is None:
@@ -296,13 +303,13 @@ class Follower:
         said = str(elsewhere)
         if self.nodes.first and elsewhere.status == 1:
             return self.failed(said.removeprefix("error: "))
-        return End(said, elsewhere.status, "" if self.interrupts else elsewhere.ratio)
+        return End(said, elsewhere.status, elsewhere.ratio)
 
     def cause(self, failure: Exception | str) -> str:
         """Returns why a run has failed. Where one rank is gone, those of other nodes may be the
         first to say something: that they have lost it."""
-        said = failure if isinstance(failure, str) else f"{self.where}{failure}"
-        mine = not isinstance(failure, str)
+        mine = isinstance(failure, WorkerFailed)
+        said = f"{self.where if mine else ''}{failure}"
         late = time.monotonic() + EXPLAIN_S
         while self.nodes.several and re.search(LOST, said) and time.monotonic() < late:
             try:
@@ -329,15 +336,16 @@ class Follower:
 
         Where it is not the first node's affair, that one says what comes of it."""
         if not self.nodes.first:
-            said = f"{self.where}{failure}"
+            mine = isinstance(failure, WorkerFailed)
+            said = f"{self.where if mine else ''}{failure}"
             self.nodes.end(f"error: {said}", 1)
             try:
                 self.nodes.wait_for("end", 2 * EXPLAIN_S)
             except Ended as end:
                 return self.ended(end)
             except NodeLost as lost:
-                gone = f"error: {said}" if isinstance(failure, WorkerFailed) else f"error: {lost}"
-                return End(gone, 1)
+                known = mine and not re.search(LOST, said)
+                return End(f"error: {said if known else self.nodes.silent() or lost}", 1)
         failure = self.cause(failure)
         past = self.tuner.past
         now = self.config.train.parts

@@ -1,7 +1,7 @@
 """Gradients of several ranks become their sums, in pieces, while the backward pass goes on.
 
-What ranks say to one another besides is in ranks.py. Left out: --shard, whose gradients FSDP2 sums
-by itself (sharding.py).
+What ranks say to one another besides is in ranks.py. With --shard FSDP2 sums by itself within a
+node (sharding.py), and parts are summed here over nodes, after the last pass.
 """
 
 import time
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from channel import layout
-from ranks import come, waiting
+from ranks import Ranks, come, waiting
 
 # Bytes of gradients that are summed at once: enough for a fast wire (PyTorch's DDP has 25 MiB), and
 # few enough that most of a large model's are on their way when the backward pass ends. Of a small
@@ -40,14 +40,18 @@ class Gradients:
     others' groups were all filtered (GRPO): theirs counts as 0. It is in a bucket from the next
     minibatch on."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter]):
-        """parameters: of one dtype, on one device."""
+    def __init__(self, parameters: list[torch.nn.Parameter], ranks: Ranks):
+        """parameters: of one dtype, on one device; ranks: with whom gradients are summed, those of
+        the parts that this rank has."""
         self.parameters = parameters
-        size = parameters[0].itemsize
-        sizes = {str(i): ((p.numel(),), p.dtype) for i, p in enumerate(parameters)}
+        self.group = ranks.twins
+        parts = [ranks.part(parameter.detach()) for parameter in parameters]
+        size = parts[0].itemsize
+        sizes = {str(i): ((part.numel(),), part.dtype) for i, part in enumerate(parts)}
         starts, end = layout(sizes, 1)  # bytes
         self.starts = [start // size for start in starts.values()]
-        self.flat = parameters[0].new_zeros(end // size)
+        self.ends = [at + part.numel() for at, part in zip(self.starts, parts, strict=True)]
+        self.flat = parts[0].new_zeros(end // size)
         self.views = []
         # When backward first came to each weight, as 1, 2, 3 …; 0 where it never has. After a sum
         # it is the latest on any rank.
@@ -59,8 +63,9 @@ class Gradients:
         self.sums: list[Sum] = []  # of the running minibatch
         self.spans: list[tuple[float, float, int]] = []  # of the last one: start, end and bytes
         self.totals: Counter[str] = Counter()  # since they were last cleared, for metrics.jsonl
-        for i, (parameter, start) in enumerate(zip(parameters, self.starts, strict=True)):
-            self.views.append(self.flat[start:][: parameter.numel()].view_as(parameter))
+        for i, (parameter, part) in enumerate(zip(parameters, parts, strict=True)):
+            view = self.flat[self.starts[i] : self.ends[i]].view_as(part)
+            self.views.append(ranks.placed(view, parameter))
             parameter.register_post_accumulate_grad_hook(partial(self.take, i))
 
     def take(self, number: int, parameter: torch.nn.Parameter) -> None:
@@ -79,7 +84,7 @@ class Gradients:
     def expect(self) -> None:
         """Tells the other ranks that the next backward pass is this one's last of the minibatch,
         or that it had its last."""
-        self.meeting = come(torch.zeros(1))
+        self.meeting = come(torch.zeros(1), self.group)
         self.missing = [set(bucket) for bucket in self.buckets]
 
     def meet(self) -> Iterator[None]:
@@ -96,8 +101,8 @@ class Gradients:
             self.begin(self.buckets[number])
 
     def begin(self, bucket: list[int]) -> None:
-        end = self.starts[bucket[-1]] + self.views[bucket[-1]].numel()
-        self.sums.append(Sum(self.flat[self.starts[bucket[0]] : end]))
+        whole = self.flat[self.starts[bucket[0]] : self.ends[bucket[-1]]]
+        self.sums.append(Sum(whole, self.group))
 
     def sum(self) -> Iterator[None]:
         """Sums them over the processes of torch.distributed's group, and yields until that is done.
@@ -109,7 +114,7 @@ class Gradients:
         # Ask which weights have their first gradient; others' may have come in another order.
         if len(self.bucket_of) < len(self.parameters):
             order = torch.tensor(self.order)
-            yield from waiting(come(order))
+            yield from waiting(come(order, self.group))
             self.order = order.tolist()
             found = [number for number, place in enumerate(self.order) if place]
             new = [number for number in found if number not in self.bucket_of]
@@ -132,9 +137,8 @@ class Gradients:
         most = min(BUCKET, self.flat.nbytes // PARTS) // self.flat.itemsize
         buckets: list[list[int]] = []
         for number in numbers:
-            end = self.starts[number] + self.views[number].numel()
             together = buckets and buckets[-1][-1] == number - 1
-            if not together or end - self.starts[buckets[-1][0]] > most:
+            if not together or self.ends[number] - self.starts[buckets[-1][0]] > most:
                 buckets.append([])
             buckets[-1].append(number)
         return sorted(buckets, key=lambda bucket: max(self.order[number] for number in bucket))
@@ -160,12 +164,12 @@ class Gradients:
 class Sum:
     """A sum over ranks that goes on by itself, and when it began and ended."""
 
-    def __init__(self, tensor: Tensor):
+    def __init__(self, tensor: Tensor, group: dist.ProcessGroup | None):
         self.bytes = tensor.nbytes
         self.device = tensor.device
         self.begun = moment(self.device)
         self.ended: Moment | None = None
-        self.work = dist.all_reduce(tensor, async_op=True)
+        self.work = dist.all_reduce(tensor, group=group, async_op=True)
         # On a GPU it is called at once, on a stream that waits for the sum (torch.futures).
         self.work.get_future().add_done_callback(self.end)
 

@@ -67,7 +67,9 @@ class Learner:
             weight_decay=config.actor.weight_decay,
             fused=device != "cpu",
         )
-        self.gradients = None if ranks.sharded else Gradients(self.parameters)
+        # With --shard FSDP2 sums within a node, and twins over nodes.
+        sums = not ranks.sharded or ranks.twins is not None
+        self.gradients = Gradients(self.parameters, ranks) if sums else None
         self.algorithm = algorithms.load(config, spec)
         # What is known of trajectories on the host, and what the model sees of them.
         self.facts = tuple(dict.fromkeys((*COMMON, *self.algorithm.slot_fields(config))))
@@ -122,7 +124,7 @@ class Learner:
         if passes is None:  # all are to stop
             return
         for number in range(count):
-            if micro.last and number == count - 1 and self.gradients and self.ranks.several:
+            if micro.last and number == count - 1 and self.ranks.several and not self.ranks.sharded:
                 self.gradients.expect()
             self.train_rows(cut(self.rows, slice(most)), micro.of)
             self.rows = cut(self.rows, slice(most, None))

@@ -233,11 +233,11 @@ def gain(measured: list[Measured], stage: str, name: str) -> float:
     return sum(one["gained"][stage][name] for one in measured)
 
 
-def figures(measured: list[Measured]) -> dict:
+def figures(by_node: dict[int, Measured]) -> dict:
     """Returns the launchers' part of a line of metrics.jsonl (docs/metrics.md).
 
-    measured: of every node, the first one's first. With several, the line also has some figures of
-    each, in "nodes"."""
+    With several nodes the line also has some figures of each, in "nodes"."""
+    measured = [by_node[node] for node in sorted(by_node)]
     batches = max(gain(measured, "rollout", "batches"), 1.0)
     fetches = max(gain(measured, "rollout", "fetches"), 1.0)
     hist = {name.removeprefix("batch_le_"): gain(measured, "rollout", name) for name in HISTOGRAM}
@@ -263,13 +263,13 @@ def figures(measured: list[Measured]) -> dict:
             if share > 0:
                 out["waits"][f"{stage}:{cause}"] = round(share, 4)
     if len(measured) > 1:
-        out["nodes"] = {str(node): of_node(one) for node, one in enumerate(measured)}
+        out["nodes"] = {str(node): of_node(by_node[node]) for node in sorted(by_node)}
     return out
 
 
 def of_node(measured: Measured) -> dict[str, float]:
     """Returns what tells a slow node from a fast one: few numbers, short, for there may be many."""
-    alone = figures([measured])
+    alone = figures({0: measured})
     gradient = alone["waits"].get("actor:gradient", 0.0)
     restarts = sum(gain([measured], stage, "restarts") for stage in STAGES)
     own = {name: round(alone[name], 4) for name in NODE_FIGURES}

@@ -14,9 +14,10 @@ anybody pays for them.
 what to charge there. How the rollout divides (simulators' tail, inference's share) no synchronous
 run shows: `--validate` prints how much depends on those defaults.
 
-Communication: inside a node weights go to the rollout workers in --fetch-s, beside their work.
-Across nodes only gradients go: a ring all-reduce at every optimizer step (`all_reduce_s`), and
-every rank waits for the slowest. Actor time that was given for --gpus contains its communication.
+Communication (`planning/wire.py`): inside a node weights go to the rollout workers beside their
+work. Across nodes only gradients go. At every optimizer step all ranks wait for the slowest, and
+sum them in buckets, of which its last backward pass hides what it can. Actor time that was given
+for --gpus contains its communication; a run of several nodes (--from) gives its network's speed.
 
 Not predicted: how fast anything learns, memory, cores or links that stages fight over, slower
 simulators as policies change, persistently slow nodes, failures.
@@ -32,7 +33,7 @@ from checks import check_ranges
 from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
-from planning.costs import all_reduce_s, calibrate, from_run
+from planning.costs import calibrate, from_run, summed
 from planning.events import simulate
 from planning.settings import PlanConfig, divisor, planned
 
@@ -70,11 +71,10 @@ def at_size(
     plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int, batch: int
 ) -> Prediction:
     """Predicts with the all-reduce of `nodes` instead of `base` nodes."""
-    gradient_s = costs.gradient_s - all_reduce_s(plan, base) + all_reduce_s(plan, nodes)
     # Fewer trajectories than `batch` scatter more.
     iterations = plan.iterations * min(50, max(1, batch // node.batch))
     plan = replace(plan, iterations=iterations)
-    return predict(plan, node, replace(costs, gradient_s=gradient_s), nodes)
+    return predict(plan, node, summed(plan, node, costs, nodes, base), nodes)
 
 
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
@@ -96,7 +96,8 @@ def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
             first = first or found.env_steps_per_s / gpus
             row = {"batch": batch, "gpus": gpus, "nodes": nodes} | asdict(found)
             row["efficiency"] = found.env_steps_per_s / gpus / first
-            row["gradient_share"] = all_reduce_s(plan, nodes) * mine.optimizer_steps / found.step_s
+            seconds = summed(plan, mine, costs, nodes, base).gradient_s * mine.optimizer_steps
+            row["gradient_share"] = seconds / found.step_s
             rows.append(row)
             busy = " ".join(f"{stage} {share:.0%}" for stage, share in busy_shares(found).items())
             print(
@@ -212,7 +213,7 @@ def answer(plan: PlanConfig) -> dict:
 
         return {"what": "validate", "rows": validate(plan.ladder)}
     if plan.from_:
-        node, nodes, costs, line = from_run(plan)
+        node, nodes, costs, line, plan = from_run(plan)
     else:
         node, nodes, line = planned(plan)
         costs = calibrate(plan)

@@ -24,7 +24,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 import tyro
 from pydantic import Field
@@ -38,6 +37,7 @@ from errors import exit_on_user_error, require
 from gradients import Gradients
 from models import checkpoint, tokenize
 from processes import keep_freed_memory
+from ranks import Meeting, Ranks
 
 CHUNK = Config().rollout.chunk  # actions that a frame is labelled with
 IMAGE_SIZE = 64  # pixels, as the small models take them
@@ -132,12 +132,11 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
     "actions" [frames, C, A]."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    store = dist.FileStore(rendezvous, PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
+    ranks = Ranks(rank, PROCESSES, "cpu", Meeting(Path(rendezvous)))
     model = model if rank == 0 else copy.deepcopy(model)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    gradients = Gradients(parameters)
+    gradients = Gradients(parameters, ranks)
     # Every rank draws the same batches and takes its own part of them.
     torch.manual_seed(config.seed)
     mine = slice(rank * config.batch // PROCESSES, (rank + 1) * config.batch // PROCESSES)
@@ -160,7 +159,7 @@ def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -
             mean = PROCESSES * loss.item()
             seconds = f"{time.monotonic() - started:.0f} s"
             print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  {seconds}", flush=True)
-    dist.destroy_process_group()
+    ranks.leave()
 
 
 def make_model(config: PretrainConfig, spec, vocabulary: Path) -> torch.nn.Module:

@@ -206,10 +206,13 @@ def note_interrupts(*modules: str) -> Interrupts:
     return interrupts
 
 
-def keep_interrupts() -> int:
+def keep_interrupts(before: bytes = b"") -> int:
     """Lets a pipe note interrupts, also for the program that replaces this one. Returns its end to
-    read from. The mask of a thread is not enough: other threads are interrupted."""
+    read from. The mask of a thread is not enough: other threads are interrupted.
+
+    before: the numbers of signals that came already."""
     heard, noted = os.pipe()
+    os.write(noted, before)
     os.set_blocking(heard, False)
     os.set_blocking(noted, False)
     os.set_inheritable(heard, True)
@@ -265,7 +268,9 @@ class Crew:
         self.lost: dict[str, list[float]] = {}  # when each failed, of late
         # How each last failed, and its seconds of work by then.
         self.ends: dict[str, tuple[str, float]] = {}
-        self.work = 0.0  # sum of everybody's work
+        self.done = 0.0  # sum of everybody's work here
+        self.work = 0.0  # the same, with that of other nodes
+        self.elsewhere = 0.0  # that of other nodes, in any measure that grows
         self.last_work = time.monotonic()  # when it last changed
         self.looked = self.last_work  # when the launcher last looked after its workers
         self.back = 0.0  # when it last came back after it had been away
@@ -402,12 +407,15 @@ class Crew:
         print(f"{said}; starting it again in {backoff:.0f} s ({count})", flush=True)
 
     def check_progress(self) -> None:
-        """Raises WorkerFailed when all wait for somebody else and nobody is being replaced."""
+        """Raises WorkerFailed when all wait for somebody else and nobody is being replaced. On
+        other nodes, too."""
         now = time.monotonic()
         starting = [name for name in self.jobs if not self.counter(name, "ready")]
         replacing = any(self.counter(name, "restarts") for name in starting)
         done = self.counters.table[:, self.counters.index["work_s"]].sum()
-        work = done + len(self.jobs) - len(starting)
+        # Who is being replaced counts as work, on other nodes as well.
+        self.done = done + len(self.jobs) - len(starting) + now * replacing
+        work = self.done + self.elsewhere
         if work != self.work or replacing:
             self.work = work
             self.last_work = now

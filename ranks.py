@@ -44,6 +44,7 @@ class Ranks:
     """This actor's place among the others. With one rank alone, everything here does nothing."""
 
     sharded = False  # whether each rank holds a part of the weights (--shard)
+    twins: dist.ProcessGroup | None = None  # who sums gradients with this rank, if not all
 
     def __init__(
         self, rank: int, count: int, device: str, meeting: Meeting, node: int = 0, nodes: int = 1
@@ -132,6 +133,10 @@ class Ranks:
     def part(self, tensor: Tensor) -> Tensor:
         """Returns what this rank holds of a tensor: all of it, unless the ranks share it."""
         return tensor
+
+    def placed(self, part: Tensor, like: Tensor) -> Tensor:
+        """Returns the tensor of which every rank has such a part, of the size of `like`."""
+        return part
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Returns all of a tensor, also of one that the ranks share. All ask for it at once."""

@@ -135,13 +135,13 @@ class RunFolder:
         if spans:
             write_trace(self.path / "trace.json", spans)
 
-    def remove(self) -> None:
-        """Removes what another node than the first one needed for its workers: all but what an
-        error says."""
+    def remove(self, failed: bool) -> None:
+        """Removes what another node than the first one needed for its workers, but of a run that
+        has failed not what an error says."""
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
-            elif path.name != "error.txt":
+            elif not (failed and path.name == "error.txt"):
                 path.unlink()
         with contextlib.suppress(OSError):  # there was an error
             self.path.rmdir()

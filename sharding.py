@@ -14,7 +14,6 @@ fp32. Left out: weights that wait on the host.
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import accumulate, groupby
 from pathlib import Path
 
 import torch
@@ -32,8 +31,6 @@ from metrics import Meter
 from models import checkpoint, layers
 from ranks import LIMIT, Ranks
 
-BUCKET = 32 * 2**20  # bytes of gradients that travel together between nodes
-
 
 class ShardedRanks(Ranks):
     """This actor's place among those of its node, which share the weights, and of other nodes."""
@@ -47,13 +44,13 @@ class ShardedRanks(Ranks):
         self.saves = 0 in self.of_node
         self.publishes = True
         self.node = dist.group.WORLD  # who shares the weights with this rank
-        self.twins: dist.ProcessGroup | None = None  # who has the same part, one on every node
         local = len(self.of_node)
         if self.count > local:
             # Its ranks alone make a group.
             how = {"timeout": LIMIT, "use_local_synchronization": True}
             self.node = dist.new_group(list(self.of_node), **how)
             twins = range(self.rank - self.of_node.start, self.count, local)
+            # Who has the same part, one on every node.
             self.twins = dist.new_group(list(twins), **how)
         self.mesh = DeviceMesh.from_group(self.node, self.device.partition(":")[0])
 
@@ -71,34 +68,6 @@ class ShardedRanks(Ranks):
             for _ in self.meet(words, group):
                 self.meter.alive()
         return words.tolist()
-
-    def sum_over_nodes(self, parameters: list[Tensor]) -> None:
-        """Adds up the gradients of all nodes, which are summed over each node's ranks already, and
-        whose ranks have met. A node that has none of a weight, where others have one, counts as
-        0."""
-        if self.twins is None:
-            return
-        with self.meter.wait("gradient"):
-            has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-            dist.all_reduce(has, dist.ReduceOp.MAX, self.twins)
-            parts = []
-            for parameter, somewhere in zip(parameters, has.tolist(), strict=True):
-                if somewhere and parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                if somewhere:
-                    parts.append(self.part(parameter.grad))
-
-            # Some of them at a time, so that their copy is small.
-            ends = accumulate(part.nbytes for part in parts)
-            numbered = zip(parts, ends, strict=True)
-            for _, bucket in groupby(numbered, lambda one: one[1] // BUCKET):
-                some = [part for part, _ in bucket]
-                flat = torch.cat([part.flatten() for part in some])
-                dist.all_reduce(flat, group=self.twins)
-                sums = flat.split([part.numel() for part in some])
-                for part, total in zip(some, sums, strict=True):
-                    part.copy_(total.view_as(part))
-                self.meter.alive()
 
     def spread(self, model: nn.Module, methods: tuple[str, ...]) -> None:
         """Leaves this rank its part of every parameter, on its device, frozen ones too. Block by
@@ -127,7 +96,6 @@ class ShardedRanks(Ranks):
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def placed(self, part: Tensor, like: Tensor) -> Tensor:
-        """Returns the tensor of which every rank has such a part, of the size of `like`."""
         if not isinstance(like, DTensor) or part.dim() == 0:
             return part
         size = {"shape": like.shape, "stride": like.stride()}

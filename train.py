@@ -46,6 +46,7 @@ from config import (
 )
 from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
+from joining import agree, bring_run, meet_the_others
 from learner import schedule
 from nodes import Nodes
 from output import disk_trouble
@@ -121,6 +122,8 @@ def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None
         before = from_json(folder.path / "config.json")
         if changed := differences(before, setup.config):
             print(f"other settings than this run had so far: {', '.join(changed)}")
+        if before.train.nodes != setup.config.train.nodes:
+            print(other_batches(before, setup.config))
         if jump := rate_jump(before, setup.config, setup.version):
             print(jump)
     print(where(setup))
@@ -158,6 +161,14 @@ def played_again(setup: Setup, folder: RunFolder) -> str:
     if newest <= setup.version:
         return ""
     return f"; it was killed at iteration {newest}, so those after {setup.version} come again"
+
+
+def other_batches(before: Config, now: Config) -> str:
+    """Says what another number of nodes makes of the batches."""
+    was, is_now = (config.actor.batch * config.train.nodes for config in (before, now))
+    size = f"a batch of all nodes has {is_now} trajectories now (was {was})"
+    whose = "which one a trajectory belongs to follows from its env's number among all nodes' envs"
+    return f"{size}: the same learning rates mean something else, and {whose}"
 
 
 def rate_jump(before: Config, now: Config, version: int) -> str:
@@ -206,24 +217,24 @@ class Handover:
 def start_again(
     ratio: str,
     folder: RunFolder,
-    run: str,
+    nodes: Nodes,
     past: tuning.Past,
     interrupts: processes.Interrupts,
     tracker,
 ) -> None:
     """Starts the run again in this process, from its checkpoint, with the flags that were given.
 
-    run: its name, on the first node. It returns only if Ctrl-C came before. The new start hears
-    what comes later."""
-    heard = processes.keep_interrupts()
-    if interrupts:
+    It returns only if Ctrl-C came before. The new start hears what comes later; of several nodes,
+    which all start again, also what came before."""
+    heard = processes.keep_interrupts(bytes(interrupts) if nodes.several else b"")
+    if interrupts and not nodes.several:
         return
     handover = Handover(os.getpid(), past, folder.appended, heard)
     folder.write("tuning.json", json.dumps(asdict(handover), default=sorted))  # sets become lists
     if tracker:
         tracker.finish()
     flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")
-    processes.replace_this_process([*flags, "--resume", run, "--ratio-from", ratio])
+    processes.replace_this_process([*flags, "--resume", nodes.run, "--ratio-from", ratio])
 
 
 def unused_path() -> Path:
@@ -244,10 +255,10 @@ def unused_path() -> Path:
 def open_folder(setup: Setup, nodes: Nodes) -> RunFolder:
     """Opens the run's folder; on other nodes than the first, one for what workers need. Raises
     UserError."""
-    nodes.agree(setup.config)
+    agree(nodes, setup.config)
     train = setup.config.train
     if not nodes.first:
-        return RunFolder(nodes.folder(nodes.run), resume=True)
+        return RunFolder(nodes.copied or nodes.folder(nodes.run), resume=True)
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
     # Whoever held the lock before may have saved since `prepare` looked.
@@ -262,8 +273,10 @@ def begin(args: list[str]) -> int:
     status."""
     nodes = Nodes.here()
     with nodes.together():
-        config = parse(nodes.arrange(args))
-        return main(nodes.placed(config), nodes)
+        args = meet_the_others(nodes, args)
+        config = parse(args) if nodes.first else None
+        args = bring_run(nodes, args, config)
+        return main(nodes.placed(config or parse(args)), nodes)
 
 
 def main(config: Config, nodes: Nodes | None = None) -> int:
@@ -293,12 +306,12 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
     end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
     if end.ratio:
         nodes.close()
-        start_again(end.ratio, folder, nodes.run, handover.past, interrupts, tracker)
+        start_again(end.ratio, folder, nodes, handover.past, interrupts, tracker)
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
         nodes.gather_spans(folder.spans)
         if not nodes.first:
-            folder.remove()
+            folder.remove(failed=end.status == 1)
             return nodes.status(end.status)
         folder.finish()
         if not interrupts:  # who ends a run may not wait for long; `python -m metrics` draws, too

@@ -477,7 +477,8 @@ class Tuner:
         self.measured.take(MEMORY, self.config.actor.batch, used)
         train = self.config.train
         again = self.lines > SETTLED and version % train.checkpoint_every == 0
-        if train.ratio == "auto" and (self.lines == SETTLED or again):
+        decides = train.ratio == "auto" and train.node == 0  # for all nodes
+        if decides and (self.lines == SETTLED or again):
             self.think_of_ratio(self.iterations - version)
         idle = not self.batches.probes and not self.thoughts
         if self.batches.tunes and idle and self.batches.need_a_look():

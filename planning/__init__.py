@@ -2,6 +2,7 @@
 
 settings.py   a run's settings → Node; the flags of plan.py → a run's settings
 costs.py      two measured phases, or a run's trace → Costs
+wire.py       gradients, nodes and a network → bytes and seconds of their sum
 events.py     Node, Costs → Prediction
 """
 
@@ -79,7 +80,7 @@ class Costs:
     train_fixed_s: float = 0.0  # one micro-batch, whatever its size
     train_each_s: float  # and more for each chunk step in it
     optimizer_s: float = 0.0  # clipping and the optimizer step, per minibatch
-    gradient_s: float = 0.0  # summing gradients once all ranks have arrived, per minibatch
+    gradient_s: float = 0.0  # summing gradients, once all ranks are through, per minibatch
     publish_s: float = 0.0  # the actor's part of handing over new weights, per iteration
     fetch_s: float = 0.0  # from there until a rollout worker, which goes on serving, holds them
     message_s: float = 0.0  # from a message until the worker that waits for it goes on

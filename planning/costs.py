@@ -17,17 +17,41 @@ from errors import require, understood
 from planning import STAGES, Costs, Node, scaled
 from planning.events import simulate
 from planning.settings import PlanConfig, node_of, overridden, planned
+from planning.wire import Network, all_reduce_s, exposed_s, wire_gb
 from run_folder import read_metrics, read_trace
 from scheduler import place
 
 Span = tuple[str, float, float, dict]  # what, start and end in seconds, what of
+INSIDE_HOP_S = 3.4e-6  # from GPU to GPU of a node (NCCL's tuning.cc: ring, Simple)
+BUCKETS = 8  # of a minibatch's gradients, at least
 TOO_FEW = 7  # lines of metrics.jsonl below which a prediction may be far off
 
 
-def all_reduce_s(plan: PlanConfig, nodes: int) -> float:
-    """Returns the seconds of a ring: every byte crosses each link twice, in 2 (n − 1) hops."""
-    transfer = 2 * (nodes - 1) / nodes * plan.gradient_gb / plan.network_gb_s
-    return transfer + 2 * (nodes - 1) * plan.network_latency_us * 1e-6
+def reductions(plan: PlanConfig, node: Node, nodes: int) -> tuple[float, int]:
+    """Returns the seconds of one bucket's all-reduce, and how many buckets a minibatch has."""
+    buckets = max(BUCKETS, math.ceil(1e3 * plan.gradient_gb / plan.bucket_mb))
+    network = Network(
+        gb_s=plan.network_gb_s,
+        hop_s=1e-6 * plan.network_latency_us,
+        inside_gb_s=plan.nvlink_gb_s,
+        inside_hop_s=INSIDE_HOP_S,
+        trees=True,
+    )
+    ranks = len(node.actor_devices)
+    return all_reduce_s(plan.gradient_gb / buckets, nodes, ranks, network), buckets
+
+
+def gradient_s(plan: PlanConfig, node: Node, costs: Costs, nodes: int) -> float:
+    """Returns the seconds of each minibatch that the sum over so many nodes takes and training does
+    not hide."""
+    micro_s = costs.train_fixed_s + node.micro_batch * node.segment * costs.train_each_s
+    return exposed_s(*reductions(plan, node, nodes), plan.overlap * micro_s)
+
+
+def summed(plan: PlanConfig, node: Node, costs: Costs, nodes: int, base: int) -> Costs:
+    """Returns the costs with sums of gradients over `nodes` instead of `base` nodes."""
+    more_s = gradient_s(plan, node, costs, nodes) - gradient_s(plan, node, costs, base)
+    return replace(costs, gradient_s=max(0.0, costs.gradient_s + more_s))
 
 
 def words(costs: Costs) -> str:
@@ -96,24 +120,28 @@ def calibrate(plan: PlanConfig) -> Costs:
     if node.lane_envs > 1:  # a narrower vectorised lane than in lockstep
         step_s *= plan.step_fixed + (1 - plan.step_fixed) * node.lane_envs / base.lane_envs
 
-    # What the actor takes besides optimizer steps and communication, micro-batches take.
+    # What the actor takes besides optimizer steps and communication, micro-batches take. The last
+    # one of a minibatch hides so much of its own time of reductions, and the last of them never.
     steps = node.optimizer_steps
-    reduce_s = all_reduce_s(plan, nodes)
-    outside = steps * (plan.optimizer_s + reduce_s)
-    longer = f"{steps} optimizer steps of {outside / steps:.2g} s each take longer than --actor-s"
-    fits = not plan.actor_s or outside <= plan.actor_s
+    bucket_s, buckets = reductions(plan, node, nodes)
+    outside = plan.optimizer_s + buckets * bucket_s
+    longer = f"{steps} optimizer steps of {outside:.2g} s each take longer than --actor-s"
+    fits = not plan.actor_s or steps * outside <= plan.actor_s
     require(fits, f"{longer} {plan.actor_s:g}: lower --optimizer-s or --gradient-gb")
-    micro_batches = steps * node.minibatch / len(node.actor_devices) / node.micro_batch
-    micro_s = max(0.0, plan.actor_s - outside) / micro_batches
-    return replace(
+    micro_batches = node.minibatch / len(node.actor_devices) / node.micro_batch
+    hides = plan.overlap * (1 - 1 / buckets)
+    left = max(outside, plan.actor_s / steps) - plan.optimizer_s
+    micro_s = (left - buckets * bucket_s) / (micro_batches - hides)
+    micro_s = min(micro_s, (left - bucket_s) / micro_batches)
+    costs = replace(
         scaled(costs, rollout=scale),
         step_s=step_s,
         train_fixed_s=plan.train_fixed * micro_s,
         train_each_s=(1 - plan.train_fixed) * micro_s / (node.micro_batch * node.segment),
         optimizer_s=plan.optimizer_s * (plan.actor_s > 0),
-        gradient_s=reduce_s * (plan.actor_s > 0),
         fetch_s=plan.weights_gb / plan.nvlink_gb_s,
     )
+    return replace(costs, gradient_s=gradient_s(plan, node, costs, nodes) * (plan.actor_s > 0))
 
 
 def chunk_times(rows: list[Span]) -> list[float]:
@@ -243,9 +271,22 @@ def shares_of(config: Config) -> tuple[float, float]:
     return r / (r + a), a / (r + a)
 
 
-def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
-    """Returns node, number of nodes and costs of a run, changed as flags say; and, in words, what
-    the run itself reached. Raises UserError.
+def as_summed(plan: PlanConfig, node: Node, nodes: int, lines: list[dict]) -> PlanConfig:
+    """Returns the plan with the gradients that a run's ranks summed, and, if it had several nodes,
+    with the speed at which they did. A flag that is given counts instead."""
+    gb = 1e-9 * float(np.mean([line["reduce_bytes"] for line in lines]))
+    found = {"gradient_gb": gb / node.optimizer_steps}
+    if nodes > 1:
+        seconds = float(np.mean([line["reduce_s"] for line in lines]))
+        found["network_gb_s"] = wire_gb(gb, nodes * len(node.actor_devices)) / seconds
+    default = PlanConfig()
+    ours = {name for name in found if getattr(plan, name) == getattr(default, name)}
+    return replace(plan, **{name: found[name] for name in ours})
+
+
+def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str, PlanConfig]:
+    """Returns node, number of nodes and costs of a run, changed as flags say; in words, what the
+    run itself reached; and the plan with its gradients and network. Raises UserError.
 
     Lanes stay as wide as they were: other parts mean other numbers of env workers, and faster or
     slower rollouts and actors."""
@@ -286,9 +327,13 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str]:
     line = f"{run}: {all_words(costs)}; the run reached {env_steps / seconds:.0f} env steps/s"
     if len(lines) < TOO_FEW:
         line += "; of so few iterations predictions may be far off: ten and more are within 3 %"
-    nodes = max(1, plan.gpus // plan.gpus_per_node)
-    costs = replace(
-        scaled(costs, rollout=1 / rollout, actor=1 / actor),
-        gradient_s=costs.gradient_s + all_reduce_s(plan, nodes),
-    )
-    return node, nodes, costs, line
+    costs = scaled(costs, rollout=1 / rollout, actor=1 / actor)
+
+    # Sum gradients over as many nodes as are asked for, instead of those that ran.
+    base = settings.train.nodes
+    nodes = base if plan.gpus == default.gpus else max(1, plan.gpus // plan.gpus_per_node)
+    if "reduce_s" in lines[-1]:
+        plan = as_summed(plan, ran, base, lines)
+        waited = float(np.mean([line["reduce_wait_s"] for line in lines]))
+        costs = replace(costs, gradient_s=waited / ran.optimizer_steps)
+    return node, nodes, summed(plan, node, costs, nodes, base), line, plan

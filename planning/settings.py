@@ -43,7 +43,7 @@ class PlanConfig:
     measured_ratio: str = ""  # R:A that --rollout-s and --actor-s belong to, if it is not --ratio
     measured_placement: Where = ""  # placement that they belong to, if it is not the one predicted
     from_: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """run whose trace.json and metrics.jsonl give the costs instead; it counts as one node"""
+    """run whose trace.json and metrics.jsonl give the costs, and its nodes where --gpus does not"""
 
     envs: Positive = 64  # envs of a node (RL-VLA³, setup C: 64)
     rollout_epochs: Positive = 8  # episodes of every env in an iteration (RL-VLA³, setup C: 8)
@@ -70,6 +70,11 @@ class PlanConfig:
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
     network_gb_s: AboveZero = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
     network_latency_us: FromZero = 20.0  # of one hop between nodes
+    bucket_mb: AboveZero = (
+        33.6  # gradients that are summed at once, if they are eight times as many
+    )
+    overlap: Share = 0.67
+    """share of a minibatch's last micro-batch that hides their sum: its backward pass"""
     weights_gb: FromZero = 0.87  # weights that rollout workers fetch (bf16, those of the gradients)
     nvlink_gb_s: AboveZero = 300.0  # GB/s between GPUs of a node
 

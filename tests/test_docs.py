@@ -1,15 +1,21 @@
 """What the documents say: their forks apply and run, the symbols they name exist, their links lead
-somewhere.
+somewhere, what they start on several machines is understood, and messages are those of the code.
 """
 
+import ast
 import importlib
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+import command_line
 from config import ROOT
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -107,3 +113,133 @@ def test_links_and_files_exist(page):
 def test_the_tests_that_a_page_names_exist(page):
     for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", page.read_text()):
         assert f"def {name}(" in (ROOT / "tests" / file).read_text(), f"{file}::{name}"
+
+
+NODES = (ROOT / "docs" / "nodes.md").read_text()
+# Words of torch, in what an actor worker says (`follow.LOST`) or a launcher.
+TORCH = ["Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL"]
+TORCH += ["Gloo connectFullMesh failed with …", "Unable to find address for: …"]
+
+
+def understood(words: list[str]):
+    """What torchrun makes of a command line, "torchrun" left out, whose rest train.py takes."""
+    from torch.distributed.run import config_from_args, get_args_parser
+
+    args = get_args_parser().parse_args(words)
+    config, _, (unbuffered, script, *flags) = config_from_args(args)
+    assert (unbuffered, script, config.nproc_per_node) == ("-u", "train.py", 1)
+    command_line.parse(flags)
+    return args
+
+
+@pytest.mark.parametrize("page", [*DOCS, ROOT / "nodes.py"], ids=lambda page: page.name)
+def test_torchrun_and_train_understand_the_commands_of_a_page(page):
+    commands = re.findall(r"^    torchrun (.*?)(?: …)?$", page.read_text(), re.M)
+    assert commands or page.name not in ("README.md", "nodes.md", "nodes.py")
+    for command in commands:
+        understood(command.replace("--nnodes N", "--nnodes 4").replace(":PORT", ":29400").split())
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The surroundings of a job: an srun that goes on until it is told to end, and takes notes."""
+    programs = {
+        "srun": "printf '%s\\n' \"$@\" > part; trap 'echo told > told; exit 1' TERM; mv part srun\n"
+        "while [ ! -e done ]; do sleep 0.05; done; exit 3",
+        "scontrol": 'case "$1" in show) echo gpu-7; echo gpu-8;; *) echo "$@" > scontrol;; esac',
+    }
+    for name, text in programs.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    job = {"JOB_ID": "123456", "JOB_NAME": "pi05-libero", "JOB_NUM_NODES": "4"}
+    job |= {"SUBMIT_DIR": str(tmp_path), "JOB_NODELIST": "gpu-[7-10]"}
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return os.environ | {f"SLURM_{name}": value for name, value in job.items()} | {"PATH": path}
+
+
+@pytest.mark.parametrize("in_time", [True, False])
+def test_the_slurm_script_starts_torchrun_and_queues_itself_again(slurm, tmp_path, in_time):
+    """in_time: whether the run ends before Slurm's signal."""
+    script = re.search(r"```bash\n(.*?)```", NODES, re.S)[1]
+    job = subprocess.Popen(["bash", "-uc", script], env=slurm)
+    late = time.monotonic() + 20.0
+    while not (tmp_path / "srun").exists() and time.monotonic() < late:
+        time.sleep(0.02)
+    if in_time:
+        (tmp_path / "done").touch()
+    else:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(20.0) == (3 if in_time else 0)
+    requeued = tmp_path / "scontrol"
+    assert requeued.exists() != in_time and (tmp_path / "told").exists() != in_time
+    assert in_time or requeued.read_text() == "requeue 123456\n"
+
+    words = (tmp_path / "srun").read_text().splitlines()
+    args = understood(words[words.index("torchrun") + 1 :])
+    assert args.nnodes == "4" and args.rdzv_endpoint == "gpu-7:23456"
+    patience = int(re.search("--signal=B:USR1@(.*)", script)[1])
+    assert patience - 60 > args.shutdown_timeout  # the signal may come a minute early or late
+
+
+def test_the_kubernetes_sketch_starts_torchrun_once_per_pod():
+    service, job = yaml.safe_load_all(re.search(r"```yaml\n(.*?)```", NODES, re.S)[1])
+    name = job["metadata"]["name"]
+    pod = job["spec"]["template"]["spec"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    assert service["metadata"]["name"] == pod["subdomain"]
+    (container,) = pod["containers"]
+    assert container["command"] == ["torchrun"]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "3") for word in container["args"]]
+    args = understood(words)
+    assert (args.node_rank, args.rdzv_backend) == (3, "static")
+    assert args.master_addr == f"{name}-0.{pod['subdomain']}"
+    assert int(args.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert pod["terminationGracePeriodSeconds"] > args.shutdown_timeout
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def texts(file: str) -> list[str]:
+    """All constant text of a module, but docstrings; of an f-string what stands between braces."""
+    tree = ast.parse((ROOT / file).read_text())
+    lone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    return [node.value for node in found if isinstance(node.value, str) and id(node) not in lone]
+
+
+def consists_of(words: str, known: str, parts: int = 3) -> bool:
+    """Whether a text is one of code, or several in a row; an f-string may be put into another."""
+    if words in known:
+        return True
+    cuts = [i for i in range(len(words), 0, -1) if parts > 1 and words[:i] in known]
+    return any(consists_of(words[i:], known, parts - 1) for i in cuts)
+
+
+def test_every_message_that_is_explained_can_be_said():
+    files = [
+        "nodes.py",
+        "joining.py",
+        "ranks.py",
+        "follow.py",
+        "processes.py",
+        "train.py",
+        "report.py",
+    ]
+    known = "\0".join(text for file in files for text in texts(file))
+    table = NODES.split("## What each message means")[1].split("Before launchers run")[0]
+    rows = re.findall(r"^\| (`.*?) \| ", table, re.M)
+    messages = [message for row in rows for message in re.findall("`(.*?)`", row)]
+    assert len(messages) > 20
+    for message in messages:
+        for words in map(str.strip, message.split("…")):
+            said = len(words) < 2 or message in TORCH or consists_of(words, known)
+            assert said, f"nobody says {words!r} any more: {message}"
+
+
+def test_every_message_of_nodes_is_explained():
+    for text in [*texts("nodes.py"), *texts("joining.py")]:
+        if len(text.split()) > 3:
+            assert text.strip() in NODES, f"docs/nodes.md does not explain {text!r}"

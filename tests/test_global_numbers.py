@@ -156,7 +156,7 @@ def test_noise_is_named_by_numbers_of_all_nodes(node):
     config = completed(config, node=node, nodes=2)
     pool = SlotPool(common_fields(SEGMENT, 2, 4), 5)
     pool["env"][:] = pool["env"].new_tensor(range(5))  # local, as env workers label slots
-    channels = SimpleNamespace(plane=None, lanes=LaneTable(3, 1), pool=pool)
+    channels = SimpleNamespace(plane=None, lanes=LaneTable(3, 1, 1), pool=pool)
     world = LanesServed(0, config, channels).world
     records = [Record(slot, 1, EVAL if slot > 2 else ACT, 0, 0) for slot in range(5)]
     with pytest.raises(Drawn) as drawn:

@@ -50,7 +50,8 @@ def expected(minibatch: int, number: int) -> Tensor:
 
 
 def make(sizes: tuple[int, ...] = SIZES) -> Gradients:
-    return Gradients([nn.Parameter(torch.ones(size)) for size in sizes])
+    alone = Ranks(0, 1, "cpu", Meeting(Path()))
+    return Gradients([nn.Parameter(torch.ones(size)) for size in sizes], alone)
 
 
 def backward(held: Gradients, number: int, rank: int, minibatch: int) -> None:
@@ -195,7 +196,7 @@ def test_bytes_and_seconds_are_of_sums_one_after_the_other(everybody):
 
 def test_a_pass_after_the_last_one_of_a_minibatch_is_refused(monkeypatch):
     """By a fork, whose gradients would come too late to be summed."""
-    monkeypatch.setattr(gradients, "come", lambda words: Mock(is_completed=lambda: False))
+    monkeypatch.setattr(gradients, "come", lambda *_: Mock(is_completed=lambda: False))
     held = make((3,))
     backward(held, 0, 0, 0)
     held.buckets = [[0]]

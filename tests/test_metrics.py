@@ -40,7 +40,7 @@ def counters() -> Counters:
 
 def ended(interval: Interval) -> dict:
     """What a launcher that is alone makes of an interval."""
-    return figures([interval.measure(rss_gb=2.0, cpu_s=3.0)])
+    return figures({0: interval.measure(rss_gb=2.0, cpu_s=3.0)})
 
 
 def line(version: int, **more) -> dict:
@@ -181,7 +181,7 @@ def test_a_line_is_of_all_nodes_with_each_one_s_figures_beside_it():
     """Means are over all inferences and fetches, and bubbles over the time of all workers: neither
     is the mean of the nodes' own."""
     both = [measured(1, 10.0, envs=2), measured(2, 8.0, envs=5)]
-    out = json.loads(json.dumps(figures(both)))
+    out = json.loads(json.dumps(figures(dict(enumerate(both)))))
     assert out["env_steps_per_s"] == 100 / 10 + 200 / 8
     assert out["batch_size_mean"] == (8 + 32) / 12 and out["batch_wait_ms"] == 1e3 * 0.04 / 12
     assert out["batch_size_hist"] == {"2": 4, "4": 8}
@@ -207,17 +207,17 @@ def test_a_line_is_of_all_nodes_with_each_one_s_figures_beside_it():
     }
     slow = out["nodes"]["1"]
     assert (slow["wait_gradient"], slow["bubble_env"], slow["restarts"]) == (0.0, 0.05, 1)
-    assert list(out["nodes"]) == ["0", "1"] and "nodes" not in figures(both[:1])
+    assert list(out["nodes"]) == ["0", "1"] and "nodes" not in figures({0: both[0]})
 
 
 def test_every_figure_of_a_node_is_documented():
-    found = paths({"nodes": figures([measured(1, 10.0, 2), measured(2, 8.0, 5)])["nodes"]})
+    found = paths({"nodes": figures({0: measured(1, 10.0, 2), 1: measured(2, 8.0, 5)})["nodes"]})
     rows = {entry: keys for entry, keys in documented().items() if "NODE" in entry}
     assert set().union(*rows.values()) == found
 
 
 def test_a_line_with_nodes_is_read_again_and_mirrored(tmp_path):
-    nodes = figures([measured(1, 10.0, 2), measured(2, 8.0, 5)])["nodes"]
+    nodes = figures({0: measured(1, 10.0, 2), 1: measured(2, 8.0, 5)})["nodes"]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(LINE | {"nodes": nodes}) + "\n")
     assert read_metrics(tmp_path)[0]["nodes"] == nodes
     assert flatten({"nodes": nodes})["nodes/1/env_steps_per_s"] == 25.0

@@ -15,13 +15,14 @@ import metrics
 import plan
 import scheduler
 import streamer
-from benchmarks import plan_against_paper
+from benchmarks import plan_against_paper, wire
 from config import PRESETS, ROOT, Config, to_json
 from errors import UserError
 from planning import Costs, Node, events
-from planning.costs import all_reduce_s, calibrate, from_run, inference_cost
+from planning.costs import calibrate, from_run, inference_cost
 from planning.events import Device, NodeState, World, simulate
 from planning.settings import PlanConfig, node_of, planned
+from planning.wire import Network, all_reduce_s, exposed_s, wire_gb
 from run_folder import read_metrics, read_trace, write_trace
 from scheduler import Admission, place
 
@@ -245,10 +246,70 @@ def test_the_batcher_knows_how_many_lanes_may_ask():
     assert rollout.batcher.limit == 8
 
 
-def test_ring_all_reduce():
-    config = PlanConfig(gradient_gb=2.0, network_gb_s=50.0, network_latency_us=10.0)
-    assert all_reduce_s(config, 1) == 0.0
-    assert all_reduce_s(config, 5) == pytest.approx(2 * 4 / 5 * 2 / 50 + 2 * 4 * 10e-6)
+def test_one_node_sends_nothing_and_a_ring_sends_each_byte_twice():
+    network = Network(gb_s=50.0, hop_s=10e-6)
+    assert all_reduce_s(2.0, 1, 1, network) == wire_gb(2.0, 1) == 0.0
+    assert all_reduce_s(2.0, 5, 1, network) == pytest.approx(2 * 4 / 5 * 2 / 50 + 2 * 4 * 10e-6)
+    # Within a node the wire does not matter. Across nodes the ring has all their ranks.
+    inside = replace(network, inside_gb_s=300.0, inside_hop_s=3e-6)
+    alone = all_reduce_s(2.0, 1, 4, inside)
+    assert alone == pytest.approx(2 * 3 / 4 * 2 / 300 + 6 * 3e-6)
+    assert alone == all_reduce_s(2.0, 1, 4, replace(inside, gb_s=1.0, hop_s=1.0))
+    hops = 2 * (20 - 5) * 3e-6 + 2 * 4 * 10e-6
+    assert all_reduce_s(2.0, 5, 4, inside) == pytest.approx(wire_gb(2.0, 20) / 50 + hops)
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_more_nodes_bytes_and_latency_never_take_less(trees):
+    network = Network(gb_s=3.0, hop_s=20e-6, inside_gb_s=300.0, inside_hop_s=3e-6, trees=trees)
+    for gb in (0.001, 1.0):
+        seconds = [all_reduce_s(gb, 2**i, 4, network) for i in range(11)]
+        assert seconds == sorted(seconds)
+        assert all_reduce_s(2 * gb, 8, 4, network) > seconds[3]
+        assert all_reduce_s(gb, 8, 4, replace(network, gb_s=6.0)) < seconds[3]
+        assert all_reduce_s(gb, 8, 4, replace(network, hop_s=1e-3)) > seconds[3]
+    # Many nodes make a ring of small buckets long in hops, not a tree.
+    small = all_reduce_s(0.001, 128, 4, replace(network, trees=False))
+    assert all_reduce_s(0.001, 128, 4, network) < small / 2 or not trees
+
+
+def test_a_backward_pass_hides_all_but_the_last_bucket():
+    assert exposed_s(1.0, 8, 0.0) == 8.0  # nothing to hide behind
+    assert exposed_s(1.0, 8, 4.0) == pytest.approx(8 - 4 * 7 / 8)
+    assert exposed_s(1.0, 8, 100.0) == 1.0
+    assert exposed_s(8.0, 1, 100.0) == 8.0  # in one piece it begins when all of it is there
+    hidden = [exposed_s(1.0, 8, share) for share in (0.0, 1.0, 4.0, 8.0, 9.0)]
+    assert hidden == sorted(hidden, reverse=True)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.67])
+@pytest.mark.parametrize("gradient_gb", [1.73, 40.0])
+def test_measured_training_contains_what_is_not_hidden(overlap, gradient_gb):
+    """Whatever the wire takes of --actor-s, phases come back as they were given."""
+    flags = {"overlap": overlap, "gradient_gb": gradient_gb, "network_gb_s": 3.1, "gpus": 64}
+    found = predicted(preset="sync-disaggregated", **flags)
+    assert (1 - found.bubble_actor) * found.step_s < 861
+    assert found.step_s == pytest.approx(1050 + 861, rel=0.02)
+
+
+def test_the_slowest_of_many_nodes_decides_and_staleness_makes_up_for_it():
+    """E[max] of N alike nodes: it grows with N, and less where rollouts may run ahead."""
+    waits = {}
+    for preset in ("sync-disaggregated", "train-async"):
+        node = as_preset(MANY, preset)
+        alone, eight, many = (
+            simulate(node, TAILED, nodes, min(nodes, 8), 40).step_s for nodes in (1, 8, 128)
+        )
+        assert alone < eight < many
+        waits[preset] = many / alone - 1
+    assert waits["train-async"] < waits["sync-disaggregated"]
+
+
+def test_the_wire_is_not_compared_where_there_are_no_namespaces(monkeypatch):
+    """A sentence and status 1, in place of figures of something else."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit, match="allows no network namespaces or no tc here"):
+        wire.main(wire.WireConfig())
 
 
 # ---------------------------------------------------------------- what must hold for any costs
@@ -459,7 +520,7 @@ def traced_run(folder, step=0.02, fixed=0.01, each=0.005, micro=0.04, sizes=True
 def test_a_run_predicts_itself(tmp_path):
     iteration = traced_run(tmp_path / "run")
     config = PlanConfig(from_=str(tmp_path / "run"), iterations=4)
-    node, nodes, costs, line = from_run(config)
+    node, nodes, costs, line, _ = from_run(config)
     assert (node.lanes, node.segment, node.chunk, node.batch, node.max_staleness, nodes) == (
         2,
         2,
@@ -501,6 +562,32 @@ def test_of_a_run_on_two_nodes_costs_are_the_first_one_s(tmp_path):
     assert both[0] == alone[0] and both[2] == alone[2]
 
 
+def test_a_run_of_several_nodes_gives_gradients_and_network(tmp_path):
+    """Two nodes with a rank each have summed 6 MB in two optimizer steps, of 0.1 s each."""
+    traced_run(tmp_path / "run")
+    run = tmp_path / "run"
+    saved = json.loads((run / "config.json").read_text())
+    saved["train"]["nodes"] = 2
+    saved["actor"]["minibatch"] = 1
+    saved["actor"]["micro_batch"] = 1
+    (run / "config.json").write_text(json.dumps(saved))
+    more = {"nodes": {"0": {}, "1": {}}, "reduce_bytes": 6e6, "reduce_s": 0.2}
+    more |= {"reduce_wait_s": 0.16}
+    lines = [line | more for line in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    node, nodes, costs, _, found = from_run(PlanConfig(from_=str(run)))
+    assert nodes == 2 and costs.gradient_s == pytest.approx(0.08)
+    assert found.gradient_gb == pytest.approx(3e-3)
+    assert found.network_gb_s == pytest.approx(6e-3 / 0.2)
+    # Many nodes send twice as much, at that speed. One node sends nothing.
+    _, nodes, many, *_ = from_run(PlanConfig(from_=str(run), gpus=1024))
+    assert nodes == 128 and 0.16 < many.gradient_s < 0.21
+    _, nodes, one, *_ = from_run(PlanConfig(from_=str(run), gpus=1, gpus_per_node=1))
+    assert nodes == 1 and one.gradient_s < 0.01
+    _, _, fast, _, found = from_run(PlanConfig(from_=str(run), gpus=1024, network_gb_s=1.0))
+    assert found.network_gb_s == 1.0 and fast.gradient_s < many.gradient_s
+
+
 def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
     """Lanes ask, samples are inferred, and a lane's trajectories go to one rank."""
     traced_run(tmp_path / "run")
@@ -510,7 +597,7 @@ def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
     saved["actor"] |= {"batch": 8, "minibatch": 8, "actor_workers": 2}
     saved["rollout"]["batch_wait_ms"] = 1.0
     path.write_text(json.dumps(saved))
-    node, nodes, costs, _ = from_run(PlanConfig(from_=str(tmp_path / "run")))
+    node, nodes, costs, *_ = from_run(PlanConfig(from_=str(tmp_path / "run")))
     assert (node.lanes, node.lane_envs, node.batch, len(node.env_devices)) == (2, 4, 8, 1)
     # Without sizes in the trace the fixed share is of a full batch: 8 samples.
     assert costs.infer_fixed_s == pytest.approx(0.25 * 8 * costs.infer_each_s, rel=1e-3)
@@ -521,14 +608,14 @@ def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
 
 def test_a_run_under_another_preset(tmp_path):
     traced_run(tmp_path / "run")
-    node, _, costs, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full"))
+    node, _, costs, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full"))
     assert (node.max_staleness, node.batch_max, node.batch_wait_s, node.stream) == (
         1,
         "auto",
         "auto",
         True,
     )
-    _, _, faster, _ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="sync-colocated"))
+    _, _, faster, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="sync-colocated"))
     assert faster.train_each_s == pytest.approx(costs.train_each_s / 2)
     # Each has the whole machine, so neither has it while the other does.
     shared, *_ = from_run(PlanConfig(from_=str(tmp_path / "run"), preset="full-colocated"))

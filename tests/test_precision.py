@@ -3,6 +3,7 @@
 import copy
 import json
 from functools import partial
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
@@ -23,6 +24,7 @@ from memory import Room, Table
 from models import layers, lora
 from models.gr00t import CategoryLinear, Gr00t
 from models.pi import Pi
+from ranks import Meeting, Ranks
 from streamer import MicroBatch
 
 N = 5
@@ -236,7 +238,7 @@ def test_the_exact_proximal_policy_takes_rounding_out_of_later_ratios_too(precis
 
 def test_gradients_lie_side_by_side_and_a_weight_without_one_keeps_none():
     used, rests, unused = (nn.Parameter(torch.ones(size)) for size in (3, 5, 2))
-    gradients = Gradients([used, rests, unused])
+    gradients = Gradients([used, rests, unused], Ranks(0, 1, "cpu", Meeting(Path())))
     assert used.grad is None
     for passes in (1.0, 2.0):
         (used.sum() + 2 * rests.sum()).backward()

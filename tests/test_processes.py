@@ -225,9 +225,11 @@ def test_a_killed_launcher_takes_everything_along(endless):
 def test_rollout_workers_that_die_or_hang_are_replaced_and_an_actor_s_end_ends_the_run(
     endless, tmp_path
 ):
-    """A real policy, killed as for want of memory while another one hangs."""
-    process = endless("--timeout-s 12 --rollout-workers 2")
-    process.wait_for(tmp_path / "x" / "metrics.jsonl")
+    """A real policy, killed as for want of memory while another one hangs. Every action that is
+    trained has the probability that it was executed with: at staleness 0 the ratio is 1."""
+    flags = "--timeout-s 12 --rollout-workers 2 --max-staleness 0 --precision float32"
+    process = endless(flags, wait=False)
+    process.wait_for(tmp_path / "x" / "metrics.jsonl", timeout=120.0)
     workers = process.workers()
     workers[1].kill()  # rollout-0 and rollout-1, after actor-0
     workers[2].suspend()
@@ -238,6 +240,7 @@ def test_rollout_workers_that_die_or_hang_are_replaced_and_an_actor_s_end_ends_t
     lines = read_metrics(tmp_path / "x")
     assert lines[-1]["restarts"] == 2 and lines[-1]["discarded"] == 0  # nothing is played again
     assert [line["trained_once"] for line in lines] == [12 * line["iteration"] for line in lines]
+    assert all(line["ratio_max"] == pytest.approx(1.0, abs=1e-3) for line in lines)
 
     process.workers()[0].kill()
     status, output = process.finish(timeout=30)

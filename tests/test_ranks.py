@@ -18,7 +18,7 @@ def act(rank: int, folder: str) -> None:
     used = nn.Parameter(torch.ones(3))
     unused = nn.Parameter(torch.ones(2))  # as the last layer's with --train-vlm
     once = nn.Parameter(torch.ones(3))  # as of ranks whose groups are all filtered
-    gradients = Gradients([unused, used, once])
+    gradients = Gradients([unused, used, once], ranks)
     ((rank + 1) * used * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     if rank == 1:
         (once * torch.tensor([1.0, 2.0, 3.0])).sum().backward()

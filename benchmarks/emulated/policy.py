@@ -4,10 +4,12 @@ The files of the simulators derive for how long. A part of the time of inference
 not depend on the number of samples. More devices for a phase, by placement or ratio, divide its
 times; against `--ratio 1:1`, colocated has twice the devices in either phase, and stages take turns
 on them (`devices.py`). Several actor workers share theirs. Weights mean nothing and never change,
-but there are as many bytes of them as their way through the weight plane is to take time for. Where
+but there are as many bytes of them as their way through the weight plane is to take time for. They
+have no gradient either, unless EMULATED_GRADIENT_MB says how many megabytes ranks are to sum. Where
 simulation takes no time (`--tasks 0`), inference and training take none either.
 """
 
+import os
 import time
 from multiprocessing import current_process
 from typing import NamedTuple
@@ -36,6 +38,7 @@ class Times(NamedTuple):
     train_each: float  # of training one sample, a chunk step
 
 
+LAYERS = 8  # that weights with a gradient are divided into
 FORMATS = None  # nothing of it lies on disk
 
 
@@ -56,7 +59,10 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
     picture = (env_spec.views, env_spec.image_size, env_spec.image_size, 3)
     gpu = device_of(current_process().name, placement)
     sizes = (config.rollout.chunk, env_spec.action_dim)
-    return Emulated(picture, *sizes, times, costs.WEIGHTS, gpu).to(device)
+    model = Emulated(picture, *sizes, times, costs.WEIGHTS, gpu)
+    number = int(1e6 * float(os.environ.get("EMULATED_GRADIENT_MB", 0)) / 4 / LAYERS)
+    model.learnt.extend(nn.Parameter(torch.zeros(number)) for _ in range(LAYERS * (number > 0)))
+    return model.to(device)
 
 
 def shares(placement: str, actors: int) -> int:
@@ -104,6 +110,7 @@ class Emulated(nn.Module):
         self.times = times
         # They have no gradient, so no optimizer touches them.
         self.weights = nn.Parameter(torch.zeros(weights // 4))
+        self.learnt = nn.ParameterList()  # the gradients of these are 0
         self.action = nn.Parameter(torch.zeros(chunk, action_dim))
 
     def acts_in(self, name: str) -> None:
@@ -139,7 +146,7 @@ class Emulated(nn.Module):
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
         self.wait(n * self.times.train_each)
-        zero = self.action.sum() * 0.0
+        zero = sum(weight.sum() for weight in (self.action, *self.learnt)) * 0.0
         return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n)}
 
     def trainable(self) -> dict[str, nn.Parameter]:
