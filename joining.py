@@ -45,7 +45,7 @@ def meet_the_others(nodes: Nodes, args: list[str]) -> list[str]:
         nodes.limit_s = float(limit)
     store = nodes.open_store()
     before = json.loads(store.get("vla3/run")) if store.check(["vla3/run"]) else {}
-    if before and not gives(args, "--resume", "--resume-or-start"):
+    if before and not gives(args, *RESUMES):
         args = [*without(args, "--run"), "--resume-or-start", before["run"]]
     hellos = meet(nodes, store, has_run(value_of(args, *RESUMES), before))
     check_alike(nodes, hellos)

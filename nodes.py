@@ -6,7 +6,7 @@ A node is closed: its workers share slots, queues and weights among themselves. 
 gradients (ranks.py) and the launchers' words, through torchrun's store: the others' words go to the
 first node, and the first one's to all. The first node decides, saves and reports.
 
-Start at `Nodes.arrange`. Docs: docs/nodes.md. Left out: nodes that come and go while a run lasts.
+How they meet: joining.py. Docs: docs/nodes.md. Left out: nodes that come and go while a run lasts.
 """
 
 import contextlib
@@ -153,7 +153,6 @@ class Nodes:
     def placed(self, config: Config) -> Config:
         """Returns the settings with this node's place in them. Their time limit counts from now."""
         self.limit_s = config.train.timeout_s
-        self.limit_s = config.train.timeout_s
         return completed(config, node=self.number, nodes=self.count)
 
     def name_run(self, run: str) -> None:
@@ -282,7 +281,8 @@ class Nodes:
     # ---------------------------------------------------------------- the end
 
     def gather_spans(self, folder: Path) -> None:
-        """Brings the spans of all nodes' workers to the first node's .spans/."""
+        """Brings the spans of all nodes' workers to the first node's .spans/, or says what is
+        missing."""
         if not self.several or self.trouble:
             return
         try:
@@ -291,12 +291,15 @@ class Nodes:
             print("trace.json has one node: torchrun's store is gone", file=sys.stderr, flush=True)
 
     def exchange_spans(self, folder: Path, store: dist.Store) -> None:
+        # Others put theirs into the store, and say so.
         if not self.first:
             pieces = pack_spans(folder, self.count)
             for number, piece in enumerate(pieces):
                 store.set(self.key("spans", self.number, number), piece)
             self.tell({"kind": "spans", "pieces": len(pieces), "clock": self.clock})
             return
+
+        # The first node waits for them.
         found: dict[int, dict] = {}
         late = time.monotonic() + SPANS_S
         with contextlib.suppress(NodeLost):
