@@ -1,5 +1,6 @@
 """Follows a run to its end. Read `Follower.follow` first."""
 
+import contextlib
 import re
 import signal
 import sys
@@ -17,7 +18,7 @@ from nodes import Ended, NodeLost, Nodes
 from output import disk_trouble
 from prepare import Setup
 from processes import Crew, Interrupts, WorkerFailed
-from run_folder import RunFolder
+from run_folder import RunFolder, newest_version
 from tuning import Tuner
 
 EXPLAIN_S = 6.0  # that a lost connection may wait for its cause
@@ -76,7 +77,10 @@ class Follower:
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
         self.beginning = report.Beginning(self.channels.counters, batch)
         self.asked_elsewhere = False  # whether another node was interrupted
-        self.advice = f"continue with: python train.py --resume {self.folder.name}"
+        # What a user is told to type, on this node, or of several on each.
+        command = f"train.py --resume {self.folder.name}"
+        everywhere = f"torchrun … -- {command}, on all nodes (it is on {self.nodes.names[0]})"
+        self.advice = f"continue with: {everywhere if self.nodes.several else f'python {command}'}"
         self.trouble = ""  # why metrics.jsonl or a checkpoint could not be written
 
     def follow(self) -> End:
@@ -158,12 +162,13 @@ class Follower:
 
     def take(self, node: int, word: dict) -> None:
         """Takes in what another node says."""
-        if word["kind"] == "measured":
-            self.elsewhere.setdefault(word["version"], {})[node] = word["measured"]
-        elif word["kind"] == "stop" and self.nodes.first:
+        if word["kind"] == "stop" and self.nodes.first:
             self.asked_elsewhere = True
+            print(f"{self.nodes.names[node]} was told to stop", flush=True)
         elif word["kind"] == "stop":
             self.channels.counters.set(0, "stop", word["how"])
+        elif word["kind"] == "measured":
+            self.elsewhere.setdefault(word["version"], {})[node] = word["measured"]
         elif word["kind"] == "evaluates":
             self.evaluations.due = word["version"]
         elif word["kind"] == "evaluated":
@@ -193,6 +198,7 @@ class Follower:
         if "done" in news:
             done = f"{news['done']} iterations done; checkpoint in"
             done = f"{done} {self.folder.path / 'checkpoints'}"
+            done += f" on {self.nodes.name}" if self.nodes.several else ""
             return End(f"error: {self.trouble}; {done}", 1) if self.trouble else End(done)
         if "saved" in news and self.trouble:
             return End(f"error: {self.trouble}; saved {news['saved']}; {self.advice}", 1)
@@ -331,6 +337,17 @@ class Follower:
             said = f"{self.nodes.silent() or said}"
         return said
 
+    def end_with(self, failure: str) -> End:
+        """Returns the end of a run that failed. Of several nodes all say where it can go on, and
+        error.txt has the cause beside what workers wrote there."""
+        if not self.nodes.several:
+            return End(f"error: {failure}", 1)
+        with contextlib.suppress(OSError), open(self.folder.path / "error.txt", "a") as file:
+            file.write(f"{failure}\n")
+        saved = newest_version(self.folder.path)
+        where = f"; newest checkpoint {saved:06d}; {self.advice}" if saved is not None else ""
+        return End(f"error: {failure}{where}", 1)
+
     def failed(self, failure: Exception | str) -> End:
         """Returns to the ratio before where this one never got going; else the run has failed.
 
@@ -350,7 +367,7 @@ class Follower:
         past = self.tuner.past
         now = self.config.train.parts
         if not past.left or self.folder.lines()[-1]["version"] > self.setup.version:
-            return End(f"error: {failure}", 1)
+            return self.end_with(failure)
         found = f"at {now} the workers did not come to an iteration: {failure}"
         print(f"ratio {past.left} again: {found}", flush=True)
         return End(f"interrupted; {self.advice}", 130, past.go_back(now))

@@ -252,11 +252,14 @@ def agree(nodes: Nodes, config: Config) -> None:
         nodes.run = nodes.wait_for("agreed")[0]["run"]
         return
     for node, word in nodes.wait_for("settings").items():
-        for name, value in word["settings"].items():
-            found = f"{nodes.names[node]} has {flag_of(name)} {value or 'empty'}"
-            other = f"and {nodes.names[0]} {mine[name] or 'empty'}"
-            same = "give all nodes the same flags and files, on machines that are alike"
-            require(value == mine[name], f"{found}, {other}: {same}")
+        found = [
+            f"{flag_of(name)} {value or 'empty'} (not {mine[name] or 'empty'})"
+            for name, value in word["settings"].items()
+            if value != mine[name]
+        ]
+        other = f"{nodes.names[node]} has {', '.join(found)} unlike {nodes.names[0]}"
+        same = "give all nodes the same flags and files, on machines that are alike"
+        require(not found, f"{other}: {same}")
 
 
 def meant(config: Config) -> dict[str, str]:

@@ -348,7 +348,8 @@ class Nodes:
             raise
         except BaseException as error:
             said = str(error) if isinstance(error, UserError) else repr(error)
-            self.end(f"error: {self.name}: {said}", 2)
+            whose = "" if said.startswith("node ") else f"{self.name}: "
+            self.end(f"error: {whose}{said}", 2)
             raise
         finally:
             self.close()

@@ -126,7 +126,7 @@ def announce(setup: Setup, folder: RunFolder, again: bool, nodes: Nodes) -> None
             print(other_batches(before, setup.config))
         if jump := rate_jump(before, setup.config, setup.version):
             print(jump)
-    print(where(setup))
+    print(f"{nodes.name} of {nodes.count}: {where(setup)}" if nodes.several else where(setup))
     print(batch_line(setup.config, setup.config.env.segment))
     print(f"{recipes.beside(setup.config)}{setup.note}run folder {folder.path}", flush=True)
 
@@ -160,7 +160,7 @@ def played_again(setup: Setup, folder: RunFolder) -> str:
     newest = max((line["version"] for line in folder.lines()), default=0)
     if newest <= setup.version:
         return ""
-    return f"; it was killed at iteration {newest}, so those after {setup.version} come again"
+    return f"; it ended at iteration {newest}, so those after {setup.version} come again"
 
 
 def other_batches(before: Config, now: Config) -> str:

@@ -242,7 +242,7 @@ def test_nodes_must_mean_the_same(several, tmp_path):
     assert at_once(joining.agree, made, [config, same]) == [None, None]
     assert made[1].run == str(tmp_path)
     made[1].tell({"kind": "settings", "settings": joining.meant(completed(config, lr=0.5))})
-    with pytest.raises(UserError, match=r"node 1 \(.*\) has --lr 0.5, and node 0 \(.*\) "):
+    with pytest.raises(UserError, match=r"node 1 \(.*\) has --lr 0.5 \(not .*\) unlike node 0 \("):
         joining.agree(made[0], config)
     # The same flags, and files that differ in one place, which no actor may look at.
     with open(files[2], "r+b") as file:
@@ -253,7 +253,7 @@ def test_nodes_must_mean_the_same(several, tmp_path):
         joining.agree(made[0], config)
     # Lanes of several envs must be the same on all nodes: which env has which number is theirs.
     made[1].tell({"kind": "settings", "settings": {"env_workers": "7"}})
-    with pytest.raises(UserError, match=r"node 1 \(.*\) has --env-workers 7, and node 0 "):
+    with pytest.raises(UserError, match=r"node 1 \(.*\) has --env-workers 7 \(not .*\) unlike node 0 "):
         joining.agree(made[0], completed(config, lanes=2))
 
 

@@ -367,7 +367,7 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     status, output = cli("train.py", f"--resume {run} --iterations 3").finish()
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
     assert "other settings than this run had so far: iterations 3 (was 2)\n" in output
-    again = "it was killed at iteration 3, so those after 2 come again"
+    again = "it ended at iteration 3, so those after 2 come again"
     assert f"continues from {run}/checkpoints/000002; {again}\n" in output
     lines = lines_of(run)
     assert lines[:2] == before and [line["iteration"] for line in lines] == [1, 2, 3]
