@@ -79,7 +79,7 @@ def at_size(
 
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
     """Predicts one node to 1024 GPUs, with a batch that grows and with that of `base` nodes."""
-    per_node = plan.gpus // base
+    per_node = min(plan.gpus, plan.gpus_per_node)
     rows = []
     sizes = [n for n in (2**i for i in range(11)) if n * per_node <= LARGEST]
     for batch in BATCHES:
