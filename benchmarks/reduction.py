@@ -33,6 +33,7 @@ import torch
 
 from benchmarks.measuring import random_model
 from config import ROOT
+from errors import exit_on_user_error
 from gradients import Gradients
 from models.compiled import random_noise, random_observations
 from ranks import Meeting, Ranks
@@ -161,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
