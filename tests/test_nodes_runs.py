@@ -279,8 +279,9 @@ def test_nodes_that_disagree_end_at_once(nodes, tmp_path):
     run = tmp_path / "one"
     job = nodes([f"{BRIEF} --run {run}", f"{BRIEF} --run {run} --lr 0.5"], STATIC)
     assert job.finish(START_S) == [1, 1], job.said()
+    other = r"node 1 \(.*\) has --lr 0.5 \(not 0.00015\) unlike node 0"
     for node in range(2):
-        assert re.search(r"node 1 \(.*\) has --lr 0.5 \(not 0.00015\) unlike node 0", job.said(node))
+        assert re.search(other, job.said(node))
     assert not run.exists()
 
 
