@@ -333,8 +333,8 @@ ENDS = {
     ],
     "launchers": [
         ("launcher", 1, signal.SIGSTOP, r"error: node 1 \(.*\) is silent for 8 s: is it gone\?"),
-        ("launcher", 1, signal.SIGKILL, r"node 1 \(.*\) is silent"),
-        ("launcher", 0, signal.SIGKILL, rf"node 0 \(.*\) is silent|{GONE}"),
+        ("launcher", 1, signal.SIGKILL, r"node 1 \(.*\) (is silent|gave no sign of life)"),
+        ("launcher", 0, signal.SIGKILL, rf"node 0 \(.*\) (is silent|gave no sign of life)|{GONE}"),
     ],
     "torchruns": [
         ("torchrun", 1, signal.SIGKILL, "interrupted; saved"),  # its launcher is told to stop
@@ -411,7 +411,7 @@ MISTAKES = [
     ("--nonsense 1", "Unrecognized options: --nonsense|has ended: what it prints says why"),
     ("--env nonsense", "unknown --env 'nonsense'"),
     ("--checkpoint /nowhere/x.safetensors --model pi05", "no checkpoint at /nowhere/x.safetensors"),
-    ("--seed 4", r"node 1 \(.*\) has --seed 4, and node 0 \(.*\) 3: give all nodes the same"),
+    ("--seed 4", r"node 1 \(.*\) has --seed 4 \(not 3\) unlike node 0 \(.*\): give all"),
 ]
 
 
@@ -425,7 +425,7 @@ def test_a_mistake_on_one_node_ends_all(nodes, tmp_path, node, wrong, said):
     job = nodes(flags, STATIC)
     assert job.finish(START_S) == [1, 1], job.said()
     if wrong.startswith("--seed") and node == 0:
-        said = r"node 1 \(.*\) has --seed 3, and node 0 \(.*\) 4: give all nodes the same"
+        said = r"node 1 \(.*\) has --seed 3 \(not 4\) unlike node 0 \(.*\): give all"
     for place in range(2):
         assert re.search(said, job.said(place)), job.said()
     assert not run.exists()
