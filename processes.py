@@ -357,8 +357,7 @@ class Crew:
 
     def hangs(self, name: str) -> bool:
         """Whether a worker that was ready has given no sign of life for too long."""
-        # An actor worker waits for other ranks' gradients silently.
-        if not self.was_ready(name) or self.waits_for(name) == "gradient":
+        if not self.was_ready(name):
             return False
         ready = self.counter(name, "ready")
         alive = self.counter(name, "time") if ready else self.started[name]
