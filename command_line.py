@@ -1,8 +1,6 @@
 """The command line of train.py: flags → settings.
 
-A preset and a recipe, or what is published for a checkpoint's family, or a resumed run's
-config.json supply the defaults, which flags override. Left out: what the settings mean on this
-machine (prepare.py).
+Left out: what the settings mean on this machine (prepare.py).
 """
 
 import sys

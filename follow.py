@@ -311,11 +311,15 @@ class Follower:
             return self.failed(said.removeprefix("error: "))
         return End(said, elsewhere.status, elsewhere.ratio)
 
+    def sentence(self, failure: Exception | str) -> str:
+        """Names this node where a worker of it has failed; other sentences name theirs."""
+        return f"{self.where if isinstance(failure, WorkerFailed) else ''}{failure}"
+
     def cause(self, failure: Exception | str) -> str:
-        """Returns why a run has failed. Where one rank is gone, those of other nodes may be the
-        first to say something: that they have lost it."""
+        """Returns why a run has failed; the first node asks. Where one rank is gone, those of
+        other nodes may be the first to say something: that they have lost it."""
         mine = isinstance(failure, WorkerFailed)
-        said = f"{self.where if mine else ''}{failure}"
+        said = self.sentence(failure)
         late = time.monotonic() + EXPLAIN_S
         while self.nodes.several and re.search(LOST, said) and time.monotonic() < late:
             try:
@@ -326,16 +330,13 @@ class Follower:
                 time.sleep(0.1)
             except WorkerFailed as failed:
                 mine = True
-                said = f"{self.where}{failed}"
+                said = self.sentence(failed)
             except Ended as elsewhere:
                 said = str(elsewhere).removeprefix("error: ")
-                if not self.nodes.first:
-                    raise
             except NodeLost as lost:
                 return str(lost)
-        if re.search(LOST, said):
-            said = f"{self.nodes.silent() or said}"
-        return said
+        lost = re.search(LOST, said)
+        return lost and self.nodes.silent() or said
 
     def end_with(self, failure: str) -> End:
         """Returns the end of a run that failed. Of several nodes all say where it can go on, and
@@ -353,15 +354,14 @@ class Follower:
 
         Where it is not the first node's affair, that one says what comes of it."""
         if not self.nodes.first:
-            mine = isinstance(failure, WorkerFailed)
-            said = f"{self.where if mine else ''}{failure}"
+            said = self.sentence(failure)
             self.nodes.end(f"error: {said}", 1)
             try:
                 self.nodes.wait_for("end", 2 * EXPLAIN_S)
             except Ended as end:
                 return self.ended(end)
             except NodeLost as lost:
-                known = mine and not re.search(LOST, said)
+                known = isinstance(failure, WorkerFailed) and not re.search(LOST, said)
                 return End(f"error: {said if known else self.nodes.silent() or lost}", 1)
         failure = self.cause(failure)
         past = self.tuner.past

@@ -37,13 +37,7 @@ import tuning
 from channel import Channels, Counters
 from checks import flag_of, read_json
 from command_line import parse, without
-from config import (
-    STAGE_OF,
-    Config,
-    from_json,
-    run_path,
-    setting,
-)
+from config import STAGE_OF, Config, from_json, run_path, setting
 from errors import UserError, exit_on_user_error, require
 from follow import End, Follower
 from joining import agree, bring_run, meet_the_others

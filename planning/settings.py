@@ -70,9 +70,8 @@ class PlanConfig:
     """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
     network_gb_s: AboveZero = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
     network_latency_us: FromZero = 20.0  # of one hop between nodes
-    bucket_mb: AboveZero = (
-        33.6  # gradients that are summed at once, if they are eight times as many
-    )
+    bucket_mb: AboveZero = 33.6
+    """megabytes of gradients that are summed at once, where there are eight times as many"""
     overlap: Share = 0.67
     """share of a minibatch's last micro-batch that hides their sum: its backward pass"""
     weights_gb: FromZero = 0.87  # weights that rollout workers fetch (bf16, those of the gradients)
