@@ -1,0 +1,78 @@
+"""What `benchmarks/helping.py` predicts of actors that infer while they wait."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.helping import CASES, RATIOS, best, line, row_of, shared_out
+from planning import Costs, Node, events
+from planning.settings import planned
+
+NODE = Node(
+    lanes=8,
+    env_devices=("cpu",) * 8,
+    rollout_devices=("cpu",),
+    actor_devices=("cpu",),
+    segment=8,
+    chunk=10,
+    batch=16,
+    minibatch=8,
+    micro_batch=2,
+    update_epochs=1,
+    max_staleness=1,
+    batch_max="auto",
+    batch_wait_s="auto",
+    stream=True,
+)
+COSTS = Costs(step_s=0.1, step_tail=0.3, infer_fixed_s=0.03, infer_each_s=0.02, train_each_s=0.001)
+
+
+def test_every_request_is_inferred_once():
+    parts = shared_out(list(range(7)), 3)
+    assert sorted(sum(parts, [])) == list(range(7))
+    assert max(map(len, parts)) - min(map(len, parts)) == 1
+    assert shared_out([1, 2], 5) == [[1], [2]]  # nobody is asked for nothing
+
+
+def test_an_actor_that_waits_relieves_inference():
+    alone = best(NODE, COSTS)
+    helped = best(NODE, COSTS, "helped")
+    assert alone.bubble_rollout < 0.05 and alone.bubble_actor > 0.9
+    assert helped.env_steps_per_s > 1.2 * alone.env_steps_per_s
+    assert helped.bubble_actor < alone.bubble_actor
+    assert events.RolloutWorker.__name__ == "RolloutWorker"  # what plan.py uses is as it was
+    assert best(NODE, COSTS) == alone
+
+
+@pytest.mark.parametrize("train_s", [0.03, 0.04])
+def test_an_actor_does_one_thing_at_a_time(train_s):
+    """Also where nobody queues its work: "cpu" is no device."""
+    costs = replace(COSTS, step_s=0.03, train_each_s=train_s)
+    helped = best(NODE, costs, "helped")
+    assert helped.env_steps_per_s <= 1.01 * NODE.chunk / train_s
+    if train_s == 0.04:  # an actor that never waits helps nobody
+        assert helped.env_steps_per_s == pytest.approx(best(NODE, costs).env_steps_per_s, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_setting_fits_on_its_gpus(name):
+    for gpus, ratio in [(n, ratio) for n, ratios in RATIOS.items() for ratio in ratios]:
+        node, _, _ = planned(CASES[name].plan(gpus, ratio))
+        r, a = map(int, ratio.split(":"))
+        part = gpus // (r + a)
+        assert (len(node.rollout_devices), len(node.actor_devices)) == (r * part, a * part)
+        assert node.coarse == 1
+    everything, _, _ = planned(CASES[name].plan(4, "1:1", "colocated"))
+    assert everything.rollout_devices == everything.actor_devices
+    assert CASES[name].costs_on(2).infer_each_s > 0
+
+
+def test_a_row_compares_with_all_that_there_is():
+    def row(ratio: str, kind: str, speed: float) -> dict:
+        found = events.Prediction(1.0, speed, 0.0, 0.0, 0.0, 1.0, 1)
+        return row_of("x", 4, ratio, kind, found)
+
+    rows = [row("1:1", "alone", 100), row("1:1", "helped", 120), row("3:1", "alone", 125)]
+    rows += [row("3:1", "helped", 130), row("4 actors", "colocated", 140)]
+    words = "| x | 4 | 125 (3:1) | 140 (4 actors) | 130 (3:1) | +20.0% · +4.0% | +4.0% | -7.1% |"
+    assert line("x", 4, rows) == words
