@@ -8,7 +8,6 @@ would have to fetch. What users, simulators and errors say is escaped. Left out:
 """
 
 import base64
-import html
 import io
 import json
 import math
@@ -18,8 +17,10 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from html import escape
 from importlib import metadata
 from pathlib import Path
+from string import Template
 
 from rich.console import Console
 
@@ -52,17 +53,17 @@ def about(run: Path) -> dict:
         return {}
 
 
-def begin(folder: RunFolder, command: list[str], where: str, resumed: bool) -> None:
+def begin(folder: RunFolder, started: str, where: str, resumed: bool) -> None:
     """Notes how a run was started, and forgets the films of one that began here before.
 
-    command: the words; where: the line that says on which devices."""
+    started: the `command`; where: the line that says on which devices."""
     before = about(folder.path).get("commands", []) if resumed else []
     for film in () if resumed else sum(films_in(folder.path / "videos").values(), []):
         film.file.unlink()
     names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     installed = {found.name.lower(): found.version for found in metadata.distributions()}
     versions = {name: installed[name] for name in names if name in installed}
-    note = {"commands": [*before, shlex.join(command)], "where": where}
+    note = {"commands": [*before, started], "where": where}
     note |= {"versions": {"python": platform.python_version()} | versions}
     folder.write("about.json", json.dumps(note, indent=1))
 
@@ -127,7 +128,7 @@ def write(run: Path, said: str = "", live: bool = False) -> tuple[list[dict], di
     lines, spans = pictures.draw(run, trace=not live)
     config = from_json(run / "config.json")
     note = about(run)
-    parts = [
+    parts = (
         head(run, config, note, lines, said, live),
         findings(run.name, config, lines, spans),
         '<div class="two">',
@@ -138,32 +139,17 @@ def write(run: Path, said: str = "", live: bool = False) -> tuple[list[dict], di
         section("Staleness", picture(run, "staleness.png", STALENESS, lines)),
         section("Who worked and who waited", picture(run, "swimlane.png", SWIMLANE, spans)),
         section("To repeat it", repeat(run, config, note)),
-    ]
+    )
     body = "\n".join(filter(None, parts))
     again = f'<meta http-equiv="refresh" content="{EVERY_S:.0f}">' if live else ""
-    style = (ASSETS / "report.css").read_text()
-    text = PAGE.format(name=html.escape(run.name), again=again, style=style, body=body)
+    page = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
+    text = page.substitute(name=escape(run.name), again=again, body=body)
     partial = run / ".report.html.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(run / "report.html")
     return lines, spans
 
 
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{again}
-<title>{name} – vla3</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 CURVE = "success rate against minutes"
 STALENESS = (
     "of each iteration's samples, how many versions newer the weights were that were trained than "
@@ -173,12 +159,12 @@ SWIMLANE = "a row per worker, some seconds of the run; trace.json in its folder 
 
 
 def section(title: str, content: str) -> str:
-    return content and f"<section>\n<h2>{html.escape(title)}</h2>\n{content}\n</section>"
+    return content and f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
 
 
 def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """titles: text; rows: HTML."""
-    heads = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
+    heads = "".join(f"<th>{escape(title)}</th>" for title in titles)
     cells = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
     body = "\n".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="wide"><table>\n<tr>{heads}</tr>\n{body}\n</table></div>'
@@ -211,39 +197,39 @@ def head(run: Path, config: Config, note: dict, lines: list, said: str, live: bo
     what = f"{train.model} on {train.env}, {train.algorithm}, preset {train.preset}"
     what += f", recipe {train.recipe}" * bool(train.recipe)
     when = f"written on {time.strftime('%Y-%m-%d at %H:%M:%S %Z')}"
-    where = f"<br>{html.escape(note['where'])}" if "where" in note else ""
+    where = f"<br>{escape(note['where'])}" if "where" in note else ""
     file = run / "error.txt"
     details = file.read_text(errors="replace")[-DETAILS:] if failed and file.is_file() else ""
     return "\n".join(
         (
-            f'<p class="{"state failed" if failed else "state"}">{html.escape(state)}</p>',
-            folded("error.txt", f"<pre>{html.escape(details)}</pre>") if details else "",
-            f"<h1>{html.escape(run.name)}</h1>",
-            f'<p class="caption">{html.escape(what)}{where}<br>{when}</p>',
+            f'<p class="{"state failed" if failed else "state"}">{escape(state)}</p>',
+            folded("error.txt", f"<pre>{escape(details)}</pre>") if details else "",
+            f"<h1>{escape(run.name)}</h1>",
+            f'<p class="caption">{escape(what)}{where}<br>{when}</p>',
         )
     )
 
 
 def folded(title: str, content: str) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>\n{content}\n</details>"
+    return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
 
 
 def findings(name: str, config: Config, lines: list[dict], spans: dict[str, list]) -> str:
     """Returns what `python -m metrics` says, its advice first, and the run's warnings."""
-    if not any("waits" in line for line in lines):
+    if not any("waits" in line for line in lines[1:] or lines):
         return ""
     found = summary.summarise(lines, spans)
     rows = (line.split(maxsplit=1) for line in summary.facts(found).splitlines())
-    facts = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows)
-    advice = f"<p><b>Advice:</b> {html.escape(summary.advice(found, config))}</p>"
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows)
+    advice = f"<p><b>Advice:</b> {escape(summary.advice(found, config))}</p>"
     watcher = Warnings()
     said = [f"iteration {line['iteration']}: {text}" for line in lines for text in watcher.of(line)]
-    items = "".join(f"<li>{html.escape(text)}</li>" for text in said[-LISTED:])
+    items = "".join(f"<li>{escape(text)}</li>" for text in said[-LISTED:])
     newest = f", the newest {LISTED}" * (len(said) > LISTED)
     warnings = f"<h3>{len(said)} warnings{newest}</h3><ul>{items}</ul>" if said else ""
     console = Console(file=io.StringIO(), width=110, highlight=False, record=True)
     summary.show(console, name, found, config)
-    everything = f"<pre>{html.escape(console.export_text())}</pre>"
+    everything = f"<pre>{escape(console.export_text())}</pre>"
     shown = f"<dl>{facts}</dl>\n{advice}\n{warnings}\n"
     return section("What it did", shown + folded("all of python -m metrics", everything))
 
@@ -283,7 +269,7 @@ def success_table(lines: list[dict]) -> str:
     tasks = list(dict.fromkeys(task for outcomes in columns.values() for task in outcomes))
     tasks.sort(key=lambda task: task == "all tasks")
     rows = (
-        (html.escape(task), *(cell(*outcomes.get(task, (0, 0))) for outcomes in columns.values()))
+        (escape(task), *(cell(*outcomes.get(task, (0, 0))) for outcomes in columns.values()))
         for task in tasks
     )
     note = "95 % intervals (Wilson). Held-out episodes begin alike in every evaluation and are "
@@ -313,14 +299,14 @@ def videos(run: Path, config: Config) -> str:
     groups = []
     for task, films in found.items():
         both = "".join(video(film) for film in dict.fromkeys((films[0], films[-1])))
-        groups.append(f'<div><h3>{html.escape(task)}</h3>\n<div class="pair">{both}</div></div>')
+        groups.append(f'<div><h3>{escape(task)}</h3>\n<div class="pair">{both}</div></div>')
     said = "Each task's first held-out episode, as the policy's first camera sees it."
     return f'<p class="caption">{said}</p>\n<div class="films">{"".join(groups)}</div>'
 
 
 def video(film: Film) -> str:
     how = f"version {film.version}: {'success' if film.won else 'no success'}"
-    label = html.escape(f"{film.task}, {how}")
+    label = escape(f"{film.task}, {how}")
     source = f'src="{data(film.file, "video/mp4")}" aria-label="{label}"'
     return (
         f"<figure><video controls autoplay muted loop playsinline {source}></video>"
@@ -328,28 +314,32 @@ def video(film: Film) -> str:
     )
 
 
+def command(nodes: int, flags: list[str]) -> str:
+    """Returns what a user types, on each of so many nodes."""
+    launcher = ["torchrun", "…", "--", "train.py"] if nodes > 1 else ["python", "train.py"]
+    return " ".join(launcher) + " " * bool(flags) + shlex.join(flags)
+
+
 def repeat(run: Path, config: Config, note: dict) -> str:
     """Returns commands, settings and versions."""
-    commands = [*note.get("commands", []), f"python train.py --resume {shlex.quote(name_of(run))}"]
+    commands = [*note.get("commands", []), command(config.train.nodes, ["--resume", name_of(run)])]
     commands.append(f"python evaluate.py --checkpoint {shlex.quote(str(run))}")
     defaults = Config()
-    rows: dict[bool, list] = {True: [], False: []}
+    rows = []
     for name in STAGE_OF:
         here, usual = setting(config, name), setting(defaults, name)
-        words = [flag_of(name), *(show_value(value) for value in (here, usual))]
-        rows[here != usual].append([html.escape(word) for word in words])
-    titles = ("setting", "in this run", "default")
-    changed = f"settings that differ from the defaults ({len(rows[True])})"
-    versions = note.get("versions", {}).items()
-    shown = [[html.escape(str(word)) for word in pair] for pair in versions]
-    return "\n".join(
-        (
-            f"<pre>{html.escape(chr(10).join(map(str, commands)))}</pre>",
-            folded(changed, table(titles, rows[True])),
-            folded("all other settings", table(titles[:2], (row[:2] for row in rows[False]))),
-            folded("versions", table(("package", "version"), shown)) if shown else "",
-        )
+        words = flag_of(name)[2:], show_value(here), show_value(usual)
+        rows.append((here == usual, [escape(word) for word in words]))
+    rows.sort(key=lambda row: row[0])
+    changed = sum(not same for same, _ in rows)
+    settings = table(("setting", "in this run", "default"), (words for _, words in rows))
+    versions = [map(escape, map(str, pair)) for pair in note.get("versions", {}).items()]
+    parts = (
+        f"<pre>{escape(chr(10).join(map(str, commands)))}</pre>",
+        folded(f"settings: the first {changed} differ from the defaults", settings),
+        folded("versions", table(("package", "version"), versions)) if versions else "",
     )
+    return "\n".join(parts)
 
 
 def show_value(value: object) -> str:

@@ -300,8 +300,8 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         folder.write("config.json", setup.saved)
     folder.keep(setup.config.train.tokenizer)
     if nodes.first and not again:
-        launcher = ["torchrun", "…", "--", "train.py"] if nodes.several else ["python", "train.py"]
-        html_report.begin(folder, launcher + sys.argv[1:], setup.placement.line, bool(setup.resume))
+        started = html_report.command(nodes.count, sys.argv[1:])
+        html_report.begin(folder, started, setup.placement.line, bool(setup.resume))
 
     try:
         end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
