@@ -45,7 +45,7 @@ class EvaluationLanes:
         self.step = config.env.eval_envs * config.train.nodes
         self.films = films
         tasks = len(shard.spec.tasks)
-        self.filmed = filmed_episodes(config, self.share, tasks) if films else set()
+        self.filmed = filmed_episodes(config, self.share, tasks) if films and lanes else set()
         self.round = 0
         self.episodes = {index: [0] * len(lane.envs) for index, lane in lanes.items()}
         self.t = dict.fromkeys(lanes, 0)  # chunk steps since all envs of a lane began together

@@ -130,7 +130,8 @@ def test_the_report_of_a_run_that_is_done(tmp_path):
         "all tasks 43% [16%, 75%] 3 of 7 71% [36%, 92%] 5 of 7 –",
         "version 0: no success version 3: success",
         "python train.py --resume " + str(run),
-        "settings: the first 3 differ from the defaults setting in this run default env-workers 3 0",
+        "settings: the first 3 differ from the defaults",
+        "setting in this run default env-workers 3 0",
         "torch 2",
         "critical: train 97%",
     ):
