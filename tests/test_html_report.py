@@ -1,9 +1,12 @@
 """What report.html holds, for every kind of run; that it needs nothing else; the films in it."""
 
 import base64
+import html
 import json
 import math
 import re
+import shutil
+import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -389,3 +392,44 @@ def test_evaluation_lanes_film_each_task_and_nobody_waits_for_it(monkeypatch, tm
         }
         frames = np.load(found["two"][0].file)  # of 6 control steps, at 0, 2, 4 and the end
         assert frames[:, 0, 0, 1].tolist() == [0, 2, 4, 6] and frames.shape[1:] == (2, 2, 3)
+
+
+# ---------------------------------------------------------------- in a browser
+
+LOOK = """<script>setTimeout(() => {
+  const videos = [...document.querySelectorAll("video")];
+  const images = [...document.querySelectorAll("img")];
+  top.document.body.dataset.seen = JSON.stringify({
+    width: innerWidth, needed: document.documentElement.scrollWidth,
+    videos: videos.map(v => [v.readyState, v.videoWidth, v.currentTime > 0]),
+    images: images.map(i => [i.naturalWidth > 0, i.clientWidth]),
+    text: Math.min(...[...document.querySelectorAll("p, td, small, pre")].map(
+      e => parseFloat(getComputedStyle(e).fontSize)))});
+}, 2500)</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_all_of_it_without_scrolling_sideways(tmp_path, width):
+    long = "a_task_whose_name_is_as_long_as_those_of_libero_are_and_has_no_space"
+    one = evaluated(1, {"push": 0.5, long: 1.0}, 4, 0) | played(1)
+    run = a_run(tmp_path / "x", [one, played(2)])
+    note(run, ended=f"error: {'x' * 300}", status=1)
+    film(tmp_path / "frames", long, 0)
+    film(tmp_path / "frames", long, 1)
+    films.make_videos(tmp_path / "frames", run / "videos")
+    html_report.write(run)
+    # A window is at least 500 pixels wide; a frame can be as narrow as a phone.
+    text = (run / "report.html").read_text().replace("</body>", LOOK + "</body>")
+    frame = f'<iframe width="{width}" height="900" frameborder="0" srcdoc="{html.escape(text)}">'
+    (run / "frame.html").write_text(f"<body>{frame}</iframe></body>")
+    flags = "--headless --no-sandbox --disable-gpu --virtual-time-budget=8000 --dump-dom "
+    flags += "--autoplay-policy=no-user-gesture-required --window-size=1400,1000"
+    command = ["chromium", *flags.split(), (run / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen = json.loads(html.unescape(re.search(r'<body data-seen="(.*?)"', done.stdout)[1]))
+    assert seen["needed"] <= seen["width"] == width, seen
+    assert [video[:2] for video in seen["videos"]] == [[4, 256]] * 2
+    assert all(video[2] for video in seen["videos"]) and seen["text"] >= 12
+    assert all(shown and side >= min(width - 50, 450) for shown, side in seen["images"])
