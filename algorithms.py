@@ -303,7 +303,7 @@ def check_correction(settings: AlgorithmConfig, densities: bool) -> None:
         low = f"--behaviour-weight-min {bounds['weight_min']} must be below the largest, {most}"
         require(bounds["weight_min"] < most, low)
     one = f"{flag} has no effect with --proximal behaviour, where w is 1"
-    same = settings.proximal == "behaviour" and method not in ("mask", "gipo")
+    same = settings.proximal == "behaviour" and method not in ("mask", "truncate", "gipo")
     require(not same, f"{one}: leave one of them out")
     none = f"{flag} has no proximal policy: leave out --proximal {settings.proximal}"
     require(method != "gipo" or settings.proximal in ("auto", "behaviour"), none)
