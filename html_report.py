@@ -94,10 +94,11 @@ class Watcher:
         self.due = 0.0  # monotonic seconds, when the next one may be written
         print(f"follow the run in {folder.path / 'report.html'}", flush=True)
         self.write("starting the workers")
-        import matplotlib.figure  # noqa: F401  while others start: it takes a second
 
     def look(self) -> None:
         """Writes a report if there is news, and time for it."""
+        import matplotlib.figure  # noqa: F401  early, as workers start: it takes a second
+
         if self.news and time.monotonic() >= self.due:
             self.news = False
             self.write()
