@@ -329,7 +329,9 @@ class Ppo(Algorithm):
         return loss + settings.value_weight * values, numbers | {"loss_value": values.detach()}
 
     def finish_batch(self, totals: dict[str, float], first: bool) -> None:
-        self.advantage_scale.update(totals["advantage_square"], totals["trained_once"], first)
+        # Those that --chunk-share has left out have advantages, too.
+        samples = totals["trained_once"] + totals.get("undrawn", 0.0)
+        self.advantage_scale.update(totals["advantage_square"], samples, first)
 
 
 class Grpo(Algorithm):

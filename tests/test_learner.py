@@ -631,7 +631,7 @@ def test_accounts_of_lost_chunk_steps_are_in_the_line():
     learner.tally.add("restart", 3, "part")
     learner.tally.add("after_end", 2, "part")
     line = learner.finish_batch()
-    assert line["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
+    assert line["discarded_by"] == {"restart": 3, "filtered": 0, "undrawn": 0, "after_end": 2}
     assert "restart" not in line and "after_end" not in line
 
 
