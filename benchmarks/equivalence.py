@@ -8,6 +8,8 @@ test of equivalence.
                                                      the default alone, on seeds of its own
     python -m benchmarks.equivalence run --study algorithms
                                                      PPO, PPO that bootstraps, and GRPO
+    python -m benchmarks.equivalence run --study chunks_oft
+                                                     a share of the chunk steps; and chunks_vlm
 
 The arms are the synchronous algorithm (sync-colocated), and `full` at a staleness of at most 1, 2,
 4 and 8, each with decoupled PPO's correction and without (`--proximal behaviour`: plain PPO on
@@ -29,6 +31,11 @@ The eleven arms' five seeds were too few to tell (p of the default was 0.13 afte
 the study `default`, stated after that one and before its own runs, asks the one question that
 matters most, with the same measures and margin: the default against the synchronous algorithm, one
 comparison, on seeds 6 to 10.
+
+The studies `chunks_oft` and `chunks_vlm` ask what --chunk-share costs and gains. Stated before
+their runs, with the same measures and margin: GRPO of OpenVLA-OFT, all weights, and of π0.5 whose
+VLM is trained too, 20 batches each, on all chunk steps, half of them and a fifth (the paper's 12 of
+64). Seconds of the actor are those that it did not wait, of every batch but the first.
 
 Minutes, in the table and the plot, are those of an arm's quickest run, evaluation and start-up
 apart: runs of one seed follow each other, but other programs used the machine beside many. What so
@@ -75,6 +82,13 @@ def arms_of_equivalence() -> dict[str, str]:
     return arms
 
 
+def arms_of_chunks(flags: str) -> dict[str, str]:
+    """Writes the flags of every arm of a study of --chunk-share."""
+    shares = {"all chunk steps": 1.0, "half of them": 0.5, "a fifth": 0.2}
+    flags = f"--algorithm grpo {flags} --iterations 20"
+    return {arm: f"{flags} --chunk-share {share}" for arm, share in shares.items()}
+
+
 # Arms and the flags of train.py that make them. The others are compared with the first.
 STUDIES = {
     "equivalence": arms_of_equivalence(),
@@ -84,6 +98,8 @@ STUDIES = {
         "PPO, bootstrapped": "--bootstrap-truncated",
         "GRPO": "--algorithm grpo",
     },
+    "chunks_oft": arms_of_chunks("--model oft"),
+    "chunks_vlm": arms_of_chunks("--train-vlm"),
 }
 # What follows an arm's comma, and its line in the plot.
 VARIANTS = {"": "-", "uncorrected": ":", "exact": "--", "bootstrapped": "--"}
@@ -96,6 +112,7 @@ KEPT = (
     "staleness_max",
     "approx_kl",
     "masked_fraction",
+    "bubble_actor",
 )
 MEASURES = {"final": "final success", "area": "the area"}
 
@@ -106,9 +123,11 @@ class EquivalenceConfig:
 
     what: tyro.conf.Positional[Literal["run", "analyse"]]
     """run the arms that are missing, or analyse what there is"""
-    study: Literal["equivalence", "default", "algorithms"] = "equivalence"
-    """asynchronous against synchronous, the default alone against it, or the algorithms against
-    each other"""
+    study: Literal["equivalence", "default", "algorithms", "chunks_oft", "chunks_vlm"] = (
+        "equivalence"
+    )
+    """asynchronous against synchronous, the default alone against it, the algorithms against each
+    other, or a share of the chunk steps against all of them"""
     seeds: int = 5
     """seeds of every arm"""
     first: int = 1
@@ -300,13 +319,23 @@ def table(study: str, found: list[dict]) -> str:
             cells += measure_cells(row, name)
         cells.append(f"{row['minutes']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n" + actor_seconds(study, found)
 
     first = [one for one in found if one["arm"] == next(iter(STUDIES[study]))]
     if len(first) > 1 and len(arms) > 1:
         for name in MEASURES:
             text += what_can_be_seen(name, first, len(arms) - 1)
     return text
+
+
+def actor_seconds(study: str, found: list[dict]) -> str:
+    """Tells how long the actor worked for a batch, where runs have kept that: means of the runs."""
+    means = []
+    for arm in STUDIES[study]:
+        mine = [row for row in found if row["arm"] == arm and "bubble_actor" in row]
+        worked = [(1 - np.array(r["bubble_actor"][1:])) * np.diff(r["time"]) for r in mine]
+        means += [f"{arm} {np.mean(worked):.2f}"] if worked else []
+    return f"\nSeconds that the actor worked for a batch: {', '.join(means)}.\n" if means else ""
 
 
 def measure_cells(row: dict, name: str) -> list[str]:
