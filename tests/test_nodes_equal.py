@@ -107,7 +107,6 @@ def assert_same_lines(one: Path, several: Path, timed: set[str]) -> list[dict]:
     [
         (2, 1, 4, PPO),
         pytest.param(2, 2, 6, GRPO, marks=pytest.mark.slow),
-        pytest.param(2, 2, 6, f"{GRPO} --chunk-share 0.5", marks=pytest.mark.slow),
         pytest.param(4, 2, 4, PPO, marks=pytest.mark.slow),
         pytest.param(4, 2, 6, GRPO, marks=pytest.mark.slow),
     ],
