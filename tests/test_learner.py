@@ -982,7 +982,7 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
     state = json.loads((path / "state.json").read_text())
     assert (state["version"], state["seed"]) == (3, config.train.seed)
-    assert AdvantageScale(**state["scale"]) == AdvantageScale(0.8, 0.25)
+    assert state["scale"] == {"decay": 0.8, "square": 0.25, "cut": LARGEST}
     other = tiny_pi()
     source.load(other, path, checkpoint.own(path, other), "cpu", None)
     assert all(
