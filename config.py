@@ -122,6 +122,11 @@ class RunConfig:
     """mirror metrics to Weights & Biases"""
     trace: bool = True
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
+    film: bool = True
+    """film each task's first held-out episode with the first and the newest policy, for videos/"""
+    watch: bool = False
+    """write report.html also while the run goes on, after an iteration, every 10 s or so; a browser
+    that shows it follows"""
     memory_report: bool = False
     """print what every process takes (memory.py), and the slots in detail, then exit"""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 120.0
@@ -249,6 +254,10 @@ class ActorConfig:
     """chunk steps of one forward and backward pass of an actor worker, fewer only where a minibatch
     ends (RL-VLA³ on LIBERO: 32 to 128); auto: as many as fit, of 1, 2, 4 … 128; without a
     GPU two trajectories'"""
+    chunk_share: Fraction = 1.0
+    """share of each trajectory's chunk steps that is trained on, drawn for all epochs of a batch.
+    The loss is divided by it, so the gradient's mean is that of all (arXiv 2605.16154: 12 of 64,
+    drawn by phases, and not divided)"""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """keep only the input of each block for the backward pass, which computes the rest again: less
     memory for a third more time; auto: where fewer than 16 chunk steps would fit without"""
@@ -319,10 +328,17 @@ class AlgorithmConfig:
     """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact, by
     the weights before a batch's first update; or behaviour, of the policy that acted, which is
     plain PPO. auto is exact where samples may be more than 2 versions old"""
-    behaviour_weight_max: Bound = 5.0
-    """decoupled PPO: largest behaviour weight (AReaL: 5)"""
-    behaviour_weight: Literal["mask", "truncate"] = "mask"
-    """what happens to samples above it"""
+    behaviour_weight: Literal[
+        "mask", "truncate", "icepop", "sequence", "geometric", "kpop", "m2po", "gipo"
+    ] = "mask"
+    """correction for what the policy has moved since it acted (algorithms.PolicyLoss): what happens
+    to units whose behaviour weight is out of bounds, or another method"""
+    behaviour_weight_max: Bound | None = None
+    """largest behaviour weight; none means as published (mask, truncate: AReaL's 5)"""
+    behaviour_weight_min: Share | None = None
+    """smallest one of icepop, sequence and geometric; none means as published"""
+    behaviour_trust: AboveZero | None = None
+    """φ of kpop, τ of m2po or σ of gipo; none means as published (0.1, 0.04, 1)"""
     kl_stop: Limit = 0.0
     """end a batch's epochs when a minibatch's KL from the acting policy is above this; 0: never"""
     critic_warmup: Annotated[Natural, CRITIC] = 0
@@ -357,12 +373,18 @@ class Config:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
 
     @property
+    def most_drawn(self) -> int:
+        """Chunk steps of a trajectory that are trained on at most, of all T of it."""
+        return math.ceil(self.actor.chunk_share * self.env.segment)
+
+    @property
     def exact_proximal(self) -> bool:
         """Whether another forward pass gives the proximal log-prob.
 
         Of five runs held back by 4 versions, three with the interpolated one ended below 80 %, and
         none with the exact one (benchmarks/results/equivalence.md)."""
         stale = self.actor.max_staleness + self.actor.extra_staleness > 2
+        stale &= self.algorithm.behaviour_weight != "gipo"  # it has no proximal policy
         return self.algorithm.proximal == "exact" or self.algorithm.proximal == "auto" and stale
 
 
@@ -524,7 +546,10 @@ def validate(config: Config) -> None:
 
 
 def check_algorithm(config: Config) -> None:
+    from algorithms import check_correction  # here, as in `loss_of`
+
     algorithm = config.algorithm
+    check_correction(algorithm, densities=config.train.model in FLOW)
     rates = f"--group-low {algorithm.group_low} must not be above --group-high"
     require(algorithm.group_low <= algorithm.group_high, rates)
     dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"

@@ -9,6 +9,7 @@ profiling inside a stage (Perfetto shows the spans; torch.profiler shows kernels
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -51,11 +52,12 @@ TOTALS = ("env_steps", "restarts")
 NODE_FIGURES = ("env_steps_per_s", *(f"bubble_{stage}" for stage in STAGES))
 NODE_FIGURES += ("cpu_fraction", "rss_gb", "gpu_memory_gb")
 # Why a chunk step is never trained on, and how a summary says so: its worker died before its
-# trajectory was complete; its group was filtered (GRPO); its env's episode had ended while others
-# of its lane went on (GRPO, vectorised); the run stopped before it was trained.
+# trajectory was complete; its group was filtered (GRPO); it was not drawn; its env's episode had
+# ended while others of its lane went on (GRPO, vectorised); the run stopped before it was trained.
 REASONS = {
     "restart": "lost with a worker",
     "filtered": "in filtered groups",
+    "undrawn": "not drawn (--chunk-share)",
     "after_end": "after an episode's end",
     "resume": "under way when the run stopped",
 }
@@ -281,6 +283,15 @@ def cpu_fraction() -> float:
     cores = psutil.cpu_percent(percpu=True)
     mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
     return sum(mine) / max(len(mine), 1) / 100
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Computes the 95 % score interval of a proportion (Wilson 1927)."""
+    p = successes / n
+    scale = 1.0 + z**2 / n
+    middle = (p + z**2 / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 class Ledger:
