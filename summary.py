@@ -222,7 +222,7 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
     if gpu and stage != "actor" and actor > 1:
         return f"give them more with --ratio {rollout + 1}:{actor - 1}"
     if gpu:
-        return "only more GPUs would help"
+        return "try --placement colocated, where every GPU does both; else more GPUs"
     if stage == "actor":
         return f"give training more with --ratio {rollout}:{actor + 1}"
 

@@ -287,10 +287,20 @@ ACTOR_BOUND = {"admission": 0.4}, {"request": 0.3}, {"trajectory": 0.02}
             "Rollout workers never rest while env workers wait 40% .* for actions: give "
             "--rollout-workers 2",
         ),
-        (ROLLOUT_BOUND, {}, {"gpu": True, "cpu": 0.97}, "only more GPUs would help"),
+        (
+            ROLLOUT_BOUND,
+            {},
+            {"gpu": True, "cpu": 0.97},
+            "try --placement colocated, where every GPU does both",
+        ),
         (ROLLOUT_BOUND, {"ratio": "3:2"}, {"gpu": True}, "--ratio 4:1"),
         (ACTOR_BOUND, {"ratio": "3:1"}, {"gpu": True}, "--ratio 2:2"),
-        (ACTOR_BOUND, {"ratio": "1:3"}, {"gpu": True}, "only more GPUs would help"),
+        (
+            ACTOR_BOUND,
+            {"ratio": "1:3"},
+            {"gpu": True},
+            "try --placement colocated, where every GPU does both",
+        ),
         (
             ENV_BOUND,
             {},
