@@ -20,6 +20,9 @@ except UserError as missing:
     pytest.skip(str(missing), allow_module_level=True)
 import mujoco
 
+from envs import libero_suites
+from envs.libero_suites import LIMITS, find
+
 STOVE = "turn_on_the_stove"  # has a lamp, a knob and movable objects
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION  # time, positions, speeds, controls, warm start
 
@@ -68,7 +71,7 @@ def difference(a, b) -> float:
 
 
 def test_all_130_tasks_by_suite_and_by_name():
-    counts = {suite: len(libero.spec((suite,), 64).tasks) for suite in libero.SUITES}
+    counts = {suite: len(libero.spec((suite,), 64).tasks) for suite in LIMITS}
     assert counts == {
         "libero_spatial": 10,
         "libero_object": 10,
@@ -76,7 +79,7 @@ def test_all_130_tasks_by_suite_and_by_name():
         "libero_10": 10,
         "libero_90": 90,
     }
-    everything = libero.spec(tuple(libero.SUITES), 256)
+    everything = libero.spec(tuple(LIMITS), 256)
     assert len(set(everything.tasks)) == 130 and everything.horizon == 480
     assert (
         everything.views,
@@ -90,20 +93,18 @@ def test_all_130_tasks_by_suite_and_by_name():
         == libero.spec(("libero_10", "libero_10"), 64)
     )
     for task, limit in zip(everything.tasks, everything.limits, strict=True):
-        assert limit == libero.SUITES[libero.suite_of(task)] == libero.spec((task,), 64).limit(0)
+        assert limit == LIMITS[find(task).suite] == libero.spec((task,), 64).limit(0)
     one = libero.spec((STOVE,), 64)
     assert (one.tasks, one.prompts, one.horizon) == ((STOVE,), ("turn on the stove",), 320)
     for task in everything.tasks:
-        suite = libero.suite_of(task)
-        assert (libero.FOLDER / "bddl_files" / suite / f"{task}.bddl").is_file()
-        with np.load(libero.FOLDER / "init_files" / suite / f"{task}.pruned_init.npz") as states:
-            assert len(states["states"]) == libero.STATES
+        assert find(task).file.is_file() and find(task).stem == task == find(task).name
+        assert len(libero_suites.initial_states(find(task).states)) == 50 == everything.states
     with pytest.raises(UserError, match="unknown LIBERO task 'juggle'"):
         libero.spec(("juggle",), 64)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", libero.SUITES)
+@pytest.mark.parametrize("suite", libero_suites.installed().tasks)
 def test_every_task_can_be_played(suite, monkeypatch):
     """Builds it, settles, steps and draws: some minutes for all 130."""
     monkeypatch.setattr(libero, "MOST_SCENES", 0)
@@ -126,12 +127,11 @@ def test_language_is_the_benchmark_s():
         libero.original()
         from libero.libero import benchmark
 
-        for suite in libero.SUITES:
+        for suite in LIMITS:
             tasks = benchmark.get_benchmark(suite)().tasks
-            assert [task.name for task in tasks] == libero.task_names()[suite]
-            assert [task.language for task in tasks] == [
-                libero.language(task.name) for task in tasks
-            ]
+            ours = libero_suites.tasks_of(suite)
+            assert [task.name for task in tasks] == [task.name for task in ours]
+            assert [task.language for task in tasks] == list(map(libero_suites.prompt, ours))
 
 
 def test_a_control_that_is_not_a_number_is_an_error(make):
@@ -149,7 +149,7 @@ def theirs(make):
     libero.original()
     from libero.libero.envs import OffScreenRenderEnv
 
-    path = libero.FOLDER / "bddl_files" / "libero_goal" / f"{STOVE}.bddl"
+    path = find(STOVE).file
     env = OffScreenRenderEnv(bddl_file_name=str(path), camera_heights=64, camera_widths=64)
     yield env
     env.close()
@@ -200,7 +200,7 @@ def same(ours, theirs, seen: dict, bound: float) -> None:
     x, y, z, w = seen["robot0_eef_quat"]
     wanted = [
         *seen["robot0_eef_pos"],
-        *libero.original().quat2axisangle(np.array([x, y, z, w])),
+        *libero.rotations().quat2axisangle(np.array([x, y, z, w])),
         *seen["robot0_gripper_qpos"],
     ]
     assert np.abs(state - np.float32(wanted)).max() < 1e-6

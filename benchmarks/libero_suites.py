@@ -1,0 +1,111 @@
+"""Does every LIBERO suite that is installed build, step and draw?
+
+    python -m benchmarks.libero_suites                    # all tasks, an hour on a core
+    python -m benchmarks.libero_suites --at-most 1        # one of each suite, five minutes
+
+Each task is built, begun at its first and its last initial state, stepped once without moving, and
+drawn by both cameras. Counted are those in which all of that works, the pictures show something,
+the first state differs from the last, and nothing is solved before anybody has moved. Writes a
+table, and a picture with the first task of every suite.
+"""
+
+import multiprocessing
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import tyro
+
+from envs import libero_suites
+
+SIZE = 128  # pixels
+ACROSS = 10  # pictures in a row
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(kw_only=True)
+class SuitesConfig:
+    """Builds and draws LIBERO's tasks."""
+
+    at_most: int = 0
+    """tasks of each suite, the first ones; 0 means all"""
+    suites: tuple[str, ...] = ()
+    """none means all that are installed"""
+    out: Path = RESULTS / "libero_suites.md"
+    """the table; the picture lies beside it"""
+
+
+def check(name: str, at_most: int) -> tuple[list[str], np.ndarray | None]:
+    """Plays the tasks of a suite. Returns what is wrong, a sentence each, and a picture."""
+    from envs import libero
+
+    libero.MOST_SCENES = 0
+    spec = libero.spec((name,), SIZE)
+    tasks = range(len(spec.tasks))[: at_most or None]
+    env = libero.Env(spec.tasks, SIZE)
+    wrong = []
+    picture = None
+    for task in tasks:
+        try:
+            seen = []
+            for state in (0, -1):
+                states = libero_suites.count(libero_suites.find(spec.tasks[task]).states)
+                env.states = (state % states,)
+                env.reset(task, 0)
+                step = env.step(libero.NO_OP)
+                pictures, numbers = env.observe()
+                seen.append(pictures)
+                dull = pictures[0].std() < 10 or pictures[1].std() < 1
+                if step.success or dull or not np.isfinite(numbers).all():
+                    what = "is solved at once" if step.success else "shows nothing"
+                    wrong.append(f"{spec.tasks[task]} {what} at state {env.states[0]}")
+            if states > 1 and np.array_equal(*seen):
+                wrong.append(f"{spec.tasks[task]}: the first and the last state look alike")
+            picture = seen[0][0].copy() if picture is None else picture
+        except Exception as error:  # whatever it is, other tasks go on
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            wrong.append(f"{spec.tasks[task]} does not build: {said[:200]}")
+    env.close()
+    return wrong, picture
+
+
+def main(config: SuitesConfig) -> None:
+    found = libero_suites.installed()
+    rows = [
+        "| suite | package | tasks | initial states | steps | built, drawn and not yet solved |"
+    ]
+    rows.append("|---|---|---|---|---|---|")
+    problems = []
+    pictures = []
+    # A process for each suite, so that what one leaves behind harms no other.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for suite in config.suites or found.tasks:
+            tasks = found.tasks[suite]
+            counts = [libero_suites.count(task.states) for task in tasks]
+            states = " or ".join(map(str, sorted(set(counts))))
+            wrong, picture = pool.apply(check, (suite, config.at_most))
+            played = min(sum(map(bool, counts)), config.at_most or len(counts))
+            good = played - len({line.split()[0].rstrip(":") for line in wrong})
+            limit = libero_suites.limit_of(suite)
+            start = f"| `{suite}` | {tasks[0].package} | {len(tasks)} | {states} | {limit} "
+            rows.append(f"{start}| {good} of {played} |")
+            print(rows[-1], *wrong, sep="\n", flush=True)
+            problems += wrong
+            if picture is not None:
+                pictures.append(picture)
+    missing = [f"- `{suite}` {why}" for suite, why in sorted(found.missing.items())]
+    command = f"`python -m {__spec__.name} {' '.join(sys.argv[1:])}`".replace(" `", "`")
+    lines = [f"Made by {command}.", "", *rows, "", "Not right:", ""]
+    lines += [f"- {line}" for line in problems] or ["- nothing"]
+    lines += ["", "Named by a package, but not playable:", "", *(missing or ["- none"]), ""]
+    config.out.write_text("\n".join(lines))
+    blank = np.zeros((SIZE, SIZE, 3), np.uint8)
+    pictures += [blank] * (-len(pictures) % ACROSS)
+    rows_of = [np.hstack(pictures[i : i + ACROSS]) for i in range(0, len(pictures), ACROSS)]
+    imageio.imwrite(config.out.with_suffix(".png"), np.vstack(rows_of))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SuitesConfig))
