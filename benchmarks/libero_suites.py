@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from envs import libero_suites
+from errors import exit_on_user_error
 
 SIZE = 128  # pixels
 ACROSS = 10  # pictures in a row
@@ -66,7 +67,7 @@ def check(name: str, at_most: int) -> tuple[list[str], np.ndarray | None]:
             picture = seen[0][0].copy() if picture is None else picture
         except Exception as error:  # whatever it is, other tasks go on
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            wrong.append(f"{spec.tasks[task]} does not build: {said[:200]}")
+            wrong.append(f"{spec.tasks[task]} is not built: {said}")
     env.close()
     return wrong, picture
 
@@ -108,4 +109,5 @@ def main(config: SuitesConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(SuitesConfig))
+    with exit_on_user_error():
+        main(tyro.cli(SuitesConfig))

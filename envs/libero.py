@@ -20,6 +20,7 @@ demonstrations, segmentation and depth.
 
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -189,9 +190,11 @@ def build_problem(task: libero_suites.Task, image_size: int, quality: str):
                     hard_reset=False,
                 )
     except FileNotFoundError as error:
-        lacks = f"the assets of the LIBERO task {task.name} are not here"
-        how = f"{task.package}-download-assets, where its package has that, gets them"
-        raise UserError(f"{lacks} (no {error.filename}): {how}") from None
+        get = f"{task.package}-download-assets"
+        known = importlib.metadata.entry_points(group="console_scripts").names
+        how = f"{get} gets them" if get in known else "its package does not bring them"
+        lacks = f"LIBERO's {task.name} cannot be built: its assets are not here"
+        raise UserError(f"{lacks} (no {error.filename}), and {how}") from None
     finally:
         np.random.set_state(random)
         # Return freed memory to the system: compiling a model takes three times its size.
