@@ -55,6 +55,7 @@ STAND_INS = (
     "matplotlib.cm",
     "cv2",
     "numba",
+    "gym",
     "robosuite.macros_private",
     "wand",
     "wand.api",
@@ -124,11 +125,17 @@ def configured(package: str):
             del os.environ["LIBERO_CONFIG_PATH"]
 
 
-def stand_in(name: str) -> type:
-    """Stands for whatever is looked up in a module that is not there."""
+class StandIn(type):
+    """Stands for whatever is looked up in a module that is not there, or in what was found so."""
+
+    def __getattr__(cls, name: str) -> "StandIn":
+        return stand_in(name)
+
+
+def stand_in(name: str) -> StandIn:
     if name.startswith("__"):
         raise AttributeError(name)
-    return type(name, (), {})
+    return StandIn(name, (), {})
 
 
 @cache
@@ -192,7 +199,7 @@ def build_problem(task: libero_suites.Task, image_size: int, quality: str):
     except FileNotFoundError as error:
         get = f"{task.package}-download-assets"
         known = importlib.metadata.entry_points(group="console_scripts").names
-        how = f"{get} gets them" if get in known else "its package does not bring them"
+        how = f"{get} gets them" if get in known else "its package did not bring them"
         lacks = f"LIBERO's {task.name} cannot be built: its assets are not here"
         raise UserError(f"{lacks} (no {error.filename}), and {how}") from None
     finally:

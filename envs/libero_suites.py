@@ -184,8 +184,8 @@ def tasks_of(name: str) -> list[Task]:
         several = f"several LIBERO suites have a task {name!r}: name the suite, too"
         require(len(tasks) == 1, f"{several}, as {tasks[0].name}")
     playable = [task for task in tasks if count(task.states)]
-    here = " in what is installed here"
-    require(playable, f"the LIBERO suite or task {name} {found.missing.get(name, NO_STATES)}{here}")
+    why = found.missing.get(name, NO_STATES)
+    require(playable, f"LIBERO's {name} cannot be played with what is installed here: it {why}")
     return playable
 
 
@@ -235,11 +235,13 @@ def count(states: Path) -> int:
 def initial_states(file: Path) -> np.ndarray:
     """Reads [N, 1 + nq + nv] of float64: time, positions, speeds. Raises UserError."""
     try:
-        if file.suffix != ".npz":
-            return np.atleast_2d(pickled_array(file))
-        with np.load(file) as arrays:
-            return arrays["states"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if file.suffix == ".npz":
+            with np.load(file) as arrays:
+                states = arrays["states"]
+        else:
+            states = pickled_array(file)
+        return states.reshape(-1, states.shape[-1]) if states.size else states[:0]
+    except (OSError, ValueError, LookupError, StopIteration, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read the initial states {file}: {error}") from None
 
 
@@ -247,18 +249,18 @@ def pickled_array(file: Path) -> np.ndarray:
     """Reads an array of float64 that torch.save wrote, without unpickling it: that could run
     anything, and torch's own safe reader does not know all of these files.
 
-    NumPy pickles an array as (0,), its shape, the dtype's name and state, whether its columns come
-    first, and its bytes, perhaps as a text in Latin-1. Raises ValueError where it is another."""
+    NumPy's array is in there as (0,), 1, its shape, the name of its dtype, 3, the order of bytes,
+    -1, -1, 0, whether columns come first, and the bytes, perhaps as a text in Latin-1. Raises
+    ValueError where something else is."""
     with zipfile.ZipFile(file) as archive:
         name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
         found = [(op.name, value) for op, value, _ in pickletools.genops(archive.read(name))]
     numbers = [value for op, value in found if op.startswith("BININT")]
-    texts = [value for op, value in found if op.endswith(("UNICODE", "UNICODE8"))]
-    blocks = [value for op, value in found if "BYTES" in op]
-    flags = [op == "NEWTRUE" for op, _ in found if op in ("NEWTRUE", "NEWFALSE")]
-    block = max([*blocks, *(text.encode("latin-1") for text in texts)], key=len)
-    shape = numbers[numbers.index(1) + 1 : numbers.index(3, -5)]
-    whole = "f8" in texts and "<" in texts and 8 * math.prod(shape) == len(block)
-    if not whole or flags[-1:] != [False]:
+    words = [value for op, value in found if "UNICODE" in op or "BYTES" in op]
+    flags = [op for op, _ in found if op in ("NEWTRUE", "NEWFALSE")]
+    shape = numbers[2:-4]
+    block = words[-1].encode("latin-1") if isinstance(words[-1], str) else words[-1]
+    dtype = words[-3:-1] == ["f8", "<"] and numbers[:2] + numbers[-4:] == [0, 1, 3, -1, -1, 0]
+    if not dtype or flags[-1] != "NEWFALSE" or 8 * math.prod(shape) != len(block):
         raise ValueError("it is no array of float64")
     return np.frombuffer(block).reshape(shape)
