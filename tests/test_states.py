@@ -1,4 +1,4 @@
-"""Initial states that training and evaluation begin at: what flags say, and what lanes then play."""
+"""Initial states that training and evaluation begin at: what flags say, and what lanes play."""
 
 from types import SimpleNamespace
 
@@ -64,7 +64,8 @@ def test_every_simulator_says_how_many_fixed_states_it_has(name):
 
 
 def test_a_run_s_settings_hold_both_sides(monkeypatch):
-    flags = "--model emulated --env emulated --envs 8 --batch 16 --minibatch 8".split()
+    said = "--model emulated --env emulated --envs 8 --batch 16 --minibatch 8"
+    flags = said.split()
     with pytest.raises(UserError, match="emulated has no fixed initial states"):
         prepare.prepare(train.parse([*flags, "--train-states", "0-39"]))
     module = envs.load("emulated").module
