@@ -325,10 +325,17 @@ class AlgorithmConfig:
     """proximal log-prob of decoupled PPO: interpolated between old and new by staleness; exact, by
     the weights before a batch's first update; or behaviour, of the policy that acted, which is
     plain PPO. auto is exact where samples may be more than 2 versions old"""
-    behaviour_weight_max: Bound = 5.0
-    """decoupled PPO: largest behaviour weight (AReaL: 5)"""
-    behaviour_weight: Literal["mask", "truncate"] = "mask"
-    """what happens to samples above it"""
+    behaviour_weight: Literal[
+        "mask", "truncate", "icepop", "sequence", "geometric", "kpop", "m2po", "gipo"
+    ] = "mask"
+    """correction for what the policy has moved since it acted (algorithms.PolicyLoss): what happens
+    to units whose behaviour weight is out of bounds, or another method"""
+    behaviour_weight_max: Bound | None = None
+    """largest behaviour weight; none means as published (mask, truncate: AReaL's 5)"""
+    behaviour_weight_min: Share | None = None
+    """smallest one of icepop, sequence and geometric; none means as published"""
+    behaviour_trust: AboveZero | None = None
+    """φ of kpop, τ of m2po or σ of gipo; none means as published (0.1, 0.04, 1)"""
     kl_stop: Limit = 0.0
     """end a batch's epochs when a minibatch's KL from the acting policy is above this; 0: never"""
     critic_warmup: Annotated[Natural, CRITIC] = 0
@@ -369,6 +376,7 @@ class Config:
         Of five runs held back by 4 versions, three with the interpolated one ended below 80 %, and
         none with the exact one (benchmarks/results/equivalence.md)."""
         stale = self.actor.max_staleness + self.actor.extra_staleness > 2
+        stale &= self.algorithm.behaviour_weight != "gipo"  # it has no proximal policy
         return self.algorithm.proximal == "exact" or self.algorithm.proximal == "auto" and stale
 
 
@@ -530,7 +538,10 @@ def validate(config: Config) -> None:
 
 
 def check_algorithm(config: Config) -> None:
+    from algorithms import check_correction  # here, as in `loss_of`
+
     algorithm = config.algorithm
+    check_correction(algorithm, densities=config.train.model in FLOW)
     rates = f"--group-low {algorithm.group_low} must not be above --group-high"
     require(algorithm.group_low <= algorithm.group_high, rates)
     dual_clip = f"--dual-clip {algorithm.dual_clip} must be more than 1, or 0 for off"

@@ -237,7 +237,11 @@ class Learner:
         """Counts what the loss said, how far the policy has moved, and how good the critic was."""
         add = self.tally.add
         for name, value in numbers.items():
-            add(name, value, "mean")
+            if value.dim() == 0:
+                add(name, value, "mean")
+            else:
+                for i, part in enumerate(value):
+                    add(f"{name}_{i}", part, "part")
         if entropy is not None:
             add("entropy_or_noise", entropy.detach() * len(staleness), "mean")
         add("staleness_mean", staleness.sum(), "mean")

@@ -20,7 +20,7 @@ from errors import require
 # What RLinf's configurations have in common. Learning rates are constant from the first step.
 RATES = {"iterations": 1000, "warmup": 0, "anneal": False, "weight_decay": 0.01, "grad_clip": 1.0}
 SHARED = RATES | {"gamma": 0.99, "clip_low": 0.2, "clip_high": 0.2}
-SHARED |= {"advantage_memory": 0.8, "behaviour_weight_max": 5.0}  # ours: there is none in RLinf's
+SHARED |= {"advantage_memory": 0.8}  # ours: there is none in RLinf's
 CRITIC = {"value_lr": 1e-4, "critic_warmup": 0, "gae_lambda": 0.95}
 CRITIC |= {"value_clip": 0.2, "value_weight": 1.0, "huber": 10.0}
 KINDS = {

@@ -8,6 +8,8 @@ test of equivalence.
                                                      the default alone, on seeds of its own
     python -m benchmarks.equivalence run --study algorithms
                                                      PPO, PPO that bootstraps, and GRPO
+    python -m benchmarks.equivalence run --study corrections [--results FOLDER]
+                                                     each way of --behaviour-weight, when stale
 
 The arms are the synchronous algorithm (sync-colocated), and `full` at a staleness of at most 1, 2,
 4 and 8, each with decoupled PPO's correction and without (`--proximal behaviour`: plain PPO on
@@ -29,6 +31,21 @@ The eleven arms' five seeds were too few to tell (p of the default was 0.13 afte
 the study `default`, stated after that one and before its own runs, asks the one question that
 matters most, with the same measures and margin: the default against the synchronous algorithm, one
 comparison, on seeds 6 to 10.
+
+The study `corrections` asks which correction suits which staleness. Stated before its runs, with
+the same measures and margin: at 4, 8 and 2 versions, in this order, each of `--behaviour-weight
+truncate` (at verl's 2), `icepop`, `m2po` and `gipo` with its published bounds. The first three are
+on the exact proximal policy; as the clip does not act before a batch's first update, that is there
+the form of M2PO's paper, too. GIPO is in its paper's form alone, against the policy that acted. At
+2, where it was never run, there is also the exact policy with AReaL's mask. The other arms of
+BASELINES are the first study's runs, by an earlier version of this code. Two have no arm: the
+default's ratio is of whole chunks, where a mask of sequences is one of units; and KPop is for
+probabilities, where the default's actions have densities. Each new arm is compared with the
+synchronous one by TOST, as above, and with the exact one at its staleness (the exact one at 2: with
+the interpolated one) by a two-sided Welch t-test; both are corrected by Holm's method for the
+number of new arms. The default follows where a new arm is better at 5 % in one measure, and worse
+at 5 % in none, than what `--proximal auto` takes at that staleness; of several, the one with the
+largest area.
 
 Minutes, in the table and the plot, are those of an arm's quickest run, evaluation and start-up
 apart: runs of one seed follow each other, but other programs used the machine beside many. What so
@@ -75,6 +92,24 @@ def arms_of_equivalence() -> dict[str, str]:
     return arms
 
 
+def arms_of_corrections() -> dict[str, str]:
+    """Writes the flags of every new arm of the study of corrections."""
+    exact = "--proximal exact --behaviour-weight"
+    corrections = {
+        "truncate": f"{exact} truncate --behaviour-weight-max 2",
+        "icepop": f"{exact} icepop",
+        "m2po": f"{exact} m2po",
+        "gipo": "--behaviour-weight gipo",
+    }
+    arms = {}
+    for bound in (4, 8, 2):
+        new = corrections if bound > 2 else {"exact": f"{exact} mask"} | corrections
+        for name, flags in new.items():
+            lag = f"--max-staleness 1 --extra-staleness {bound - 1}"
+            arms[f"staleness {bound}, {name}"] = f"--preset full {lag} {flags}"
+    return arms
+
+
 # Arms and the flags of train.py that make them. The others are compared with the first.
 STUDIES = {
     "equivalence": arms_of_equivalence(),
@@ -84,6 +119,11 @@ STUDIES = {
         "PPO, bootstrapped": "--bootstrap-truncated",
         "GRPO": "--algorithm grpo",
     },
+    "corrections": arms_of_corrections(),
+}
+# Arms of the study `equivalence` that come before a study's own.
+BASELINES = {
+    "corrections": [arm for arm in STUDIES["equivalence"] if not arm.startswith("staleness 1")]
 }
 # What follows an arm's comma, and its line in the plot.
 VARIANTS = {"": "-", "uncorrected": ":", "exact": "--", "bootstrapped": "--"}
@@ -106,9 +146,9 @@ class EquivalenceConfig:
 
     what: tyro.conf.Positional[Literal["run", "analyse"]]
     """run the arms that are missing, or analyse what there is"""
-    study: Literal["equivalence", "default", "algorithms"] = "equivalence"
-    """asynchronous against synchronous, the default alone against it, or the algorithms against
-    each other"""
+    study: Literal["equivalence", "default", "algorithms", "corrections"] = "equivalence"
+    """asynchronous against synchronous, the default alone against it, the algorithms against each
+    other, or the corrections for staleness"""
     seeds: int = 5
     """seeds of every arm"""
     first: int = 1
@@ -117,11 +157,24 @@ class EquivalenceConfig:
     """which arms to run, by their names in the table; none means all of the study"""
     flags: str = ""
     """more flags of train.py, the same for every arm"""
+    results: Path | None = None
+    """folder of the study's results; none means benchmarks/results, where baselines always are"""
 
 
-def file(study: str, kind: str) -> Path:
+def file(study: str, kind: str, folder: Path | None = None) -> Path:
     """Names a file of results: jsonl holds a line per run, md the table, png the plot."""
-    return RESULTS / f"{study}.{kind}"
+    return (folder or RESULTS) / f"{study}.{kind}"
+
+
+def arms_of(study: str) -> list[str]:
+    """Lists a study's arms, baselines first."""
+    return [*BASELINES.get(study, ()), *STUDIES[study]]
+
+
+def reference(arm: str) -> str:
+    """Names what a correction's arm is compared with at its staleness."""
+    lag, _, variant = arm.partition(", ")
+    return lag if variant == "exact" else f"{lag}, exact"
 
 
 # ---------------------------------------------------------------- running
@@ -148,13 +201,15 @@ def command(words: str) -> None:
     subprocess.run(full, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def rows(study: str, flags: str) -> list[dict]:
-    """Reads the runs with these flags.
+def rows(study: str, flags: str, folder: Path | None = None) -> list[dict]:
+    """Reads the runs with these flags, and those of baselines.
 
     Raises UserError where an arm has a seed twice or runs differ in length."""
-    raw = file(study, "jsonl")
+    raw = file(study, "jsonl", folder)
     found = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
     found = [row for row in found if row["flags"] == flags]
+    if baselines := BASELINES.get(study):
+        found += [row for row in rows("equivalence", flags) if row["arm"] in baselines]
     runs = {(row["arm"], row["seed"]) for row in found}
     lengths = {len(row["time"]) for row in found}
     require(
@@ -171,16 +226,17 @@ def run(config: EquivalenceConfig) -> None:
     for arm in config.arms:
         names = ", ".join(map(repr, known))
         require(arm in known, f"unknown arm {arm!r}: choose among {names}")
-    RESULTS.mkdir(exist_ok=True)
+    raw = file(config.study, "jsonl", config.results)
+    raw.parent.mkdir(parents=True, exist_ok=True)
     seeds = range(config.first, config.first + config.seeds)
     for seed, arm in itertools.product(seeds, config.arms or known):
-        done = [(row["arm"], row["seed"]) for row in rows(config.study, config.flags)]
-        if (arm, seed) in done:
+        there = rows(config.study, config.flags, config.results)
+        if (arm, seed) in [(row["arm"], row["seed"]) for row in there]:
             continue
         began = time.monotonic()
         row = one_run(config.study, arm, seed, config.flags)
-        with file(config.study, "jsonl").open("a") as raw:
-            raw.write(json.dumps(row) + "\n")
+        with raw.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
         minutes = (time.monotonic() - began) / 60
         print(f"{arm}, seed {seed}: {row['final']:.0%} in {minutes:.1f} min", flush=True)
 
@@ -234,6 +290,13 @@ def tost(values: np.ndarray, base: np.ndarray, margin: float) -> float:
     return float(max(lower, upper))
 
 
+def welch(values: np.ndarray, base: np.ndarray) -> float:
+    """Computes the p of a two-sided Welch t-test: 1 where too few or equal seeds tell nothing."""
+    if min(len(values), len(base)) < 2 or values.std() == base.std() == 0.0:
+        return 1.0
+    return float(stats.ttest_ind(values, base, equal_var=False).pvalue)
+
+
 def holm(p: list[float]) -> list[float]:
     """Corrects p values for their number (Holm 1979)."""
     order = np.argsort(p)
@@ -255,10 +318,12 @@ def power(deviation: float, seeds: int, arms: int, studies: int = 400) -> float:
 
 def summary(study: str, found: list[dict]) -> list[dict]:
     """Computes one row per arm that has results, in the order of the study."""
-    arms = {arm: [row for row in found if row["arm"] == arm] for arm in STUDIES[study]}
+    arms = {arm: [row for row in found if row["arm"] == arm] for arm in arms_of(study)}
     first = next(iter(arms))
     out = {arm: {"arm": arm, "seeds": len(mine)} for arm, mine in arms.items() if mine}
-    compared = [arm for arm in out if arm != first] if first in out else []
+    new = [arm for arm in out if arm in STUDIES[study] and arm != first]
+    compared = new if first in out else []
+    corrected = [arm for arm in new if study in BASELINES and reference(arm) in out]
     for name, measured in MEASURED.items():
         values = {arm: np.array([measured(row) for row in arms[arm]]) for arm in out}
         for arm, row in out.items():
@@ -269,10 +334,15 @@ def summary(study: str, found: list[dict]) -> list[dict]:
             out[arm][f"{name}_difference"] = out[arm][name] - out[first][name]
             out[arm][f"{name}_tost_p"] = p
             out[arm][f"{name}_equivalent"] = p < 0.05
+        found_p = holm([welch(values[arm], values[reference(arm)]) for arm in corrected])
+        for arm, p in zip(corrected, found_p, strict=True):
+            out[arm][f"{name}_gain"] = out[arm][name] - out[reference(arm)][name]
+            out[arm][f"{name}_gain_p"] = p
     for arm, row in out.items():
         row["minutes"] = min(one["time"][-1] for one in arms[arm]) / 60
         row["staleness_mean"] = float(np.mean([one["staleness_mean"] for one in arms[arm]]))
         row["staleness_max"] = max(max(one["staleness_max"]) for one in arms[arm])
+        row["masked"] = float(np.mean([one["masked_fraction"] for one in arms[arm]]))
     return list(out.values())
 
 
@@ -281,32 +351,39 @@ def summary(study: str, found: list[dict]) -> list[dict]:
 
 def table(study: str, found: list[dict]) -> str:
     """Writes the table in Markdown, and below it what so many seeds can see."""
-    head = [
-        "arm",
-        "seeds",
-        "staleness: mean, most",
-        "final success",
-        "difference, p",
-        "area under the curve",
-        "difference, p",
-        "minutes of the quickest run",
-    ]
+    corrections = study in BASELINES
+    against = ["from exact, p"] if corrections else []
+    head = ["arm", "seeds", "staleness: mean, most", *(["masked"] if corrections else [])]
+    head += ["final success", "difference, p", *against]
+    head += ["area under the curve", "difference, p", *against, "minutes of the quickest run"]
     lines = [f"| {' | '.join(head)} |", len(head) * "|---" + "|"]
     arms = summary(study, found)
     for row in arms:
         stale = f"{row['staleness_mean']:.1f}, {row['staleness_max']}"
         cells = [row["arm"], str(row["seeds"]), stale]
+        cells += [f"{row['masked']:.1%}"] if corrections else []
         for name in MEASURES:
             cells += measure_cells(row, name)
+            cells += [gain_cell(row, name)] if corrections else []
         cells.append(f"{row['minutes']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
 
-    first = [one for one in found if one["arm"] == next(iter(STUDIES[study]))]
-    if len(first) > 1 and len(arms) > 1:
+    first = [one for one in found if one["arm"] == arms_of(study)[0]]
+    compared = sum("final_difference" in row for row in arms)
+    if len(first) > 1 and compared:
         for name in MEASURES:
-            text += what_can_be_seen(name, first, len(arms) - 1)
+            text += what_can_be_seen(name, first, compared)
     return text
+
+
+def gain_cell(row: dict, name: str) -> str:
+    """Writes how a correction's arm differs from the one that it is compared with."""
+    if f"{name}_gain" not in row:
+        return ""
+    p = row[f"{name}_gain_p"]
+    verdict = ("better" if row[f"{name}_gain"] > 0 else "worse") if p < 0.05 else "not shown"
+    return f"{100 * row[f'{name}_gain']:+.1f} points, {p:.3f}: {verdict}"
 
 
 def measure_cells(row: dict, name: str) -> list[str]:
@@ -336,7 +413,34 @@ def what_can_be_seen(name: str, first: list[dict], arms: int) -> str:
     )
 
 
-def plot(study: str, found: list[dict]) -> None:
+def plot_corrections(found: list[dict], image: Path) -> None:
+    """Plots the success of a version's episodes, five batches smoothed, against the env steps
+    trained until it: a panel per staleness, the mean over seeds of every arm there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(17, 5), sharey=True)
+    variants = ["", "uncorrected", "exact", "truncate", "icepop", "m2po", "gipo"]
+    for axis, bound in zip(axes, (2, 4, 8), strict=True):
+        lag = f"staleness {bound}"
+        names = {"synchronous": "black"}
+        names |= {f"{lag}, {v}" if v else lag: f"C{i}" for i, v in enumerate(variants)}
+        for arm, colour in names.items():
+            if mine := [row for row in found if row["arm"] == arm]:
+                steps, _, smooth = smoothed(mine)
+                label = f"{arm.partition(', ')[2] or arm}, {len(mine)} seeds"
+                axis.plot(steps, 100 * smooth.mean(axis=1), color=colour, label=label)
+        axis.set(title=lag, xlabel="thousand env steps trained")
+        axis.legend(loc="lower right", fontsize=8)
+    axes[0].set(ylabel="success of the version's episodes, %")
+    figure.tight_layout()
+    figure.savefig(image, dpi=110)
+    plt.close(figure)
+
+
+def plot(study: str, found: list[dict], folder: Path | None = None) -> None:
     """Plots the success of a version's episodes, five batches smoothed.
 
     Against the env steps trained until it (in proportion to versions), and against the minutes
@@ -365,7 +469,7 @@ def plot(study: str, found: list[dict]) -> None:
     axes[1].set(xlabel="minutes until it was published")
     axes[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1.0))
     figure.tight_layout()
-    figure.savefig(file(study, "png"), dpi=110)
+    figure.savefig(file(study, "png", folder), dpi=110)
     plt.close(figure)
 
 
@@ -388,16 +492,17 @@ def main(config: EquivalenceConfig) -> None:
     end_on_sigterm()
     if config.what == "run":
         run(config)
-    found = rows(config.study, config.flags)
-    require(
-        found,
-        f"there are no results in {file(config.study, 'jsonl')}: begin with `python -m "
-        "benchmarks.equivalence run`",
-    )
+    found = rows(config.study, config.flags, config.results)
+    none = f"there are no results in {file(config.study, 'jsonl', config.results)}"
+    mine = [row for row in found if row["arm"] in STUDIES[config.study]]
+    require(mine, f"{none}: begin with `python -m benchmarks.equivalence run`")
     text = table(config.study, found)
     if not config.flags:  # they make another study
-        file(config.study, "md").write_text(text)
-        plot(config.study, found)
+        file(config.study, "md", config.results).write_text(text)
+        if config.study in BASELINES:
+            plot_corrections(found, file(config.study, "png", config.results))
+        else:
+            plot(config.study, found, config.results)
     print(text)
 
 

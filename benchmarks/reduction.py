@@ -5,8 +5,8 @@ buckets while it goes on.
     python -m benchmarks.reduction --mbit 100            over a wire of 100 Mbit/s (needs root)
 
 Two processes, of one thread and one core each, train the small model of a family on micro-batches
-of SAMPLES chunk steps, each of which is a minibatch. The wire is a pair of virtual Ethernet devices
-between two network namespaces, and `tc` limits what each sends. Both ways take turns in the same
+of SAMPLES chunk steps, each of which is a minibatch. The wire joins two network namespaces
+(benchmarks/wire.py), and `tc` limits what each sends. Both ways take turns in the same
 processes. Figures are of the first process, in the fastest of STEPS, which other programs disturbed
 least:
 
@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measuring import random_model
+from benchmarks.wire import Nodes
 from config import ROOT
 from errors import exit_on_user_error
 from gradients import Gradients
@@ -108,30 +109,14 @@ def act(rank: int, name: str, folder: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def wire(mbit: float) -> Iterator[list[list[str]]]:
+def ends_of_wire(mbit: float) -> Iterator[list[list[str]]]:
     """Makes two ends of a wire. Yields what a command must begin with to run at each."""
     if not mbit:
         yield [[], []]
         return
-    ends = [f"reduction-{os.getpid()}-{rank}" for rank in range(2)]
-    try:
-        for end in ends:
-            call("ip", "netns", "add", end)
-        peer = ("type", "veth", "peer", "name", "wire", "netns", ends[1])
-        call("ip", "link", "add", "wire", "netns", ends[0], *peer)
-        for rank, end in enumerate(ends):
-            call("ip", "-n", end, "address", "add", f"10.99.0.{rank + 1}/24", "dev", "wire")
-            call("ip", "-n", end, "link", "set", "wire", "up")
-            limit = ("rate", f"{mbit}mbit", "burst", "64kb", "latency", "1s")
-            call("tc", "-n", end, "qdisc", "add", "dev", "wire", "root", "tbf", *limit)
-        yield [["ip", "netns", "exec", end] for end in ends]
-    finally:
-        for end in ends:
-            subprocess.run(["ip", "netns", "delete", end], capture_output=True)
-
-
-def call(*command: str) -> None:
-    subprocess.run(command, check=True)
+    with Nodes(2) as ends:
+        ends.limit(mbit)
+        yield [ends.command(rank) for rank in range(2)]
 
 
 def main() -> None:
@@ -148,8 +133,8 @@ def main() -> None:
 
     # Start both, and print what the first one measured.
     again = [sys.executable, "-m", "benchmarks.reduction", "--model", flags.model]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "wire" if flags.mbit else "lo"}
-    with tempfile.TemporaryDirectory() as folder, wire(flags.mbit) as ends:
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "eth0" if flags.mbit else "lo"}
+    with tempfile.TemporaryDirectory() as folder, ends_of_wire(flags.mbit) as ends:
         started = []
         for rank, begin in enumerate(ends):
             command = [*begin, *again, "--rank", str(rank), "--folder", folder]

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms import (
+    CORRECTIONS,
+    LARGEST,
     STALENESS,
     AdvantageScale,
     PolicyLoss,
+    SecondMoment,
     by_staleness,
     explained_variance,
     gae,
@@ -423,6 +426,148 @@ def test_a_masked_sample_cannot_poison_the_batch():
     loss.backward()
     assert stats["masked_fraction"] == 1 and loss.item() == pytest.approx(alone.item())
     assert new.grad[0] == 0.0 and new.grad[1] != 0.0 and math.isfinite(new.grad[1])
+
+
+def divergence(p: float, q: float) -> float:
+    """D(p‖q) of two probabilities, as its definition states it."""
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
+def kept_by_definition(mode: str, i: int, u: int, old, prox, bounds: dict[str, float]) -> bool:
+    """Whether unit u of sample i is trained, by the table in PolicyLoss's docstring."""
+    w = [math.exp(float(p - o)) for p, o in zip(prox[i], old[i], strict=True)]
+    if mode == "truncate":
+        return True
+    if mode == "kpop":
+        p = math.exp(prox[i, u])
+        q = math.exp(old[i, u])
+        return max(divergence(p, q), divergence(q, p)) <= bounds["trust"]
+    if mode == "m2po":
+        return math.log(w[u]) ** 2 <= bounds["cut"]
+    ratio = {"sequence": math.prod(w), "geometric": math.prod(w) ** (1 / len(w))}.get(mode, w[u])
+    return bounds.get("weight_min", 0.0) <= ratio <= bounds["weight_max"]
+
+
+def corrected_by_loop(mode, new, old, prox, advantages, bounds) -> tuple[float, torch.Tensor, int]:
+    """The loss, its gradient by `new`, and how many units are masked: plain numbers, one unit after
+    the other."""
+    total = 0.0
+    slope = torch.zeros_like(new)
+    masked = 0
+    for i in range(len(new)):
+        for u in range(new.shape[1]):
+            a = float(advantages[i])
+            if mode == "gipo":
+                x = float(new[i, u] - old[i, u])
+                value = math.exp(-0.5 * (x / bounds["trust"]) ** 2) * math.exp(x) * a
+                total -= value / new.shape[1]
+                slope[i, u] = -value / new.shape[1]
+                continue
+            if not kept_by_definition(mode, i, u, old, prox, bounds):
+                masked += 1
+                continue
+            w = math.exp(prox[i, u] - old[i, u])
+            w = min(w, bounds["weight_max"]) if mode == "truncate" else w
+            ratio = math.exp(new[i, u] - prox[i, u])
+            clipped = min(max(ratio, 0.8), 1.2)
+            total -= w * min(ratio * a, clipped * a) / new.shape[1]
+            if ratio * a <= clipped * a:
+                slope[i, u] = -w * ratio * a / new.shape[1]
+    return total, slope, masked
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@given(u=st.integers(1, 4), spread=st.sampled_from([0.0, 0.05, 0.4, 2.0]), seed=seeds)
+def test_every_correction_is_its_equation(mode, u, spread, seed):
+    """Loss, gradient and masked share; only `new` has a gradient, also where `prox` would."""
+    random = torch.Generator().manual_seed(seed)
+    old = -0.01 - 3.0 * torch.rand(20, u, generator=random, dtype=torch.float64)  # log-probs
+    prox = (old + spread * torch.randn(20, u, generator=random, dtype=torch.float64)).clamp(
+        max=-1e-3
+    )
+    new = prox + 0.2 * torch.randn(20, u, generator=random, dtype=torch.float64)
+    advantages = torch.randn(20, generator=random, dtype=torch.float64)
+    bounds = CORRECTIONS[mode] | ({"cut": 0.1} if mode == "m2po" else {})
+    wanted, slope, masked = corrected_by_loop(mode, new, old, prox, advantages, bounds)
+    new.requires_grad_()
+    loss, numbers = PolicyLoss(weight_mode=mode, **bounds)(new, old, prox, advantages)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(new.grad, slope)
+    assert numbers["masked_fraction"].item() == pytest.approx(masked / u)
+
+
+def test_every_mask_masks_and_the_sequence_s_are_another_mask_than_the_unit_s():
+    """Three units that move by +, − and nothing: each leaves its bounds, and the product is 1."""
+    old = torch.full((1, 3), -1.0)
+    prox = old + torch.tensor([[0.8, -0.8, 0.0]])
+    advantages = torch.ones(1)
+    share = {
+        mode: PolicyLoss(weight_mode=mode, **bounds | ({"cut": 0.1} if mode == "m2po" else {}))(
+            prox, old, prox, advantages
+        )[1]["masked_fraction"].item()
+        for mode, bounds in CORRECTIONS.items()
+    }
+    third = pytest.approx(1 / 3)
+    assert share["mask"] == share["truncate"] == share["gipo"] == 0.0
+    assert share["sequence"] == share["geometric"] == 0.0
+    assert share["icepop"] == third  # e^−0.8 is below a half
+    assert share["m2po"] == share["kpop"] == pytest.approx(2 / 3)
+    moved = old + torch.tensor([[0.8, 0.8, 0.0]])
+    for mode, most in (("sequence", 4.0), ("geometric", 1.5)):
+        loss = PolicyLoss(weight_mode=mode, weight_min=0.5, weight_max=most)
+        assert loss(moved, old, moved, advantages)[1]["masked_fraction"].item() == 1.0  # as a whole
+
+
+@pytest.mark.parametrize("mode", CORRECTIONS)
+@pytest.mark.parametrize("size", [30.0, 400.0, 1e20, 1e30])
+def test_no_correction_makes_a_nan_of_what_is_huge(mode, size):
+    """Also in float32, and beside a unit that is as it was, which is trained as if it were
+    alone."""
+    loss = PolicyLoss(weight_mode=mode, **CORRECTIONS[mode])
+    for far in (-size, size):
+        old = torch.tensor([[0.0, -1.0], [-1.0, -1.0]])
+        prox = torch.tensor([[far, -far], [-1.0, -1.0]])
+        if mode == "kpop":
+            old = old.clamp(max=0.0)
+            prox = prox.clamp(max=0.0)
+        new = prox.clone().requires_grad_()
+        value, numbers = loss(new, old, prox, torch.ones(2))
+        value.backward()
+        assert math.isfinite(value.item()) and new.grad.isfinite().all()
+        assert 0.0 <= numbers["masked_fraction"] <= 1.0
+        assert new.grad[1].tolist() == pytest.approx([-0.5, -0.5])
+
+
+def test_the_second_moment_s_cut_keeps_the_mean_of_what_is_below_it():
+    """Against sorting a whole batch, in whatever passes it was tallied."""
+    random = torch.Generator().manual_seed(0)
+    for spread in (0.0, 0.01, 0.3, 1.0, 30.0):
+        log_weight = spread * torch.randn(500, 2, generator=random, dtype=torch.float64)
+        moment = SecondMoment(0.04)
+        totals = {}
+        for part in log_weight.split((1, 99, 400)):
+            for name, found in moment.measure(part).items():
+                for i, x in enumerate(found.tolist()):
+                    totals[f"{name}_{i}"] = totals.get(f"{name}_{i}", 0.0) + x
+        cut = moment.cut(totals, before=1.0)
+        squares = sorted(log_weight.square().flatten().tolist())
+        means = np.cumsum(squares) / np.arange(1, len(squares) + 1)
+        exact = means.searchsorted(0.04, side="right")  # how many the paper keeps
+        if exact == len(squares):
+            assert cut == LARGEST
+            continue
+        kept = np.searchsorted(squares, cut, side="right")
+        wider = np.searchsorted(squares, cut * 2**0.5, side="right")
+        assert cut >= 0.04 and kept <= exact < wider
+    assert moment.cut({}, before=1.0) == 1.0  # every group was filtered
+    assert (
+        moment.cut(
+            {f"{n}_{i}": 0.0 for n in ("units_below", "squares_below") for i in range(22)}, 2.0
+        )
+        == 2.0
+    )
 
 
 @fast

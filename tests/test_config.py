@@ -145,6 +145,31 @@ def test_what_is_valid():
         ({"algorithm__advantage_memory": 1.0}, "--advantage-memory 1.0 must be less than 1"),
         ({"algorithm__value_clip": -1.0}, "--value-clip -1.0 must be more than 0"),
         ({"algorithm__behaviour_weight_max": 0.0}, "--behaviour-weight-max 0.0"),
+        (
+            {"algorithm__behaviour_weight": "m2po", "algorithm__behaviour_weight_max": 2.0},
+            "--behaviour-weight-max 2.0 means nothing to --behaviour-weight m2po: leave it out",
+        ),
+        (
+            {"algorithm__behaviour_weight_min": 0.5},
+            "--behaviour-weight-min 0.5 means nothing to --behaviour-weight mask: leave it out",
+        ),
+        ({"algorithm__behaviour_trust": 0.5}, "--behaviour-trust 0.5 means nothing"),
+        (
+            {"algorithm__behaviour_weight": "icepop", "algorithm__behaviour_weight_max": 0.5},
+            "--behaviour-weight-min 0.5 must be below the largest, 0.5",
+        ),
+        (
+            {"algorithm__behaviour_weight": "icepop", "algorithm__proximal": "behaviour"},
+            "no effect with --proximal behaviour, where w is 1: leave one of them out",
+        ),
+        (
+            {"algorithm__behaviour_weight": "gipo", "algorithm__proximal": "exact"},
+            "--behaviour-weight gipo has no proximal policy: leave out --proximal exact",
+        ),
+        (
+            {"algorithm__behaviour_weight": "kpop"},
+            "compares probabilities of tokens, and this model's actions have densities",
+        ),
         ({"algorithm__kl_stop": -1.0}, "--kl-stop -1.0"),
         ({"train__timeout_s": math.inf}, "--timeout-s inf must be at most 1000000"),
         ({"train__seed": 2**64}, "--seed 18446744073709551616 must be at most"),

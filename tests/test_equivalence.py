@@ -76,6 +76,56 @@ def test_lag_does_not_count_as_slow_learning():
     assert area(rows[1]) == pytest.approx(area(rows[0]))
 
 
+def test_corrections_are_compared_with_the_exact_arm_of_their_staleness(tmp_path, monkeypatch):
+    """On made-up runs, of unequal numbers of seeds; the study goes through staleness 4, 8, 2 within
+    each seed, skips what is there, and reads its baselines where the first study left them."""
+    monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
+    noise = (-0.01, 0.0, 0.01, 0.005, -0.005)
+    level = {"synchronous": 0.9, "staleness 4": 0.5, "staleness 4, exact": 0.8, "staleness 2": 0.7}
+    first = [result(arm, i + 1, x + noise[i]) for arm, x in level.items() for i in range(5)]
+    first.append(result("staleness 1", 1, 0.9))  # no baseline
+    (tmp_path / "equivalence.jsonl").write_text("".join(json.dumps(row) + "\n" for row in first))
+
+    monkeypatch.setattr(equivalence, "one_run", made_up)
+    config = equivalence.EquivalenceConfig(
+        what="run", study="corrections", seeds=3, results=tmp_path / "elsewhere"
+    )
+    raw = equivalence.file("corrections", "jsonl", config.results)
+    assert raw == tmp_path / "elsewhere" / "corrections.jsonl"
+    raw.parent.mkdir()
+    raw.write_text(json.dumps(made_up("corrections", "staleness 4, icepop", 1, "")) + "\n")
+    equivalence.run(config)
+    lines = [json.loads(line) for line in raw.read_text().splitlines()]
+    ran = [(row["arm"], row["seed"]) for row in lines]
+    assert len(ran) == len(set(ran)) == 3 * len(STUDIES["corrections"]) == 39
+    assert [seed for _, seed in ran[13:]] == [2] * 13 + [3] * 13
+    assert [arm[10] for arm, _ in ran[13:26]] == list("4444888822222")
+
+    raw.write_text(raw.read_text().rsplit("\n", 3)[0] + "\n")  # the last two runs are missing
+    equivalence.main(
+        equivalence.EquivalenceConfig(
+            what="analyse", study="corrections", results=tmp_path / "elsewhere"
+        )
+    )
+    found = equivalence.rows("corrections", "", config.results)
+    of = {row["arm"]: row for row in summary("corrections", found)}
+    assert "staleness 1" not in of and of["staleness 2, gipo"]["seeds"] == 2
+    assert of["staleness 4, gipo"]["final_gain"] == pytest.approx(0.1, abs=0.01)  # 0.9 and 0.8
+    assert of["staleness 4, gipo"]["final_gain_p"] < 0.05
+    assert of["staleness 4, m2po"]["final_gain_p"] > 0.05
+    assert of["staleness 2, exact"]["final_gain"] == pytest.approx(0.1, abs=0.01)  # 0.8 and 0.7
+    assert "final_gain" not in of["staleness 8, gipo"]  # no exact arm at 8 was made up
+    assert "final_difference" not in of["staleness 4, exact"]  # the first study's business
+    text = (tmp_path / "elsewhere" / "corrections.md").read_text()
+    assert ": better |" in text and "| 3.0% |" in text
+    assert (tmp_path / "elsewhere" / "corrections.png").stat().st_size > 5000
+
+
+def made_up(study: str, arm: str, seed: int, flags: str) -> dict:
+    level = 0.9 if arm.endswith("gipo") else 0.8
+    return result(arm, seed, level + 0.001 * seed) | {"masked_fraction": [0.0, 0.06]}
+
+
 def result(arm: str, seed: int, final: float) -> dict:
     return {
         "arm": arm,
@@ -87,6 +137,7 @@ def result(arm: str, seed: int, final: float) -> dict:
         "env_steps": [10, 20],
         "staleness_mean": [0.0, 0.5],
         "staleness_max": [0, 1],
+        "masked_fraction": [0.0, 0.0],
     }
 
 

@@ -16,7 +16,7 @@ import models
 import saving
 import transfers
 from actor_worker import group_outcomes
-from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
+from algorithms import CORRECTIONS, LARGEST, AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
 from config import Config
 from envs import EnvSpec
@@ -295,10 +295,16 @@ def minibatches_of(streamer: Streamer) -> list[list[MicroBatch]]:
 
 
 @pytest.mark.parametrize(
-    "algorithm, group, minibatches",
-    [("ppo", 1, 1), ("ppo", 1, 2), ("ppo", 1, 3), ("grpo", 2, 1), ("grpo", 2, 2)],
+    "algorithm, group, minibatches, correction",
+    [
+        ("ppo", 1, 1, "mask"),
+        ("ppo", 1, 2, "mask"),
+        ("ppo", 1, 3, "m2po"),
+        ("grpo", 2, 1, "mask"),
+        ("grpo", 2, 2, "m2po"),
+    ],
 )
-def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, minibatches):
+def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, minibatches, correction):
     """Of every minibatch, also of later epochs and once weights have moved; and the numbers that
     all nodes tally make the line that one node writes, and scale the next advantages alike."""
     epochs = 2
@@ -312,6 +318,7 @@ def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, miniba
         config = Config()
         config.train.algorithm = algorithm
         config.algorithm.group_size = 2
+        config.algorithm.behaviour_weight = correction
         config.actor.update_epochs = epochs
         found = learner_of(Toy(), config)
         config.actor.batch = batch
@@ -358,6 +365,7 @@ def test_the_gradients_of_two_nodes_sum_to_those_of_one(algorithm, group, miniba
             line = node.finish_batch()
         assert flatten(line) == pytest.approx(flatten(expected), rel=1e-9)
         assert node.algorithm.state() == pytest.approx(one.algorithm.state(), rel=1e-12)
+        assert (node.algorithm.policy_loss.cut < LARGEST) == (correction == "m2po")
     played = torch.arange(SEGMENT) < pool["length"][:, None]
     assert expected["reward"] == float((pool["reward"] * played).sum()) / BATCH
 
@@ -379,6 +387,49 @@ def test_every_update_of_every_epoch_is_the_one_of_whole_minibatches(algorithm, 
     assert len(whole) == len(parts) == 2 * epochs
     assert all(close([a], [b], 1e-6) for a, b in zip(parts, whole, strict=True))  # measured: 1e-15
     assert not close([whole[0]], [whole[-1]], 1e-2)
+
+
+@pytest.mark.parametrize("granularity", ["chunk", "action", "token"])
+@pytest.mark.parametrize("proximal", ["interpolated", "exact"])
+def test_no_correction_depends_on_how_a_minibatch_is_cut(proximal, granularity):
+    """Two batches, for a cut that the first one finds is of use in the second."""
+    pool = toy_pool(Toy())
+    order = np.random.default_rng(0).permutation(BATCH).tolist()
+    for method in CORRECTIONS:
+        if method == "gipo" and proximal == "exact":
+            continue
+        config = Config()
+        config.algorithm.behaviour_weight = method
+        config.algorithm.granularity = granularity
+        config.algorithm.proximal = "auto" if method == "gipo" else proximal
+        if method == "m2po":
+            config.algorithm.behaviour_trust = 0.002
+        if method == "geometric":
+            config.algorithm.behaviour_weight_min = 0.95
+            config.algorithm.behaviour_weight_max = 1.05
+        found = []
+        for groups, micro_batch in (([tuple(range(BATCH))], 1000), (pairs(order), 3)):
+            torch.manual_seed(1)
+            model = Toy()
+            config.actor.micro_batch = micro_batch
+            config.actor.minibatch = BATCH
+            learner = learner_of(model, config)
+            for _ in range(2):
+                model.zero_grad()
+                for slots in groups:
+                    micro = MicroBatch(slots, 0, 0, slots is groups[-1], BATCH)
+                    learner.train(read(learner, pool, slots), micro)
+                line = learner.finish_batch()
+            grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            found.append((grads, line["masked_fraction"], learner.algorithm.state()))
+        (whole, masked, kept), (parts, *same) = found
+        assert close(parts, whole, 1e-6) and any(g.abs().sum() > 0 for g in whole)
+        assert same == [pytest.approx(masked), pytest.approx(kept)]
+        assert masked < 1 and (masked > 0) >= (method in ("m2po", "geometric"))
+
+
+def pairs(order: list[int]) -> list[tuple[int, ...]]:
+    return [tuple(order[i : i + 2]) for i in range(0, len(order), 2)]
 
 
 @pytest.mark.parametrize("most", [5.0, 1.02])

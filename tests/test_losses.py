@@ -105,6 +105,34 @@ def test_advantages_are_scaled_and_the_scale_outlives_a_checkpoint():
     assert grpo.scale(torch.tensor([3.0])).tolist() == pytest.approx([3.0], rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", [Ppo, Grpo])
+def test_m2po_masks_by_the_batch_before_and_the_cut_outlives_a_checkpoint(loss):
+    config = Config()
+    config.algorithm.behaviour_weight = "m2po"
+    config.algorithm.behaviour_trust = 0.01
+    mine = loss(config, SPEC)
+    assert mine.policy_loss.trust == 0.01 and mine.policy_loss.cut == 1e38  # nothing is known yet
+    old = torch.zeros(10, 1)
+    prox = torch.linspace(0.0, 0.45, 10)[:, None]
+    numbers = mine.policy_loss(prox, old, prox, torch.ones(10))[1]
+    assert numbers["masked_fraction"] == 0
+    totals = {"advantage_square": 1.0, "trained_once": 10.0}
+    for name in ("units_below", "squares_below"):
+        totals |= {f"{name}_{i}": x for i, x in enumerate(numbers[name].tolist())}
+    mine.finish_batch(totals, first=True)
+    cut = mine.policy_loss.cut  # 0.15² = 0.0225 is kept, and 0.3² is not
+    assert 0.0225 <= cut < 0.09
+    again = loss(config, SPEC)
+    again.load(json.loads(json.dumps(mine.state())))
+    assert again.policy_loss == mine.policy_loss
+    masked = again.policy_loss(prox, old, prox, torch.ones(10))[1]["masked_fraction"].item()
+    assert masked == (prox.square() > cut).sum().item() > 0
+    again.load({"decay": 0.8, "square": 1.0})  # of a checkpoint without a cut
+    assert again.policy_loss.cut == 1e38
+    with pytest.raises(UserError, match="what the loss remembers"):
+        again.load({"decay": 0.8, "square": 1.0, "cut": -1.0})
+
+
 def test_ppo_adds_the_weighted_value_loss_to_the_policy_s():
     new, old, advantages, staleness = samples(u=1)
     prox = interpolated_proximal(new, old, staleness.double())
