@@ -375,7 +375,7 @@ def main(config: EvaluateConfig) -> dict:
     if played:
         met = f"training met {train}" if training.met(spec) else "not trained on"
         what += f", initial states {played} ({met})"
-    print(f"{player.assumed}{path}: {what}, {shown}", flush=True)
+    print(f"{player.assumed}{spec.note}{path}: {what}, {shown}", flush=True)
     episodes = player.play(part, config.episodes)
     rows = rows_of(part, episodes)
     print(*map(line_of, rows), sep="\n")
@@ -417,6 +417,7 @@ def play_parts(config: EvaluateConfig, player: Player, training: Training, said:
                 row["note"] = str(error)
         rows.append(row)
         print(line_of(row, width), flush=True)
+    print(*(part.spec.note for part in found), sep="", end="")
     for why in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, other in missing.items() if other == why)
         print(f"not here, for each {why}: {names}")

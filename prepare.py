@@ -175,7 +175,7 @@ def with_states(config: Config, simulator: envs.Simulator) -> tuple[Config, str]
     spec = simulator.spec(config.train.tasks, 0)
     given = (config.env.train_states, config.env.eval_states)
     train, evaluation, note = split(config.train.env, spec, *given)
-    return completed(config, train_states=train, eval_states=evaluation), note
+    return completed(config, train_states=train, eval_states=evaluation), spec.note + note
 
 
 def with_sizes(

@@ -80,8 +80,8 @@ def main(config: SuitesConfig) -> None:
     rows.append("|---|---|---|---|---|---|")
     problems = []
     pictures = []
-    # A process for each suite, so that what one leaves behind harms no other.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    # Not all in one process: what MuJoCo and Mesa leave behind adds up.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=8) as pool:
         for suite in config.suites or found.tasks:
             tasks = found.tasks[suite]
             counts = [libero_suites.count(task.states) for task in tasks]
@@ -94,18 +94,24 @@ def main(config: SuitesConfig) -> None:
             rows.append(f"{start}| {good} of {played} |")
             print(rows[-1], *wrong, sep="\n", flush=True)
             problems += wrong
-            if picture is not None:
-                pictures.append(picture)
-    missing = [f"- `{suite}` {why}" for suite, why in sorted(found.missing.items())]
-    command = f"`python -m {__spec__.name} {' '.join(sys.argv[1:])}`".replace(" `", "`")
-    lines = [f"Made by {command}.", "", *rows, "", "Not right:", ""]
+            pictures += [] if picture is None else [picture]
+            write(config, rows, problems, pictures)
+
+
+def write(config: SuitesConfig, rows: list[str], problems: list[str], pictures: list) -> None:
+    """Writes what is known so far."""
+    missing = libero_suites.installed().missing
+    command = " ".join(["python", "-m", __spec__.name, *sys.argv[1:]])
+    lines = [f"Made by `{command}`.", "", *rows, "", "Not right:", ""]
     lines += [f"- {line}" for line in problems] or ["- nothing"]
-    lines += ["", "Named by a package, but not playable:", "", *(missing or ["- none"]), ""]
-    config.out.write_text("\n".join(lines))
+    lines += ["", "Named by a package, but not playable:", ""]
+    lines += [f"- `{suite}` {why}" for suite, why in sorted(missing.items())] or ["- none"]
+    config.out.write_text("\n".join([*lines, ""]))
     blank = np.zeros((SIZE, SIZE, 3), np.uint8)
-    pictures += [blank] * (-len(pictures) % ACROSS)
-    rows_of = [np.hstack(pictures[i : i + ACROSS]) for i in range(0, len(pictures), ACROSS)]
-    imageio.imwrite(config.out.with_suffix(".png"), np.vstack(rows_of))
+    shown = [*pictures, *[blank] * (-len(pictures) % ACROSS)]
+    across = [np.hstack(shown[i : i + ACROSS]) for i in range(0, len(shown), ACROSS)]
+    if across:
+        imageio.imwrite(config.out.with_suffix(".png"), np.vstack(across))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     names = tuple(task.name for task in found)
     shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
     states = min(libero_suites.count(task.states) for task in found)
-    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero", states=states)
+    note = "".join(map(libero_suites.left_out, tasks))
+    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero", states=states, note=note)
 
 
 perturbed = libero_suites.perturbed

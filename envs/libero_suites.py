@@ -189,6 +189,13 @@ def tasks_of(name: str) -> list[Task]:
     return playable
 
 
+def left_out(suite: str) -> str:
+    """Says which tasks of a suite `tasks_of` leaves out, in a line, if any."""
+    tasks = installed().tasks.get(suite, ())
+    without = sum(not count(task.states) for task in tasks)
+    return f"{without} of {suite}'s {len(tasks)} tasks have no initial states\n" if without else ""
+
+
 @cache
 def find(name: str) -> Task:
     """Finds one task, named as a spec names it. Raises UserError."""

@@ -83,6 +83,9 @@ def test_suites_are_the_folders_that_have_tasks_and_states(package):
     assert names("libero_10_swap") == ["libero_10_swap/b", "libero_10_swap/a"]
     assert names("libero_10_temp_x0.1") == ["libero_10_temp_x0.1/b", "libero_10_temp_x0.1/a"]
     assert names("libero_10_with_milk") == ["libero_10_with_milk/FLOOR_SCENE1_a"]
+    said = "1 of libero_10_with_milk's 2 tasks have no initial states\n"
+    assert libero_suites.left_out("libero_10_with_milk") == said
+    assert libero_suites.left_out("libero_10") == libero_suites.left_out("a") == ""
     assert names("a") == names("libero_10/a") == ["a"]
     assert names("libero_10_swap/a") == ["libero_10_swap/a"]
     assert names("FLOOR_SCENE1_a") == ["libero_10_with_milk/FLOOR_SCENE1_a"]

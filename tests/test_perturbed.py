@@ -28,7 +28,8 @@ def spec(tasks, image_size):
     names = [SUITES.get(task, (task,)) for task in tasks or ("base",)]
     found = tuple(name for group in names for name in group)
     prompts = tuple(SAID[name[-1]] for name in found)
-    return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=STATES)
+    note = "1 of 3 tasks is left out\n" if "base_lan" in tasks else ""
+    return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=STATES, note=note)
 
 
 def perturbed(suite):
@@ -105,6 +106,7 @@ def test_one_table_one_picture_one_file(evaluated, monkeypatch, tmp_path, capsys
     said = capsys.readouterr().out
     assert "base, held-out states 2-3    0/4      0.0%   95 % [0.0%, 49.0%]" in said
     assert "base_torn                 its assets are not here" in said
+    assert said.count("\n1 of 3 tasks is left out\n") == 1
     assert "not here, for each has no task files: base_env" in said
     films = tmp_path / "films"
     assert imageio.imread(films / "perturbed.png").std() > 10
