@@ -10,6 +10,7 @@ table, and a picture with the first task of every suite.
 """
 
 import multiprocessing
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import tyro
 
 from envs import libero_suites
-from errors import exit_on_user_error
+from errors import UserError, exit_on_user_error
 
 SIZE = 128  # pixels
 ACROSS = 10  # pictures in a row
@@ -38,8 +39,8 @@ class SuitesConfig:
     """the table; the picture lies beside it"""
 
 
-def check(name: str, at_most: int) -> tuple[list[str], np.ndarray | None]:
-    """Plays the tasks of a suite. Returns what is wrong, a sentence each, and a picture."""
+def check(name: str, at_most: int) -> tuple[str, list[str], np.ndarray | None]:
+    """Plays the tasks of a suite. Returns how many are right, what is wrong, and a picture."""
     from envs import libero
 
     libero.MOST_SCENES = 0
@@ -47,8 +48,10 @@ def check(name: str, at_most: int) -> tuple[list[str], np.ndarray | None]:
     tasks = range(len(spec.tasks))[: at_most or None]
     env = libero.Env(spec.tasks, SIZE)
     wrong = []
+    good = 0
     picture = None
     for task in tasks:
+        before = len(wrong)
         try:
             seen = []
             for state in (0, -1):
@@ -65,11 +68,15 @@ def check(name: str, at_most: int) -> tuple[list[str], np.ndarray | None]:
             if states > 1 and np.array_equal(*seen):
                 wrong.append(f"{spec.tasks[task]}: the first and the last state look alike")
             picture = seen[0][0].copy() if picture is None else picture
+        except UserError as error:
+            lacks = re.search(r"assets are not here \(no .*/assets/(\S+)\)", str(error))
+            wrong.append(f"`{name}` lacks `{lacks[1]}`" if lacks else str(error))
         except Exception as error:  # whatever it is, other tasks go on
             said = " ".join(f"{type(error).__name__}: {error}".split())
             wrong.append(f"{spec.tasks[task]} is not built: {said}")
+        good += len(wrong) == before
     env.close()
-    return wrong, picture
+    return f"{good} of {len(tasks)}", list(dict.fromkeys(wrong)), picture
 
 
 def main(config: SuitesConfig) -> None:
@@ -86,12 +93,10 @@ def main(config: SuitesConfig) -> None:
             tasks = found.tasks[suite]
             counts = [libero_suites.count(task.states) for task in tasks]
             states = " or ".join(map(str, sorted(set(counts))))
-            wrong, picture = pool.apply(check, (suite, config.at_most))
-            played = min(sum(map(bool, counts)), config.at_most or len(counts))
-            good = played - len({line.split()[0].rstrip(":") for line in wrong})
+            good, wrong, picture = pool.apply(check, (suite, config.at_most))
             limit = libero_suites.limit_of(suite)
             start = f"| `{suite}` | {tasks[0].package} | {len(tasks)} | {states} | {limit} "
-            rows.append(f"{start}| {good} of {played} |")
+            rows.append(f"{start}| {good} |")
             print(rows[-1], *wrong, sep="\n", flush=True)
             problems += wrong
             pictures += [] if picture is None else [picture]
