@@ -393,6 +393,8 @@ def play_parts(config: EvaluateConfig, player: Player, training: Training, said:
     require(len(config.tasks) == 1, "--perturbed is for one suite: give --suite, without --tasks")
     flags = (config.train_states, config.eval_states)
     simulator = player.simulator
+    picture = config.videos / "perturbed.png"
+    check_writable(picture, "the picture", "--videos FOLDER")
     found, missing = parts(simulator, config.tasks[0], player.seen, training, *flags)
     for part in found:
         player.check_prompts(part.spec)
@@ -421,12 +423,11 @@ def play_parts(config: EvaluateConfig, player: Player, training: Training, said:
     for why in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, other in missing.items() if other == why)
         print(f"not here, for each {why}: {names}")
-    picture = config.videos / "perturbed.png"
-    draw(picture, rows, f"{config.checkpoint}")
-    print(f"picture {picture}, videos in {config.videos}")
     result = {"checkpoint": str(player.path), "rows": rows, "missing": missing}
     if config.json:
         config.json.write_text(json.dumps(result, indent=1))
+    draw(picture, rows, f"{config.checkpoint}")
+    print(f"picture {picture}, videos in {config.videos}")
     return result
 
 

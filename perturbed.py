@@ -64,10 +64,8 @@ def parts(
 
     seen: describes tasks as the policy sees them. train, evaluation: flags of initial states."""
     listed = simulator.perturbed(suite)
-    none = (
-        f"--perturbed is for a suite with perturbations, such as libero_10: {suite} has none here"
-    )
-    require(listed, none)
+    which = "--perturbed is for a suite with perturbations, such as libero_10"
+    require(listed, f"{which}: {suite} has none here")
     spec = seen(simulator.spec((suite,), 0))
     found = states_of(simulator.name, spec, training, train, evaluation)
     every = tuple(range(spec.states))
@@ -75,12 +73,12 @@ def parts(
     held_out = tuple(state for state in evaluated if state not in set(trained))
     made = [Part(f"{suite}, not trained on", spec, evaluated)]
     if training.met(spec):
-        no = f"none: training met {'all' if trained == every else 'those'} of {spec.states}"
+        met = f"all of {spec.states}" if trained == every else say_states(evaluated)
         made = [
             Part(f"{suite}, trained states {say_states(trained)}", spec, trained),
             Part(f"{suite}, held-out states {say_states(held_out)}".strip(), spec, held_out)
             if held_out
-            else Part(f"{suite}, held-out states", spec, note=no),
+            else Part(f"{suite}, held-out states", spec, note=f"none: training met {met}"),
         ]
     for name in sorted(name for name, why in listed.items() if not why):
         spec = seen(simulator.spec((name,), 0))

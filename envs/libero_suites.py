@@ -26,6 +26,7 @@ import numpy as np
 from errors import UserError, require
 
 PACKAGES = ("libero", "liberopro", "liberoplus")
+TABLE = "benchmark/libero_suite_task_map.py"  # tasks of each suite, in their order
 # Control steps after which an episode is cut: RLinf's of π0 and π0.5 (its OFT recipe takes 512 for
 # libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has 373).
 LIMITS = {
@@ -72,8 +73,8 @@ class Found(NamedTuple):
 def folder_of(package: str) -> Path | None:
     """Finds where a package's files are, if it is installed."""
     spec = importlib.util.find_spec(package)
-    places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places))) / package if places else None
+    places = [Path(place) / package for place in (spec and spec.submodule_search_locations) or ()]
+    return next((place for place in places if (place / TABLE).is_file()), None)
 
 
 def base_of(suite: str) -> str:
@@ -94,8 +95,7 @@ def installed() -> Found:
         folder = folder_of(package)
         if folder is None:
             continue
-        table = runpy.run_path(str(folder / "benchmark" / "libero_suite_task_map.py"))
-        order = table["libero_task_map"]
+        order = runpy.run_path(str(folder / TABLE))["libero_task_map"]
         read_folders(found, package, folder, order)
         if package == "liberoplus":
             read_variants(found, folder, order)
@@ -178,9 +178,8 @@ def tasks_of(name: str) -> list[Task]:
             tasks = [task for task in every if task.name.endswith(f"/{name}")]
         suites = [suite for suite in found.tasks if suite in LIMITS or not base_of(suite)]
         choose = f"choose suites ({', '.join(suites)}, or a perturbation such as libero_10_swap)"
-        require(
-            tasks, f"unknown LIBERO task {name!r}: {choose} or their tasks, such as {every[0].name}"
-        )
+        example = f"or their tasks, such as {every[0].name}"
+        require(tasks, f"unknown LIBERO task {name!r}: {choose} {example}")
         several = f"several LIBERO suites have a task {name!r}: name the suite, too"
         require(len(tasks) == 1, f"{several}, as {tasks[0].name}")
     playable = [task for task in tasks if count(task.states)]

@@ -125,6 +125,13 @@ def test_where_training_met_all_states_none_are_held_out(evaluated, settings):
     assert held_out["task"] == "base, held-out states 3" and held_out["success_rate"] == 0.0
 
 
+def test_a_table_that_could_not_be_drawn_is_not_begun(evaluated, tmp_path):
+    (tmp_path / "films" / "perturbed.png").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write the picture to .*perturbed.png"):
+        evaluated(None, suite="base", perturbed=True)
+    assert Env.met == []
+
+
 def test_other_tasks_are_neither_trained_nor_held_out(evaluated):
     split = {"train_states": "0-1", "eval_states": "2-3"}
     rows = evaluated({"tasks": ("other",), **split}, suite="base", perturbed=True)["rows"]
