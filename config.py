@@ -172,6 +172,12 @@ class EnvConfig:
     """episodes of one evaluation, spread evenly over tasks, and over all nodes"""
     eval_every: Natural = 10
     """iterations between evaluations, of which the last version always gets one; 0 means never"""
+    train_states: str = ""
+    """which of LIBERO's initial states (50 of each task) training begins at, such as 0-39 or
+    0-9,20-49; empty means those that --eval-states leaves, or without it all"""
+    eval_states: str = ""
+    """which ones evaluation begins at; empty means those that --train-states leaves, or without it
+    all"""
 
     @property
     def evaluates(self) -> bool:

@@ -23,12 +23,15 @@ import machine
 import models
 from checks import Count, Length, Natural, Positive, check_ranges
 from config import Config, Family, embedded_files, expanded, from_json
+from envs import EnvSpec
+from envs.states import read_states, say_states
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
 from films import write_video
 from metrics import wilson
 from models import checkpoint, contract
 from models.formats import peft
+from perturbed import Part, Training, draw, parts, states_of
 from processes import keep_freed_memory
 
 ABREAST = 8  # episodes that are played at the same time, in one batch of inference
@@ -80,6 +83,15 @@ class EvaluateConfig:
     """episodes, spread evenly over tasks"""
     seed: int = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
+    train_states: str = ""
+    """which of LIBERO's initial states were trained on, such as 0-39 or 0-9,20-49; empty means as
+    in the run, else all"""
+    eval_states: str = ""
+    """which ones episodes begin at; empty means as in the run, else those that --train-states
+    leaves, or without it all"""
+    perturbed: bool = False
+    """of a suite of LIBERO: play --episodes on the states that were trained on, on those that were
+    not, and on every perturbation that is installed"""
     tokenizer: Path | None = None
     """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
     videos: Path | None = None
@@ -114,21 +126,32 @@ class Player:
         model = models.build(settings, spec._replace(image_size=size), self.device)
         self.model = models.acting(model).eval()
         self.assumed = models.assumptions(settings, spec)
-        self.spec = spec._replace(image_size=size).seen_by(self.model.header)
+        self.size = size
+        self.spec = self.seen(spec)
         _, shipped = embedded_files(family, config.env)
         tokenizer = checkpoint.vocabulary(config.tokenizer, path, family, shipped)
         self.preparation = models.preparation(family, self.model.header, tokenizer)
 
-    def play(self) -> list[Episode]:
-        """Plays every episode, ABREAST at a time."""
-        count = self.config.episodes
+    def seen(self, spec: EnvSpec) -> EnvSpec:
+        """Describes tasks as this policy sees them."""
+        return spec._replace(image_size=self.size).seen_by(self.model.header)
+
+    def check_prompts(self, spec: EnvSpec) -> None:
+        """Raises UserError where the model has no room for an instruction."""
+        picture = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
+        for prompt in spec.prompts:
+            self.preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
+
+    def play(self, part: Part, count: int) -> list[Episode]:
+        """Plays so many episodes of a part, ABREAST at a time."""
+        self.spec = part.spec
         tasks = len(self.spec.tasks)
         # Whole rounds of the tasks: LIBERO's initial state is the round's number.
         seeds = EVAL_SEEDS + self.config.seed * -(-count // tasks) * tasks
         demonstrations = 10_000_000  # the first of their seeds
         out = f"--seed {self.config.seed} is out of range: choose a small one, from 0 up"
         require(EVAL_SEEDS <= seeds <= demonstrations - count, out)
-        given = self.spec, self.config.render_quality
+        given = self.spec, self.config.render_quality, part.states
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
             simulators[0].reset(0, seeds)
@@ -182,13 +205,29 @@ class Player:
 
 
 def row_of(task: str, episodes: list[Episode]) -> dict:
-    """Makes a row of the result, and prints it."""
+    """Makes a row of the result."""
     n = len(episodes)
     successes = sum(episode.success for episode in episodes)
-    rate = successes / n
     low, high = wilson(successes, n)
-    print(f"{task:28s} {successes:4d}/{n:<4d} {rate:6.1%}   95 % [{low:.1%}, {high:.1%}]")
+    rate = successes / n
     return {"task": task, "episodes": n, "success_rate": rate, "low": low, "high": high}
+
+
+def line_of(row: dict, width: int = 28) -> str:
+    """Says a row, or why it has no numbers."""
+    if "note" in row:
+        return f"{row['task']:{width}s} {row['note']}"
+    n, rate = row["episodes"], row["success_rate"]
+    numbers = f"{round(rate * n):4d}/{n:<4d} {rate:6.1%}"
+    return f"{row['task']:{width}s} {numbers}   95 % [{row['low']:.1%}, {row['high']:.1%}]"
+
+
+def rows_of(part: Part, episodes: list[Episode]) -> list[dict]:
+    """Counts successes: a row per task that has episodes, then of all."""
+    by_task = {task: [] for task in part.spec.tasks} | {"all": episodes}
+    for episode in episodes:
+        by_task[part.spec.tasks[episode.task]].append(episode)
+    return [row_of(task, mine) for task, mine in by_task.items() if mine]
 
 
 def settings_of(config: EvaluateConfig) -> Config:
@@ -228,11 +267,17 @@ def settings_of(config: EvaluateConfig) -> Config:
     return settings
 
 
-def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
-    """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults."""
+def run_of(config: EvaluateConfig) -> tuple[Path | None, Config | None]:
+    """Finds the folder of the checkpoint's run, and its settings, where they are there."""
     run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
     saved = run / "config.json" if run else Path()
-    trained = from_json(saved) if saved.is_file() else Config()
+    return run, from_json(saved) if saved.is_file() else None
+
+
+def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
+    """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults."""
+    run, trained = run_of(config)
+    trained = trained or Config()
     precision = trained.train.precision
     given = tuple(filter(None, (config.suite, *config.tasks)))
     tasks = trained.train.tasks if config.env in ("", trained.train.env) else ()
@@ -264,26 +309,39 @@ def check_writable(path: Path, what: str, flag: str) -> None:
 def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) -> None:
     """Writes a film per task. The result is known, so that trouble here is only a warning."""
     try:
+        folder.mkdir(exist_ok=True)
         for episode in episodes:
             if episode.frames:
                 film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
                 write_video(film, episode.frames, 20)
-        print(f"videos in {folder}")
     except Exception as error:  # of the encoder, whatever it may be
         said = " ".join(str(error).split())[:200]
         print(f"warning: cannot write videos to {folder}: {said}", file=sys.stderr)
 
 
+def training_of(config: EvaluateConfig, simulator: envs.Simulator) -> Training:
+    """Says what the checkpoint's run met. Another simulator's tells nothing of this one."""
+    _, run = run_of(config)
+    if run is None:
+        return Training(None)
+    if run.train.env != config.env:
+        return Training(frozenset())
+    tasks = frozenset(simulator.spec(run.train.tasks, 0).tasks)
+    return Training(tasks, run.env.train_states, run.env.eval_states)
+
+
 def main(config: EvaluateConfig) -> dict:
-    """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all."""
+    """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all.
+    With --perturbed it is a row per part, each with its "tasks", and "missing"."""
     check_ranges(config)
 
-    # Build the policy as its checkpoint says, see that all can be written, and play.
+    # Build the policy as its checkpoint says, and see that all can be written.
     keep_freed_memory()
     whole, adapter = peft.find_base(config.checkpoint, config.adapter)
     config = as_in_training(replace(config, checkpoint=whole, adapter=adapter))
     settings = settings_of(config)
     player = Player(config, settings, config.tasks)
+    training = training_of(config, player.simulator)
     if config.json:
         check_writable(config.json, "the result", "--json FILE")
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
@@ -291,22 +349,74 @@ def main(config: EvaluateConfig) -> dict:
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
     if settings.train.precision == "bfloat16":
         shown += ", --precision bfloat16"
-    tasks = len(player.spec.tasks)
-    played = f"{config.episodes} episodes of {config.env}"
-    if config.episodes < tasks:
-        played += f", of the first {config.episodes} of {tasks} tasks alone"
-    print(f"{player.assumed}{path}: {played}, {shown}", flush=True)
-    episodes = player.play()
+    flags = (config.train_states, config.eval_states)
+    if config.perturbed:
+        return play_parts(config, player, training, f"{player.assumed}{path}: {shown}")
 
-    # Count successes by task, and write down what was seen.
-    by_task = {task: [] for task in player.spec.tasks} | {"all": episodes}
-    for episode in episodes:
-        by_task[player.spec.tasks[episode.task]].append(episode)
-    rows = [row_of(task, mine) for task, mine in by_task.items() if mine]
+    # Play, count successes by task, and write down what was seen.
+    spec = player.spec
+    train, played = states_of(config.env, spec, training, *flags)
+    part = Part("", spec, read_states(played))
+    tasks = len(spec.tasks)
+    what = f"{config.episodes} episodes of {config.env}"
+    if config.episodes < tasks:
+        what += f", of the first {config.episodes} of {tasks} tasks alone"
+    if played:
+        met = f"training met {train}" if training.met(spec) else "not trained on"
+        what += f", initial states {played} ({met})"
+    print(f"{player.assumed}{spec.note}{path}: {what}, {shown}", flush=True)
+    episodes = player.play(part, config.episodes)
+    rows = rows_of(part, episodes)
+    print(*map(line_of, rows), sep="\n")
     result = {"checkpoint": str(path), "rows": rows}
     if config.json:
         config.json.write_text(json.dumps(result, indent=1))
-    write_videos(config.videos, player.spec.tasks, episodes)
+    write_videos(config.videos, spec.tasks, episodes)
+    print(f"videos in {config.videos}")
+    return result
+
+
+def play_parts(config: EvaluateConfig, player: Player, training: Training, said: str) -> dict:
+    """Plays a suite as it was trained on, held out and perturbed; prints, draws and writes success.
+    A perturbation that turns out not to work here has a row that says so."""
+    require(len(config.tasks) == 1, "--perturbed is for one suite: give --suite, without --tasks")
+    flags = (config.train_states, config.eval_states)
+    simulator = player.simulator
+    picture = config.videos / "perturbed.png"
+    check_writable(picture, "the picture", "--videos FOLDER")
+    found, missing = parts(simulator, config.tasks[0], player.seen, training, *flags)
+    for part in found:
+        player.check_prompts(part.spec)
+    most = f"at most {config.episodes} episodes of {config.env} a row, no two with one beginning"
+    tasks = max(len(part.spec.tasks) for part in found)
+    few = f", of the first {config.episodes} tasks alone" if config.episodes < tasks else ""
+    print(f"{said}, {most}{few}", flush=True)
+    width = max(len(part.title) for part in found)
+    rows = []
+    for part in found:
+        row = {"task": part.title, "note": part.note}
+        if not part.note:
+            try:
+                episodes = player.play(part, min(config.episodes, part.beginnings()))
+                *tasks, row = rows_of(part, episodes)
+                row |= {"task": part.title, "states": say_states(part.states), "tasks": tasks}
+                folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
+                write_videos(folder, part.spec.tasks, episodes)
+            except UserError as error:
+                if part is found[0]:
+                    raise
+                row["note"] = str(error)
+        rows.append(row)
+        print(line_of(row, width), flush=True)
+    print(*(part.spec.note for part in found), sep="", end="")
+    for why in dict.fromkeys(missing.values()):
+        names = ", ".join(name for name, other in missing.items() if other == why)
+        print(f"not here, for each {why}: {names}")
+    result = {"checkpoint": str(player.path), "rows": rows, "missing": missing}
+    if config.json:
+        config.json.write_text(json.dumps(result, indent=1))
+    draw(picture, rows, f"{config.checkpoint}")
+    print(f"picture {picture}, videos in {config.videos}")
     return result
 
 

@@ -34,6 +34,7 @@ from config import (
     to_json,
     validate,
 )
+from envs.states import split
 from errors import UserError, require
 from models import checkpoint, contract
 from scheduler import Admission, Placement, divide
@@ -82,6 +83,7 @@ def prepare(config: Config) -> Setup:
     check_by_themselves(config)
     simulator = envs.load(config.train.env)
     config, given, resume, note = find_start(config, simulator)
+    config, meets = with_states(config, simulator)
     room = memory.Room.here()
     config, placement, options, fits = find_workers(config, simulator, room)
     config, share, lay_out, rounded = with_sizes(config, simulator, placement)
@@ -117,7 +119,7 @@ def prepare(config: Config) -> Setup:
     return Setup(
         **vars(demand),
         spec=spec,
-        note=note + fits + rounded,
+        note=note + meets + fits + rounded,
         resume=resume,
         saved=to_json(completed(config, checkpoint=given)),
         choices=choices,
@@ -166,6 +168,14 @@ class LayOut:
         drawn = self.simulator.vectorised and self.placement.env_devices[0] != "cpu"
         on_gpu = ("image", *model.slot_fields()) if drawn else ()
         return memory.Demand(config, self.placement, model, slots, on_gpu)
+
+
+def with_states(config: Config, simulator: envs.Simulator) -> tuple[Config, str]:
+    """Decides at which initial states training and evaluation begin, and returns what to say."""
+    spec = simulator.spec(config.train.tasks, 0)
+    given = (config.env.train_states, config.env.eval_states)
+    train, evaluation, note = split(config.train.env, spec, *given)
+    return completed(config, train_states=train, eval_states=evaluation), spec.note + note
 
 
 def with_sizes(

@@ -12,6 +12,7 @@ import models
 from channel import WAKE, Channels, Record, fence, synchronize
 from config import Config
 from envs.lanes import Lane, make_lane
+from envs.states import read_states
 from metrics import Meter
 from models.checkpoint import Header
 from scheduler import Admission, Trajectories
@@ -79,16 +80,17 @@ class Shard:
 
     def training_lanes(self) -> dict[int, Lane]:
         env = self.config.env
-        return self.make_lanes(0, env.envs, env.width)
+        return self.make_lanes(0, env.envs, env.width, env.train_states)
 
     def evaluation_lanes(self) -> dict[int, Lane]:
         """Makes lanes whose envs are numbered after all training envs."""
         env = self.config.env
-        return self.make_lanes(env.envs, env.eval_envs if env.evaluates else 0, env.eval_width)
+        count = env.eval_envs if env.evaluates else 0
+        return self.make_lanes(env.envs, count, env.eval_width, env.eval_states)
 
-    def make_lanes(self, first: int, count: int, width: int) -> dict[int, Lane]:
-        """Makes every n-th of the lanes that `count` envs from number `first` on are divided
-        into."""
+    def make_lanes(self, first: int, count: int, width: int, states: str) -> dict[int, Lane]:
+        """Makes every n-th of the lanes that `count` envs from number `first` on are divided into.
+        states: initial states that their episodes begin at."""
         made = {}
         for index in range(self.rank, count // width, self.config.env.env_workers):
             numbers = range(first + index * width, first + (index + 1) * width)
@@ -100,6 +102,7 @@ class Shard:
                 numbers,
                 self.device,
                 self.pictures_stay,
+                read_states(states),
             )
         return made
 

@@ -81,16 +81,13 @@ class NaiveLibero:
         os.environ["MUJOCO_GL"] = "egl"
         from libero.libero.envs import OffScreenRenderEnv
 
-        from envs import libero
+        from envs import libero, libero_suites
 
-        task = TASKS[name]
-        suite = libero.suite_of(task)
-        self.spec = libero.spec((task,), size)
-        with np.load(libero.FOLDER / "init_files" / suite / f"{task}.pruned_init.npz") as states:
-            self.states = states["states"]
-        path = str(libero.FOLDER / "bddl_files" / suite / f"{task}.bddl")
+        task = libero_suites.find(TASKS[name])
+        self.spec = libero.spec((task.name,), size)
+        self.states = libero_suites.initial_states(task.states)
         cameras = {"camera_heights": size, "camera_widths": size}
-        self.env = OffScreenRenderEnv(bddl_file_name=path, **cameras)
+        self.env = OffScreenRenderEnv(bddl_file_name=str(task.file), **cameras)
         self.episode = 0
         self.env.seed(0)
         self.reset()

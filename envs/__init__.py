@@ -8,6 +8,8 @@ A new simulator is one file and one line in `SIMULATORS`. The file offers:
                                           with both, `Env` is for evaluation and for looking at it
     workers(ratio, placement) -> int      optional: how many env workers to start; else --ratio
                                           decides
+    perturbed(suite) -> dict              optional: other suites that perturb this one; name → why
+                                          it cannot be played here, or ""
     preload()                             optional: imports what takes seconds, before the process
                                           is copied for each env worker; draws nothing
     PACKAGES                              optional: packages that it imports where they are used,
@@ -95,6 +97,8 @@ class EnvSpec(NamedTuple):
     robot: str = ""
     picture: int = 256
     fit: Fit = "squeeze"  # of wide pictures, as the policy wants it
+    states: int = 0  # fixed initial states that each task has; 0 means that the seed draws them
+    note: str = ""  # what a user must know of the choice of tasks, a line each
 
     def limit(self, task: int) -> int:
         """Control steps before an episode of a task is truncated, whatever tasks it is beside."""
@@ -124,6 +128,8 @@ class Env(ABC):
     prompt: str | None = None
     # How many cameras the policy sees, the first ones; others need not be drawn. None means all.
     views: int | None = None
+    # Which of the `EnvSpec.states` episodes begin at, one for each seed; none means all.
+    states: tuple[int, ...] = ()
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, quality: str = "fast"):
         """quality: "fast" or "full" pictures, for a simulator that knows the difference."""
@@ -160,6 +166,8 @@ class Envs(ABC):
 
     # How many cameras the policy sees, the first ones; others need not be drawn. None means all.
     views: int | None = None
+    # Which of the `EnvSpec.states` episodes begin at, one for each seed; none means all.
+    states: tuple[int, ...] = ()
     fit: Fit = "squeeze"
 
     def __init__(self, tasks: tuple[str, ...], image_size: int, count: int, device: str):
@@ -216,22 +224,32 @@ class Simulator:
         """Describes these tasks; none means the default ones. Raises UserError."""
         return checked_spec(self.name, self.module.spec(tasks, image_size))
 
-    def make(self, spec: EnvSpec, quality: str = "fast") -> Env:
-        """Makes one env, also of a vectorised simulator."""
+    def make(self, spec: EnvSpec, quality: str = "fast", states: tuple[int, ...] = ()) -> Env:
+        """Makes one env, also of a vectorised simulator. states: as `Env.states`."""
         if Env not in offered_classes(self.module):
             from envs.lanes import OneOfMany
 
-            return OneOfMany(self, spec)
+            return OneOfMany(self, spec, states)
         env = self.module.Env(spec.tasks, spec.image_size, quality)
         env.views = spec.views
+        env.states = states
         return env
 
-    def make_many(self, spec: EnvSpec, count: int, device: str) -> Envs:
-        """Makes `count` envs of a vectorised simulator, which step together."""
+    def make_many(
+        self, spec: EnvSpec, count: int, device: str, states: tuple[int, ...] = ()
+    ) -> Envs:
+        """Makes `count` envs of a vectorised simulator, which step together. states: as
+        `Envs.states`."""
         many = self.module.Envs(spec.tasks, spec.image_size, count, device)
         many.views = spec.views
         many.fit = spec.fit
+        many.states = states
         return many
+
+    def perturbed(self, suite: str) -> dict[str, str]:
+        """Lists the perturbations of a suite: name → why it cannot be played here, or ""."""
+        listed = vars(self.module).get("perturbed")
+        return listed(suite) if listed else {}
 
     def workers(self, ratio: str, placement: str) -> int | None:
         """Says how many env workers to start; None leaves that to --ratio."""
@@ -311,8 +329,9 @@ def check_contract(name: str, module: ModuleType) -> None:
         for method, function in inspect.getmembers(base, inspect.isfunction):
             parameters = tuple(inspect.signature(function).parameters)
             check_call(f"{where} has in its {kind}", method, members[method], parameters)
-    if "workers" in offered:
-        check_call(f"{where} has", "workers", offered["workers"], ("ratio", "placement"))
+    for function, parameters in (("workers", ("ratio", "placement")), ("perturbed", ("suite",))):
+        if function in offered:
+            check_call(f"{where} has", function, offered[function], parameters)
 
 
 def offered_classes(module: ModuleType) -> dict[type, type]:
@@ -342,6 +361,8 @@ def checked_spec(name: str, spec: EnvSpec) -> EnvSpec:
         value = getattr(spec, field)
         wrong = f"{where} has {field} {value!r}, which is no whole number above 0"
         require(isinstance(value, int) and value > 0, wrong)
+    natural = isinstance(spec.states, int) and spec.states >= 0
+    require(natural, f"{where} has states {spec.states!r}, which is no whole number from 0 up")
     limits = spec.limits or (spec.horizon,) * tasks
     each = f"{where} has limits {spec.limits!r}: it needs none, or one per task, the longest"
     right = len(limits) == tasks and 0 < min(limits) <= max(limits) == spec.horizon

@@ -171,10 +171,10 @@ class VectorisedLane(Lane):
 class OneOfMany(Env):
     """One env of a vectorised simulator, as if it were not: for evaluation and to look at it."""
 
-    def __init__(self, simulator: Simulator, spec: EnvSpec):
+    def __init__(self, simulator: Simulator, spec: EnvSpec, states: tuple[int, ...] = ()):
         super().__init__(spec.tasks, spec.image_size)
         self.device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        self.many = simulator.make_many(spec, 1, self.device)
+        self.many = simulator.make_many(spec, 1, self.device, states)
 
     def reset(self, task: int, seed: int) -> None:
         self.many.reset([0], task, [seed])
@@ -203,10 +203,12 @@ def make_lane(
     envs: range,
     device: str,
     keep_on_gpu: bool,
+    states: tuple[int, ...] = (),
 ) -> Lane:
-    """Makes a lane of these envs. config: the run's `Config`, which has lanes if vectorised."""
+    """Makes a lane of these envs. config: the run's `Config`, which has lanes if vectorised.
+    states: as `Env.states`."""
     if not config.env.lanes:
-        env = simulator.make(spec, config.env.render_quality)
+        env = simulator.make(spec, config.env.render_quality, states)
         return SingleLane(index, envs, spec, env)
-    many = simulator.make_many(spec, len(envs), device)
+    many = simulator.make_many(spec, len(envs), device, states)
     return VectorisedLane(index, envs, spec, many, device, keep_on_gpu)

@@ -1,4 +1,4 @@
-"""LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): 130 tasks of a Panda arm.
+"""LIBERO (https://github.com/Lifelong-Robot-Learning/LIBERO): tasks of a Panda arm.
 
 Scenes, initial states and success are LIBERO's own code. Stepping and drawing are ours and give the
 same numbers (tests compare both):
@@ -12,17 +12,21 @@ same numbers (tests compare both):
 - robosuite samples its observables up to two physics steps before a control step ends, and so do
   state and pictures here.
 
-An episode begins at one of 50 fixed initial states and lets it settle. The place of cabinets and
-stoves is not in it; LIBERO draws it at every reset, here it is always what seed 0 gives (as RLinf
-does). Left out: LIBERO's procedural variants, demonstrations, segmentation and depth.
+An episode begins at one of some fixed initial states (50 in LIBERO's own suites) and lets it
+settle. The place of cabinets and stoves is not in it; LIBERO draws it at every reset, here it is
+always what seed 0 gives (as RLinf does). `libero_suites` finds tasks and their files. Left out:
+demonstrations, segmentation and depth.
 """
 
 import contextlib
 import ctypes
+import importlib.metadata
 import importlib.util
+import json
 import math
-import runpy
+import os
 import sys
+import tempfile
 import types
 from collections import OrderedDict
 from functools import cache
@@ -33,20 +37,10 @@ import mujoco
 import numpy as np
 
 import envs
-from envs import EnvSpec, Step, drawing, stability
-from errors import require
+from envs import EnvSpec, Step, drawing, libero_suites, stability
+from errors import UserError, require
 
-# Control steps after which an episode is cut: RLinf's of π0 and π0.5 (its OFT recipe takes 512 for
-# libero_10), for libero_90 openpi's and openvla-oft's (the longest demonstration has 373).
-SUITES = {
-    "libero_spatial": 240,
-    "libero_object": 240,
-    "libero_goal": 320,
-    "libero_10": 480,
-    "libero_90": 400,
-}
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-STATES = 50  # initial states of every task
 SETTLE = 15  # steps of no-op before the first observation (RLinf; openpi and openvla-oft take 10)
 NO_OP = np.array([0.0, 0, 0, 0, 0, 0, -1])  # -1 opens the gripper
 SUBSTEPS = 25  # physics steps of a control step
@@ -55,6 +49,20 @@ PERIOD = 0.05  # seconds between two samples of robosuite's observables
 # The arm is pulled towards its first posture with this stiffness, critically damped (robosuite).
 REST_STIFFNESS = 10.0
 REST_DAMPING = 2.0 * math.sqrt(REST_STIFFNESS)
+# Modules that LIBERO and robosuite import and never need here.
+STAND_INS = (
+    "matplotlib",
+    "matplotlib.cm",
+    "cv2",
+    "numba",
+    "gym",
+    "robosuite.macros_private",
+    "wand",
+    "wand.api",
+    "wand.image",
+    "skimage",
+    "skimage.filters",
+)
 INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
 
 # The hand on tables and floors, metres; around pointing down, radians; its fingers, metres.
@@ -70,81 +78,109 @@ FINE = 0.3  # of what the hand's camera sees close by
 TEXELS = 4  # largest side of a texture, in sides of a frame
 MOST_SCENES = 10  # kept beyond those that an env is playing
 
-PACKAGE = importlib.util.find_spec("libero")
-if PACKAGE is None or importlib.util.find_spec("robosuite") is None:
+if (
+    not any(map(libero_suites.folder_of, libero_suites.PACKAGES))
+    or importlib.util.find_spec("robosuite") is None
+):
     raise ModuleNotFoundError("libero", name="libero")
-FOLDER = Path(PACKAGE.submodule_search_locations[0]) / "libero"
-
-
-@cache
-def task_names() -> dict[str, list[str]]:
-    """Lists the tasks of each suite in LIBERO's order, without importing LIBERO."""
-    tasks = runpy.run_path(str(FOLDER / "benchmark" / "libero_suite_task_map.py"))
-    return {suite: tasks["libero_task_map"][suite] for suite in SUITES}
-
-
-@cache
-def suite_of(task: str) -> str:
-    """Finds a task's suite; no two suites share a name. Raises UserError."""
-    found = [suite for suite, tasks in task_names().items() if task in tasks]
-    choose = f"choose suites ({', '.join(SUITES)}) or their tasks"
-    example = task_names()["libero_goal"][0]
-    require(found, f"unknown LIBERO task {task!r}: {choose}, such as {example}")
-    return found[0]
-
-
-def language(task: str) -> str:
-    """Reads the instruction from a task's name, as LIBERO does: it follows SCENE and its number."""
-    words = task.split("_")
-    scene = next((i for i, word in enumerate(words) if word.startswith("SCENE")), -1)
-    return " ".join(words[scene + 1 :])
 
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    expanded = [task_names().get(task, [task]) for task in tasks or ("libero_10",)]
-    names = tuple(dict.fromkeys(name for group in expanded for name in group))
-    prompts = tuple(map(language, names))
-    limits = tuple(SUITES[suite_of(name)] for name in names)
+    named = [libero_suites.tasks_of(name) for name in tasks or ("libero_10",)]
+    found = {task.name: task for group in named for task in group}.values()
+    prompts = tuple(map(libero_suites.prompt, found))
+    limits = tuple(libero_suites.limit_of(task.suite) for task in found)
+    names = tuple(task.name for task in found)
     shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
-    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero")
+    states = min(libero_suites.count(task.states) for task in found)
+    note = "".join(map(libero_suites.left_out, tasks))
+    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero", states=states, note=note)
+
+
+perturbed = libero_suites.perturbed
+
+
+@contextlib.contextmanager
+def configured(package: str):
+    """Lets a LIBERO package be imported without its question, where its data is to be, and without
+    its files in the user's home; one that was configured stays as it is."""
+    home = Path.home() / f".{package}" / "config.yaml"
+    if "LIBERO_CONFIG_PATH" in os.environ or home.is_file():
+        yield
+        return
+    folder = libero_suites.folder_of(package)
+    places = {
+        "benchmark_root": folder,
+        "bddl_files": folder / "bddl_files",
+        "init_states": folder / "init_files",
+        "datasets": folder.parent / "datasets",
+    }
+    with tempfile.TemporaryDirectory() as made:
+        text = json.dumps({what: str(place) for what, place in places.items()})
+        Path(made, "config.yaml").write_text(text)  # JSON is YAML
+        os.environ["LIBERO_CONFIG_PATH"] = made
+        try:
+            yield
+        finally:
+            del os.environ["LIBERO_CONFIG_PATH"]
+
+
+class StandIn(type):
+    """Stands for whatever is looked up in a module that is not there, or in what was found so."""
+
+    def __getattr__(cls, name: str) -> "StandIn":
+        return stand_in(name)
+
+
+def stand_in(name: str) -> StandIn:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return StandIn(name, (), {})
 
 
 @cache
-def original() -> types.ModuleType:
-    """Imports LIBERO, with stand-ins for what it never needs here. Returns robosuite's rotations.
+def original(package: str = "") -> types.ModuleType:
+    """Imports a LIBERO package, with stand-ins for what it never needs here. Returns its envs.
 
-    matplotlib makes a folder in the user's home, OpenCV wants system libraries, numba compiles for
-    half a minute; robosuite warns without private macros and logs to /tmp."""
-    names = ("matplotlib", "matplotlib.cm", "cv2", "numba", "robosuite.macros_private")
-    added = {name: types.ModuleType(name) for name in names if name not in sys.modules}
+    matplotlib makes a folder in the user's home, OpenCV and Wand want system libraries, numba
+    compiles for half a minute; robosuite warns without private macros and logs to /tmp. package:
+    none means the first that is installed."""
+    package = package or next(filter(libero_suites.folder_of, libero_suites.PACKAGES))
+    added = {name: types.ModuleType(name) for name in STAND_INS if name not in sys.modules}
+    for module in added.values():
+        module.__getattr__ = stand_in
     if "numba" in added:
         added["numba"].jit = lambda **_: lambda function: function
     sys.modules |= added
     try:
-        with drawing.hidden_device():
-            importlib.import_module("libero.libero.envs")
+        with drawing.hidden_device(), configured(package):
+            return importlib.import_module(f"{package}.{package}.envs")
     finally:
         for name in added:
             del sys.modules[name]
-    from robosuite.utils import transform_utils
 
-    return transform_utils
+
+@cache
+def rotations() -> types.ModuleType:
+    """Imports robosuite's rotations."""
+    original()
+    return importlib.import_module("robosuite.utils.transform_utils")
 
 
 def preload() -> None:
     original()
 
 
-def build_problem(task: str, image_size: int, quality: str):
-    """Builds LIBERO's env of a task, with its model. The user's random numbers stay."""
-    original()
-    from libero.libero.envs import TASK_MAPPING, bddl_utils
+def build_problem(task: libero_suites.Task, image_size: int, quality: str):
+    """Builds LIBERO's env of a task, with its model. The user's random numbers stay. Raises
+    UserError where its assets are not there."""
+    module = original(task.package)
     from robosuite.controllers import load_controller_config
     from robosuite.utils.errors import RandomizationError
 
-    file = str(FOLDER / "bddl_files" / suite_of(task) / f"{task}.bddl")
-    kind = TASK_MAPPING[bddl_utils.get_problem_info(file)["problem_name"]]
+    file = str(task.file)
+    kind = module.TASK_MAPPING[module.bddl_utils.get_problem_info(file)["problem_name"]]
     if quality == "fast":
         kind = thinned(kind, image_size)
     random = np.random.get_state()
@@ -154,13 +190,19 @@ def build_problem(task: str, image_size: int, quality: str):
             with contextlib.suppress(RandomizationError):  # objects did not fit: LIBERO draws again
                 return kind(
                     file,
-                    robots=["Panda"],
+                    **{"robots": ["Panda"], **task.settings},
                     controller_configs=load_controller_config(default_controller="OSC_POSE"),
                     initialization_noise=None,
                     use_camera_obs=False,
                     has_offscreen_renderer=False,
                     hard_reset=False,
                 )
+    except FileNotFoundError as error:
+        get = f"{task.package}-download-assets"
+        known = importlib.metadata.entry_points(group="console_scripts").names
+        how = f"{get} gets them" if get in known else "its package did not bring them"
+        lacks = f"LIBERO's {task.name} cannot be built: its assets are not here"
+        raise UserError(f"{lacks} (no {error.filename}), and {how}") from None
     finally:
         np.random.set_state(random)
         # Return freed memory to the system: compiling a model takes three times its size.
@@ -220,14 +262,17 @@ class Scene:
     """A task's model, success and initial states: what envs of a process that play it share."""
 
     def __init__(self, task: str, image_size: int, quality: str):
-        with np.load(FOLDER / "init_files" / suite_of(task) / f"{task}.pruned_init.npz") as states:
-            self.states = states["states"]  # [50, 1 + nq + nv]: time, qpos, qvel
+        found = libero_suites.find(task)
+        self.states = libero_suites.initial_states(found.states)
         self.quality = quality
         self.buffer = max(image_size, FILM)  # pixels, the largest frame
-        self.problem = build_problem(task, image_size, quality)
+        self.problem = build_problem(found, image_size, quality)
         self.problem.sim.forward()
         self.problem.visualize({what: False for what in self.problem._visualizations})
         self.model: mujoco.MjModel = self.problem.sim.model._model
+        sizes = self.states.shape[1], 1 + self.model.nq + self.model.nv
+        other = f"the initial states of the LIBERO task {task} are of another scene than its file"
+        require(sizes[0] == sizes[1], f"{other}: {sizes[0]} numbers instead of {sizes[1]}")
         self.view = mujoco.MjData(self.model)  # poses of what is drawn
         self.settled: dict[int, Memory] = {}
         self.gl: mujoco.GLContext | None = None  # once a frame is drawn
@@ -361,7 +406,8 @@ class Env(envs.Env):
         self._enter(self.tasks[task])
         scene = self.scene
         data = self.data
-        index = seed // len(self.tasks) % STATES
+        chosen = self.states or range(len(scene.states))
+        index = chosen[seed // len(self.tasks) % len(chosen)]
         if index in scene.settled:
             self._recall(scene.settled[index])
             return
@@ -429,8 +475,8 @@ class Env(envs.Env):
             if substep == 0:
                 rotation = self.goal[1]
                 if delta[3:].any():
-                    turn = original().axisangle2quat(delta[3:])
-                    rotation = original().quat2mat(turn) @ pose.rotation
+                    turn = rotations().axisangle2quat(delta[3:])
+                    rotation = rotations().quat2mat(turn) @ pose.rotation
                 self.goal = (pose.position + delta[:3], rotation)
 
             # Drive arm and fingers.
@@ -507,7 +553,7 @@ class Env(envs.Env):
         scene = self.scene
         image = np.stack([scene.draw(camera, self.size) for camera in CAMERAS[: self.views]])
         # The axis times an angle in (0, 2π), as in openpi: downwards it does not jump.
-        turn = original().quat2axisangle(np.roll(scene.view.xquat[scene.hand], -1))
+        turn = rotations().quat2axisangle(np.roll(scene.view.xquat[scene.hand], -1))
         state = np.concatenate([scene.view.site_xpos[scene.site], turn, self.fingers])
         return image, state.astype(np.float32)
 
