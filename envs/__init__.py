@@ -95,6 +95,7 @@ class EnvSpec(NamedTuple):
     robot: str = ""
     picture: int = 256
     fit: Fit = "squeeze"  # of wide pictures, as the policy wants it
+    rate: float = 0.0  # control steps per second, where that is known
 
     def limit(self, task: int) -> int:
         """Control steps before an episode of a task is truncated, whatever tasks it is beside."""

@@ -107,7 +107,7 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     prompts = tuple(map(language, names))
     limits = tuple(SUITES[suite_of(name)] for name in names)
     shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
-    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero")
+    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero", rate=20.0)
 
 
 @cache
