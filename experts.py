@@ -104,6 +104,8 @@ def play(env, expert, rng: np.random.Generator, config: ExpertConfig) -> Played 
 
 def gather(config: ExpertConfig, spec: EnvSpec, folder: Path) -> None:
     """Lets the experts act, half of a task's demonstrations in each job, and writes a dataset."""
+    odd = f"--video needs an even number of pixels: --image-size {spec.image_size} is odd"
+    require(not config.video or spec.image_size % 2 == 0, odd)
     started = time.monotonic()
     seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
     half = math.ceil(config.demos / 2)

@@ -600,6 +600,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, data, flags, words):
         ({"env": "libero"}, "--env libero has no scripted experts: give --dataset"),
         ({"dataset": Path("nowhere"), "out": Path("x")}, "is no dataset of LeRobot's"),
         ({"collect": ROOT / "docs"}, "docs exists already"),
+        ({"collect": Path("x"), "video": True, "image_size": 63}, "--image-size 63 is odd"),
     ],
 )
 def test_flags_that_contradict_one_another(flags, words):
