@@ -497,7 +497,9 @@ class Ppo(Algorithm):
 
     def finish_batch(self, totals: dict[str, float], first: bool) -> None:
         super().finish_batch(totals, first)
-        self.advantage_scale.update(totals["advantage_square"], totals["trained_once"], first)
+        # Those that --chunk-share has left out have advantages, too.
+        samples = totals["trained_once"] + totals.get("undrawn", 0.0)
+        self.advantage_scale.update(totals["advantage_square"], samples, first)
 
 
 class Grpo(Algorithm):

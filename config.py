@@ -249,6 +249,10 @@ class ActorConfig:
     """chunk steps of one forward and backward pass of an actor worker, fewer only where a minibatch
     ends (RL-VLA³ on LIBERO: 32 to 128); auto: as many as fit, of 1, 2, 4 … 128; without a
     GPU two trajectories'"""
+    chunk_share: Fraction = 1.0
+    """share of each trajectory's chunk steps that is trained on, drawn for all epochs of a batch.
+    The loss is divided by it, so the gradient's mean is that of all (arXiv 2605.16154: 12 of 64,
+    drawn by phases, and not divided)"""
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """keep only the input of each block for the backward pass, which computes the rest again: less
     memory for a third more time; auto: where fewer than 16 chunk steps would fit without"""
@@ -362,6 +366,11 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+
+    @property
+    def most_drawn(self) -> int:
+        """Chunk steps of a trajectory that are trained on at most, of all T of it."""
+        return math.ceil(self.actor.chunk_share * self.env.segment)
 
     @property
     def exact_proximal(self) -> bool:

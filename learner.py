@@ -22,8 +22,9 @@ from epochs import ExactProximal, Kept
 from gradients import Gradients
 from models import checkpoint, contract, layers
 from ranks import Ranks
-from rows import Rows, cut, joined
+from rows import START, Rows, cut, drawn, joined
 from saving import Snapshot
+from scheduler import Admission
 from streamer import MicroBatch
 from tally import Tally
 
@@ -108,14 +109,15 @@ class Learner:
         self.tally.first_epoch = micro.epoch == 0
         played = torch.arange(self.config.env.segment) < data["length"][:, None]
         targets = self.algorithm.targets(data, played)
-        self.tally_trajectories(data, played, targets)
-        self.steps |= dict(zip(micro.slots, targets.kept.sum(1).tolist(), strict=True))
+        chosen = self.chosen(targets.kept, micro.slots)
+        self.tally_trajectories(data, played, targets, chosen)
+        self.steps |= dict(zip(micro.slots, chosen.sum(1).tolist(), strict=True))
 
         # What is left over waits for more. The last chunk steps of a minibatch make a smaller pass.
         if self.ranks.sharded and not self.sample:
             first = torch.zeros(1, dtype=torch.long)
             self.sample = {name: self.picked(data[name], first) for name in self.of_steps}
-        self.rows = joined(self.rows, self.chosen(data, targets, micro))
+        self.rows = joined(self.rows, self.rows_of(data, targets, chosen, micro.slots))
         data.clear()
         most = self.config.actor.micro_batch
         whole, left = divmod(len(self.rows.places), most)
@@ -133,12 +135,28 @@ class Learner:
         self.train_nothing(passes - count)
         self.tally.send()
 
-    def chosen(self, data: dict[str, Tensor], targets: Targets, micro: MicroBatch) -> Rows:
-        """Returns those chunk steps of the trajectories that are trained on, on the device."""
-        index = targets.kept.flatten().nonzero()[:, 0]
+    def chosen(self, kept: Tensor, slots: tuple[int, ...]) -> Tensor:
+        """Returns which chunk steps of the trajectories in these slots are trained on [n, T]: those
+        that the loss has kept, or of them --chunk-share.
+
+        A draw is named by seed, version and the trajectory's place in the batch of all nodes: the
+        same in every epoch, so that what the first one has computed serves the others."""
+        share = self.config.actor.chunk_share
+        if share == 1.0:
+            return kept
+        admission = Admission.of(self.config)
+        seed = self.config.train.seed
+        places = (admission.world(slot % admission.batch) for slot in slots)
+        return drawn(kept, [(seed, place, self.version, START) for place in places], share)
+
+    def rows_of(
+        self, data: dict[str, Tensor], targets: Targets, chosen: Tensor, slots: tuple[int, ...]
+    ) -> Rows:
+        """Returns the chosen chunk steps [n, T] of the trajectories, on the device."""
+        index = chosen.flatten().nonzero()[:, 0]
         segment = self.config.env.segment
         return Rows(
-            [(micro.slots[i // segment], i % segment) for i in index.tolist()],
+            [(slots[i // segment], i % segment) for i in index.tolist()],
             {name: self.picked(data[name], index) for name in self.of_steps},
             self.picked(targets.advantages, index),
             None if targets.returns is None else self.picked(targets.returns, index),
@@ -158,7 +176,9 @@ class Learner:
         """Runs one forward and backward pass.
 
         trajectories: of the whole minibatch on all nodes. Their chunk steps, trained on or not,
-        divide the loss, so that it depends neither on how the minibatch is cut nor on outcomes."""
+        divide the loss, so that it depends neither on how the minibatch is cut nor on outcomes. So
+        does --chunk-share, the probability with which each of them was drawn: the gradient's mean
+        over draws is that of all (Horvitz and Thompson 1952)."""
         # What the slots hold of the rows, and what the policy says of them now.
         stored = rows.stored
         if self.prefixes:
@@ -177,7 +197,8 @@ class Learner:
         advantages = self.algorithm.scale(rows.advantages)
         samples = Samples(new, old, proximal, advantages, out["value"], rows.returns, stored)
         loss, numbers = self.algorithm.loss(samples)
-        (loss / (trajectories * self.config.env.segment)).backward()
+        due = trajectories * self.config.env.segment * self.config.actor.chunk_share
+        (loss / due).backward()
         self.tally_samples(samples, staleness, numbers, out.get("entropy"))
 
     def train_nothing(self, passes: int) -> None:
@@ -217,14 +238,18 @@ class Learner:
         fresh = first if self.config.train.precision == "bfloat16" else old
         return torch.where(staleness[:, None] > 0, stale, fresh)
 
-    def tally_trajectories(self, data: dict, played: Tensor, targets: Targets) -> None:
-        """Counts what is a fact of the trajectories, whatever the loss makes of them."""
+    def tally_trajectories(
+        self, data: dict, played: Tensor, targets: Targets, chosen: Tensor
+    ) -> None:
+        """Counts what is a fact of the trajectories, whatever the loss makes of them, and how many
+        of their chunk steps are trained on."""
         add = self.tally.add
         add("reward_sum", (data["reward"] * played).sum(), "part", per="batch")
         add("advantage_square", targets.advantages.square().sum(), "part", per="batch")
         add("filtered", (played & ~targets.kept).sum(), per="batch")
-        add("trained_once", targets.kept.sum(), per="batch")
-        add("trained", targets.kept.sum())
+        add("undrawn", (targets.kept & ~chosen).sum(), "part", per="batch")
+        add("trained_once", chosen.sum(), per="batch")
+        add("trained", chosen.sum())
         ended = (data["terminated"] | data["truncated"]) & played
         won = data["success"] & played
         for task in data["task"].unique().tolist():

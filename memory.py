@@ -298,7 +298,7 @@ class Table:
     def prefixes(self) -> int:
         """Returns the bytes of what a frozen VLM made of a rank's share of a batch."""
         actor = self.config.actor
-        rows = -(-actor.batch // actor.actor_workers) * self.config.env.segment
+        rows = -(-actor.batch // actor.actor_workers) * self.config.most_drawn
         return layout(self.model.cache_fields(), rows)[1]
 
     def activations(self, model, samples: int, look: Callable[..., int], *sizes: int) -> int:

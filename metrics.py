@@ -51,11 +51,12 @@ TOTALS = ("env_steps", "restarts")
 NODE_FIGURES = ("env_steps_per_s", *(f"bubble_{stage}" for stage in STAGES))
 NODE_FIGURES += ("cpu_fraction", "rss_gb", "gpu_memory_gb")
 # Why a chunk step is never trained on, and how a summary says so: its worker died before its
-# trajectory was complete; its group was filtered (GRPO); its env's episode had ended while others
-# of its lane went on (GRPO, vectorised); the run stopped before it was trained.
+# trajectory was complete; its group was filtered (GRPO); it was not drawn; its env's episode had
+# ended while others of its lane went on (GRPO, vectorised); the run stopped before it was trained.
 REASONS = {
     "restart": "lost with a worker",
     "filtered": "in filtered groups",
+    "undrawn": "not drawn (--chunk-share)",
     "after_end": "after an episode's end",
     "resume": "under way when the run stopped",
 }

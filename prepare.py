@@ -276,7 +276,7 @@ def share_of(config: Config) -> tuple[int, str]:
     nodes = config.train.nodes
     admission = Admission.of(config)
     sizes = np.bincount(admission.minibatch_of(actor.minibatches, actor.actor_workers))
-    share = -(-int(sizes.max()) // (actor.actor_workers * nodes)) * config.env.segment
+    share = -(-int(sizes.max()) // (actor.actor_workers * nodes)) * config.most_drawn
     most = share if actor.micro_batch == "auto" or config.train.resume else actor.micro_batch
     large = f"--micro-batch {most} is larger than the {share} chunk steps of a minibatch"
     require(most <= share, f"{large} that an actor worker trains: give at most {share}")

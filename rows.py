@@ -1,10 +1,14 @@
-"""Chunk steps on their way from the slots to a forward and backward pass."""
+"""Chunk steps on their way from the slots to a forward and backward pass: which of them are drawn
+(--chunk-share), joined, cut."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.noise import Key, generator
+
+START = 2**32  # no chunk step has this number: it names where the draw of a trajectory starts
 Place = tuple[int, int]  # of a chunk step: slot and row
 
 
@@ -15,6 +19,19 @@ class Rows(NamedTuple):
     stored: dict[str, Tensor]  # slot fields [m, …]
     advantages: Tensor  # [m], not yet scaled
     returns: Tensor | None  # [m]; None without a critic
+
+
+def drawn(kept: Tensor, names: list[Key], share: float) -> Tensor:
+    """Draws a share of the chunk steps `kept` [n, T] of each trajectory: returns which [n, T].
+
+    The i-th of a trajectory's is drawn where ⌊share·i + start⌋ > ⌊share·(i − 1) + start⌋, with its
+    start uniform in [0, 1), named by the trajectory: systematic sampling (Madow and Madow 1944). So
+    each one is drawn with probability `share`, whatever the trajectory's length, and they are
+    spread over it. Draws of the same number without replacement would make it a few chunk steps
+    more or less likely in short trajectories than in long ones, for numbers are whole."""
+    starts = torch.tensor([[generator(name).random()] for name in names], dtype=torch.float64)
+    number = kept.cumsum(1)
+    return kept & ((share * number + starts).floor() > (share * (number - 1) + starts).floor())
 
 
 def joined(first: Rows | None, second: Rows) -> Rows:

@@ -102,10 +102,12 @@ class Tally:
             "reward": self.get("reward_sum") / (config.actor.batch * config.train.nodes),
             "entropy_or_noise": line.get("entropy_or_noise"),
             "masked": int(self.get("masked_fraction")),
-            "filtered_fraction": self.get("filtered") / (self.get("filtered") + once),
+            "filtered_fraction": self.get("filtered")
+            / (self.get("filtered") + once + self.get("undrawn")),
             "reuse": self.get("trained") / once,
             "discarded_by": {
-                reason: int(self.get(reason)) for reason in ("restart", "filtered", "after_end")
+                reason: int(self.get(reason))
+                for reason in ("restart", "filtered", "undrawn", "after_end")
             },
         }
         if "returns" in self.values:

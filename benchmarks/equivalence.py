@@ -10,6 +10,8 @@ test of equivalence.
                                                      PPO, PPO that bootstraps, and GRPO
     python -m benchmarks.equivalence run --study corrections [--results FOLDER]
                                                      each way of --behaviour-weight, when stale
+    python -m benchmarks.equivalence run --study chunks_oft
+                                                     a share of the chunk steps; and chunks_vlm
 
 The arms are the synchronous algorithm (sync-colocated), and `full` at a staleness of at most 1, 2,
 4 and 8, each with decoupled PPO's correction and without (`--proximal behaviour`: plain PPO on
@@ -46,6 +48,11 @@ the interpolated one) by a two-sided Welch t-test; both are corrected by Holm's 
 number of new arms. The default follows where a new arm is better at 5 % in one measure, and worse
 at 5 % in none, than what `--proximal auto` takes at that staleness; of several, the one with the
 largest area.
+
+The studies `chunks_oft` and `chunks_vlm` ask what --chunk-share costs and gains. Stated before
+their runs, with the same measures and margin: GRPO of OpenVLA-OFT, all weights, and of π0.5 whose
+VLM is trained too, 20 batches each, on all chunk steps, half of them and a fifth (the paper's 12 of
+64). Seconds of the actor are those that it did not wait, of every batch but the first.
 
 Minutes, in the table and the plot, are those of an arm's quickest run, evaluation and start-up
 apart: runs of one seed follow each other, but other programs used the machine beside many. What so
@@ -110,6 +117,13 @@ def arms_of_corrections() -> dict[str, str]:
     return arms
 
 
+def arms_of_chunks(flags: str) -> dict[str, str]:
+    """Writes the flags of every arm of a study of --chunk-share."""
+    shares = {"all chunk steps": 1.0, "half of them": 0.5, "a fifth": 0.2}
+    flags = f"--algorithm grpo {flags} --iterations 20"
+    return {arm: f"{flags} --chunk-share {share}" for arm, share in shares.items()}
+
+
 # Arms and the flags of train.py that make them. The others are compared with the first.
 STUDIES = {
     "equivalence": arms_of_equivalence(),
@@ -119,6 +133,8 @@ STUDIES = {
         "PPO, bootstrapped": "--bootstrap-truncated",
         "GRPO": "--algorithm grpo",
     },
+    "chunks_oft": arms_of_chunks("--model oft"),
+    "chunks_vlm": arms_of_chunks("--train-vlm"),
     "corrections": arms_of_corrections(),
 }
 # Arms of the study `equivalence` that come before a study's own.
@@ -136,6 +152,7 @@ KEPT = (
     "staleness_max",
     "approx_kl",
     "masked_fraction",
+    "bubble_actor",
 )
 MEASURES = {"final": "final success", "area": "the area"}
 
@@ -146,9 +163,11 @@ class EquivalenceConfig:
 
     what: tyro.conf.Positional[Literal["run", "analyse"]]
     """run the arms that are missing, or analyse what there is"""
-    study: Literal["equivalence", "default", "algorithms", "corrections"] = "equivalence"
+    study: Literal[
+        "equivalence", "default", "algorithms", "corrections", "chunks_oft", "chunks_vlm"
+    ] = "equivalence"
     """asynchronous against synchronous, the default alone against it, the algorithms against each
-    other, or the corrections for staleness"""
+    other, the corrections for staleness, or a share of the chunk steps against all of them"""
     seeds: int = 5
     """seeds of every arm"""
     first: int = 1
@@ -367,7 +386,7 @@ def table(study: str, found: list[dict]) -> str:
             cells += [gain_cell(row, name)] if corrections else []
         cells.append(f"{row['minutes']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n" + actor_seconds(study, found)
 
     first = [one for one in found if one["arm"] == arms_of(study)[0]]
     compared = sum("final_difference" in row for row in arms)
@@ -384,6 +403,16 @@ def gain_cell(row: dict, name: str) -> str:
     p = row[f"{name}_gain_p"]
     verdict = ("better" if row[f"{name}_gain"] > 0 else "worse") if p < 0.05 else "not shown"
     return f"{100 * row[f'{name}_gain']:+.1f} points, {p:.3f}: {verdict}"
+
+
+def actor_seconds(study: str, found: list[dict]) -> str:
+    """Tells how long the actor worked for a batch, where runs have kept that: means of the runs."""
+    means = []
+    for arm in STUDIES[study]:
+        mine = [row for row in found if row["arm"] == arm and "bubble_actor" in row]
+        worked = [(1 - np.array(r["bubble_actor"][1:])) * np.diff(r["time"]) for r in mine]
+        means += [f"{arm} {np.mean(worked):.2f}"] if worked else []
+    return f"\nSeconds that the actor worked for a batch: {', '.join(means)}.\n" if means else ""
 
 
 def measure_cells(row: dict, name: str) -> list[str]:

@@ -433,7 +433,7 @@ def test_the_loop_trains_publishes_saves_and_reports_every_batch(tmp_path):
     assert first["queue_depths"] == {"finished": 16} and second["queue_depths"] == {"finished": 0}
     assert first["staleness_hist"] == {"0": 2 * 16 * SEGMENT}
     assert second["staleness_hist"] == {"1": 2 * 16 * SEGMENT}
-    by = {"restart": 4, "filtered": 0, "after_end": 0, "resume": 0}
+    by = {"restart": 4, "filtered": 0, "undrawn": 0, "after_end": 0, "resume": 0}
     assert [line["discarded_by"] for line in (first, second)] == [by, by]
     assert [line["trained_once"] for line in (first, second)] == [16 * SEGMENT, 2 * 16 * SEGMENT]
 
@@ -633,7 +633,13 @@ def test_a_launcher_that_dies_between_save_and_line_loses_no_line(tmp_path, writ
     after |= {"discarded_by": {"restart": 0, "filtered": 0, "after_end": 0}}
     total = Ledger(kept, epochs=1).add(after | {"collected": 48})
     assert total["trained_once"] == (saved + 1) * 16 * SEGMENT
-    assert total["discarded_by"] == {"restart": 4, "filtered": 0, "after_end": 0, "resume": beyond}
+    assert total["discarded_by"] == {
+        "restart": 4,
+        "filtered": 0,
+        "undrawn": 0,
+        "after_end": 0,
+        "resume": beyond,
+    }
     assert total["collected"] == total["trained_once"] + total["discarded"]
 
 

@@ -165,6 +165,17 @@ def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch
     assert (tmp_path / "equivalence.png").stat().st_size > 5000
 
 
+def test_the_actor_s_seconds_are_those_that_it_did_not_wait():
+    arms = list(STUDIES["chunks_oft"])
+    found = [result(arm, seed, 0.5) for arm in arms[:2] for seed in (1, 2)]
+    assert "Seconds that" not in table("chunks_oft", found)  # runs that have not kept it
+    for row, waited in zip(found, (0.5, 0.7, 0.75, 0.75), strict=True):
+        row |= {"time": [1.0, 11.0, 21.0], "bubble_actor": [0.0, waited, waited]}
+        row |= {name: [*row[name], row[name][-1]] for name in ("success_rate", "staleness_mean")}
+    said = "Seconds that the actor worked for a batch: all chunk steps 4.00, half of them 2.50."
+    assert said in table("chunks_oft", found)
+
+
 def test_every_arm_is_a_command():
     for study in STUDIES.values():
         for flags in study.values():

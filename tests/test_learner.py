@@ -682,7 +682,7 @@ def test_accounts_of_lost_chunk_steps_are_in_the_line():
     learner.tally.add("restart", 3, "part")
     learner.tally.add("after_end", 2, "part")
     line = learner.finish_batch()
-    assert line["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
+    assert line["discarded_by"] == {"restart": 3, "filtered": 0, "undrawn": 0, "after_end": 2}
     assert "restart" not in line and "after_end" not in line
 
 
@@ -982,7 +982,7 @@ def test_a_checkpoint_holds_all_a_run_needs(tmp_path):
     assert {p.name for p in path.iterdir()} == {"model.safetensors", "optimizer.pt", "state.json"}
     state = json.loads((path / "state.json").read_text())
     assert (state["version"], state["seed"]) == (3, config.train.seed)
-    assert AdvantageScale(**state["scale"]) == AdvantageScale(0.8, 0.25)
+    assert state["scale"] == {"decay": 0.8, "square": 0.25, "cut": LARGEST}
     other = tiny_pi()
     source.load(other, path, checkpoint.own(path, other), "cpu", None)
     assert all(

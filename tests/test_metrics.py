@@ -265,15 +265,15 @@ def of_batch(trained_once: int, restart: int, filtered: int, after_end: int) -> 
 def test_the_ledger_goes_on_where_a_resumed_run_stopped():
     ledger = Ledger([], epochs=2)
     first = ledger.add(of_batch(10, 2, 3, 1) | {"collected": 20})
-    by = {"restart": 2, "filtered": 3, "after_end": 1, "resume": 0}
+    by = {"restart": 2, "filtered": 3, "undrawn": 0, "after_end": 1, "resume": 0}
     assert first == {"collected": 20, "trained_once": 10, "discarded": 6, "discarded_by": by}
     second = ledger.add(of_batch(4, 0, 8, 0) | {"collected": 35})
-    by = {"restart": 2, "filtered": 11, "after_end": 1, "resume": 0}
+    by = {"restart": 2, "filtered": 11, "undrawn": 0, "after_end": 1, "resume": 0}
     assert second == {"collected": 35, "trained_once": 14, "discarded": 14, "discarded_by": by}
     assert first["discarded_by"]["filtered"] == 3  # a line of its own
     # 7 were in flight, of which nothing is left.
     resumed = Ledger([second], epochs=2).add(of_batch(10, 2, 3, 1) | {"collected": 16})
-    by = {"restart": 4, "filtered": 14, "after_end": 2, "resume": 7}
+    by = {"restart": 4, "filtered": 14, "undrawn": 0, "after_end": 2, "resume": 7}
     assert resumed == {"collected": 51, "trained_once": 24, "discarded": 27, "discarded_by": by}
 
 
@@ -301,7 +301,7 @@ def test_the_ledger_is_of_all_nodes():
     assert (line["collected"], line["trained_once"], line["discarded"]) == (50, 24, 5)
     assert (line["trained"], line["skipped"]) == (44, 4)
     assert (line["env_steps"], line["restarts"]) == (250, 2)
-    by = {"restart": 2, "filtered": 0, "after_end": 3, "resume": 0}
+    by = {"restart": 2, "filtered": 0, "undrawn": 0, "after_end": 3, "resume": 0}
     assert line["discarded_by"] == by
 
     # Without the second node's workers in it, more was trained than collected.

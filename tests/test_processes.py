@@ -353,12 +353,13 @@ LANES = "--env vectorised --envs 8 --lanes 2"
 LEDGERS = [  # flags, and the reasons for which chunk steps are discarded
     (f"{GRPO} --actor-workers 2", {"restart", "filtered"}),
     (f"{GRPO} {LANES} --max-staleness 0", {"restart", "filtered", "after_end"}),
+    (f"{GRPO} --chunk-share 0.5", {"restart", "filtered", "undrawn"}),
     (f"{LANES} --segment 3 --update-epochs 3 --minibatch 4 --eval-envs 0", {"restart"}),
 ]
 
 
 @pytest.mark.parametrize(
-    "flags, reasons", LEDGERS, ids=["grpo", "grpo-vectorised", "ppo-vectorised"]
+    "flags, reasons", LEDGERS, ids=["grpo", "grpo-vectorised", "grpo-share", "ppo-vectorised"]
 )
 def test_the_ledger_balances_to_the_step_though_a_worker_is_killed(
     faulty, tmp_path, flags, reasons

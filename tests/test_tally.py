@@ -89,7 +89,7 @@ def test_a_line_is_per_chunk_step():
     assert (line["iteration"], line["version"], line["staleness_max"]) == (7, 7, 2)
     assert (line["reuse"], line["ratio_max"]) == (2.0, 1.5)
     assert (line["trained"], line["trained_once"]) == (2 * BATCH * SEGMENT, BATCH * SEGMENT)
-    assert line["discarded_by"] == {"restart": 3, "filtered": 0, "after_end": 2}
+    assert line["discarded_by"] == {"restart": 3, "filtered": 0, "undrawn": 0, "after_end": 2}
     whole = ("trained", "trained_once", "filtered", "skipped", "masked", "staleness_max")
     assert all(type(line[name]) is int for name in (*whole, "episodes", "version"))
 
