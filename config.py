@@ -122,6 +122,11 @@ class RunConfig:
     """mirror metrics to Weights & Biases"""
     trace: bool = True
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
+    film: bool = True
+    """film each task's first held-out episode with the first and the newest policy, for videos/"""
+    watch: bool = False
+    """write report.html also while the run goes on, after an iteration, every 10 s or so; a browser
+    that shows it follows"""
     memory_report: bool = False
     """print what every process takes (memory.py), and the slots in detail, then exit"""
     timeout_s: Annotated[float, Field(gt=0, le=10**6)] = 120.0

@@ -12,6 +12,7 @@ Left out: moving lanes between workers. Paper: RL-VLA³, Rollout Async.
 
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -32,15 +33,17 @@ def run(
     device: str,
     channels: Channels,
     version: int,
+    films: Path | None,
     meter: Meter,
 ) -> None:
     """Works until the launcher ends it. header: the model's; version: where training starts or
-    resumes, also for a worker that replaces another."""
+    resumes, also for a worker that replaces another; films: the folder for those of evaluation, if
+    it is filmed."""
     shard = Shard(rank, config, header, device, channels, meter)
     begin = version * shard.admission.per_lane
     with envs.starting(config.train.env):
         lanes = {i: TrainingLane(shard, lane, begin) for i, lane in shard.training_lanes().items()}
-        evaluation = EvaluationLanes(shard, shard.evaluation_lanes())
+        evaluation = EvaluationLanes(shard, shard.evaluation_lanes(), films)
         first = next(iter(lanes.values()))
         first.draw_once()
     if rank == 0 and not shard.generation:

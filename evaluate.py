@@ -8,13 +8,11 @@ on several processes.
 """
 
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 import tyro
@@ -27,6 +25,8 @@ from checks import Count, Length, Natural, Positive, check_ranges
 from config import Config, Family, embedded_files, expanded, from_json
 from errors import UserError, exit_on_user_error, require
 from evaluation import EVAL_SEEDS
+from films import write_video
+from metrics import wilson
 from models import checkpoint, contract
 from models.formats import peft
 from processes import keep_freed_memory
@@ -181,15 +181,6 @@ class Player:
                 return
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Computes the 95 % score interval of a proportion (Wilson 1927)."""
-    p = successes / n
-    scale = 1.0 + z**2 / n
-    middle = (p + z**2 / (2 * n)) / scale
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
 def row_of(task: str, episodes: list[Episode]) -> dict:
     """Makes a row of the result, and prints it."""
     n = len(episodes)
@@ -276,9 +267,7 @@ def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) 
         for episode in episodes:
             if episode.frames:
                 film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
-                partial = folder / ".partial.mp4"
-                imageio.mimwrite(partial, episode.frames, fps=20, macro_block_size=1)
-                partial.replace(film)  # an encoder that fails may say nothing, but leaves no file
+                write_video(film, episode.frames, 20)
         print(f"videos in {folder}")
     except Exception as error:  # of the encoder, whatever it may be
         said = " ".join(str(error).split())[:200]

@@ -13,13 +13,16 @@ due and hears how it ended; the others' are told, and hand over their shares.
 """
 
 import math
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from channel import EVAL, Counters, Record
 from config import Config
 from envs.lanes import Lane
+from films import Camera, filmed_episodes
 from scheduler import env_numbers
 
 EVAL_SEEDS = 500_000  # first of the evaluation seeds; demonstrations draw from 10⁷ up
@@ -31,14 +34,18 @@ class EvaluationLanes:
     Episode e runs on evaluation env e % n of the n that all nodes have, always in row 0 of that
     env's own slot."""
 
-    def __init__(self, shard, lanes: dict[int, Lane]):
-        """shard: the `shard.Shard` that lends slots, queues and meter; lanes: by index."""
+    def __init__(self, shard, lanes: dict[int, Lane], films: Path | None = None):
+        """shard: the `shard.Shard` that lends slots, queues and meter; lanes: by index; films: the
+        folder to leave them in, or None."""
         self.shard = shard
         self.lanes = lanes
         config = shard.config
         self.first = config.env.envs  # number of the first evaluation env
         self.share = first_episodes(config)
         self.step = config.env.eval_envs * config.train.nodes
+        self.films = films
+        tasks = len(shard.spec.tasks)
+        self.filmed = filmed_episodes(config, self.share, tasks) if films and lanes else set()
         self.round = 0
         self.episodes = {index: [0] * len(lane.envs) for index, lane in lanes.items()}
         self.t = dict.fromkeys(lanes, 0)  # chunk steps since all envs of a lane began together
@@ -70,6 +77,8 @@ class EvaluationLanes:
         for row in outcome.ended():
             episode = self.episodes[lane.index][row]
             if episode < shard.config.env.eval_episodes:  # else the env has played all of its share
+                if row == 0 and episode in self.filmed:
+                    self.keep_film(lane, outcome.won[row])
                 shard.meter.set(f"outcome_{episode}", 2 * self.round + int(outcome.won[row]))
                 ended.append(row)
         self.go_on(lane, ended)
@@ -91,12 +100,33 @@ class EvaluationLanes:
         tasks = [episode % len(shard.spec.tasks) for episode in begun]
         with shard.meter.work("reset"):
             lane.reset(fresh, tasks, [EVAL_SEEDS + episode for episode in begun])
+        if 0 in fresh:
+            lane.camera = self.camera(lane) if episodes[0] in self.filmed else None
 
         if min(episodes) < count:
             slots = self.slots_of(lane)
             shard.label(lane, slots, episodes)
             shard.observe(lane, slots, 0)
             shard.request(lane, slots, EVAL, self.t[lane.index])
+
+    def camera(self, lane: Lane) -> Camera:
+        """Returns what films the episode that begins in the lane's first env."""
+        spec = self.shard.spec
+        task = lane.tasks[0]
+        version = int(self.shard.plane.version)
+        size = spec.image_size
+        return Camera(lane.player, spec.tasks[task], version, size, spec.limit(task))
+
+    def keep_film(self, lane: Lane, won: bool) -> None:
+        """Leaves a film before anybody hears that its episode has ended."""
+        camera = lane.camera
+        lane.camera = None
+        try:
+            camera.leave(self.films, won)
+        except OSError as error:  # of the disk or the simulator: it would come again
+            self.filmed = set()
+            name = self.shard.meter.name
+            print(f"warning: {name} films no more: {error}", file=sys.stderr, flush=True)
 
     def is_played(self, episode: int) -> bool:
         """Whether this round has its outcome already, perhaps from a worker that died since."""

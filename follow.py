@@ -13,6 +13,7 @@ import report
 from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
+from html_report import Watcher
 from metrics import Interval, Measured, figures
 from nodes import Ended, NodeLost, Nodes
 from output import disk_trouble
@@ -72,6 +73,8 @@ class Follower:
         self.evaluations = Evaluations(*run, before)
         first = "" if self.nodes.first else self.nodes.names[0]
         self.display = report.progress(self.config.train.iterations, sys.stdout.isatty(), first)
+        watched = self.config.train.watch and self.nodes.first
+        self.watcher = Watcher(self.folder) if watched else None
         # What other nodes have measured, by version and node.
         self.elsewhere: dict[int, dict[int, Measured]] = {}
         batch = self.config.actor.batch * self.config.env.segment  # chunk steps
@@ -102,6 +105,8 @@ class Follower:
             while end is None:
                 news = self.watch()
                 self.say_how_it_begins()
+                if self.watcher:
+                    self.watcher.look()
                 self.tune()
                 end = self.hear(self.reports.recv()) if news else None
                 if end is None and self.is_interrupted:
@@ -139,6 +144,8 @@ class Follower:
             collected = int(self.channels.pool["collected"].sum())
             if said := self.beginning.news(collected):
                 self.display.say(said)
+                if self.watcher:
+                    self.watcher.write(said)
 
     def tune(self) -> None:
         """Begins to measure when every worker is ready, and follows the tuner's decisions."""
@@ -263,6 +270,8 @@ class Follower:
             print(f"{self.trouble}: the run saves and stops", file=sys.stderr, flush=True)
             self.ask_to_save(1.0)
         self.display.show(line)
+        if self.watcher:
+            self.watcher.news = True
         for text in self.warnings.of(line):
             print(text, file=sys.stderr, flush=True)
         if self.tracker:

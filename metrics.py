@@ -9,6 +9,7 @@ profiling inside a stage (Perfetto shows the spans; torch.profiler shows kernels
 """
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -282,6 +283,15 @@ def cpu_fraction() -> float:
     cores = psutil.cpu_percent(percpu=True)
     mine = [cores[core] for core in os.sched_getaffinity(0) if core < len(cores)]
     return sum(mine) / max(len(mine), 1) / 100
+
+
+def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Computes the 95 % score interval of a proportion (Wilson 1927)."""
+    p = successes / n
+    scale = 1.0 + z**2 / n
+    middle = (p + z**2 / (2 * n)) / scale
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 class Ledger:

@@ -1,4 +1,5 @@
-"""Draws a run: swimlane.png (who worked and who waited, when) and curve.png (success over time).
+"""Draws a run: swimlane.png (who worked and who waited, when), curve.png (success over time) and
+staleness.png (how old the samples were).
 
 Left out: the whole trace, for which there is Perfetto.
 """
@@ -10,7 +11,8 @@ from statistics import median
 
 import numpy as np
 
-from run_folder import GROUPS, place_of, read_metrics, read_trace
+from metrics import wilson
+from run_folder import GROUPS, Line, place_of, read_metrics, read_trace
 
 GREEN = "#4c9f70"
 BLUE = "#3b7dd8"
@@ -42,18 +44,27 @@ WAITS = {
 TITLE = (
     "full bars are work, with batch sizes of inference; thin bars wait, in the colour of whom for"
 )
+# Buckets of staleness, as metrics.jsonl names them.
+AGES = {"0": "#c6dbef", "1": BLUE, "2": ORANGE, "3_or_more": BROWN}
+SIZE = (5.5, 3.6)  # inches of a chart: large letters, for it is also looked at on a phone
+DPI = 150
 ROWS = 40  # that can be told apart in one picture
 # These are too short to be seen, so they are drawn last, and at least this share of the width.
 MARKED = ("fetch", "publish")
 LEAST = 0.003
 
 
-def draw(run: Path) -> None:
-    """Draws the pictures of a run, as far as it left behind what they show."""
-    if (run / "trace.json").is_file() and (spans := read_trace(run)):
+def draw(run: Path, trace: bool = True) -> tuple[list[Line], dict[str, list]]:
+    """Draws the pictures of a run, as far as it left behind what they show. Returns that: the lines
+    of metrics.jsonl, and the spans of trace.json, if they are to be drawn."""
+    spans = read_trace(run) if trace and (run / "trace.json").is_file() else {}
+    lines = read_metrics(run)
+    if spans:
         draw_swimlane(run / "swimlane.png", spans)
-    if lines := read_metrics(run):
+    if lines:
         draw_curve(run / "curve.png", lines)
+        draw_staleness(run / "staleness.png", lines)
+    return lines, spans
 
 
 def group_of(row: str) -> str:
@@ -184,22 +195,56 @@ def draw_curve(file: Path, lines: list[dict]) -> None:
     minutes = np.array([line["time"] for line in lines]) / 60
     rates = [line["success_rate"] for line in lines]
     success = np.array([np.nan if rate is None else rate for rate in rates])
-    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    axes.plot(minutes, success, color=BLUE, alpha=0.25, linewidth=1)
+    axes = Figure(figsize=SIZE, layout="constrained").subplots()
+    axes.plot(minutes, success, ".-", color=BLUE, alpha=0.25, linewidth=1, markersize=3)
 
     # Average over a window, of the iterations in which an episode ended.
-    window = min(10, len(lines))
+    window = min(10, max(1, len(lines) // 2))
     sums = np.convolve(np.nan_to_num(success), np.ones(window), "valid")
     counts = np.convolve(~np.isnan(success), np.ones(window), "valid")
-    label = f"training, mean of {window} iterations"
+    label = f"training, mean of {window} iteration{'s' * (window > 1)}"
     axes.plot(minutes[window - 1 :], sums / np.maximum(counts, 1), color=BLUE, label=label)
 
     evaluated = [line for line in lines if "eval_success_rate" in line]
     if evaluated:
         at = [line["time"] / 60 for line in evaluated]
-        rates = [line["eval_success_rate"] for line in evaluated]
-        axes.plot(at, rates, "o-", color=ORANGE, label="evaluation, held-out seeds")
+        rates = np.array([line["eval_success_rate"] for line in evaluated])
+        counts = [line.get("eval_episodes", 0) for line in evaluated]
+        bounds = [
+            wilson(round(rate * n), n) if n else (rate, rate)
+            for rate, n in zip(rates, counts, strict=True)
+        ]
+        reach = np.abs(np.transpose(bounds) - rates)
+        style = {"color": ORANGE, "ecolor": "#eac296", "capsize": 2}
+        label = "evaluation, held-out seeds, with 95 % intervals"
+        axes.errorbar(at, rates, reach, fmt="o-", label=label, **style)
     axes.set(xlabel="minutes", ylabel="success rate", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    axes.figure.savefig(file, dpi=110)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.figure.savefig(file, dpi=DPI)
+
+
+def draw_staleness(file: Path, lines: list[dict]) -> None:
+    """Draws how the samples of each iteration spread over buckets of staleness, and their mean."""
+    from matplotlib.figure import Figure
+
+    found = [line.get("staleness_hist", {}) for line in lines]
+    counts = np.array([[ages.get(age, 0.0) for age in AGES] for ages in found])
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    # An iteration is as wide as it is long, so that a single one shows, too.
+    numbers = np.array([line["iteration"] for line in lines])
+    edges = np.stack([numbers - 0.5, numbers + 0.5], axis=1).flatten()
+    axes = Figure(figsize=SIZE, layout="constrained").subplots()
+    labels = [f"{age.replace('_', ' ')} versions old" for age in AGES]
+    bands = np.repeat(shares, 2, axis=0).T
+    axes.stackplot(edges, bands, labels=labels, colors=AGES.values())
+    axes.set(xlabel="iteration", ylabel="share of the samples", xlim=(edges[0], edges[-1]))
+    axes.set_ylim(0, 1)
+    versions = axes.twinx()
+    for key, style in (("staleness_mean", "-"), ("staleness_max", ":")):
+        ages = [line.get(key, np.nan) for line in lines]
+        versions.step(edges, np.repeat(ages, 2), style, color="black", linewidth=1)
+        axes.plot([], [], style, color="black", linewidth=1, label=key.removeprefix("staleness_"))
+    versions.set(ylabel="mean and max, versions", ylim=(0, max(1.0, versions.get_ylim()[1])))
+    axes.figure.legend(loc="outside upper center", ncol=3, frameon=False, fontsize=8)
+    axes.figure.savefig(file, dpi=DPI)

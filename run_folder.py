@@ -54,12 +54,18 @@ class Line(TypedDict, extra_items=Number | None):
     eval_success_rate: NotRequired[Share]
     eval_per_task: Numbers
     trajectories_per_task: Numbers
+    episodes_per_task: Numbers
     staleness_hist: Numbers
     batch_size_hist: Numbers
     queue_depths: Numbers
     waits: Numbers
     nodes: NotRequired[dict[str, dict[str, Number]]]  # by the node's number
     tuning: NotRequired[dict[str, Number | str]]
+
+
+def name_of(run: Path) -> str:
+    """Returns what --resume takes."""
+    return run.name if run.parent == ROOT / "runs" else str(run.absolute())
 
 
 class RunFolder:
@@ -69,8 +75,7 @@ class RunFolder:
         """Creates or opens the folder and locks it. Raises UserError."""
         self.path = path
         self.spans = path / ".spans"
-        # What --resume takes.
-        self.name = path.name if path.parent == ROOT / "runs" else str(path.absolute())
+        self.name = name_of(path)
         # When this launcher wrote its newest line, in monotonic seconds.
         self.appended: float | None = None
         self.made = not path.exists()
@@ -93,14 +98,16 @@ class RunFolder:
         except OSError:  # a file system without locks
             pass
         if not resume:
-            for name in ("metrics.jsonl", "error.txt", "wandb.id"):
+            for name in ("metrics.jsonl", "error.txt", "wandb.id", "trace.json"):
                 if (path / name).exists():
                     os.replace(path / name, path / f"{name}.old")
 
     def clear(self, keep_trace: bool) -> None:
         """Removes what earlier workers left. keep_trace: the run goes on at another ratio."""
         for old in self.spans.iterdir():
-            if not (keep_trace and old.suffix == ".jsonl"):  # actor workers must meet anew
+            if not (
+                keep_trace and old.suffix in (".jsonl", ".npy")
+            ):  # actor workers must meet anew
                 old.unlink()
 
     def append(self, line: dict) -> None:

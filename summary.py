@@ -12,12 +12,13 @@ from statistics import fmean
 
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from config import Config, existing_run, from_json
 from errors import exit_on_user_error, require, understood
 from metrics import REASONS, STAGES
-from pictures import draw, group_of
+from pictures import group_of
 from run_folder import read_metrics, read_trace
 
 NAMES = {"env": "env workers", "rollout": "rollout workers", "actor": "actors"}
@@ -236,12 +237,11 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
     return "give more --envs, and more --env-workers with them"
 
 
-def show(name: str, summary: Summary, config: Config) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+def show(console: Console, name: str, summary: Summary, config: Config) -> None:
     train = config.train
     auto = " (auto)" if train.ratio == "auto" else ""
     console.print(
-        f"[b]{name}[/]: {summary.iterations} iterations in {summary.minutes:.1f} min; "
+        f"[b]{escape(name)}[/]: {summary.iterations} iterations in {summary.minutes:.1f} min; "
         f"{train.model} on {train.env}, preset {train.preset}, ratio {train.parts}{auto}"
     )
     console.print(facts(summary), end="\n\n", soft_wrap=True)
@@ -324,7 +324,9 @@ def histogram(title: str, counts: Counter, labels: dict[str, str]) -> Table:
 
 
 def main() -> None:
-    """Draws a run's pictures and prints its summary."""
+    """Draws a run's pictures, writes its report and prints its summary."""
+    import html_report  # which shows what is summed up here
+
     with exit_on_user_error():
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(f"{__doc__}\npython -m metrics NAME, of runs/NAME, or a path with a slash")
@@ -341,5 +343,6 @@ def main() -> None:
             require(lines, f"{file} is empty: the run ended before its first iteration")
             spans = read_trace(run) if (run / "trace.json").is_file() else {}
             summary = summarise(lines, spans)
-            draw(run)
-        show(run.name, summary, from_json(run / "config.json"))
+            html_report.write(run)
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        show(console, run.name, summary, from_json(run / "config.json"))

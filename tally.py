@@ -118,14 +118,17 @@ class Tally:
     def successes(self, tasks: tuple[str, ...]) -> dict:
         """Returns episodes and success rates. The mean is over tasks: trajectories have a fixed
         length, so pooled episodes would count the quick tasks more often."""
-        rates = {}
-        for k, task in enumerate(tasks):
-            if episodes := self.get(f"episodes_{k}"):
-                rates[f"success_{task}"] = self.get(f"successes_{k}") / episodes
+        episodes = {task: int(self.get(f"episodes_{k}")) for k, task in enumerate(tasks)}
         counts = {task: int(self.get(f"trajectories_{k}")) for k, task in enumerate(tasks)}
+        rates = {
+            f"success_{task}": self.get(f"successes_{k}") / episodes[task]
+            for k, task in enumerate(tasks)
+            if episodes[task]
+        }
         return rates | {
             "trajectories_per_task": counts,
-            "episodes": int(sum(self.get(f"episodes_{k}") for k in range(len(tasks)))),
+            "episodes_per_task": episodes,
+            "episodes": sum(episodes.values()),
             "success_rate": sum(rates.values()) / len(rates) if rates else None,
         }
 

@@ -25,11 +25,11 @@ import torch.multiprocessing as mp
 import actor_worker
 import env_worker
 import envs
+import html_report
 import machine
 import memory
 import metrics
 import models
-import pictures
 import processes
 import recipes
 import rollout_worker
@@ -39,6 +39,7 @@ from checks import flag_of, read_json
 from command_line import parse, without
 from config import STAGE_OF, Config, from_json, run_path, setting
 from errors import UserError, exit_on_user_error, require
+from films import make_videos
 from follow import End, Follower
 from joining import agree, bring_run, meet_the_others
 from learner import schedule
@@ -68,6 +69,9 @@ def jobs(
     spec = setup.spec
     budgets = memory.budgets(memory.table_of(setup, setup.room), setup.room)
     plans = []
+    train = setup.config.train
+    trace = folder.spans if train.trace else None
+    films = folder.spans if train.film and train.node == 0 else None
     for rank, device in enumerate(placement.actor_devices):
         news = report if rank == 0 else None
         whose = channels.of_worker("actor", rank)
@@ -80,10 +84,9 @@ def jobs(
         draws_on = {} if device == "cpu" else {"VLA3_DRAWS_ON": machine.address(device)}
         if draws_on:  # CUDA's number; `envs.drawing` finds EGL's
             draws_on["MUJOCO_EGL_DEVICE_ID"] = device.split(":")[1]
-        args = (setup.header, device, channels.of_worker("env", rank), setup.version)
+        args = (setup.header, device, channels.of_worker("env", rank), setup.version, films)
         plans.append(("env", rank, env_worker.run, args, 1, draws_on))
 
-    trace = folder.spans if setup.config.train.trace else None
     cores = {stage: setup.cores(stage) for stage in metrics.STAGES}
     listed = []
     for stage, rank, target, args, threads, environment in plans:
@@ -296,8 +299,16 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
     if not setup.resume:
         folder.write("config.json", setup.saved)
     folder.keep(setup.config.train.tokenizer)
+    if nodes.first and not again:
+        started = html_report.command(nodes.count, sys.argv[1:])
+        html_report.begin(folder, started, setup.placement.line, bool(setup.resume))
 
-    end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
+    try:
+        end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
+    except Exception as error:
+        if nodes.first:
+            html_report.end(folder, f"error: {error}", 1)
+        raise
     if end.ratio:
         nodes.close()
         start_again(end.ratio, folder, nodes, handover.past, interrupts, tracker)
@@ -307,11 +318,12 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         if not nodes.first:
             folder.remove(failed=end.status == 1)
             return nodes.status(end.status)
+        make_videos(folder.spans, folder.path / "videos")
         folder.finish()
-        if not interrupts:  # who ends a run may not wait for long; `python -m metrics` draws, too
-            pictures.draw(folder.path)
     except OSError as error:
-        print(f"warning: {disk_trouble(error)}: without trace and pictures", file=sys.stderr)
+        print(f"warning: {disk_trouble(error)}: without the trace", file=sys.stderr)
+    if nodes.first:
+        html_report.end(folder, end.message, end.status)
     return nodes.status(end.status)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from envs import Env, Envs, EnvSpec, Simulator, Step
+from films import Camera
 
 
 class Outcome(NamedTuple):
@@ -43,6 +44,7 @@ class Lane(ABC):
         self.taken = [0] * len(envs)  # control steps into the episodes
         self.over = [True] * len(envs)  # whether an env has no episode to play
         self.states: np.ndarray | None = None  # [N, S] as last observed
+        self.camera: Camera | None = None  # while the first env's episode is filmed
 
     @abstractmethod
     def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
@@ -105,6 +107,8 @@ class SingleLane(Lane):
         steps = 0
         won = lost = late = False
         for action in plans[0]:
+            if self.camera:
+                self.camera.look(self.taken[0] + steps)
             reward, success, failed = step(action)
             total += reward
             steps += 1
@@ -148,6 +152,8 @@ class VectorisedLane(Lane):
         won = torch.zeros_like(begun)
         failed = torch.zeros_like(begun)
         for c in range(actions.shape[1]):
+            if self.camera:
+                self.camera.look(self.taken[0] + c)
             step = self.player.step(actions[:, c])
             reward = torch.where(alive, reward + step.reward, reward)
             taken = taken + alive

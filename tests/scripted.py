@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -123,6 +124,7 @@ def worker_starter(monkeypatch) -> Iterator[Callable[..., Channels]]:
         ranks: int = 1,
         tasks: tuple[str, ...] = (),
         group: int = 0,
+        films: Path | None = None,
         **settings,
     ) -> Channels:
         """With `replaces`, in place of the last one started, which is killed."""
@@ -140,7 +142,7 @@ def worker_starter(monkeypatch) -> Iterator[Callable[..., Channels]]:
         state = {"state_low": [0.0] * 4, "state_high": [1.0] * 4}
         header = Header("pi05", {"image_size": 2}, state)
         meter = metrics.Meter("env-0", 0, channels.counters, None)
-        arguments = (0, config, header, "cpu", channels, version, meter)
+        arguments = (0, config, header, "cpu", channels, version, films, meter)
         process = get_context("fork").Process(target=run, args=arguments, daemon=True)
         process.start()
         processes.append(process)

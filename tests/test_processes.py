@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import SMALL, assert_balanced
 from test_channel import SPEC, open_files
+from test_html_report import read as read_page
 
 import processes
 from channel import Counters, IndexQueue, SlotPool
@@ -62,6 +63,9 @@ def assert_clean_end(run: Path, output: str) -> None:
         not (run / ".spans").exists()
         and json.loads((run / "trace.json").read_text())["traceEvents"]
     )
+    page = read_page(run)
+    pictures = 3 if read_metrics(run) else 1  # what workers did shows without an iteration, too
+    assert len(page.all("img")) == pictures and "the run goes on" not in page.text
 
 
 def test_ctrl_c_saves_and_says_where(endless, tmp_path):
@@ -260,6 +264,9 @@ def test_an_error_in_a_worker_ends_the_run_by_name(endless, tmp_path):
         and "worker actor-0 failed: FloatingPointError: the gradient of version" in output
     ), output
     assert "Traceback" in (tmp_path / "x" / "error.txt").read_text() and "error.txt" in output
+    page = read_page(tmp_path / "x")
+    assert page.all("p")[0]["class"] == "state failed"
+    assert page.text.index("error: worker actor-0 failed") < page.text.index("Traceback")
     assert_clean_end(tmp_path / "x", output)
 
 

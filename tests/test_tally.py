@@ -86,6 +86,7 @@ def test_a_line_is_per_chunk_step():
     # The mean over tasks, whatever their number of episodes.
     assert (line["success_rate"], line["reward"], line["episodes"]) == (0.5, 0.5, 8)
     assert line["trajectories_per_task"] == {"push": 5, "reach": 3, "dunk": 0}
+    assert line["episodes_per_task"] == {"push": 6, "reach": 2, "dunk": 0}
     assert (line["iteration"], line["version"], line["staleness_max"]) == (7, 7, 2)
     assert (line["reuse"], line["ratio_max"]) == (2.0, 1.5)
     assert (line["trained"], line["trained_once"]) == (2 * BATCH * SEGMENT, BATCH * SEGMENT)

@@ -14,10 +14,12 @@ import pytest
 import torch
 from conftest import LINE, SMALL, assert_balanced
 from safetensors.torch import load_file
+from test_html_report import read as read_page
 
 import train
 from config import PRESETS, ROOT, Config, to_json
 from errors import UserError, exit_on_user_error
+from films import films_in
 from models import checkpoint
 from run_folder import RunFolder, read_trace
 
@@ -70,7 +72,7 @@ CASES = {name: f"--preset {name} --ratio 2:1" for name in PRESETS}
 # The synchronous algorithm on the asynchronous machinery: dynamic batches, streaming, two rollout
 # and two actor workers.
 CASES["staleness-0"] = (
-    "--preset full --max-staleness 0 --rollout-workers 2 --actor-workers 2 --ratio 1:2"
+    "--watch --preset full --max-staleness 0 --rollout-workers 2 --actor-workers 2 --ratio 1:2"
 )
 
 
@@ -162,8 +164,14 @@ def test_a_run_from_end_to_end(finished, case, tiny_checkpoint):
     if case == "staleness-0":
         stages["gradients of actor"] = 2
     assert rows == {f"{stage}-{i}" for stage, count in stages.items() for i in range(count)}
-    for picture in ("swimlane.png", "curve.png"):
+    for picture in ("swimlane.png", "curve.png", "staleness.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    page = read_page(run)
+    assert "2 iterations done; checkpoint in" in page.text and not page.refreshes
+    assert len(page.all("img")) == 3
+    filmed = films_in(run / "videos").values()
+    assert [films[-1].version for films in filmed] == [2, 2]
+    assert len(page.all("video")) == sum(map(len, filmed)) >= 2
 
     saved = run / "checkpoints" / "000002"
     assert {file.name for file in saved.iterdir()} == {

@@ -1,0 +1,353 @@
+"""Writes report.html of a run: one file that a person can look at and send, with all in it.
+
+    python train.py --watch       while the run goes on; every run writes it at its end
+    python -m metrics NAME        anew
+
+It is made from what lies in the run's folder, without scripts and without anything that a browser
+would have to fetch. What users, simulators and errors say is escaped. Left out: comparing runs.
+"""
+
+import base64
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from html import escape
+from importlib import metadata
+from pathlib import Path
+from string import Template
+
+from rich.console import Console
+
+import pictures
+import summary
+from checks import flag_of, read_json
+from config import ASSETS, ROOT, STAGE_OF, Config, from_json, setting
+from diagnostics import Warnings
+from errors import UserError
+from films import Film, films_in, make_videos
+from metrics import wilson
+from run_folder import RunFolder, name_of
+
+NEWEST = 10  # iterations whose training episodes are counted
+LISTED = 8  # warnings
+DETAILS = 6000  # characters of error.txt, the newest
+EVERY_S = 10.0  # seconds between two reports of a run that goes on, at least
+SHARE = 0.02  # of one core's time, which they take at most
+Counts = dict[str, tuple[int, int]]  # task → successes, episodes
+
+# ---------------------------------------------------------------- about.json
+
+
+def about(run: Path) -> dict:
+    """Returns what about.json says: commands, versions, where, ended, status. Each may be
+    missing, in a run of an earlier version or a damaged file."""
+    try:
+        return dict(read_json(run / "about.json"))
+    except (UserError, TypeError, ValueError):
+        return {}
+
+
+def begin(folder: RunFolder, started: str, where: str, resumed: bool) -> None:
+    """Notes how a run was started, and forgets the films of one that began here before.
+
+    started: the `command`; where: the line that says on which devices."""
+    before = about(folder.path).get("commands", []) if resumed else []
+    for film in () if resumed else sum(films_in(folder.path / "videos").values(), []):
+        film.file.unlink()
+    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    versions = {name: installed[name] for name in names if name in installed}
+    note = {"commands": [*before, started], "where": where}
+    note |= {"versions": {"python": platform.python_version()} | versions}
+    folder.write("about.json", json.dumps(note, indent=1))
+
+
+def end(folder: RunFolder, message: str, status: int) -> None:
+    """Notes how a run has ended and writes its report. Trouble is a warning."""
+    try:
+        note = about(folder.path) | {"ended": message, "status": status}
+        folder.write("about.json", json.dumps(note, indent=1))
+        write(folder.path)
+        print(f"report in {folder.path / 'report.html'}", flush=True)
+    except Exception as error:  # whatever it is: the run has done what it should
+        warn(folder.path, error)
+
+
+def warn(run: Path, error: Exception) -> None:
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"warning: cannot write {run / 'report.html'}: {said}", file=sys.stderr, flush=True)
+
+
+class Watcher:
+    """Writes the report of a run that goes on (--watch), as often as SHARE allows."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+        self.news = False  # whether there is a line that no report shows
+        self.due = 0.0  # monotonic seconds, when the next one may be written
+        print(f"follow the run in {folder.path / 'report.html'}", flush=True)
+        self.write("starting the workers")
+
+    def look(self) -> None:
+        """Writes a report if there is news, and time for it."""
+        import matplotlib.figure  # noqa: F401  early, as workers start: it takes a second
+
+        if self.news and time.monotonic() >= self.due:
+            self.news = False
+            self.write()
+
+    def write(self, said: str = "") -> None:
+        """Writes a report. said: how far a run is that has trained nothing yet."""
+        if self.due == math.inf:
+            return
+        began = cpu_s()
+        try:
+            make_videos(self.folder.spans, self.folder.path / "videos")
+            write(self.folder.path, said, live=True)
+        except Exception as error:
+            warn(self.folder.path, error)
+            self.due = math.inf
+        else:
+            pause = max(EVERY_S, (cpu_s() - began) / SHARE)
+            self.due = 0.0 if said else time.monotonic() + pause
+
+
+def cpu_s() -> float:
+    """Returns the CPU seconds of this process, and of encoders that it has started."""
+    return sum(os.times()[:4])
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write(run: Path, said: str = "", live: bool = False) -> tuple[list[dict], dict[str, list]]:
+    """Draws a run's pictures and writes report.html. Returns the lines and spans that it shows.
+
+    said: how far a run is without a line. live: it goes on, so that the swimlane is yet to come,
+    and a browser looks again."""
+    lines, spans = pictures.draw(run, trace=not live)
+    config = from_json(run / "config.json")
+    note = about(run)
+    parts = (
+        head(run, config, note, lines, said, live),
+        findings(run.name, config, lines, spans),
+        '<div class="two">',
+        section("Success over time", picture(run, "curve.png", CURVE, lines)),
+        section("Success per task", success_table(lines)),
+        "</div>",
+        section("First and last policy", videos(run, config)),
+        section("Staleness", picture(run, "staleness.png", STALENESS, lines)),
+        section("Who worked and who waited", picture(run, "swimlane.png", SWIMLANE, spans)),
+        section("To repeat it", repeat(run, config, note)),
+    )
+    body = "\n".join(filter(None, parts))
+    again = f'<meta http-equiv="refresh" content="{EVERY_S:.0f}">' if live else ""
+    page = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
+    text = page.substitute(name=escape(run.name), again=again, body=body)
+    partial = run / ".report.html.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(run / "report.html")
+    return lines, spans
+
+
+CURVE = "success rate against minutes"
+STALENESS = (
+    "of each iteration's samples, how many versions newer the weights were that were trained than "
+    "those that had acted"
+)
+SWIMLANE = "a row per worker, some seconds of the run; trace.json in its folder has all"
+
+
+def section(title: str, content: str) -> str:
+    return content and f"<section>\n<h2>{escape(title)}</h2>\n{content}\n</section>"
+
+
+def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """titles: text; rows: HTML."""
+    heads = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    cells = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
+    body = "\n".join(f"<tr>{row}</tr>" for row in cells)
+    return f'<div class="wide"><table>\n<tr>{heads}</tr>\n{body}\n</table></div>'
+
+
+def data(file: Path, kind: str) -> str:
+    """Returns a file's contents as an address; kind: its media type."""
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def picture(run: Path, name: str, caption: str, shown: object) -> str:
+    """shown: what was drawn; nothing means that the file, if there is one, shows something else."""
+    if not shown:
+        return ""
+    image = f'<img class="{Path(name).stem}" alt="{caption}" src="{data(run / name, "image/png")}">'
+    return f'<figure class="wide">{image}</figure>\n<p class="caption">{caption}</p>'
+
+
+def head(run: Path, config: Config, note: dict, lines: list, said: str, live: bool) -> str:
+    """Says what run this is, and first how it ended or how far it is."""
+    train = config.train
+    failed = note.get("status", 0) == 1 and not live
+    done = lines[-1]["iteration"] if lines else 0
+    state = said or note.get("ended", "")
+    if live and not said:
+        state = f"iteration {done} of {train.iterations}: the run goes on"
+    if not state:
+        goes_on = ": the run goes on, or was killed" * (done < train.iterations)
+        state = f"iteration {done} of {train.iterations}{goes_on}"
+    what = f"{train.model} on {train.env}, {train.algorithm}, preset {train.preset}"
+    what += f", recipe {train.recipe}" * bool(train.recipe)
+    when = f"written on {time.strftime('%Y-%m-%d at %H:%M:%S %Z')}"
+    where = f"<br>{escape(note['where'])}" if "where" in note else ""
+    file = run / "error.txt"
+    details = file.read_text(errors="replace")[-DETAILS:] if failed and file.is_file() else ""
+    return "\n".join(
+        (
+            f'<p class="{"state failed" if failed else "state"}">{escape(state)}</p>',
+            folded("error.txt", f"<pre>{escape(details)}</pre>") if details else "",
+            f"<h1>{escape(run.name)}</h1>",
+            f'<p class="caption">{escape(what)}{where}<br>{when}</p>',
+        )
+    )
+
+
+def folded(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
+
+
+def findings(name: str, config: Config, lines: list[dict], spans: dict[str, list]) -> str:
+    """Returns what `python -m metrics` says, its advice first, and the run's warnings."""
+    if not any("waits" in line for line in lines[1:] or lines):
+        return ""
+    found = summary.summarise(lines, spans)
+    rows = (line.split(maxsplit=1) for line in summary.facts(found).splitlines())
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows)
+    advice = f"<p><b>Advice:</b> {escape(summary.advice(found, config))}</p>"
+    watcher = Warnings()
+    said = [f"iteration {line['iteration']}: {text}" for line in lines for text in watcher.of(line)]
+    items = "".join(f"<li>{escape(text)}</li>" for text in said[-LISTED:])
+    newest = f", the newest {LISTED}" * (len(said) > LISTED)
+    warnings = f"<h3>{len(said)} warnings{newest}</h3><ul>{items}</ul>" if said else ""
+    console = Console(file=io.StringIO(), width=110, highlight=False, record=True)
+    summary.show(console, name, found, config)
+    everything = f"<pre>{escape(console.export_text())}</pre>"
+    shown = f"<dl>{facts}</dl>\n{advice}\n{warnings}\n"
+    return section("What it did", shown + folded("all of python -m metrics", everything))
+
+
+def held_out(line: dict) -> Counts:
+    """Returns the outcomes of an evaluation: episode e was of the e-th task, then round again."""
+    rates = line["eval_per_task"]
+    counts = [len(range(k, line["eval_episodes"], len(rates))) for k in range(len(rates))]
+    return {t: (round(rates[t] * n), n) for t, n in zip(rates, counts, strict=True)}
+
+
+def trained(lines: list[dict]) -> Counts:
+    """Returns the outcomes of these iterations' training episodes."""
+    found: Counts = {}
+    for line in lines:
+        for task, n in line.get("episodes_per_task", {}).items():
+            won, all_n = found.get(task, (0, 0))
+            found[task] = won + round(n * line.get(f"success_{task}", 0.0)), all_n + n
+    return {task: pair for task, pair in found.items() if pair[1]}
+
+
+def success_table(lines: list[dict]) -> str:
+    """Returns success rates with intervals of the first and the newest evaluation, and of the
+    newest training episodes."""
+    evaluated = [line for line in lines if "eval_per_task" in line]
+    columns = {}
+    for line in evaluated[:1] + evaluated[-1:]:
+        outcomes = held_out(line)
+        total = tuple(map(sum, zip(*outcomes.values(), strict=True)))
+        columns[f"held-out, version {line['eval_version']}"] = outcomes | {"all tasks": total}
+    newest = lines[-NEWEST:]
+    if played := trained(newest):
+        first, last = newest[0]["iteration"], newest[-1]["iteration"]
+        columns[f"training, iterations {first} to {last}"] = played
+    if not columns:
+        return ""
+    tasks = list(dict.fromkeys(task for outcomes in columns.values() for task in outcomes))
+    tasks.sort(key=lambda task: task == "all tasks")
+    rows = (
+        (escape(task), *(cell(*outcomes.get(task, (0, 0))) for outcomes in columns.values()))
+        for task in tasks
+    )
+    note = "95 % intervals (Wilson). Held-out episodes begin alike in every evaluation and are "
+    note += "played without exploration; training explores, while the policy changes."
+    return table(("task", *columns), rows) + f'\n<p class="caption">{note}</p>'
+
+
+def cell(won: int, n: int) -> str:
+    """Returns a rate in words and as a bar, with its interval."""
+    if not n:
+        return "–"
+    low, high = wilson(won, n)
+    bar = f'<rect class="range" x="{100 * low:.1f}" width="{100 * (high - low):.1f}" height="8"/>'
+    bar += f'<rect class="rate" x="{99 * won / n:.1f}" width="1" height="8"/>'
+    bar = f'<svg viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">{bar}</svg>'
+    words = f"<small>[{low:.0%}, {high:.0%}]</small> <small>{won} of {n}</small>"
+    return f"<b>{won / n:.0%}</b> {words}{bar}"
+
+
+def videos(run: Path, config: Config) -> str:
+    """Returns each task's first and last film side by side."""
+    found = films_in(run / "videos")
+    if not found:
+        why = "--no-film" if not config.train.film else "no held-out evaluation has been played"
+        later = "<code>python evaluate.py --checkpoint</code> films every task"
+        return f'<p class="caption">Nothing was filmed ({why}): {later}.</p>'
+    groups = []
+    for task, films in found.items():
+        both = "".join(video(film) for film in dict.fromkeys((films[0], films[-1])))
+        groups.append(f'<div><h3>{escape(task)}</h3>\n<div class="pair">{both}</div></div>')
+    said = "Each task's first held-out episode, as the policy's first camera sees it."
+    return f'<p class="caption">{said}</p>\n<div class="films">{"".join(groups)}</div>'
+
+
+def video(film: Film) -> str:
+    how = f"version {film.version}: {'success' if film.won else 'no success'}"
+    label = escape(f"{film.task}, {how}")
+    source = f'src="{data(film.file, "video/mp4")}" aria-label="{label}"'
+    return (
+        f"<figure><video controls autoplay muted loop playsinline {source}></video>"
+        f"<figcaption>{how}</figcaption></figure>"
+    )
+
+
+def command(nodes: int, flags: list[str]) -> str:
+    """Returns what a user types, on each of so many nodes."""
+    launcher = ["torchrun", "…", "--", "train.py"] if nodes > 1 else ["python", "train.py"]
+    return " ".join(launcher) + " " * bool(flags) + shlex.join(flags)
+
+
+def repeat(run: Path, config: Config, note: dict) -> str:
+    """Returns commands, settings and versions."""
+    commands = [*note.get("commands", []), command(config.train.nodes, ["--resume", name_of(run)])]
+    commands.append(f"python evaluate.py --checkpoint {shlex.quote(str(run))}")
+    defaults = Config()
+    rows = []
+    for name in STAGE_OF:
+        here, usual = setting(config, name), setting(defaults, name)
+        words = flag_of(name)[2:], show_value(here), show_value(usual)
+        rows.append((here == usual, [escape(word) for word in words]))
+    rows.sort(key=lambda row: row[0])
+    changed = sum(not same for same, _ in rows)
+    settings = table(("setting", "in this run", "default"), (words for _, words in rows))
+    versions = [map(escape, map(str, pair)) for pair in note.get("versions", {}).items()]
+    parts = (
+        f"<pre>{escape(chr(10).join(map(str, commands)))}</pre>",
+        folded(f"settings: the first {changed} differ from the defaults", settings),
+        folded("versions", table(("package", "version"), versions)) if versions else "",
+    )
+    return "\n".join(parts)
+
+
+def show_value(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
