@@ -1,238 +1,328 @@
 """Imitates demonstrations: makes the checkpoint that reinforcement learning starts from.
 
-    python pretrain.py --pace 1 --out strong.safetensors
     python pretrain.py --overwrite          the shipped assets/pi05_metaworld.safetensors anew, in
                                             about 10 minutes on 2 cores
-    python pretrain.py --model gr00t --overwrite        assets/gr00t_metaworld.safetensors
+    python pretrain.py --collect demos      Meta-World's scripted experts play, no more
+    python pretrain.py --dataset demos --out NEW
+    python pretrain.py --dataset FOLDER --env libero --suite libero_10 --model pi05 \
+        --checkpoint FOLDER --tokenizer paligemma_tokenizer.model --lora-rank 32 --out NEW
+    python train.py --checkpoint NEW --env libero --suite libero_10
 
-Meta-World's scripted experts act. Gaussian noise on the action that they execute (DART, arXiv
-1703.09327) makes the data show how to recover, too. Each stored frame is labelled with the expert's
-own next C actions. The demonstrator moves at 0.6 of the expert's speed, so the policy sees well and
-runs out of time: it succeeds at 20–50 %, which leaves reinforcement learning, with the prefix
-frozen, something to learn. Left out: a validation split, as success in the simulator counts.
+A dataset is in LeRobot's format (demonstrations.py); docs/demonstrations.md says what of it goes
+where. Without one Meta-World's scripted experts act (experts.py), and what they did is written and
+read as one. How it is learned: imitation.py. Left out: a validation split, as success in the
+simulator counts; reading a robot of its own, for which there is no simulator.
 """
 
-import copy
-import math
-import shutil
 import tempfile
-import time
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.multiprocessing as mp
 import tyro
 from pydantic import Field
 
 import envs
+import evaluate
+import imitation
+import machine
 import models
-from checks import AboveZero, Fraction, FromZero, Natural, Positive, check_ranges
-from config import Config, Family, embedded_files, expanded
-from envs import metaworld
+from checks import AboveZero, Length, Natural, Positive, check_ranges
+from config import Config, Family, completed, embedded_files, expanded
+from demonstrations import Demonstrations
+from envs import EnvSpec
 from errors import exit_on_user_error, require
-from gradients import Gradients
-from models import checkpoint, tokenize
-from processes import keep_freed_memory
-from ranks import Meeting, Ranks
+from experts import CHUNK, IMAGE_SIZE, TASKS, ExpertConfig, gather
+from imitation import PROCESSES, Lesson
+from models import checkpoint, contract, tokenize, untrained
 
-CHUNK = Config().rollout.chunk  # actions that a frame is labelled with
-IMAGE_SIZE = 64  # pixels, as the small models take them
-# A constant, because the order of sums, and so every bit of the checkpoint, depends on it.
-PROCESSES = 2
-WARMUP = 50  # optimizer steps
+NEW_LR = 1e-3
+FULL_SIZE_LR = 2.5e-5  # openpi's; policies and tools name ten times that for adapters (LeRobot)
 
 
 @dataclass(kw_only=True)
-class PretrainConfig:
-    """Imitation from Meta-World's scripted experts."""
+class PretrainConfig(ExpertConfig):
+    """Imitation of demonstrations: a dataset's, or of Meta-World's scripted experts."""
 
     model: Family = "pi05"
-    """policy family, at its embedded small size"""
+    """policy family; a new one has its embedded small size"""
     out: Path | None = None
-    """file to write, by default assets/MODEL_metaworld.safetensors; the vocabulary goes beside"""
+    """folder, or file that ends in .safetensors, to write; the vocabulary goes beside. Without
+    --dataset and --checkpoint by default assets/MODEL_metaworld.safetensors"""
     overwrite: bool = False
     """replace a checkpoint, or another vocabulary, that is there; the shipped families share one"""
+    dataset: Path | None = None
+    """a folder in LeRobot's format (v2.0, v2.1, v3.0) to learn from, instead of letting experts
+    act. Its actions are those that the simulator executes"""
+    collect: Path | None = None
+    """only let the experts act, and write what they did as such a folder, which must be new"""
+    env: str = "metaworld"
+    """simulator in which a dataset's policy is to act"""
     tasks: tuple[str, ...] = ()
-    """Meta-World tasks; none means the default task set and button-press-topdown, since more scenes
-    make better features"""
-    demos: Positive = 25
-    """demonstrations per task"""
-    pace: Fraction = 0.6
-    """the demonstrator's speed as a fraction of the expert's: careful, as people who teleoperate"""
-    frame_every: Positive = 3
-    """control steps between stored frames"""
-    action_noise: FromZero = 0.5
-    """standard deviation of the noise on executed actions, in units of the action range [-1, 1]"""
+    """tasks: of a dataset, those whose episodes are learned from, by the simulator's names (none:
+    all). Of the experts; none means the default task set and button-press-topdown, since more
+    scenes make better features"""
+    suite: str = ""
+    """a suite of the simulator (libero_10, …): all of its tasks, beside --tasks"""
+    cameras: tuple[str, ...] = ()
+    """a dataset's features that are the policy's views, in the simulator's order; none means all
+    in the dataset's order, where the policy has as many views"""
+    state: str = ""
+    """a dataset's feature that is the robot's state; none means observation.state or state"""
+    action: str = ""
+    """a dataset's feature that is the action; none means action or actions"""
+    checkpoint: Path | None = None
+    """weights to start from, ours or another project's; none means a new small model"""
+    tokenizer: Path | None = None
+    """SentencePiece file (published GR00T: Qwen's vocabulary); none means the checkpoint's own"""
+    statistics: str = ""
+    """which of a checkpoint's statistics: OFT's unnorm key, GR00T's embodiment tag, π's folder"""
+    keep_statistics: bool = False
+    """go on with the checkpoint's statistics, which scale state and action, instead of those of
+    what is learned from: for more of the data that it was trained on"""
+    chunk: Positive | None = None
+    """actions that the robot executes per inference (10), of another project's checkpoint; ours say
+    it themselves"""
+    horizon: Length | None = None
+    """actions that the model predicts at once, where another project's checkpoint does not say"""
+    tokens: Length | None = None
+    """prompt length in tokens; none means as the checkpoint says"""
+    train_vlm: bool = False
+    """also learn the weights of image tower and prefix of a checkpoint; a new model learns all"""
+    lora_rank: Natural | None = None
+    """learn low-rank adapters (LoRA) of this rank alone. 0 adds those of the checkpoint into its
+    weights; none means as the checkpoint says"""
+    lora_alpha: AboveZero | None = None
+    """scale of the adapters times their rank; none means as the checkpoint says, else the rank"""
+    lora_targets: tuple[str, ...] = ()
+    """layers that have adapters, by parts of their names; none means as in train.py"""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """what the network computes in; none means bfloat16 on a GPU"""
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """keep only the input of each block for the backward pass; auto: for a published model"""
+    frame_every: Positive | None = None
+    """control steps from a frame that is learned from to the next; none means 3 of the experts',
+    and every one of a dataset's"""
     steps: Positive = 1200
     """optimizer steps"""
     batch: Annotated[int, Field(ge=1, le=10**6, multiple_of=PROCESSES)] = 64
-    """frames per optimizer step, in equal parts for two processes"""
-    lr: AboveZero = 1e-3
-    """peak learning rate of AdamW; linear warm-up over 50 steps, then cosine to zero"""
-    seed: Natural = 0
-    """seed of demonstrations, initial weights and batches"""
-
-
-def demonstrate(
-    tasks: tuple[str, ...], task: int, seeds: range, config: PretrainConfig
-) -> list[tuple]:
-    """Plays demonstrations of tasks[task]. Returns tuples (task, image, state, actions [C, A])."""
-    from metaworld.policies import ENV_POLICY_MAP
-
-    warnings.filterwarnings("ignore")
-    with envs.starting("metaworld"):
-        env = metaworld.Env(tasks, IMAGE_SIZE)
-        env.reset(task, seeds[0])
-        env.observe()
-    expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
-    frames = []
-    for seed in seeds:
-        env.reset(task, seed)
-        rng = np.random.default_rng([config.seed, task, seed])
-        frames += [(task, *frame) for frame in play(env, expert, rng, config)]
-    env.close()
-    return frames
-
-
-def play(env, expert, rng: np.random.Generator, config: PretrainConfig) -> list[tuple]:
-    """Plays one demonstration: (image, state, actions [C, A]) per frame, nothing where it fails."""
-    seen = []  # control step, image, state
-    actions = []
-    finish = None  # the control step that succeeds
-    for t in range(3 * metaworld.HORIZON):
-        if t % config.frame_every == 0 and finish is None:
-            seen.append((t, *env.observe()))
-        action = config.pace * np.clip(expert.get_action(env.state), -1.0, 1.0).astype(np.float32)
-        action[3] /= config.pace  # the gripper is not a speed
-        actions.append(action)
-        noise = rng.normal(0.0, config.action_noise, 4) * (finish is None)
-        success = env.step(np.clip(action + noise, -1.0, 1.0)).success
-        if success and finish is None:
-            finish = t
-        # Go on past success for C steps, so that the last frames have labels, too.
-        if finish is not None and t >= finish + CHUNK:
-            break
-    if finish is None:  # it teaches nothing
-        return []
-    labels = np.stack(actions)
-    labelled = [frame for frame in seen if frame[0] + CHUNK <= len(labels)]
-    return [(image, state, labels[t : t + CHUNK]) for t, image, state in labelled]
-
-
-def fit(rank: int, model, data: dict, config: PretrainConfig, rendezvous: str) -> None:
-    """Trains with AdamW on the family's imitation loss (flow matching, or cross-entropy of action
-    tokens), in PROCESSES ranks that average gradients.
-
-    On a CPU one thread in each of two processes is nearly twice as fast as two threads in one.
-    model: in shared memory, where rank 0 trains it. data: observation fields [frames, …] and
-    "actions" [frames, C, A]."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    ranks = Ranks(rank, PROCESSES, "cpu", Meeting(Path(rendezvous)))
-    model = model if rank == 0 else copy.deepcopy(model)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    gradients = Gradients(parameters, ranks)
-    # Every rank draws the same batches and takes its own part of them.
-    torch.manual_seed(config.seed)
-    mine = slice(rank * config.batch // PROCESSES, (rank + 1) * config.batch // PROCESSES)
-    started = time.monotonic()
-    for step in range(config.steps):
-        warmup = min(1.0, (step + 1) / WARMUP)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * (step / config.steps)))
-        optimizer.param_groups[0]["lr"] = config.lr * warmup * cosine
-        rows = torch.randint(len(data["actions"]), (config.batch,))
-        draw = {name: x[mine] for name, x in model.imitation_draw(config.batch).items()}
-        obs = {name: x[rows[mine]] for name, x in data.items()}
-        loss = model.imitate(obs, obs["actions"], draw) / PROCESSES
-        optimizer.zero_grad(set_to_none=False)
-        loss.backward()
-        for _ in gradients.sum():
-            pass
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if rank == 0 and (step + 1) % 100 == 0:
-            mean = PROCESSES * loss.item()
-            seconds = f"{time.monotonic() - started:.0f} s"
-            print(f"step {step + 1}/{config.steps}  loss {mean:.4f}  {seconds}", flush=True)
-    ranks.leave()
+    """frames per optimizer step, in equal parts for two processes, or for one on each GPU"""
+    micro_batch: Natural = 0
+    """frames of one forward and backward pass of a process; 0 means its whole part of a batch"""
+    lr: AboveZero | None = None
+    """peak learning rate of AdamW; linear warm-up over 50 steps, then cosine to zero. None means
+    1e-3 for a new model, 2.5e-5 from a checkpoint, ten times that for adapters"""
+    save_every: Natural = 1000
+    """optimizer steps between saves; 0 means only at the end, or when it is interrupted"""
 
 
 def make_model(config: PretrainConfig, spec, vocabulary: Path) -> torch.nn.Module:
-    """Makes a vocabulary of all of Meta-World's prompts, and a model that knows it, in shared
-    memory. Raises UserError where the model has no room for a prompt."""
+    """Makes a vocabulary of all of Meta-World's prompts, and a model that knows it. Raises
+    UserError where the model has no room for a prompt."""
+    from envs import metaworld  # here, for RoboCasa's environment lacks it
+
     family = models.files(config.model)
     words = [family.wording(task) for task in metaworld.PROMPTS.values()]
     tokenize.train_vocabulary(words, vocabulary)
     torch.manual_seed(config.seed)
-    model = family.embedded(config.model, str(vocabulary)).share_memory()
+    model = family.embedded(config.model, str(vocabulary))
     ends = {"state_low": [0.0] * spec.state_dim, "state_high": [1.0] * spec.state_dim}
-    header = checkpoint.Header(config.model, asdict(model.config), ends)
-    preparation = family.preparation(header, str(vocabulary))
+    model.header = checkpoint.Header(
+        config.model, asdict(model.config), ends, tokenize.fingerprint(vocabulary)
+    )
+    preparation = family.preparation(model.header, str(vocabulary))
     blank = np.zeros((spec.views, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for prompt in spec.prompts:
         preparation.observe(blank, np.zeros(spec.state_dim, np.float32), prompt)
     return model
 
 
-def gather(config: PretrainConfig, spec) -> list[tuple]:
-    """Lets the experts act, half of a task's demonstrations in each job, as `demonstrate`."""
-    started = time.monotonic()
-    seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
-    half = math.ceil(config.demos / 2)
-    every = range(seeds, seeds + config.demos)
-    parts = [every[first : first + half] for first in range(0, config.demos, half)]
-    jobs = [(spec.tasks, n, part, config) for n in range(len(spec.tasks)) for part in parts]
-    with mp.get_context("spawn").Pool(PROCESSES) as pool:
-        frames = sum(pool.starmap(demonstrate, jobs, chunksize=1), [])
-    choose = "choose other --tasks, a higher --pace or less --action-noise"
-    require(frames, f"no demonstration succeeded: {choose}")
-    seconds = f"{time.monotonic() - started:.0f} s"
-    print(f"{len(frames)} frames of {config.demos} demonstrations per task in {seconds}")
-    return frames
+def find_start(
+    config: PretrainConfig, spec: EnvSpec, prompts: tuple[str, ...], folder: Path
+) -> tuple[Path, str]:
+    """Returns the weights to start from and their vocabulary: those of --checkpoint, or of a new
+    model, made in `folder`, whose words are `prompts`."""
+    _, shipped = embedded_files(config.model, config.env)
+    if config.checkpoint:
+        path = config.checkpoint
+        return path, checkpoint.vocabulary(config.tokenizer, path, config.model, shipped)
+    vocabulary = folder / shipped.name
+    if config.env == "metaworld" and asked_by_metaworld(prompts):
+        model = make_model(config, spec, vocabulary)
+        checkpoint.save(folder / "new.safetensors", model.header, model.state_dict())
+        return folder / "new.safetensors", str(vocabulary)
+    views = len(config.cameras) or spec.views
+    new = spec._replace(prompts=prompts, image_size=IMAGE_SIZE, views=views)
+    sizes = (config.chunk or CHUNK, config.tokens or 0)
+    weights, words = untrained.start(folder, config.model, new, new.state_range, *sizes)
+    return weights, str(words)
 
 
-def main(config: PretrainConfig) -> None:
-    """Makes a checkpoint and its vocabulary. Raises UserError."""
-    check_ranges(config)
+def asked_by_metaworld(prompts: tuple[str, ...]) -> bool:
+    from envs import metaworld  # here, for RoboCasa's environment lacks it
+
+    return set(prompts) <= set(metaworld.PROMPTS.values())
+
+
+def settings_of(config: PretrainConfig, path: Path, tokenizer: str) -> Config:
+    """Returns the settings of the model to begin with, as train.py has them."""
+    names = ("model", "chunk", "horizon", "tokens", "statistics", "env", "precision")
+    given = {name: getattr(config, name) for name in names}
+    asked = evaluate.EvaluateConfig(checkpoint=path, cameras=len(config.cameras), **given)
+    actor = {"train_vlm": config.train_vlm or not config.checkpoint, "cache_prefix": "off"}
+    actor |= {name: getattr(config, name) for name in ("lora_rank", "lora_alpha", "lora_targets")}
+    words = Path(tokenizer) if tokenizer else None
+    return completed(evaluate.settings_of(asked), seed=config.seed, tokenizer=words, **actor)
+
+
+def choose_cameras(config: PretrainConfig, data: Demonstrations, views: int) -> tuple[str, ...]:
+    """Returns the dataset's features that are the model's views."""
+    for name in config.cameras:
+        has = f"{data.folder} has no camera {name!r}: it has {', '.join(data.cameras)}"
+        require(name in data.cameras, has)
+    chosen = config.cameras or data.cameras
+    says = f"the policy has {views} views and the dataset {len(chosen)} cameras"
+    how = f"name those to use with --cameras, of {', '.join(data.cameras)}"
+    require(len(chosen) == views, f"{says}: {how}")
+    return chosen
+
+
+def read_dataset(config: PretrainConfig, spec: EnvSpec) -> Demonstrations:
+    """Opens --dataset and checks that it is of the simulator. Raises UserError."""
+    data = Demonstrations(config.dataset, config.state, config.action)
+    for what, found, wanted in (
+        (data.state, data.widths[0], spec.state_dim),
+        (data.action, data.widths[1], spec.action_dim),
+    ):
+        says = f"{what} of {data.folder} has {found[0]} numbers and --env {config.env} {wanted}"
+        require(found == [wanted], f"{says}: give the --env that it is of, or another feature")
+    tasks = dict.fromkeys(episode.task for episode in data.episodes)
+    if config.tasks or config.suite:
+        none = f"no episode of {data.folder} is of {', '.join(map(repr, spec.prompts))}"
+        data.episodes = [episode for episode in data.episodes if episode.task in spec.prompts]
+        require(data.episodes, f"{none}: it has {', '.join(map(repr, tasks))}")
+    frames = sum(len(episode.times) for episode in data.episodes)
+    print(f"{data.folder}: {len(data.episodes)} episodes, {frames} frames, {len(tasks)} tasks")
+    if spec.rate and spec.rate != data.fps:
+        said = f"{data.fps:g} frames per second and {config.env} takes {spec.rate:g} control steps"
+        print(f"note: it has {said}: each frame counts as one control step")
+    if strange := [task for task in tasks if task not in spec.prompts]:
+        said = f"{', '.join(map(repr, strange[:5]))}{' …' if len(strange) > 5 else ''}"
+        print(f"note: {said}: no instruction of the tasks {', '.join(spec.tasks[:5])}")
+    return data
+
+
+def lesson_of(
+    config: PretrainConfig, settings: Config, spec: EnvSpec, data: Demonstrations, files: tuple
+) -> Lesson:
+    """Puts together what is learned from what. Raises UserError where they do not fit.
+
+    files: weights to write, the vocabulary, and where that goes."""
+    _, header, _ = models.held(settings, spec)
+    count = machine.gpus() or PROCESSES
+    odd = f"--batch {config.batch} does not divide into {count} equal parts, one for each GPU"
+    require(config.batch % count == 0, odd)
+    rank = header.shape.get("lora_rank") if config.lora_rank is None else config.lora_rank
+    rate = FULL_SIZE_LR * (10 if rank else 1) if config.checkpoint else NEW_LR
+    recomputes = {"auto": header.published, "on": True, "off": False}[config.checkpointing]
+    lesson = Lesson(
+        settings=settings,
+        spec=spec,
+        header=header,
+        data=data,
+        cameras=choose_cameras(config, data, header.shape["views"]),
+        every=config.frame_every or (1 if config.dataset else 3),
+        steps=config.steps,
+        batch=config.batch,
+        micro_batch=config.micro_batch or config.batch // count,
+        checkpointing=recomputes,
+        lr=config.lr or rate,
+        seed=config.seed,
+        out=files[0],
+        vocabulary=files[1:],
+        save_every=config.save_every,
+        half=not config.checkpoint,
+    )
+    preparation = lesson.preparation()
+    contract.check(preparation, f"the preparation of {config.model!r}", contract.IMITATES)
+    if not config.keep_statistics:
+        stats = imitation.counted(data, preparation, lesson.horizon)
+        checkpoint.check_stats(config.model, stats, f"the statistics of {data.folder}")
+        lesson = replace(lesson, header=header._replace(stats=stats))
+    imitation.check_first_frames(lesson)
+    imitation.check_memory(lesson)
+    return lesson
+
+
+def files_of(config: PretrainConfig) -> tuple[Path, Path]:
+    """Returns the files to write: weights and vocabulary. Raises UserError."""
     default, shipped = embedded_files(config.model, "metaworld")
+    own = config.dataset is None and config.checkpoint is None
+    require(config.out or own, "say with --out where to write the checkpoint: a folder or a file")
     out = config.out or default
     nowhere = f"the folder {out.parent} does not exist: create it or give another --out"
     require(out.parent.is_dir(), nowhere)
-    tasks = config.tasks or ("button-press-topdown", *metaworld.DEFAULT_TASKS)
-    spec = metaworld.spec(tasks, IMAGE_SIZE)
-    with tempfile.TemporaryDirectory() as folder:
-        # Find out what would go wrong at the end, then let the experts act.
-        vocabulary = Path(folder) / shipped.name
-        model = make_model(config, spec, vocabulary)
-        beside = out.with_name(shipped.name)
-        other = beside.exists() and beside.read_bytes() != vocabulary.read_bytes()
-        for file, lost in ((out, out.exists()), (beside, other)):
-            there = f"{file} exists already and would become another: give another --out"
-            require(config.overwrite or not lost, f"{there}, or --overwrite")
-        frames = gather(config, spec)
+    if out.suffix != ".safetensors":
+        return out / "model.safetensors", out / "tokenizer.model"
+    return out, out.with_name(shipped.name) if own else out.with_suffix(".model")
 
-        # Turn frames into what the model sees, and train.
-        states = np.stack([state for _, _, state, _ in frames])
-        low, high = (np.quantile(states, share, axis=0).tolist() for share in (0.01, 0.99))
-        stats = {"state_low": low, "state_high": high}
-        words = tokenize.fingerprint(vocabulary)
-        header = checkpoint.Header(config.model, asdict(model.config), stats, words)
-        preparation = models.preparation(config.model, header, vocabulary)
-        rows = []
-        for task, image, state, actions in frames:
-            observed = preparation.observe(image, state, spec.prompts[task])
-            rows.append(observed | {"actions": actions})
-        stacked = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        data = {name: torch.from_numpy(x).share_memory_() for name, x in stacked.items()}
-        mp.spawn(fit, (model, data, config, f"{folder}/rendezvous"), PROCESSES)
-        shutil.copyfile(vocabulary, beside)
-    checkpoint.save(out, header, model.half().state_dict())
-    print(f"wrote {out} and {beside}")
+
+def check_free(config: PretrainConfig, out: Path, beside: Path, vocabulary: Path) -> None:
+    """Raises UserError where a file is there that would become another, unless --overwrite."""
+    both = beside.exists() and vocabulary.is_file()
+    other = both and beside.read_bytes() != vocabulary.read_bytes()
+    for file, lost in ((out, out.exists()), (beside, other)):
+        there = f"{file} exists already and would become another: give another --out"
+        require(config.overwrite or not lost, f"{there}, or --overwrite")
+
+
+def check_flags(config: PretrainConfig) -> None:
+    """Raises UserError where flags contradict one another."""
+    both = "--collect writes a dataset and --dataset reads one: leave out one of them"
+    require(not (config.collect and config.dataset), both)
+    adapted = config.lora_rank or config.train_vlm or config.keep_statistics
+    new = "--lora-rank, --train-vlm and --keep-statistics are for weights to start from"
+    require(config.checkpoint or not adapted, f"{new}: give --checkpoint, or leave them out")
+    only = f"--env {config.env} has no scripted experts: give --dataset FOLDER"
+    require(config.dataset or config.env == "metaworld", only)
+
+
+def main(config: PretrainConfig) -> None:
+    """Makes a checkpoint and its vocabulary, or a dataset. Raises UserError."""
+    check_ranges(config)
+    check_flags(config)
+    named = tuple(filter(None, (config.suite, *config.tasks)))
+    tasks = named or (() if config.dataset else TASKS)
+    spec = envs.load(config.env, installed=False).spec(tasks, config.image_size)
+    if config.collect:
+        gather(config, spec, config.collect)
+        return
+    out, beside = files_of(config)
+    with tempfile.TemporaryDirectory() as name:
+        # Find out what would go wrong at the end, then let the experts act.
+        folder = Path(name)
+        data = read_dataset(config, spec) if config.dataset else None
+        prompts = dict.fromkeys(episode.task for episode in data.episodes) if data else spec.prompts
+        path, words = find_start(config, spec, tuple(prompts), folder)
+        settings = settings_of(config, path, words)
+        spec = spec._replace(image_size=checkpoint.frame_size(path, spec.picture))
+        vocabulary = Path(words or "none")
+        check_free(config, out, beside, vocabulary)
+        if data is None:
+            config = replace(config, image_size=spec.image_size)
+            gather(config, spec, folder / "demonstrations")
+            data = Demonstrations(folder / "demonstrations")
+
+        # Learn from what they did.
+        lesson = lesson_of(config, settings, spec, data, (out, vocabulary, beside))
+        evaluate.check_writable(out, "the checkpoint", "--out")
+        done = imitation.learn(lesson)
+    print(f"wrote {out}{f' and {beside}' if beside.exists() else ''}")
+    if not done:
+        print(f"interrupted: --checkpoint {config.out or out} goes on from these weights")
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":

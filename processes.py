@@ -120,16 +120,21 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**25)
 
 
-def child(job: Job, errors: connection.Connection) -> None:
-    """Runs a worker. It dies with its parent, leaves Ctrl-C to the launcher, and reports errors."""
-    # PR_SET_PDEATHSIG; the parent is the fork server, which ends when the launcher does.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    ctypes.CDLL(None).prctl(15, job.name.encode())  # PR_SET_NAME: what `top` calls it
+def leave_interrupts() -> None:
+    """Makes this process die with its parent, and leave Ctrl-C to it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() == 1:
         os._exit(1)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+
+
+def child(job: Job, errors: connection.Connection) -> None:
+    """Runs a worker, and reports errors. Its parent is the fork server, which ends when the
+    launcher does."""
+    leave_interrupts()
+    ctypes.CDLL(None).prctl(15, job.name.encode())  # PR_SET_NAME: what `top` calls it
     signal.signal(LEAVE, leave)
     # A copy; the fork server ends when the last of them is closed.
     os.close(forkserver._forkserver._forkserver_alive_fd)

@@ -99,6 +99,7 @@ class EnvSpec(NamedTuple):
     fit: Fit = "squeeze"  # of wide pictures, as the policy wants it
     states: int = 0  # fixed initial states that each task has; 0 means that the seed draws them
     note: str = ""  # what a user must know of the choice of tasks, a line each
+    rate: float = 0.0  # control steps per second, where that is known
 
     def limit(self, task: int) -> int:
         """Control steps before an episode of a task is truncated, whatever tasks it is beside."""

@@ -95,7 +95,8 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     shape = (len(CAMERAS), image_size, 8, 7, max(limits), STATE_RANGE)
     states = min(libero_suites.count(task.states) for task in found)
     note = "".join(map(libero_suites.left_out, tasks))
-    return EnvSpec(names, prompts, *shape, limits=limits, robot="libero", states=states, note=note)
+    facts = {"robot": "libero", "states": states, "note": note, "rate": 20.0}
+    return EnvSpec(names, prompts, *shape, limits=limits, **facts)
 
 
 perturbed = libero_suites.perturbed

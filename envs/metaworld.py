@@ -112,7 +112,7 @@ def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     prompts = tuple(PROMPTS[task] for task in tasks)
     limits = tuple(LONG_HORIZON if task in LONG_TASKS else HORIZON for task in tasks)
     shape = (1, image_size, 4, 4, max(limits), STATE_RANGE)
-    return EnvSpec(tasks, prompts, *shape, limits=limits, picture=480)
+    return EnvSpec(tasks, prompts, *shape, limits=limits, picture=480, rate=80.0)
 
 
 # GL contexts of this process by (task, pixels), the one used last at the end; envs of a task share.

@@ -69,6 +69,12 @@ PREPARATION = {
     "actions": "(actions [C, A], state [S]) → what the simulator executes [C, A]",
 }
 
+IMITATES = {  # what pretrain.py asks of a preparation
+    "in_data": "(actions [H, A] of the simulator, state [S]) → as the model's data says them",
+    "targets": "(actions [H, A] of the simulator, state [S]) → what the model is to predict",
+    "counted": "(states [n, S], actions [m, A] of `in_data`) → the header's statistics of them",
+}
+
 
 def check(thing: object, what: str, contract: dict[str, str]) -> None:
     """Raises UserError naming what `thing`, called `what`, lacks of a contract."""

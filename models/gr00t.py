@@ -471,7 +471,7 @@ class Gr00t(FlowPolicy):
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
         """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew."""
         c = self.config
-        room = (0, c.max_action_dim - c.action_dim, 0, c.horizon - c.chunk)
+        room = (0, c.max_action_dim - actions.shape[2], 0, c.horizon - actions.shape[1])
         padded = F.pad(actions, room)
         shown = F.pad(torch.ones_like(actions, dtype=torch.bool), room)
         seen = self.look(obs)

@@ -373,7 +373,9 @@ class Pi(FlowPolicy):
         return {"t": t, "noise": torch.randn(n, self.config.chunk, self.config.action_dim)}
 
     def imitate(self, obs: dict[str, Tensor], actions: Tensor, draw: dict[str, Tensor]) -> Tensor:
-        """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew."""
+        """Loss [] of demonstrated actions [n, C, A], given what `imitation_draw` drew. Dimensions
+        that the robot lacks are learned to be 0 (openpi `PadStatesAndActions`)."""
+        actions = F.pad(actions, (0, self.config.action_dim - actions.shape[2]))
         cache, _, real = self.prefix(obs["image"], obs["tokens"])
         return self.imitation_loss(cache, real, actions, draw["t"], draw["noise"], obs.get("state"))
 

@@ -7,7 +7,7 @@ the arguments alone and lie in `runs/`, beside the runs that resume from them.
 
     python train.py --env libero --suite libero_10
 
-Left out: imitation, which `pretrain.py` does from Meta-World's scripted experts.
+Left out: imitation, which `pretrain.py` does, also of such a model.
 """
 
 import hashlib

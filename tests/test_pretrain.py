@@ -5,30 +5,33 @@ import pytest
 import torch
 
 import envs
+import experts
 import pretrain
 from config import Config, embedded_files
+from demonstrations import picture_of
 from envs import metaworld
 from errors import UserError
+from experts import ExpertConfig
 from models import build, checkpoint, tokenize
 from models.pi import PiConfig
 from pretrain import PretrainConfig
 
 
 def test_demonstrations_are_labelled_with_the_expert_s_own_actions():
-    config = PretrainConfig(frame_every=10, action_noise=0.0)
-    frames = pretrain.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), config)
-    assert len(frames) >= 3
+    config = ExpertConfig(action_noise=0.0)
+    seeds = range(10_000_000, 10_000_001)
+    (played,) = experts.demonstrate(("handle-press",), 0, seeds, config)
+    assert len(played.pictures) == len(played.states) == len(played.actions) >= 30
+    assert played.actions.shape[1] == 4 and np.abs(played.actions).max() <= 1.0
     env = metaworld.Env(("handle-press",), 64)
     env.reset(0, 10_000_000)
-    for i, (task, image, state, actions, *_) in enumerate(
-        frames
-    ):  # without noise, replaying the labels visits the same states
+    wins = []
+    for i, state in enumerate(played.states):  # without noise, replaying visits the same states
         picture, here = env.observe()
-        assert task == 0 and actions.shape == (10, 4) and np.abs(actions).max() <= 1.0
         np.testing.assert_allclose(here, state, atol=1e-6)
-        assert i > 0 or np.array_equal(picture, image)
-        wins = [env.step(action)[1] for action in actions]
-    assert any(wins)  # the demonstration succeeds
+        assert i > 0 or np.array_equal(picture[0], picture_of(played.pictures[i][0]))
+        wins.append(env.step(played.actions[i])[1])
+    assert wins.index(True) == len(wins) - 11  # it succeeds, and goes on for a chunk
     env.close()
 
 
@@ -68,7 +71,7 @@ def test_a_variable_that_is_left_over_is_named(monkeypatch):
     monkeypatch.setattr(metaworld.Env, "observe", broken)
     monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glx"})
     with pytest.raises(UserError, match="MUJOCO_GL=glx in the environment: unset MUJOCO_GL"):
-        pretrain.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), PretrainConfig())
+        experts.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), ExpertConfig())
 
 
 def without_demonstrations(monkeypatch):

@@ -37,6 +37,14 @@ def unnormalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
     )
 
 
+def normalise_actions(actions: np.ndarray, stats: dict) -> np.ndarray:
+    """The inverse, clipped to [-1, 1] (openvla-oft `prismatic/vla/datasets/rlds/utils`,
+    BOUNDS_Q99)."""
+    low, high = (np.array(stats[end]) for end in ("q01", "q99"))
+    scaled = np.clip(2.0 * (actions - low) / (high - low + 1e-8) - 1.0, -1.0, 1.0)
+    return np.where(stats.get("mask", True), scaled, actions).astype(np.float32)
+
+
 def libero_gripper(actions: np.ndarray) -> np.ndarray:
     """The last dimension: 1 open, 0 closed in the data, −1 open, 1 closed in LIBERO."""
     return np.concatenate([actions[..., :-1], np.sign(1.0 - 2.0 * actions[..., -1:])], axis=-1)
@@ -46,6 +54,15 @@ def widowx_gripper(actions: np.ndarray) -> np.ndarray:
     """ManiSkill's WidowX: 1 open, −1 closed."""
     grip = 2.0 * (actions[..., -1:] > 0.5) - 1.0
     return np.concatenate([actions[..., :-1], grip], axis=-1)
+
+
+def gripper_in_data(actions: np.ndarray, gripper: str) -> np.ndarray:
+    """The inverse: what a simulator executes → 1 open, 0 closed. gripper: of `GRIPPERS`."""
+    if not gripper:
+        return np.asarray(actions)
+    sign = -1.0 if gripper == "libero" else 1.0
+    share = np.clip(0.5 + 0.5 * sign * actions[..., -1:], 0.0, 1.0)
+    return np.concatenate([actions[..., :-1], share], axis=-1)
 
 
 GRIPPERS = {"": np.asarray, "libero": libero_gripper, "widowx": widowx_gripper}

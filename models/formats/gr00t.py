@@ -466,6 +466,16 @@ class Preparation(PreparationBase):
         ends = self.ends("action")
         return self.grip(denormalise(actions, *ends) if ends else actions)
 
+    def targets(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        ends = self.ends("action")
+        return normalise(self.in_data(actions, state), *ends) if ends else actions
+
+    def counted(self, states: np.ndarray, actions: np.ndarray) -> dict:
+        if self.own:
+            return super().counted(states, actions)
+        numbers = (states.min(0), states.max(0), actions.min(0), actions.max(0))
+        return self.stats | {n: x.tolist() for n, x in zip(STATISTICS, numbers, strict=True)}
+
 
 THEIRS = statistics(**dict.fromkeys(STATISTICS, Numbers))
 STATS = {"own": OWN} | dict.fromkeys(SOURCES, THEIRS)

@@ -21,9 +21,9 @@ from checks import read_json
 from errors import require, understood
 from models import tokenize
 from models.checkpoint import Header
-from models.formats import pictures, source
+from models.formats import bins, pictures, source
 from models.formats.names import Rules
-from models.formats.preparation import Numbers, PreparationBase, statistics
+from models.formats.preparation import Numbers, PreparationBase, statistics, usual
 from models.formats.source import Found, Source
 from models.oft import FULL, Oft, OftConfig
 
@@ -260,6 +260,18 @@ class Preparation(PreparationBase):
         """tokens [L] int32."""
         c = self.config
         return {"tokens": encode(self.tokenizer, task, c.tokens, c.pad)}
+
+    def targets(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """In [-1, 1], of which there are words."""
+        if "q01" not in self.stats:
+            return actions
+        return bins.normalise_actions(self.in_data(actions, state), self.stats)
+
+    def counted(self, states: np.ndarray, actions: np.ndarray) -> dict:
+        if "q01" not in self.stats:
+            return super().counted(states, actions)
+        low, high = usual(actions)
+        return self.stats | {"q01": low.tolist(), "q99": high.tolist()}
 
 
 # Our own prompts hold no state, and our own actions may be in [-1, 1].

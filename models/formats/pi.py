@@ -29,7 +29,7 @@ from models import tokenize
 from models.checkpoint import Header, require_family
 from models.formats import pictures, source
 from models.formats.names import Rules, siglip
-from models.formats.preparation import OWN, Numbers, PreparationBase, statistics
+from models.formats.preparation import OWN, Numbers, PreparationBase, statistics, usual
 from models.formats.source import Found, Source, Stored
 from models.pi import FULL, SMALL, Pi, PiConfig
 
@@ -439,6 +439,30 @@ class Preparation(PreparationBase):
         if delta.any():  # openpi's AbsoluteActions
             out[..., : len(delta)] += np.where(delta, state[: len(delta)], 0.0)
         return self.grip(out).astype(np.float32)
+
+    def in_data(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        out = np.array(super().in_data(actions, state))
+        delta = np.array(self.stats.get("delta", [])[: out.shape[-1]], bool)
+        if delta.any():  # openpi's DeltaActions
+            out[..., : len(delta)] -= np.where(delta, state[: len(delta)], 0.0)
+        return out
+
+    def targets(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        if self.own:
+            return actions
+        return normalise(self.in_data(actions, state), self.stats["actions"]).astype(np.float32)
+
+    def counted(self, states: np.ndarray, actions: np.ndarray) -> dict:
+        if self.own:
+            return super().counted(states, actions)
+        found = dict(self.stats)
+        for name, values in (("state", states), ("actions", actions)):
+            low, high = usual(values)
+            numbers = {"mean": values.mean(0), "std": values.std(0), "q01": low, "q99": high}
+            numbers |= {"min": values.min(0), "max": values.max(0)}
+            needed = ENDS[found[name]["kind"].partition("_")[2]]
+            found[name] = found[name] | {end: numbers[end].tolist() for end in needed}
+        return found
 
 
 def scale(kind: str) -> Any:

@@ -4,6 +4,8 @@ Every env worker has one. A family derives `PreparationBase` and inherits the ch
 
     .resize(images)        another project's: pictures [V, H, W, 3] uint8 → [V, size, size, 3]
     .words(state, task)    → {name: array}, the fields beside the pictures
+    .in_data(actions, state), .targets(actions, state), .counted(states, actions)
+                           what imitation asks for, where its actions have units of their own
 """
 
 import operator
@@ -44,6 +46,14 @@ def statistics(**fields: Any) -> Any:
 OWN = statistics(state_low=Numbers, state_high=Numbers)
 
 
+def usual(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The quantiles of 1 and 99 % of numbers [n, D]. Where they are the same, the least and the
+    largest number, so that what is seldom is not scaled beyond measure."""
+    low, high = np.quantile(values, (0.01, 0.99), axis=0)
+    same = low == high
+    return np.where(same, values.min(0), low), np.where(same, values.max(0), high)
+
+
 class PreparationBase:
     """Turns observations into the model's, and its actions into the simulator's. config and
     tokenizer: the family's; stats: of the checkpoint's header."""
@@ -59,6 +69,20 @@ class PreparationBase:
     def actions(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
         """The model's [C, A] → what the robot executes [C, A]; state [S] of the simulator."""
         return actions
+
+    def in_data(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """What the simulator executes [H, A] → the same as the model's data says it: the gripper,
+        and what is relative to the state [S]. Statistics are of this."""
+        return bins.gripper_in_data(actions, self.stats.get("gripper", ""))
+
+    def targets(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """What the simulator executes [H, A] → the model's: the inverse of `actions`."""
+        return actions
+
+    def counted(self, states: np.ndarray, actions: np.ndarray) -> dict:
+        """The header's statistics of other data: states [n, S], actions [m, A] of `in_data`."""
+        low, high = usual(states)
+        return self.stats | {"state_low": low.tolist(), "state_high": high.tolist()}
 
     def observe(self, images: np.ndarray, state: np.ndarray, task: str) -> dict[str, np.ndarray]:
         """images [V, H, W, 3] uint8, state [S] and task → the model's observation fields. Another
