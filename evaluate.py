@@ -9,6 +9,7 @@ on several processes.
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,17 +23,18 @@ import envs
 import machine
 import models
 from checks import Count, Length, Natural, Positive, check_ranges
-from config import Config, Family, embedded_files, expanded, from_json
+from config import Config, Family, embedded_files, expanded
 from envs import EnvSpec
-from envs.states import read_states, say_states
-from errors import UserError, exit_on_user_error, require
+from envs.states import read_states, repeats, say_states
+from errors import UserError, exit_on_user_error, place_of, require
 from evaluation import EVAL_SEEDS
 from films import write_video
 from metrics import wilson
 from models import checkpoint, contract
 from models.formats import peft
-from perturbed import Part, Training, draw, parts, states_of
+from perturbed import Part, Training, check_suite, draw, parts, states_of
 from processes import keep_freed_memory
+from start import lineage, met_by
 
 ABREAST = 8  # episodes that are played at the same time, in one batch of inference
 
@@ -142,9 +144,9 @@ class Player:
         for prompt in spec.prompts:
             self.preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
 
-    def play(self, part: Part, count: int) -> list[Episode]:
-        """Plays so many episodes of a part, ABREAST at a time."""
-        self.spec = part.spec
+    def play(self, part: Part, count: int) -> Iterator[list[Episode]]:
+        """Plays so many episodes of a part, and yields those that ended: ABREAST at a time."""
+        self.spec = self.seen(part.spec)
         tasks = len(self.spec.tasks)
         # Whole rounds of the tasks: LIBERO's initial state is the round's number.
         seeds = EVAL_SEEDS + self.config.seed * -(-count // tasks) * tasks
@@ -156,21 +158,21 @@ class Player:
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
             simulators[0].reset(0, seeds)
             simulators[0].observe()
-        ended = []
+        ended = 0
         try:
-            while len(ended) < count:
+            while ended < count:
                 begun = []
-                for number, env in zip(range(len(ended), count), simulators, strict=False):
+                for number, env in zip(range(ended, count), simulators, strict=False):
                     env.reset(number % tasks, seeds + number)
                     begun.append(Episode(number, number % tasks, env))
                 while playing := [episode for episode in begun if episode.success is None]:
                     for episode, actions in zip(playing, self.plan(playing), strict=True):
                         self.execute(episode, actions)
-                ended += begun
+                ended += len(begun)
+                yield begun
         finally:
             for env in simulators:
                 env.close()
-        return ended
 
     def plan(self, playing: list[Episode]) -> list[np.ndarray]:
         """Infers once for all of them. Returns the actions that each is to execute [C, A]."""
@@ -267,17 +269,12 @@ def settings_of(config: EvaluateConfig) -> Config:
     return settings
 
 
-def run_of(config: EvaluateConfig) -> tuple[Path | None, Config | None]:
-    """Finds the folder of the checkpoint's run, and its settings, where they are there."""
+def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig:
+    """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults.
+
+    runs: `start.lineage` of the checkpoint."""
     run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
-    saved = run / "config.json" if run else Path()
-    return run, from_json(saved) if saved.is_file() else None
-
-
-def as_in_training(config: EvaluateConfig) -> EvaluateConfig:
-    """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults."""
-    run, trained = run_of(config)
-    trained = trained or Config()
+    trained = runs[0] if runs else Config()
     precision = trained.train.precision
     given = tuple(filter(None, (config.suite, *config.tasks)))
     tasks = trained.train.tasks if config.env in ("", trained.train.env) else ()
@@ -319,29 +316,28 @@ def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) 
         print(f"warning: cannot write videos to {folder}: {said}", file=sys.stderr)
 
 
-def training_of(config: EvaluateConfig, simulator: envs.Simulator) -> Training:
-    """Says what the checkpoint's run met. Another simulator's tells nothing of this one."""
-    _, run = run_of(config)
-    if run is None:
-        return Training(None)
-    if run.train.env != config.env:
-        return Training(frozenset())
-    tasks = frozenset(simulator.spec(run.train.tasks, 0).tasks)
-    return Training(tasks, run.env.train_states, run.env.eval_states)
-
-
 def main(config: EvaluateConfig) -> dict:
     """Evaluates. Returns {"checkpoint", "rows"}: a row per task that has episodes, then of all.
     With --perturbed it is a row per part, each with its "tasks", and "missing"."""
     check_ranges(config)
 
-    # Build the policy as its checkpoint says, and see that all can be written.
+    # See that there is something to play. Another simulator's run tells nothing of this one.
     keep_freed_memory()
     whole, adapter = peft.find_base(config.checkpoint, config.adapter)
-    config = as_in_training(replace(config, checkpoint=whole, adapter=adapter))
+    runs = lineage(whole)
+    config = as_in_training(replace(config, checkpoint=whole, adapter=adapter), runs)
+    simulator = envs.load(config.env)
+    spec = simulator.spec(config.tasks, 0)
+    met, unknown = met_by(runs, simulator)
+    evaluated = runs[0].env.eval_states if runs and runs[0].train.env == config.env else ""
+    training = Training(met, evaluated)
+    missing = check_suite(simulator, config.tasks) if config.perturbed else {}
+    flags = (config.train_states, config.eval_states)
+    train, played = states_of(config.env, spec, training, *flags)
+
+    # Build the policy as its checkpoint says, and see that all can be written.
     settings = settings_of(config)
     player = Player(config, settings, config.tasks)
-    training = training_of(config, player.simulator)
     if config.json:
         check_writable(config.json, "the result", "--json FILE")
     check_writable(config.videos / ".writable", "videos", "--videos FOLDER")
@@ -349,23 +345,21 @@ def main(config: EvaluateConfig) -> dict:
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
     if settings.train.precision == "bfloat16":
         shown += ", --precision bfloat16"
-    flags = (config.train_states, config.eval_states)
+    said = f"{player.assumed}{unknown}"
     if config.perturbed:
-        return play_parts(config, player, training, f"{player.assumed}{path}: {shown}")
+        return play_parts(config, player, training, missing, f"{said}{path}: {shown}")
 
     # Play, count successes by task, and write down what was seen.
-    spec = player.spec
-    train, played = states_of(config.env, spec, training, *flags)
     part = Part("", spec, read_states(played))
     tasks = len(spec.tasks)
     what = f"{config.episodes} episodes of {config.env}"
     if config.episodes < tasks:
         what += f", of the first {config.episodes} of {tasks} tasks alone"
     if played:
-        met = f"training met {train}" if training.met(spec) else "not trained on"
-        what += f", initial states {played} ({met})"
-    print(f"{player.assumed}{spec.note}{path}: {what}, {shown}", flush=True)
-    episodes = player.play(part, config.episodes)
+        what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
+    said += f"{spec.note}{repeats(config.episodes, spec, played)}"
+    print(f"{said}{path}: {what}, {shown}", flush=True)
+    episodes = [episode for ended in player.play(part, config.episodes) for episode in ended]
     rows = rows_of(part, episodes)
     print(*map(line_of, rows), sep="\n")
     result = {"checkpoint": str(path), "rows": rows}
@@ -376,48 +370,68 @@ def main(config: EvaluateConfig) -> dict:
     return result
 
 
-def play_parts(config: EvaluateConfig, player: Player, training: Training, said: str) -> dict:
-    """Plays a suite as it was trained on, held out and perturbed; prints, draws and writes success.
-    A perturbation that turns out not to work here has a row that says so."""
-    require(len(config.tasks) == 1, "--perturbed is for one suite: give --suite, without --tasks")
+def play_parts(
+    config: EvaluateConfig, player: Player, training: Training, missing: dict[str, str], said: str
+) -> dict:
+    """Plays a suite as it was trained on, held out and perturbed; prints, draws and writes success,
+    after each part anew. One that turns out not to work here has a row that says so.
+
+    missing: perturbations, with why they cannot be played or ""."""
     flags = (config.train_states, config.eval_states)
-    simulator = player.simulator
     picture = config.videos / "perturbed.png"
     check_writable(picture, "the picture", "--videos FOLDER")
-    found, missing = parts(simulator, config.tasks[0], player.seen, training, *flags)
+    found = parts(player.simulator, config.tasks[0], training, *flags)
     for part in found:
-        player.check_prompts(part.spec)
+        player.check_prompts(player.seen(part.spec))
     most = f"at most {config.episodes} episodes of {config.env} a row, no two with one beginning"
     tasks = max(len(part.spec.tasks) for part in found)
     few = f", of the first {config.episodes} tasks alone" if config.episodes < tasks else ""
-    print(f"{said}, {most}{few}", flush=True)
+    print(f"{said}, {most}, of states from everywhere in its range{few}", flush=True)
     width = max(len(part.title) for part in found)
-    rows = []
+    missing = {name: why for name, why in missing.items() if why}
+    result = {"checkpoint": str(player.path), "rows": [], "missing": missing}
     for part in found:
-        row = {"task": part.title, "note": part.note}
-        if not part.note:
-            try:
-                episodes = player.play(part, min(config.episodes, part.beginnings()))
-                *tasks, row = rows_of(part, episodes)
-                row |= {"task": part.title, "states": say_states(part.states), "tasks": tasks}
-                folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
-                write_videos(folder, part.spec.tasks, episodes)
-            except UserError as error:
-                if part is found[0]:
-                    raise
-                row["note"] = str(error)
-        rows.append(row)
+        row = play_part(config, player, part, first=part is found[0])
+        result["rows"].append(row)
         print(line_of(row, width), flush=True)
+        if config.json:
+            config.json.write_text(json.dumps(result, indent=1))
+        draw(picture, result["rows"], f"{config.checkpoint}")
     print(*(part.spec.note for part in found), sep="", end="")
     for why in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, other in missing.items() if other == why)
         print(f"not here, for each {why}: {names}")
-    result = {"checkpoint": str(player.path), "rows": rows, "missing": missing}
-    if config.json:
-        config.json.write_text(json.dumps(result, indent=1))
-    draw(picture, rows, f"{config.checkpoint}")
     print(f"picture {picture}, videos in {config.videos}")
     return result
+
+
+def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -> dict:
+    """Plays a part and makes its row. An error is its note, beside the rows of tasks for what had
+    ended by then; but of the first part it is raised, for it would come again."""
+    row = {"task": part.title, "note": part.note}
+    if part.note:
+        return row
+    part = part._replace(states=part.chosen(config.episodes, config.seed))
+    count = min(config.episodes, len(part.spec.tasks) * len(part.states))
+    episodes = []
+    try:
+        for ended in player.play(part, count):
+            episodes += ended
+    except Exception as error:  # of a simulator, whatever it may be
+        if first:
+            raise
+        row["note"] = str(error)
+        if not isinstance(error, UserError):
+            row["note"] = f"{error!r:.200} at {place_of(error)}"
+        if episodes:
+            *row["tasks"], every = rows_of(part, episodes)
+            won = round(every["episodes"] * every["success_rate"])
+            row["note"] += f" (after {won} successes in {len(episodes)} of {count} episodes)"
+        return row
+    folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
+    write_videos(folder, part.spec.tasks, episodes)
+    *tasks, every = rows_of(part, episodes)
+    return every | {"task": part.title, "states": say_states(part.states), "tasks": tasks}
 
 
 if __name__ == "__main__":

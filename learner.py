@@ -416,6 +416,8 @@ class Learner:
                 "lora_alpha": self.config.actor.lora_alpha,
                 "lora_targets": list(self.config.actor.lora_targets),
                 "noise": self.config.rollout.noise,
+                "train_states": self.config.env.train_states,
+                "eval_states": self.config.env.eval_states,
             },
             "scale": self.algorithm.state(),  # the key is of when losses kept nothing else
             "lines": lines,

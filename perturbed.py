@@ -2,14 +2,13 @@
 were not, and every perturbation of it (`evaluate.py --perturbed`). Left out: playing.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from envs import EnvSpec, Simulator
-from envs.states import read_states, say_states, split
+from envs.states import read_states, say_states, split, states_met
 from errors import require
 from pictures import BLUE, ORANGE
 
@@ -22,69 +21,127 @@ class Part(NamedTuple):
     states: tuple[int, ...] = ()  # that they begin at; none means all
     note: str = ""  # why there are none
 
-    def beginnings(self) -> int:
-        """Counts the different ones that its episodes may have."""
-        return len(self.spec.tasks) * (len(self.states) or self.spec.states)
+    def chosen(self, episodes: int, seed: int) -> tuple[int, ...]:
+        """Chooses as many initial states as so many episodes begin at, all at different ones, from
+        everywhere among this part's. Those of seed 1 follow on those of seed 0."""
+        states = self.states or tuple(range(self.spec.states))
+        count = min(len(states), -(-episodes // len(self.spec.tasks)))
+        step = -(-len(states) // count)
+        order = [state for first in range(step) for state in states[first::step]]
+        return tuple(sorted(order[(seed * count + i) % len(order)] for i in range(count)))
 
 
 class Training(NamedTuple):
     """What is known of how a policy was trained."""
 
-    tasks: frozenset[str] | None  # None: of another project's, which may be any
-    train_states: str = ""
+    # Tasks, with the initial states that were met, of which none means all. None: of another
+    # project's, which may be any.
+    met: dict[str, frozenset[int]] | None
     eval_states: str = ""
 
-    def met(self, spec: EnvSpec) -> bool:
-        return self.tasks is None or bool(self.tasks & set(spec.tasks))
+    def tasks_of(self, spec: EnvSpec) -> tuple[str, ...]:
+        """Lists those that were trained on, or may have been."""
+        met = spec.tasks if self.met is None else self.met
+        return tuple(task for task in spec.tasks if task in met)
+
+    def says(self, spec: EnvSpec, train: str, given: str) -> str:
+        """Says which initial states training met. given: the flag, for who knows better."""
+        tasks = self.tasks_of(spec)
+        if not tasks:
+            return "not trained on"
+        if self.met is None and not given:
+            return "nobody knows which were trained on"
+        few = len(tasks) < len(spec.tasks)
+        return f"training met {train}" + (f" of {share(tasks, spec)}" if few else "")
+
+
+def share(tasks: tuple[str, ...], spec: EnvSpec) -> str:
+    return f"{len(tasks)} of {len(spec.tasks)} tasks"
 
 
 def states_of(
     env: str, spec: EnvSpec, training: Training, train: str, evaluation: str
 ) -> tuple[str, str]:
     """Decides which initial states of these tasks were trained on and which are to be played, as
-    flags; empty means all. Flags come first, then the training's, if it met these tasks."""
-    if training.met(spec):
-        train = train or training.train_states
+    flags; empty means all. Flags come first, then the training's, if it met any of these tasks."""
+    if training.tasks_of(spec) and spec.states:
         evaluation = evaluation or training.eval_states
+        met = range(spec.states) if training.met is None else states_met(training.met, spec)
+        if evaluation or len(met) < spec.states:
+            train = train or say_states(tuple(met))
     if evaluation and not train and spec.states:
         train = f"0-{spec.states - 1}"
     return split(env, spec, train, evaluation)[:2]
 
 
+def check_suite(simulator: Simulator, tasks: tuple[str, ...]) -> dict[str, str]:
+    """Lists the perturbations of the one suite that is to be played: name → why it cannot be
+    played, or "". Raises UserError where it is not one, or has none."""
+    require(len(tasks) == 1, "--perturbed is for one suite: give --suite, without --tasks")
+    listed = simulator.perturbed(tasks[0])
+    which = "--perturbed is for a suite with perturbations, such as libero_10"
+    require(listed, f"{which}: {tasks[0]} has none here")
+    return listed
+
+
 def parts(
+    simulator: Simulator, suite: str, training: Training, train: str, evaluation: str
+) -> list[Part]:
+    """Lists what is to be played. train, evaluation: flags of initial states."""
+    spec = simulator.spec((suite,), 0)
+    known = training.tasks_of(spec)
+    others = tuple(task for task in spec.tasks if task not in known)
+    made = []
+    if known:
+        name = f"{suite} ({share(known, spec)})" if others else suite
+        made += trained_parts(name, simulator, known, training, train, evaluation)
+    if others:
+        name = f"{suite} ({share(others, spec)})" if known else suite
+        rest = simulator.spec(others, 0)
+        found = states_of(simulator.name, rest, training, train, evaluation)[1]
+        made.append(Part(f"{name}, not trained on", rest, read_states(found)))
+    for name, why in sorted(simulator.perturbed(suite).items()):
+        if why:
+            continue
+        spec = simulator.spec((name,), 0)
+        known = training.tasks_of(spec) if training.met is not None else ()
+        title = name
+        if known:
+            of = "" if len(known) == len(spec.tasks) else f"{share(known, spec)} "
+            title += f", {of}trained on"
+        made.append(Part(title, spec))
+    return made
+
+
+def trained_parts(
+    name: str,
     simulator: Simulator,
-    suite: str,
-    seen: Callable[[EnvSpec], EnvSpec],
+    tasks: tuple[str, ...],
     training: Training,
     train: str,
     evaluation: str,
-) -> tuple[list[Part], dict[str, str]]:
-    """Lists what is to be played, and what is not: name → why. Raises UserError where the suite has
-    no perturbations.
-
-    seen: describes tasks as the policy sees them. train, evaluation: flags of initial states."""
-    listed = simulator.perturbed(suite)
-    which = "--perturbed is for a suite with perturbations, such as libero_10"
-    require(listed, f"{which}: {suite} has none here")
-    spec = seen(simulator.spec((suite,), 0))
-    found = states_of(simulator.name, spec, training, train, evaluation)
+) -> list[Part]:
+    """Lists the states that these tasks were trained on, or may have been, and those held out."""
+    spec = simulator.spec(tasks, 0)
     every = tuple(range(spec.states))
+    found = states_of(simulator.name, spec, training, train, evaluation)
     trained, evaluated = (read_states(states) or every for states in found)
-    held_out = tuple(state for state in evaluated if state not in set(trained))
-    made = [Part(f"{suite}, not trained on", spec, evaluated)]
-    if training.met(spec):
-        met = f"all of {spec.states}" if trained == every else say_states(evaluated)
-        made = [
-            Part(f"{suite}, trained states {say_states(trained)}", spec, trained),
-            Part(f"{suite}, held-out states {say_states(held_out)}".strip(), spec, held_out)
-            if held_out
-            else Part(f"{suite}, held-out states", spec, note=f"none: training met {met}"),
-        ]
-    for name in sorted(name for name, why in listed.items() if not why):
-        spec = seen(simulator.spec((name,), 0))
-        known = training.tasks is not None and training.met(spec)
-        made.append(Part(f"{name}, trained on" if known else name, spec))
-    return made, {name: why for name, why in listed.items() if why}
+    unknown = training.met is None and not train
+    if unknown:
+        title = f"{name}, states {say_states(trained)} (taken as trained on)"
+    else:
+        title = f"{name}, trained states {say_states(trained)}"
+    made = [Part(title, spec, trained)]
+    rest = tuple(state for state in every if state not in set(trained))
+    held_out = tuple(state for state in evaluated if state in rest) or rest
+    title = f"{name}, held-out states"
+    if held_out:
+        made.append(Part(f"{title} {say_states(held_out)}", spec, held_out))
+    elif unknown:
+        made.append(Part(title, spec, note="none known: --train-states says what training met"))
+    else:
+        made.append(Part(title, spec, note=f"none: training met all of {spec.states}"))
+    return made
 
 
 def draw(file: Path, rows: list[dict], title: str) -> None:

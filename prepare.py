@@ -34,11 +34,11 @@ from config import (
     to_json,
     validate,
 )
-from envs.states import split
+from envs.states import read_states, repeats, say_states, split, states_met
 from errors import UserError, require
 from models import checkpoint, contract
 from scheduler import Admission, Placement, divide
-from start import State, check_memory_of, find_start
+from start import State, check_memory_of, find_start, lineage, met_by
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,18 @@ def with_states(config: Config, simulator: envs.Simulator) -> tuple[Config, str]
     spec = simulator.spec(config.train.tasks, 0)
     given = (config.env.train_states, config.env.eval_states)
     train, evaluation, note = split(config.train.env, spec, *given)
+
+    # What the checkpoint has met before is not held out, either.
+    begins = config.train.checkpoint
+    if evaluation and begins:
+        met, unknown = met_by(lineage(begins), simulator)
+        before = set(states_met(met or {}, spec)) - set(read_states(train))
+        both = tuple(state for state in read_states(evaluation) if state in before)
+        note += unknown
+        if both:
+            note += f"not held out: checkpoint {begins} has met initial states {say_states(both)}\n"
+    if config.env.evaluates:
+        note += repeats(config.env.eval_episodes, spec, evaluation)
     return completed(config, train_states=train, eval_states=evaluation), spec.note + note
 
 

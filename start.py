@@ -5,6 +5,7 @@ Left out: reading weights (`models.build`), writing checkpoints (saving.py).
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -21,11 +22,13 @@ from config import (
     completed,
     embedded_files,
     expanded,
+    from_json,
     loss_of,
     run_path,
     setting,
 )
-from errors import require, understood
+from envs.states import read_states
+from errors import UserError, require, understood
 from models import checkpoint, untrained
 from models.formats import peft
 from run_folder import Line, lines_until
@@ -109,9 +112,10 @@ def resume_from(config: Config) -> tuple[Path, State]:
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     resume = read_state(found)
-    # What is trained decides what the optimizer remembers.
+    # What is trained decides what the optimizer remembers, and what is held out must stay so.
     for name, before in resume.get("settings", {}).items():
-        fixed = f"{flag_of(name)} was {before} when run {run} began: it cannot change now"
+        was = "not given" if before == "" else before
+        fixed = f"{flag_of(name)} was {was} when run {run} began: it cannot change now"
         unknown = f"cannot read {state_of(found)}: there is no setting {name!r}"
         require(name in STAGE_OF, unknown)
         now = setting(config, name)
@@ -120,6 +124,43 @@ def resume_from(config: Config) -> tuple[Path, State]:
     over = f"run {run} already has {done} iterations: give more --iterations"
     require(done < config.train.iterations, over)
     return found, resume
+
+
+def lineage(path: Path | None) -> list[Config]:
+    """Reads the settings of the run that a checkpoint is of, of the one whose checkpoint that began
+    from, and so on, as far as their folders are here. Raises UserError."""
+    found: dict[Path, Config] = {}
+    while path is not None:
+        run = None
+        with suppress(UserError):  # what a run began from may be gone by now
+            run = checkpoint.run_of(path)
+        if run is None or run in found or not (run / "config.json").is_file():
+            break
+        found[run] = from_json(run / "config.json")
+        path = found[run].train.checkpoint
+    return list(found.values())
+
+
+def met_by(
+    runs: list[Config], simulator: envs.Simulator
+) -> tuple[dict[str, frozenset[int]] | None, str]:
+    """Collects the tasks of a simulator that any of these runs trained on, with their initial
+    states, of which none means all. Returns them, or None where nobody knows, and what to say."""
+    if not runs:
+        return None, ""
+    met: dict[str, frozenset[int]] = {}
+    for run in runs:
+        if run.train.env != simulator.name:
+            continue
+        try:
+            tasks = simulator.spec(run.train.tasks, 0).tasks
+        except UserError as error:
+            return None, f"which tasks training met is not known here: {error}\n"
+        states = frozenset(read_states(run.env.train_states))
+        for task in tasks:
+            before = met.get(task, states)
+            met[task] = states | before if states and before else frozenset()
+    return met, ""
 
 
 def state_of(found: Path) -> str:

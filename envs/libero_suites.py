@@ -134,8 +134,14 @@ def read_variants(found: Found, folder: Path, order: dict[str, list[str]]) -> No
             if seen := SEEN.fullmatch(name):
                 stem, words, *camera, posture, noise = seen.groups()
                 view = tuple(map(int, camera))
-                kind = "language" if words else "camera" if view != STAYS else "robot"
-                kind = "noise" if noise else kind
+                if noise:
+                    kind = "noise"
+                elif words:
+                    kind = "language"
+                elif view != STAYS:
+                    kind = "camera"
+                else:
+                    kind = "robot"
                 settings = seen_from(view)
                 if posture != "0":
                     settings["robots"] = [f"Panda{posture}"]
@@ -143,7 +149,8 @@ def read_variants(found: Found, folder: Path, order: dict[str, list[str]]) -> No
                 stem, what = built.groups()
                 kind = KINDS.get(what, "layout")
                 if kind == "layout":  # one state, with the further or moved objects
-                    stem, states = name, folder / "init_files" / "libero_newobj" / base
+                    stem = name
+                    states = folder / "init_files" / "libero_newobj" / base
             else:  # a task as LIBERO has it
                 continue
             suite = f"{base}_{kind}"
@@ -173,7 +180,7 @@ def tasks_of(name: str) -> list[Task]:
         suite, _, stem = name.rpartition("/")
         every = [task for tasks in found.tasks.values() for task in tasks]
         named = stem if suite in LIMITS else name
-        tasks = [task for task in every if task.name == named]
+        tasks = [task for task in every if task.name == named and suite in ("", task.suite)]
         if not tasks and not suite:
             tasks = [task for task in every if task.name.endswith(f"/{name}")]
         suites = [suite for suite in found.tasks if suite in LIMITS or not base_of(suite)]
@@ -182,16 +189,21 @@ def tasks_of(name: str) -> list[Task]:
         require(tasks, f"unknown LIBERO task {name!r}: {choose} {example}")
         several = f"several LIBERO suites have a task {name!r}: name the suite, too"
         require(len(tasks) == 1, f"{several}, as {tasks[0].name}")
-    playable = [task for task in tasks if count(task.states)]
+    playable = with_states(tasks)
     why = found.missing.get(name, NO_STATES)
     require(playable, f"LIBERO's {name} cannot be played with what is installed here: it {why}")
     return playable
 
 
+def with_states(tasks: list[Task]) -> list[Task]:
+    """Chooses those that can be played: some files of initial states are empty."""
+    return [task for task in tasks if count(task.states)]
+
+
 def left_out(suite: str) -> str:
     """Says which tasks of a suite `tasks_of` leaves out, in a line, if any."""
-    tasks = installed().tasks.get(suite, ())
-    without = sum(not count(task.states) for task in tasks)
+    tasks = installed().tasks.get(suite, [])
+    without = len(tasks) - len(with_states(tasks))
     return f"{without} of {suite}'s {len(tasks)} tasks have no initial states\n" if without else ""
 
 
@@ -206,9 +218,7 @@ def perturbed(suite: str) -> dict[str, str]:
     found = installed()
     names = sorted(found.tasks.keys() | found.missing.keys())
     names = [name for name in names if name != suite and base_of(name) == suite]
-    playable = {
-        name for name in names if any(count(task.states) for task in found.tasks.get(name, ()))
-    }
+    playable = {name for name in names if with_states(found.tasks.get(name, []))}
     return {name: "" if name in playable else found.missing.get(name, NO_STATES) for name in names}
 
 

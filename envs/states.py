@@ -2,6 +2,7 @@
 (LIBERO). All for both is the published protocol; a split shows what is memorised.
 """
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from envs import EnvSpec
@@ -56,3 +57,24 @@ def split(env: str, spec: EnvSpec, train: str, evaluation: str) -> tuple[str, st
     note = f"of {spec.states} initial states, training meets {say_states(trained)}, evaluation "
     note += say_states(evaluated) + (f" (trained on, too: {say_states(both)})" if both else "")
     return say_states(trained), say_states(evaluated), note + "\n"
+
+
+def states_met(met: Mapping[str, frozenset[int]], spec: EnvSpec) -> tuple[int, ...]:
+    """Lists the initial states that any of these tasks was trained on.
+
+    met: those of each task that was; none means all."""
+    every = range(spec.states)
+    sets = [met[task] or frozenset(every) for task in spec.tasks if task in met]
+    return tuple(state for state in every if any(state in states for states in sets))
+
+
+def repeats(episodes: int, spec: EnvSpec, states: str) -> str:
+    """Says in a line where episodes begin at one state more than once: they tell less than as many
+    independent ones, as which an interval counts them.
+
+    states: as `read_states` reads them; none means all."""
+    beginnings = len(spec.tasks) * (len(read_states(states)) or spec.states)
+    if not 0 < beginnings < episodes:
+        return ""
+    often = f"{beginnings} beginnings, each up to {-(-episodes // beginnings)} times"
+    return f"{episodes} episodes have {often}: intervals count them as independent\n"

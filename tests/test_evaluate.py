@@ -15,8 +15,9 @@ import evaluate
 from config import Config, completed, to_json
 from envs import EnvSpec, Step
 from errors import UserError
-from evaluate import Episode, EvaluateConfig, as_in_training, wilson
+from evaluate import Episode, EvaluateConfig, wilson
 from models import checkpoint
+from start import lineage
 
 
 def test_wilson_s_interval():
@@ -155,6 +156,10 @@ def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_pat
     trained = {"env": "plays", "tasks": ("b", "a"), "image_size": 32, "render_quality": "full"}
     trained["cameras"] = 1
     (run / "config.json").write_text(to_json(completed(Config(), **trained)))
+
+    def as_in_training(given: EvaluateConfig) -> EvaluateConfig:
+        return evaluate.as_in_training(given, lineage(given.checkpoint))
+
     found = as_in_training(EvaluateConfig(checkpoint=run))
     assert {name: getattr(found, name) for name in trained} == trained
     assert found.videos == run / "videos"

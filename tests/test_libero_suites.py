@@ -102,6 +102,7 @@ def test_suites_are_the_folders_that_have_tasks_and_states(package):
         ("libero_10_env", "libero_10_env cannot be played .*: it has no task files"),
         ("libero_10_with_trigger", "it has no initial states"),
         ("libero_10_with_milk/FLOOR_SCENE1_b", "it has no initial states"),
+        ("libero_goal/a", "unknown LIBERO task 'libero_goal/a'"),  # which libero_10 has
         ("juggle", "unknown LIBERO task 'juggle': choose suites .libero_10, libero_mine, or a per"),
     ):
         with pytest.raises(UserError, match=words):

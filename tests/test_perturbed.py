@@ -27,6 +27,8 @@ SAID = {"a": "push", "b": "pull", "c": "turn"}
 def spec(tasks, image_size):
     names = [SUITES.get(task, (task,)) for task in tasks or ("base",)]
     found = tuple(name for group in names for name in group)
+    if "gone" in found:
+        raise UserError("unknown task 'gone'")
     prompts = tuple(SAID[name[-1]] for name in found)
     note = "1 of 3 tasks is left out\n" if "base_lan" in tasks else ""
     return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=STATES, note=note)
@@ -93,7 +95,7 @@ def test_one_table_one_picture_one_file(evaluated, monkeypatch, tmp_path, capsys
     for title, n, rate, states in (
         ("base, trained states 0-1", 4, 1.0, "0-1"),
         ("base, held-out states 2-3", 4, 0.0, "2-3"),
-        ("base_lan", 8, 0.5, ""),
+        ("base_lan", 8, 0.5, "0-3"),
     ):
         row = rows.pop(title)
         low, high = wilson(round(n * rate), n)
@@ -114,15 +116,106 @@ def test_one_table_one_picture_one_file(evaluated, monkeypatch, tmp_path, capsys
     assert (films / "base-held-out-states-2-3" / "a.mp4").is_file()
 
 
-@pytest.mark.parametrize("settings", [None, {"tasks": ("base",)}])
-def test_where_training_met_all_states_none_are_held_out(evaluated, settings):
-    """As another project's checkpoint may have."""
+UNKNOWN = ("states 0-3 (taken as trained on)", "none known: --train-states says what training met")
+
+
+@pytest.mark.parametrize(
+    "settings, title, note",
+    [
+        (None, *UNKNOWN),
+        ({"tasks": ("gone",)}, *UNKNOWN),
+        ({"tasks": ("base",)}, "trained states 0-3", "none: training met all of 4"),
+    ],
+)
+def test_where_training_met_all_states_none_are_held_out(evaluated, settings, title, note, capsys):
+    """As another project's checkpoint may have, and one whose tasks are not installed here."""
     trained, held_out, *_ = evaluated(settings, suite="base", perturbed=True)["rows"]
-    assert trained["task"] == "base, trained states 0-3" and trained["episodes"] == 8
-    none = {"task": "base, held-out states", "note": "none: training met all of 4"}
-    assert held_out == none
+    assert trained["task"] == f"base, {title}" and trained["episodes"] == 8
+    assert held_out == {"task": "base, held-out states", "note": note}
+    gone = "which tasks training met is not known here: unknown task 'gone'\n"
+    assert (gone in capsys.readouterr().out) == (settings == {"tasks": ("gone",)})
     _, held_out, *_ = evaluated(settings, suite="base", perturbed=True, train_states="0-2")["rows"]
     assert held_out["task"] == "base, held-out states 3" and held_out["success_rate"] == 0.0
+
+
+def test_what_was_never_trained_on_is_held_out(evaluated, tmp_path):
+    """Whatever the run was evaluated on, and met before it began."""
+    split = {"train_states": "0-2", "eval_states": "0-1", "tasks": ("base",)}
+    _, held_out, *_ = evaluated(split, suite="base", perturbed=True)["rows"]
+    assert held_out["task"] == "base, held-out states 3" and held_out["episodes"] == 2
+    evaluated(split)
+    (tmp_path / "run").rename(tmp_path / "earlier")
+    split = {"train_states": "2", "eval_states": "0,1,3", "tasks": ("a",)}
+    later = {**split, "checkpoint": tmp_path / "earlier"}
+    rows = evaluated(later, suite="base", perturbed=True)["rows"]
+    assert [row["task"] for row in rows][:2] == [
+        "base, trained states 0-2",
+        "base, held-out states 3",
+    ]
+
+
+def test_few_episodes_begin_everywhere(evaluated):
+    rows = evaluated({"tasks": ("base",)}, suite="base", perturbed=True, episodes=4)["rows"]
+    assert rows[0]["states"] == "0,2"
+    assert sorted(Env.met[1:5]) == [("a", 0), ("a", 2), ("b", 0), ("b", 2)]
+    flags = {"suite": "base", "perturbed": True, "episodes": 4, "seed": 1}
+    assert evaluated({"tasks": ("base",)}, **flags)["rows"][0]["states"] == "1,3"
+
+
+def test_tasks_that_were_not_trained_on_have_a_row_of_their_own(evaluated, capsys):
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("a", "base_lan/b")}
+    rows = evaluated(split, suite="base", perturbed=True)["rows"]
+    assert [(row["task"], row.get("episodes")) for row in rows] == [
+        ("base (1 of 2 tasks), trained states 0-1", 2),
+        ("base (1 of 2 tasks), held-out states 2-3", 2),
+        ("base (1 of 2 tasks), not trained on", 4),
+        ("base_lan, 1 of 2 tasks trained on", 8),
+        ("base_torn", None),
+    ]
+    assert [one["task"] for row in rows[:3] for one in row["tasks"]] == ["a", "a", "b"]
+    capsys.readouterr()
+    evaluated(split, suite="base")
+    assert "initial states 2-3 (training met 0-1 of 1 of 2 tasks)" in capsys.readouterr().out
+
+
+def test_what_was_played_is_kept_whatever_fails(evaluated, monkeypatch, tmp_path):
+    """A part in which the simulator breaks has a row that says after what; the others go on."""
+    file = tmp_path / "result.json"
+    written = []
+    step, reset = Env.step, Env.reset
+
+    def breaks(self, action):
+        if self.tasks[0].startswith("base_lan") and self.state == 3:
+            raise RuntimeError("no contact")
+        return step(self, action)
+
+    def begins(self, task, seed):
+        if self.tasks[0].startswith("base_torn"):
+            written.append(json.loads(file.read_text()))
+        reset(self, task, seed)
+
+    monkeypatch.setattr(Env, "step", breaks)
+    monkeypatch.setattr(Env, "reset", begins)
+    monkeypatch.setattr(evaluate, "ABREAST", 2)
+    flags = {"suite": "base", "perturbed": True, "json": file}
+    rows = evaluated({"tasks": ("base",)}, train_states="0-1", **flags)["rows"]
+    assert [row["task"] for row in rows] == [
+        "base, trained states 0-1",
+        "base, held-out states 2-3",
+        "base_lan",
+        "base_torn",
+    ]
+    note = rows[2]["note"]
+    assert note.startswith("RuntimeError('no contact') at ")
+    assert note.endswith(" (after 4 successes in 6 of 8 episodes)")
+    assert [one["episodes"] for one in rows[2]["tasks"]] == [3, 3]
+    assert written[0]["rows"] == rows[:3]
+    assert (tmp_path / "films" / "perturbed.png").is_file()
+
+    # What breaks the first part would break them all.
+    monkeypatch.setattr(Env, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluated({"tasks": ("base",)}, **flags)
 
 
 def test_a_table_that_could_not_be_drawn_is_not_begun(evaluated, tmp_path):
@@ -151,7 +244,13 @@ def test_a_run_is_evaluated_on_its_held_out_states(evaluated, capsys):
     assert {state for _, state in Env.met} == {0, 1, 2, 3}
     evaluated({"tasks": ("base",)}, eval_states="3")
     assert {state for _, state in Env.met} == {3}
-    assert "initial states 3 (training met 0-3)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "initial states 3 (training met 0-3)" in said
+    assert "16 episodes have 2 beginnings, each up to 8 times" in said
+    evaluated(None, eval_states="3")
+    assert "initial states 3 (nobody knows which were trained on)" in capsys.readouterr().out
+    evaluated(None, eval_states="3", train_states="0-1")
+    assert "initial states 3 (training met 0-1)" in capsys.readouterr().out
     evaluated({"tasks": ("base",)})  # the published protocol
     assert {state for _, state in Env.met} == {0, 1, 2, 3}
 
@@ -167,7 +266,9 @@ def test_a_run_is_evaluated_on_its_held_out_states(evaluated, capsys):
         ({"env": "metaworld", "suite": "reach", "perturbed": True}, "reach has none here"),
     ],
 )
-def test_mistakes(evaluated, flags, words):
+def test_mistakes(evaluated, flags, words, monkeypatch):
+    """They are found before the policy is built."""
+    monkeypatch.setattr(models, "build", None)
     with pytest.raises(UserError, match=words):
         evaluated(None, **flags)
     assert Env.met == []

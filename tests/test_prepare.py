@@ -280,6 +280,27 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert start.resume_from(config)[1]["seed"] == largest["seed"]
 
 
+def test_held_out_states_stay_so_on_resuming(tmp_path):
+    folder = tmp_path / "run/checkpoints/000003"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    split = {"train_states": "0-39", "eval_states": "40-49"}
+    config = completed(Config(), resume=str(tmp_path / "run"), **split)
+    other = completed(config, train_states="30-49")
+    for before, flag, was, refused in (
+        (split, "train", "0-39", other),
+        (split, "eval", "40-49", completed(config, eval_states="0-29")),
+        (dict.fromkeys(split, ""), "train", "not given", config),
+    ):
+        (folder / "state.json").write_text(json.dumps(GOOD | {"settings": before}))
+        with pytest.raises(UserError, match=f"--{flag}-states was {was} when run .* cannot change"):
+            start.resume_from(refused)
+    (folder / "state.json").write_text(json.dumps(GOOD | {"settings": split}))
+    assert start.resume_from(config)[0] == folder
+    (folder / "state.json").write_text(json.dumps(GOOD))  # as of before there were splits
+    assert start.resume_from(other)[0] == folder
+
+
 def lack(weights, meta):
     del weights["action_out_proj.bias"]
 

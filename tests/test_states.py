@@ -9,9 +9,9 @@ import test_lanes
 import envs
 import prepare
 import train
-from config import Config, completed
+from config import Config, completed, to_json
 from envs import EnvSpec, lanes
-from envs.states import read_states, say_states, split
+from envs.states import read_states, repeats, say_states, split
 from errors import UserError
 from scheduler import Trajectories
 
@@ -78,6 +78,52 @@ def test_a_run_s_settings_hold_both_sides(monkeypatch):
     assert "of 50 initial states, training meets 0-39, evaluation 40-49" in setup.note
     env = prepare.prepare(train.parse(flags)).config.env
     assert env.train_states == env.eval_states == ""
+
+
+def test_what_a_checkpoint_has_met_is_not_held_out(monkeypatch, tiny_checkpoint, tmp_path):
+    """Nor what the run met whose checkpoint that one's began from."""
+    simulator = envs.load("emulated")
+    plain = simulator.module.spec
+    monkeypatch.setattr(simulator.module, "spec", lambda *given: plain(*given)._replace(states=50))
+
+    def run(name: str, **settings):
+        folder = tmp_path / name / "checkpoints" / "000003"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").symlink_to(tiny_checkpoint)
+        config = completed(Config(), env="emulated", **settings)
+        (tmp_path / name / "config.json").write_text(to_json(config))
+        return tmp_path / name
+
+    first = run("first", train_states="0-39", eval_states="40-49")
+    second = run("second", checkpoint=first, train_states="5-44", eval_states="0-4,45-49")
+    whole = run("whole")
+    gone = run("gone", checkpoint=tmp_path / "removed", train_states="45-49")
+    for begins, train_states, met in (
+        (first, "10-49", "0-9"),
+        (first, "0-39", ""),
+        (second, "20-49", "0-19"),
+        (whole, "10-49", "0-9"),
+        (gone, "10-49", ""),
+        (tiny_checkpoint, "10-49", ""),
+    ):
+        given = {"checkpoint": begins, "train_states": train_states, "eval_every": 0}
+        config = completed(Config(), env="emulated", **given)
+        note = prepare.with_states(config, simulator)[1]
+        said = f"not held out: checkpoint {begins} has met initial states {met}\n"
+        assert note.endswith(said) if met else "not held out" not in note
+
+
+def test_episodes_of_one_beginning_are_counted(monkeypatch):
+    words = "100 episodes have 10 beginnings, each up to 10 times: intervals count them as indep"
+    assert repeats(100, SPEC, "45-49").startswith(words)
+    assert repeats(100, SPEC, "") == repeats(10, SPEC, "45-49") == ""
+    assert repeats(10**6, SPEC._replace(states=0), "") == ""
+    simulator = envs.load("emulated")
+    monkeypatch.setattr(simulator.module, "spec", lambda *given: SPEC)
+    config = completed(Config(), env="emulated", eval_states="49", eval_episodes=24)
+    assert "24 episodes have 2 beginnings" in prepare.with_states(config, simulator)[1]
+    config = completed(config, eval_every=0)
+    assert "beginnings" not in prepare.with_states(config, simulator)[1]
 
 
 def test_lanes_hand_states_to_their_simulators():

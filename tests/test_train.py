@@ -367,6 +367,8 @@ def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, al
 
 def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     run = shutil.copytree(finished("full"), tmp_path / "copy")
+    fixed = json.loads((run / "checkpoints/000002/state.json").read_text())["settings"]
+    assert fixed.items() >= {"train_states": "", "eval_states": ""}.items()
     before = lines_of(run)
     with open(
         run / "metrics.jsonl", "a"
