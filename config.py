@@ -123,7 +123,8 @@ class RunConfig:
     trace: bool = True
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
     film: bool = True
-    """film each task's first held-out episode with the first and the newest policy, for videos/"""
+    """film a held-out episode of each task, of those that the first node plays a dozen, with the
+    first and the newest policy, for videos/"""
     watch: bool = False
     """write report.html also while the run goes on, after an iteration, every 10 s or so; a browser
     that shows it follows"""

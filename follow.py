@@ -13,6 +13,7 @@ import report
 from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
+from films import forget
 from html_report import Watcher
 from metrics import Interval, Measured, figures
 from nodes import Ended, NodeLost, Nodes
@@ -164,6 +165,7 @@ class Follower:
         self.interval = Interval(self.channels.counters, self.tuner.rows)
         if self.setup.resume:
             self.folder.go_on_from(self.setup.resume["lines"])
+            forget(self.folder.path / "videos", self.setup.version)
             self.channels.counters.set(0, "written", self.setup.version)
             self.folder.write("config.json", self.setup.saved)
 
