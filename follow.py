@@ -205,7 +205,8 @@ class Follower:
                 self.hand_over(news)
             return None  # the first node says when it is the end
         if "done" in news:
-            done = f"{news['done']} iterations done; checkpoint in"
+            count = news["done"]
+            done = f"{count} iteration{'s' * (count != 1)} done; checkpoint in"
             done = f"{done} {self.folder.path / 'checkpoints'}"
             done += f" on {self.nodes.name}" if self.nodes.several else ""
             return End(f"error: {self.trouble}; {done}", 1) if self.trouble else End(done)

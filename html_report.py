@@ -35,7 +35,7 @@ from diagnostics import Warnings
 from errors import UserError
 from films import Film, file_name, films_in, forget, make_videos
 from metrics import wilson
-from run_folder import RunFolder, name_of
+from run_folder import RunFolder, name_of, newest_version
 
 NEWEST = 10  # iterations whose training episodes are counted
 LISTED = 8  # warnings, and tasks without a film
@@ -359,8 +359,10 @@ def command(nodes: int, flags: list[str]) -> str:
 
 def repeat(run: Path, config: Config, note: dict) -> str:
     """Returns commands, settings and versions."""
-    commands = [*note.get("commands", []), command(config.train.nodes, ["--resume", name_of(run)])]
-    commands.append(f"python evaluate.py --checkpoint {shlex.quote(str(run))}")
+    commands = list(note.get("commands", []))
+    if newest_version(run) is not None:
+        commands.append(command(config.train.nodes, ["--resume", name_of(run)]))
+        commands.append(f"python evaluate.py --checkpoint {shlex.quote(str(run))}")
     defaults = Config()
     rows = []
     for name in STAGE_OF:

@@ -239,9 +239,11 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
 def show(console: Console, name: str, summary: Summary, config: Config) -> None:
     train = config.train
     auto = " (auto)" if train.ratio == "auto" else ""
+    count = summary.iterations
+    done = f"{count} iteration{'s' * (count != 1)} in {summary.minutes:.1f} min"
     console.print(
-        f"[b]{escape(name)}[/]: {summary.iterations} iterations in {summary.minutes:.1f} min; "
-        f"{train.model} on {train.env}, preset {train.preset}, ratio {train.parts}{auto}"
+        f"[b]{escape(name)}[/]: {done}; {train.model} on {train.env}, preset {train.preset}, "
+        f"ratio {train.parts}{auto}"
     )
     console.print(facts(summary), end="\n\n", soft_wrap=True)
     show_tables(console, summary)

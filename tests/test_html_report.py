@@ -122,6 +122,9 @@ def test_the_report_of_a_run_that_is_done(tmp_path):
     last = evaluated(3, {"push": 1.0, "reach": 0.5, "dunk": 0.5}, 7, 3) | played(3)
     run = a_run(tmp_path / "x", [first, played(2, clip_fraction=0.9), last])
     note(run, ended="3 iterations done", status=0, where="no GPU", versions={"torch": "2"})
+    html_report.write(run)
+    assert "--resume" not in read(run).text  # nothing was saved
+    (run / "checkpoints" / "000003").mkdir(parents=True)
     for version in (0, 3):
         film(tmp_path / "frames", "push", version, won=version > 0)
     films.make_videos(tmp_path / "frames", run / "videos")
