@@ -129,7 +129,8 @@ def interpolated_proximal(new: Tensor, old: Tensor, staleness: Tensor) -> Tensor
 FINITE = math.exp(20)  # no weight is larger, as in verl
 # Corrections, with the settings of `PolicyLoss` that each has and their published values: of AReaL
 # (mask, truncate and, after Ring-1T, icepop), of verl's presets (sequence, geometric), and of the
-# papers; GIPO's tried σ from 0.1 to 2.
+# papers; GIPO's tried σ from 0.1 to 2. Those of `geometric` (verl/trainer/config/algorithm.py,
+# `decoupled_geo_rs`) are for two engines of the same weights: staleness moves further.
 CORRECTIONS: dict[str, dict[str, float]] = {
     "mask": {"weight_max": 5.0},
     "truncate": {"weight_max": 5.0},
@@ -165,10 +166,11 @@ class PolicyLoss:
         m2po       (log w)² ≤ `cut`                             arXiv 2510.01161, and `SecondMoment`
 
     p = exp(prox), q = exp(old), and D(p‖q) = p·log(p/q) + (1 − p)·log((1 − p)/(1 − q)) tells the
-    unit from all else: so kpop is for probabilities, not for densities. A sequence is a chunk step
-    here, the counterpart of an LLM's response: one inference drew it, and it is never cut, while a
-    trajectory's chunk steps are trained in different passes, as they arrive. With one unit a chunk,
-    sequence and geometric are icepop.
+    unit from all else: so kpop is for probabilities, not for densities, and of single tokens: those
+    of whole chunks are all next to 0, and so is D. A sequence is a chunk step here, the counterpart
+    of an LLM's response: one inference drew it, and it is never cut, while a trajectory's chunk
+    steps are trained in different passes, as they arrive. With one unit a chunk, sequence and
+    geometric are icepop.
 
         gipo       objective = ω · exp(new − old) · A,  ω = exp(−½·((new − old) / σ)²)
 
@@ -289,7 +291,8 @@ class SecondMoment:
 
 
 def check_correction(settings: AlgorithmConfig, densities: bool) -> None:
-    """Raises UserError where a setting means nothing to --behaviour-weight.
+    """Raises UserError where a bound, proximal policy, granularity or dual clip means nothing to
+    --behaviour-weight. (gipo leaves --clip-low and --clip-high unused: they have no off.)
 
     densities: whether log-probs are those of continuous actions, which may be above 0."""
     method = settings.behaviour_weight
@@ -309,6 +312,11 @@ def check_correction(settings: AlgorithmConfig, densities: bool) -> None:
     require(method != "gipo" or settings.proximal in ("auto", "behaviour"), none)
     discrete = f"{flag} compares probabilities of tokens, and this model's actions have densities"
     require(method != "kpop" or not densities, f"{discrete}: choose another, such as icepop")
+    whole = f"{flag} compares probabilities of tokens, and --granularity {settings.granularity} is"
+    single = method != "kpop" or settings.granularity == "token"
+    require(single, f"{whole} of several, too small for any bound: give --granularity token")
+    unclipped = f"{flag} has no clip: leave out --dual-clip {settings.dual_clip}"
+    require(method != "gipo" or not settings.dual_clip, unclipped)
 
 
 def given_bounds(settings: AlgorithmConfig) -> dict[str, float]:

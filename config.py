@@ -123,7 +123,8 @@ class RunConfig:
     trace: bool = True
     """record a span per unit of work and per wait, for trace.json and swimlane.png"""
     film: bool = True
-    """film each task's first held-out episode with the first and the newest policy, for videos/"""
+    """film a held-out episode of each task, of those that the first node plays a dozen, with the
+    first and the newest policy, for videos/"""
     watch: bool = False
     """write report.html also while the run goes on, after an iteration, every 10 s or so; a browser
     that shows it follows"""
@@ -325,9 +326,9 @@ class AlgorithmConfig:
     granularity: Literal["chunk", "action", "token"] = "chunk"
     """unit of the policy ratio: a whole chunk (π0.5), an action, or a number or token (OFT)"""
     clip_low: Bound = 0.2
-    """ε of the clipped policy objective, for falling probabilities"""
+    """ε of the clipped policy objective, for falling probabilities; gipo has no clip"""
     clip_high: Bound = 0.2
-    """ε for rising ones (RLinf's GRPO of OFT: 0.28)"""
+    """ε for rising ones (RLinf's GRPO of OFT: 0.28); gipo has no clip"""
     dual_clip: FromZero = 0.0
     """c: bounds the objective of negative advantages by c·A (3 where it is used); 0 means off"""
     proximal: Literal["auto", "interpolated", "exact", "behaviour"] = "auto"
@@ -340,11 +341,12 @@ class AlgorithmConfig:
     """correction for what the policy has moved since it acted (algorithms.PolicyLoss): what happens
     to units whose behaviour weight is out of bounds, or another method"""
     behaviour_weight_max: Bound | None = None
-    """largest behaviour weight; none means as published (mask, truncate: AReaL's 5)"""
+    """largest behaviour weight; none means as published (mask, truncate: AReaL's 5). geometric's
+    [0.999, 1.001] is verl's for two engines of the same weights: stale samples need wider bounds"""
     behaviour_weight_min: Share | None = None
     """smallest one of icepop, sequence and geometric; none means as published"""
     behaviour_trust: AboveZero | None = None
-    """φ of kpop, τ of m2po or σ of gipo; none means as published (0.1, 0.04, 1)"""
+    """φ of kpop, τ of m2po or σ of gipo; none means as published (for tokens: 0.1, 0.04; 1)"""
     kl_stop: Limit = 0.0
     """end a batch's epochs when a minibatch's KL from the acting policy is above this; 0: never"""
     critic_warmup: Annotated[Natural, CRITIC] = 0
@@ -491,7 +493,8 @@ def from_json(path: Path) -> Config:
     """Reads a run's config.json. Raises UserError when it is not one.
 
     One without "checkpointing" counts a micro-batch in trajectories: it is chosen anew. One without
-    "precision" is of a run that computed in float32."""
+    "precision" is of a run that computed in float32. One without "behaviour_weight_min" has 5 as
+    the largest behaviour weight where nobody gave it."""
     what = f"the settings of the run in {path}"
     config = read_json(path, Config, what)
     if "checkpointing" not in read_json(path).get("actor", {}):
@@ -500,6 +503,9 @@ def from_json(path: Path) -> Config:
         config.train.precision = "float32"
         if config.rollout.prefix_dtype == "float32":  # as every family had it where nobody gave it
             config.rollout.prefix_dtype = None
+    older = "behaviour_weight_min" not in read_json(path).get("algorithm", {})
+    if older and config.algorithm.behaviour_weight_max == 5.0:
+        config.algorithm.behaviour_weight_max = None
     return config
 
 

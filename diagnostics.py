@@ -13,7 +13,12 @@ SIGNS = {
         0.4,
         "{:.0%} of samples lie outside the clip (healthy below 40 %): lower --lr",
     ),
-    "masked_fraction": (0.05, "{:.0%} of samples are too stale: lower --max-staleness or --lr"),
+    "masked_fraction": (
+        0.05,
+        "{:.0%} of samples are too stale: lower --max-staleness or --lr, or, unless "
+        "--behaviour-weight is mask, widen its bounds (--behaviour-weight-min and "
+        "--behaviour-weight-max, or --behaviour-trust)",
+    ),
     "kl_at_3_or_more": (
         1.0,
         "samples 3 and more versions old have KL {:.2g}: lower --max-staleness",

@@ -15,6 +15,7 @@ due and hears how it ended; the others' are told, and hand over their shares.
 import math
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,8 @@ class EvaluationLanes:
         for row in outcome.ended():
             episode = self.episodes[lane.index][row]
             if episode < shard.config.env.eval_episodes:  # else the env has played all of its share
-                if row == 0 and episode in self.filmed:
-                    self.keep_film(lane, outcome.won[row])
+                if row in lane.cameras:
+                    self.keep_film(lane.cameras.pop(row), outcome.won[row])
                 shard.meter.set(f"outcome_{episode}", 2 * self.round + int(outcome.won[row]))
                 ended.append(row)
         self.go_on(lane, ended)
@@ -100,8 +101,9 @@ class EvaluationLanes:
         tasks = [episode % len(shard.spec.tasks) for episode in begun]
         with shard.meter.work("reset"):
             lane.reset(fresh, tasks, [EVAL_SEEDS + episode for episode in begun])
-        if 0 in fresh:
-            lane.camera = self.camera(lane) if episodes[0] in self.filmed else None
+        for row, episode in zip(fresh, begun, strict=True):
+            if episode in self.filmed:
+                lane.cameras[row] = self.camera(lane, row)
 
         if min(episodes) < count:
             slots = self.slots_of(lane)
@@ -109,22 +111,21 @@ class EvaluationLanes:
             shard.observe(lane, slots, 0)
             shard.request(lane, slots, EVAL, self.t[lane.index])
 
-    def camera(self, lane: Lane) -> Camera:
-        """Returns what films the episode that begins in the lane's first env."""
+    def camera(self, lane: Lane, row: int) -> Camera:
+        """Returns what films the episode that begins in one of the lane's envs."""
         spec = self.shard.spec
-        task = lane.tasks[0]
+        task = lane.tasks[row]
         version = int(self.shard.plane.version)
-        size = spec.image_size
-        return Camera(lane.player, spec.tasks[task], version, size, spec.limit(task))
+        return Camera(partial(lane.film, row), spec.tasks[task], version, spec.limit(task))
 
-    def keep_film(self, lane: Lane, won: bool) -> None:
+    def keep_film(self, camera: Camera, won: bool) -> None:
         """Leaves a film before anybody hears that its episode has ended."""
-        camera = lane.camera
-        lane.camera = None
         try:
             camera.leave(self.films, won)
-        except OSError as error:  # of the disk or the simulator: it would come again
+        except Exception as error:  # of the disk or the simulator: it would come again
             self.filmed = set()
+            for lane in self.lanes.values():
+                lane.cameras.clear()
             name = self.shard.meter.name
             print(f"warning: {name} films no more: {error}", file=sys.stderr, flush=True)
 

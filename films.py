@@ -1,23 +1,24 @@
 """Films held-out episodes of a run: of each task one with the first policy, one with the newest.
 
-An evaluation lane's first env is filmed by the simulator's own `film`, in the size that the policy
-sees, so that nothing new has to be set up for it. A worker leaves frames in .spans/, and the
-launcher makes videos of them, since compressing them takes longer than a worker's other lanes may
-wait. Of both, each task keeps those of its lowest and of its highest version. Left out: other
-nodes' episodes than the first one's.
+A lane draws frames (`Lane.film`) in the size that the policy sees, so that nothing new has to be
+set up for it. A worker leaves them in .spans/, and the launcher makes videos of them, since
+compressing them takes longer than a worker's other lanes may wait. Of both, each task keeps those
+of its lowest and of its highest version. Left out: other nodes' episodes than the first one's.
 """
 
 import contextlib
+import math
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config import Config
-from envs import Env, Envs, resized
+from envs import resized
 
 TASKS = 12  # that are filmed, the first ones: each costs some 60 frames in a round of evaluation
 FRAMES = 60  # of a film, about: longer episodes are filmed less often
@@ -25,6 +26,7 @@ EVERY = 2  # control steps between two frames, at least
 FPS = 15  # frames per second
 QUICKLY = ["-preset", "veryfast"]  # x264's: half of the time, and no larger files
 SIDE = 256  # pixels of a video, about: those of small frames become blocks
+HURRY_S = 1.5  # seconds in which videos of an interrupted run are begun
 
 
 class Film(NamedTuple):
@@ -40,6 +42,11 @@ def film_of(file: Path) -> Film | None:
     """Returns what a file's name says: "reach_000010_success.mp4"; None for other files."""
     found = re.fullmatch(r"(.+)_([0-9]{6,})_(success|failure)", file.stem)
     return found and Film(file, found[1], int(found[2]), found[3] == "success")
+
+
+def file_name(task: str) -> str:
+    """Returns what a film's file has for a task's name."""
+    return task.replace("/", "_")[:200]
 
 
 def films_in(folder: Path, kind: str = "mp4") -> dict[str, list[Film]]:
@@ -58,51 +65,66 @@ def keep_first_and_last(folder: Path, kind: str) -> None:
             film.file.unlink(missing_ok=True)
 
 
+def forget(folder: Path, version: int) -> None:
+    """Removes films of versions above this one, which is gone on from: others come in their place.
+    -1 means all of them."""
+    for kind in ("mp4", "npy"):
+        for found in films_in(folder, kind).values():
+            for film in found:
+                if film.version > version:
+                    film.file.unlink(missing_ok=True)
+
+
 def filmed_episodes(config: Config, first: Iterable[int], tasks: int) -> set[int]:
-    """Returns which episodes of a round are filmed: each task's first one that the first env of a
-    lane plays. first: the first episode of each of the node's evaluation envs."""
-    of_lanes = set(list(first)[:: config.env.eval_width])
+    """Returns which episodes of a round are filmed: each task's first one that this node plays.
+    first: the first episode of each of its evaluation envs."""
+    mine = set(first)
     step = config.env.eval_envs * config.train.nodes
     found: dict[int, int] = {}
     for episode in range(config.env.eval_episodes):
-        if episode % step in of_lanes and episode % tasks < TASKS:
+        if episode % step in mine and episode % tasks < TASKS:
             found.setdefault(episode % tasks, episode)
     return set(found.values())
 
 
 class Camera:
-    """Films one episode of a lane's first env. A simulator that cannot do so ends no run."""
+    """Films one episode. A simulator that cannot do so ends no run."""
 
-    def __init__(self, player: Env | Envs, task: str, version: int, size: int, limit: int):
-        """size: pixels; limit: control steps of the episode."""
-        self.player = player
+    def __init__(self, film: Callable[[], np.ndarray], task: str, version: int, limit: int):
+        """film: draws the env, [H, H, 3] uint8; limit: control steps of the episode."""
+        self.film = film
         self.task = task
         self.version = version
-        self.size = size
         self.every = max(EVERY, -(-limit // FRAMES))
+        self.due = 0.0  # the control step of the next frame
         self.frames: list[np.ndarray] = []
         self.trouble = ""
 
-    def look(self, step: int) -> None:
+    def look(self, step: float) -> None:
         """Takes a frame if one is due at this control step of the episode."""
-        if step % self.every or self.trouble:
+        if step < self.due or self.trouble:
             return
+        self.due = step + self.every
         try:
-            self.frames.append(self.player.film(self.size))
+            frame = self.film()
+            self.frames.append(resized(frame, SIDE) if len(frame) > SIDE else frame)
         except Exception as error:  # of a simulator, whatever it may be
             self.trouble = f"{type(error).__name__}: {error}"
 
     def leave(self, folder: Path, won: bool) -> None:
-        """Takes the last frame, and leaves all of them for `make_videos`. Raises OSError."""
-        self.look(0)
+        """Takes the last frame, and leaves all of them for `make_videos`. Raises OSError, or what
+        NumPy raises where they are not alike."""
+        self.look(math.inf)
         if self.trouble:
             raise OSError(self.trouble)
-        task = self.task.replace("/", "_")[:200]
-        name = f"{task}_{self.version:06d}_{'success' if won else 'failure'}"
+        name = f"{file_name(self.task)}_{self.version:06d}_{'success' if won else 'failure'}"
         partial = folder / f".{name}"
-        with open(partial, "wb") as file:
-            np.save(file, np.stack(self.frames))
-        partial.replace(folder / f"{name}.npy")
+        try:
+            with open(partial, "wb") as file:
+                np.save(file, np.stack(self.frames))
+            partial.replace(folder / f"{name}.npy")
+        finally:
+            partial.unlink(missing_ok=True)
         keep_first_and_last(folder, "npy")
 
 
@@ -117,20 +139,25 @@ def write_video(file: Path, frames: Iterable[np.ndarray], fps: int) -> None:
     partial.replace(file)  # an encoder that fails may say nothing, but leaves no file
 
 
-def make_videos(frames: Path, videos: Path) -> None:
-    """Makes videos of all frames that workers have left. Trouble is a warning, and is not met
-    again."""
+def make_videos(frames: Path, videos: Path, seconds: float = math.inf) -> None:
+    """Makes videos of all frames that workers have left, and puts what is left of them after these
+    seconds beside the videos, for later. Trouble is a warning, and is not met again."""
+    late = time.monotonic() + seconds
     for left in sorted(frames.glob("*.npy")):
         try:
+            if time.monotonic() > late:
+                videos.mkdir(exist_ok=True)
+                left.replace(videos / left.name)
+                continue
             taken = np.load(left)  # [N, H, W, 3] uint8
             side = len(taken[0]) * max(1, round(SIDE / len(taken[0])))
             side += side % 2  # H.264 halves the resolution of colours
             write_video(videos / f"{left.stem}.mp4", [resized(one, side) for one in taken], FPS)
         except Exception as error:  # of the encoder or the disk
-            said = " ".join(str(error).split())[:200]
-            print(
-                f"warning: cannot write the film {left.stem}: {said}", file=sys.stderr, flush=True
-            )
+            if left.exists():  # else its worker has removed it for a newer one
+                said = " ".join(str(error).split())[:200]
+                said = f"warning: cannot write the film {left.stem}: {said}"
+                print(said, file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             left.unlink()
     keep_first_and_last(videos, "mp4")

@@ -13,6 +13,7 @@ import report
 from channel import WAKE, Channels, Record
 from diagnostics import Warnings
 from evaluation import Evaluations
+from films import forget
 from html_report import Watcher
 from metrics import Interval, Measured, figures
 from nodes import Ended, NodeLost, Nodes
@@ -164,6 +165,7 @@ class Follower:
         self.interval = Interval(self.channels.counters, self.tuner.rows)
         if self.setup.resume:
             self.folder.go_on_from(self.setup.resume["lines"])
+            forget(self.folder.path / "videos", self.setup.version)
             self.channels.counters.set(0, "written", self.setup.version)
             self.folder.write("config.json", self.setup.saved)
 
@@ -203,7 +205,8 @@ class Follower:
                 self.hand_over(news)
             return None  # the first node says when it is the end
         if "done" in news:
-            done = f"{news['done']} iterations done; checkpoint in"
+            count = news["done"]
+            done = f"{count} iteration{'s' * (count != 1)} done; checkpoint in"
             done = f"{done} {self.folder.path / 'checkpoints'}"
             done += f" on {self.nodes.name}" if self.nodes.several else ""
             return End(f"error: {self.trouble}; {done}", 1) if self.trouble else End(done)

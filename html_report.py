@@ -8,6 +8,7 @@ would have to fetch. What users, simulators and errors say is escaped. Left out:
 """
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -17,13 +18,14 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
 from importlib import metadata
 from pathlib import Path
 from string import Template
 
 from rich.console import Console
+from typing_extensions import TypedDict
 
 import pictures
 import summary
@@ -31,12 +33,12 @@ from checks import flag_of, read_json
 from config import ASSETS, ROOT, STAGE_OF, Config, from_json, setting
 from diagnostics import Warnings
 from errors import UserError
-from films import Film, films_in, make_videos
+from films import Film, file_name, films_in, forget, make_videos
 from metrics import wilson
-from run_folder import RunFolder, name_of
+from run_folder import RunFolder, name_of, newest_version
 
 NEWEST = 10  # iterations whose training episodes are counted
-LISTED = 8  # warnings
+LISTED = 8  # warnings, and tasks without a film
 DETAILS = 6000  # characters of error.txt, the newest
 EVERY_S = 10.0  # seconds between two reports of a run that goes on, at least
 SHARE = 0.02  # of one core's time, which they take at most
@@ -45,50 +47,70 @@ Counts = dict[str, tuple[int, int]]  # task → successes, episodes
 # ---------------------------------------------------------------- about.json
 
 
-def about(run: Path) -> dict:
-    """Returns what about.json says: commands, versions, where, ended, status. Each may be
-    missing, in a run of an earlier version or a damaged file."""
+class About(TypedDict, total=False):
+    """What about.json says. Each may be missing, in a run of an earlier version."""
+
+    commands: list[str]  # that began and resumed it
+    where: str  # on which devices
+    versions: dict[str, str]  # of packages
+    ended: str  # how it has ended, in words
+    status: int  # of the process
+
+
+def about(run: Path) -> About:
+    """Reads about.json; a missing or damaged one says nothing."""
     try:
-        return dict(read_json(run / "about.json"))
-    except (UserError, TypeError, ValueError):
+        return read_json(run / "about.json", About, extra="ignore")
+    except UserError:
         return {}
+
+
+@contextlib.contextmanager
+def only_warns(run: Path) -> Iterator[None]:
+    """Makes a warning of whatever goes wrong inside: the run does what it should without it."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"warning: cannot write {run / 'report.html'}: {said}", file=sys.stderr, flush=True)
 
 
 def begin(folder: RunFolder, started: str, where: str, resumed: bool) -> None:
     """Notes how a run was started, and forgets the films of one that began here before.
 
-    started: the `command`; where: the line that says on which devices."""
-    before = about(folder.path).get("commands", []) if resumed else []
-    for film in () if resumed else sum(films_in(folder.path / "videos").values(), []):
-        film.file.unlink()
-    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
-    installed = {found.name.lower(): found.version for found in metadata.distributions()}
-    versions = {name: installed[name] for name in names if name in installed}
-    note = {"commands": [*before, started], "where": where}
-    note |= {"versions": {"python": platform.python_version()} | versions}
-    folder.write("about.json", json.dumps(note, indent=1))
+    started: the `command`; where: the line that says on which devices. Trouble is a warning."""
+    with only_warns(folder.path):
+        before = about(folder.path).get("commands", []) if resumed else []
+        if not resumed:
+            forget(folder.path / "videos", -1)
+        versions = {"python": platform.python_version()}
+        text = (ROOT / "requirements.txt").read_text()
+        for name in re.findall(r"^([\w-]+)==", text, re.MULTILINE):
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                versions[name] = metadata.version(name) or "unknown"
+        note: About = {"commands": [*before, started], "where": where, "versions": versions}
+        folder.write("about.json", json.dumps(note, indent=1))
 
 
 def end(folder: RunFolder, message: str, status: int) -> None:
-    """Notes how a run has ended and writes its report. Trouble is a warning."""
-    try:
+    """Notes how a run has ended and writes its report, of one that was interrupted without the
+    trace, whose reader may take longer than a scheduler waits. Trouble is a warning."""
+    with only_warns(folder.path):
         note = about(folder.path) | {"ended": message, "status": status}
         folder.write("about.json", json.dumps(note, indent=1))
-        write(folder.path)
-        print(f"report in {folder.path / 'report.html'}", flush=True)
-    except Exception as error:  # whatever it is: the run has done what it should
-        warn(folder.path, error)
-
-
-def warn(run: Path, error: Exception) -> None:
-    said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    print(f"warning: cannot write {run / 'report.html'}: {said}", file=sys.stderr, flush=True)
+        soon = status == 130
+        write(folder.path, trace=not soon)
+        more = f"; python -m metrics {folder.name} adds what takes longer" * soon
+        print(f"report in {folder.path / 'report.html'}{more}", flush=True)
 
 
 class Watcher:
     """Writes the report of a run that goes on (--watch), as often as SHARE allows."""
 
     def __init__(self, folder: RunFolder):
+        # Importing it takes a second, which would count as the cost of the first report.
+        import matplotlib.figure  # noqa: F401
+
         self.folder = folder
         self.news = False  # whether there is a line that no report shows
         self.due = 0.0  # monotonic seconds, when the next one may be written
@@ -97,8 +119,6 @@ class Watcher:
 
     def look(self) -> None:
         """Writes a report if there is news, and time for it."""
-        import matplotlib.figure  # noqa: F401  early, as workers start: it takes a second
-
         if self.news and time.monotonic() >= self.due:
             self.news = False
             self.write()
@@ -107,14 +127,11 @@ class Watcher:
         """Writes a report. said: how far a run is that has trained nothing yet."""
         if self.due == math.inf:
             return
+        self.due = math.inf  # trouble would come again
         began = cpu_s()
-        try:
+        with only_warns(self.folder.path):
             make_videos(self.folder.spans, self.folder.path / "videos")
-            write(self.folder.path, said, live=True)
-        except Exception as error:
-            warn(self.folder.path, error)
-            self.due = math.inf
-        else:
+            write(self.folder.path, said, live=True, trace=False)
             pause = max(EVERY_S, (cpu_s() - began) / SHARE)
             self.due = 0.0 if said else time.monotonic() + pause
 
@@ -127,22 +144,26 @@ def cpu_s() -> float:
 # ---------------------------------------------------------------- the page
 
 
-def write(run: Path, said: str = "", live: bool = False) -> tuple[list[dict], dict[str, list]]:
+def write(
+    run: Path, said: str = "", live: bool = False, trace: bool = True
+) -> tuple[list[dict], dict[str, list]]:
     """Draws a run's pictures and writes report.html. Returns the lines and spans that it shows.
 
-    said: how far a run is without a line. live: it goes on, so that the swimlane is yet to come,
-    and a browser looks again."""
-    lines, spans = pictures.draw(run, trace=not live)
+    said: how far a run is without a line. live: it goes on, and a browser looks again. trace: show
+    what may take long, too: the trace, and films of which there are only frames."""
+    if trace:
+        make_videos(run / "videos", run / "videos")
+    lines, spans = pictures.draw(run, trace=trace)
     config = from_json(run / "config.json")
     note = about(run)
     parts = (
         head(run, config, note, lines, said, live),
-        findings(run.name, config, lines, spans),
+        findings(config, lines, spans),
         '<div class="two">',
         section("Success over time", picture(run, "curve.png", CURVE, lines)),
         section("Success per task", success_table(lines)),
         "</div>",
-        section("First and last policy", videos(run, config)),
+        section("First and last policy", videos(run, config, lines)),
         section("Staleness", picture(run, "staleness.png", STALENESS, lines)),
         section("Who worked and who waited", picture(run, "swimlane.png", SWIMLANE, spans)),
         section("To repeat it", repeat(run, config, note)),
@@ -221,7 +242,7 @@ def folded(title: str, content: str) -> str:
     return f"<details><summary>{escape(title)}</summary>\n{content}\n</details>"
 
 
-def findings(name: str, config: Config, lines: list[dict], spans: dict[str, list]) -> str:
+def findings(config: Config, lines: list[dict], spans: dict[str, list]) -> str:
     """Returns what `python -m metrics` says, its advice first, and the run's warnings."""
     if not any("waits" in line for line in lines[1:] or lines):
         return ""
@@ -233,12 +254,12 @@ def findings(name: str, config: Config, lines: list[dict], spans: dict[str, list
     said = [f"iteration {line['iteration']}: {text}" for line in lines for text in watcher.of(line)]
     items = "".join(f"<li>{escape(text)}</li>" for text in said[-LISTED:])
     newest = f", the newest {LISTED}" * (len(said) > LISTED)
-    warnings = f"<h3>{len(said)} warnings{newest}</h3><ul>{items}</ul>" if said else ""
+    count = f"{len(said)} warning{'s' * (len(said) > 1)}"
+    warnings = f"<h3>{count}{newest}</h3><ul>{items}</ul>" if said else ""
     console = Console(file=io.StringIO(), width=110, highlight=False, record=True)
-    summary.show(console, name, found, config)
-    everything = f"<pre>{escape(console.export_text())}</pre>"
-    shown = f"<dl>{facts}</dl>\n{advice}\n{warnings}\n"
-    return section("What it did", shown + folded("all of python -m metrics", everything))
+    summary.show_tables(console, found)
+    tables = folded("stages, batches and staleness", f"<pre>{escape(console.export_text())}</pre>")
+    return section("What it did", f"<dl>{facts}</dl>\n{advice}\n{warnings}\n{tables}")
 
 
 def held_out(line: dict) -> Counts:
@@ -254,20 +275,21 @@ def trained(lines: list[dict]) -> Counts:
     for line in lines:
         for task, n in line.get("episodes_per_task", {}).items():
             won, all_n = found.get(task, (0, 0))
-            found[task] = won + round(n * line.get(f"success_{task}", 0.0)), all_n + n
+            found[task] = won + round(n * (line.get(f"success_{task}") or 0.0)), all_n + n
     return {task: pair for task, pair in found.items() if pair[1]}
 
 
 def success_table(lines: list[dict]) -> str:
     """Returns success rates with intervals of the first and the newest evaluation, and of the
     newest training episodes."""
-    evaluated = [line for line in lines if "eval_per_task" in line]
+    needed = {"eval_per_task", "eval_episodes", "eval_version"}
+    evaluated = [line for line in lines if needed <= line.keys() and line["eval_per_task"]]
     columns = {}
     for line in evaluated[:1] + evaluated[-1:]:
         outcomes = held_out(line)
         total = tuple(map(sum, zip(*outcomes.values(), strict=True)))
         columns[f"held-out, version {line['eval_version']}"] = outcomes | {"all tasks": total}
-    newest = lines[-NEWEST:]
+    newest = [line for line in lines if "episodes_per_task" in line][-NEWEST:]
     if played := trained(newest):
         first, last = newest[0]["iteration"], newest[-1]["iteration"]
         columns[f"training, iterations {first} to {last}"] = played
@@ -280,7 +302,9 @@ def success_table(lines: list[dict]) -> str:
         for task in tasks
     )
     note = "95 % intervals (Wilson). Held-out episodes begin alike in every evaluation and are "
-    note += "played without exploration; training explores, while the policy changes."
+    note += "played without exploration; training explores, while the policy changes. Its "
+    note += "intervals take episodes for independent, and are too narrow where a group of them "
+    note += "begins alike (GRPO)."
     return table(("task", *columns), rows) + f'\n<p class="caption">{note}</p>'
 
 
@@ -296,8 +320,8 @@ def cell(won: int, n: int) -> str:
     return f"<b>{won / n:.0%}</b> {words}{bar}"
 
 
-def videos(run: Path, config: Config) -> str:
-    """Returns each task's first and last film side by side."""
+def videos(run: Path, config: Config, lines: list[dict]) -> str:
+    """Returns each task's first and last film side by side, and which tasks have none."""
     found = films_in(run / "videos")
     if not found:
         why = "--no-film" if not config.train.film else "no held-out evaluation has been played"
@@ -307,7 +331,13 @@ def videos(run: Path, config: Config) -> str:
     for task, films in found.items():
         both = "".join(video(film) for film in dict.fromkeys((films[0], films[-1])))
         groups.append(f'<div><h3>{escape(task)}</h3>\n<div class="pair">{both}</div></div>')
-    said = "Each task's first held-out episode, as the policy's first camera sees it."
+    played = dict.fromkeys(task for line in lines for task in line.get("eval_per_task", {}))
+    without = [task for task in played if file_name(task) not in found]
+    said = "A task's first held-out episode that the first node plays, of a dozen tasks, as the "
+    said += "policy's first camera sees it."
+    if without:
+        names = ", ".join(without[:LISTED]) + ", …" * (len(without) > LISTED)
+        said += f" Not filmed: {len(without)} of {len(played)} tasks ({escape(names)})."
     return f'<p class="caption">{said}</p>\n<div class="films">{"".join(groups)}</div>'
 
 
@@ -329,8 +359,10 @@ def command(nodes: int, flags: list[str]) -> str:
 
 def repeat(run: Path, config: Config, note: dict) -> str:
     """Returns commands, settings and versions."""
-    commands = [*note.get("commands", []), command(config.train.nodes, ["--resume", name_of(run)])]
-    commands.append(f"python evaluate.py --checkpoint {shlex.quote(str(run))}")
+    commands = list(note.get("commands", []))
+    if newest_version(run) is not None:
+        commands.append(command(config.train.nodes, ["--resume", name_of(run)]))
+        commands.append(f"python evaluate.py --checkpoint {shlex.quote(str(run))}")
     defaults = Config()
     rows = []
     for name in STAGE_OF:

@@ -51,10 +51,11 @@ class Line(TypedDict, extra_items=Number | None):
     trained_once: Total
     discarded_by: dict[str, Total]
     eval_version: NotRequired[Natural]
+    eval_episodes: NotRequired[Natural]
     eval_success_rate: NotRequired[Share]
-    eval_per_task: Numbers
+    eval_per_task: NotRequired[dict[str, Share]]
     trajectories_per_task: Numbers
-    episodes_per_task: Numbers
+    episodes_per_task: NotRequired[dict[str, Total]]
     staleness_hist: Numbers
     batch_size_hist: Numbers
     queue_depths: Numbers
@@ -98,16 +99,15 @@ class RunFolder:
         except OSError:  # a file system without locks
             pass
         if not resume:
-            for name in ("metrics.jsonl", "error.txt", "wandb.id", "trace.json"):
+            for name in ("metrics.jsonl", "error.txt", "wandb.id", "trace.json", "report.html"):
                 if (path / name).exists():
                     os.replace(path / name, path / f"{name}.old")
 
     def clear(self, keep_trace: bool) -> None:
         """Removes what earlier workers left. keep_trace: the run goes on at another ratio."""
+        kept = (".jsonl", ".npy") if keep_trace else ()
         for old in self.spans.iterdir():
-            if not (
-                keep_trace and old.suffix in (".jsonl", ".npy")
-            ):  # actor workers must meet anew
+            if old.suffix not in kept:  # actor workers must meet anew
                 old.unlink()
 
     def append(self, line: dict) -> None:

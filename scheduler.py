@@ -287,6 +287,8 @@ def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
     env_workers, *others = (setting(config, name) for name in WORKERS)
     most = simulator.workers(ratio, placement)
     placement, ratio, instead = nearest(placement, ratio, gpus)
+    if most is None and not gpus and not simulator.vectorised:
+        most = parse_ratio(ratio)[0]  # each has an env at least
     if most is None and gpus and not simulator.vectorised:
         drawing = share_gpus(ratio, placement, gpus)[0]
         most = max(len(drawing), min(cores, MOST_WORKERS) - 2 * gpus)

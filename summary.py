@@ -19,7 +19,6 @@ from config import Config, existing_run, from_json
 from errors import exit_on_user_error, require, understood
 from metrics import REASONS, STAGES
 from pictures import group_of
-from run_folder import read_metrics, read_trace
 
 NAMES = {"env": "env workers", "rollout": "rollout workers", "actor": "actors"}
 # What a worker waits for, by the cause of its wait.
@@ -240,18 +239,25 @@ def more_for(stage: str, config: Config, gpu: bool) -> str:
 def show(console: Console, name: str, summary: Summary, config: Config) -> None:
     train = config.train
     auto = " (auto)" if train.ratio == "auto" else ""
+    count = summary.iterations
+    done = f"{count} iteration{'s' * (count != 1)} in {summary.minutes:.1f} min"
     console.print(
-        f"[b]{escape(name)}[/]: {summary.iterations} iterations in {summary.minutes:.1f} min; "
-        f"{train.model} on {train.env}, preset {train.preset}, ratio {train.parts}{auto}"
+        f"[b]{escape(name)}[/]: {done}; {train.model} on {train.env}, preset {train.preset}, "
+        f"ratio {train.parts}{auto}"
     )
     console.print(facts(summary), end="\n\n", soft_wrap=True)
+    show_tables(console, summary)
+    console.print(f"[b]advice:[/] {advice(summary, config)}", soft_wrap=True)
+
+
+def show_tables(console: Console, summary: Summary) -> None:
+    """Prints what each stage did, the nodes, and histograms."""
     console.print(stages(summary), "")
     if summary.nodes:
         console.print(table_of(summary.nodes), "")
     sizes = histogram("batch size", summary.batch_sizes, SIZES)
     ages = histogram("staleness", summary.staleness, STALENESS)
     console.print(Columns([sizes, ages], padding=(0, 6)), "")
-    console.print(f"[b]advice:[/] {advice(summary, config)}", soft_wrap=True)
 
 
 def facts(summary: Summary) -> str:
@@ -339,10 +345,8 @@ def main() -> None:
         unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
         require(file.is_file(), unknown)
         with understood(f"what run {run} left behind"):
-            lines = read_metrics(run)
+            lines, spans = html_report.write(run)
             require(lines, f"{file} is empty: the run ended before its first iteration")
-            spans = read_trace(run) if (run / "trace.json").is_file() else {}
             summary = summarise(lines, spans)
-            html_report.write(run)
         console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
         show(console, run.name, summary, from_json(run / "config.json"))

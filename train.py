@@ -13,6 +13,7 @@ On several machines torchrun starts one of these on each: nodes.py.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -39,7 +40,7 @@ from checks import flag_of, read_json
 from command_line import parse, without
 from config import STAGE_OF, Config, from_json, run_path, setting
 from errors import UserError, exit_on_user_error, require
-from films import make_videos
+from films import HURRY_S, make_videos
 from follow import End, Follower
 from joining import agree, bring_run, meet_the_others
 from learner import schedule
@@ -287,6 +288,9 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
     folder = open_folder(setup, nodes)
     handover = Handover.take(folder.path)
     again = handover.heard is not None
+    videos = folder.path / "videos"
+    if setup.resume and nodes.first and not again:  # frames are left if its launcher was killed
+        make_videos(folder.spans, videos)
     folder.clear(keep_trace=again)
     simulator = envs.SIMULATORS[train.env][0]
     model = models.files(train.model).__name__
@@ -318,7 +322,7 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         if not nodes.first:
             folder.remove(failed=end.status == 1)
             return nodes.status(end.status)
-        make_videos(folder.spans, folder.path / "videos")
+        make_videos(folder.spans, videos, HURRY_S if end.status == 130 else math.inf)
         folder.finish()
     except OSError as error:
         print(f"warning: {disk_trouble(error)}: without the trace", file=sys.stderr)

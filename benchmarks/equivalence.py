@@ -34,25 +34,39 @@ the study `default`, stated after that one and before its own runs, asks the one
 matters most, with the same measures and margin: the default against the synchronous algorithm, one
 comparison, on seeds 6 to 10.
 
-The study `corrections` asks which correction suits which staleness. Stated before its runs, with
-the same measures and margin: at 4, 8 and 2 versions, in this order, each of `--behaviour-weight
-truncate` (at verl's 2), `icepop`, `m2po` and `gipo` with its published bounds. The first three are
-on the exact proximal policy; as the clip does not act before a batch's first update, that is there
-the form of M2PO's paper, too. GIPO is in its paper's form alone, against the policy that acted. At
-2, where it was never run, there is also the exact policy with AReaL's mask. The other arms of
-BASELINES are the first study's runs, by an earlier version of this code. Two have no arm: the
-default's ratio is of whole chunks, where a mask of sequences is one of units; and KPop is for
-probabilities, where the default's actions have densities. Each new arm is compared with the
-synchronous one by TOST, as above, and with the exact one at its staleness (the exact one at 2: with
-the interpolated one) by a two-sided Welch t-test; both are corrected by Holm's method for the
-number of new arms. The default follows where a new arm is better at 5 % in one measure, and worse
-at 5 % in none, than what `--proximal auto` takes at that staleness; of several, the one with the
-largest area.
+The study `corrections` asks which correction suits which staleness. Stated before its runs but one
+or two, with the same measures: at 4, 8 and 2 versions, in this order, each of `--behaviour-weight
+truncate` (at verl's 2), `icepop`, `m2po` and `gipo`. The first three are on the exact proximal
+policy, which is AReaL's form of them; GIPO is in its paper's form alone, against the policy that
+acted. At 2, where it was never run, there is also the exact policy with AReaL's mask. Published
+bounds are for tokens, and the default's ratio is of whole chunks, of 10 actions · 4 numbers. So
+M2PO's bound of a second moment is 0.04 · 40 = 1.6: a sum of 40 independent drifts has 40 times the
+second moment of one. IcePop keeps its [0.5, 5], for 5 is what the mask of the default has used on
+chunks all along. Two have no arm: a mask of sequences is here one of units; and KPop is for
+probabilities, where the default's actions have densities.
 
-The studies `chunks_oft` and `chunks_vlm` ask what --chunk-share costs and gains. Stated before
-their runs, with the same measures and margin: GRPO of OpenVLA-OFT, all weights, and of π0.5 whose
-VLM is trained too, 20 batches each, on all chunk steps, half of them and a fifth (the paper's 12 of
-64). Seconds of the actor are those that it did not wait, of every batch but the first.
+The reference of an arm is what `--proximal auto` takes at its staleness: at 4 and 8 the exact
+policy, at 2 the interpolated one. The one primary measure is the area: a two-sided Welch t-test
+against the reference, corrected by Holm's method for the new arms of that staleness. Final success
+is secondary: it only must not be worse at 5 %, uncorrected. An arm that is better in the area at
+5 % and not worse in final success is a candidate, of several the one with the largest area; and
+then it must hold, by the same tests, on five new seeds (6 to 10) of that arm and its reference
+alone, in a folder of their own, before a default changes:
+
+    python -m benchmarks.equivalence run --study equivalence --first 6 --results NEW
+                                         --arms "staleness 4, exact"
+    python -m benchmarks.equivalence run --study corrections --first 6 --results NEW
+                                         --arms "staleness 4, gipo"
+
+The references and the synchronous arm are the first study's runs, by an earlier version of this
+code; and the exact ones are the very runs by which `auto` became exact, so chance may flatter them.
+The least gain that would be seen is printed for each staleness. Each new arm is also compared with
+the synchronous one by TOST, as above: that describes, and decides nothing.
+
+The studies `chunks_oft` and `chunks_vlm` ask what --chunk-share costs in learning
+(benchmarks/chunk_share.py: what it gains in time). Stated before their runs, with the same measures
+and margin: GRPO of OpenVLA-OFT, all weights, and of π0.5 whose VLM is trained too, 20 batches each,
+on all chunk steps, half of them and a fifth (the paper's 12 of 64).
 
 Minutes, in the table and the plot, are those of an arm's quickest run, evaluation and start-up
 apart: runs of one seed follow each other, but other programs used the machine beside many. What so
@@ -105,7 +119,7 @@ def arms_of_corrections() -> dict[str, str]:
     corrections = {
         "truncate": f"{exact} truncate --behaviour-weight-max 2",
         "icepop": f"{exact} icepop",
-        "m2po": f"{exact} m2po",
+        "m2po": f"{exact} m2po --behaviour-trust 1.6",
         "gipo": "--behaviour-weight gipo",
     }
     arms = {}
@@ -152,7 +166,6 @@ KEPT = (
     "staleness_max",
     "approx_kl",
     "masked_fraction",
-    "bubble_actor",
 )
 MEASURES = {"final": "final success", "area": "the area"}
 
@@ -177,7 +190,8 @@ class EquivalenceConfig:
     flags: str = ""
     """more flags of train.py, the same for every arm"""
     results: Path | None = None
-    """folder of the study's results; none means benchmarks/results, where baselines always are"""
+    """folder of the study's results; none means benchmarks/results, where baselines are that this
+    folder has not"""
 
 
 def file(study: str, kind: str, folder: Path | None = None) -> Path:
@@ -191,9 +205,13 @@ def arms_of(study: str) -> list[str]:
 
 
 def reference(arm: str) -> str:
-    """Names what a correction's arm is compared with at its staleness."""
-    lag, _, variant = arm.partition(", ")
-    return lag if variant == "exact" else f"{lag}, exact"
+    """Names what `--proximal auto` takes at the staleness of a correction's arm."""
+    lag = staleness_of(arm)
+    return lag if lag == "staleness 2" else f"{lag}, exact"
+
+
+def staleness_of(arm: str) -> str:
+    return arm.partition(", ")[0]
 
 
 # ---------------------------------------------------------------- running
@@ -228,7 +246,8 @@ def rows(study: str, flags: str, folder: Path | None = None) -> list[dict]:
     found = [json.loads(line) for line in raw.read_text().splitlines()] if raw.is_file() else []
     found = [row for row in found if row["flags"] == flags]
     if baselines := BASELINES.get(study):
-        found += [row for row in rows("equivalence", flags) if row["arm"] in baselines]
+        first = folder if file("equivalence", "jsonl", folder).is_file() else None
+        found += [row for row in rows("equivalence", flags, first) if row["arm"] in baselines]
     runs = {(row["arm"], row["seed"]) for row in found}
     lengths = {len(row["time"]) for row in found}
     require(
@@ -335,6 +354,19 @@ def power(deviation: float, seeds: int, arms: int, studies: int = 400) -> float:
     return float(np.mean([tost(a, b, MARGIN) * arms < 0.05 for a, b in drawn]))
 
 
+def least_gain(deviation: float, seeds: int, arms: int, studies: int = 2000) -> float:
+    """Finds the least true gain, to a thousandth, that 80 % of studies see: at most 1.
+
+    They see it at the strictest step of Holm's correction, p · arms < 0.05 of a two-sided Welch
+    t-test. deviation: of seeds, with and without the gain."""
+    values, base = np.random.default_rng(0).normal(0.0, deviation, (2, studies, seeds))
+    for gain in np.arange(0.0, 1.0, 0.001):
+        p = stats.ttest_ind(values + gain, base, axis=1, equal_var=False).pvalue
+        if np.mean(p * arms < 0.05) >= 0.8:
+            return float(gain)
+    return 1.0
+
+
 def summary(study: str, found: list[dict]) -> list[dict]:
     """Computes one row per arm that has results, in the order of the study."""
     arms = {arm: [row for row in found if row["arm"] == arm] for arm in arms_of(study)}
@@ -353,10 +385,12 @@ def summary(study: str, found: list[dict]) -> list[dict]:
             out[arm][f"{name}_difference"] = out[arm][name] - out[first][name]
             out[arm][f"{name}_tost_p"] = p
             out[arm][f"{name}_equivalent"] = p < 0.05
-        found_p = holm([welch(values[arm], values[reference(arm)]) for arm in corrected])
-        for arm, p in zip(corrected, found_p, strict=True):
-            out[arm][f"{name}_gain"] = out[arm][name] - out[reference(arm)][name]
-            out[arm][f"{name}_gain_p"] = p
+        for base, mine in compared_with(corrected).items():
+            found_p = [welch(values[arm], values[base]) for arm in mine]
+            for arm, p, among_all in zip(mine, found_p, holm(found_p), strict=True):
+                out[arm][f"{name}_gain"] = out[arm][name] - out[base][name]
+                out[arm][f"{name}_gain_p"] = p
+                out[arm][f"{name}_gain_holm_p"] = among_all
     for arm, row in out.items():
         row["minutes"] = min(one["time"][-1] for one in arms[arm]) / 60
         row["staleness_mean"] = float(np.mean([one["staleness_mean"] for one in arms[arm]]))
@@ -365,16 +399,26 @@ def summary(study: str, found: list[dict]) -> list[dict]:
     return list(out.values())
 
 
+def compared_with(arms: list[str]) -> dict[str, list[str]]:
+    """Groups arms of corrections by their reference."""
+    out = {}
+    for arm in arms:
+        out.setdefault(reference(arm), []).append(arm)
+    return out
+
+
 # ---------------------------------------------------------------- what to tell
 
 
 def table(study: str, found: list[dict]) -> str:
     """Writes the table in Markdown, and below it what so many seeds can see."""
     corrections = study in BASELINES
-    against = ["from exact, p"] if corrections else []
     head = ["arm", "seeds", "staleness: mean, most", *(["masked"] if corrections else [])]
-    head += ["final success", "difference, p", *against]
-    head += ["area under the curve", "difference, p", *against, "minutes of the quickest run"]
+    head += ["final success", "difference, p"]
+    head += ["from the reference, p"] if corrections else []
+    head += ["area under the curve", "difference, p"]
+    head += ["from the reference, p, corrected p"] if corrections else []
+    head += ["minutes of the quickest run"]
     lines = [f"| {' | '.join(head)} |", len(head) * "|---" + "|"]
     arms = summary(study, found)
     for row in arms:
@@ -386,33 +430,34 @@ def table(study: str, found: list[dict]) -> str:
             cells += [gain_cell(row, name)] if corrections else []
         cells.append(f"{row['minutes']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n" + actor_seconds(study, found)
-
+    text = "\n".join(lines) + "\n"
     first = [one for one in found if one["arm"] == arms_of(study)[0]]
     compared = sum("final_difference" in row for row in arms)
     if len(first) > 1 and compared:
         for name in MEASURES:
             text += what_can_be_seen(name, first, compared)
+    new = [row["arm"] for row in arms if "area_gain" in row]
+    for base, mine in compared_with(new).items():
+        areas = [area(row) for row in found if row["arm"] == base]
+        text += gain_that_can_be_seen(base, areas, len(mine)) if len(areas) > 1 else ""
     return text
 
 
 def gain_cell(row: dict, name: str) -> str:
-    """Writes how a correction's arm differs from the one that it is compared with."""
+    """Writes how a correction's arm differs from its reference.
+
+    The area, which decides, is better or worse by the corrected p; final success, which only must
+    not be worse, is so by the uncorrected one."""
     if f"{name}_gain" not in row:
         return ""
+    gain = row[f"{name}_gain"]
     p = row[f"{name}_gain_p"]
-    verdict = ("better" if row[f"{name}_gain"] > 0 else "worse") if p < 0.05 else "not shown"
-    return f"{100 * row[f'{name}_gain']:+.1f} points, {p:.3f}: {verdict}"
-
-
-def actor_seconds(study: str, found: list[dict]) -> str:
-    """Tells how long the actor worked for a batch, where runs have kept that: means of the runs."""
-    means = []
-    for arm in STUDIES[study]:
-        mine = [row for row in found if row["arm"] == arm and "bubble_actor" in row]
-        worked = [(1 - np.array(r["bubble_actor"][1:])) * np.diff(r["time"]) for r in mine]
-        means += [f"{arm} {np.mean(worked):.2f}"] if worked else []
-    return f"\nSeconds that the actor worked for a batch: {', '.join(means)}.\n" if means else ""
+    cell = f"{100 * gain:+.1f} points, {p:.3f}"
+    if name == "final":
+        return f"{cell}: {'worse' if gain < 0 and p < 0.05 else 'not worse'}"
+    corrected = row[f"{name}_gain_holm_p"]
+    verdict = ("better" if gain > 0 else "worse") if corrected < 0.05 else "not shown"
+    return f"{cell}, {corrected:.3f}: {verdict}"
 
 
 def measure_cells(row: dict, name: str) -> list[str]:
@@ -439,6 +484,18 @@ def what_can_be_seen(name: str, first: list[dict], arms: int) -> str:
         f"\nSeeds of the first arm differ by {100 * deviation:.1f} points in {MEASURES[name]} "
         f"(standard deviation). An arm truly equal to it is found so in {seen:.0%} of studies with "
         f"{len(first)} seeds, and in 80% with {seeds}.\n"
+    )
+
+
+def gain_that_can_be_seen(base: str, areas: list[float], arms: int) -> str:
+    """Tells the least gain in the area that so many seeds would show. areas: of the reference."""
+    deviation = float(np.std(areas, ddof=1))
+    least = least_gain(deviation, len(areas), arms)
+    return (
+        f"\n{staleness_of(base).capitalize()}: seeds of the reference, {base!r}, differ by "
+        f"{100 * deviation:.1f} points in the area (standard deviation). A true gain of "
+        f"{100 * least:.1f} points would be seen in 80% of studies with {len(areas)} seeds and "
+        f"{arms} arms, p corrected for them.\n"
     )
 
 

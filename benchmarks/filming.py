@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -82,7 +83,8 @@ def parts_of(run: Path) -> dict[str, float]:
     player = simulator.make(spec)
     player.reset(0, 0)
     player.observe()
-    camera = films.Camera(player, "bench", 0, spec.image_size, spec.limit(0))
+    film = partial(player.film, spec.image_size)
+    camera = films.Camera(film, "bench", 0, spec.limit(0))
     began = time.process_time()
     for step in range(0, spec.limit(0), camera.every):
         camera.look(step)

@@ -46,6 +46,7 @@ from planning.events import SOON, ActorRank, Request, RolloutWorker
 from planning.settings import PlanConfig, planned
 
 SHARES = (1 / 4, 1 / 2, 1.0)  # B_max tried, of the lanes that ask a rollout worker
+SAME = ("1:1", "3:1", "1:3")  # ratios that a column compares with and without help
 
 
 class Sharing(RolloutWorker):
@@ -167,15 +168,26 @@ CASES = {
     "π0.5 on H100s, half the training": Case({}, on_h100s(0.0087, 0.0043), cores=True),
     "GR00T on H100s, estimated": Case({}, on_h100s(0.0045, 0.0058), cores=True),
     "OFT (LoRA) on H100s, estimated": Case({}, on_h100s(0.0173, 0.0395), cores=True),
+    "OFT on H100s, twice as many envs": Case({"envs": 128}, on_h100s(0.0173, 0.0395), cores=True),
 }
 RATIOS = {2: ("1:1",), 4: ("3:1", "1:1", "1:3"), 8: ("7:1", "3:1", "1:1")}  # by GPUs
+
+
+def ratios_of(name: str, gpus: int) -> tuple[str, ...]:
+    """Lists the ratios that are tried: with more actors, too, where training costs more than
+    inference does; of two and four GPUs RATIOS has all of those."""
+    costs = CASES[name].costs
+    trains = (
+        gpus == 8 and costs and costs.train_each_s > costs.infer_fixed_s / 16 + costs.infer_each_s
+    )
+    return RATIOS[gpus] + (("3:5", "1:3") if trains else ())
 
 
 def rows_of(name: str, gpus: int) -> Iterator[dict]:
     """Predicts a case at every ratio, without and with help; and colocated."""
     case = CASES[name]
     costs = case.costs_on(gpus)
-    for ratio in RATIOS[gpus]:
+    for ratio in ratios_of(name, gpus):
         node, _, _ = planned(case.plan(gpus, ratio))
         for kind in ("alone", "helped"):
             yield row_of(name, gpus, ratio, kind, best(node, costs, kind))
@@ -208,12 +220,18 @@ def line(name: str, gpus: int, rows: list[dict]) -> str:
     cells = [name, str(gpus), *(f"{speed(row):.0f} ({row['ratio']})" for row in fastest.values())]
     alone = {row["ratio"]: speed(row) for row in rows if row["kind"] == "alone"}
     helped = {row["ratio"]: speed(row) for row in rows if row["kind"] == "helped"}
-    same = [helped[ratio] / alone[ratio] for ratio in ("1:1", "3:1") if ratio in alone]
+    same = [helped[ratio] / alone[ratio] for ratio in SAME if ratio in alone]
     ratio = speed(fastest["helped"]) / speed(fastest["alone"])
     rival = speed(fastest["helped"]) / max(speed(fastest["alone"]), speed(fastest["colocated"]))
     for gains in (same, [ratio], [rival]):
         cells.append(" · ".join(f"{gain - 1:+.1%}" for gain in gains))
     return f"| {' | '.join(cells)} |"
+
+
+def as_json(rows: list[dict]) -> str:
+    """Writes all rows, a line each."""
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    return f'{{"what": "helping", "rows": [\n{lines}\n]}}\n'
 
 
 @dataclass(kw_only=True)
@@ -226,7 +244,14 @@ class HelpingConfig:
 
 
 def main(config: HelpingConfig) -> None:
-    heads = ("setting", "GPUs", "best ratio", "colocated", "helped", "to the same, 1:1 · 3:1")
+    heads = (
+        "setting",
+        "GPUs",
+        "best ratio",
+        "colocated",
+        "helped",
+        f"to the same, {' · '.join(SAME)}",
+    )
     heads += ("to the best ratio", "to the best of both")
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     found = []
@@ -236,9 +261,7 @@ def main(config: HelpingConfig) -> None:
             print(line(name, gpus, rows), flush=True)
             found += rows
             if config.json:
-                config.json.write_text(
-                    json.dumps({"what": "helping", "rows": found}, indent=1) + "\n"
-                )
+                config.json.write_text(as_json(found))
 
 
 if __name__ == "__main__":

@@ -151,7 +151,10 @@ class Env(ABC):
         """Takes one control step with an action [A] float32. Draws nothing."""
 
     def film(self, size: int = 256) -> np.ndarray:
-        """Draws a frame for people, [size, size, 3] uint8; by default the policy's first view."""
+        """Draws a frame for people, [size, size, 3] uint8; by default the policy's first view.
+
+        Evaluations are filmed as they are played, so it must not change what follows: no state of
+        the simulator, and no random numbers."""
         return resized(self.observe()[0][0], size)
 
     def renderer(self) -> str:
@@ -193,7 +196,7 @@ class Envs(ABC):
         Draws nothing."""
 
     def film(self, size: int = 256) -> np.ndarray:
-        """Draws a frame of the first env for people, [size, size, 3] uint8."""
+        """Draws a frame of the first env for people, [size, size, 3] uint8, as `Env.film`."""
         return resized(self.observe()[0][0, 0].cpu().numpy(), size)
 
     def renderer(self) -> str:

@@ -44,7 +44,7 @@ class Lane(ABC):
         self.taken = [0] * len(envs)  # control steps into the episodes
         self.over = [True] * len(envs)  # whether an env has no episode to play
         self.states: np.ndarray | None = None  # [N, S] as last observed
-        self.camera: Camera | None = None  # while the first env's episode is filmed
+        self.cameras: dict[int, Camera] = {}  # of the rows whose episodes are filmed
 
     @abstractmethod
     def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
@@ -53,6 +53,10 @@ class Lane(ABC):
     @abstractmethod
     def observe(self) -> np.ndarray | Tensor:
         """Returns pictures [N, V, H, W, 3] uint8 and sets `states`."""
+
+    @abstractmethod
+    def film(self, row: int) -> np.ndarray:
+        """Returns a picture of an env for people, [H, H, 3] uint8, and changes nothing."""
 
     @abstractmethod
     def play(self, plans: list[np.ndarray]) -> Outcome:
@@ -98,6 +102,9 @@ class SingleLane(Lane):
         self.states = state[None]
         return picture[None, : self.spec.views]
 
+    def film(self, row: int) -> np.ndarray:
+        return self.player.film(self.spec.image_size)
+
     def play(self, plans: list[np.ndarray]) -> Outcome:
         if self.over[0]:
             return Outcome([0.0], [False], [False], [False], 0)
@@ -107,8 +114,8 @@ class SingleLane(Lane):
         steps = 0
         won = lost = late = False
         for action in plans[0]:
-            if self.camera:
-                self.camera.look(self.taken[0] + steps)
+            if self.cameras:
+                self.cameras[0].look(self.taken[0] + steps)
             reward, success, failed = step(action)
             total += reward
             steps += 1
@@ -132,6 +139,7 @@ class VectorisedLane(Lane):
         super().__init__(index, envs, spec, many)
         self.device = device
         self.keep_on_gpu = keep_on_gpu
+        self.seen: Tensor | None = None  # pictures as last observed, where there are cameras
 
     def begin(self, rows: list[int], task: int, seeds: list[int]) -> None:
         self.player.reset(rows, task, seeds)
@@ -139,8 +147,13 @@ class VectorisedLane(Lane):
     def observe(self) -> np.ndarray | Tensor:
         pictures, states = self.player.observe()
         pictures = pictures[:, : self.spec.views]
+        self.seen = pictures if self.cameras else None
         self.states = states.cpu().numpy()
         return pictures if self.keep_on_gpu else pictures.cpu().numpy()
+
+    def film(self, row: int) -> np.ndarray:
+        """Shows what the policy saw last: drawing one env would draw all of them."""
+        return self.seen[row, 0].cpu().numpy().copy()  # a simulator may draw in the same place
 
     def play(self, plans: list[np.ndarray]) -> Outcome:
         actions = torch.from_numpy(np.array(plans)).to(self.device)
@@ -151,9 +164,9 @@ class VectorisedLane(Lane):
         alive = begun
         won = torch.zeros_like(begun)
         failed = torch.zeros_like(begun)
+        for row, camera in self.cameras.items():
+            camera.look(self.taken[row])
         for c in range(actions.shape[1]):
-            if self.camera:
-                self.camera.look(self.taken[0] + c)
             step = self.player.step(actions[:, c])
             reward = torch.where(alive, reward + step.reward, reward)
             taken = taken + alive
@@ -164,6 +177,8 @@ class VectorisedLane(Lane):
         before = sum(self.taken)
         self.taken = taken.tolist()
         self.over = (~alive).tolist()
+        if any(self.over[row] for row in self.cameras):  # a film shows how its episode ended
+            self.observe()
         steps = sum(self.taken) - before
         return Outcome(reward.tolist(), won.tolist(), failed.tolist(), late.tolist(), steps)
 

@@ -9,7 +9,6 @@ import torch
 from test_learner import (
     BATCH,
     SEGMENT,
-    SPEC,
     Toy,
     close,
     gradients,
@@ -211,4 +210,3 @@ def test_what_is_not_drawn_takes_no_memory_and_fills_no_micro_batch():
 def test_a_share_is_more_than_0_and_at_most_1(share):
     with pytest.raises(UserError, match="--chunk-share .* must be"):
         validate(settings("ppo", share))
-    assert SPEC

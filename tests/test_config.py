@@ -170,6 +170,14 @@ def test_what_is_valid():
             {"algorithm__behaviour_weight": "kpop"},
             "compares probabilities of tokens, and this model's actions have densities",
         ),
+        (
+            {"train__model": "oft", "algorithm__behaviour_weight": "kpop"},
+            "and --granularity chunk is of several, .*: give --granularity token",
+        ),
+        (
+            {"algorithm__behaviour_weight": "gipo", "algorithm__dual_clip": 3.0},
+            "--behaviour-weight gipo has no clip: leave out --dual-clip 3.0",
+        ),
         ({"algorithm__kl_stop": -1.0}, "--kl-stop -1.0"),
         ({"train__timeout_s": math.inf}, "--timeout-s inf must be at most 1000000"),
         ({"train__seed": 2**64}, "--seed 18446744073709551616 must be at most"),
@@ -363,3 +371,20 @@ def test_a_micro_batch_of_an_older_run_was_of_trajectories(tmp_path):
     file.write_text(json.dumps(stages))
     older = from_json(file)
     assert older.actor.micro_batch == "auto" and older.actor.cache_prefix == "off"
+
+
+@pytest.mark.parametrize("most, read", [(5.0, None), (2.0, 2.0)])
+def test_a_largest_weight_that_an_older_run_had_by_default_is_nobody_s_wish(tmp_path, most, read):
+    """So the run goes on with a correction that has no such bound."""
+    stages = json.loads(to_json(valid(algorithm__behaviour_weight_max=most)))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(stages))
+    assert from_json(file).algorithm.behaviour_weight_max == most  # it was given
+    for newer in ("behaviour_weight", "behaviour_weight_min", "behaviour_trust"):
+        del stages["algorithm"][newer]
+    file.write_text(json.dumps(stages))
+    older = from_json(file)
+    assert older.algorithm.behaviour_weight_max == read
+    if read is None:
+        older.algorithm.behaviour_weight = "m2po"
+    validate(older)

@@ -22,6 +22,7 @@ def test_warnings_come_once_a_sign_lasts_and_say_what_to_change():
         ("approx_kl", 0.5, "--lr"),
         ("clip_fraction", 0.9, "90% of samples"),
         ("masked_fraction", 0.2, "--max-staleness"),
+        ("masked_fraction", 0.2, "unless --behaviour-weight is mask, widen its bounds"),
         ("kl_at_3_or_more", 2.0, "3 and more versions"),
         ("explained_variance", -2.0, "--value-lr"),
         ("grad_norm", 1e3, "norm is 1000"),

@@ -76,7 +76,7 @@ def test_lag_does_not_count_as_slow_learning():
     assert area(rows[1]) == pytest.approx(area(rows[0]))
 
 
-def test_corrections_are_compared_with_the_exact_arm_of_their_staleness(tmp_path, monkeypatch):
+def test_corrections_are_compared_with_what_auto_takes_at_their_staleness(tmp_path, monkeypatch):
     """On made-up runs, of unequal numbers of seeds; the study goes through staleness 4, 8, 2 within
     each seed, skips what is there, and reads its baselines where the first study left them."""
     monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
@@ -113,12 +113,59 @@ def test_corrections_are_compared_with_the_exact_arm_of_their_staleness(tmp_path
     assert of["staleness 4, gipo"]["final_gain"] == pytest.approx(0.1, abs=0.01)  # 0.9 and 0.8
     assert of["staleness 4, gipo"]["final_gain_p"] < 0.05
     assert of["staleness 4, m2po"]["final_gain_p"] > 0.05
-    assert of["staleness 2, exact"]["final_gain"] == pytest.approx(0.1, abs=0.01)  # 0.8 and 0.7
+    for arm, gain in (("exact", 0.1), ("m2po", 0.1), ("gipo", 0.2)):  # from 0.7, interpolated
+        assert of[f"staleness 2, {arm}"]["final_gain"] == pytest.approx(gain, abs=0.01)
+    for lag in ("staleness 2", "staleness 4"):  # corrected among the arms of one staleness
+        mine = [row for arm, row in of.items() if arm.startswith(lag) and "area_gain" in row]
+        assert [row["area_gain_holm_p"] for row in mine] == holm([r["area_gain_p"] for r in mine])
+        assert len(mine) == {"staleness 2": 5, "staleness 4": 4}[lag]
     assert "final_gain" not in of["staleness 8, gipo"]  # no exact arm at 8 was made up
     assert "final_difference" not in of["staleness 4, exact"]  # the first study's business
     text = (tmp_path / "elsewhere" / "corrections.md").read_text()
     assert ": better |" in text and "| 3.0% |" in text
+    assert "Staleness 2: seeds of the reference, 'staleness 2', differ by 0.8 points" in text
+    assert "with 5 seeds and 5 arms" in text and "Staleness 8" not in text
     assert (tmp_path / "elsewhere" / "corrections.png").stat().st_size > 5000
+
+
+def test_a_candidate_s_new_seeds_are_compared_among_themselves(tmp_path, monkeypatch):
+    """Baselines in the folder of the results come before those of the first study."""
+    monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
+    monkeypatch.setattr(equivalence, "one_run", made_up)
+    new = tmp_path / "new"
+    base, candidate = "staleness 4, exact", "staleness 4, gipo"
+    for seeds, folder in ((1, tmp_path), (6, new)):
+        for study, arm in (("equivalence", base), ("corrections", candidate)):
+            equivalence.run(
+                equivalence.EquivalenceConfig(
+                    what="run", study=study, first=seeds, arms=(arm,), results=folder
+                )
+            )
+    for folder, seeds in ((tmp_path, range(1, 6)), (new, range(6, 11))):
+        found = equivalence.rows("corrections", "", folder)
+        assert {row["seed"] for row in found} == set(seeds) and len(found) == 10
+    of = {row["arm"]: row for row in summary("corrections", found)}
+    assert of[candidate]["area_gain_holm_p"] == of[candidate]["area_gain_p"] < 0.05  # one arm
+
+
+@pytest.mark.parametrize("arms, level", [(1, "not shown"), (2, "better")])
+def test_the_area_decides_and_final_success_only_must_not_be_worse(arms, level):
+    row = {"area_gain": 0.04, "area_gain_p": 0.03, "area_gain_holm_p": 0.06 / arms}
+    assert equivalence.gain_cell(row, "area").endswith(f": {level}")
+    for gain, verdict in ((0.04, "not worse"), (-0.04, "worse")):
+        row = {"final_gain": gain, "final_gain_p": 0.03, "final_gain_holm_p": 0.06}
+        assert equivalence.gain_cell(row, "final").endswith(f", 0.030: {verdict}")
+    assert equivalence.gain_cell(row | {"final_gain_p": 0.06}, "final").endswith(": not worse")
+
+
+@pytest.mark.parametrize("arms", [1, 4])
+def test_the_least_gain_that_is_seen(arms):
+    """Against the power of Student's t-test, which Welch's nears where spreads are equal."""
+    least = equivalence.least_gain(0.02, 5, arms)
+    critical = stats.t.ppf(1 - 0.025 / arms, 8)
+    shift = least / (0.02 * (2 / 5) ** 0.5)
+    power = stats.nct.sf(critical, 8, shift) + stats.nct.cdf(-critical, 8, shift)
+    assert power == pytest.approx(0.82, abs=0.03)  # Welch's has fewer degrees of freedom
 
 
 def made_up(study: str, arm: str, seed: int, flags: str) -> dict:
@@ -163,17 +210,6 @@ def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch
     monkeypatch.setattr(equivalence, "RESULTS", tmp_path)
     equivalence.plot("equivalence", found)
     assert (tmp_path / "equivalence.png").stat().st_size > 5000
-
-
-def test_the_actor_s_seconds_are_those_that_it_did_not_wait():
-    arms = list(STUDIES["chunks_oft"])
-    found = [result(arm, seed, 0.5) for arm in arms[:2] for seed in (1, 2)]
-    assert "Seconds that" not in table("chunks_oft", found)  # runs that have not kept it
-    for row, waited in zip(found, (0.5, 0.7, 0.75, 0.75), strict=True):
-        row |= {"time": [1.0, 11.0, 21.0], "bubble_actor": [0.0, waited, waited]}
-        row |= {name: [*row[name], row[name][-1]] for name in ("success_rate", "staleness_mean")}
-    said = "Seconds that the actor worked for a batch: all chunk steps 4.00, half of them 2.50."
-    assert said in table("chunks_oft", found)
 
 
 def test_every_arm_is_a_command():

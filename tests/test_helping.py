@@ -1,10 +1,11 @@
 """What `benchmarks/helping.py` predicts of actors that infer while they wait."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from benchmarks.helping import CASES, RATIOS, best, line, row_of, shared_out
+from benchmarks.helping import CASES, RATIOS, as_json, best, line, ratios_of, row_of, shared_out
 from planning import Costs, Node, events
 from planning.settings import planned
 
@@ -56,7 +57,7 @@ def test_an_actor_does_one_thing_at_a_time(train_s):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_setting_fits_on_its_gpus(name):
-    for gpus, ratio in [(n, ratio) for n, ratios in RATIOS.items() for ratio in ratios]:
+    for gpus, ratio in [(n, ratio) for n in RATIOS for ratio in ratios_of(name, n)]:
         node, _, _ = planned(CASES[name].plan(gpus, ratio))
         r, a = map(int, ratio.split(":"))
         part = gpus // (r + a)
@@ -76,3 +77,12 @@ def test_a_row_compares_with_all_that_there_is():
     rows += [row("3:1", "helped", 130), row("4 actors", "colocated", 140)]
     words = "| x | 4 | 125 (3:1) | 140 (4 actors) | 130 (3:1) | +20.0% · +4.0% | +4.0% | -7.1% |"
     assert line("x", 4, rows) == words
+    more = [*rows, row("1:3", "alone", 50), row("1:3", "helped", 75)]
+    assert "| +20.0% · +4.0% · +50.0% |" in line("x", 4, more)
+    assert json.loads(as_json(rows))["rows"] == rows and as_json(rows).count("\n") == len(rows) + 2
+
+
+def test_eight_gpus_have_ratios_of_more_actors_where_training_costs_more():
+    more = [name for name in CASES if "1:3" in ratios_of(name, 8)]
+    assert more and all("OFT" in name or name == "GR00T on H100s, estimated" for name in more)
+    assert all("1:3" in ratios_of(name, 4) for name in CASES)

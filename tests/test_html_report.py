@@ -4,25 +4,31 @@ import base64
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import time
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 from scripted import answer, begin_round, counted, plan, publish, requests, worker_starter
+from test_lanes import many
+from test_lanes import plan as script
 from test_summary import SPANS, a_run, full, line
 
-import envs
 import films
 import html_report
+import summary
 from config import Config
+from evaluation import EvaluationLanes
 from metrics import wilson
-from run_folder import RunFolder
+from run_folder import RunFolder, write_trace
 
 TASKS = ("push", "reach", "dunk")
 
@@ -102,7 +108,7 @@ def note(run: Path, **more) -> None:
 def film(folder: Path, task: str, version: int, won: bool = True, size: int = 64) -> None:
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(version)
-    camera = films.Camera(None, task, version, size, 90)
+    camera = films.Camera(None, task, version, 90)
     camera.look = lambda step: None
     camera.frames = list(random.integers(0, 255, (8, size, size, 3), dtype=np.uint8))
     camera.leave(folder, won)
@@ -116,21 +122,26 @@ def test_the_report_of_a_run_that_is_done(tmp_path):
     last = evaluated(3, {"push": 1.0, "reach": 0.5, "dunk": 0.5}, 7, 3) | played(3)
     run = a_run(tmp_path / "x", [first, played(2, clip_fraction=0.9), last])
     note(run, ended="3 iterations done", status=0, where="no GPU", versions={"torch": "2"})
+    html_report.write(run)
+    assert "--resume" not in read(run).text  # nothing was saved
+    (run / "checkpoints" / "000003").mkdir(parents=True)
     for version in (0, 3):
         film(tmp_path / "frames", "push", version, won=version > 0)
     films.make_videos(tmp_path / "frames", run / "videos")
     html_report.write(run)
     page = read(run)
-    assert page.words[page.words.index("x") :] and not page.refreshes
+    assert page.words.index("3 iterations done") < page.words.index("x") and not page.refreshes
     assert page.text.index("3 iterations done") < page.text.index("What it did")
     for words in (
         "100 env steps/s, 10.0 chunk steps trained/s",
         "Advice: ",
-        "held-out, version 0 held-out, version 3 training, iterations 1 to 3",
+        "held-out, version 0 held-out, version 3 training, iterations 2 to 3",
         # Of 7 episodes of three tasks the first one has 3; of training 2 · 4.
         "push 0% [0%, 56%] 0 of 3 100% [44%, 100%] 3 of 3 75% [41%, 93%] 6 of 8",
         "dunk 50% [9%, 91%] 1 of 2 50% [9%, 91%] 1 of 2 –",
         "all tasks 43% [16%, 75%] 3 of 7 71% [36%, 92%] 5 of 7 –",
+        "are too narrow where a group of them begins alike (GRPO)",
+        "Not filmed: 2 of 3 tasks (reach, dunk).",
         "version 0: no success version 3: success",
         "python train.py --resume " + str(run),
         "settings: the first 3 differ from the defaults",
@@ -148,6 +159,19 @@ def grpo() -> Config:
     config = full()
     config.train.algorithm = "grpo"
     return config
+
+
+def test_the_warnings_of_a_run_are_on_its_page(tmp_path):
+    run = a_run(tmp_path / "x", [played(number, clip_fraction=0.9) for number in range(1, 6)])
+    html_report.write(run)
+    assert "1 warning iteration 3: warning: 90% of samples lie outside the clip" in read(run).text
+    # Those of the newest iterations, if there are many.
+    many_signs = {"clip_fraction": 0.9, "masked_fraction": 0.9}
+    run = a_run(tmp_path / "y", [played(number, **many_signs) for number in range(1, 150)])
+    html_report.write(run)
+    text = read(run).text
+    assert "10 warnings, the newest 8" in text and "iteration 3:" not in text
+    assert text.count("iteration 123: warning: ") == 2
 
 
 SECTIONS = ("What it did", "Success over time", "Success per task", "Staleness", "Who worked")
@@ -201,17 +225,27 @@ def test_foreign_words_stay_words(tmp_path):
     films.make_videos(tmp_path / "frames", run / "videos")
     html_report.write(run)
     page = read(run)
-    assert page.text.count(evil) >= 9
-    assert "a <b> [bold] & c: 1 iterations in" in page.text
+    assert page.text.count(evil) >= 9 and "a <b> [bold] & c" in page.words
     assert len(page.all("video")) == 1 and evil in page.all("video")[0]["aria-label"]
 
 
 def test_a_damaged_about_json_costs_only_what_it_would_have_said(tmp_path):
     run = a_run(tmp_path / "x", [played(1)])
-    for text in ("{", "[1, 2]", '{"commands": []'):
+    wrong = ('"commands": 5', '"ended": 3', '"where": null', '"versions": [1]', '"status": "1"')
+    for text in ("{", "[1, 2]", '{"commands": []', *(f"{{{one}}}" for one in wrong)):
         (run / "about.json").write_text(text)
         html_report.write(run)
         assert "iteration 1 of" in read(run).text
+
+
+@pytest.mark.parametrize("lacks", ["eval_episodes", "eval_version", "eval_per_task", "rates"])
+def test_an_evaluation_of_an_earlier_version_is_left_out(tmp_path, lacks):
+    old = evaluated(1, {"push": 0.5}, 2, 0, success_push=None, episodes_per_task={"push": 2})
+    old |= {"eval_per_task": {}} if lacks == "rates" else {}
+    old.pop(lacks, None)
+    html_report.write(a_run(tmp_path / "x", [old]))
+    text = read(tmp_path / "x").text
+    assert "held-out, version" not in text and "training, iterations 1 to 1" in text
 
 
 def test_training_episodes_are_counted_per_task():
@@ -261,6 +295,66 @@ def test_the_report_of_a_run_that_goes_on_and_ends(folder, monkeypatch, capsys):
     html_report.begin(folder, html_report.command(1, ["--resume", "x"]), "no GPU", True)
     assert html_report.about(folder.path)["commands"][1] == "python train.py --resume x"
     assert "ended" not in html_report.about(folder.path)
+
+
+def test_a_report_of_an_interrupted_run_does_not_keep_a_scheduler_waiting(folder, capsys):
+    """The trace and the films that are left come with `python -m metrics`."""
+    run = folder.path
+    folder.append(played(1))
+    write_trace(run / "trace.json", SPANS)
+    for task in ("push", "reach"):
+        film(folder.spans, task, 0)
+    films.make_videos(folder.spans, run / "videos", seconds=-1.0)
+    html_report.end(folder, "interrupted; saved x", 130)
+    page = read(run)
+    assert "interrupted; saved x" in page.text and "Who worked" not in page.text
+    assert [image["class"] for image in page.all("img")] == ["curve", "staleness"]
+    said = capsys.readouterr()
+    assert f"python -m metrics {run} adds what takes longer" in said.out and not said.err
+    html_report.write(run)
+    page = read(run)
+    assert "Who worked" in page.text and len(page.all("video")) == 2
+    assert not list(run.glob("**/*.npy"))
+
+
+def test_python_m_metrics_reads_the_trace_once(folder, monkeypatch, capsys):
+    folder.append(played(1))
+    write_trace(folder.path / "trace.json", SPANS)
+    reads = []
+    read_trace = html_report.pictures.read_trace
+    monkeypatch.setattr(
+        html_report.pictures, "read_trace", lambda run: reads.append(run) or read_trace(run)
+    )
+    monkeypatch.setattr("sys.argv", ["metrics", str(folder.path)])
+    summary.main()
+    said = capsys.readouterr()
+    assert reads == [folder.path] and "critical: train 97%" in said.out and not said.err
+
+
+def test_what_pip_left_half_removed_stops_no_run(folder, monkeypatch, tmp_path, capsys):
+    for left in ("~orch-2.0.dist-info", "numpy-9.dist-info"):
+        (tmp_path / "packages" / left).mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    (folder.path / "about.json").write_text('{"commands": 5}')
+    html_report.begin(folder, "python train.py", "no GPU", True)
+    noted = html_report.about(folder.path)
+    assert noted["commands"] == ["python train.py"] and not capsys.readouterr().err
+    assert noted["versions"]["numpy"] == "unknown" and noted["versions"]["rich"]
+    # Neither does a disk that is full.
+    monkeypatch.setattr(folder, "write", lambda *_: os.close(-1))
+    html_report.begin(folder, "python train.py", "no GPU", True)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: cannot write") and said.count("\n") == 1
+
+
+def test_a_run_that_begins_anew_keeps_the_report_of_the_one_before(folder):
+    film(folder.spans, "push", 3)
+    films.make_videos(folder.spans, folder.path / "videos")
+    (folder.path / "report.html").write_text("before")
+    os.close(folder.lock)
+    html_report.begin(RunFolder(folder.path, resume=False), "python train.py", "no GPU", False)
+    assert (folder.path / "report.html.old").read_text() == "before"
+    assert films.films_in(folder.path / "videos") == {}
 
 
 def test_trouble_with_a_report_is_one_warning(folder, monkeypatch, capsys):
@@ -335,37 +429,90 @@ def test_which_episodes_are_filmed():
     assert filmed(10, [0, 1, 2, 3]) == set(range(10))
     assert filmed(90, [0, 1, 2, 3], eval_episodes=90) == set(range(films.TASKS))
     assert filmed(3, [0, 1, 2, 3], eval_episodes=2) == {0, 1}
-    # Of four envs that step together, the first plays episodes 0, 4, 8: one of each task.
+    # Four envs that step together play the same.
     config.env.lanes = config.env.env_workers = 1
-    assert filmed(3, [0, 1, 2, 3], eval_episodes=24) == {0, 4, 8}
-    # The first of two nodes has every other lane.
+    assert filmed(3, [0, 1, 2, 3], eval_episodes=24) == {0, 1, 2}
+    # The first of two nodes has half of the envs, and of some numbers of tasks only half, too.
     config.env.lanes = 0
     config.train.nodes = 2
     assert filmed(3, [0, 1], eval_envs=2) == {0, 1, 5}
-
-
-class Player(envs.Env):
-    def film(self, size):
-        self.filmed = getattr(self, "filmed", 0) + 1
-        if self.filmed > 3:
-            raise RuntimeError("no GL context")
-        return np.zeros((size, size, 3), np.uint8)
-
-    def reset(self, task, seed): ...
-
-    def observe(self): ...
-
-    def step(self, action): ...
+    assert filmed(10, [0], eval_envs=1) == {0, 2, 4, 6, 8}
 
 
 def test_a_camera_takes_some_sixty_frames_and_its_trouble_waits():
-    camera = films.Camera(Player(("push",), 64), "push", 0, 8, 520)
+    frames = iter(np.zeros((3, 300, 300, 3), np.uint8))
+
+    def draws() -> np.ndarray:
+        try:
+            return next(frames)
+        except StopIteration:
+            raise RuntimeError("no GL context") from None
+
+    camera = films.Camera(draws, "push", 0, 520)
     assert camera.every == 9  # 58 frames
     for step in range(19):
         camera.look(step)
     assert len(camera.frames) == 3 and camera.trouble == ""
+    assert camera.frames[0].shape == (256, 256, 3)  # no film is larger, whatever the policy sees
     with pytest.raises(OSError, match="RuntimeError: no GL context"):
         camera.leave(Path("/nowhere"), True)
+
+
+def filming_lanes(tmp_path, count: int) -> EvaluationLanes:
+    """Returns one evaluation lane that is filmed, of so many envs."""
+    lanes = EvaluationLanes.__new__(EvaluationLanes)
+    lane = SimpleNamespace(cameras={0: "another camera"})
+    lanes.__dict__ |= {"films": tmp_path, "filmed": {0, 1}, "lanes": {0: lane}}
+    lanes.shard = SimpleNamespace(meter=SimpleNamespace(name="env-0"))
+    return lanes
+
+
+@pytest.mark.parametrize("kind", ["shapes", "full disk", "no array"])
+def test_a_film_that_cannot_be_kept_is_one_warning_and_the_last(
+    tmp_path, monkeypatch, capsys, kind
+):
+    sizes = iter((8, 9) if kind == "shapes" else (8, 8))
+    camera = films.Camera(lambda: np.zeros((next(sizes),) * 2 + (3,), np.uint8), "push", 0, 90)
+    if kind == "full disk":
+        monkeypatch.setattr(films.np, "save", lambda file, _: file.write(b"x") and os.close(-1))
+    if kind == "no array":
+        camera.film = lambda: object()
+    camera.look(0)
+    lanes = filming_lanes(tmp_path, 2)
+    lanes.keep_film(camera, True)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: env-0 films no more: ") and said.count("\n") == 1
+    assert lanes.filmed == set() and lanes.lanes[0].cameras == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_may_remove_a_film_that_the_launcher_has_listed(tmp_path, monkeypatch, capsys):
+    film(tmp_path, "push", 0)
+    (left,) = tmp_path.glob("*.npy")
+    monkeypatch.setattr(Path, "glob", lambda *_: left.unlink(missing_ok=True) or iter([left]))
+    films.make_videos(tmp_path, tmp_path / "videos")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lane_whose_envs_step_together_films_what_the_policy_sees():
+    """One frame per chunk, of each env that is filmed, and one of its end: all envs are drawn for
+    every picture, so no other is drawn."""
+    lane = many(3)
+    drawn = []
+    observe = lane.player.observe
+    lane.player.observe = lambda: drawn.append(1) or observe()
+    lane.reset([0, 1, 2], [0, 0, 1], [1, 2, 3])
+    for row in (0, 2):
+        lane.cameras[row] = films.Camera(partial(lane.film, row), "one", 0, 6)
+    lane.observe()
+    lane.play([script(), script(), script()])
+    lane.observe()
+    outcome = lane.play([script(0), script(1), script()])
+    assert outcome.ended() == [0, 1, 2] and len(drawn) == 3
+    for camera in lane.cameras.values():
+        camera.look(math.inf)
+    steps = {row: [int(frame[0, 0, 0]) for frame in lane.cameras[row].frames] for row in (0, 2)}
+    assert steps == {0: [0, 3, 6], 2: [0, 3, 6]} and lane.cameras[0].trouble == ""
 
 
 def test_evaluation_lanes_film_each_task_and_nobody_waits_for_it(monkeypatch, tmp_path):

@@ -360,7 +360,8 @@ def simulator(vectorised: bool = False, workers: int | None = None):
         (8, 384, 512, MOST_WORKERS - 16),  # as many as can be started
         (1, 16, 64, 14),
         (4, 4, 64, 4),  # one for each GPU
-        (0, 112, 64, 3),  # without GPUs by the ratio
+        (0, 112, 64, 3),  # without GPUs by the ratio,
+        (0, 112, 2, 2),  # but no more than there are envs
     ],
 )
 def test_simulators_that_step_on_cores_get_processes_by_cores(gpus, cores, envs, counted):

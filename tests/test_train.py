@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import LINE, SMALL, assert_balanced
@@ -374,9 +375,15 @@ def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
         run / "metrics.jsonl", "a"
     ) as file:  # a line after the last checkpoint is not part of what is continued
         file.write(json.dumps(before[1] | {"iteration": 3, "version": 3}) + "\n")
+    # Its launcher was killed before it made a video; another one is of what comes again.
+    (run / ".spans").mkdir()
+    np.save(run / ".spans" / "a task_000001_success.npy", np.zeros((4, 8, 8, 3), np.uint8))
+    (run / "videos").mkdir(exist_ok=True)
+    (run / "videos" / "a task_000003_success.mp4").touch()
     status, output = cli("train.py", f"--resume {run} --iterations 3").finish()
     assert status == 0 and "3 iterations done" in output and "Traceback" not in output, output
     assert "other settings than this run had so far: iterations 3 (was 2)\n" in output
+    assert [film.version for film in films_in(run / "videos")["a task"]] == [1]
     again = "it ended at iteration 3, so those after 2 come again"
     assert f"continues from {run}/checkpoints/000002; {again}\n" in output
     lines = lines_of(run)
@@ -523,6 +530,8 @@ def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
     assert assert_balanced(tmp_path / "x")["trained_once"] == 3 * 16 * 4
     assert (lines[-1]["eval_version"], lines[-1]["eval_episodes"]) == (3, 5)
     assert json.loads((tmp_path / "x" / "config.json").read_text())["env"]["lanes"] == 2
+    films = films_in(tmp_path / "x" / "videos")["vectorised"]
+    assert [film.version for film in films] == [0, 3]
 
 
 def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):
