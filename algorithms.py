@@ -199,9 +199,10 @@ class PolicyLoss:
             return -objective.sum() * per_unit, {"clip_fraction": none, "masked_fraction": none}
 
         log_weight = prox - old
-        kept = self.keeps(log_weight, prox, old)
+        weight = log_weight.exp()
+        kept = self.keeps(weight, log_weight, prox, old)
         most = min(self.weight_max, FINITE) if self.weight_mode == "truncate" else FINITE
-        weight = torch.where(kept, log_weight.exp().clamp(max=most), 0.0)
+        weight = torch.where(kept, weight.clamp(max=most), 0.0)
         ratio = torch.where(kept, new - prox, 0.0).exp()  # masked before exp: 0 · ∞ would be NaN
         objective = torch.minimum(
             ratio * a, ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * a
@@ -217,8 +218,10 @@ class PolicyLoss:
             numbers |= SecondMoment(self.trust).measure(log_weight)
         return -(weight * objective).sum() * per_unit, numbers
 
-    def keeps(self, log_weight: Tensor, prox: Tensor, old: Tensor) -> Tensor:
-        """Tells which units are trained [n, U], from log w and what it is made of, all [n, U]."""
+    def keeps(self, weight: Tensor, log_weight: Tensor, prox: Tensor, old: Tensor) -> Tensor:
+        """Tells which units are trained [n, U], from w, log w and its parts, all [n, U]."""
+        if self.weight_mode == "mask":
+            return weight <= self.weight_max
         if self.weight_mode == "truncate":
             return torch.ones_like(log_weight, dtype=torch.bool)
         if self.weight_mode == "kpop":
@@ -227,10 +230,9 @@ class PolicyLoss:
         if self.weight_mode == "m2po":
             return log_weight.square() <= self.cut
         if self.weight_mode == "sequence":
-            log_weight = log_weight.sum(1, keepdim=True).expand_as(log_weight)
+            weight = log_weight.sum(1, keepdim=True).exp().expand_as(log_weight)
         elif self.weight_mode == "geometric":
-            log_weight = log_weight.mean(1, keepdim=True).expand_as(log_weight)
-        weight = log_weight.exp()
+            weight = log_weight.mean(1, keepdim=True).exp().expand_as(log_weight)
         return (weight >= self.weight_min) & (weight <= self.weight_max)
 
 
