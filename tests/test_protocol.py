@@ -413,7 +413,8 @@ class Run:
         stage, rank = name.split("-")
         seen = Header("toy", {}, {}) if stage == "env" else self.spec
         report = self.reports if rank == "0" else None
-        more = (Path("nowhere"), None, None, report) if stage == "actor" else (0,)
+        more = (0, None) if stage == "env" else (0,)  # an env worker films nothing
+        more = (Path("nowhere"), None, None, report) if stage == "actor" else more
         arguments = (int(rank), self.config, seen, "cpu", self.channels, *more, self.meters[name])
         run = functools.partial(STAGES[stage].run, *arguments)
         self.world.start(name, run, mortal=stage != "actor")
