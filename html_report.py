@@ -101,7 +101,8 @@ def end(folder: RunFolder, message: str, status: int) -> None:
         soon = status == 130
         write(folder.path, trace=not soon)
         more = f"; python -m metrics {folder.name} adds what takes longer" * soon
-        print(f"report in {folder.path / 'report.html'}{more}", flush=True)
+        if status != 1:  # an error is the last that is said
+            print(f"report in {folder.path / 'report.html'}{more}", flush=True)
 
 
 class Watcher:
