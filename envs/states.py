@@ -50,9 +50,9 @@ def split(env: str, spec: EnvSpec, train: str, evaluation: str) -> tuple[str, st
     rest = tuple(state for state in every if state not in {*trained, *evaluated})
     trained = trained or rest
     evaluated = evaluated or rest
-    require(
-        trained and evaluated, f"{flags} leaves no initial states of {spec.states} to the other"
-    )
+    other = "evaluation" if trained else "training"
+    none = f"{flags} leaves none of the {spec.states} initial states to {other}"
+    require(trained and evaluated, none)
     both = tuple(state for state in trained if state in set(evaluated))
     note = f"of {spec.states} initial states, training meets {say_states(trained)}, evaluation "
     note += say_states(evaluated) + (f" (trained on, too: {say_states(both)})" if both else "")

@@ -45,7 +45,7 @@ def test_one_flag_splits():
     for train_states, eval_states, words in (
         ("0-50", "", "--train-states 0-50 is out of range: each task has the initial states 0-49"),
         ("", "50", "--eval-states 50 is out of range"),
-        ("0-49", "", "--train-states leaves no initial states of 50 to the other"),
+        ("0-49", "", "--train-states leaves none of the 50 initial states to evaluation"),
     ):
         with pytest.raises(UserError, match=words):
             split("libero", SPEC, train_states, eval_states)
