@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 import envs
 from checks import Fraction, FromZero, Length, Natural, Positive
 from config import Config
-from demonstrations import Writer, png
 from envs import EnvSpec
 from errors import require
 from imitation import PROCESSES
+from recording import Writer, png
 
 CHUNK = Config().rollout.chunk  # actions that a new model predicts
 IMAGE_SIZE = 64  # pixels, as new models take them

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,14 +128,16 @@ class Camera:
         keep_first_and_last(folder, "npy")
 
 
-def write_video(file: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+def write_video(
+    file: Path, frames: Iterable[np.ndarray], fps: float, how: Sequence[str] = QUICKLY
+) -> None:
     """Writes an H.264 video, which browsers play; frames: [H, W, 3] uint8. Raises OSError, or what
     the encoder raises."""
     import imageio.v2 as imageio
 
     file.parent.mkdir(exist_ok=True)
     partial = file.parent / ".partial.mp4"
-    imageio.mimwrite(partial, frames, fps=fps, macro_block_size=1, output_params=QUICKLY)
+    imageio.mimwrite(partial, frames, fps=fps, macro_block_size=1, output_params=how)
     partial.replace(file)  # an encoder that fails may say nothing, but leaves no file
 
 

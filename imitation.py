@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ from errors import UserError, require
 from gradients import Gradients
 from models import checkpoint, layers
 from models.formats import pictures
-from processes import INTERRUPTS, keep_freed_memory, leave_interrupts
+from processes import INTERRUPTS, Interrupts, interrupts_wait, keep_freed_memory, leave_interrupts
 from ranks import Meeting, Ranks
 
 # Constants, because the order of sums, and so every bit of a small checkpoint, depends on them.
@@ -81,6 +82,11 @@ class Lesson:
         return models.preparation(settings.model, self.header, settings.tokenizer)
 
 
+def partial_of(out: Path) -> Path:
+    """Where weights are saved before all steps are done: what was at `out` stays until then."""
+    return out.with_suffix(".partial.safetensors")
+
+
 def following(actions: np.ndarray, frame: int, horizon: int) -> np.ndarray:
     """The actions from a frame on, [H, A]. After an episode's end the last one is repeated, as
     LeRobot's reader does, and its π0 and openpi learn from that, too."""
@@ -116,32 +122,37 @@ def check_first_frames(lesson: Lesson) -> None:
 
 
 class Reader:
-    """Batches of one process, without end. The seed says in which order frames come."""
+    """Batches of one process, without end. The seed says in which order frames come.
+
+    In each epoch all processes share the pieces out anew, and so learn from all frames equally
+    often, however unequal episodes are."""
 
     def __init__(self, lesson: Lesson, rank: int = 0, ranks: int = 1):
         self.lesson = lesson
         self.preparation = lesson.preparation()
-        self.seed = [lesson.seed, rank]
-        pieces = []
+        self.rank = rank
+        self.ranks = ranks
+        self.pieces = []
         for place, episode in enumerate(lesson.data.episodes):
             frames = range(0, len(episode.times), lesson.every)
             for first in range(0, len(frames), PIECE):
-                pieces.append(Piece(place, frames[first : first + PIECE]))
-        order = np.random.default_rng(lesson.seed).permutation(len(pieces)).tolist()
-        self.mine = [pieces[i] for i in order[rank::ranks] or order]
+                self.pieces.append(Piece(place, frames[first : first + PIECE]))
         size = lesson.header.shape["image_size"]
-        bytes_of_all = sum(len(piece.frames) for piece in self.mine) * len(lesson.cameras)
+        bytes_of_all = sum(len(piece.frames) for piece in self.pieces) * len(lesson.cameras)
         bytes_of_all *= 3 * size * size
-        self.at_once = max(1, BLOCK * len(self.mine) // bytes_of_all)  # pieces
+        self.at_once = max(1, BLOCK * len(self.pieces) // bytes_of_all)  # pieces
         self.threads = max(1, min(8, len(os.sched_getaffinity(0)) // ranks))
 
     def blocks(self) -> Iterator[tuple[list[Piece], list[tuple[Piece, int]]]]:
         """Yields the pieces of a block, and their frames in the order in which they come."""
         for epoch in itertools.count():
-            random = np.random.default_rng([*self.seed, epoch])
-            order = [self.mine[i] for i in random.permutation(len(self.mine))]
-            for first in range(0, len(order), self.at_once):
-                block = order[first : first + self.at_once]
+            shared = np.random.default_rng([self.lesson.seed, epoch]).permutation(len(self.pieces))
+            # Of fewer pieces than processes, each has some in turn.
+            first = (self.rank - epoch * len(self.pieces)) % self.ranks
+            mine = [self.pieces[i] for i in shared[first :: self.ranks]]
+            random = np.random.default_rng([self.lesson.seed, epoch, self.rank])
+            for first in range(0, len(mine), self.at_once):
+                block = mine[first : first + self.at_once]
                 frames = [(piece, i) for piece in block for i in range(len(piece.frames))]
                 yield block, [frames[i] for i in random.permutation(len(frames))]
 
@@ -196,26 +207,23 @@ def learn(lesson: Lesson) -> bool:
     errors = context.SimpleQueue()
     workers = []
     codes: list[int | None] = [None]
-    noted: list[int] = []
-
-    def note(number: int, _) -> None:
-        noted.append(number)
-        stop.set()
-
+    interrupts = Interrupts()
     with tempfile.TemporaryDirectory() as folder:
-        # They inherit that interrupts wait, until they have said that they leave them to this one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-        before = {number: signal.signal(number, note) for number in INTERRUPTS}
+        before = {}
         try:
-            for rank in range(count):
-                args = (rank, count, lesson, Path(folder) / "meeting", stop, errors)
-                workers.append(context.Process(target=work, args=args))
-                workers[-1].start()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-            while errors.empty() and noted.count(signal.SIGINT) < 2:
+            with interrupts_wait():
+                for number in INTERRUPTS:
+                    before[number] = signal.signal(number, interrupts.note)
+                for rank in range(count):
+                    args = (rank, count, lesson, Path(folder) / "meeting", stop, errors)
+                    workers.append(context.Process(target=work, args=args))
+                    workers[-1].start()
+            while errors.empty() and not interrupts.twice:
                 codes = [worker.exitcode for worker in workers]
                 if any(codes) or None not in codes:
                     break
+                if interrupts:
+                    stop.set()
                 time.sleep(0.05)
         finally:
             for worker in workers:
@@ -231,14 +239,14 @@ def learn(lesson: Lesson) -> bool:
         raise SystemExit(1)  # its traceback is on the screen
     if None in codes:
         raise KeyboardInterrupt
-    return not noted
+    return not partial_of(lesson.out).exists()
 
 
 def work(rank: int, count: int, lesson: Lesson, meeting: Path, stop, errors) -> None:
     """Runs one process, which is ended from outside where it has an error.
 
     stop: an event that ends all processes after the running step; errors: a queue of sentences."""
-    leave_interrupts()
+    leave_interrupts(mp.parent_process().pid)
     try:
         fit(rank, count, lesson, meeting, stop)
         return
@@ -264,15 +272,8 @@ def fit(rank: int, count: int, lesson: Lesson, meeting: Path, stop) -> None:
     else:
         torch.cuda.set_device(device)
     ranks = Ranks(rank, count, device, Meeting(meeting))
-    models.use_tf32(device, lesson.settings.train.precision)
-    model = models.build(lesson.settings, lesson.spec, device)
-    model.header = model.header._replace(stats=lesson.header.stats)
-    if lesson.checkpointing:
-        layers.recompute_blocks(model)
-    trainable = model.trainable()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
-    parameters = list(trainable.values())
+    model = built(lesson, device)
+    parameters = list(model.trainable().values())
     fused = device != "cpu"
     rates = {"lr": lesson.lr, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": fused}
     optimizer = torch.optim.AdamW(parameters, **rates)
@@ -314,11 +315,24 @@ def fit(rank: int, count: int, lesson: Lesson, meeting: Path, stop) -> None:
             print(f"step {step}/{lesson.steps}  loss {loss:.4f}  {spent}", flush=True)
         due = last or lesson.save_every and step % lesson.save_every == 0
         if rank == 0 and due:
-            save(model, lesson)
+            save(model, lesson, step == lesson.steps)
         if last:
             break
     batches.close()
     ranks.leave()
+
+
+def built(lesson: Lesson, device: str) -> torch.nn.Module:
+    """Returns the model to begin with, of which only what is learned has gradients."""
+    models.use_tf32(device, lesson.settings.train.precision)
+    model = models.build(lesson.settings, lesson.spec, device)
+    model.header = model.header._replace(stats=lesson.header.stats)
+    if lesson.checkpointing:
+        layers.recompute_blocks(model)
+    trainable = model.trainable()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return model
 
 
 def schedule(step: int, steps: int) -> float:
@@ -326,7 +340,8 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1.0 + math.cos(math.pi * (step / steps)))
 
 
-def save(model: torch.nn.Module, lesson: Lesson) -> None:
+def save(model: torch.nn.Module, lesson: Lesson, done: bool) -> None:
+    """Writes weights and vocabulary; before all steps are done, to files of their own."""
     broken = checkpoint.not_finite(dict(model.named_parameters()))
     require(not broken, f"tensor {broken!r} holds NaN or infinity: lower --lr")
     tensors = model.state_dict()
@@ -334,9 +349,14 @@ def save(model: torch.nn.Module, lesson: Lesson) -> None:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
     lesson.out.parent.mkdir(exist_ok=True)
     source, beside = lesson.vocabulary
-    if source.is_file() and source.resolve() != beside.resolve():
-        shutil.copyfile(source, beside)
-    checkpoint.save(lesson.out, model.header, tensors)
+    unfinished = (partial_of(lesson.out), partial_of(lesson.out).with_suffix(".model"))
+    weights, words = (lesson.out, beside) if done else unfinished
+    if source.is_file() and source.resolve() != words.resolve():
+        shutil.copyfile(source, words)
+    checkpoint.save(weights, model.header, tensors)
+    if done:
+        for file in unfinished:
+            file.unlink(missing_ok=True)
 
 
 def check_memory(lesson: Lesson) -> None:
@@ -354,17 +374,19 @@ def memory_of(lesson: Lesson) -> int:
     """Returns the bytes that a GPU needs, counted on tensors without memory."""
     model = models.build(lesson.settings, lesson.spec, "meta", "none").to("meta")
     trained = model.trainable()
-    _, dims = model.config.played
-
-    def run(copied: torch.nn.Module) -> None:
-        if lesson.checkpointing:
-            layers.recompute_blocks(copied)
-        obs = allocations.empty(copied.observation_fields(), lesson.micro_batch)
-        actions = torch.empty(lesson.micro_batch, lesson.horizon, dims, device="meta")
-        drawn = model.imitation_draw(lesson.micro_batch)
-        copied.imitate(obs, actions, {n: x.to("meta") for n, x in drawn.items()}).backward()
-
     sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     learned = sum(sizes[name] for name in trained)
     kept, beside = allocations.optimizer_bytes(trained, fused=True)
-    return sum(sizes.values()) + learned + kept + beside + allocations.peak_of(model, run)
+    peak = allocations.peak_of(model, partial(one_pass, lesson))
+    return sum(sizes.values()) + learned + kept + beside + peak
+
+
+def one_pass(lesson: Lesson, model: torch.nn.Module) -> None:
+    """Learns from one part of a batch, on the meta device."""
+    if lesson.checkpointing:
+        layers.recompute_blocks(model)
+    obs = allocations.empty(model.observation_fields(), lesson.micro_batch)
+    _, dims = model.config.played
+    actions = torch.empty(lesson.micro_batch, lesson.horizon, dims, device="meta")
+    drawn = model.imitation_draw(lesson.micro_batch)
+    model.imitate(obs, actions, {n: x.to("meta") for n, x in drawn.items()}).backward()

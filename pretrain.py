@@ -1,7 +1,7 @@
 """Imitates demonstrations: makes the checkpoint that reinforcement learning starts from.
 
-    python pretrain.py --overwrite          the shipped assets/pi05_metaworld.safetensors anew, in
-                                            about 10 minutes on 2 cores
+    python pretrain.py --out NEW            a small model for Meta-World, in about 10 minutes on 2
+                                            cores, made as assets/pi05_metaworld.safetensors was
     python pretrain.py --collect demos      Meta-World's scripted experts play, no more
     python pretrain.py --dataset demos --out NEW
     python pretrain.py --dataset FOLDER --env libero --suite libero_10 --model pi05 \
@@ -10,7 +10,8 @@
 
 A dataset is in LeRobot's format (demonstrations.py); docs/demonstrations.md says what of it goes
 where. Without one Meta-World's scripted experts act (experts.py), and what they did is written and
-read as one. How it is learned: imitation.py. Left out: a validation split, as success in the
+read as one. The shipped assets are older than that: docs/demonstrations.md compares them. How it
+is learned: imitation.py. Left out: a validation split, as success in the
 simulator counts; reading a robot of its own, for which there is no simulator.
 """
 
@@ -29,7 +30,7 @@ import evaluate
 import imitation
 import machine
 import models
-from checks import AboveZero, Length, Natural, Positive, check_ranges
+from checks import AboveZero, Length, Natural, Positive, check_ranges, flag_of
 from config import Config, Family, completed, embedded_files, expanded
 from demonstrations import Demonstrations
 from envs import EnvSpec
@@ -38,6 +39,8 @@ from experts import CHUNK, IMAGE_SIZE, TASKS, ExpertConfig, gather
 from imitation import PROCESSES, Lesson
 from models import checkpoint, contract, tokenize, untrained
 
+# Flags that say how weights to start from are learned.
+STARTED = ("tokenizer", "keep_statistics", "train_vlm", "lora_rank", "lora_alpha", "lora_targets")
 NEW_LR = 1e-3
 FULL_SIZE_LR = 2.5e-5  # openpi's; policies and tools name ten times that for adapters (LeRobot)
 
@@ -52,7 +55,8 @@ class PretrainConfig(ExpertConfig):
     """folder, or file that ends in .safetensors, to write; the vocabulary goes beside. Without
     --dataset and --checkpoint by default assets/MODEL_metaworld.safetensors"""
     overwrite: bool = False
-    """replace a checkpoint, or another vocabulary, that is there; the shipped families share one"""
+    """replace a checkpoint, or another vocabulary, that is there, once all steps are done; the
+    shipped families share one"""
     dataset: Path | None = None
     """a folder in LeRobot's format (v2.0, v2.1, v3.0) to learn from, instead of letting experts
     act. Its actions are those that the simulator executes"""
@@ -115,16 +119,22 @@ class PretrainConfig(ExpertConfig):
     """peak learning rate of AdamW; linear warm-up over 50 steps, then cosine to zero. None means
     1e-3 for a new model, 2.5e-5 from a checkpoint, ten times that for adapters"""
     save_every: Natural = 1000
-    """optimizer steps between saves; 0 means only at the end, or when it is interrupted"""
+    """optimizer steps between saves, to a file of their own (….partial.safetensors); 0 means only
+    at the end, or when it is interrupted"""
 
 
-def make_model(config: PretrainConfig, spec, vocabulary: Path) -> torch.nn.Module:
+def instructions(config: PretrainConfig, spec: EnvSpec) -> tuple[str, ...]:
+    """Returns what the simulator asks for: all that it knows, or that of the tasks chosen."""
+    if config.env != "metaworld":
+        return spec.prompts
+    return envs.load("metaworld", installed=False).spec(("MT50",), 0).prompts
+
+
+def make_model(config: PretrainConfig, spec: EnvSpec, vocabulary: Path) -> torch.nn.Module:
     """Makes a vocabulary of all of Meta-World's prompts, and a model that knows it. Raises
     UserError where the model has no room for a prompt."""
-    from envs import metaworld  # here, for RoboCasa's environment lacks it
-
     family = models.files(config.model)
-    words = [family.wording(task) for task in metaworld.PROMPTS.values()]
+    words = [family.wording(prompt) for prompt in instructions(config, spec)]
     tokenize.train_vocabulary(words, vocabulary)
     torch.manual_seed(config.seed)
     model = family.embedded(config.model, str(vocabulary))
@@ -149,7 +159,7 @@ def find_start(
         path = config.checkpoint
         return path, checkpoint.vocabulary(config.tokenizer, path, config.model, shipped)
     vocabulary = folder / shipped.name
-    if config.env == "metaworld" and asked_by_metaworld(prompts):
+    if config.env == "metaworld" and set(prompts) <= set(instructions(config, spec)):
         model = make_model(config, spec, vocabulary)
         checkpoint.save(folder / "new.safetensors", model.header, model.state_dict())
         return folder / "new.safetensors", str(vocabulary)
@@ -158,12 +168,6 @@ def find_start(
     sizes = (config.chunk or CHUNK, config.tokens or 0)
     weights, words = untrained.start(folder, config.model, new, new.state_range, *sizes)
     return weights, str(words)
-
-
-def asked_by_metaworld(prompts: tuple[str, ...]) -> bool:
-    from envs import metaworld  # here, for RoboCasa's environment lacks it
-
-    return set(prompts) <= set(metaworld.PROMPTS.values())
 
 
 def settings_of(config: PretrainConfig, path: Path, tokenizer: str) -> Config:
@@ -203,14 +207,17 @@ def read_dataset(config: PretrainConfig, spec: EnvSpec) -> Demonstrations:
         none = f"no episode of {data.folder} is of {', '.join(map(repr, spec.prompts))}"
         data.episodes = [episode for episode in data.episodes if episode.task in spec.prompts]
         require(data.episodes, f"{none}: it has {', '.join(map(repr, tasks))}")
+        tasks = dict.fromkeys(episode.task for episode in data.episodes)
     frames = sum(len(episode.times) for episode in data.episodes)
     print(f"{data.folder}: {len(data.episodes)} episodes, {frames} frames, {len(tasks)} tasks")
     if spec.rate and spec.rate != data.fps:
         said = f"{data.fps:g} frames per second and {config.env} takes {spec.rate:g} control steps"
         print(f"note: it has {said}: each frame counts as one control step")
-    if strange := [task for task in tasks if task not in spec.prompts]:
+    asked = instructions(config, spec)
+    if strange := [task for task in tasks if task not in asked]:
         said = f"{', '.join(map(repr, strange[:5]))}{' …' if len(strange) > 5 else ''}"
-        print(f"note: {said}: no instruction of the tasks {', '.join(spec.tasks[:5])}")
+        whose = config.env if asked != spec.prompts else f"the tasks {', '.join(spec.tasks[:5])}"
+        print(f"note: {said}: no instruction of {whose}")
     return data
 
 
@@ -273,18 +280,34 @@ def check_free(config: PretrainConfig, out: Path, beside: Path, vocabulary: Path
     """Raises UserError where a file is there that would become another, unless --overwrite."""
     both = beside.exists() and vocabulary.is_file()
     other = both and beside.read_bytes() != vocabulary.read_bytes()
-    for file, lost in ((out, out.exists()), (beside, other)):
+    partial = imitation.partial_of(out)
+    begun = partial.exists() and partial != config.checkpoint
+    for file, lost in ((out, out.exists()), (beside, other), (partial, begun)):
         there = f"{file} exists already and would become another: give another --out"
         require(config.overwrite or not lost, f"{there}, or --overwrite")
 
 
 def check_flags(config: PretrainConfig) -> None:
-    """Raises UserError where flags contradict one another."""
+    """Raises UserError where flags contradict one another, or one would do nothing."""
     both = "--collect writes a dataset and --dataset reads one: leave out one of them"
     require(not (config.collect and config.dataset), both)
-    adapted = config.lora_rank or config.train_vlm or config.keep_statistics
-    new = "--lora-rank, --train-vlm and --keep-statistics are for weights to start from"
-    require(config.checkpoint or not adapted, f"{new}: give --checkpoint, or leave them out")
+    plays = ("collect", "env", "tasks", "suite")
+    learns = [name for name in PretrainConfig.__annotations__ if name not in plays]
+    started = config.checkpoint is not None
+    theirs = started and checkpoint.published(config.checkpoint)
+    sized = theirs or not started and config.env != "metaworld"
+    plain = PretrainConfig()
+    for names, used, where in (
+        (learns, not config.collect, "learning: leave out --collect"),
+        (("video", "image_size"), config.collect, "what experts leave: give --collect"),
+        (("cameras", "state", "action"), config.dataset, "a dataset: give --dataset"),
+        (("demos", "pace", "action_noise"), not config.dataset, "experts: leave out --dataset"),
+        (STARTED, started, "weights to start from: give --checkpoint"),
+        (("horizon", "statistics"), theirs, "another project's weights: give --checkpoint"),
+        (("chunk", "tokens"), sized, "another project's weights, or new ones of another --env"),
+    ):
+        idle = [flag_of(n) for n in names if getattr(config, n) != getattr(plain, n)]
+        require(used or not idle, f"{', '.join(idle)}: only for {where}, or leave them out")
     only = f"--env {config.env} has no scripted experts: give --dataset FOLDER"
     require(config.dataset or config.env == "metaworld", only)
 
@@ -319,10 +342,10 @@ def main(config: PretrainConfig) -> None:
         lesson = lesson_of(config, settings, spec, data, (out, vocabulary, beside))
         evaluate.check_writable(out, "the checkpoint", "--out")
         done = imitation.learn(lesson)
-    print(f"wrote {out}{f' and {beside}' if beside.exists() else ''}")
     if not done:
-        print(f"interrupted: --checkpoint {config.out or out} goes on from these weights")
+        print(f"interrupted: --checkpoint {imitation.partial_of(out)} goes on from these weights")
         raise SystemExit(130)
+    print(f"wrote {out}{f' and {beside}' if beside.exists() else ''}")
 
 
 if __name__ == "__main__":

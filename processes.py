@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
@@ -120,10 +120,25 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**25)
 
 
-def leave_interrupts() -> None:
-    """Makes this process die with its parent, and leave Ctrl-C to it."""
+@contextlib.contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Lets processes that are started inside inherit that interrupts wait, until they
+    `leave_interrupts`."""
+    resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
+    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+
+
+def leave_interrupts(parent: int = 0) -> None:
+    """Makes this process die with its parent, and leave Ctrl-C to it.
+
+    parent: its number, of a launcher, which is 1 in a container; the fork server never is."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() == 1:
+    gone = os.getppid() != parent if parent else os.getppid() == 1
+    if gone:
         os._exit(1)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
@@ -202,12 +217,10 @@ def note_interrupts(*modules: str) -> Interrupts:
     for number in INTERRUPTS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of `nohup`
             signal.signal(number, interrupts.note)
-    resource_tracker.ensure_running()  # which unblocks them, where `keep_interrupts` had not
-    signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
-    os.environ["VLA3_PRELOAD"] = " ".join(modules)
-    forkserver.set_forkserver_preload(["preload"])
-    forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+    with interrupts_wait():
+        os.environ["VLA3_PRELOAD"] = " ".join(modules)
+        forkserver.set_forkserver_preload(["preload"])
+        forkserver.ensure_running()
     return interrupts
 
 

@@ -1,5 +1,10 @@
 """Imitation at its smallest: demonstrations in, a checkpoint and its vocabulary out."""
 
+import os
+import shutil
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +12,14 @@ import torch
 import envs
 import experts
 import pretrain
-from config import Config, embedded_files
-from demonstrations import picture_of
+from config import ROOT, Config, embedded_files
 from envs import metaworld
 from errors import UserError
 from experts import ExpertConfig
 from models import build, checkpoint, tokenize
 from models.pi import PiConfig
 from pretrain import PretrainConfig
+from recording import picture_of
 
 
 def test_demonstrations_are_labelled_with_the_expert_s_own_actions():
@@ -57,6 +62,30 @@ def test_a_tiny_pretraining_makes_a_checkpoint_that_loads(cli, tmp_path):
     assert (
         tokenize.load(str(out.with_name("tokenizer.model"))).get_piece_size() == PiConfig.vocabulary
     )
+
+
+ALONE = ["unshare", "--pid", "--fork", "--kill-child"]
+FIRST = """
+import multiprocessing, os, imitation
+if __name__ == "__main__":
+    assert os.getpid() == 1
+    args = (0, 1, "no lesson", None, None, None)
+    worker = multiprocessing.get_context("spawn").Process(target=imitation.work, args=args)
+    worker.start()
+    worker.join()
+"""
+
+
+def test_the_first_process_of_a_container_may_learn(tmp_path):
+    able = shutil.which("unshare") and not subprocess.run([*ALONE, "true"]).returncode
+    if not able:
+        pytest.skip("no process may be number 1 here")
+    (tmp_path / "first.py").write_text(FIRST)
+    command = [*ALONE, sys.executable, str(tmp_path / "first.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    # It has begun, and does not mind its parent's number.
+    assert "'str' object has no attribute" in run.stderr, run
 
 
 def test_a_missing_folder_is_noticed_before_the_work(tmp_path):
