@@ -22,23 +22,13 @@ import models
 import recipes
 import tuning
 from channel import SlotPool, Spec, layout
-from config import (
-    WORKERS,
-    Config,
-    check_by_themselves,
-    check_shares,
-    completed,
-    group_of,
-    loss_of,
-    setting,
-    to_json,
-    validate,
-)
+from config import WORKERS, Config, completed, group_of, loss_of, setting, to_json
 from envs.states import read_states, repeats, say_states, split, states_met
 from errors import UserError, require
 from models import checkpoint, contract
 from scheduler import Admission, Placement, divide
 from start import State, check_memory_of, find_start, lineage, met_by
+from validation import check_by_themselves, check_shares, validate
 
 
 @dataclass(frozen=True)

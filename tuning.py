@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from channel import Counters
-from config import WORKERS, Config, completed, parse_ratio, validate
+from config import WORKERS, Config, completed, parse_ratio
 from errors import UserError
 from metrics import CAUSES, snapshot
 from planning import Costs, Node, scaled
@@ -40,6 +40,7 @@ from planning.costs import all_words, shares_of, words
 from planning.events import simulate
 from planning.settings import node_of
 from scheduler import Placement, divide, nearest
+from validation import validate
 
 Choices = dict[str, tuple[Config, Placement]]  # by ratio
 Rows = dict[str, list[int]]  # of the counters, by stage

@@ -25,13 +25,14 @@ import memory
 import prepare
 import rows
 from channel import layout
-from config import Config, completed, validate
+from config import Config, completed
 from epochs import ExactProximal
 from errors import UserError
 from metrics import Ledger
 from rows import START, drawn
 from scheduler import Admission
 from streamer import MicroBatch, Streamer
+from validation import validate
 
 ALL = tuple(range(BATCH))
 

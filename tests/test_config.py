@@ -27,11 +27,11 @@ from config import (
     run_path,
     setting,
     to_json,
-    validate,
 )
 from errors import UserError, exit_on_user_error
 from evaluate import EvaluateConfig
 from pretrain import PretrainConfig
+from validation import validate
 
 
 def valid(**changes) -> Config:

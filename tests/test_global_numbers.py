@@ -13,7 +13,7 @@ import envs
 import metrics
 import recipes
 from channel import ACT, EVAL, Counters, LaneTable, Record, SlotPool
-from config import Config, check_shares, completed
+from config import Config, completed
 from env_worker import TrainingLane
 from envs.lanes import Outcome
 from errors import UserError
@@ -23,6 +23,7 @@ from report import batch_line
 from rollout_worker import LanesServed, serve
 from scheduler import Admission, Trajectories, env_numbers
 from streamer import Streamer
+from validation import check_shares
 
 fast = settings(deadline=None, derandomize=True, max_examples=40)
 SEGMENT = 3
@@ -177,6 +178,7 @@ class Lane:
         self.left: dict[int, int] = {}  # chunks of the running episode of a row
         self.begun: dict[int, int] = {}  # its seed
         self.resets = []
+        self.cameras = {}  # none: nothing is filmed
 
     def reset(self, rows, tasks, seeds):
         for row, task, seed in zip(rows, tasks, seeds, strict=True):

@@ -15,12 +15,13 @@ import prepare
 import start
 import train
 from benchmarks.emulated import libero
-from config import Config, completed, embedded_files, to_json, validate
+from config import Config, completed, embedded_files, to_json
 from envs import EnvSpec
 from errors import UserError
 from memory import Room, Table
 from models import checkpoint
 from run_folder import read_metrics
+from validation import validate
 
 QUICK = "--model emulated --env emulated --image-size 8 --envs 8 --batch 16 --minibatch 8"
 

@@ -12,12 +12,13 @@ import recipes
 import start
 import train
 from benchmarks import recipes_table
-from config import WORKERS, Config, completed, embedded_files, setting, to_json, validate
+from config import WORKERS, Config, completed, embedded_files, setting, to_json
 from envs import metaworld
 from errors import UserError
 from models import untrained
 from recipes import RECIPES
 from scheduler import place
+from validation import validate
 
 SHIPPED = str(embedded_files("pi05", "metaworld")[0])
 CONTROL_STEPS = {"libero": 480, "metaworld": 150, "maniskill": 80, "robocasa": 300}

@@ -23,7 +23,7 @@ from torch import nn
 import actor_worker
 import metrics
 from channel import Counters, SlotPool
-from config import Config, completed, validate
+from config import Config, completed
 from errors import UserError
 from learner import Learner
 from models import checkpoint
@@ -32,6 +32,7 @@ from ranks import Meeting
 from saving import write
 from sharding import ShardedRanks
 from streamer import MicroBatch
+from validation import validate
 
 SMALL = {"image_size": 16, "patch": 8, "chunk": 4}
 
