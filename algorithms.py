@@ -464,7 +464,7 @@ class Algorithm:
 
     def state(self) -> dict:
         """Returns what must outlive a checkpoint, as JSON; `load` takes it back."""
-        return asdict(Remembered(**asdict(self.advantage_scale), cut=self.policy_loss.cut))
+        return asdict(self.advantage_scale) | {"cut": self.policy_loss.cut}
 
     def load(self, state: dict) -> None:
         """Raises UserError where no loss of this kind has returned it."""

@@ -306,7 +306,6 @@ def check_writable(path: Path, what: str, flag: str) -> None:
 def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) -> None:
     """Writes a film per task. The result is known, so that trouble here is only a warning."""
     try:
-        folder.mkdir(exist_ok=True)
         for episode in episodes:
             if episode.frames:
                 film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"

@@ -35,7 +35,7 @@ from diagnostics import Warnings
 from errors import UserError
 from films import Film, file_name, films_in, forget, make_videos
 from metrics import wilson
-from run_folder import RunFolder, name_of, newest_version
+from run_folder import RunFolder, name_of, newest_version, write_whole
 
 NEWEST = 10  # iterations whose training episodes are counted
 LISTED = 8  # warnings, and tasks without a film
@@ -173,9 +173,7 @@ def write(
     again = f'<meta http-equiv="refresh" content="{EVERY_S:.0f}">' if live else ""
     page = Template((ASSETS / "report.html").read_text(encoding="utf-8"))
     text = page.substitute(name=escape(run.name), again=again, body=body)
-    partial = run / ".report.html.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(run / "report.html")
+    write_whole(run / "report.html", text)
     return lines, spans
 
 

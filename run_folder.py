@@ -69,6 +69,13 @@ def name_of(run: Path) -> str:
     return run.name if run.parent == ROOT / "runs" else str(run.absolute())
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
 class RunFolder:
     """Owns runs/NAME."""
 
@@ -130,10 +137,8 @@ class RunFolder:
                 shutil.copyfile(vocabulary, self.path / vocabulary.name)
 
     def write(self, name: str, text: str) -> None:
-        """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""
-        partial = self.path / f".{name}.partial"
-        partial.write_text(text)
-        os.replace(partial, self.path / name)
+        """As `write_whole`, a file of this run."""
+        write_whole(self.path / name, text)
 
     def finish(self) -> None:
         """Writes trace.json from the workers' spans, and removes what only workers needed."""

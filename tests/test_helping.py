@@ -3,28 +3,14 @@
 import json
 from dataclasses import replace
 
+import predicted
 import pytest
 
 from benchmarks.helping import CASES, RATIOS, as_json, best, line, ratios_of, row_of, shared_out
-from planning import Costs, Node, events
+from planning import Costs, events
 from planning.settings import planned
 
-NODE = Node(
-    lanes=8,
-    env_devices=("cpu",) * 8,
-    rollout_devices=("cpu",),
-    actor_devices=("cpu",),
-    segment=8,
-    chunk=10,
-    batch=16,
-    minibatch=8,
-    micro_batch=2,
-    update_epochs=1,
-    max_staleness=1,
-    batch_max="auto",
-    batch_wait_s="auto",
-    stream=True,
-)
+NODE = replace(predicted.NODE, env_devices=("cpu",) * 8)
 COSTS = Costs(step_s=0.1, step_tail=0.3, infer_fixed_s=0.03, infer_each_s=0.02, train_each_s=0.001)
 
 

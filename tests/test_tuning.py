@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from predicted import NODE
 
 import envs
 import metrics
 import tuning
 from channel import Counters
 from config import Config
-from planning import Costs, Node
+from planning import Costs
 from planning.events import simulate
 from scheduler import divide
 from tuning import (
@@ -28,22 +29,6 @@ from tuning import (
 )
 
 NONE = (0, 0, 0)  # worker counts that no flag gives
-NODE = Node(
-    lanes=8,
-    env_devices=("cpu",) * 4,
-    rollout_devices=("cpu",),
-    actor_devices=("cpu",),
-    segment=8,
-    chunk=10,
-    batch=16,
-    minibatch=8,
-    micro_batch=2,
-    update_epochs=1,
-    max_staleness=1,
-    batch_max="auto",
-    batch_wait_s="auto",
-    stream=True,
-)
 METAWORLD = envs.load("metaworld")
 COSTS = Costs(
     step_s=0.08, step_tail=0.3, infer_fixed_s=0.010, infer_each_s=0.002, train_each_s=0.001
