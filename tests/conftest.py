@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -123,6 +124,27 @@ def slopes(
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def ordinary_priority():
+    """Fails a test that leaves this process a priority which all that it starts would inherit."""
+    before = os.sched_getscheduler(0)
+    yield
+    assert os.sched_getscheduler(0) == before
+
+
+def spawn(act: Callable[[int, str], None], folder: Path, ranks: int, limit: float = 120.0) -> None:
+    """Calls act(rank, folder) in so many processes, and fails after `limit` seconds."""
+    context = torch.multiprocessing.spawn(act, (str(folder),), ranks, join=False)
+    end = time.monotonic() + limit
+    try:
+        while not context.join(1.0):
+            late = [rank for rank, one in enumerate(context.processes) if one.is_alive()]
+            assert time.monotonic() < end, f"ranks {late} have not ended after {limit:.0f} s"
+    finally:
+        for process in context.processes:
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import spawn
 from torch import Tensor, nn
 
 import gradients
@@ -132,7 +133,7 @@ def act(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def everybody(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(act, (str(folder),), RANKS)
+    spawn(act, folder, RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import spawn
 from torch import nn
 
 from gradients import Gradients
@@ -52,7 +53,7 @@ def act(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(act, (str(folder),), 2)
+    spawn(act, folder, 2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
