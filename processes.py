@@ -163,6 +163,7 @@ def child(job: Job, errors: connection.Connection) -> None:
         if job.part:
             machine.take_part(*job.part)
         job.target(*job.args)
+        signal.signal(LEAVE, signal.SIG_IGN)  # it ends by itself
     except SystemExit:  # LEAVE; if the launcher did not send it, it must see a death
         status = 128 + LEAVE
     except BaseException as error:
@@ -175,7 +176,8 @@ def child(job: Job, errors: connection.Connection) -> None:
 
 
 def leave(*_) -> None:
-    """Answers LEAVE. What the worker was just building is dropped, and must not complain."""
+    """Answers LEAVE, once. What the worker was just building is dropped, and must not complain."""
+    signal.signal(LEAVE, signal.SIG_IGN)
     sys.unraisablehook = lambda _: None
     sys.exit()
 

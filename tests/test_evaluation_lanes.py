@@ -1,5 +1,7 @@
 """Evaluation lanes of an env worker step by step, against a scripted simulator."""
 
+import time
+
 import pytest
 from scripted import (
     LANES,
@@ -83,7 +85,11 @@ def test_evaluation_of_several_envs_in_one_lane(worker):
         if more:
             (record,) = more
             assert pool["trajectory"][slot : slot + 2].tolist() == playing and record.kind == EVAL
-    assert counted(channels, *(f"outcome_{episode}" for episode in range(5))) == [3, 2, 3, 2, 3]
+    outcomes = [f"outcome_{episode}" for episode in range(5)]
+    deadline = time.monotonic() + 10.0
+    while 0 in counted(channels, *outcomes) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert counted(channels, *outcomes) == [3, 2, 3, 2, 3]
 
 
 def test_a_round_of_evaluation_outlives_its_worker(worker):

@@ -547,6 +547,35 @@ def test_a_worker_has_the_cores_and_threads_of_its_job(tmp_path):
         crew.stop(Interrupts())
 
 
+class Told(Meter):
+    """Is told to leave just when it writes its last spans."""
+
+    def flush(self) -> None:
+        os.kill(os.getpid(), processes.LEAVE)
+        super().flush()
+
+
+def act_once(leaves: bool, meter: Meter) -> None:
+    with meter.work("infer"):
+        pass
+    if leaves:
+        os.kill(os.getpid(), processes.LEAVE)
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["ends by itself", "is told twice"])
+def test_a_worker_writes_its_last_spans_whenever_it_is_told_to_leave(tmp_path, leaves):
+    counters = Counters(1, columns(0))
+    meter = Told("env-0", 0, counters, tmp_path)
+    crew = Crew(
+        [Job("env-0", act_once, (leaves, meter), 1, meter, {})], counters, tmp_path, 0, 60.0
+    )
+    crew.start_all()
+    crew.processes["env-0"].join(60.0)
+    crew.stop(Interrupts())
+    (span,) = json.loads((tmp_path / "env-0.jsonl").read_text())
+    assert span[0] == "infer"
+
+
 def fail_at_start(meter) -> None:
     if not meter.restarts():
         meter.ready()
