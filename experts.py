@@ -7,9 +7,12 @@ reinforcement learning, with the prefix frozen, something to learn.
 """
 
 import math
+import os
+import signal
 import time
 import warnings
 from dataclasses import dataclass
+from multiprocessing.pool import IMapIterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,14 +23,16 @@ import envs
 from checks import Fraction, FromZero, Length, Natural, Positive
 from config import Config
 from envs import EnvSpec
-from errors import require
+from errors import UserError, require
 from imitation import PROCESSES
+from processes import INTERRUPTS, die_with, interrupts_wait
 from recording import Writer, png
 
 CHUNK = Config().rollout.chunk  # actions that a new model predicts
 IMAGE_SIZE = 64  # pixels, as new models take them
 TASKS = ("button-press-topdown", "button-press", "faucet-open", "handle-press")
 LONGEST = 270  # control steps of a demonstration
+LIMIT_S = 120.0  # seconds that a demonstration may take; it is usually less than one
 
 
 @dataclass(kw_only=True)
@@ -113,15 +118,35 @@ def gather(config: ExpertConfig, spec: EnvSpec, folder: Path) -> None:
     parts = [every[first : first + half] for first in range(0, config.demos, half)]
     jobs = [(spec.tasks, n, part, config) for n in range(len(spec.tasks)) for part in parts]
     context = mp.get_context("spawn")
-    with context.Pool(PROCESSES) as pool, Writer(folder, spec.rate, config.video, "sawyer") as to:
-        for job, played in zip(jobs, pool.imap(demonstration, jobs), strict=True):
-            for episode in played:
-                to.add(spec.prompts[job[1]], *episode)
+    with Writer(folder, spec.rate, config.video, "sawyer") as to:
+        with interrupts_wait():
+            pool = context.Pool(PROCESSES, begin, (os.getpid(),))
+        with pool:
+            results = pool.imap(demonstration, jobs)
+            for job in jobs:
+                for episode in next_of(results, spec.tasks[job[1]], LIMIT_S * half):
+                    to.add(spec.prompts[job[1]], *episode)
         choose = "choose other --tasks, a higher --pace or less --action-noise"
         require(to.frames, f"no demonstration succeeded: {choose}")
     seconds = f"{time.monotonic() - started:.0f} s"
     said = f"{to.frames} frames of {len(to.rows)} demonstrations that succeeded"
     print(f"{said}, of {config.demos} per task, in {seconds}")
+
+
+def begin(parent: int) -> None:
+    """Begins a process of the pool, which ends its processes by SIGTERM."""
+    die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
+
+
+def next_of(results: IMapIterator, task: str, limit: float) -> list[Played]:
+    """Returns what comes within `limit` seconds. Of a process that was killed nothing does."""
+    try:
+        return results.next(limit)
+    except mp.TimeoutError:
+        late = f"the expert of {task} has played for {limit / 60:.0f} minutes"
+        raise UserError(f"{late}: was its process killed for want of memory?") from None
 
 
 def demonstration(job: tuple) -> list[Played]:

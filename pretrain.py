@@ -15,6 +15,7 @@ is learned: imitation.py. Left out: a validation split, as success in the
 simulator counts; reading a robot of its own, for which there is no simulator.
 """
 
+import signal
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -349,5 +350,6 @@ def main(config: PretrainConfig) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
     with exit_on_user_error():
         main(expanded(tyro.cli(PretrainConfig)))

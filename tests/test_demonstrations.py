@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -732,6 +733,19 @@ def test_a_simulator_s_control_rate_is_compared_with_the_data_s(tmp_path, capsys
     other = metaworld.PROMPTS["button-press-topdown"]  # no default task of train.py's
     lesson_of(write_new(tmp_path / "e", made(tasks=(other,))), tmp_path / "b.safetensors", tasks=())
     assert "no instruction" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_experts_at_once_and_leaves_nothing(cli, tmp_path, word):
+    running = cli("pretrain.py", f"--collect {tmp_path / 'd'} --demos 2000")
+    while len(running.living()) < 2 + imitation.PROCESSES:  # with what tracks their resources
+        assert running.process.poll() is None, running.process.communicate()[0]
+        time.sleep(0.05)
+    time.sleep(1.0 if word == signal.SIGINT else 6.0)  # while they start, and while they play
+    os.killpg(running.process.pid, word) if word == signal.SIGINT else running.process.terminate()
+    status, output = running.finish(timeout=10)
+    running.assert_nothing_left(timeout=5)
+    assert (status, output) == (130, "interrupted\n") and not list(tmp_path.iterdir())
 
 
 def test_the_command_line_learns_adapters_and_an_interrupt_saves(cli, tmp_path):
