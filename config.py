@@ -336,7 +336,7 @@ class AlgorithmConfig:
     behaviour_weight: Literal[
         "mask", "truncate", "icepop", "sequence", "geometric", "kpop", "m2po", "gipo"
     ] = "mask"
-    """correction for what the policy has moved since it acted (algorithms.PolicyLoss): what happens
+    """correction for what the policy has moved since it acted (policy_loss.py): what happens
     to units whose behaviour weight is out of bounds, or another method"""
     behaviour_weight_max: Bound | None = None
     """largest behaviour weight; none means as published (mask, truncate: AReaL's 5). geometric's

@@ -4,10 +4,10 @@ import math
 from dataclasses import fields
 from typing import get_args
 
-from algorithms import check_correction
 from checks import check_ranges, flag_of
 from config import FLOW, LOSS_HAS, MOST_WORKERS, Config, Family, Only, group_of, loss_of
 from errors import require
+from policy_loss import check_correction
 
 
 def check_by_themselves(config: Config) -> None:

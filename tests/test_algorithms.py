@@ -12,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from algorithms import (
-    CORRECTIONS,
-    LARGEST,
     STALENESS,
     AdvantageScale,
-    PolicyLoss,
-    SecondMoment,
     by_staleness,
     explained_variance,
     gae,
@@ -26,6 +22,7 @@ from algorithms import (
     units,
     value_loss,
 )
+from policy_loss import CORRECTIONS, LARGEST, PolicyLoss, SecondMoment
 
 fast = settings(deadline=None, derandomize=True, max_examples=60)
 seeds = st.integers(0, 10**6)

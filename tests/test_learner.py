@@ -16,7 +16,7 @@ import models
 import saving
 import transfers
 from actor_worker import group_outcomes
-from algorithms import CORRECTIONS, LARGEST, AdvantageScale, Algorithm, Samples, Targets, gae
+from algorithms import AdvantageScale, Algorithm, Samples, Targets, gae
 from channel import SlotPool
 from config import Config
 from envs import EnvSpec
@@ -26,6 +26,7 @@ from learner import Learner, schedule
 from metrics import Ledger
 from models import checkpoint
 from models.formats import source
+from policy_loss import CORRECTIONS, LARGEST
 from ranks import Meeting, Ranks
 from report import flatten
 from saving import write

@@ -11,7 +11,6 @@ from algorithms import (
     AdvantageScale,
     Algorithm,
     Grpo,
-    PolicyLoss,
     Ppo,
     Samples,
     interpolated_proximal,
@@ -20,6 +19,7 @@ from algorithms import (
 from config import Config
 from envs import EnvSpec
 from errors import UserError
+from policy_loss import PolicyLoss
 
 SPEC = EnvSpec(("push",), ("push the puck",), 1, 16, 4, 4, 60)
 
