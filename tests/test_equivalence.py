@@ -122,7 +122,7 @@ def test_corrections_are_compared_with_what_auto_takes_at_their_staleness(tmp_pa
     assert "final_gain" not in of["staleness 8, gipo"]  # no exact arm at 8 was made up
     assert "final_difference" not in of["staleness 4, exact"]  # the first study's business
     text = (tmp_path / "elsewhere" / "corrections.md").read_text()
-    assert ": better |" in text and "| 3.0% |" in text
+    assert ": better |" not in text and "| 3.0% |" in text  # there are three seeds
     assert "Staleness 2: seeds of the reference, 'staleness 2', differ by 0.8 points" in text
     assert "with 5 seeds and 5 arms" in text and "Staleness 8" not in text
     assert (tmp_path / "elsewhere" / "corrections.png").stat().st_size > 5000
@@ -146,16 +146,27 @@ def test_a_candidate_s_new_seeds_are_compared_among_themselves(tmp_path, monkeyp
         assert {row["seed"] for row in found} == set(seeds) and len(found) == 10
     of = {row["arm"]: row for row in summary("corrections", found)}
     assert of[candidate]["area_gain_holm_p"] == of[candidate]["area_gain_p"] < 0.05  # one arm
+    assert ": better |" in equivalence.table("corrections", found)
+
+
+@pytest.mark.parametrize("level", [0.81, 0.83, 0.94, 0.98])
+def test_equal_seeds_tell_nothing_whatever_their_mean_is_rounded_to(level):
+    equal = np.full(5, level)
+    for values, base in ((equal, equal - 0.3), (equal, np.linspace(0.4, 0.6, 5)), (equal, equal)):
+        assert equivalence.welch(values, base) == equivalence.welch(base, values) == 1.0
+        assert equivalence.tost(values, base, 0.05) == 1.0
 
 
 @pytest.mark.parametrize("arms, level", [(1, "not shown"), (2, "better")])
 def test_the_area_decides_and_final_success_only_must_not_be_worse(arms, level):
-    row = {"area_gain": 0.04, "area_gain_p": 0.03, "area_gain_holm_p": 0.06 / arms}
+    row = {"area_gain": 0.04, "area_gain_p": 0.03, "area_gain_holm_p": 0.06 / arms, "gain_seeds": 5}
     assert equivalence.gain_cell(row, "area").endswith(f": {level}")
-    for gain, verdict in ((0.04, "not worse"), (-0.04, "worse")):
-        row = {"final_gain": gain, "final_gain_p": 0.03, "final_gain_holm_p": 0.06}
+    assert equivalence.gain_cell(row | {"gain_seeds": 4}, "area").endswith(f"0.030, {0.06 / arms}0")
+    for gain, verdict in ((0.04, "not shown to be worse"), (-0.04, "worse")):
+        row = {"final_gain": gain, "final_gain_p": 0.03, "gain_seeds": 5}
         assert equivalence.gain_cell(row, "final").endswith(f", 0.030: {verdict}")
-    assert equivalence.gain_cell(row | {"final_gain_p": 0.06}, "final").endswith(": not worse")
+    doubtful = equivalence.gain_cell(row | {"final_gain_p": 0.06}, "final")
+    assert doubtful.endswith("0.060: not shown to be worse")
 
 
 @pytest.mark.parametrize("arms", [1, 4])
