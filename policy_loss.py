@@ -182,7 +182,8 @@ class SecondMoment:
 
 def check_correction(settings: AlgorithmConfig, densities: bool) -> None:
     """Raises UserError where a bound, proximal policy, granularity or dual clip means nothing to
-    --behaviour-weight. (gipo leaves --clip-low and --clip-high unused: they have no off.)
+    --behaviour-weight. (gipo leaves --clip-low and --clip-high unused: they have no off. A recipe's
+    largest weight stays unused with --proximal behaviour.)
 
     densities: whether log-probs are those of continuous actions, which may be above 0."""
     method = settings.behaviour_weight
@@ -191,10 +192,10 @@ def check_correction(settings: AlgorithmConfig, densities: bool) -> None:
         unknown = f"--behaviour-{name.replace('_', '-')} {value} means nothing to {flag}"
         require(name in CORRECTIONS[method], f"{unknown}: leave it out")
     bounds = CORRECTIONS[method] | given_bounds(settings)
-    if "weight_min" in bounds:
-        most = bounds["weight_max"]
-        low = f"--behaviour-weight-min {bounds['weight_min']} must be below the largest, {most}"
-        require(bounds["weight_min"] < most, low)
+    least, most = bounds.get("weight_min", 0.0), bounds.get("weight_max", math.inf)
+    fresh = f"--behaviour-weight-max {most} is below 1, the weight of fresh samples"
+    require(most >= 1.0, f"{fresh}: give 1 or more")
+    require(least < most, f"--behaviour-weight-min {least} must be below the largest, {most}")
     one = f"{flag} has no effect with --proximal behaviour, where w is 1"
     same = settings.proximal == "behaviour" and method not in ("mask", "truncate", "gipo")
     require(not same, f"{one}: leave one of them out")

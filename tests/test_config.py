@@ -155,8 +155,16 @@ def test_what_is_valid():
         ),
         ({"algorithm__behaviour_trust": 0.5}, "--behaviour-trust 0.5 means nothing"),
         (
-            {"algorithm__behaviour_weight": "icepop", "algorithm__behaviour_weight_max": 0.5},
-            "--behaviour-weight-min 0.5 must be below the largest, 0.5",
+            {"algorithm__behaviour_weight_max": 0.9},
+            "--behaviour-weight-max 0.9 is below 1, the weight of fresh samples: give 1 or more",
+        ),
+        (
+            {
+                "algorithm__behaviour_weight": "icepop",
+                "algorithm__behaviour_weight_min": 1.0,
+                "algorithm__behaviour_weight_max": 1.0,
+            },
+            "--behaviour-weight-min 1.0 must be below the largest, 1.0",
         ),
         (
             {"algorithm__behaviour_weight": "icepop", "algorithm__proximal": "behaviour"},
