@@ -256,6 +256,19 @@ def texts_for_numbers(folder: Path) -> None:
     pq.write_table(table.set_column(at, "action", pa.array([["up"] * 4] * len(table))), file)
 
 
+def two_tasks(folder: Path) -> None:
+    """As LeRobot has them where the instruction changes within an episode."""
+    (folder / "meta/tasks.jsonl").write_text(
+        '{"task_index": 0, "task": "push"}\n{"task_index": 1, "task": "pull"}'
+    )
+    file = first(folder, "data/*/*.parquet")
+    table = pq.read_table(file)
+    kinds = pa.array([0] * (len(table) - 1) + [1])
+    pq.write_table(
+        table.set_column(table.column_names.index("task_index"), "task_index", kinds), file
+    )
+
+
 def twice(folder: Path) -> None:
     file = folder / "meta/episodes.jsonl"
     file.write_text(file.read_text() + file.read_text().splitlines()[0])
@@ -268,6 +281,7 @@ DAMAGES = {
     "fps": (lambda f: change(f, fps=20), "are not 1/20 s apart: is fps in info.json right"),
     "features": (lambda f: change(f, features={}), "has no feature 'observation.state'"),
     "no task": (without_task, "episode 0 in .* has no task"),
+    "two tasks": (two_tasks, "episode 0 in .* has frames of several tasks: split it"),
     "no table": (lambda f: first(f, "data/*/*.parquet").unlink(), "is missing: the dataset"),
     "damaged": (lambda f: first(f, "data/*/*.parquet").write_bytes(b"x"), "cannot read .*parquet"),
     "shorter": (shorter, "has 3 frames and should have 7: it is incomplete"),
