@@ -99,7 +99,7 @@ class EvaluateConfig:
     videos: Path | None = None
     """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
     json: Path | None = None
-    """also write the result to this file"""
+    """also write the result to this file, anew whenever episodes have ended"""
 
 
 @dataclass
@@ -357,13 +357,19 @@ def main(config: EvaluateConfig) -> dict:
     if played:
         what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
     said += f"{spec.note}{repeats(config.episodes, spec, played)}"
+    player.check_prompts(player.spec)
     print(f"{said}{path}: {what}, {shown}", flush=True)
-    episodes = [episode for ended in player.play(part, config.episodes) for episode in ended]
-    rows = rows_of(part, episodes)
-    print(*map(line_of, rows), sep="\n")
-    result = {"checkpoint": str(path), "rows": rows}
-    if config.json:
-        config.json.write_text(json.dumps(result, indent=1))
+    episodes = []
+    result = {"checkpoint": str(path), "rows": []}
+    try:
+        for ended in player.play(part, config.episodes):
+            episodes += ended
+            result["rows"] = rows_of(part, episodes)
+            if config.json:
+                config.json.write_text(json.dumps(result, indent=1))
+    finally:  # whatever ends it, what was counted is said
+        for row in result["rows"]:
+            print(line_of(row))
     write_videos(config.videos, spec.tasks, episodes)
     print(f"videos in {config.videos}")
     return result

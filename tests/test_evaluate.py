@@ -1,6 +1,7 @@
 """Success rates with their intervals, on episodes that are the same every time."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,6 +186,34 @@ def test_what_cannot_be_written_is_found_before_the_first_episode(plays, tiny_ch
         with pytest.raises(UserError, match=words):
             evaluate.main(EvaluateConfig(**given, videos=videos, json=result))
     assert plays.seeds == [] and file.read_text() == "{}" and not (tmp_path / "v").exists()
+
+
+def test_a_prompt_that_is_too_long_is_found_before_the_first_episode(
+    plays, monkeypatch, tiny_checkpoint, tmp_path
+):
+    """Its task would come last."""
+    long = spec(("a", "b"), 64)._replace(prompts=("push", "push the button " * 40))
+    monkeypatch.setattr(sys.modules[__name__], "spec", lambda *_: long)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path}
+    with pytest.raises(UserError, match="the model has room for"):
+        evaluate.main(EvaluateConfig(**given, episodes=2))
+    assert plays.seeds == []
+
+
+def test_what_ended_before_a_simulator_failed_is_kept(
+    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys
+):
+    def breaks(self, action):
+        return Step(0.0, True) if len(self.seeds) <= 4 else 1 / 0
+
+    monkeypatch.setattr(Plays, "step", breaks)
+    monkeypatch.setattr(evaluate, "ABREAST", 1)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path, "episodes": 9}
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(EvaluateConfig(**given, json=tmp_path / "result.json"))
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["task"], row["episodes"]) for row in rows] == [("a", 2), ("b", 1), ("all", 3)]
+    assert "all                             3/3" in capsys.readouterr().out
 
 
 def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, capsys):
