@@ -109,7 +109,8 @@ class Episode:
     env: object  # the simulator that plays it
     steps: int = 0  # control steps so far
     success: bool | None = None  # None while it goes on
-    frames: list[np.ndarray] = field(default_factory=list)  # its video; only of a task's first one
+    # Its film, until that is written; only of a task's first one.
+    frames: list[np.ndarray] = field(default_factory=list)
 
 
 class Player:
@@ -303,16 +304,18 @@ def check_writable(path: Path, what: str, flag: str) -> None:
         raise UserError(f"{found}; give another {flag}") from None
 
 
-def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) -> None:
-    """Writes a film per task. The result is known, so that trouble here is only a warning."""
-    try:
-        for episode in episodes:
+def write_videos(folder: Path, tasks: tuple[str, ...], ended: list[Episode]) -> None:
+    """Writes films of episodes, and forgets their frames: those of all tasks would fill memory.
+    Results count for more, so that trouble here is only a warning."""
+    for episode in ended:
+        film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
+        try:
             if episode.frames:
-                film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
                 write_video(film, episode.frames, 20)
-    except Exception as error:  # of the encoder, whatever it may be
-        said = " ".join(str(error).split())[:200]
-        print(f"warning: cannot write videos to {folder}: {said}", file=sys.stderr)
+        except Exception as error:  # of the encoder, whatever it may be
+            said = " ".join(str(error).split())[:200]
+            print(f"warning: cannot write the film {film}: {said}", file=sys.stderr, flush=True)
+        episode.frames = []
 
 
 def main(config: EvaluateConfig) -> dict:
@@ -367,10 +370,10 @@ def main(config: EvaluateConfig) -> dict:
             result["rows"] = rows_of(part, episodes)
             if config.json:
                 config.json.write_text(json.dumps(result, indent=1))
+            write_videos(config.videos, spec.tasks, ended)
     finally:  # whatever ends it, what was counted is said
         for row in result["rows"]:
             print(line_of(row))
-    write_videos(config.videos, spec.tasks, episodes)
     print(f"videos in {config.videos}")
     return result
 
@@ -418,10 +421,12 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
         return row
     part = part._replace(states=part.chosen(config.episodes, config.seed))
     count = min(config.episodes, len(part.spec.tasks) * len(part.states))
+    folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
     episodes = []
     try:
         for ended in player.play(part, count):
             episodes += ended
+            write_videos(folder, part.spec.tasks, ended)
     except Exception as error:  # of a simulator, whatever it may be
         if first:
             raise
@@ -433,8 +438,6 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
             won = round(every["episodes"] * every["success_rate"])
             row["note"] += f" (after {won} successes in {len(episodes)} of {count} episodes)"
         return row
-    folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
-    write_videos(folder, part.spec.tasks, episodes)
     *tasks, every = rows_of(part, episodes)
     return every | {"task": part.title, "states": say_states(part.states), "tasks": tasks}
 

@@ -221,8 +221,27 @@ def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, caps
     given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}
     evaluate.main(EvaluateConfig(**given, json=tmp_path / "result.json"))
     said = capsys.readouterr()
-    assert "2/2" in said.out and said.err.startswith(f"warning: cannot write videos to {tmp_path}")
-    assert said.err.count("\n") == 1 and "2" in (tmp_path / "result.json").read_text()
+    warned = f"warning: cannot write the film {tmp_path / 'a.mp4'}"
+    assert "2/2" in said.out and said.err.startswith(warned) and said.err.count("\n") == 1
+    assert "2" in (tmp_path / "result.json").read_text() and (tmp_path / "b.mp4").is_file()
+
+
+def test_films_are_written_as_episodes_end(plays, monkeypatch, tiny_checkpoint, tmp_path):
+    """Frames of all tasks of a large suite would fill memory."""
+    monkeypatch.setattr(evaluate, "ABREAST", 1)
+    counted = []
+
+    def rows_of(part, episodes):
+        """The film of an episode is written before the next one has ended."""
+        counted.append(len(episodes))
+        assert not any(episode.frames for episode in episodes[:-1])
+        assert len(list(tmp_path.glob("[ab].mp4"))) == len(episodes) - 1
+        return []
+
+    monkeypatch.setattr(evaluate, "rows_of", rows_of)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}
+    evaluate.main(EvaluateConfig(**given))
+    assert counted == [1, 2] and len(list(tmp_path.glob("[ab].mp4"))) == 2
 
 
 @pytest.mark.parametrize(
