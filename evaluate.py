@@ -97,7 +97,8 @@ class EvaluateConfig:
     tokenizer: Path | None = None
     """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
     videos: Path | None = None
-    """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
+    """folder for videos; by default videos/VERSION beside the checkpoints of a run, else
+    ./videos"""
     json: Path | None = None
     """also write the result to this file, anew whenever episodes have ended"""
 
@@ -274,7 +275,8 @@ def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig
     """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults.
 
     runs: `start.lineage` of the checkpoint."""
-    run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
+    saved = checkpoint.folder_of(config.checkpoint) if config.checkpoint else None
+    videos = saved.parents[1] / "videos" / saved.name if saved else Path("videos")
     trained = runs[0] if runs else Config()
     precision = trained.train.precision
     given = tuple(filter(None, (config.suite, *config.tasks)))
@@ -287,7 +289,7 @@ def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig
         cameras=config.cameras or trained.env.cameras,
         precision=config.precision or (None if precision == "auto" else precision),
         render_quality=config.render_quality or trained.env.render_quality,
-        videos=config.videos or (run or Path()) / "videos",
+        videos=config.videos or videos,
     )
 
 
@@ -298,7 +300,7 @@ def check_writable(path: Path, what: str, flag: str) -> None:
         was_there = path.exists()
         path.open("a").close()
         if not was_there:
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         found = f"cannot write {what} to {error.filename}: {error.strerror}"
         raise UserError(f"{found}; give another {flag}") from None

@@ -71,7 +71,7 @@ def test_the_command_line_reads_a_run_s_newest_checkpoint(cli, tiny_checkpoint, 
     assert (
         status == 0
         and "handle-press" in output
-        and (tmp_path / "run/videos/handle-press.mp4").is_file()
+        and (tmp_path / "run/videos/000003/handle-press.mp4").is_file()
     ), output
     status, output = cli("evaluate.py", f"--checkpoint {tmp_path / 'none'}").finish(timeout=10)
     assert status == 2 and output.startswith("error: no checkpoint at") and output.count("\n") == 1
@@ -163,7 +163,7 @@ def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_pat
 
     found = as_in_training(EvaluateConfig(checkpoint=run))
     assert {name: getattr(found, name) for name in trained} == trained
-    assert found.videos == run / "videos"
+    assert found.videos == run / "videos" / "000003"  # beside the films of other versions
     given = {"env": "libero", "suite": "libero_10", "image_size": 48, "render_quality": "fast"}
     given["cameras"] = 2
     found = as_in_training(EvaluateConfig(checkpoint=run, **given))
