@@ -140,12 +140,6 @@ class Player:
         """Describes tasks as this policy sees them."""
         return spec._replace(image_size=self.size).seen_by(self.model.header)
 
-    def check_prompts(self, spec: EnvSpec) -> None:
-        """Raises UserError where the model has no room for an instruction."""
-        picture = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
-        for prompt in spec.prompts:
-            self.preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
-
     def play(self, part: Part, count: int) -> Iterator[list[Episode]]:
         """Plays so many episodes of a part, and yields those that ended: ABREAST at a time."""
         self.spec = self.seen(part.spec)
@@ -362,7 +356,7 @@ def main(config: EvaluateConfig) -> dict:
     if played:
         what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
     said += f"{spec.note}{repeats(config.episodes, spec, played)}"
-    player.check_prompts(player.spec)
+    contract.check_prompts(player.preparation, player.spec)
     print(f"{said}{path}: {what}, {shown}", flush=True)
     episodes = []
     result = {"checkpoint": str(path), "rows": []}
@@ -392,7 +386,7 @@ def play_parts(
     check_writable(picture, "the picture", "--videos FOLDER")
     found = parts(player.simulator, config.tasks[0], training, *flags)
     for part in found:
-        player.check_prompts(player.seen(part.spec))
+        contract.check_prompts(player.preparation, player.seen(part.spec))
     most = f"at most {config.episodes} episodes of {config.env} a row, no two with one beginning"
     tasks = max(len(part.spec.tasks) for part in found)
     few = f", of the first {config.episodes} tasks alone" if config.episodes < tasks else ""

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import envs
 import experts
+import imitation
 import pretrain
 from config import ROOT, Config, embedded_files
 from envs import metaworld
@@ -122,10 +124,45 @@ def test_nothing_is_overwritten_unasked(monkeypatch, tmp_path, family):
     with pytest.raises(UserError, match=f"{vocabulary.name} exists already and would become"):
         pretrain.main(PretrainConfig(model=family, out=default.with_name("new.safetensors")))
     assert shipped == (default.read_bytes(), vocabulary.read_bytes())
-    for out, overwrite in ((tmp_path / "new.safetensors", False), (default, True)):
+    new = (tmp_path / "new.safetensors", tmp_path / "new")
+    for out, overwrite in (*((out, False) for out in new), (default, True)):
         with pytest.raises(AssertionError, match="the experts acted"):
             pretrain.main(PretrainConfig(model=family, out=out, overwrite=overwrite))
     assert not list(tmp_path.iterdir())
+
+
+SHIPPED = ROOT / "assets" / "pi05_metaworld.safetensors"
+
+
+@pytest.mark.parametrize(
+    "flags, prompt, gpus, words",
+    [
+        ({"overwrite": True}, "", 0, "cannot write the checkpoint to .*: Is a directory; give"),
+        ({"batch": 64}, "", 3, "--batch 64 does not divide into 3 equal parts"),
+        ({}, "", 1, "learning takes .* GB of a GPU, and there are 0.0"),
+        (
+            {"checkpoint": SHIPPED, "lora_rank": 2, "lora_targets": ("knee",)},
+            "",
+            0,
+            "--lora-targets knee matches no layer",
+        ),
+        ({"checkpoint": SHIPPED}, "press the handle down " * 10, 0, "the model has room for"),
+    ],
+)
+def test_what_will_go_wrong_is_said_before_the_experts_act(
+    monkeypatch, tmp_path, flags, prompt, gpus, words
+):
+    without_demonstrations(monkeypatch)
+    monkeypatch.setattr(imitation.machine, "gpus", lambda: gpus)
+    small = SimpleNamespace(total_memory=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    if prompt:
+        monkeypatch.setattr(metaworld, "PROMPTS", metaworld.PROMPTS | {"handle-press": prompt})
+    if "overwrite" in flags:
+        (tmp_path / "new" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(UserError, match=words):
+        pretrain.main(PretrainConfig(out=tmp_path / "new", tasks=("handle-press",), **flags))
+    assert "overwrite" in flags or not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["pi0", "pi05", "gr00t", "oft"])
