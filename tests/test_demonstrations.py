@@ -223,6 +223,20 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["d"]
 
 
+def test_one_process_at_a_time_writes_a_dataset(tmp_path):
+    """What one left that was killed is in nobody's way."""
+    left = tmp_path / ".d.partial" / "data" / "chunk-009" / "file-009.parquet"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with Writer(tmp_path / "d", FPS, False, "arm") as to:
+        with pytest.raises(UserError, match="d is being written by another process"):
+            write_new(tmp_path / "d", made())
+        for task, shown, states, actions in made():
+            to.add(task, [[png(view) for view in views] for views in shown], states, actions)
+    assert_same(Demonstrations(tmp_path / "d"), made(), exact=True)
+    assert not list(tmp_path.glob("*/data/chunk-009")) and not left.exists()
+
+
 def change(folder: Path, **info) -> None:
     file = folder / "meta/info.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | info))
