@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import av
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -774,6 +775,21 @@ def test_an_interrupt_ends_experts_at_once_and_leaves_nothing(cli, tmp_path, wor
     status, output = running.finish(timeout=10)
     running.assert_nothing_left(timeout=5)
     assert (status, output) == (130, "interrupted\n") and not list(tmp_path.iterdir())
+
+
+def test_an_expert_that_is_killed_is_missed_at_once(cli, tmp_path):
+    """As the kernel does where memory is full."""
+    running = cli("pretrain.py", f"--collect {tmp_path / 'd'} --demos 2000")
+    while len(running.living()) < 2 + imitation.PROCESSES:
+        assert running.process.poll() is None, running.process.communicate()[0]
+        time.sleep(0.05)
+    children = psutil.Process(running.process.pid).children()
+    experts = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+    assert len(experts) == imitation.PROCESSES
+    experts[-1].kill()
+    status, output = running.finish(timeout=30)
+    said = "error: signal 9 ended the expert of button-press-topdown: is the host out of memory?\n"
+    assert (status, output) == (2, said) and not list(tmp_path.iterdir())
 
 
 def test_the_command_line_learns_adapters_and_an_interrupt_saves(cli, tmp_path):

@@ -1,5 +1,6 @@
 """Imitation at its smallest: demonstrations in, a checkpoint and its vocabulary out."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -102,7 +103,17 @@ def test_a_variable_that_is_left_over_is_named(monkeypatch):
     monkeypatch.setattr(metaworld.Env, "observe", broken)
     monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glx"})
     with pytest.raises(UserError, match="MUJOCO_GL=glx in the environment: unset MUJOCO_GL"):
-        experts.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), ExpertConfig())
+        next(experts.demonstrate(("handle-press",), 0, [10_000_000], ExpertConfig()))
+
+
+def test_an_expert_that_hangs_or_says_what_is_wrong_is_named(monkeypatch):
+    monkeypatch.setattr(experts, "LIMIT_S", 0.0)
+    pipe, end = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(UserError, match="the expert of reach hangs: nothing came for 0 s"):
+        experts.next_of(pipe, None, "reach")
+    end.send(UserError("unset MUJOCO_GL"))
+    with pytest.raises(UserError, match="unset MUJOCO_GL"):
+        experts.next_of(pipe, None, "reach")
 
 
 def without_demonstrations(monkeypatch):
