@@ -5,7 +5,8 @@ Read are v2.0, v2.1 and v3.0; recording.py writes v3.0. Numbers of all frames ar
 pictures are read episode by episode, by pyarrow and PyAV, which brings its own FFmpeg (AV1, H.264).
 The package `lerobot` itself wants another torch than this project's, and torchvision.
 
-Left out: the Hub, depth maps, audio, and cameras whose pictures differ in size.
+Left out: the Hub, depth maps, audio, cameras whose pictures differ in size, and episodes of
+several tasks.
 
 Source: huggingface/lerobot at 7427f31801f944f5ec9ce53cda02862ce7d1638b, src/lerobot/datasets/
 {utils, io_utils, dataset_reader, dataset_writer, video_utils}.py and
@@ -139,6 +140,8 @@ class Demonstrations:
                 kind = kinds[rows[0], 0]
                 none = f"{what} has no task: {self.folder}/meta names none {kind:g}"
                 require(isinstance(tasks.get(kind), str), none)
+                several = f"{what} has frames of several tasks: split it into episodes of one task"
+                require(np.all(kinds[rows, 0] == kind), several)
                 apart = np.diff(times[rows, 0]) * self.fps
                 wrong = (
                     f"frames of {what} are not 1/{self.fps:g} s apart: is fps in info.json right?"

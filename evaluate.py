@@ -97,9 +97,10 @@ class EvaluateConfig:
     tokenizer: Path | None = None
     """SentencePiece file (gr00t: Qwen's vocabulary); none means the run's, or the embedded one"""
     videos: Path | None = None
-    """folder for videos; by default videos/ beside the checkpoints of a run, else ./videos"""
+    """folder for videos; by default videos/VERSION beside the checkpoints of a run, else
+    ./videos"""
     json: Path | None = None
-    """also write the result to this file"""
+    """also write the result to this file, anew whenever episodes have ended"""
 
 
 @dataclass
@@ -109,7 +110,8 @@ class Episode:
     env: object  # the simulator that plays it
     steps: int = 0  # control steps so far
     success: bool | None = None  # None while it goes on
-    frames: list[np.ndarray] = field(default_factory=list)  # its video; only of a task's first one
+    # Its film, until that is written; only of a task's first one.
+    frames: list[np.ndarray] = field(default_factory=list)
 
 
 class Player:
@@ -137,12 +139,6 @@ class Player:
     def seen(self, spec: EnvSpec) -> EnvSpec:
         """Describes tasks as this policy sees them."""
         return spec._replace(image_size=self.size).seen_by(self.model.header)
-
-    def check_prompts(self, spec: EnvSpec) -> None:
-        """Raises UserError where the model has no room for an instruction."""
-        picture = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
-        for prompt in spec.prompts:
-            self.preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
 
     def play(self, part: Part, count: int) -> Iterator[list[Episode]]:
         """Plays so many episodes of a part, and yields those that ended: ABREAST at a time."""
@@ -273,7 +269,8 @@ def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig
     """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults.
 
     runs: `start.lineage` of the checkpoint."""
-    run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
+    saved = checkpoint.folder_of(config.checkpoint) if config.checkpoint else None
+    videos = saved.parents[1] / "videos" / saved.name if saved else Path("videos")
     trained = runs[0] if runs else Config()
     precision = trained.train.precision
     given = tuple(filter(None, (config.suite, *config.tasks)))
@@ -286,7 +283,7 @@ def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig
         cameras=config.cameras or trained.env.cameras,
         precision=config.precision or (None if precision == "auto" else precision),
         render_quality=config.render_quality or trained.env.render_quality,
-        videos=config.videos or (run or Path()) / "videos",
+        videos=config.videos or videos,
     )
 
 
@@ -297,22 +294,24 @@ def check_writable(path: Path, what: str, flag: str) -> None:
         was_there = path.exists()
         path.open("a").close()
         if not was_there:
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         found = f"cannot write {what} to {error.filename}: {error.strerror}"
         raise UserError(f"{found}; give another {flag}") from None
 
 
-def write_videos(folder: Path, tasks: tuple[str, ...], episodes: list[Episode]) -> None:
-    """Writes a film per task. The result is known, so that trouble here is only a warning."""
-    try:
-        for episode in episodes:
+def write_videos(folder: Path, tasks: tuple[str, ...], ended: list[Episode]) -> None:
+    """Writes films of episodes, and forgets their frames: those of all tasks would fill memory.
+    Results count for more, so that trouble here is only a warning."""
+    for episode in ended:
+        film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
+        try:
             if episode.frames:
-                film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
                 write_video(film, episode.frames, 20)
-    except Exception as error:  # of the encoder, whatever it may be
-        said = " ".join(str(error).split())[:200]
-        print(f"warning: cannot write videos to {folder}: {said}", file=sys.stderr)
+        except Exception as error:  # of the encoder, whatever it may be
+            said = " ".join(str(error).split())[:200]
+            print(f"warning: cannot write the film {film}: {said}", file=sys.stderr, flush=True)
+        episode.frames = []
 
 
 def main(config: EvaluateConfig) -> dict:
@@ -357,14 +356,20 @@ def main(config: EvaluateConfig) -> dict:
     if played:
         what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
     said += f"{spec.note}{repeats(config.episodes, spec, played)}"
+    contract.check_prompts(player.preparation, player.spec)
     print(f"{said}{path}: {what}, {shown}", flush=True)
-    episodes = [episode for ended in player.play(part, config.episodes) for episode in ended]
-    rows = rows_of(part, episodes)
-    print(*map(line_of, rows), sep="\n")
-    result = {"checkpoint": str(path), "rows": rows}
-    if config.json:
-        config.json.write_text(json.dumps(result, indent=1))
-    write_videos(config.videos, spec.tasks, episodes)
+    episodes = []
+    result = {"checkpoint": str(path), "rows": []}
+    try:
+        for ended in player.play(part, config.episodes):
+            episodes += ended
+            result["rows"] = rows_of(part, episodes)
+            if config.json:
+                config.json.write_text(json.dumps(result, indent=1))
+            write_videos(config.videos, spec.tasks, ended)
+    finally:  # whatever ends it, what was counted is said
+        for row in result["rows"]:
+            print(line_of(row))
     print(f"videos in {config.videos}")
     return result
 
@@ -381,7 +386,7 @@ def play_parts(
     check_writable(picture, "the picture", "--videos FOLDER")
     found = parts(player.simulator, config.tasks[0], training, *flags)
     for part in found:
-        player.check_prompts(player.seen(part.spec))
+        contract.check_prompts(player.preparation, player.seen(part.spec))
     most = f"at most {config.episodes} episodes of {config.env} a row, no two with one beginning"
     tasks = max(len(part.spec.tasks) for part in found)
     few = f", of the first {config.episodes} tasks alone" if config.episodes < tasks else ""
@@ -412,10 +417,12 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
         return row
     part = part._replace(states=part.chosen(config.episodes, config.seed))
     count = min(config.episodes, len(part.spec.tasks) * len(part.states))
+    folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
     episodes = []
     try:
         for ended in player.play(part, count):
             episodes += ended
+            write_videos(folder, part.spec.tasks, ended)
     except Exception as error:  # of a simulator, whatever it may be
         if first:
             raise
@@ -427,8 +434,6 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
             won = round(every["episodes"] * every["success_rate"])
             row["note"] += f" (after {won} successes in {len(episodes)} of {count} episodes)"
         return row
-    folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
-    write_videos(folder, part.spec.tasks, episodes)
     *tasks, every = rows_of(part, episodes)
     return every | {"task": part.title, "states": say_states(part.states), "tasks": tasks}
 

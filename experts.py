@@ -6,13 +6,15 @@ speed, so a policy sees well and runs out of time: it succeeds at 20–50 %, whi
 reinforcement learning, with the prefix frozen, something to learn.
 """
 
-import math
-import os
-import signal
+import itertools
+import operator
 import time
 import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.pool import IMapIterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,14 +27,16 @@ from config import Config
 from envs import EnvSpec
 from errors import UserError, require
 from imitation import PROCESSES
-from processes import INTERRUPTS, die_with, interrupts_wait
+from processes import interrupts_wait, leave_interrupts
 from recording import Writer, png
 
 CHUNK = Config().rollout.chunk  # actions that a new model predicts
 IMAGE_SIZE = 64  # pixels, as new models take them
 TASKS = ("button-press-topdown", "button-press", "faucet-open", "handle-press")
 LONGEST = 270  # control steps of a demonstration
-LIMIT_S = 120.0  # seconds that a demonstration may take; it is usually less than one
+LIMIT_S = 600.0  # seconds until an expert has begun and played; it usually takes less than ten
+AHEAD = 8  # demonstrations that an expert's process may hold until they are taken
+Turn = tuple[int, int]  # a task's number and a seed
 
 
 @dataclass(kw_only=True)
@@ -62,9 +66,10 @@ class Played(NamedTuple):
 
 
 def demonstrate(
-    tasks: tuple[str, ...], task: int, seeds: range, config: ExpertConfig
-) -> list[Played]:
-    """Plays demonstrations of tasks[task]. Returns those that succeed: others teach nothing."""
+    tasks: tuple[str, ...], task: int, seeds: Sequence[int], config: ExpertConfig
+) -> Iterator[Played | None]:
+    """Plays demonstrations of tasks[task], and yields them; None in place of one that fails, which
+    teaches nothing."""
     from metaworld.policies import ENV_POLICY_MAP
 
     from envs import metaworld  # here, for RoboCasa's environment lacks it
@@ -75,13 +80,11 @@ def demonstrate(
         env.reset(task, seeds[0])
         env.observe()
     expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
-    played = []
     for seed in seeds:
         env.reset(task, seed)
         rng = np.random.default_rng([config.seed, task, seed])
-        played.append(play(env, expert, rng, config))
+        yield play(env, expert, rng, config)
     env.close()
-    return [episode for episode in played if episode]
 
 
 def play(env, expert, rng: np.random.Generator, config: ExpertConfig) -> Played | None:
@@ -108,24 +111,35 @@ def play(env, expert, rng: np.random.Generator, config: ExpertConfig) -> Played 
 
 
 def gather(config: ExpertConfig, spec: EnvSpec, folder: Path) -> None:
-    """Lets the experts act, half of a task's demonstrations in each job, and writes a dataset."""
+    """Lets the experts act, in processes that take turns, and writes a dataset."""
     odd = f"--video needs an even number of pixels: --image-size {spec.image_size} is odd"
     require(not config.video or spec.image_size % 2 == 0, odd)
     started = time.monotonic()
-    seeds = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
-    half = math.ceil(config.demos / 2)
-    every = range(seeds, seeds + config.demos)
-    parts = [every[first : first + half] for first in range(0, config.demos, half)]
-    jobs = [(spec.tasks, n, part, config) for n in range(len(spec.tasks)) for part in parts]
+    first = 10_000_000 + 1000 * config.seed  # training and evaluation draw other seeds
+    seeds = range(first, first + config.demos)
+    turns = list(itertools.product(range(len(spec.tasks)), seeds))
     context = mp.get_context("spawn")
+    workers = []
+    pipes = []
     with Writer(folder, spec.rate, config.video, "sawyer") as to:
-        with interrupts_wait():
-            pool = context.Pool(PROCESSES, begin, (os.getpid(),))
-        with pool:
-            results = pool.imap(demonstration, jobs)
-            for job in jobs:
-                for episode in next_of(results, spec.tasks[job[1]], LIMIT_S * half):
-                    to.add(spec.prompts[job[1]], *episode)
+        try:
+            with interrupts_wait():
+                for rank in range(PROCESSES):
+                    pipe, end = context.Pipe(duplex=False)
+                    args = (spec.tasks, turns[rank::PROCESSES], config, end)
+                    worker = context.Process(target=act, args=args)
+                    worker.start()
+                    end.close()  # here, so that the pipe ends with the process
+                    workers.append(worker)
+                    pipes.append(pipe)
+            for number, (task, _) in enumerate(turns):
+                rank = number % PROCESSES
+                if played := next_of(pipes[rank], workers[rank], spec.tasks[task]):
+                    to.add(spec.prompts[task], *played)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
         choose = "choose other --tasks, a higher --pace or less --action-noise"
         require(to.frames, f"no demonstration succeeded: {choose}")
     seconds = f"{time.monotonic() - started:.0f} s"
@@ -133,21 +147,33 @@ def gather(config: ExpertConfig, spec: EnvSpec, folder: Path) -> None:
     print(f"{said}, of {config.demos} per task, in {seconds}")
 
 
-def begin(parent: int) -> None:
-    """Begins a process of the pool, which ends its processes by SIGTERM."""
-    die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
-
-
-def next_of(results: IMapIterator, task: str, limit: float) -> list[Played]:
-    """Returns what comes within `limit` seconds. Of a process that was killed nothing does."""
+def act(tasks: tuple[str, ...], turns: list[Turn], config: ExpertConfig, to: Connection) -> None:
+    """Runs one process: plays its turns, and sends what `demonstrate` yields, or a UserError."""
+    leave_interrupts(mp.parent_process().pid)
+    sending = deque()
     try:
-        return results.next(limit)
-    except mp.TimeoutError:
-        late = f"the expert of {task} has played for {limit / 60:.0f} minutes"
-        raise UserError(f"{late}: was its process killed for want of memory?") from None
+        with ThreadPoolExecutor(1) as sender:  # so that it plays while others are waited for
+            for task, mine in itertools.groupby(turns, operator.itemgetter(0)):
+                for played in demonstrate(tasks, task, [seed for _, seed in mine], config):
+                    sending.append(sender.submit(to.send, played))
+                    if len(sending) > AHEAD:
+                        sending.popleft().result()
+    except UserError as error:
+        to.send(error)
 
 
-def demonstration(job: tuple) -> list[Played]:
-    return demonstrate(*job)
+def next_of(pipe: Connection, worker: mp.Process, task: str) -> Played | None:
+    """Returns the next demonstration of a process. Raises UserError where it says so, hangs or was
+    killed."""
+    require(pipe.poll(LIMIT_S), f"the expert of {task} hangs: nothing came for {LIMIT_S:.0f} s")
+    try:
+        found = pipe.recv()
+    except (EOFError, OSError):  # before a demonstration, or amidst one
+        worker.join()
+        killed = -worker.exitcode
+        ended = f"signal {killed} ended the expert of {task}: is the host out of memory?"
+        require(killed <= 0, ended)
+        raise SystemExit(1) from None  # its traceback is on the screen
+    if isinstance(found, UserError):
+        raise found
+    return found

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -136,9 +137,12 @@ def write_video(
     import imageio.v2 as imageio
 
     file.parent.mkdir(exist_ok=True)
-    partial = file.parent / ".partial.mp4"
-    imageio.mimwrite(partial, frames, fps=fps, macro_block_size=1, output_params=how)
-    partial.replace(file)  # an encoder that fails may say nothing, but leaves no file
+    partial = file.parent / f".{uuid.uuid4().hex}.mp4"  # others may write beside it
+    try:
+        imageio.mimwrite(partial, frames, fps=fps, macro_block_size=1, output_params=how)
+        partial.replace(file)  # an encoder that fails may say nothing, but leaves no file
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def make_videos(frames: Path, videos: Path, seconds: float = math.inf) -> None:

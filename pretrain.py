@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import tyro
 from pydantic import Field
@@ -144,9 +143,7 @@ def make_model(config: PretrainConfig, spec: EnvSpec, vocabulary: Path) -> torch
         config.model, asdict(model.config), ends, tokenize.fingerprint(vocabulary)
     )
     preparation = family.preparation(model.header, str(vocabulary))
-    blank = np.zeros((spec.views, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-    for prompt in spec.prompts:
-        preparation.observe(blank, np.zeros(spec.state_dim, np.float32), prompt)
+    contract.check_prompts(preparation, spec)
     return model
 
 
@@ -223,11 +220,16 @@ def read_dataset(config: PretrainConfig, spec: EnvSpec) -> Demonstrations:
 
 
 def lesson_of(
-    config: PretrainConfig, settings: Config, spec: EnvSpec, data: Demonstrations, files: tuple
+    config: PretrainConfig,
+    settings: Config,
+    spec: EnvSpec,
+    data: Demonstrations | None,
+    files: tuple,
 ) -> Lesson:
     """Puts together what is learned from what. Raises UserError where they do not fit.
 
-    files: weights to write, the vocabulary, and where that goes."""
+    data: None while experts have yet to act; files: weights to write, the vocabulary, and where
+    that goes."""
     _, header, _ = models.held(settings, spec)
     count = machine.gpus() or PROCESSES
     odd = f"--batch {config.batch} does not divide into {count} equal parts, one for each GPU"
@@ -240,7 +242,7 @@ def lesson_of(
         spec=spec,
         header=header,
         data=data,
-        cameras=choose_cameras(config, data, header.shape["views"]),
+        cameras=choose_cameras(config, data, header.shape["views"]) if data else (),
         every=config.frame_every or (1 if config.dataset else 3),
         steps=config.steps,
         batch=config.batch,
@@ -255,12 +257,16 @@ def lesson_of(
     )
     preparation = lesson.preparation()
     contract.check(preparation, f"the preparation of {config.model!r}", contract.IMITATES)
+    models.build(settings, spec, "meta", "none")  # which sees that model and simulator fit
+    imitation.check_memory(lesson)
+    if data is None:
+        contract.check_prompts(preparation, spec.seen_by(header))
+        return lesson
     if not config.keep_statistics:
         stats = imitation.counted(data, preparation, lesson.horizon)
         checkpoint.check_stats(config.model, stats, f"the statistics of {data.folder}")
         lesson = replace(lesson, header=header._replace(stats=stats))
     imitation.check_first_frames(lesson)
-    imitation.check_memory(lesson)
     return lesson
 
 
@@ -334,14 +340,19 @@ def main(config: PretrainConfig) -> None:
         spec = spec._replace(image_size=checkpoint.frame_size(path, spec.picture))
         vocabulary = Path(words or "none")
         check_free(config, out, beside, vocabulary)
+        made = not out.parent.exists()
+        evaluate.check_writable(out, "the checkpoint", "--out")
+        if made:
+            out.parent.rmdir()  # until there is something to write
+        files = (out, vocabulary, beside)
+        lesson = lesson_of(config, settings, spec, data, files)
         if data is None:
             config = replace(config, image_size=spec.image_size)
             gather(config, spec, folder / "demonstrations")
             data = Demonstrations(folder / "demonstrations")
+            lesson = lesson_of(config, settings, spec, data, files)
 
         # Learn from what they did.
-        lesson = lesson_of(config, settings, spec, data, (out, vocabulary, beside))
-        evaluate.check_writable(out, "the checkpoint", "--out")
         done = imitation.learn(lesson)
     if not done:
         print(f"interrupted: --checkpoint {imitation.partial_of(out)} goes on from these weights")

@@ -7,6 +7,7 @@ Left out: meta/stats.json, which LeRobot opens a dataset without, and makes itse
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from PIL import Image
 from demonstrations import ACTIONS, STATES, VERSIONS
 from errors import require
 from films import write_video
+from run_folder import locked
 
 # Of every frame, beside what was seen and done.
 PLACES = {"timestamp": pa.float32(), "frame_index": pa.int64(), "episode_index": pa.int64()}
@@ -40,7 +42,11 @@ class Writer(contextlib.AbstractContextManager):
         require(folder.parent.is_dir(), f"the folder {folder.parent} does not exist: create it")
         self.folder = folder
         self.partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(self.partial, ignore_errors=True)  # of a writer that was killed
+        self.partial.mkdir(exist_ok=True)
+        taken = f"{folder} is being written by another process: name another folder, or wait"
+        self.lock = locked(self.partial, taken)
+        for left in self.partial.iterdir():  # of a writer that was killed
+            shutil.rmtree(left)
         self.fps = fps
         self.video = video
         self.robot = robot
@@ -53,11 +59,14 @@ class Writer(contextlib.AbstractContextManager):
         self.written = 0  # bytes of pictures in this table
 
     def __exit__(self, kind, error, trace) -> None:
-        if self.table:
-            self.table.close()
-        if error is None and self.rows:
-            self.finish()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            if self.table:
+                self.table.close()
+            if error is None and self.rows:
+                self.finish()
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            os.close(self.lock)
 
     def path(self, name: str, number: int, kind: str) -> Path:
         at = f"chunk-{number // self.CHUNK:03d}/file-{number % self.CHUNK:03d}.{kind}"

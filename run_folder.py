@@ -76,6 +76,20 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(partial, file)
 
 
+def locked(folder: Path, taken: str) -> int:
+    """Locks a folder until what is returned, a file descriptor, is closed. Raises UserError(taken)
+    where another process has it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(taken) from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
 class RunFolder:
     """Owns runs/NAME."""
 
@@ -97,14 +111,8 @@ class RunFolder:
         except OSError as error:
             found = f"cannot write the run folder {path}: {error.strerror}"
             raise UserError(f"{found}; choose another --run") from None
-        self.lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            found = f"run {self.name} is being trained by another process"
-            raise UserError(f"{found}: end that one first, or wait") from None
-        except OSError:  # a file system without locks
-            pass
+        taken = f"run {self.name} is being trained by another process: end that one first, or wait"
+        self.lock = locked(path, taken)
         if not resume:
             for name in ("metrics.jsonl", "error.txt", "wandb.id", "trace.json", "report.html"):
                 if (path / name).exists():

@@ -226,13 +226,20 @@ def check_choice(statistics: str, path: Path) -> None:
     require(not (statistics and is_ours(path)), f"{alone}: {path} has none to choose from")
 
 
-def run_of(path: str | Path) -> Path | None:
-    """The run folder that a checkpoint of ours is in, also by a link or from inside of it."""
+def folder_of(path: str | Path) -> Path | None:
+    """The folder RUN/checkpoints/VERSION that a checkpoint of ours is in, also by a link or from
+    inside of it."""
     if not is_ours(path):
         return None
     file = find(path)
     folders = (file.parent.resolve(), file.resolve().parent)
-    return next((f.parents[1] for f in folders if f.parent.name == "checkpoints"), None)
+    return next((f for f in folders if f.parent.name == "checkpoints"), None)
+
+
+def run_of(path: str | Path) -> Path | None:
+    """The run folder that a checkpoint of ours is in."""
+    folder = folder_of(path)
+    return folder and folder.parents[1]
 
 
 def vocabulary(given: Path | None, path: Path, family: str, embedded: Path) -> str:

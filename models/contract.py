@@ -5,6 +5,7 @@ n samples, C actions per chunk of A dimensions. A *field* is a name with a shape
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,6 +121,14 @@ def check_observed(model: torch.nn.Module, row: dict) -> None:
     check_tensors("the preparation's observe", fields, found, ())
     strangers = sorted(found.keys() - fields.keys())
     require(not strangers, f"the preparation's observe gives {strangers}, which the model has not")
+
+
+def check_prompts(preparation, spec) -> None:
+    """Raises UserError where a model has no room for an instruction of these tasks, or cannot take
+    their pictures and state. spec: envs.EnvSpec, as the model sees it."""
+    picture = np.zeros((spec.views, spec.image_size, spec.image_size, 3), np.uint8)
+    for prompt in spec.prompts:
+        preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
 
 
 def check_acted(model: torch.nn.Module, out: dict, n: int, chunk: tuple[int, int]) -> None:

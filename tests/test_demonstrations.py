@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import av
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -223,6 +224,20 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["d"]
 
 
+def test_one_process_at_a_time_writes_a_dataset(tmp_path):
+    """What one left that was killed is in nobody's way."""
+    left = tmp_path / ".d.partial" / "data" / "chunk-009" / "file-009.parquet"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with Writer(tmp_path / "d", FPS, False, "arm") as to:
+        with pytest.raises(UserError, match="d is being written by another process"):
+            write_new(tmp_path / "d", made())
+        for task, shown, states, actions in made():
+            to.add(task, [[png(view) for view in views] for views in shown], states, actions)
+    assert_same(Demonstrations(tmp_path / "d"), made(), exact=True)
+    assert not list(tmp_path.glob("*/data/chunk-009")) and not left.exists()
+
+
 def change(folder: Path, **info) -> None:
     file = folder / "meta/info.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | info))
@@ -256,6 +271,19 @@ def texts_for_numbers(folder: Path) -> None:
     pq.write_table(table.set_column(at, "action", pa.array([["up"] * 4] * len(table))), file)
 
 
+def two_tasks(folder: Path) -> None:
+    """As LeRobot has them where the instruction changes within an episode."""
+    (folder / "meta/tasks.jsonl").write_text(
+        '{"task_index": 0, "task": "push"}\n{"task_index": 1, "task": "pull"}'
+    )
+    file = first(folder, "data/*/*.parquet")
+    table = pq.read_table(file)
+    kinds = pa.array([0] * (len(table) - 1) + [1])
+    pq.write_table(
+        table.set_column(table.column_names.index("task_index"), "task_index", kinds), file
+    )
+
+
 def twice(folder: Path) -> None:
     file = folder / "meta/episodes.jsonl"
     file.write_text(file.read_text() + file.read_text().splitlines()[0])
@@ -268,6 +296,7 @@ DAMAGES = {
     "fps": (lambda f: change(f, fps=20), "are not 1/20 s apart: is fps in info.json right"),
     "features": (lambda f: change(f, features={}), "has no feature 'observation.state'"),
     "no task": (without_task, "episode 0 in .* has no task"),
+    "two tasks": (two_tasks, "episode 0 in .* has frames of several tasks: split it"),
     "no table": (lambda f: first(f, "data/*/*.parquet").unlink(), "is missing: the dataset"),
     "damaged": (lambda f: first(f, "data/*/*.parquet").write_bytes(b"x"), "cannot read .*parquet"),
     "shorter": (shorter, "has 3 frames and should have 7: it is incomplete"),
@@ -746,6 +775,21 @@ def test_an_interrupt_ends_experts_at_once_and_leaves_nothing(cli, tmp_path, wor
     status, output = running.finish(timeout=10)
     running.assert_nothing_left(timeout=5)
     assert (status, output) == (130, "interrupted\n") and not list(tmp_path.iterdir())
+
+
+def test_an_expert_that_is_killed_is_missed_at_once(cli, tmp_path):
+    """As the kernel does where memory is full."""
+    running = cli("pretrain.py", f"--collect {tmp_path / 'd'} --demos 2000")
+    while len(running.living()) < 2 + imitation.PROCESSES:
+        assert running.process.poll() is None, running.process.communicate()[0]
+        time.sleep(0.05)
+    children = psutil.Process(running.process.pid).children()
+    experts = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+    assert len(experts) == imitation.PROCESSES
+    experts[-1].kill()
+    status, output = running.finish(timeout=30)
+    said = "error: signal 9 ended the expert of button-press-topdown: is the host out of memory?\n"
+    assert (status, output) == (2, said) and not list(tmp_path.iterdir())
 
 
 def test_the_command_line_learns_adapters_and_an_interrupt_saves(cli, tmp_path):

@@ -1,6 +1,7 @@
 """Success rates with their intervals, on episodes that are the same every time."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_the_command_line_reads_a_run_s_newest_checkpoint(cli, tiny_checkpoint, 
     assert (
         status == 0
         and "handle-press" in output
-        and (tmp_path / "run/videos/handle-press.mp4").is_file()
+        and (tmp_path / "run/videos/000003/handle-press.mp4").is_file()
     ), output
     status, output = cli("evaluate.py", f"--checkpoint {tmp_path / 'none'}").finish(timeout=10)
     assert status == 2 and output.startswith("error: no checkpoint at") and output.count("\n") == 1
@@ -162,7 +163,7 @@ def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_pat
 
     found = as_in_training(EvaluateConfig(checkpoint=run))
     assert {name: getattr(found, name) for name in trained} == trained
-    assert found.videos == run / "videos"
+    assert found.videos == run / "videos" / "000003"  # beside the films of other versions
     given = {"env": "libero", "suite": "libero_10", "image_size": 48, "render_quality": "fast"}
     given["cameras"] = 2
     found = as_in_training(EvaluateConfig(checkpoint=run, **given))
@@ -187,13 +188,60 @@ def test_what_cannot_be_written_is_found_before_the_first_episode(plays, tiny_ch
     assert plays.seeds == [] and file.read_text() == "{}" and not (tmp_path / "v").exists()
 
 
+def test_a_prompt_that_is_too_long_is_found_before_the_first_episode(
+    plays, monkeypatch, tiny_checkpoint, tmp_path
+):
+    """Its task would come last."""
+    long = spec(("a", "b"), 64)._replace(prompts=("push", "push the button " * 40))
+    monkeypatch.setattr(sys.modules[__name__], "spec", lambda *_: long)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path}
+    with pytest.raises(UserError, match="the model has room for"):
+        evaluate.main(EvaluateConfig(**given, episodes=2))
+    assert plays.seeds == []
+
+
+def test_what_ended_before_a_simulator_failed_is_kept(
+    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys
+):
+    def breaks(self, action):
+        return Step(0.0, True) if len(self.seeds) <= 4 else 1 / 0
+
+    monkeypatch.setattr(Plays, "step", breaks)
+    monkeypatch.setattr(evaluate, "ABREAST", 1)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path, "episodes": 9}
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main(EvaluateConfig(**given, json=tmp_path / "result.json"))
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [(row["task"], row["episodes"]) for row in rows] == [("a", 2), ("b", 1), ("all", 3)]
+    assert "all                             3/3" in capsys.readouterr().out
+
+
 def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "a.mp4").mkdir()
     given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}
     evaluate.main(EvaluateConfig(**given, json=tmp_path / "result.json"))
     said = capsys.readouterr()
-    assert "2/2" in said.out and said.err.startswith(f"warning: cannot write videos to {tmp_path}")
-    assert said.err.count("\n") == 1 and "2" in (tmp_path / "result.json").read_text()
+    warned = f"warning: cannot write the film {tmp_path / 'a.mp4'}"
+    assert "2/2" in said.out and said.err.startswith(warned) and said.err.count("\n") == 1
+    assert "2" in (tmp_path / "result.json").read_text() and (tmp_path / "b.mp4").is_file()
+
+
+def test_films_are_written_as_episodes_end(plays, monkeypatch, tiny_checkpoint, tmp_path):
+    """Frames of all tasks of a large suite would fill memory."""
+    monkeypatch.setattr(evaluate, "ABREAST", 1)
+    counted = []
+
+    def rows_of(part, episodes):
+        """The film of an episode is written before the next one has ended."""
+        counted.append(len(episodes))
+        assert not any(episode.frames for episode in episodes[:-1])
+        assert len(list(tmp_path.glob("[ab].mp4"))) == len(episodes) - 1
+        return []
+
+    monkeypatch.setattr(evaluate, "rows_of", rows_of)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}
+    evaluate.main(EvaluateConfig(**given))
+    assert counted == [1, 2] and len(list(tmp_path.glob("[ab].mp4"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -389,11 +389,13 @@ def test_of_a_tasks_films_the_first_and_the_last_stay(tmp_path):
         assert list(found) == ["push", "reach_here"]
         assert [(one.version, one.won) for one in found["push"]] == [(0, False), (30, True)]
     # A later one takes the place of the last one; what evaluate.py filmed is not touched.
-    (videos / "push.mp4").touch()
+    filmed = videos / "000030" / "push.mp4"
+    filmed.parent.mkdir()
+    filmed.touch()
     film(tmp_path, "push", 40)
     films.make_videos(tmp_path, videos)
     assert [one.version for one in films.films_in(videos)["push"]] == [0, 40]
-    assert (videos / "push.mp4").exists()
+    assert filmed.exists()
 
 
 @pytest.mark.parametrize("size, side", [(64, 256), (33, 264), (224, 224), (256, 256), (301, 302)])
@@ -415,6 +417,21 @@ def test_a_film_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsy
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and all(one.startswith("warning: cannot write the film") for one in said)
     assert not list(tmp_path.glob("*.npy")) and films.films_in(tmp_path / "videos") == {}
+
+
+def test_writers_in_one_folder_keep_to_their_films(tmp_path, monkeypatch):
+    def encode(partial, frames, **_):
+        partial.write_text(frames[0])
+        if frames == ["a"]:
+            films.write_video(tmp_path / "b.mp4", ["b"], 15)  # another writer, meanwhile
+        assert frames != ["c"]  # an encoder that fails
+
+    monkeypatch.setattr(imageio, "mimwrite", encode)
+    films.write_video(tmp_path / "a.mp4", ["a"], 15)
+    with pytest.raises(AssertionError):
+        films.write_video(tmp_path / "c.mp4", ["c"], 15)
+    written = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert written == {"a.mp4": "a", "b.mp4": "b"}
 
 
 def test_which_episodes_are_filmed():

@@ -210,6 +210,10 @@ def test_what_was_played_is_kept_whatever_fails(evaluated, monkeypatch, tmp_path
     assert note.endswith(" (after 4 successes in 6 of 8 episodes)")
     assert [one["episodes"] for one in rows[2]["tasks"]] == [3, 3]
     assert written[0]["rows"] == rows[:3]
+    assert sorted(film.name for film in (tmp_path / "films" / "base_lan").iterdir()) == [
+        "base_lan_a.mp4",
+        "base_lan_b.mp4",
+    ]
     assert (tmp_path / "films" / "perturbed.png").is_file()
 
     # What breaks the first part would break them all.

@@ -1,9 +1,11 @@
 """Imitation at its smallest: demonstrations in, a checkpoint and its vocabulary out."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import envs
 import experts
+import imitation
 import pretrain
 from config import ROOT, Config, embedded_files
 from envs import metaworld
@@ -100,7 +103,17 @@ def test_a_variable_that_is_left_over_is_named(monkeypatch):
     monkeypatch.setattr(metaworld.Env, "observe", broken)
     monkeypatch.setattr(envs, "LEFT", {"MUJOCO_GL": "glx"})
     with pytest.raises(UserError, match="MUJOCO_GL=glx in the environment: unset MUJOCO_GL"):
-        experts.demonstrate(("handle-press",), 0, range(10_000_000, 10_000_001), ExpertConfig())
+        next(experts.demonstrate(("handle-press",), 0, [10_000_000], ExpertConfig()))
+
+
+def test_an_expert_that_hangs_or_says_what_is_wrong_is_named(monkeypatch):
+    monkeypatch.setattr(experts, "LIMIT_S", 0.0)
+    pipe, end = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(UserError, match="the expert of reach hangs: nothing came for 0 s"):
+        experts.next_of(pipe, None, "reach")
+    end.send(UserError("unset MUJOCO_GL"))
+    with pytest.raises(UserError, match="unset MUJOCO_GL"):
+        experts.next_of(pipe, None, "reach")
 
 
 def without_demonstrations(monkeypatch):
@@ -122,10 +135,45 @@ def test_nothing_is_overwritten_unasked(monkeypatch, tmp_path, family):
     with pytest.raises(UserError, match=f"{vocabulary.name} exists already and would become"):
         pretrain.main(PretrainConfig(model=family, out=default.with_name("new.safetensors")))
     assert shipped == (default.read_bytes(), vocabulary.read_bytes())
-    for out, overwrite in ((tmp_path / "new.safetensors", False), (default, True)):
+    new = (tmp_path / "new.safetensors", tmp_path / "new")
+    for out, overwrite in (*((out, False) for out in new), (default, True)):
         with pytest.raises(AssertionError, match="the experts acted"):
             pretrain.main(PretrainConfig(model=family, out=out, overwrite=overwrite))
     assert not list(tmp_path.iterdir())
+
+
+SHIPPED = ROOT / "assets" / "pi05_metaworld.safetensors"
+
+
+@pytest.mark.parametrize(
+    "flags, prompt, gpus, words",
+    [
+        ({"overwrite": True}, "", 0, "cannot write the checkpoint to .*: Is a directory; give"),
+        ({"batch": 64}, "", 3, "--batch 64 does not divide into 3 equal parts"),
+        ({}, "", 1, "learning takes .* GB of a GPU, and there are 0.0"),
+        (
+            {"checkpoint": SHIPPED, "lora_rank": 2, "lora_targets": ("knee",)},
+            "",
+            0,
+            "--lora-targets knee matches no layer",
+        ),
+        ({"checkpoint": SHIPPED}, "press the handle down " * 10, 0, "the model has room for"),
+    ],
+)
+def test_what_will_go_wrong_is_said_before_the_experts_act(
+    monkeypatch, tmp_path, flags, prompt, gpus, words
+):
+    without_demonstrations(monkeypatch)
+    monkeypatch.setattr(imitation.machine, "gpus", lambda: gpus)
+    small = SimpleNamespace(total_memory=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    if prompt:
+        monkeypatch.setattr(metaworld, "PROMPTS", metaworld.PROMPTS | {"handle-press": prompt})
+    if "overwrite" in flags:
+        (tmp_path / "new" / "model.safetensors").mkdir(parents=True)
+    with pytest.raises(UserError, match=words):
+        pretrain.main(PretrainConfig(out=tmp_path / "new", tasks=("handle-press",), **flags))
+    assert "overwrite" in flags or not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["pi0", "pi05", "gr00t", "oft"])

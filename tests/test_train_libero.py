@@ -65,7 +65,7 @@ def test_three_iterations_and_an_evaluation(cli, tmp_path):
     assert (
         status == 0
         and "turn_on_the_stove" in output
-        and (run / "videos" / "turn_on_the_stove.mp4").is_file()
+        and (run / "videos" / "000003" / "turn_on_the_stove.mp4").is_file()
     ), output
     assert [row["episodes"] for row in json.loads((tmp_path / "e.json").read_text())["rows"]] == [
         1,
