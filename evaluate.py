@@ -272,7 +272,7 @@ def settings_of(config: EvaluateConfig) -> Config:
 def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig:
     """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults.
 
-    runs: `start.lineage` of the checkpoint."""
+    runs: those of the checkpoint's `start.Lineage`."""
     run = checkpoint.run_of(config.checkpoint) if config.checkpoint else None
     trained = runs[0] if runs else Config()
     precision = trained.train.precision
@@ -323,13 +323,14 @@ def main(config: EvaluateConfig) -> dict:
     # See that there is something to play. Another simulator's run tells nothing of this one.
     keep_freed_memory()
     whole, adapter = peft.find_base(config.checkpoint, config.adapter)
-    runs = lineage(whole)
+    known = lineage(whole, adapter)
+    runs = known.runs
     config = as_in_training(replace(config, checkpoint=whole, adapter=adapter), runs)
     simulator = envs.load(config.env)
     spec = simulator.spec(config.tasks, 0)
-    met, unknown = met_by(runs, simulator)
+    met, unknown = met_by(known, simulator)
     evaluated = runs[0].env.eval_states if runs and runs[0].train.env == config.env else ""
-    training = Training(met, evaluated)
+    training = Training(met, evaluated, partly=bool(known.ends))
     missing = check_suite(simulator, config.tasks) if config.perturbed else {}
     flags = (config.train_states, config.eval_states)
     train, played = states_of(config.env, spec, training, *flags)
@@ -344,7 +345,7 @@ def main(config: EvaluateConfig) -> dict:
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
     if settings.train.precision == "bfloat16":
         shown += ", --precision bfloat16"
-    said = f"{player.assumed}{unknown}"
+    said = player.assumed + (unknown if config.perturbed or played else "")
     if config.perturbed:
         return play_parts(config, player, training, missing, f"{said}{path}: {shown}")
 

@@ -38,6 +38,7 @@ class Training(NamedTuple):
     # project's, which may be any.
     met: dict[str, frozenset[int]] | None
     eval_states: str = ""
+    partly: bool = False  # nobody knows what the weights had met that those runs began from
 
     def tasks_of(self, spec: EnvSpec) -> tuple[str, ...]:
         """Lists those that were trained on, or may have been."""
@@ -48,11 +49,16 @@ class Training(NamedTuple):
         """Says which initial states training met. given: the flag, for who knows better."""
         tasks = self.tasks_of(spec)
         if not tasks:
-            return "not trained on"
+            return f"not trained on{self.as_far(', ')}"
         if self.met is None and not given:
             return "nobody knows which were trained on"
         few = len(tasks) < len(spec.tasks)
-        return f"training met {train}" + (f" of {share(tasks, spec)}" if few else "")
+        said = f"training met {train}" + (f" of {share(tasks, spec)}" if few else "")
+        return said if given else said + self.as_far(", ")
+
+    def as_far(self, before: str) -> str:
+        """Says that something was not trained on only as far as is known, where that is so."""
+        return f"{before}as far as known" if self.partly else ""
 
 
 def share(tasks: tuple[str, ...], spec: EnvSpec) -> str:
@@ -99,7 +105,8 @@ def parts(
         name = f"{suite} ({share(others, spec)})" if known else suite
         rest = simulator.spec(others, 0)
         found = states_of(simulator.name, rest, training, train, evaluation)[1]
-        made.append(Part(f"{name}, not trained on", rest, read_states(found)))
+        title = f"{name}, not trained on{training.as_far(' ')}"
+        made.append(Part(title, rest, read_states(found)))
     for name, why in sorted(simulator.perturbed(suite).items()):
         if why:
             continue
@@ -108,7 +115,7 @@ def parts(
         title = name
         if known:
             of = "" if len(known) == len(spec.tasks) else f"{share(known, spec)} "
-            title += f", {of}trained on"
+            title += f", {of}trained on" + (training.as_far(" ") if of else "")
         made.append(Part(title, spec))
     return made
 
@@ -136,7 +143,8 @@ def trained_parts(
     held_out = tuple(state for state in evaluated if state in rest) or rest
     title = f"{name}, held-out states"
     if held_out:
-        made.append(Part(f"{title} {say_states(held_out)}", spec, held_out))
+        far = "" if train else training.as_far(" ")
+        made.append(Part(f"{title} {say_states(held_out)}{far}", spec, held_out))
     elif unknown:
         made.append(Part(title, spec, note="none known: --train-states says what training met"))
     else:

@@ -7,7 +7,7 @@ Left out: reading weights (`models.build`), writing checkpoints (saving.py).
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -126,30 +126,45 @@ def resume_from(config: Config) -> tuple[Path, State]:
     return found, resume
 
 
-def lineage(path: Path | None) -> list[Config]:
-    """Reads the settings of the run that a checkpoint is of, of the one whose checkpoint that began
-    from, and so on, as far as their folders are here. Raises UserError."""
+class Lineage(NamedTuple):
+    """What is known of how weights were trained."""
+
+    runs: list[Config]  # the settings of those that trained them, the newest first
+    ends: list[Path]  # weights and adapters whose training nobody knows here
+
+
+def lineage(path: Path | None, adapter: Path | None) -> Lineage:
+    """Finds the run that a checkpoint is of, the one whose checkpoint that began from, and so on,
+    as far as their folders are here. Untrained weights have met nothing. Raises UserError."""
     found: dict[Path, Config] = {}
+    ends: dict[Path, None] = {}  # in their order
     while path is not None:
+        if adapter is not None:
+            ends[adapter] = None
         run = None
         with suppress(UserError):  # what a run began from may be gone by now
             run = checkpoint.run_of(path)
         if run is None or run in found or not (run / "config.json").is_file():
+            if not untrained.is_name(path.name):
+                ends[path] = None
             break
         found[run] = from_json(run / "config.json")
-        path = found[run].train.checkpoint
-    return list(found.values())
+        path, adapter = found[run].train.checkpoint, found[run].train.adapter
+    return Lineage(list(found.values()), list(ends))
 
 
 def met_by(
-    runs: list[Config], simulator: envs.Simulator
+    known: Lineage, simulator: envs.Simulator
 ) -> tuple[dict[str, frozenset[int]] | None, str]:
     """Collects the tasks of a simulator that any of these runs trained on, with their initial
-    states, of which none means all. Returns them, or None where nobody knows, and what to say."""
-    if not runs:
-        return None, ""
+    states, of which none means all. Returns them, or None where nobody knows any, and what to say
+    of what nobody knows."""
+    ends = " and of ".join(map(str, known.ends))
+    note = f"what the training of {ends} met is not known here\n" if ends else ""
+    if ends and not known.runs:
+        return None, note
     met: dict[str, frozenset[int]] = {}
-    for run in runs:
+    for run in known.runs:
         if run.train.env != simulator.name:
             continue
         try:
@@ -160,7 +175,7 @@ def met_by(
         for task in tasks:
             before = met.get(task, states)
             met[task] = states | before if states and before else frozenset()
-    return met, ""
+    return met, note
 
 
 def state_of(found: Path) -> str:

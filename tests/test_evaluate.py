@@ -158,7 +158,7 @@ def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_pat
     (run / "config.json").write_text(to_json(completed(Config(), **trained)))
 
     def as_in_training(given: EvaluateConfig) -> EvaluateConfig:
-        return evaluate.as_in_training(given, lineage(given.checkpoint))
+        return evaluate.as_in_training(given, lineage(given.checkpoint, None).runs)
 
     found = as_in_training(EvaluateConfig(checkpoint=run))
     assert {name: getattr(found, name) for name in trained} == trained

@@ -154,6 +154,52 @@ def test_what_was_never_trained_on_is_held_out(evaluated, tmp_path):
     ]
 
 
+def test_what_the_weights_met_that_a_run_began_from_may_be_unknown(
+    evaluated, tiny_checkpoint, tmp_path, capsys
+):
+    """No row says more than the runs that are known, and a line names where knowledge ends."""
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("a", "base_lan/b")}
+    flags = {"suite": "base", "perturbed": True}
+    begun = {**split, "checkpoint": tiny_checkpoint}
+    rows = evaluated(begun, **flags)["rows"]
+    assert [row["task"] for row in rows][:4] == [
+        "base (1 of 2 tasks), trained states 0-1",
+        "base (1 of 2 tasks), held-out states 2-3 as far as known",
+        "base (1 of 2 tasks), not trained on as far as known",
+        "base_lan, 1 of 2 tasks trained on as far as known",
+    ]
+    line = f"what the training of {tiny_checkpoint} met is not known here\n"
+    assert capsys.readouterr().out.count(line) == 1
+    evaluated(begun)
+    said = capsys.readouterr().out
+    assert line in said and "(training met 0-1, as far as known)" in said
+    evaluated(begun, train_states="0-1")  # who gives it knows
+    assert "(training met 0-1)" in capsys.readouterr().out
+    evaluated(begun, suite="other", eval_states="2-3")
+    assert "(not trained on, as far as known)" in capsys.readouterr().out
+    evaluated(begun, suite="other")  # of which nothing is said
+    assert line not in capsys.readouterr().out
+
+    # An adapter is as unknown, and so is a folder that is gone.
+    untrained = tmp_path / "untrained_pi05_0123456789.safetensors"
+    for begun, ends in (
+        ({"checkpoint": tmp_path / "gone", "adapter": None}, f"{tmp_path}/gone"),
+        ({"checkpoint": untrained, "adapter": tmp_path / "peft"}, f"{tmp_path}/peft"),
+        ({"checkpoint": tmp_path / "x", "adapter": tmp_path / "y"}, f"{tmp_path}/y and of "),
+    ):
+        evaluated({**split, **begun}, **flags)
+        said = capsys.readouterr().out
+        assert f"what the training of {ends}" in said and said.count("as far as known") == 3
+
+    # What was never trained has met nothing.
+    rows = evaluated({**split, "checkpoint": untrained}, **flags)["rows"]
+    assert rows[2]["task"] == "base (1 of 2 tasks), not trained on"
+    untrained.symlink_to(tiny_checkpoint)
+    rows = evaluated(None, checkpoint=untrained, **flags)["rows"]
+    assert rows[0]["task"] == "base, not trained on"
+    assert "known" not in capsys.readouterr().out
+
+
 def test_few_episodes_begin_everywhere(evaluated):
     rows = evaluated({"tasks": ("base",)}, suite="base", perturbed=True, episodes=4)["rows"]
     assert rows[0]["states"] == "0,2"

@@ -97,7 +97,9 @@ def test_what_a_checkpoint_has_met_is_not_held_out(monkeypatch, tiny_checkpoint,
     first = run("first", train_states="0-39", eval_states="40-49")
     second = run("second", checkpoint=first, train_states="5-44", eval_states="0-4,45-49")
     whole = run("whole")
-    gone = run("gone", checkpoint=tmp_path / "removed", train_states="45-49")
+    removed = tmp_path / "removed"
+    gone = run("gone", checkpoint=removed, train_states="45-49")
+    ends = {gone: removed, tiny_checkpoint: tiny_checkpoint}
     for begins, train_states, met in (
         (first, "10-49", "0-9"),
         (first, "0-39", ""),
@@ -111,6 +113,8 @@ def test_what_a_checkpoint_has_met_is_not_held_out(monkeypatch, tiny_checkpoint,
         note = prepare.with_states(config, simulator)[1]
         said = f"not held out: checkpoint {begins} has met initial states {met}\n"
         assert note.endswith(said) if met else "not held out" not in note
+        unknown = f"what the training of {ends.get(begins)} met is not known here\n"
+        assert (unknown in note) == (begins in ends) == ("not known" in note)
 
 
 def test_episodes_of_one_beginning_are_counted(monkeypatch):
