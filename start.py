@@ -51,8 +51,9 @@ def find_start(
 ) -> tuple[Config, Path | None, State | None, str]:
     """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random.
 
-    Returns the settings with them; the checkpoint that config.json names, for a resumed run begins
-    at another; state.json of that one; and what the user should know, in whole lines."""
+    Returns the settings with them; the checkpoint that config.json names, by its whole path: a
+    resumed run begins at another; state.json of that one; and what the user should know, in whole
+    lines."""
     train = config.train
     tasks = filter(None, (train.suite, *train.tasks))
     config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
@@ -71,6 +72,9 @@ def find_start(
         note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
+    if not resume:  # whoever asks what a run began from may stand in another folder
+        given = given and checkpoint.absolute(given)
+        config = completed(config, adapter=adapter and adapter.absolute())
     config = completed(config, checkpoint=found)
     image_size = config.env.image_size
     if not has_files:
