@@ -116,9 +116,11 @@ def resume_from(config: Config) -> tuple[Path, State]:
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     resume = read_state(found)
-    # What is trained decides what the optimizer remembers, and what is held out must stay so.
+    # What is trained decides what the optimizer remembers. What was met, and what is held out, must
+    # stay in config.json, which says nothing of before.
     for name, before in resume.get("settings", {}).items():
-        was = "not given" if before == "" else before
+        was = " ".join(map(str, before)) if isinstance(before, list) else before
+        was = "not given" if was == "" else was
         fixed = f"{flag_of(name)} was {was} when run {run} began: it cannot change now"
         unknown = f"cannot read {state_of(found)}: there is no setting {name!r}"
         require(name in STAGE_OF, unknown)
