@@ -83,7 +83,7 @@ class EvaluateConfig:
     """none means as in the run, else fast"""
     episodes: Annotated[int, Field(ge=1, le=10**6)] = 100
     """episodes, spread evenly over tasks"""
-    seed: int = 0
+    seed: Natural = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
     train_states: str = ""
     """which of LIBERO's initial states were trained on, such as 0-39 or 0-9,20-49; empty means as
@@ -144,27 +144,29 @@ class Player:
         for prompt in spec.prompts:
             self.preparation.observe(picture, np.zeros(spec.state_dim, np.float32), prompt)
 
-    def play(self, part: Part, count: int) -> Iterator[list[Episode]]:
-        """Plays so many episodes of a part, and yields those that ended: ABREAST at a time."""
+    def play(
+        self, part: Part, chosen: list[tuple[int, int]], seeds: int
+    ) -> Iterator[list[Episode]]:
+        """Plays episodes of a part, and yields those that ended: ABREAST at a time.
+
+        chosen: of each the task and the round, which decides on LIBERO's initial state; seeds: the
+        first round's first one."""
         self.spec = self.seen(part.spec)
         tasks = len(self.spec.tasks)
-        # Whole rounds of the tasks: LIBERO's initial state is the round's number.
-        seeds = EVAL_SEEDS + self.config.seed * -(-count // tasks) * tasks
-        demonstrations = 10_000_000  # the first of their seeds
-        out = f"--seed {self.config.seed} is out of range: choose a small one, from 0 up"
-        require(EVAL_SEEDS <= seeds <= demonstrations - count, out)
+        count = len(chosen)
         given = self.spec, self.config.render_quality, part.states
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
-            simulators[0].reset(0, seeds)
+            simulators[0].reset(chosen[0][0], seeds)
             simulators[0].observe()
         ended = 0
         try:
             while ended < count:
                 begun = []
                 for number, env in zip(range(ended, count), simulators, strict=False):
-                    env.reset(number % tasks, seeds + number)
-                    begun.append(Episode(number, number % tasks, env))
+                    task, turn = chosen[number]
+                    env.reset(task, seeds + turn * tasks + task)
+                    begun.append(Episode(number, task, env))
                 while playing := [episode for episode in begun if episode.success is None]:
                     for episode, actions in zip(playing, self.plan(playing), strict=True):
                         self.execute(episode, actions)
@@ -204,6 +206,17 @@ class Player:
             if step.success or step.failed or episode.steps >= self.spec.limit(episode.task):
                 episode.success = bool(step.success and not step.failed)
                 return
+
+
+def in_turn(config: EvaluateConfig, tasks: int) -> tuple[list[tuple[int, int]], int]:
+    """Chooses what `Player.play` plays of so many tasks, one after the other. Raises UserError."""
+    count = config.episodes
+    chosen = [(number % tasks, number // tasks) for number in range(count)]
+    seeds = EVAL_SEEDS + config.seed * -(-count // tasks) * tasks
+    demonstrations = 10_000_000  # the first of their seeds
+    out = f"--seed {config.seed} is out of range: choose a small one, from 0 up"
+    require(seeds <= demonstrations - count, out)
+    return chosen, seeds
 
 
 def row_of(task: str, episodes: list[Episode]) -> dict:
@@ -359,7 +372,8 @@ def main(config: EvaluateConfig) -> dict:
         what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
     said += f"{spec.note}{repeats(config.episodes, spec, played)}"
     print(f"{said}{path}: {what}, {shown}", flush=True)
-    episodes = [episode for ended in player.play(part, config.episodes) for episode in ended]
+    plays = player.play(part, *in_turn(config, tasks))
+    episodes = [episode for ended in plays for episode in ended]
     rows = rows_of(part, episodes)
     print(*map(line_of, rows), sep="\n")
     result = {"checkpoint": str(path), "rows": rows}
@@ -383,10 +397,8 @@ def play_parts(
     found = parts(player.simulator, config.tasks[0], training, *flags)
     for part in found:
         player.check_prompts(player.seen(part.spec))
-    most = f"at most {config.episodes} episodes of {config.env} a row, no two with one beginning"
-    tasks = max(len(part.spec.tasks) for part in found)
-    few = f", of the first {config.episodes} tasks alone" if config.episodes < tasks else ""
-    print(f"{said}, {most}, of states from everywhere in its range{few}", flush=True)
+    most = f"at most {config.episodes} episodes of {config.env} a row, of tasks and initial states"
+    print(f"{said}, {most} from everywhere in it, no two with one beginning", flush=True)
     width = max(len(part.title) for part in found)
     missing = {name: why for name, why in missing.items() if why}
     result = {"checkpoint": str(player.path), "rows": [], "missing": missing}
@@ -411,11 +423,11 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
     row = {"task": part.title, "note": part.note}
     if part.note:
         return row
-    part = part._replace(states=part.chosen(config.episodes, config.seed))
-    count = min(config.episodes, len(part.spec.tasks) * len(part.states))
+    part, chosen = part.chosen(config.episodes, config.seed)
+    cycle = len(part.spec.tasks) * len(part.states)  # seeds after which its states come again
     episodes = []
     try:
-        for ended in player.play(part, count):
+        for ended in player.play(part, chosen, -(-EVAL_SEEDS // cycle) * cycle):
             episodes += ended
     except Exception as error:  # of a simulator, whatever it may be
         if first:
@@ -426,7 +438,7 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
         if episodes:
             *row["tasks"], every = rows_of(part, episodes)
             won = round(every["episodes"] * every["success_rate"])
-            row["note"] += f" (after {won} successes in {len(episodes)} of {count} episodes)"
+            row["note"] += f" (after {won} successes in {len(episodes)} of {len(chosen)} episodes)"
         return row
     folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
     write_videos(folder, part.spec.tasks, episodes)

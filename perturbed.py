@@ -2,6 +2,8 @@
 were not, and every perturbation of it (`evaluate.py --perturbed`). Left out: playing.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +23,25 @@ class Part(NamedTuple):
     states: tuple[int, ...] = ()  # that they begin at; none means all
     note: str = ""  # why there are none
 
-    def chosen(self, episodes: int, seed: int) -> tuple[int, ...]:
-        """Chooses as many initial states as so many episodes begin at, all at different ones, from
-        everywhere among this part's. Those of seed 1 follow on those of seed 0."""
-        states = self.states or tuple(range(self.spec.states))
-        count = min(len(states), -(-episodes // len(self.spec.tasks)))
-        step = -(-len(states) // count)
-        order = [state for first in range(step) for state in states[first::step]]
-        return tuple(sorted(order[(seed * count + i) % len(order)] for i in range(count)))
+    def chosen(self, episodes: int, seed: int) -> tuple["Part", list[tuple[int, int]]]:
+        """Chooses what so many episodes are of, tasks and initial states from everywhere in this
+        part. No two have the same of both, and those of seed 1 follow on those of seed 0.
+
+        Returns the part with the states that they begin at, and of each episode its task and which
+        of these states it has."""
+        tasks = spread(range(len(self.spec.tasks)))
+        states = spread(self.states or range(self.spec.states))
+        count = min(episodes, len(tasks) * len(states))
+        turns = [divmod(number, len(tasks)) for number in range(seed * count, (seed + 1) * count)]
+        pairs = [(tasks[at], states[(at + turn) % len(states)]) for turn, at in turns]
+        met = tuple(sorted({state for _, state in pairs}))
+        return self._replace(states=met), [(task, met.index(state)) for task, state in pairs]
+
+
+def spread(items: Sequence[int]) -> list[int]:
+    """Orders items so that however many follow on one another, they are from everywhere."""
+    golden = (math.sqrt(5) - 1) / 2
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: i * golden % 1)]
 
 
 class Training(NamedTuple):

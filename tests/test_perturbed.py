@@ -13,6 +13,7 @@ from config import Config, completed, to_json
 from envs import EnvSpec, Step
 from errors import UserError
 from evaluate import EvaluateConfig, wilson
+from perturbed import Part
 
 STATES = 4
 SUITES = {
@@ -201,11 +202,35 @@ def test_what_the_weights_met_that_a_run_began_from_may_be_unknown(
 
 
 def test_few_episodes_begin_everywhere(evaluated):
-    rows = evaluated({"tasks": ("base",)}, suite="base", perturbed=True, episodes=4)["rows"]
-    assert rows[0]["states"] == "0,2"
-    assert sorted(Env.met[1:5]) == [("a", 0), ("a", 2), ("b", 0), ("b", 2)]
-    flags = {"suite": "base", "perturbed": True, "episodes": 4, "seed": 1}
-    assert evaluated({"tasks": ("base",)}, **flags)["rows"][0]["states"] == "1,3"
+    flags = {"suite": "base", "perturbed": True, "episodes": 4}
+    rows = evaluated({"tasks": ("base",)}, **flags)["rows"]
+    assert rows[0]["states"] == "0-2"
+    assert Env.met[1:5] == [("a", 0), ("b", 2), ("a", 2), ("b", 1)]
+    rows = evaluated({"tasks": ("base",)}, seed=1, **flags)["rows"]
+    assert rows[0]["states"] == "0-1,3"
+    assert Env.met[1:5] == [("a", 1), ("b", 3), ("a", 3), ("b", 0)]
+    evaluated({"tasks": ("base",)}, train_states="1", **flags | {"episodes": 1})
+    assert Env.met[:4] == [("a", 1), ("a", 1), ("a", 0), ("a", 0)]  # the first is to warm up
+
+
+@pytest.mark.parametrize("count, episodes", [(350, 100), (350, 35), (90, 20)])
+def test_fewer_episodes_than_tasks_are_of_tasks_from_everywhere(count, episodes):
+    """LIBERO-plus lists all variants of one task, then those of the next."""
+    tasks = tuple(map(str, range(count)))
+    suite = EnvSpec(tasks, tasks, 1, 64, 4, 4, 5, states=50)
+    every = set()
+    for seed in range(count // episodes):
+        part, chosen = Part("", suite).chosen(episodes, seed)
+        begun = {(task, part.states[index]) for task, index in chosen}
+        of_each = np.bincount([task * 10 // count for task, _ in begun])  # of ten base tasks
+        assert of_each.min() >= episodes // 10 - 2 and of_each.max() <= episodes // 10 + 2
+        of_states = np.bincount([state for _, state in begun], minlength=50)
+        assert of_states.max() <= -(-episodes // 50)
+        assert len({task for task, _ in begun}) == episodes
+        every |= {task for task, _ in begun}
+    assert len(every) == count // episodes * episodes
+    part, chosen = Part("", suite).chosen(10**6, 3)
+    assert len(set(chosen)) == len(chosen) == count * 50 and part.states == tuple(range(50))
 
 
 def test_tasks_that_were_not_trained_on_have_a_row_of_their_own(evaluated, capsys):
@@ -253,8 +278,8 @@ def test_what_was_played_is_kept_whatever_fails(evaluated, monkeypatch, tmp_path
     ]
     note = rows[2]["note"]
     assert note.startswith("RuntimeError('no contact') at ")
-    assert note.endswith(" (after 4 successes in 6 of 8 episodes)")
-    assert [one["episodes"] for one in rows[2]["tasks"]] == [3, 3]
+    assert note.endswith(" (after 2 successes in 4 of 8 episodes)")
+    assert [one["episodes"] for one in rows[2]["tasks"]] == [2, 2]
     assert written[0]["rows"] == rows[:3]
     assert (tmp_path / "films" / "perturbed.png").is_file()
 
