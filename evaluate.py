@@ -90,7 +90,7 @@ class EvaluateConfig:
     in the run, else all"""
     eval_states: str = ""
     """which ones episodes begin at; empty means as in the run, else those that --train-states
-    leaves, or without it all"""
+    leaves, or without it all. With --perturbed some of them must be held out"""
     perturbed: bool = False
     """of a suite of LIBERO: play --episodes on the states that were trained on, on those that were
     not, and on every perturbation that is installed"""
@@ -344,9 +344,12 @@ def main(config: EvaluateConfig) -> dict:
     met, unknown = met_by(known, simulator)
     evaluated = runs[0].env.eval_states if runs and runs[0].train.env == config.env else ""
     training = Training(met, evaluated, partly=bool(known.ends))
-    missing = check_suite(simulator, config.tasks) if config.perturbed else {}
     flags = (config.train_states, config.eval_states)
-    train, played = states_of(config.env, spec, training, *flags)
+    if config.perturbed:
+        missing = check_suite(simulator, config.tasks)
+        found = parts(simulator, config.tasks[0], training, *flags)
+    else:
+        train, played = states_of(config.env, spec, training, *flags)
 
     # Build the policy as its checkpoint says, and see that all can be written.
     settings = settings_of(config)
@@ -358,9 +361,9 @@ def main(config: EvaluateConfig) -> dict:
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
     if settings.train.precision == "bfloat16":
         shown += ", --precision bfloat16"
-    said = player.assumed + (unknown if config.perturbed or played else "")
     if config.perturbed:
-        return play_parts(config, player, training, missing, f"{said}{path}: {shown}")
+        said = f"{player.assumed}{unknown}{path}: {shown}"
+        return play_parts(config, player, found, missing, said)
 
     # Play, count successes by task, and write down what was seen.
     part = Part("", spec, read_states(played))
@@ -370,7 +373,8 @@ def main(config: EvaluateConfig) -> dict:
         what += f", of the first {config.episodes} of {tasks} tasks alone"
     if played:
         what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
-    said += f"{spec.note}{repeats(config.episodes, spec, played)}"
+    said = f"{player.assumed}{unknown if played else ''}{spec.note}"
+    said += repeats(config.episodes, spec, played)
     print(f"{said}{path}: {what}, {shown}", flush=True)
     plays = player.play(part, *in_turn(config, tasks))
     episodes = [episode for ended in plays for episode in ended]
@@ -385,16 +389,14 @@ def main(config: EvaluateConfig) -> dict:
 
 
 def play_parts(
-    config: EvaluateConfig, player: Player, training: Training, missing: dict[str, str], said: str
+    config: EvaluateConfig, player: Player, found: list[Part], missing: dict[str, str], said: str
 ) -> dict:
     """Plays a suite as it was trained on, held out and perturbed; prints, draws and writes success,
     after each part anew. One that turns out not to work here has a row that says so.
 
-    missing: perturbations, with why they cannot be played or ""."""
-    flags = (config.train_states, config.eval_states)
+    found: of `parts`; missing: perturbations, with why they cannot be played or ""."""
     picture = config.videos / "perturbed.png"
     check_writable(picture, "the picture", "--videos FOLDER")
-    found = parts(player.simulator, config.tasks[0], training, *flags)
     for part in found:
         player.check_prompts(player.seen(part.spec))
     most = f"at most {config.episodes} episodes of {config.env} a row, of tasks and initial states"

@@ -82,9 +82,14 @@ def states_of(
     env: str, spec: EnvSpec, training: Training, train: str, evaluation: str
 ) -> tuple[str, str]:
     """Decides which initial states of these tasks were trained on and which are to be played, as
-    flags; empty means all. Flags come first, then the training's, if it met any of these tasks."""
+    flags; empty means all. Flags come first, then the training's, if it met any of these tasks.
+    Raises UserError."""
     if training.tasks_of(spec) and spec.states:
-        evaluation = evaluation or training.eval_states
+        if training.eval_states and not evaluation:
+            there = [state for state in read_states(training.eval_states) if state < spec.states]
+            other = f"the run was evaluated on initial states {training.eval_states}, and these"
+            require(there, f"{other} tasks have 0-{spec.states - 1} alone: give --eval-states")
+            evaluation = say_states(tuple(there))
         met = range(spec.states) if training.met is None else states_met(training.met, spec)
         if evaluation or len(met) < spec.states:
             train = train or say_states(tuple(met))
@@ -106,7 +111,7 @@ def check_suite(simulator: Simulator, tasks: tuple[str, ...]) -> dict[str, str]:
 def parts(
     simulator: Simulator, suite: str, training: Training, train: str, evaluation: str
 ) -> list[Part]:
-    """Lists what is to be played. train, evaluation: flags of initial states."""
+    """Lists what is to be played. train, evaluation: flags of initial states. Raises UserError."""
     spec = simulator.spec((suite,), 0)
     known = training.tasks_of(spec)
     others = tuple(task for task in spec.tasks if task not in known)
@@ -129,7 +134,10 @@ def parts(
         if known:
             of = "" if len(known) == len(spec.tasks) else f"{share(known, spec)} "
             title += f", {of}trained on" + (training.as_far(" ") if of else "")
-        made.append(Part(title, spec))
+        given = read_states(evaluation)
+        states = tuple(state for state in given if state < spec.states)
+        none = f"none: its initial states are 0-{spec.states - 1}, and --eval-states {evaluation}"
+        made.append(Part(title, spec, states, none if given and not states else ""))
     return made
 
 
@@ -141,7 +149,8 @@ def trained_parts(
     train: str,
     evaluation: str,
 ) -> list[Part]:
-    """Lists the states that these tasks were trained on, or may have been, and those held out."""
+    """Lists the states that these tasks were trained on, or may have been, and those held out.
+    Raises UserError where the flag leaves none of these."""
     spec = simulator.spec(tasks, 0)
     every = tuple(range(spec.states))
     found = states_of(simulator.name, spec, training, train, evaluation)
@@ -153,7 +162,13 @@ def trained_parts(
         title = f"{name}, trained states {say_states(trained)}"
     made = [Part(title, spec, trained)]
     rest = tuple(state for state in every if state not in set(trained))
-    held_out = tuple(state for state in evaluated if state in rest) or rest
+    held_out = tuple(state for state in evaluated if state in rest)
+    why = f"training met {say_states(trained)}: give others"
+    if unknown:
+        why = "nobody knows what training met: give --train-states, too"
+    none = f"--eval-states {evaluation} has no initial state that was held out, for {why}"
+    require(held_out or not evaluation, f"{none}, or leave it out")
+    held_out = held_out or rest
     title = f"{name}, held-out states"
     if held_out:
         far = "" if train else training.as_far(" ")

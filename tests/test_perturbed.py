@@ -16,6 +16,7 @@ from evaluate import EvaluateConfig, wilson
 from perturbed import Part
 
 STATES = 4
+FEW = 2  # of the task c
 SUITES = {
     "base": ("a", "b"),
     "base_lan": ("base_lan/a", "base_lan/b"),
@@ -32,7 +33,8 @@ def spec(tasks, image_size):
         raise UserError("unknown task 'gone'")
     prompts = tuple(SAID[name[-1]] for name in found)
     note = "1 of 3 tasks is left out\n" if "base_lan" in tasks else ""
-    return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=STATES, note=note)
+    states = FEW if any("c" in name for name in found) else STATES
+    return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=states, note=note)
 
 
 def perturbed(suite):
@@ -176,7 +178,7 @@ def test_what_the_weights_met_that_a_run_began_from_may_be_unknown(
     assert line in said and "(training met 0-1, as far as known)" in said
     evaluated(begun, train_states="0-1")  # who gives it knows
     assert "(training met 0-1)" in capsys.readouterr().out
-    evaluated(begun, suite="other", eval_states="2-3")
+    evaluated(begun, suite="other", eval_states="0")
     assert "(not trained on, as far as known)" in capsys.readouterr().out
     evaluated(begun, suite="other")  # of which nothing is said
     assert line not in capsys.readouterr().out
@@ -211,6 +213,39 @@ def test_few_episodes_begin_everywhere(evaluated):
     assert Env.met[1:5] == [("a", 1), ("b", 3), ("a", 3), ("b", 0)]
     evaluated({"tasks": ("base",)}, train_states="1", **flags | {"episodes": 1})
     assert Env.met[:4] == [("a", 1), ("a", 1), ("a", 0), ("a", 0)]  # the first is to warm up
+
+
+def test_evaluation_states_that_are_given_are_those_that_are_played(evaluated, monkeypatch):
+    monkeypatch.setitem(SUITES, "base_torn", ("base_torn/c",))
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("base",)}
+    flags = {"suite": "base", "perturbed": True}
+    rows = evaluated(split, eval_states="0,3", **flags)["rows"]
+    assert [(row["task"], row.get("states"), row.get("note")) for row in rows] == [
+        ("base, trained states 0-1", "0-1", None),
+        ("base, held-out states 3", "3", None),
+        ("base_lan", "0,3", None),
+        ("base_torn", None, "its assets are not here"),
+    ]
+    rows = evaluated(split, eval_states="3", **flags)["rows"]
+    assert rows[2]["states"] == "3"
+    assert rows[3]["note"] == "none: its initial states are 0-1, and --eval-states 3"
+    monkeypatch.setattr(models, "build", None)  # what is wrong is found before
+    for settings, states, words in (
+        (split, "0-1", "0-1 has no initial state that was held out, for training met 0-1: give"),
+        ({"tasks": ("base",)}, "2", "2 has no .* held out, for training met 0-3: give others, or"),
+        (None, "2", "2 has no .* held out, for nobody knows what training met: give --train-st"),
+    ):
+        with pytest.raises(UserError, match=f"^--eval-states {words}"):
+            evaluated(settings, eval_states=states, **flags)
+
+
+def test_a_run_s_split_that_does_not_fit_the_tasks_is_no_flag_s_fault(evaluated):
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("base",)}
+    words = "^the run was evaluated on initial states 2-3, and these tasks have 0-1 alone: give --"
+    with pytest.raises(UserError, match=words):
+        evaluated(split, tasks=("a", "c"))
+    evaluated({**split, "train_states": "0,3", "eval_states": "1-2"}, tasks=("a", "c"))
+    assert {state for _, state in Env.met} == {1}
 
 
 @pytest.mark.parametrize("count, episodes", [(350, 100), (350, 35), (90, 20)])
