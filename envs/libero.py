@@ -87,7 +87,8 @@ if (
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    named = [libero_suites.tasks_of(name) for name in tasks or ("libero_10",)]
+    tasks = tasks or ("libero_10",)
+    named = [libero_suites.tasks_of(name) for name in tasks]
     found = {task.name: task for group in named for task in group}.values()
     prompts = tuple(map(libero_suites.prompt, found))
     limits = tuple(libero_suites.limit_of(task.suite) for task in found)

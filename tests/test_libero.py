@@ -142,6 +142,11 @@ def test_a_perturbed_suite_is_played_by_name(make):
     env.close()
 
 
+def test_the_suite_that_is_played_by_default_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setattr(libero_suites, "left_out", lambda name: f"1 of {name}'s tasks\n")
+    assert libero.spec((), 64).note == "1 of libero_10's tasks\n"
+
+
 def test_assets_that_are_missing_are_named(make, monkeypatch):
     def lacks(file, **settings):
         raise FileNotFoundError(2, "No such file or directory", "/assets/mug.xml")
