@@ -160,6 +160,24 @@ def test_assets_that_are_missing_are_named(make, monkeypatch):
         make("put_the_bowl_on_the_stove", quality="full").reset(0, 0)
 
 
+def test_objects_that_never_fit_are_an_error_that_names_the_task(make, monkeypatch):
+    from robosuite.utils.errors import RandomizationError
+
+    tries = []
+
+    def crowded(file, **settings):
+        tries.append(file)
+        raise RandomizationError("Cannot place all objects ):")
+
+    module = libero.original("libero")
+    monkeypatch.setattr(module, "TASK_MAPPING", dict.fromkeys(module.TASK_MAPPING, crowded))
+    words = "put_the_bowl_on_the_stove cannot be built: its objects do not fit in the scene"
+    before = np.random.get_state()[1].copy()
+    with pytest.raises(UserError, match=words):
+        make("put_the_bowl_on_the_stove", quality="full").reset(0, 0)
+    assert len(tries) == libero.DRAWS and np.array_equal(np.random.get_state()[1], before)
+
+
 def test_importing_a_package_asks_nothing_and_leaves_nothing_at_home(tmp_path, monkeypatch):
     monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
     monkeypatch.setattr(libero.Path, "home", lambda: tmp_path)
