@@ -26,6 +26,8 @@ from models import checkpoint
 from run_folder import RunFolder, checkpoints, newest_version
 from start import read_state
 
+BEGINS_FROM = ("--checkpoint", "--adapter")  # what a run that is resumed has behind it
+
 
 def parse(args: list[str]) -> Config:
     """Turns the command line into settings.
@@ -39,8 +41,9 @@ def parse(args: list[str]) -> Config:
         both = f"--resume-or-start {name} says which run: leave out --run and --resume"
         require(not gives(args, "--run", "--resume"), both)
         saved = newest_version(run_path(name))
-        flag = "--run" if saved is None else "--resume"
-        config = parse([*without(args, "--resume-or-start"), flag, name])
+        args = without(args, "--resume-or-start")
+        go_on = [*without(args, *BEGINS_FROM), "--resume", name]
+        config = parse([*args, "--run", name] if saved is None else go_on)
         if saved is not None and saved >= config.train.iterations:
             add_missing_lines(run_path(name))
             print(f"run {name} already has {saved} iterations: nothing is left to do")
@@ -57,6 +60,9 @@ def parse(args: list[str]) -> Config:
         saved = existing_run(look.resume) / "config.json"
         both = f"--run and --resume {look.resume} exclude each other"
         require(not gives(args, "--run"), f"{both}: a resumed run goes on in its own folder")
+        given = [flag for flag in BEGINS_FROM if gives(args, flag)]
+        own = f"run {look.resume} goes on from its own newest checkpoint"
+        require(not given, f"{own}: leave out {' and '.join(given)}")
         default = from_json(saved)
         default.train.ratio_from = default.train.parts
         if default.train.ratio == "auto" or gives(args, "--ratio", "--placement"):

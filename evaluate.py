@@ -83,14 +83,14 @@ class EvaluateConfig:
     """none means as in the run, else fast"""
     episodes: Annotated[int, Field(ge=1, le=10**6)] = 100
     """episodes, spread evenly over tasks"""
-    seed: int = 0
+    seed: Natural = 0
     """which episodes: those of seed 1 follow on those of seed 0 (LIBERO has 50 per task)"""
     train_states: str = ""
     """which of LIBERO's initial states were trained on, such as 0-39 or 0-9,20-49; empty means as
     in the run, else all"""
     eval_states: str = ""
     """which ones episodes begin at; empty means as in the run, else those that --train-states
-    leaves, or without it all"""
+    leaves, or without it all. With --perturbed some of them must be held out"""
     perturbed: bool = False
     """of a suite of LIBERO: play --episodes on the states that were trained on, on those that were
     not, and on every perturbation that is installed"""
@@ -140,27 +140,29 @@ class Player:
         """Describes tasks as this policy sees them."""
         return spec._replace(image_size=self.size).seen_by(self.model.header)
 
-    def play(self, part: Part, count: int) -> Iterator[list[Episode]]:
-        """Plays so many episodes of a part, and yields those that ended: ABREAST at a time."""
+    def play(
+        self, part: Part, chosen: list[tuple[int, int]], seeds: int
+    ) -> Iterator[list[Episode]]:
+        """Plays episodes of a part, and yields those that ended: ABREAST at a time.
+
+        chosen: of each the task and the round, which decides on LIBERO's initial state; seeds: the
+        first round's first one."""
         self.spec = self.seen(part.spec)
         tasks = len(self.spec.tasks)
-        # Whole rounds of the tasks: LIBERO's initial state is the round's number.
-        seeds = EVAL_SEEDS + self.config.seed * -(-count // tasks) * tasks
-        demonstrations = 10_000_000  # the first of their seeds
-        out = f"--seed {self.config.seed} is out of range: choose a small one, from 0 up"
-        require(EVAL_SEEDS <= seeds <= demonstrations - count, out)
+        count = len(chosen)
         given = self.spec, self.config.render_quality, part.states
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
-            simulators[0].reset(0, seeds)
+            simulators[0].reset(chosen[0][0], seeds)
             simulators[0].observe()
         ended = 0
         try:
             while ended < count:
                 begun = []
                 for number, env in zip(range(ended, count), simulators, strict=False):
-                    env.reset(number % tasks, seeds + number)
-                    begun.append(Episode(number, number % tasks, env))
+                    task, turn = chosen[number]
+                    env.reset(task, seeds + turn * tasks + task)
+                    begun.append(Episode(number, task, env))
                 while playing := [episode for episode in begun if episode.success is None]:
                     for episode, actions in zip(playing, self.plan(playing), strict=True):
                         self.execute(episode, actions)
@@ -200,6 +202,17 @@ class Player:
             if step.success or step.failed or episode.steps >= self.spec.limit(episode.task):
                 episode.success = bool(step.success and not step.failed)
                 return
+
+
+def in_turn(config: EvaluateConfig, tasks: int) -> tuple[list[tuple[int, int]], int]:
+    """Chooses what `Player.play` plays of so many tasks, one after the other. Raises UserError."""
+    count = config.episodes
+    chosen = [(number % tasks, number // tasks) for number in range(count)]
+    seeds = EVAL_SEEDS + config.seed * -(-count // tasks) * tasks
+    demonstrations = 10_000_000  # the first of their seeds
+    out = f"--seed {config.seed} is out of range: choose a small one, from 0 up"
+    require(seeds <= demonstrations - count, out)
+    return chosen, seeds
 
 
 def row_of(task: str, episodes: list[Episode]) -> dict:
@@ -268,7 +281,7 @@ def settings_of(config: EvaluateConfig) -> Config:
 def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig:
     """Fills in what no flag gives: as the checkpoint's run had it, or else train.py's defaults.
 
-    runs: `start.lineage` of the checkpoint."""
+    runs: those of the checkpoint's `start.Lineage`."""
     saved = checkpoint.folder_of(config.checkpoint) if config.checkpoint else None
     videos = saved.parents[1] / "videos" / saved.name if saved else Path("videos")
     trained = runs[0] if runs else Config()
@@ -322,16 +335,20 @@ def main(config: EvaluateConfig) -> dict:
     # See that there is something to play. Another simulator's run tells nothing of this one.
     keep_freed_memory()
     whole, adapter = peft.find_base(config.checkpoint, config.adapter)
-    runs = lineage(whole)
+    known = lineage(whole, adapter)
+    runs = known.runs
     config = as_in_training(replace(config, checkpoint=whole, adapter=adapter), runs)
     simulator = envs.load(config.env)
     spec = simulator.spec(config.tasks, 0)
-    met, unknown = met_by(runs, simulator)
+    met, unknown = met_by(known, simulator)
     evaluated = runs[0].env.eval_states if runs and runs[0].train.env == config.env else ""
-    training = Training(met, evaluated)
-    missing = check_suite(simulator, config.tasks) if config.perturbed else {}
+    training = Training(met, evaluated, partly=bool(known.ends))
     flags = (config.train_states, config.eval_states)
-    train, played = states_of(config.env, spec, training, *flags)
+    if config.perturbed:
+        missing = check_suite(simulator, config.tasks)
+        found = parts(simulator, config.tasks[0], training, *flags)
+    else:
+        train, played = states_of(config.env, spec, training, *flags)
 
     # Build the policy as its checkpoint says, and see that all can be written.
     settings = settings_of(config)
@@ -343,9 +360,9 @@ def main(config: EvaluateConfig) -> dict:
     shown = f"{player.spec.image_size} pixels, --render-quality {config.render_quality}"
     if settings.train.precision == "bfloat16":
         shown += ", --precision bfloat16"
-    said = f"{player.assumed}{unknown}"
     if config.perturbed:
-        return play_parts(config, player, training, missing, f"{said}{path}: {shown}")
+        said = f"{player.assumed}{unknown}{path}: {shown}"
+        return play_parts(config, player, found, missing, said)
 
     # Play, count successes by task, and write down what was seen.
     part = Part("", spec, read_states(played))
@@ -355,13 +372,14 @@ def main(config: EvaluateConfig) -> dict:
         what += f", of the first {config.episodes} of {tasks} tasks alone"
     if played:
         what += f", initial states {played} ({training.says(spec, train, config.train_states)})"
-    said += f"{spec.note}{repeats(config.episodes, spec, played)}"
+    said = f"{player.assumed}{unknown if played else ''}{spec.note}"
+    said += repeats(config.episodes, spec, played)
     contract.check_prompts(player.preparation, player.spec)
     print(f"{said}{path}: {what}, {shown}", flush=True)
     episodes = []
     result = {"checkpoint": str(path), "rows": []}
     try:
-        for ended in player.play(part, config.episodes):
+        for ended in player.play(part, *in_turn(config, tasks)):
             episodes += ended
             result["rows"] = rows_of(part, episodes)
             if config.json:
@@ -375,22 +393,18 @@ def main(config: EvaluateConfig) -> dict:
 
 
 def play_parts(
-    config: EvaluateConfig, player: Player, training: Training, missing: dict[str, str], said: str
+    config: EvaluateConfig, player: Player, found: list[Part], missing: dict[str, str], said: str
 ) -> dict:
     """Plays a suite as it was trained on, held out and perturbed; prints, draws and writes success,
     after each part anew. One that turns out not to work here has a row that says so.
 
-    missing: perturbations, with why they cannot be played or ""."""
-    flags = (config.train_states, config.eval_states)
+    found: of `parts`; missing: perturbations, with why they cannot be played or ""."""
     picture = config.videos / "perturbed.png"
     check_writable(picture, "the picture", "--videos FOLDER")
-    found = parts(player.simulator, config.tasks[0], training, *flags)
     for part in found:
         contract.check_prompts(player.preparation, player.seen(part.spec))
-    most = f"at most {config.episodes} episodes of {config.env} a row, no two with one beginning"
-    tasks = max(len(part.spec.tasks) for part in found)
-    few = f", of the first {config.episodes} tasks alone" if config.episodes < tasks else ""
-    print(f"{said}, {most}, of states from everywhere in its range{few}", flush=True)
+    most = f"at most {config.episodes} episodes of {config.env} a row, of tasks and initial states"
+    print(f"{said}, {most} from everywhere in it, no two with one beginning", flush=True)
     width = max(len(part.title) for part in found)
     missing = {name: why for name, why in missing.items() if why}
     result = {"checkpoint": str(player.path), "rows": [], "missing": missing}
@@ -415,12 +429,12 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
     row = {"task": part.title, "note": part.note}
     if part.note:
         return row
-    part = part._replace(states=part.chosen(config.episodes, config.seed))
-    count = min(config.episodes, len(part.spec.tasks) * len(part.states))
+    part, chosen = part.chosen(config.episodes, config.seed)
+    cycle = len(part.spec.tasks) * len(part.states)  # seeds after which its states come again
     folder = config.videos / part.title.replace(", ", "-").replace(" ", "-")
     episodes = []
     try:
-        for ended in player.play(part, count):
+        for ended in player.play(part, chosen, -(-EVAL_SEEDS // cycle) * cycle):
             episodes += ended
             write_videos(folder, part.spec.tasks, ended)
     except Exception as error:  # of a simulator, whatever it may be
@@ -432,7 +446,7 @@ def play_part(config: EvaluateConfig, player: Player, part: Part, first: bool) -
         if episodes:
             *row["tasks"], every = rows_of(part, episodes)
             won = round(every["episodes"] * every["success_rate"])
-            row["note"] += f" (after {won} successes in {len(episodes)} of {count} episodes)"
+            row["note"] += f" (after {won} successes in {len(episodes)} of {len(chosen)} episodes)"
         return row
     *tasks, every = rows_of(part, episodes)
     return every | {"task": part.title, "states": say_states(part.states), "tasks": tasks}

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import machine
 from checks import flag_of
-from command_line import gives, value_of, without
+from command_line import BEGINS_FROM, gives, value_of, without
 from config import ROOT, STAGE_OF, Config, run_path, setting
 from errors import UserError, require
 from nodes import FAREWELL_S, LOOK_S, NodeLost, Nodes
@@ -93,7 +93,7 @@ def bring_run(nodes: Nodes, args: list[str], config: Config | None) -> list[str]
         if named and not nodes.shared:
             copy_run(nodes, run_path(named), run_path(named))
         return args if nodes.first else without(args, *RESUMES)
-    args = without(args, "--run", *RESUMES)
+    args = without(args, "--run", *RESUMES, *BEGINS_FROM)
     if nodes.shared:
         return [*args, "--resume", named]
     nodes.copied = nodes.folder(named)

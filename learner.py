@@ -410,6 +410,8 @@ class Learner:
             "version": self.version,
             "seed": self.config.train.seed,  # it names all randomness: no generator has a state
             "settings": {
+                "env": self.config.train.env,
+                "tasks": list(self.config.train.tasks),
                 "train_vlm": self.config.actor.train_vlm,
                 "oft_train": self.config.actor.oft_train,
                 "lora_rank": self.config.actor.lora_rank,

@@ -2,6 +2,8 @@
 were not, and every perturbation of it (`evaluate.py --perturbed`). Left out: playing.
 """
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +23,25 @@ class Part(NamedTuple):
     states: tuple[int, ...] = ()  # that they begin at; none means all
     note: str = ""  # why there are none
 
-    def chosen(self, episodes: int, seed: int) -> tuple[int, ...]:
-        """Chooses as many initial states as so many episodes begin at, all at different ones, from
-        everywhere among this part's. Those of seed 1 follow on those of seed 0."""
-        states = self.states or tuple(range(self.spec.states))
-        count = min(len(states), -(-episodes // len(self.spec.tasks)))
-        step = -(-len(states) // count)
-        order = [state for first in range(step) for state in states[first::step]]
-        return tuple(sorted(order[(seed * count + i) % len(order)] for i in range(count)))
+    def chosen(self, episodes: int, seed: int) -> tuple["Part", list[tuple[int, int]]]:
+        """Chooses what so many episodes are of, tasks and initial states from everywhere in this
+        part. No two have the same of both, and those of seed 1 follow on those of seed 0.
+
+        Returns the part with the states that they begin at, and of each episode its task and which
+        of these states it has."""
+        tasks = spread(range(len(self.spec.tasks)))
+        states = spread(self.states or range(self.spec.states))
+        count = min(episodes, len(tasks) * len(states))
+        turns = [divmod(number, len(tasks)) for number in range(seed * count, (seed + 1) * count)]
+        pairs = [(tasks[at], states[(at + turn) % len(states)]) for turn, at in turns]
+        met = tuple(sorted({state for _, state in pairs}))
+        return self._replace(states=met), [(task, met.index(state)) for task, state in pairs]
+
+
+def spread(items: Sequence[int]) -> list[int]:
+    """Orders items so that however many follow on one another, they are from everywhere."""
+    golden = (math.sqrt(5) - 1) / 2
+    return [items[i] for i in sorted(range(len(items)), key=lambda i: i * golden % 1)]
 
 
 class Training(NamedTuple):
@@ -38,6 +51,7 @@ class Training(NamedTuple):
     # project's, which may be any.
     met: dict[str, frozenset[int]] | None
     eval_states: str = ""
+    partly: bool = False  # nobody knows what the weights had met that those runs began from
 
     def tasks_of(self, spec: EnvSpec) -> tuple[str, ...]:
         """Lists those that were trained on, or may have been."""
@@ -48,11 +62,16 @@ class Training(NamedTuple):
         """Says which initial states training met. given: the flag, for who knows better."""
         tasks = self.tasks_of(spec)
         if not tasks:
-            return "not trained on"
+            return f"not trained on{self.as_far(', ')}"
         if self.met is None and not given:
             return "nobody knows which were trained on"
         few = len(tasks) < len(spec.tasks)
-        return f"training met {train}" + (f" of {share(tasks, spec)}" if few else "")
+        said = f"training met {train}" + (f" of {share(tasks, spec)}" if few else "")
+        return said if given else said + self.as_far(", ")
+
+    def as_far(self, before: str) -> str:
+        """Says that something was not trained on only as far as is known, where that is so."""
+        return f"{before}as far as known" if self.partly else ""
 
 
 def share(tasks: tuple[str, ...], spec: EnvSpec) -> str:
@@ -63,9 +82,14 @@ def states_of(
     env: str, spec: EnvSpec, training: Training, train: str, evaluation: str
 ) -> tuple[str, str]:
     """Decides which initial states of these tasks were trained on and which are to be played, as
-    flags; empty means all. Flags come first, then the training's, if it met any of these tasks."""
+    flags; empty means all. Flags come first, then the training's, if it met any of these tasks.
+    Raises UserError."""
     if training.tasks_of(spec) and spec.states:
-        evaluation = evaluation or training.eval_states
+        if training.eval_states and not evaluation:
+            there = [state for state in read_states(training.eval_states) if state < spec.states]
+            other = f"the run was evaluated on initial states {training.eval_states}, and these"
+            require(there, f"{other} tasks have 0-{spec.states - 1} alone: give --eval-states")
+            evaluation = say_states(tuple(there))
         met = range(spec.states) if training.met is None else states_met(training.met, spec)
         if evaluation or len(met) < spec.states:
             train = train or say_states(tuple(met))
@@ -87,7 +111,7 @@ def check_suite(simulator: Simulator, tasks: tuple[str, ...]) -> dict[str, str]:
 def parts(
     simulator: Simulator, suite: str, training: Training, train: str, evaluation: str
 ) -> list[Part]:
-    """Lists what is to be played. train, evaluation: flags of initial states."""
+    """Lists what is to be played. train, evaluation: flags of initial states. Raises UserError."""
     spec = simulator.spec((suite,), 0)
     known = training.tasks_of(spec)
     others = tuple(task for task in spec.tasks if task not in known)
@@ -99,7 +123,8 @@ def parts(
         name = f"{suite} ({share(others, spec)})" if known else suite
         rest = simulator.spec(others, 0)
         found = states_of(simulator.name, rest, training, train, evaluation)[1]
-        made.append(Part(f"{name}, not trained on", rest, read_states(found)))
+        title = f"{name}, not trained on{training.as_far(' ')}"
+        made.append(Part(title, rest, read_states(found)))
     for name, why in sorted(simulator.perturbed(suite).items()):
         if why:
             continue
@@ -108,8 +133,11 @@ def parts(
         title = name
         if known:
             of = "" if len(known) == len(spec.tasks) else f"{share(known, spec)} "
-            title += f", {of}trained on"
-        made.append(Part(title, spec))
+            title += f", {of}trained on" + (training.as_far(" ") if of else "")
+        given = read_states(evaluation)
+        states = tuple(state for state in given if state < spec.states)
+        none = f"none: its initial states are 0-{spec.states - 1}, and --eval-states {evaluation}"
+        made.append(Part(title, spec, states, none if given and not states else ""))
     return made
 
 
@@ -121,7 +149,8 @@ def trained_parts(
     train: str,
     evaluation: str,
 ) -> list[Part]:
-    """Lists the states that these tasks were trained on, or may have been, and those held out."""
+    """Lists the states that these tasks were trained on, or may have been, and those held out.
+    Raises UserError where the flag leaves none of these."""
     spec = simulator.spec(tasks, 0)
     every = tuple(range(spec.states))
     found = states_of(simulator.name, spec, training, train, evaluation)
@@ -133,10 +162,17 @@ def trained_parts(
         title = f"{name}, trained states {say_states(trained)}"
     made = [Part(title, spec, trained)]
     rest = tuple(state for state in every if state not in set(trained))
-    held_out = tuple(state for state in evaluated if state in rest) or rest
+    held_out = tuple(state for state in evaluated if state in rest)
+    why = f"training met {say_states(trained)}: give others"
+    if unknown:
+        why = "nobody knows what training met: give --train-states, too"
+    none = f"--eval-states {evaluation} has no initial state that was held out, for {why}"
+    require(held_out or not evaluation, f"{none}, or leave it out")
+    held_out = held_out or rest
     title = f"{name}, held-out states"
     if held_out:
-        made.append(Part(f"{title} {say_states(held_out)}", spec, held_out))
+        far = "" if train else training.as_far(" ")
+        made.append(Part(f"{title} {say_states(held_out)}{far}", spec, held_out))
     elif unknown:
         made.append(Part(title, spec, note="none known: --train-states says what training met"))
     else:

@@ -169,7 +169,8 @@ def with_states(config: Config, simulator: envs.Simulator) -> tuple[Config, str]
     # What the checkpoint has met before is not held out, either.
     begins = config.train.checkpoint
     if evaluation and begins:
-        met, unknown = met_by(lineage(begins), simulator)
+        adapter = None if config.train.resume else config.train.adapter
+        met, unknown = met_by(lineage(begins, adapter), simulator)
         before = set(states_met(met or {}, spec)) - set(read_states(train))
         both = tuple(state for state in read_states(evaluation) if state in before)
         note += unknown

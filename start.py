@@ -7,7 +7,7 @@ Left out: reading weights (`models.build`), writing checkpoints (saving.py).
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -51,8 +51,9 @@ def find_start(
 ) -> tuple[Config, Path | None, State | None, str]:
     """Finds weights, vocabulary and size of pictures: those given, resumed, shipped, or random.
 
-    Returns the settings with them; the checkpoint that config.json names, for a resumed run begins
-    at another; state.json of that one; and what the user should know, in whole lines."""
+    Returns the settings with them; the checkpoint that config.json names, by its whole path: a
+    resumed run begins at another; state.json of that one; and what the user should know, in whole
+    lines."""
     train = config.train
     tasks = filter(None, (train.suite, *train.tasks))
     config = completed(config, tasks=tuple(dict.fromkeys(tasks)))
@@ -71,6 +72,9 @@ def find_start(
         note = f"{none}: a small {train.model} of random weights starts\n"
     given = config.train.checkpoint
     found, resume = resume_from(config) if train.resume else (given, None)
+    if not resume:  # whoever asks what a run began from may stand in another folder
+        given = given and checkpoint.absolute(given)
+        config = completed(config, adapter=adapter and adapter.absolute())
     config = completed(config, checkpoint=found)
     image_size = config.env.image_size
     if not has_files:
@@ -112,9 +116,11 @@ def resume_from(config: Config) -> tuple[Path, State]:
     run = config.train.resume
     found = checkpoint.find(run_path(run)).parent
     resume = read_state(found)
-    # What is trained decides what the optimizer remembers, and what is held out must stay so.
+    # What is trained decides what the optimizer remembers. What was met, and what is held out, must
+    # stay in config.json, which says nothing of before.
     for name, before in resume.get("settings", {}).items():
-        was = "not given" if before == "" else before
+        was = " ".join(map(str, before)) if isinstance(before, list) else before
+        was = "not given" if was == "" else was
         fixed = f"{flag_of(name)} was {was} when run {run} began: it cannot change now"
         unknown = f"cannot read {state_of(found)}: there is no setting {name!r}"
         require(name in STAGE_OF, unknown)
@@ -126,30 +132,45 @@ def resume_from(config: Config) -> tuple[Path, State]:
     return found, resume
 
 
-def lineage(path: Path | None) -> list[Config]:
-    """Reads the settings of the run that a checkpoint is of, of the one whose checkpoint that began
-    from, and so on, as far as their folders are here. Raises UserError."""
+class Lineage(NamedTuple):
+    """What is known of how weights were trained."""
+
+    runs: list[Config]  # the settings of those that trained them, the newest first
+    ends: list[Path]  # weights and adapters whose training nobody knows here
+
+
+def lineage(path: Path | None, adapter: Path | None) -> Lineage:
+    """Finds the run that a checkpoint is of, the one whose checkpoint that began from, and so on,
+    as far as their folders are here. Untrained weights have met nothing. Raises UserError."""
     found: dict[Path, Config] = {}
+    ends: dict[Path, None] = {}  # in their order
     while path is not None:
+        if adapter is not None:
+            ends[adapter] = None
         run = None
         with suppress(UserError):  # what a run began from may be gone by now
             run = checkpoint.run_of(path)
         if run is None or run in found or not (run / "config.json").is_file():
+            if not untrained.is_name(path.name):
+                ends[path] = None
             break
         found[run] = from_json(run / "config.json")
-        path = found[run].train.checkpoint
-    return list(found.values())
+        path, adapter = found[run].train.checkpoint, found[run].train.adapter
+    return Lineage(list(found.values()), list(ends))
 
 
 def met_by(
-    runs: list[Config], simulator: envs.Simulator
+    known: Lineage, simulator: envs.Simulator
 ) -> tuple[dict[str, frozenset[int]] | None, str]:
     """Collects the tasks of a simulator that any of these runs trained on, with their initial
-    states, of which none means all. Returns them, or None where nobody knows, and what to say."""
-    if not runs:
-        return None, ""
+    states, of which none means all. Returns them, or None where nobody knows any, and what to say
+    of what nobody knows."""
+    ends = " and of ".join(map(str, known.ends))
+    note = f"what the training of {ends} met is not known here\n" if ends else ""
+    if ends and not known.runs:
+        return None, note
     met: dict[str, frozenset[int]] = {}
-    for run in runs:
+    for run in known.runs:
         if run.train.env != simulator.name:
             continue
         try:
@@ -160,7 +181,7 @@ def met_by(
         for task in tasks:
             before = met.get(task, states)
             met[task] = states | before if states and before else frozenset()
-    return met, ""
+    return met, note
 
 
 def state_of(found: Path) -> str:

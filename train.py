@@ -37,7 +37,7 @@ import rollout_worker
 import tuning
 from channel import Channels, Counters
 from checks import flag_of, read_json
-from command_line import parse, without
+from command_line import BEGINS_FROM, parse, without
 from config import STAGE_OF, Config, from_json, run_path, setting
 from errors import UserError, exit_on_user_error, require
 from films import HURRY_S, make_videos
@@ -231,7 +231,8 @@ def start_again(
     folder.write("tuning.json", json.dumps(asdict(handover), default=sorted))  # sets become lists
     if tracker:
         tracker.finish()
-    flags = without(sys.argv[1:], "--run", "--resume", "--resume-or-start", "--ratio-from")
+    own = (*BEGINS_FROM, "--run", "--resume", "--resume-or-start", "--ratio-from")
+    flags = without(sys.argv[1:], *own)
     processes.replace_this_process([*flags, "--resume", nodes.run, "--ratio-from", ratio])
 
 

@@ -76,6 +76,7 @@ FILM = 256  # pixels, square: of frames for people
 COARSE = 1.0  # of the scenery and the arm
 FINE = 0.3  # of what the hand's camera sees close by
 TEXELS = 4  # largest side of a texture, in sides of a frame
+DRAWS = 20  # of where objects are, until they fit; of 427 tasks that were built none needs a second
 MOST_SCENES = 10  # kept beyond those that an env is playing
 
 if (
@@ -87,7 +88,8 @@ if (
 
 def spec(tasks: tuple[str, ...], image_size: int) -> EnvSpec:
     """tasks: names of suites and of tasks; none means libero_10."""
-    named = [libero_suites.tasks_of(name) for name in tasks or ("libero_10",)]
+    tasks = tasks or ("libero_10",)
+    named = [libero_suites.tasks_of(name) for name in tasks]
     found = {task.name: task for group in named for task in group}.values()
     prompts = tuple(map(libero_suites.prompt, found))
     limits = tuple(libero_suites.limit_of(task.suite) for task in found)
@@ -175,7 +177,7 @@ def preload() -> None:
 
 def build_problem(task: libero_suites.Task, image_size: int, quality: str):
     """Builds LIBERO's env of a task, with its model. The user's random numbers stay. Raises
-    UserError where its assets are not there."""
+    UserError where its assets are not there, or its objects do not fit."""
     module = original(task.package)
     from robosuite.controllers import load_controller_config
     from robosuite.utils.errors import RandomizationError
@@ -187,7 +189,7 @@ def build_problem(task: libero_suites.Task, image_size: int, quality: str):
     random = np.random.get_state()
     np.random.seed(0)
     try:
-        while True:
+        for _ in range(DRAWS):
             with contextlib.suppress(RandomizationError):  # objects did not fit: LIBERO draws again
                 return kind(
                     file,
@@ -204,6 +206,9 @@ def build_problem(task: libero_suites.Task, image_size: int, quality: str):
         how = f"{get} gets them" if get in known else "its package did not bring them"
         lacks = f"LIBERO's {task.name} cannot be built: its assets are not here"
         raise UserError(f"{lacks} (no {error.filename}), and {how}") from None
+    else:
+        found = f"LIBERO's {task.name} cannot be built: its objects do not fit in the scene"
+        raise UserError(f"{found}, wherever they were drawn in {DRAWS} tries")
     finally:
         np.random.set_state(random)
         # Return freed memory to the system: compiling a model takes three times its size.

@@ -64,6 +64,15 @@ def find(path: str | Path) -> Path:
     )
 
 
+def absolute(path: Path) -> Path:
+    """The same for every working directory: of what `find` takes in runs/, the place there."""
+    named = ROOT / "runs" / path
+    with contextlib.suppress(UserError):
+        if named in (file := find(path), *file.parents):
+            return named
+    return path.absolute()
+
+
 @contextlib.contextmanager
 def or_another(path: str | Path) -> Iterator[None]:
     """Adds to a UserError about a weights file what to use in its place."""

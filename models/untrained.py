@@ -12,6 +12,7 @@ Left out: imitation, which `pretrain.py` does, also of such a model.
 
 import hashlib
 import os
+import re
 import uuid
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -53,6 +54,11 @@ def start(folder: Path, model: str, spec, state_range, chunk: int, tokens: int) 
         header = checkpoint.Header(model, asdict(config), stats, tokenize.fingerprint(vocabulary))
         checkpoint.save(weights, header, type(small)(config).half().state_dict())
     return weights, vocabulary
+
+
+def is_name(name: str) -> bool:
+    """Whether a file of weights is called as `start` calls those that it makes."""
+    return re.fullmatch(r"untrained_[a-z0-9]+_[0-9a-f]{10}\.safetensors", name) is not None
 
 
 def fitted(config, spec, chunk: int, tokens: int):

@@ -144,8 +144,8 @@ def test_episodes_of_the_next_seed_follow_on(plays, tiny_checkpoint, tmp_path):
         evaluate.main(EvaluateConfig(**given, episodes=5))
         met += [(task, number // 2 % 50) for task, number in plays.seeds[1:]]
     assert len(set(met)) == len(met) == 15
-    for seed in (-1, 10**8):
-        with pytest.raises(UserError, match=f"--seed {seed} is out of range"):
+    for seed, words in ((-1, "must be at least 0"), (10**8, "is out of range")):
+        with pytest.raises(UserError, match=f"--seed {seed} {words}"):
             evaluate.main(EvaluateConfig(**given | {"seed": seed}, episodes=5))
 
 
@@ -159,7 +159,7 @@ def test_a_run_hands_on_what_it_was_trained_with(plays, tiny_checkpoint, tmp_pat
     (run / "config.json").write_text(to_json(completed(Config(), **trained)))
 
     def as_in_training(given: EvaluateConfig) -> EvaluateConfig:
-        return evaluate.as_in_training(given, lineage(given.checkpoint))
+        return evaluate.as_in_training(given, lineage(given.checkpoint, None).runs)
 
     found = as_in_training(EvaluateConfig(checkpoint=run))
     assert {name: getattr(found, name) for name in trained} == trained

@@ -142,6 +142,11 @@ def test_a_perturbed_suite_is_played_by_name(make):
     env.close()
 
 
+def test_the_suite_that_is_played_by_default_says_what_it_leaves_out(monkeypatch):
+    monkeypatch.setattr(libero_suites, "left_out", lambda name: f"1 of {name}'s tasks\n")
+    assert libero.spec((), 64).note == "1 of libero_10's tasks\n"
+
+
 def test_assets_that_are_missing_are_named(make, monkeypatch):
     def lacks(file, **settings):
         raise FileNotFoundError(2, "No such file or directory", "/assets/mug.xml")
@@ -153,6 +158,24 @@ def test_assets_that_are_missing_are_named(make, monkeypatch):
     )
     with pytest.raises(UserError, match=words):
         make("put_the_bowl_on_the_stove", quality="full").reset(0, 0)
+
+
+def test_objects_that_never_fit_are_an_error_that_names_the_task(make, monkeypatch):
+    from robosuite.utils.errors import RandomizationError
+
+    tries = []
+
+    def crowded(file, **settings):
+        tries.append(file)
+        raise RandomizationError("Cannot place all objects ):")
+
+    module = libero.original("libero")
+    monkeypatch.setattr(module, "TASK_MAPPING", dict.fromkeys(module.TASK_MAPPING, crowded))
+    words = "put_the_bowl_on_the_stove cannot be built: its objects do not fit in the scene"
+    before = np.random.get_state()[1].copy()
+    with pytest.raises(UserError, match=words):
+        make("put_the_bowl_on_the_stove", quality="full").reset(0, 0)
+    assert len(tries) == libero.DRAWS and np.array_equal(np.random.get_state()[1], before)
 
 
 def test_importing_a_package_asks_nothing_and_leaves_nothing_at_home(tmp_path, monkeypatch):

@@ -288,6 +288,7 @@ def launcher(rank: int, port: int, folder: Path, answers) -> None:
         )
     one = Nodes(rank, 2, ("127.0.0.1", port))
     flags = ["--resume", "trained", "--lr", "0.1", "--timeout-s", "50"]
+    flags += ["--checkpoint", "x"] if rank == 0 else []  # what the run began from
     flags = joining.meet_the_others(one, flags)
     resumed = SimpleNamespace(train=SimpleNamespace(resume="trained"))
     flags = joining.bring_run(one, flags, resumed if one.first else None)

@@ -13,8 +13,10 @@ from config import Config, completed, to_json
 from envs import EnvSpec, Step
 from errors import UserError
 from evaluate import EvaluateConfig, wilson
+from perturbed import Part
 
 STATES = 4
+FEW = 2  # of the task c
 SUITES = {
     "base": ("a", "b"),
     "base_lan": ("base_lan/a", "base_lan/b"),
@@ -31,7 +33,8 @@ def spec(tasks, image_size):
         raise UserError("unknown task 'gone'")
     prompts = tuple(SAID[name[-1]] for name in found)
     note = "1 of 3 tasks is left out\n" if "base_lan" in tasks else ""
-    return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=STATES, note=note)
+    states = FEW if any("c" in name for name in found) else STATES
+    return EnvSpec(found, prompts, 1, image_size, 4, 4, 5, states=states, note=note)
 
 
 def perturbed(suite):
@@ -154,12 +157,115 @@ def test_what_was_never_trained_on_is_held_out(evaluated, tmp_path):
     ]
 
 
+def test_what_the_weights_met_that_a_run_began_from_may_be_unknown(
+    evaluated, tiny_checkpoint, tmp_path, capsys
+):
+    """No row says more than the runs that are known, and a line names where knowledge ends."""
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("a", "base_lan/b")}
+    flags = {"suite": "base", "perturbed": True}
+    begun = {**split, "checkpoint": tiny_checkpoint}
+    rows = evaluated(begun, **flags)["rows"]
+    assert [row["task"] for row in rows][:4] == [
+        "base (1 of 2 tasks), trained states 0-1",
+        "base (1 of 2 tasks), held-out states 2-3 as far as known",
+        "base (1 of 2 tasks), not trained on as far as known",
+        "base_lan, 1 of 2 tasks trained on as far as known",
+    ]
+    line = f"what the training of {tiny_checkpoint} met is not known here\n"
+    assert capsys.readouterr().out.count(line) == 1
+    evaluated(begun)
+    said = capsys.readouterr().out
+    assert line in said and "(training met 0-1, as far as known)" in said
+    evaluated(begun, train_states="0-1")  # who gives it knows
+    assert "(training met 0-1)" in capsys.readouterr().out
+    evaluated(begun, suite="other", eval_states="0")
+    assert "(not trained on, as far as known)" in capsys.readouterr().out
+    evaluated(begun, suite="other")  # of which nothing is said
+    assert line not in capsys.readouterr().out
+
+    # An adapter is as unknown, and so is a folder that is gone.
+    untrained = tmp_path / "untrained_pi05_0123456789.safetensors"
+    for begun, ends in (
+        ({"checkpoint": tmp_path / "gone", "adapter": None}, f"{tmp_path}/gone"),
+        ({"checkpoint": untrained, "adapter": tmp_path / "peft"}, f"{tmp_path}/peft"),
+        ({"checkpoint": tmp_path / "x", "adapter": tmp_path / "y"}, f"{tmp_path}/y and of "),
+    ):
+        evaluated({**split, **begun}, **flags)
+        said = capsys.readouterr().out
+        assert f"what the training of {ends}" in said and said.count("as far as known") == 3
+
+    # What was never trained has met nothing.
+    rows = evaluated({**split, "checkpoint": untrained}, **flags)["rows"]
+    assert rows[2]["task"] == "base (1 of 2 tasks), not trained on"
+    untrained.symlink_to(tiny_checkpoint)
+    rows = evaluated(None, checkpoint=untrained, **flags)["rows"]
+    assert rows[0]["task"] == "base, not trained on"
+    assert "known" not in capsys.readouterr().out
+
+
 def test_few_episodes_begin_everywhere(evaluated):
-    rows = evaluated({"tasks": ("base",)}, suite="base", perturbed=True, episodes=4)["rows"]
-    assert rows[0]["states"] == "0,2"
-    assert sorted(Env.met[1:5]) == [("a", 0), ("a", 2), ("b", 0), ("b", 2)]
-    flags = {"suite": "base", "perturbed": True, "episodes": 4, "seed": 1}
-    assert evaluated({"tasks": ("base",)}, **flags)["rows"][0]["states"] == "1,3"
+    flags = {"suite": "base", "perturbed": True, "episodes": 4}
+    rows = evaluated({"tasks": ("base",)}, **flags)["rows"]
+    assert rows[0]["states"] == "0-2"
+    assert Env.met[1:5] == [("a", 0), ("b", 2), ("a", 2), ("b", 1)]
+    rows = evaluated({"tasks": ("base",)}, seed=1, **flags)["rows"]
+    assert rows[0]["states"] == "0-1,3"
+    assert Env.met[1:5] == [("a", 1), ("b", 3), ("a", 3), ("b", 0)]
+    evaluated({"tasks": ("base",)}, train_states="1", **flags | {"episodes": 1})
+    assert Env.met[:4] == [("a", 1), ("a", 1), ("a", 0), ("a", 0)]  # the first is to warm up
+
+
+def test_evaluation_states_that_are_given_are_those_that_are_played(evaluated, monkeypatch):
+    monkeypatch.setitem(SUITES, "base_torn", ("base_torn/c",))
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("base",)}
+    flags = {"suite": "base", "perturbed": True}
+    rows = evaluated(split, eval_states="0,3", **flags)["rows"]
+    assert [(row["task"], row.get("states"), row.get("note")) for row in rows] == [
+        ("base, trained states 0-1", "0-1", None),
+        ("base, held-out states 3", "3", None),
+        ("base_lan", "0,3", None),
+        ("base_torn", None, "its assets are not here"),
+    ]
+    rows = evaluated(split, eval_states="3", **flags)["rows"]
+    assert rows[2]["states"] == "3"
+    assert rows[3]["note"] == "none: its initial states are 0-1, and --eval-states 3"
+    monkeypatch.setattr(models, "build", None)  # what is wrong is found before
+    for settings, states, words in (
+        (split, "0-1", "0-1 has no initial state that was held out, for training met 0-1: give"),
+        ({"tasks": ("base",)}, "2", "2 has no .* held out, for training met 0-3: give others, or"),
+        (None, "2", "2 has no .* held out, for nobody knows what training met: give --train-st"),
+    ):
+        with pytest.raises(UserError, match=f"^--eval-states {words}"):
+            evaluated(settings, eval_states=states, **flags)
+
+
+def test_a_run_s_split_that_does_not_fit_the_tasks_is_no_flag_s_fault(evaluated):
+    split = {"train_states": "0-1", "eval_states": "2-3", "tasks": ("base",)}
+    words = "^the run was evaluated on initial states 2-3, and these tasks have 0-1 alone: give --"
+    with pytest.raises(UserError, match=words):
+        evaluated(split, tasks=("a", "c"))
+    evaluated({**split, "train_states": "0,3", "eval_states": "1-2"}, tasks=("a", "c"))
+    assert {state for _, state in Env.met} == {1}
+
+
+@pytest.mark.parametrize("count, episodes", [(350, 100), (350, 35), (90, 20)])
+def test_fewer_episodes_than_tasks_are_of_tasks_from_everywhere(count, episodes):
+    """LIBERO-plus lists all variants of one task, then those of the next."""
+    tasks = tuple(map(str, range(count)))
+    suite = EnvSpec(tasks, tasks, 1, 64, 4, 4, 5, states=50)
+    every = set()
+    for seed in range(count // episodes):
+        part, chosen = Part("", suite).chosen(episodes, seed)
+        begun = {(task, part.states[index]) for task, index in chosen}
+        of_each = np.bincount([task * 10 // count for task, _ in begun])  # of ten base tasks
+        assert of_each.min() >= episodes // 10 - 2 and of_each.max() <= episodes // 10 + 2
+        of_states = np.bincount([state for _, state in begun], minlength=50)
+        assert of_states.max() <= -(-episodes // 50)
+        assert len({task for task, _ in begun}) == episodes
+        every |= {task for task, _ in begun}
+    assert len(every) == count // episodes * episodes
+    part, chosen = Part("", suite).chosen(10**6, 3)
+    assert len(set(chosen)) == len(chosen) == count * 50 and part.states == tuple(range(50))
 
 
 def test_tasks_that_were_not_trained_on_have_a_row_of_their_own(evaluated, capsys):
@@ -207,8 +313,8 @@ def test_what_was_played_is_kept_whatever_fails(evaluated, monkeypatch, tmp_path
     ]
     note = rows[2]["note"]
     assert note.startswith("RuntimeError('no contact') at ")
-    assert note.endswith(" (after 4 successes in 6 of 8 episodes)")
-    assert [one["episodes"] for one in rows[2]["tasks"]] == [3, 3]
+    assert note.endswith(" (after 2 successes in 4 of 8 episodes)")
+    assert [one["episodes"] for one in rows[2]["tasks"]] == [2, 2]
     assert written[0]["rows"] == rows[:3]
     assert sorted(film.name for film in (tmp_path / "films" / "base_lan").iterdir()) == [
         "base_lan_a.mp4",

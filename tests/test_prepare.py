@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,18 @@ def test_the_flags_of_a_run_that_starts_again():
     others = ["--ratio", "auto", "--tasks", "a", "b", "--seed=3", "--no-trace"]
     for given in ([*own, *others], [*others, *own]):
         assert train.without(given, "--run", "--resume", "--ratio-from") == others
+
+
+def test_a_run_that_starts_again_goes_on_from_its_own_checkpoint(monkeypatch):
+    given = ["--ratio", "auto", "--checkpoint", "x", "--adapter=y", "--run", "one"]
+    started = []
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    monkeypatch.setattr(train.processes, "keep_interrupts", lambda *_: 0)
+    monkeypatch.setattr(train.processes, "replace_this_process", started.append)
+    folder = SimpleNamespace(appended=None, write=lambda *_: None)
+    nodes = SimpleNamespace(several=False, run="one")
+    train.start_again("1:1", folder, nodes, train.tuning.Past(), (), None)
+    assert started == [["--ratio", "auto", "--resume", "one", "--ratio-from", "1:1"]]
 
 
 def test_a_longer_run_says_that_its_learning_rate_rises():
@@ -281,20 +295,24 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, state):
     assert start.resume_from(config)[1]["seed"] == largest["seed"]
 
 
-def test_held_out_states_stay_so_on_resuming(tmp_path):
+def test_what_is_met_and_held_out_stays_so_on_resuming(tmp_path):
     folder = tmp_path / "run/checkpoints/000003"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
     split = {"train_states": "0-39", "eval_states": "40-49"}
     config = completed(Config(), resume=str(tmp_path / "run"), **split)
     other = completed(config, train_states="30-49")
+    split |= {"env": "metaworld", "tasks": []}
     for before, flag, was, refused in (
-        (split, "train", "0-39", other),
-        (split, "eval", "40-49", completed(config, eval_states="0-29")),
-        (dict.fromkeys(split, ""), "train", "not given", config),
+        (split, "train-states", "0-39", other),
+        (split, "eval-states", "40-49", completed(config, eval_states="0-29")),
+        (split | {"train_states": ""}, "train-states", "not given", config),
+        (split, "env", "metaworld", completed(config, env="libero")),
+        (split, "tasks", "not given", completed(config, tasks=("MT10",))),
+        (split | {"tasks": ["a", "b"]}, "tasks", "a b", completed(config, tasks=("b", "a"))),
     ):
         (folder / "state.json").write_text(json.dumps(GOOD | {"settings": before}))
-        with pytest.raises(UserError, match=f"--{flag}-states was {was} when run .* cannot change"):
+        with pytest.raises(UserError, match=f"--{flag} was {was} when run .* cannot change"):
             start.resume_from(refused)
     (folder / "state.json").write_text(json.dumps(GOOD | {"settings": split}))
     assert start.resume_from(config)[0] == folder

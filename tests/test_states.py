@@ -1,5 +1,6 @@
 """Initial states that training and evaluation begin at: what flags say, and what lanes play."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,11 +9,13 @@ import test_lanes
 
 import envs
 import prepare
+import start
 import train
 from config import Config, completed, to_json
 from envs import EnvSpec, lanes
 from envs.states import read_states, repeats, say_states, split
 from errors import UserError
+from models import checkpoint
 from scheduler import Trajectories
 
 SPEC = EnvSpec(("a", "b"), ("push", "pull"), 1, 2, 4, 4, 5, states=50)
@@ -97,7 +100,9 @@ def test_what_a_checkpoint_has_met_is_not_held_out(monkeypatch, tiny_checkpoint,
     first = run("first", train_states="0-39", eval_states="40-49")
     second = run("second", checkpoint=first, train_states="5-44", eval_states="0-4,45-49")
     whole = run("whole")
-    gone = run("gone", checkpoint=tmp_path / "removed", train_states="45-49")
+    removed = tmp_path / "removed"
+    gone = run("gone", checkpoint=removed, train_states="45-49")
+    ends = {gone: removed, tiny_checkpoint: tiny_checkpoint}
     for begins, train_states, met in (
         (first, "10-49", "0-9"),
         (first, "0-39", ""),
@@ -111,6 +116,35 @@ def test_what_a_checkpoint_has_met_is_not_held_out(monkeypatch, tiny_checkpoint,
         note = prepare.with_states(config, simulator)[1]
         said = f"not held out: checkpoint {begins} has met initial states {met}\n"
         assert note.endswith(said) if met else "not held out" not in note
+        unknown = f"what the training of {ends.get(begins)} met is not known here\n"
+        assert (unknown in note) == (begins in ends) == ("not known" in note)
+
+
+def test_where_a_run_began_is_found_from_another_folder(monkeypatch, tiny_checkpoint, tmp_path):
+    """Whether that was named by its path in a folder, or by a run's name."""
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    for name in ("runs/first", "here/second"):
+        folder = tmp_path / name / "checkpoints" / "000003"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").symlink_to(tiny_checkpoint)
+        (tmp_path / name / "config.json").write_text(to_json(Config()))
+    (tmp_path / "here" / "first").mkdir()  # which is no run
+    (tmp_path / "here" / "peft").mkdir()
+    metaworld = envs.load("metaworld")
+    for name, place in (
+        ("first", "runs/first"),
+        ("first/checkpoints/000003", "runs/first/checkpoints/000003"),
+        ("second", "here/second"),
+        ("../here/second/checkpoints/000003", "here/second/checkpoints/000003"),
+    ):
+        monkeypatch.chdir(tmp_path / "here")
+        config = completed(Config(), checkpoint=Path(name), adapter=Path("peft"))
+        config, given, _, _ = start.find_start(config, metaworld)
+        monkeypatch.chdir(tmp_path)
+        assert given.is_absolute() and given.resolve() == tmp_path / place
+        assert start.lineage(given, None) == ([Config()], [])
+        assert config.train.adapter == tmp_path / "here" / "peft"
+    assert start.lineage(Path("gone"), None) == ([], [Path("gone")])
 
 
 def test_episodes_of_one_beginning_are_counted(monkeypatch):

@@ -369,7 +369,9 @@ def test_synchronous_and_asynchronous_runs_learn_the_same_bits(cli, tmp_path, al
 def test_resume_goes_on_where_the_run_stopped(finished, cli, tmp_path):
     run = shutil.copytree(finished("full"), tmp_path / "copy")
     fixed = json.loads((run / "checkpoints/000002/state.json").read_text())["settings"]
-    assert fixed.items() >= {"train_states": "", "eval_states": ""}.items()
+    began = json.loads((run / "config.json").read_text())["train"]
+    assert (fixed["env"], fixed["tasks"]) == (began["env"], began["tasks"])
+    assert fixed["train_states"] == fixed["eval_states"] == ""
     before = lines_of(run)
     with open(
         run / "metrics.jsonl", "a"
@@ -601,6 +603,10 @@ def refused(flags: str) -> None:
         ("--run {tmp}/old", "exists: it is not a run's: choose another --run"),
         ("--resume {tmp}/old --run {tmp}/new", "exclude each other"),
         ("--resume-or-start {tmp}/old --run {tmp}/new", "leave out --run and --resume"),
+        (
+            "--resume {tmp}/half --checkpoint {tmp}/x --adapter={tmp}/y",
+            "goes on from its own newest checkpoint: leave out --checkpoint and --adapter",
+        ),
         ("--resume {tmp}/none", "there is no run {tmp}/none: runs/ holds"),
         ("--resume no-such-run", "runs/no-such-run: runs/ holds"),
         ("--resume {tmp}", "cannot read the settings of the run"),
@@ -630,9 +636,8 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
         ("--iterations", 1),
         ("--timeout-s", 5),
     ):
-        given += (
-            "" if flag in given or flag == "--run" and "--resume" in given else f" {flag} {value}"
-        )
+        begins = flag in ("--checkpoint", "--run") and "--resume" in given
+        given += "" if flag in given or begins else f" {flag} {value}"
     refused(given)
     printed = capsys.readouterr()
     assert (
@@ -652,8 +657,9 @@ def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path, capsys):
     """A run that was stopped before its first checkpoint starts over; what is no run's stays. Where
     nothing is left to do, the job has done it."""
     path = tmp_path / "x"
-    flags = ["--resume-or-start", str(path), "--iterations", "7"]
-    assert train.parse(flags).train.run == str(path)
+    flags = ["--resume-or-start", str(path), "--iterations", "7", "--checkpoint", "x"]
+    begun = train.parse(flags).train
+    assert (begun.run, begun.checkpoint) == (str(path), Path("x"))
     for _ in range(2):
         folder = RunFolder(path, resume=False)
         assert folder.lines() == []
@@ -664,6 +670,7 @@ def test_a_job_that_is_queued_again_resumes_or_starts(tmp_path, capsys):
     (path / "config.json").write_text(to_json(Config()))
     train_config = train.parse(flags).train
     assert train_config.resume == str(path) and train_config.run == ""
+    assert train_config.checkpoint is None  # as in its config.json
     assert train_config.iterations == 7
     # Its launcher was killed before it wrote the last line.
     state = {"version": 1, "seed": 1, "scale": {}, "lines": [LINE]}
