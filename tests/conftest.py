@@ -29,6 +29,8 @@ from run_folder import read_metrics
 from weights import WeightPlane
 
 torch.set_num_threads(1)
+# What runs in the background may ignore Ctrl-C, and all that it starts would, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 TINY = {
