@@ -28,7 +28,7 @@ from envs import EnvSpec
 from envs.states import read_states, repeats, say_states
 from errors import UserError, exit_on_user_error, place_of, require
 from evaluation import EVAL_SEEDS
-from films import write_video
+from films import file_name, write_video
 from metrics import wilson
 from models import checkpoint, contract
 from models.formats import peft
@@ -317,7 +317,7 @@ def write_videos(folder: Path, tasks: tuple[str, ...], ended: list[Episode]) -> 
     """Writes films of episodes, and forgets their frames: those of all tasks would fill memory.
     Results count for more, so that trouble here is only a warning."""
     for episode in ended:
-        film = folder / f"{tasks[episode.task].replace('/', '_')}.mp4"
+        film = folder / f"{file_name(tasks[episode.task])}.mp4"
         try:
             if episode.frames:
                 write_video(film, episode.frames, 20)

@@ -58,7 +58,7 @@ class Lesson:
     settings: Config  # of the model to begin with, as for train.py
     spec: object  # envs.EnvSpec
     header: checkpoint.Header  # of the model, with the statistics that go by
-    data: Demonstrations
+    data: Demonstrations | None  # None while experts have yet to act
     cameras: tuple[str, ...]  # one for each of the model's views
     every: int  # frames from one that is learned from to the next
     steps: int

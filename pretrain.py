@@ -219,17 +219,11 @@ def read_dataset(config: PretrainConfig, spec: EnvSpec) -> Demonstrations:
     return data
 
 
-def lesson_of(
-    config: PretrainConfig,
-    settings: Config,
-    spec: EnvSpec,
-    data: Demonstrations | None,
-    files: tuple,
-) -> Lesson:
-    """Puts together what is learned from what. Raises UserError where they do not fit.
+def lesson_of(config: PretrainConfig, settings: Config, spec: EnvSpec, files: tuple) -> Lesson:
+    """Puts together what learns and how, still without demonstrations. Raises UserError where it
+    does not fit the simulator or the machine.
 
-    data: None while experts have yet to act; files: weights to write, the vocabulary, and where
-    that goes."""
+    files: weights to write, the vocabulary, and where that goes."""
     _, header, _ = models.held(settings, spec)
     count = machine.gpus() or PROCESSES
     odd = f"--batch {config.batch} does not divide into {count} equal parts, one for each GPU"
@@ -241,8 +235,8 @@ def lesson_of(
         settings=settings,
         spec=spec,
         header=header,
-        data=data,
-        cameras=choose_cameras(config, data, header.shape["views"]) if data else (),
+        data=None,
+        cameras=(),
         every=config.frame_every or (1 if config.dataset else 3),
         steps=config.steps,
         batch=config.batch,
@@ -255,17 +249,20 @@ def lesson_of(
         save_every=config.save_every,
         half=not config.checkpoint,
     )
-    preparation = lesson.preparation()
-    contract.check(preparation, f"the preparation of {config.model!r}", contract.IMITATES)
+    contract.check(lesson.preparation(), f"the preparation of {config.model!r}", contract.IMITATES)
     models.build(settings, spec, "meta", "none")  # which sees that model and simulator fit
     imitation.check_memory(lesson)
-    if data is None:
-        contract.check_prompts(preparation, spec.seen_by(header))
-        return lesson
+    return lesson
+
+
+def from_demonstrations(config: PretrainConfig, lesson: Lesson, data: Demonstrations) -> Lesson:
+    """Adds what is learned from, and its statistics. Raises UserError where it does not fit."""
+    cameras = choose_cameras(config, data, lesson.header.shape["views"])
+    lesson = replace(lesson, data=data, cameras=cameras)
     if not config.keep_statistics:
-        stats = imitation.counted(data, preparation, lesson.horizon)
+        stats = imitation.counted(data, lesson.preparation(), lesson.horizon)
         checkpoint.check_stats(config.model, stats, f"the statistics of {data.folder}")
-        lesson = replace(lesson, header=header._replace(stats=stats))
+        lesson = replace(lesson, header=lesson.header._replace(stats=stats))
     imitation.check_first_frames(lesson)
     return lesson
 
@@ -344,15 +341,15 @@ def main(config: PretrainConfig) -> None:
         evaluate.check_writable(out, "the checkpoint", "--out")
         if made:
             out.parent.rmdir()  # until there is something to write
-        files = (out, vocabulary, beside)
-        lesson = lesson_of(config, settings, spec, data, files)
+        lesson = lesson_of(config, settings, spec, (out, vocabulary, beside))
         if data is None:
+            contract.check_prompts(lesson.preparation(), spec.seen_by(lesson.header))
             config = replace(config, image_size=spec.image_size)
             gather(config, spec, folder / "demonstrations")
             data = Demonstrations(folder / "demonstrations")
-            lesson = lesson_of(config, settings, spec, data, files)
 
         # Learn from what they did.
+        lesson = from_demonstrations(config, lesson, data)
         done = imitation.learn(lesson)
     if not done:
         print(f"interrupted: --checkpoint {imitation.partial_of(out)} goes on from these weights")

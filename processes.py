@@ -132,19 +132,14 @@ def interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)
 
 
-def die_with(parent: int = 0) -> None:
-    """Makes this process die with its parent.
+def leave_interrupts(parent: int = 0) -> None:
+    """Makes this process die with its parent, and leave Ctrl-C to it.
 
     parent: its number, of a launcher, which is 1 in a container; the fork server never is."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     gone = os.getppid() != parent if parent else os.getppid() == 1
     if gone:
         os._exit(1)
-
-
-def leave_interrupts(parent: int = 0) -> None:
-    """Makes this process die with its parent (`die_with`), and leave Ctrl-C to it."""
-    die_with(parent)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)

@@ -489,9 +489,9 @@ def with_spec(config: PretrainConfig, spec: EnvSpec, out: Path) -> Lesson:
     path, words = pretrain.find_start(config, spec, spec.prompts, out.parent)
     settings = pretrain.settings_of(config, path, words)
     spec = spec._replace(image_size=checkpoint.frame_size(path, spec.picture))
-    return pretrain.lesson_of(
-        config, settings, spec, data, (out, Path(words), out.with_suffix(".model"))
-    )
+    files = (out, Path(words), out.with_suffix(".model"))
+    lesson = pretrain.lesson_of(config, settings, spec, files)
+    return pretrain.from_demonstrations(config, lesson, data)
 
 
 def test_every_frame_comes_once_an_epoch_and_few_pieces_are_in_memory(tmp_path, monkeypatch):
@@ -764,12 +764,18 @@ def test_a_simulator_s_control_rate_is_compared_with_the_data_s(tmp_path, capsys
     assert "no instruction" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_experts_at_once_and_leaves_nothing(cli, tmp_path, word):
-    running = cli("pretrain.py", f"--collect {tmp_path / 'd'} --demos 2000")
+def start_experts(cli, folder: Path):
+    """Starts a command whose experts have just been started, and play for minutes."""
+    running = cli("pretrain.py", f"--collect {folder} --demos 2000")
     while len(running.living()) < 2 + imitation.PROCESSES:  # with what tracks their resources
         assert running.process.poll() is None, running.process.communicate()[0]
         time.sleep(0.05)
+    return running
+
+
+@pytest.mark.parametrize("word", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_experts_at_once_and_leaves_nothing(cli, tmp_path, word):
+    running = start_experts(cli, tmp_path / "d")
     time.sleep(1.0 if word == signal.SIGINT else 6.0)  # while they start, and while they play
     os.killpg(running.process.pid, word) if word == signal.SIGINT else running.process.terminate()
     status, output = running.finish(timeout=10)
@@ -779,10 +785,7 @@ def test_an_interrupt_ends_experts_at_once_and_leaves_nothing(cli, tmp_path, wor
 
 def test_an_expert_that_is_killed_is_missed_at_once(cli, tmp_path):
     """As the kernel does where memory is full."""
-    running = cli("pretrain.py", f"--collect {tmp_path / 'd'} --demos 2000")
-    while len(running.living()) < 2 + imitation.PROCESSES:
-        assert running.process.poll() is None, running.process.communicate()[0]
-        time.sleep(0.05)
+    running = start_experts(cli, tmp_path / "d")
     children = psutil.Process(running.process.pid).children()
     experts = [one for one in children if "spawn_main" in " ".join(one.cmdline())]
     assert len(experts) == imitation.PROCESSES

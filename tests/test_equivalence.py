@@ -10,7 +10,8 @@ from scipy import stats
 
 import train
 from benchmarks import equivalence
-from benchmarks.equivalence import MARGIN, STUDIES, area, bootstrap, holm, summary, table, tost
+from benchmarks.equivalence import STUDIES, area, summary, table
+from benchmarks.seeds import MARGIN, bootstrap, holm, least_gain, tost, welch
 from errors import UserError
 
 
@@ -153,8 +154,8 @@ def test_a_candidate_s_new_seeds_are_compared_among_themselves(tmp_path, monkeyp
 def test_equal_seeds_tell_nothing_whatever_their_mean_is_rounded_to(level):
     equal = np.full(5, level)
     for values, base in ((equal, equal - 0.3), (equal, np.linspace(0.4, 0.6, 5)), (equal, equal)):
-        assert equivalence.welch(values, base) == equivalence.welch(base, values) == 1.0
-        assert equivalence.tost(values, base, 0.05) == 1.0
+        assert welch(values, base) == welch(base, values) == 1.0
+        assert tost(values, base, 0.05) == 1.0
 
 
 @pytest.mark.parametrize("arms, level", [(1, "not shown"), (2, "better")])
@@ -172,7 +173,7 @@ def test_the_area_decides_and_final_success_only_must_not_be_worse(arms, level):
 @pytest.mark.parametrize("arms", [1, 4])
 def test_the_least_gain_that_is_seen(arms):
     """Against the power of Student's t-test, which Welch's nears where spreads are equal."""
-    least = equivalence.least_gain(0.02, 5, arms)
+    least = least_gain(0.02, 5, arms)
     critical = stats.t.ppf(1 - 0.025 / arms, 8)
     shift = least / (0.02 * (2 / 5) ** 0.5)
     power = stats.nct.sf(critical, 8, shift) + stats.nct.cdf(-critical, 8, shift)
