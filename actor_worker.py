@@ -1,5 +1,7 @@
-"""Trains: micro-batches as trajectories complete, one optimizer step per minibatch, publish per
-batch.
+"""Trains on trajectories as they complete.
+
+A micro-batch adds gradients, a minibatch ends with one optimizer step, and a batch ends with new
+weights that are published.
 
 Read `run` first. What is computed is in learner.py, who else trains is in ranks.py, and which
 trajectories belong together is in streamer.py. The first rank of a node publishes the weights. The
@@ -47,8 +49,8 @@ def run(
     ranks = Ranks.of(config, rank, device, meeting, meter)
     learner = Learner(config, spec, device, ranks, resume)
     streamer = Streamer.of(config, rank, learner.version)
-    carrier = Carrier(channels.pool, learner.seen, config.env.segment, device)
-    inbox = Inbox(rank, config, spec, channels, streamer, learner.facts, carrier)
+    carrier = Carrier(channels.pool, learner.device_fields, config.env.segment, device)
+    inbox = Inbox(rank, config, spec, channels, streamer, learner.host_fields, carrier)
     ledger = Ledger(resume["lines"] if resume else [], config.actor.update_epochs)
     publish(learner, channels, meter)
     meter.ready()
@@ -61,7 +63,7 @@ def run(
             inbox.receive(wait_s=0.0)
             micro = inbox.next()
             if micro is None and not streamer.done:
-                with meter.wait("trajectory"):  # whom a long one is due to, `processes.Crew` says
+                with meter.wait("trajectory"):  # if it is long, `processes.Crew` says who is late
                     inbox.receive(wait_s=1.0)
                 continue
 
@@ -122,14 +124,17 @@ def is_to_stop(channels: Channels, learner: Learner) -> bool:
 def finish_minibatch(
     learner: Learner, streamer: Streamer, channels: Channels, meter: Meter
 ) -> bool:
-    """Sums the gradients over ranks and steps the optimizer. Returns whether that is done: other
-    ranks may be long in coming, and the run be told to stop meanwhile."""
+    """Sums the gradients over ranks and steps the optimizer. Returns False where the run is told to
+    stop before that: other ranks may take long."""
+    # With --shard, pass along until every rank has finished its rows of this minibatch.
     ranks = learner.ranks
     while (passes := ranks.plan(0, through=True)) is not None:
         with meter.work("train", passes=passes):
             learner.train_nothing(passes)
     if ranks.stopped:
         return False
+
+    # Sum the gradients, once all ranks have made their last pass.
     if ranks.several and learner.gradients:
         with meter.wait("gradient"):
             for _ in learner.gradients.meet():
@@ -141,6 +146,8 @@ def finish_minibatch(
                 meter.alive()
         for bucket, (start, end, size) in enumerate(learner.gradients.spans):
             meter.record("reduce", start, end, {"bucket": bucket, "bytes": size})
+
+    # Step; with --kl-stop, drop the batch's later epochs if the policy has moved too far.
     with meter.work("optimizer"):
         learner.step()
     if learner.moved_too_far():
@@ -221,14 +228,14 @@ class Inbox:
         spec,
         channels: Channels,
         streamer: Streamer,
-        facts: tuple[str, ...],
+        host_fields: tuple[str, ...],
         carrier: Carrier,
     ):
-        """facts: fields that `Learner.train` needs on the host; carrier: brings the others."""
+        """host_fields: that `Learner.train` needs on the host; carrier: brings the others."""
         self.pool = channels.pool
         self.arrays = channels.pool.arrays
         self.streamer = streamer
-        self.facts = facts
+        self.host_fields = host_fields
         self.carrier = carrier
         self.coming: MicroBatch | None = None  # asked for, and not read yet
         # What comes after a step is decided by how far that step has moved the policy.
@@ -244,7 +251,7 @@ class Inbox:
         self.slots = first_slots[owner == rank]  # the first ones of this rank's lanes
         # Both begin at 0, as the slots did: env workers may have finished trajectories already
         # when this rank comes to make its inbox.
-        self.seen = np.zeros_like(self.slots)  # the marks, as of the last look
+        self.marks = np.zeros_like(self.slots)  # as of the last look
         # Chunk steps of every slot that are accounted for, of all that were ever stepped in it.
         self.settled = np.zeros_like(self.arrays["collected"])
         self.accounts = {"restart": 0, "after_end": 0}
@@ -256,11 +263,11 @@ class Inbox:
             return
         done = self.arrays["done"][self.slots]
         fence()
-        lanes = self.slots[done > self.seen][:, None] + np.arange(self.width)
+        lanes = self.slots[done > self.marks][:, None] + np.arange(self.width)
         self.account(lanes)
         for slot in lanes.flatten().tolist():
             self.streamer.add(slot)
-        self.seen = done
+        self.marks = done
 
     def account(self, lanes: np.ndarray) -> None:
         """Says where the chunk steps that were stepped in the slots of lanes [n, width] went: into
@@ -296,7 +303,7 @@ class Inbox:
         """Returns the trajectories of a micro-batch [n, rows, …], and how their groups ended. The
         one after it begins to travel, if it is complete."""
         slots = np.array(micro.slots)
-        data = {name: gather(self.pool, name, slots) for name in self.facts}
+        data = {name: gather(self.pool, name, slots) for name in self.host_fields}
         data |= self.carrier.take(micro.slots)
         if self.group > 1:
             data["outcomes"] = group_outcomes(self.pool, slots, self.group, self.compares)

@@ -42,14 +42,16 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438) over segments with auto-reset.
 
-    δ_t = r_t + γ·V'_t − V_t,   A_t = δ_t + γλ·(1 − done_t)·A_{t+1},   V'_t = V_{t+1} where the
-                                episode goes on, 0 where it
-    terminated, and where it was truncated V of its last observation, `final` [n, T], which
-    auto-reset replaced by a new episode's.
+        δ_t = r_t + γ·V'_t − V_t
+        A_t = δ_t + γλ·(1 − done_t)·A_{t+1}
 
-    Without `final` the time limit, too, ends an episode at value 0: right where the objective is
-    success *within* it, and bootstrapping then makes every state worth "success some day"
-    (measured: value loss 0.001 at 30 % success, no advantages left).
+    V'_t is V_{t+1} where the episode goes on and 0 where it terminated. Where it was truncated,
+    V'_t is the value of its last observation, `final` [n, T], because auto-reset has put a new
+    episode's observation into row t + 1.
+
+    Without `final` the time limit also ends an episode at value 0. That is right where the
+    objective is success within the limit: bootstrapping would make every state worth "success some
+    day" (measured: value loss 0.001 at 30 % success, no advantages left).
 
     reward, terminated, truncated [n, T]; value [n, T+1]; a step is a chunk step or, at the action
     level, a control step with a value of its own: [n, T·C], of which `unflatten(1, (T, C))` are the

@@ -1,9 +1,9 @@
 """Demonstrations in LeRobot's format: a folder with tables (parquet) and pictures, which are in the
 tables or in videos.
 
-Read are v2.0, v2.1 and v3.0; recording.py writes v3.0. Numbers of all frames are in memory,
-pictures are read episode by episode, by pyarrow and PyAV, which brings its own FFmpeg (AV1, H.264).
-The package `lerobot` itself wants another torch than this project's, and torchvision.
+Read are v2.0, v2.1 and v3.0; recording.py writes v3.0. The numbers of all frames stay in memory.
+Pictures are read when they are asked for, by pyarrow and PyAV, which brings its own FFmpeg (AV1,
+H.264). The package `lerobot` itself wants another torch than this project's, and torchvision.
 
 Left out: the Hub, depth maps, audio, cameras whose pictures differ in size, and episodes of
 several tasks.
@@ -68,6 +68,15 @@ class TaskLine(TypedDict):
     task: str
 
 
+class Listed(NamedTuple):
+    """An episode as the files in meta/ list it."""
+
+    number: int
+    length: int  # frames
+    data: Path
+    videos: dict[str, tuple[Path, float]]  # by camera: the file, and the second of its first frame
+
+
 class Episode(NamedTuple):
     """Where an episode of T frames is, and its numbers."""
 
@@ -98,9 +107,9 @@ class Demonstrations:
         features = info["features"]
         self.state = self.named(state or next((n for n in STATES if n in features), STATES[0]))
         self.action = self.named(action or next((n for n in ACTIONS if n in features), ACTIONS[0]))
-        self.widths = [features[name]["shape"] for name in (self.state, self.action)]
-        flat = f"{folder}: {self.state} and {self.action} are of shapes {self.widths}, not vectors"
-        require(all(len(shape) == 1 for shape in self.widths), flat)
+        self.shapes = [features[name]["shape"] for name in (self.state, self.action)]
+        flat = f"{folder}: {self.state} and {self.action} are of shapes {self.shapes}, not vectors"
+        require(all(len(shape) == 1 for shape in self.shapes), flat)
         seen = {name: f for name, f in features.items() if f["dtype"] in PICTURES}
         depth = ("is_depth_map", "video.is_depth_map")
         is_depth = {n for n, f in seen.items() if any((f.get("info") or {}).get(k) for k in depth)}
@@ -119,20 +128,20 @@ class Demonstrations:
         """Reads the numbers of all frames, file by file."""
         tasks, found = self.tables()
         twice = f"{self.folder}/meta lists an episode twice"
-        require(len({number for number, *_ in found}) == len(found), twice)
-        by_file: dict[Path, list[tuple]] = {}
+        require(len({one.number for one in found}) == len(found), twice)
+        by_file: dict[Path, list[Listed]] = {}
         for one in found:
-            by_file.setdefault(one[2], []).append(one)
+            by_file.setdefault(one.data, []).append(one)
         columns = [self.state, self.action, "timestamp", "episode_index", "task_index"]
         episodes = []
-        for data, inside in by_file.items():
+        for data, listed in by_file.items():
             table = read_table(data, columns)
             with understood(data):
-                widths = (*(shape[0] for shape in self.widths), 1, 1, 1)
+                widths = (*(shape[0] for shape in self.shapes), 1, 1, 1)
                 states, actions, times, numbers, kinds = (
                     vectors(table, name, width) for name, width in zip(columns, widths, strict=True)
                 )
-            for number, length, _, videos in inside:
+            for number, length, _, videos in listed:
                 rows = np.flatnonzero(numbers[:, 0] == number)
                 what = f"episode {number} in {data}"
                 says = f"{what} has {len(rows)} frames and should have {length}: it is incomplete"
@@ -153,8 +162,8 @@ class Demonstrations:
                 episodes.append(Episode(number, data, videos, times[rows, 0], *own, tasks[kind]))
         return episodes
 
-    def tables(self) -> tuple[dict[int, str], list[tuple]]:
-        """Returns task by number; and number, length, data and videos of every episode."""
+    def tables(self) -> tuple[dict[int, str], list[Listed]]:
+        """Returns tasks by number, and every episode that is listed."""
         info = self.info
         meta = self.folder / "meta"
         videos = [name for name in self.cameras if info["features"][name]["dtype"] == "video"]
@@ -170,7 +179,8 @@ class Demonstrations:
                 at = {"episode_chunk": number // info.get("chunks_size", 1000)}
                 at["episode_index"] = number
                 files = {n: (self.named_by(where, video_key=n, **at), 0.0) for n in videos}
-                found.append((number, one["length"], self.named_by(info["data_path"], **at), files))
+                data = self.named_by(info["data_path"], **at)
+                found.append(Listed(number, one["length"], data, files))
             return tasks, found
 
         # pandas wrote the first table: the task is its index.
@@ -194,7 +204,7 @@ class Demonstrations:
                     at = {part: row[place + part] for part in parts}
                     path = self.named_by(where, video_key=name, **at)
                     files[name] = (path, row[place + "from_timestamp"])
-                found.append((row["episode_index"], row["length"], data, files))
+                found.append(Listed(row["episode_index"], row["length"], data, files))
         return tasks, found
 
     def named_by(self, template: str, **values) -> Path:
@@ -263,7 +273,7 @@ def read_table(path: Path, columns: list[str], rows: list | None = None) -> pa.T
 
 
 def vectors(table: pa.Table, name: str, width: int) -> np.ndarray:
-    """A column of numbers, or of lists of so many numbers, as [n, width] fp64."""
+    """Reads a column of numbers, or of lists of so many numbers, as [n, width] fp64."""
     column = table[name].combine_chunks()
     while pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type):
         column = column.flatten()

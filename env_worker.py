@@ -195,7 +195,10 @@ class TrainingLane:
         self.shard.meter.count("successes", sum(outcome.won))
 
     def end_episodes(self) -> None:
-        """A trajectory is one episode: whoever has ended plays on to no effect until all have."""
+        """Ends the chunk step of a lane whose trajectories are one episode each.
+
+        An env whose episode has ended goes on stepping, to no effect, until all of the lane's have
+        ended: they step together. Then the trajectories are complete."""
         for row in self.ended:
             self.lengths[row] = self.t + 1
         self.ended = []
@@ -245,7 +248,8 @@ class TrainingLane:
         return [deal(env, trajectory, len(self.shard.spec.tasks)) for env in self.lane.envs]
 
     def begin_episodes(self, rows: list[int], trajectory: int, t: int) -> None:
-        """Begins episodes, which are named by where they begin, so a resumed run meets the same."""
+        """Begins episodes. A seed is made of where its episode begins, so a run that is resumed or
+        timed differently meets the same ones (PPO: unless this worker replaces another)."""
         tasks = self.tasks_of(trajectory)
         seeds = self.seeds_of(rows, trajectory, t)
         with self.shard.meter.work("reset"):

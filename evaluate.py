@@ -105,6 +105,8 @@ class EvaluateConfig:
 
 @dataclass
 class Episode:
+    """An episode that is played, and its outcome."""
+
     number: int
     task: int
     env: object  # the simulator that plays it
@@ -205,7 +207,9 @@ class Player:
 
 
 def in_turn(config: EvaluateConfig, tasks: int) -> tuple[list[tuple[int, int]], int]:
-    """Chooses what `Player.play` plays of so many tasks, one after the other. Raises UserError."""
+    """Deals episodes to so many tasks in turn. Raises UserError.
+
+    Returns (task, round) of each of --episodes episodes, and the seed of the first."""
     count = config.episodes
     chosen = [(number % tasks, number // tasks) for number in range(count)]
     seeds = EVAL_SEEDS + config.seed * -(-count // tasks) * tasks

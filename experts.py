@@ -1,9 +1,9 @@
 """Lets Meta-World's scripted experts act, and writes what they did in LeRobot's format.
 
-Gaussian noise on the action that they execute (DART, arXiv 1703.09327) makes the data show how to
-recover, too. A frame's action is the expert's own. The demonstrator moves at 0.6 of the expert's
-speed, so a policy sees well and runs out of time: it succeeds at 20–50 %, which leaves
-reinforcement learning, with the prefix frozen, something to learn.
+Gaussian noise is added to the action that is executed (DART, arXiv 1703.09327), so that the data
+also shows how to recover. The action that is recorded is the one without noise. It moves the arm at
+0.6 of the expert's speed, so a policy that imitates it often runs out of time: it succeeds at 20 to
+50 %. That leaves reinforcement learning, with the prefix frozen, something to learn.
 """
 
 import itertools
@@ -121,7 +121,7 @@ def gather(config: ExpertConfig, spec: EnvSpec, folder: Path) -> None:
     context = mp.get_context("spawn")
     workers = []
     pipes = []
-    with Writer(folder, spec.rate, config.video, "sawyer") as to:
+    with Writer(folder, spec.rate, config.video, "sawyer") as writer:
         try:
             with interrupts_wait():
                 for rank in range(PROCESSES):
@@ -132,22 +132,23 @@ def gather(config: ExpertConfig, spec: EnvSpec, folder: Path) -> None:
                     end.close()  # here, so that the pipe ends with the process
                     workers.append(worker)
                     pipes.append(pipe)
+            # Turns were dealt to the processes one by one, so demonstrations arrive in this order.
             for number, (task, _) in enumerate(turns):
                 rank = number % PROCESSES
                 if played := next_of(pipes[rank], workers[rank], spec.tasks[task]):
-                    to.add(spec.prompts[task], *played)
+                    writer.add(spec.prompts[task], *played)
         finally:
             for worker in workers:
                 worker.kill()
                 worker.join()
         choose = "choose other --tasks, a higher --pace or less --action-noise"
-        require(to.frames, f"no demonstration succeeded: {choose}")
+        require(writer.frames, f"no demonstration succeeded: {choose}")
     seconds = f"{time.monotonic() - started:.0f} s"
-    said = f"{to.frames} frames of {len(to.rows)} demonstrations that succeeded"
+    said = f"{writer.frames} frames of {len(writer.rows)} demonstrations that succeeded"
     print(f"{said}, of {config.demos} per task, in {seconds}")
 
 
-def act(tasks: tuple[str, ...], turns: list[Turn], config: ExpertConfig, to: Connection) -> None:
+def act(tasks: tuple[str, ...], turns: list[Turn], config: ExpertConfig, pipe: Connection) -> None:
     """Runs one process: plays its turns, and sends what `demonstrate` yields, or a UserError."""
     leave_interrupts(mp.parent_process().pid)
     sending = deque()
@@ -155,11 +156,11 @@ def act(tasks: tuple[str, ...], turns: list[Turn], config: ExpertConfig, to: Con
         with ThreadPoolExecutor(1) as sender:  # so that it plays while others are waited for
             for task, mine in itertools.groupby(turns, operator.itemgetter(0)):
                 for played in demonstrate(tasks, task, [seed for _, seed in mine], config):
-                    sending.append(sender.submit(to.send, played))
+                    sending.append(sender.submit(pipe.send, played))
                     if len(sending) > AHEAD:
                         sending.popleft().result()
     except UserError as error:
-        to.send(error)
+        pipe.send(error)
 
 
 def next_of(pipe: Connection, worker: mp.Process, task: str) -> Played | None:

@@ -1,12 +1,12 @@
-"""Imitation: demonstrations → what a model sees and should do, batch by batch → its weights.
+"""Imitation: trains a model on demonstrations, by supervised learning.
 
-`pretrain.py` says what is learned from what; this file learns it, in processes that average
+`pretrain.py` decides on model, data and settings; this file trains, in processes that average
 gradients. The loss is the family's own: flow matching, or cross-entropy of action tokens.
 
-Pictures are read while others are learned from, by threads, a block of pieces of episodes after the
-other, so that a dataset may be larger than memory. A block's frames are learned from in a random
-order. Left out: weights that do not fit one GPU (train.py's --shard), resuming: a checkpoint that
-was saved on the way is one to start from.
+A piece is some neighbouring frames of an episode; a block is as many pieces as fit in 1 GB. Threads
+read the next block while the present one is learned from, so a dataset may be larger than memory.
+The frames of a block come in random order. Left out: weights that do not fit one GPU (train.py's
+--shard); resuming (start from a checkpoint that was saved on the way).
 """
 
 import itertools
@@ -47,7 +47,7 @@ WARMUP = 50  # optimizer steps
 # Bytes of a block that a process learns from, and as many of the next one, which is being read.
 BLOCK = 10**9
 PIECE = 256  # frames of an episode that are read at once, at most
-COUNTED = 20_000  # frames from which statistics of actions are made, about
+COUNTED = 20_000  # frames that statistics of actions are made from, about, or every H-th of all
 SAID_EVERY = 10.0  # seconds between lines
 
 
@@ -83,18 +83,19 @@ class Lesson:
 
 
 def partial_of(out: Path) -> Path:
-    """Where weights are saved before all steps are done: what was at `out` stays until then."""
+    """Returns where weights are saved until all steps are done, and `out` stays as it was."""
     return out.with_suffix(".partial.safetensors")
 
 
 def following(actions: np.ndarray, frame: int, horizon: int) -> np.ndarray:
-    """The actions from a frame on, [H, A]. After an episode's end the last one is repeated, as
-    LeRobot's reader does, and its π0 and openpi learn from that, too."""
+    """Returns the actions [H, A] from a frame on. After an episode's end the last one is repeated,
+    as LeRobot's reader does, and its π0 and openpi learn from that, too."""
     return actions[np.minimum(np.arange(frame, frame + horizon), len(actions) - 1)]
 
 
 def counted(data: Demonstrations, preparation, horizon: int) -> dict:
-    """A header's statistics of a dataset, of its actions as the model is to predict them."""
+    """Computes a header's statistics of a dataset: of states, and of actions as they are to be
+    predicted."""
     total = sum(len(episode.times) for episode in data.episodes)
     stride = max(1, min(horizon, total // COUNTED))
     actions = [
@@ -147,7 +148,7 @@ class Reader:
         """Yields the pieces of a block, and their frames in the order in which they come."""
         for epoch in itertools.count():
             shared = np.random.default_rng([self.lesson.seed, epoch]).permutation(len(self.pieces))
-            # Of fewer pieces than processes, each has some in turn.
+            # Where there are fewer pieces than processes, begin at another process in each epoch.
             first = (self.rank - epoch * len(self.pieces)) % self.ranks
             mine = [self.pieces[i] for i in shared[first :: self.ranks]]
             random = np.random.default_rng([self.lesson.seed, epoch, self.rank])
@@ -265,6 +266,7 @@ def fit(rank: int, count: int, lesson: Lesson, meeting: Path, stop) -> None:
     """Trains with AdamW. Every process draws the same noise, and takes its own part of it.
 
     On a CPU one thread in each of two processes is nearly twice as fast as two threads in one."""
+    # Build the model, and choose this process's part of every batch.
     device = f"cuda:{rank}" if machine.gpus() else "cpu"
     keep_freed_memory()
     if device == "cpu":
@@ -290,7 +292,9 @@ def fit(rank: int, count: int, lesson: Lesson, meeting: Path, stop) -> None:
         draw = {name: x[mine] for name, x in model.imitation_draw(lesson.batch).items()}
         loss = 0.0
         for part in parts:
-            obs, drawn = ({n: x[part].to(device) for n, x in all.items()} for all in (batch, draw))
+            obs, drawn = (
+                {name: x[part].to(device) for name, x in fields.items()} for fields in (batch, draw)
+            )
             share = len(obs["actions"]) / lesson.batch
             one = model.imitate(obs, obs["actions"], drawn) * share
             one.backward()
@@ -300,7 +304,8 @@ def fit(rank: int, count: int, lesson: Lesson, meeting: Path, stop) -> None:
         for _ in gradients.sum() if ranks.several else ():
             pass
         loss, stopped = ranks.sum([loss, float(stop.is_set())])
-        require(rank or math.isfinite(loss), f"the loss of step {step} is {loss}: lower --lr")
+        if rank == 0:  # one process says it, and `learn` then ends all of them
+            require(math.isfinite(loss), f"the loss of step {step} is {loss}: lower --lr")
         optimizer.param_groups[0]["lr"] = lesson.lr * schedule(step - 1, lesson.steps)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -336,7 +341,7 @@ def built(lesson: Lesson, device: str) -> torch.nn.Module:
 
 
 def schedule(step: int, steps: int) -> float:
-    """The factor of the learning rate: linear warm-up, then cosine to zero."""
+    """Returns the factor of the learning rate: linear warm-up, then cosine to zero."""
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1.0 + math.cos(math.pi * (step / steps)))
 
 

@@ -72,11 +72,13 @@ class Learner:
         sums = not ranks.sharded or ranks.twins is not None
         self.gradients = Gradients(self.parameters, ranks) if sums else None
         self.algorithm = algorithms.load(config, spec)
-        # What is known of trajectories on the host, and what the model sees of them.
-        self.facts = tuple(dict.fromkeys((*COMMON, *self.algorithm.slot_fields(config))))
-        self.seen = tuple(n for n in self.model.training_fields() if n not in self.facts)
-        self.fields = self.facts + self.seen
-        self.of_steps = [name for name in self.fields if name not in ("task", "length")]
+        # Names of the slot fields that are read on the host, and of those that go to the device.
+        self.host_fields = tuple(dict.fromkeys((*COMMON, *self.algorithm.slot_fields(config))))
+        self.device_fields = tuple(
+            n for n in self.model.training_fields() if n not in self.host_fields
+        )
+        self.fields = self.host_fields + self.device_fields
+        self.step_fields = [name for name in self.fields if name not in ("task", "length")]
         self.sample: dict[str, Tensor] = {}  # a row [1, …] for passes of no weight (--shard)
         self.proximal: ExactProximal | None = None
         if config.exact_proximal:
@@ -88,14 +90,15 @@ class Learner:
         if resume is not None:
             self.load(resume)
         # Weights of the newest versions, of which the oldest acts (--extra-staleness).
-        self.past: deque[dict[str, Tensor]] = deque(maxlen=config.actor.extra_staleness + 1)
+        held_back = config.actor.extra_staleness
+        self.newest_weights: deque[dict[str, Tensor]] = deque(maxlen=held_back + 1)
         self.begin_batch()
 
     def begin_batch(self) -> None:
         self.tally = Tally()
         self.rows: Rows | None = None  # of the running minibatch, not yet enough for a pass
         self.updates = 0  # optimizer steps by which the weights are past those of `version`
-        self.kept: tuple[dict[str, Tensor], dict] | None = None  # `on_host`, before the first
+        self.before_updates: tuple[dict[str, Tensor], dict] | None = None  # `on_host`
         self.kl_samples = 0  # of the running minibatch
         self.steps: dict[int, int] = {}  # chunk steps trained of each slot, in one epoch
         self.spared: list[int] = []  # slots whose later epochs --kl-stop left out, once for each
@@ -104,8 +107,9 @@ class Learner:
         """Runs forward and backward over --micro-batch chunk steps at once; gradients accumulate
         until `step`.
 
-        data: of the micro-batch's trajectories [n, T or T + 1, …], `facts` on the host and what is
-        `seen` on the device. It is emptied, for the memory."""
+        data: of the micro-batch's trajectories [n, T or T + 1, …], `host_fields` on the host and
+        `device_fields` on the device. It is emptied, for the memory."""
+        # Compute advantages of whole trajectories, and choose the chunk steps to train on.
         self.tally.first_epoch = micro.epoch == 0
         played = torch.arange(self.config.env.segment) < data["length"][:, None]
         targets = self.algorithm.targets(data, played)
@@ -113,10 +117,13 @@ class Learner:
         self.tally_trajectories(data, played, targets, chosen)
         self.steps |= dict(zip(micro.slots, chosen.sum(1).tolist(), strict=True))
 
-        # What is left over waits for more. The last chunk steps of a minibatch make a smaller pass.
+        # With --shard, keep a row for passes that have none of their own (`train_nothing`).
         if self.ranks.sharded and not self.sample:
             first = torch.zeros(1, dtype=torch.long)
-            self.sample = {name: self.picked(data[name], first) for name in self.of_steps}
+            self.sample = {name: self.picked(data[name], first) for name in self.step_fields}
+
+        # Add these chunk steps to those left over, and agree on how many passes they make. The last
+        # ones of a minibatch make a smaller pass.
         self.rows = joined(self.rows, self.rows_of(data, targets, chosen, micro.slots))
         data.clear()
         most = self.config.actor.micro_batch
@@ -125,10 +132,12 @@ class Learner:
         passes = self.ranks.plan(count)
         if passes is None:  # all are to stop
             return
+
+        # Run the passes. What is left over waits for the next micro-batch.
         for number in range(count):
             if micro.last and number == count - 1 and self.ranks.several and not self.ranks.sharded:
                 self.gradients.expect()
-            self.train_rows(cut(self.rows, slice(most)), micro.of)
+            self.train_rows(cut(self.rows, slice(most)), micro.minibatch_size)
             self.rows = cut(self.rows, slice(most, None))
         if not self.rows.places:
             self.rows = None
@@ -157,7 +166,7 @@ class Learner:
         segment = self.config.env.segment
         return Rows(
             [(slots[i // segment], i % segment) for i in index.tolist()],
-            {name: self.picked(data[name], index) for name in self.of_steps},
+            {name: self.picked(data[name], index) for name in self.step_fields},
             self.picked(targets.advantages, index),
             None if targets.returns is None else self.picked(targets.returns, index),
         )
@@ -204,16 +213,16 @@ class Learner:
     def train_nothing(self, passes: int) -> None:
         """Makes passes of no weight, while other ranks that share the weights have rows left."""
         for _ in range(passes):
-            # What the first epoch alone computes, it computes here too.
+            # In the first epoch compute what later epochs reuse, as the other ranks do.
             first = self.tally.first_epoch
             if self.prefixes and first:
-                row = {name: self.sample[name] for name in self.of_steps}
+                row = {name: self.sample[name] for name in self.step_fields}
                 self.sample |= self.model.look_once(row)
             out = self.model.evaluate(self.sample)
             if self.proximal and first:
                 self.proximal.under_first_weights(self.sample, out["logprob"])
 
-            # A loss of the same weights: it is finite, for the ratio is 1.
+            # The loss compares the weights with themselves: its ratio is 1, so it is finite.
             new = units(out["logprob"], self.config.algorithm.granularity)
             old = new.detach()
             value = out["value"]
@@ -223,7 +232,11 @@ class Learner:
             (0.0 * self.algorithm.loss(samples)[0]).backward()
 
     def proximal_logprob(self, stored, logprob, new, old, staleness, places) -> Tensor:
-        """Returns π_prox of decoupled PPO (AReaL, arXiv 2505.24298) [m, U]."""
+        """Returns the proximal log-probs [m, U] of decoupled PPO (AReaL, arXiv 2505.24298).
+
+        stored: slot fields [m, …]; logprob [m, C, A]: of the policy that is trained; new, old
+        [m, U]: of the policy that is trained and of the one that acted; staleness [m], versions;
+        places: slot and row of each chunk step."""
         if self.config.algorithm.proximal == "behaviour":
             return old
         if self.proximal is None:
@@ -288,12 +301,15 @@ class Learner:
 
     def step(self) -> None:
         """Ends a minibatch: clips the gradients, which must be summed over ranks, and steps."""
+        # While --critic-warmup lasts the policy rests: without gradients the optimizer skips it,
+        # weight decay included.
         actor = self.config.actor
-        # The optimizer is not to see what rests, so that not even weight decay moves it.
         resting = self.policy if self.version < self.config.algorithm.critic_warmup else []
         hidden = [parameter.grad for parameter in resting]
         for parameter in resting:
             parameter.grad = None
+
+        # Measure the gradients, and clip them.
         self.tally.add("grad_norm_policy", self.norm_of(self.policy), "max")
         self.tally.add("grad_norm_value", self.norm_of(self.critic), "max")
         length = self.norm_of(self.parameters)
@@ -305,6 +321,7 @@ class Learner:
             )
         self.tally.add("grad_norm", norm, "max")
 
+        # Set the learning rates, and step.
         factor = schedule(self.version, self.config)
         self.optimizer.param_groups[0]["lr"] = actor.lr * factor
         self.optimizer.param_groups[1]["lr"] = actor.value_lr * factor
@@ -313,9 +330,11 @@ class Learner:
                 self.proximal.keep_weights()
             # A batch of one step alone is never left unfinished.
             if not self.updates and actor.steps > 1 and self.ranks.saves:
-                self.kept = self.on_host()
+                self.before_updates = self.on_host()
             self.optimizer.step()
             self.updates += 1
+
+        # Give the resting weights their gradient buffers back, and clear all of them.
         for parameter, gradient in zip(resting, hidden, strict=True):
             parameter.grad = gradient
         self.optimizer.zero_grad(set_to_none=False)
@@ -375,8 +394,9 @@ class Learner:
         self.check_finite(self.trainable)
         if not self.config.actor.extra_staleness:
             return self.ranks.gathered(self.trainable)
-        self.past.append({name: p.detach().clone() for name, p in self.trainable.items()})
-        return self.ranks.gathered(self.past[0])
+        copied = {name: p.detach().clone() for name, p in self.trainable.items()}
+        self.newest_weights.append(copied)
+        return self.ranks.gathered(self.newest_weights[0])
 
     def check_finite(self, weights: dict[str, Tensor]) -> None:
         """Raises FloatingPointError where weights that are to be published or saved are broken."""
@@ -396,7 +416,7 @@ class Learner:
         where a weight is not finite.
 
         lines: the newest of metrics.jsonl, which may not have been written when a run is killed."""
-        trained, optimizer = self.kept or self.on_host()
+        trained, optimizer = self.before_updates or self.on_host()
         self.check_finite(dict(self.model.named_parameters()) | self.idle | trained)
         now = self.model.state_dict()
         weights = self.ranks.on_first(now | trained, now) | self.idle

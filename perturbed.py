@@ -24,11 +24,11 @@ class Part(NamedTuple):
     note: str = ""  # why there are none
 
     def chosen(self, episodes: int, seed: int) -> tuple["Part", list[tuple[int, int]]]:
-        """Chooses what so many episodes are of, tasks and initial states from everywhere in this
-        part. No two have the same of both, and those of seed 1 follow on those of seed 0.
+        """Chooses the task and the initial state of so many episodes, spread over this part.
 
-        Returns the part with the states that they begin at, and of each episode its task and which
-        of these states it has."""
+        No pair of task and state comes twice, so there may be fewer. Seed 1 begins where seed 0
+        ended. Returns the part with the states that are used, and (task, index into those states)
+        of each episode."""
         tasks = spread(range(len(self.spec.tasks)))
         states = spread(self.states or range(self.spec.states))
         count = min(episodes, len(tasks) * len(states))
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 def spread(items: Sequence[int]) -> list[int]:
-    """Orders items so that however many follow on one another, they are from everywhere."""
+    """Orders items so that any few in a row are spread over all (steps of the golden ratio)."""
     golden = (math.sqrt(5) - 1) / 2
     return [items[i] for i in sorted(range(len(items)), key=lambda i: i * golden % 1)]
 
@@ -47,11 +47,11 @@ def spread(items: Sequence[int]) -> list[int]:
 class Training(NamedTuple):
     """What is known of how a policy was trained."""
 
-    # Tasks, with the initial states that were met, of which none means all. None: of another
-    # project's, which may be any.
+    # Task → the initial states that training met; no states mean all of them. None instead of a
+    # dictionary: another project's checkpoint, which may have met anything.
     met: dict[str, frozenset[int]] | None
     eval_states: str = ""
-    partly: bool = False  # nobody knows what the weights had met that those runs began from
+    partly: bool = False  # some earlier weights have an unknown past, so it may have met more
 
     def tasks_of(self, spec: EnvSpec) -> tuple[str, ...]:
         """Lists those that were trained on, or may have been."""
@@ -112,6 +112,7 @@ def parts(
     simulator: Simulator, suite: str, training: Training, train: str, evaluation: str
 ) -> list[Part]:
     """Lists what is to be played. train, evaluation: flags of initial states. Raises UserError."""
+    # The suite itself: tasks that were trained on, then those that were not.
     spec = simulator.spec((suite,), 0)
     known = training.tasks_of(spec)
     others = tuple(task for task in spec.tasks if task not in known)
@@ -125,6 +126,8 @@ def parts(
         found = states_of(simulator.name, rest, training, train, evaluation)[1]
         title = f"{name}, not trained on{training.as_far(' ')}"
         made.append(Part(title, rest, read_states(found)))
+
+    # Every perturbation that can be played here.
     for name, why in sorted(simulator.perturbed(suite).items()):
         if why:
             continue
@@ -132,8 +135,9 @@ def parts(
         known = training.tasks_of(spec) if training.met is not None else ()
         title = name
         if known:
-            of = "" if len(known) == len(spec.tasks) else f"{share(known, spec)} "
-            title += f", {of}trained on" + (training.as_far(" ") if of else "")
+            some = "" if len(known) == len(spec.tasks) else f"{share(known, spec)} "
+            title += f", {some}trained on" + (training.as_far(" ") if some else "")
+        # Begin at --eval-states where they are given; a part that has none of them is not played.
         given = read_states(evaluation)
         states = tuple(state for state in given if state < spec.states)
         none = f"none: its initial states are 0-{spec.states - 1}, and --eval-states {evaluation}"

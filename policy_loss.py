@@ -15,10 +15,11 @@ from errors import require
 
 LARGEST = 1e38  # as float32 can hold
 FINITE = math.exp(20)  # no weight is larger, as in verl
-# Corrections, with the settings of `PolicyLoss` that each has and their published values: of AReaL
-# (mask, truncate and, after Ring-1T, icepop), of verl's presets (sequence, geometric), and of the
-# papers; GIPO's tried σ from 0.1 to 2. Those of `geometric` (verl/trainer/config/algorithm.py,
-# `decoupled_geo_rs`) are for two engines of the same weights: staleness moves further.
+# Corrections, with the bounds of `PolicyLoss` that each uses and their published values. mask,
+# truncate and icepop are AReaL's (icepop after Ring-1T). sequence and geometric are presets of verl
+# (verl/trainer/config/algorithm.py, `decoupled_geo_rs`). The others are their papers'; GIPO's tried
+# σ from 0.1 to 2. The bounds of geometric are meant for two engines that run the same weights:
+# stale samples differ by more, so give wider ones.
 CORRECTIONS: dict[str, dict[str, float]] = {
     "mask": {"weight_max": 5.0},
     "truncate": {"weight_max": 5.0},
@@ -36,14 +37,14 @@ class PolicyLoss:
     """Decoupled PPO (AReaL, arXiv 2505.24298); PPO (arXiv 1707.06347) where the proximal policy is
     the one that acted.
 
-        w = exp(prox − old)        how far the policy had moved before this update; no gradient
-        ratio = exp(new − prox)
+        w = exp(proximal − old)    how far the policy had moved before this update; no gradient
+        ratio = exp(new − proximal)
         objective = w · min(ratio·A, clamp(ratio, 1 − ε_low, 1 + ε_high)·A)
         where A < 0 and c > 0:  objective = max(objective, w·c·A)
 
     ε_low ≠ ε_high is clip-higher (DAPO, arXiv 2503.14476), c is dual clip (arXiv 1912.09729).
-    `weight_mode` says how w is kept from harm (CORRECTIONS has the published bounds). With min and
-    max for `weight_min` and `weight_max`, a unit is trained, else masked, where
+    `weight_mode` says how w is kept from harm; CORRECTIONS has the published bounds. A unit is
+    trained where its condition holds, and masked elsewhere (min, max: `weight_min`, `weight_max`):
 
         mask       w ≤ max                                      AReaL
         truncate   always, by min(w, max)                       TIS, Yao et al. 2025, in verl
@@ -53,12 +54,12 @@ class PolicyLoss:
         kpop       D(p‖q) ≤ φ and D(q‖p) ≤ φ                    ringtech.notion.site/kpop
         m2po       (log w)² ≤ `cut`                             arXiv 2510.01161, and `SecondMoment`
 
-    p = exp(prox), q = exp(old), and D(p‖q) = p·log(p/q) + (1 − p)·log((1 − p)/(1 − q)) tells the
-    unit from all else: so kpop is for probabilities, not for densities, and of single tokens: those
-    of whole chunks are all next to 0, and so is D. A sequence is a chunk step here, the counterpart
-    of an LLM's response: one inference drew it, and it is never cut, while a trajectory's chunk
-    steps are trained in different passes, as they arrive. With one unit a chunk, sequence and
-    geometric are icepop.
+    p = exp(proximal), q = exp(old), and D(p‖q) = p·log(p/q) + (1 − p)·log((1 − p)/(1 − q)) tells
+    the unit from all else: so kpop is for probabilities, not for densities, and of single tokens:
+    those of whole chunks are all next to 0, and so is D. A sequence is a chunk step here, the
+    counterpart of an LLM's response: one inference drew it, and it is never cut, while a
+    trajectory's chunk steps are trained in different passes, as they arrive. With one unit a chunk,
+    sequence and geometric are icepop.
 
         gipo       objective = ω · exp(new − old) · A,  ω = exp(−½·((new − old) / σ)²)
 
@@ -75,10 +76,13 @@ class PolicyLoss:
     cut: float = LARGEST  # m2po: the largest (log w)² that is trained
 
     def __call__(
-        self, new: Tensor, old: Tensor, prox: Tensor, advantages: Tensor
+        self, new: Tensor, old: Tensor, proximal: Tensor, advantages: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """new, old, prox [n, U]; advantages [n], or [n, U] of each unit. Returns the loss [] and
-        numbers for the metrics, all of them sums over samples."""
+        """Computes the loss of n samples of U units.
+
+        new, old, proximal [n, U]: log-probs under the policy that is trained, the one that acted
+        and the proximal one. advantages [n], or [n, U] of each unit. Returns the loss [] and
+        `clip_fraction`, `masked_fraction` and what m2po measures, all of them sums over samples."""
         per_unit = 1.0 / new.shape[1]
         a = advantages.view(len(new), -1)
         if self.weight_mode == "gipo":
@@ -86,12 +90,13 @@ class PolicyLoss:
             objective = soft_ratio(new - old, self.trust) * a
             return -objective.sum() * per_unit, {"clip_fraction": none, "masked_fraction": none}
 
-        log_weight = prox - old
+        log_weight = proximal - old
         weight = log_weight.exp()
-        kept = self.keeps(weight, log_weight, prox, old)
+        kept = self.keeps(weight, log_weight, proximal, old)
         most = min(self.weight_max, FINITE) if self.weight_mode == "truncate" else FINITE
         weight = torch.where(kept, weight.clamp(max=most), 0.0)
-        ratio = torch.where(kept, new - prox, 0.0).exp()  # masked before exp: 0 · ∞ would be NaN
+        log_ratio = torch.where(kept, new - proximal, 0.0)  # masked before exp: 0 · ∞ would be NaN
+        ratio = log_ratio.exp()
         objective = torch.minimum(
             ratio * a, ratio.clamp(1.0 - self.clip_low, 1.0 + self.clip_high) * a
         )
@@ -106,14 +111,14 @@ class PolicyLoss:
             numbers |= SecondMoment(self.trust).measure(log_weight)
         return -(weight * objective).sum() * per_unit, numbers
 
-    def keeps(self, weight: Tensor, log_weight: Tensor, prox: Tensor, old: Tensor) -> Tensor:
+    def keeps(self, weight: Tensor, log_weight: Tensor, proximal: Tensor, old: Tensor) -> Tensor:
         """Tells which units are trained [n, U], from w, log w and its parts, all [n, U]."""
         if self.weight_mode == "mask":
             return weight <= self.weight_max
         if self.weight_mode == "truncate":
             return torch.ones_like(log_weight, dtype=torch.bool)
         if self.weight_mode == "kpop":
-            there_and_back = torch.maximum(binary_kl(prox, old), binary_kl(old, prox))
+            there_and_back = torch.maximum(binary_kl(proximal, old), binary_kl(old, proximal))
             return there_and_back <= self.trust
         if self.weight_mode == "m2po":
             return log_weight.square() <= self.cut
@@ -146,17 +151,20 @@ class SecondMoment:
     """M2PO's bound (arXiv 2510.01161): of a batch's units, those with the largest (log w)² are
     masked until the mean of the others is at most τ.
 
-    The paper sorts the batch. A streamed batch is trained before all of it exists, so here the
-    batch before says where the mask begins, like `AdvantageScale`: at the largest of these edges
-    below which its mean was at most τ. They are a factor √2 apart; the run's first batch has no
-    mask. And as in AReaL's M2PO, w is the proximal policy's (`PolicyLoss`), which is clipped
-    around; before a batch's first update that is the paper's π/π_old, without clipping."""
+    The paper sorts the batch. A streamed batch is trained before all of it exists, so the batch
+    before decides (as in `AdvantageScale`). Its (log w)² are counted below each of 22 edges, a
+    factor √2 apart but for the last. The cut is the largest edge below which their mean was at most
+    τ; the first batch has no cut.
+
+    As in AReaL's M2PO, w is the proximal policy's weight, and the ratio beside it is clipped.
+    Before a batch's first update w is the paper's π/π_old, without clipping."""
 
     tau: float
 
     @property
     def edges(self) -> list[float]:
-        # Units of at most τ are never masked. e^6.4 is the last weight told from larger ones.
+        # Units of at most τ are never masked. Beyond the last but one edge, 1024·τ, weights are not
+        # told apart: at the published τ = 0.04 that is a weight of e^6.4.
         return [self.tau * 2 ** (k / 2) for k in range(21)] + [LARGEST]
 
     def measure(self, log_weight: Tensor) -> dict[str, Tensor]:

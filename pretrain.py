@@ -1,7 +1,7 @@
 """Imitates demonstrations: makes the checkpoint that reinforcement learning starts from.
 
     python pretrain.py --out NEW            a small model for Meta-World, in about 10 minutes on 2
-                                            cores, made as assets/pi05_metaworld.safetensors was
+                                            cores: the recipe of assets/pi05_metaworld.safetensors
     python pretrain.py --collect demos      Meta-World's scripted experts play, no more
     python pretrain.py --dataset demos --out NEW
     python pretrain.py --dataset FOLDER --env libero --suite libero_10 --model pi05 \
@@ -9,10 +9,11 @@
     python train.py --checkpoint NEW --env libero --suite libero_10
 
 A dataset is in LeRobot's format (demonstrations.py); docs/demonstrations.md says what of it goes
-where. Without one Meta-World's scripted experts act (experts.py), and what they did is written and
-read as one. The shipped assets are older than that: docs/demonstrations.md compares them. How it
-is learned: imitation.py. Left out: a validation split, as success in the
-simulator counts; reading a robot of its own, for which there is no simulator.
+where. Without one, Meta-World's scripted experts act (experts.py), and what they did is written and
+read as a dataset. The shipped assets were made by an older version of this file, so a new run does
+not repeat them (docs/demonstrations.md compares the two). imitation.py does the learning. Left out:
+a validation split, because success in the simulator is what counts; datasets of a robot that no
+simulator here has.
 """
 
 import signal
@@ -195,8 +196,8 @@ def read_dataset(config: PretrainConfig, spec: EnvSpec) -> Demonstrations:
     """Opens --dataset and checks that it is of the simulator. Raises UserError."""
     data = Demonstrations(config.dataset, config.state, config.action)
     for what, found, wanted in (
-        (data.state, data.widths[0], spec.state_dim),
-        (data.action, data.widths[1], spec.action_dim),
+        (data.state, data.shapes[0], spec.state_dim),
+        (data.action, data.shapes[1], spec.action_dim),
     ):
         says = f"{what} of {data.folder} has {found[0]} numbers and --env {config.env} {wanted}"
         require(found == [wanted], f"{says}: give the --env that it is of, or another feature")

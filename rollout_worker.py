@@ -89,9 +89,9 @@ def run(
         with meter.work("infer", batch=len(samples), version=fetcher.version):
             # --extra-staleness: the actor publishes older weights under a version's number.
             acting = max(begun, fetcher.version - config.actor.extra_staleness)
-            policy = named(config, acting, begun)
-            how = (config.train.seed, acting, device, padded, policy, lanes.world)
-            serve(model, samples, channels.pool, *how)
+            policy = described(config, acting, begun)
+            how = {"padded": padded, "policy": policy, "world": lanes.world}
+            serve(model, samples, channels.pool, config.train.seed, acting, device, **how)
             answer(batch, channels)
         infer_s = time.monotonic() - start
         count_inference(meter, len(samples), infer_s, waited_s, device)
@@ -268,7 +268,7 @@ def swap(fetcher: WeightFetcher, wait_s: float, meter: Meter) -> bool:
 # ---------------------------------------------------------------- inference
 
 
-def named(config: Config, version: int, begun: int) -> tuple[str, str]:
+def described(config: Config, version: int, begun: int) -> tuple[str, str]:
     """Says whose the policy is, and what helps if it gives NaN. begun: the checkpoint's version."""
     if version > begun:
         lower = "training has diverged, so resume an older checkpoint with a lower --lr"
@@ -282,7 +282,7 @@ def compile_where_asked(
     """Compiles inference (--compile). Returns what n samples are padded to; n without a GPU."""
     wanted = config.rollout.compile
     if not ((device != "cpu" if wanted is None else wanted) and layers.blocks(model)):
-        return int
+        return int  # the identity: n samples stay n
     most = most_samples(config, lanes.count)
     compiled.compile_for(model, most, device, meter.alive)
     if device == "cpu":
@@ -307,7 +307,7 @@ def serve(
     kind of request asked for.
 
     version: what is noted beside the actions. padded: the number of samples that the model is given
-    in place of n. policy: of `named`. world: the number among those of all nodes that names an env.
+    in place of n. policy: of `described`. world: turns an env's number into that among all nodes'.
     Raises UserError where the policy gives NaN."""
     slots = np.array([r.slot for r in samples])
     rows = np.array([0 if r.kind == EVAL else r.t for r in samples])
@@ -332,7 +332,8 @@ def serve(
     out = transfers.bring_back(pool, out, acting, slots, rows, device)
     contract.check_finite(out, *policy)
 
-    # Every kind of request wants its own results in its row.
+    # Every kind of request wants its own results in its row. The version stands beside log-probs.
+    pool.arrays["version"][slots[acting], rows[acting]] = version
     for names, wanted in (
         (("actions",), (ACT, EVAL)),
         (("value",), (ACT, VALUE)),
@@ -344,7 +345,7 @@ def serve(
         for name in names if chosen else ():
             if name in out:
                 transfers.put(pool, name, *at, out[name] if everybody else out[name][chosen])
-    pool.arrays["version"][at] = version  # of ACT, which was the last
+
     # FINAL names the row that holds the last observation for a moment: the one after its step's.
     finals = [i for i, kind in enumerate(kinds) if kind == FINAL]
     if finals:

@@ -36,10 +36,11 @@ def most_samples(config: Config, lanes: int) -> int:
 class DynamicBatcher:
     """Lets requests wait here until  n ≥ B_max  or  w ≥ T_max  (RL-VLA³ eq. 1).
 
-    n counts the queued requests of lanes. w is how long the oldest one has waited; the clock starts
-    when the first request is queued, never before. A request added with `counted=False`
-    (evaluation, a last value) rides along: it is served with the next batch and its wait counts,
-    but it does not help to fill one, so that B_max = every lane is lockstep.
+    n counts the queued requests whose lanes do nothing until they are answered. w is how long the
+    oldest request has waited, from when it was sent. A request added with `counted=False`
+    (evaluation, or the last value of a lane that has already gone on) rides along: it is served
+    with the next batch and its wait counts, but it does not help to fill one. So with B_max = all
+    lanes, lanes run in lockstep.
 
     Lanes that wait for new weights ask for nothing, so a batch is due at once when nobody else may
     ask: see `expect_at_most`."""
@@ -104,11 +105,12 @@ class DynamicBatcher:
 
 
 def interleaved(number, whole: int, node: int, nodes: int):
-    """Returns the number among those of all nodes of what a node numbers by itself: nodes take
-    turns, and what stays together, `whole` of them in a row, does so there too.
+    """Turns a number on one node into the number among all nodes.
 
-    So one node with all the lanes deals them to as many actor ranks in the same way
-    (`Admission.owner`). For an array, an array."""
+    Nodes take turns by blocks of `whole` numbers, so that a lane or a group stays together. With
+    whole = 2 and two nodes, numbers 0 1 2 3 of node 0 become 0 1 4 5, and those of node 1 become
+    2 3 6 7. So actor ranks get the same lanes as if one node had all of them (`Admission.owner`).
+    number: an int or an array; returns the same kind."""
     return (number // whole * nodes + node) * whole + number % whole
 
 
@@ -125,8 +127,9 @@ def env_numbers(config: Config) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Admission:
-    """Decides which trajectory is which, and when it may start: staleness as back-pressure, without
-    talking to anyone. Batch, envs and slots are a node's own; what names data is of all nodes.
+    """Decides which batch and slot a trajectory has, and when it may start: staleness as
+    back-pressure, without messages. Trajectories, batches and slots are numbered on each node;
+    episodes, tasks and noise are named by the env's number among all nodes (`world`).
 
     An env's j-th trajectory belongs to batch b = j // k, where k = batch / envs trajectories of
     every env make a batch. So membership never depends on outcome or speed. The trajectory may
@@ -136,14 +139,14 @@ class Admission:
     come after the last batch never starts. The envs of a lane, `width` of them, have slots side by
     side."""
 
-    batch: int
-    envs: int
-    max_staleness: int
-    batches: float = math.inf
-    width: int = 1
+    batch: int  # trajectories of a batch
+    envs: int  # that play them
+    max_staleness: int  # K, versions
+    batches: float = math.inf  # of the whole run
+    width: int = 1  # envs of a lane
     group: int = 1  # G of GRPO: so many envs in a row begin each trajectory in the same state
-    node: int = 0  # this one, of so many
-    nodes: int = 1
+    node: int = 0  # number of this node
+    nodes: int = 1  # how many there are
 
     @classmethod
     def of(cls, config: Config) -> "Admission":
@@ -277,11 +280,11 @@ class Placement:
 
 
 def divide(config: Config, simulator, gpus: int, cores: int) -> Placement:
-    """Places the workers of `config` on the parts of the machine. Raises UserError.
+    """Places the workers of `config` on GPUs, or without them on cores. Raises UserError.
 
-    simulator: an emulated one says itself how many env workers there are. One that steps on cores
-    has, beside GPUs, all but two for each of these, and at least a worker for each that it
-    draws on."""
+    --env-workers counts, else what an emulated simulator says. A simulator that steps on cores has
+    R env workers without GPUs. Beside GPUs it has one for each core but two per GPU, and at least
+    one for each GPU that it draws on. A vectorised one has as many as --ratio gives."""
     ratio = config.train.parts
     placement = config.train.placement
     env_workers, *others = (setting(config, name) for name in WORKERS)
@@ -360,6 +363,7 @@ def place(ratio: str, placement: str, gpus: int, cores: int, *workers: int) -> P
 def place_on_cpu(
     ratio: str, placement: str, cores: int, env_workers: int, rollout_workers: int, actors: int
 ) -> Placement:
+    """Turns R:A into processes and torch threads where there is no GPU. 0 workers: derived."""
     r, a = parse_ratio(ratio)
     env = env_workers or r
     rollout = rollout_workers or 1

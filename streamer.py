@@ -29,7 +29,7 @@ class MicroBatch:
     epoch: int
     minibatch: int
     last: bool  # the optimizer steps after this one
-    of: int  # trajectories of the minibatch, over the ranks of all nodes
+    minibatch_size: int  # trajectories, over the ranks of all nodes
 
 
 @dataclass(eq=False)
@@ -42,8 +42,8 @@ class Streamer:
     together: int  # trajectories of a micro-batch; the last one of a minibatch may have fewer
     epochs: int
     stream: bool
-    rank: int  # of the node, which has so many
-    ranks: int
+    rank: int  # this actor's rank on its node
+    ranks: int  # actor ranks of a node
     seed: int
     version: int  # the batch to begin with, then the running one
 
@@ -167,9 +167,10 @@ class Streamer:
             self._arrive(slot)
 
     def _begin_epoch(self) -> None:
-        """Shuffles the same trajectories again, once every minibatch of the epoch is out. The
-        shuffle is named by seed, version, epoch and rank: the one that would have the same
-        trajectories if one node had all lanes."""
+        """Shuffles the same trajectories for the next epoch, once every minibatch is given out.
+
+        The shuffle is named by seed, version, epoch and a rank among all nodes: the rank that would
+        have the same trajectories if one node had all lanes."""
         self.step = 0
         self.epoch = self.epochs if self.stopping else self.epoch + 1
         if not self.done:

@@ -7,9 +7,10 @@
     python train.py --resume NAME                   continue runs/NAME from its newest checkpoint
     python train.py --resume-or-start NAME          the same, or begin it: what a cluster requeues
 
-It goes from flags over `prepare` to shared memory, workers and a `Follower`. With `--ratio auto`
-the run may start again at another ratio, from a checkpoint saved for the purpose (`start_again`).
-On several machines torchrun starts one of these on each: nodes.py.
+It reads the flags (`command_line`), decides what they mean here (`prepare`), makes the shared
+memory, starts the workers, and then watches them (`follow.Follower`). With `--ratio auto` the run
+may start again at another ratio, from a checkpoint that is saved for it (`start_again`). On several
+machines torchrun starts one of these on each: nodes.py.
 """
 
 import json
@@ -66,6 +67,7 @@ def jobs(
     setup: Setup, channels: Channels, folder: RunFolder, meeting: Meeting, report: Connection
 ) -> list[Job]:
     """Lists what every worker is to do. A worker's place in the list is its row of the counters."""
+    # List every worker: its stage, rank, function, arguments, threads and environment variables.
     placement = setup.placement
     spec = setup.spec
     budgets = memory.budgets(memory.table_of(setup, setup.room), setup.room)
@@ -88,19 +90,20 @@ def jobs(
         args = (setup.header, device, channels.of_worker("env", rank), setup.version, films)
         plans.append(("env", rank, env_worker.run, args, 1, draws_on))
 
+    # Make a job of each, with its meter, its share of a GPU's memory and the cores that it may use.
     cores = {stage: setup.cores(stage) for stage in metrics.STAGES}
     listed = []
     for stage, rank, target, args, threads, environment in plans:
         meter = metrics.Meter(f"{stage}-{rank}", len(listed), channels.counters, trace)
         part = None
-        if stage != "env" and args[1] != "cpu":
+        if stage != "env" and args[1] != "cpu":  # the device of a rollout worker or an actor
             budget = budgets.get(args[1], {}).get(meter.name, setup.room.gpu)
             part = GpuPart(args[1], min(1.0, budget / setup.room.gpu))
         args = (rank, setup.config, *args, meter)
         may_use = cores[stage][rank]
-        again = stage != "actor"
+        replaceable = stage != "actor"  # only an actor holds what cannot be had again
         start_up = START_UP if stage == "rollout" else 1.0
-        job = (meter.name, target, args, threads, meter, environment, again, start_up)
+        job = (meter.name, target, args, threads, meter, environment, replaceable, start_up)
         listed.append(Job(*job, part, may_use))
     return listed
 
@@ -194,16 +197,16 @@ def differences(before: Config, now: Config) -> list[str]:
 
 @dataclass
 class Handover:
-    """What a run that starts again at another ratio leaves to itself, in tuning.json."""
+    """What a run passes on to its next start at another ratio, in tuning.json."""
 
-    process: int = field(default_factory=os.getpid)  # which keeps its number
+    process: int = field(default_factory=os.getpid)  # the new start has the same process id
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
     heard: int | None = None  # the pipe of `keep_interrupts`; None where the run has just begun
 
     @classmethod
     def take(cls, path: Path) -> "Handover":
-        """Reads and removes the file. Returns nothing's if it is of another process, or missing."""
+        """Reads and removes the file. Returns an empty one if it is not ours, or missing."""
         file = path / "tuning.json"
         if not file.is_file():
             return cls()
@@ -280,6 +283,7 @@ def begin(args: list[str]) -> int:
 
 def main(config: Config, nodes: Nodes | None = None) -> int:
     """Runs to the end and returns the exit status. nodes: None where this one is alone."""
+    # Prepare, and open the run's folder.
     nodes = nodes or Nodes()
     setup = prepare(config)
     train = setup.config.train
@@ -287,17 +291,23 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         memory_report(setup)
         return 0
     folder = open_folder(setup, nodes)
+
+    # Go on from what a start at another ratio has passed on, if this is the next one.
     handover = Handover.take(folder.path)
     again = handover.heard is not None
     videos = folder.path / "videos"
     if setup.resume and nodes.first and not again:  # frames are left if its launcher was killed
         make_videos(folder.spans, videos)
     folder.clear(keep_trace=again)
+
+    # Note interrupts from here on, and those that came during the handover.
     simulator = envs.SIMULATORS[train.env][0]
     model = models.files(train.model).__name__
     interrupts = processes.note_interrupts("train", simulator, model)
     for number in processes.kept_interrupts(handover.heard) if again else b"":
         interrupts.note(number)
+
+    # Say what begins, and write what repeats it.
     tracker = mirror(setup.config, folder) if nodes.first else None
     folder.appended = handover.appended
     announce(setup, folder, again, nodes)
@@ -308,6 +318,7 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         started = html_report.command(nodes.count, sys.argv[1:])
         html_report.begin(folder, started, setup.placement.line, bool(setup.resume))
 
+    # Run until it ends. A new ratio replaces this process: it returns only where Ctrl-C came first.
     try:
         end = run_crew(setup, folder, interrupts, tracker, handover.past, nodes)
     except Exception as error:
@@ -317,6 +328,8 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
     if end.ratio:
         nodes.close()
         start_again(end.ratio, folder, nodes, handover.past, interrupts, tracker)
+
+    # Put trace, videos and report together.
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
     try:
         nodes.gather_spans(folder.spans)

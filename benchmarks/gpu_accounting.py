@@ -169,11 +169,11 @@ class Case:
             ranks = Ranks.of(self.config, 0, DEVICE, Meeting(Path(folder)), None)
         learner = Learner(self.config, self.spec, DEVICE, ranks, None)
         streamer = Streamer.of(self.config, 0, 0)
-        carrier = Carrier(self.pool, learner.seen, self.steps, DEVICE)
-        facts = learner.facts
+        carrier = Carrier(self.pool, learner.device_fields, self.steps, DEVICE)
+        facts = learner.host_fields
         inbox = Inbox(0, self.config, self.spec, self.channels, streamer, facts, carrier)
         slots = tuple(range(TRAJECTORIES))
-        micro = MicroBatch(slots, epoch=0, minibatch=0, last=True, of=TRAJECTORIES)
+        micro = MicroBatch(slots, epoch=0, minibatch=0, last=True, minibatch_size=TRAJECTORIES)
         with self.counting(found, "micro-batch"):
             learner.train(inbox.read(micro), micro)
         if learner.prefixes:

@@ -136,7 +136,7 @@ def test_a_draw_depends_neither_on_cuts_nor_on_order_nor_on_nodes(algorithm, gro
         learner.config = completed(learner.config, batch=half, envs=half)
         streamer = Streamer(share, 1, 2, 1, True, 0, 1, seed=1, version=0)
         for micro in minibatches_of(streamer)[0]:
-            assert micro.of == BATCH
+            assert micro.minibatch_size == BATCH
             learner.train(read(learner, mine, micro.slots), micro)
         total.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         trained += learner.tally.get("trained")

@@ -155,7 +155,7 @@ def test_what_was_written_is_read(tmp_path, version, video):
         data = Demonstrations(write_new(tmp_path / "d", episodes, video))
     else:
         data = Demonstrations(write_old(tmp_path / "d", episodes, video, version))
-    assert len(data.cameras) == 2 and data.widths == [[4], [4]]
+    assert len(data.cameras) == 2 and data.shapes == [[4], [4]]
     assert_same(data, episodes, exact=not video)
 
 

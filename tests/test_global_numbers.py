@@ -92,7 +92,9 @@ def trained(config: Config, rank: int, played: dict) -> list[tuple]:
         while not streamer.done:
             micro = streamer.next()
             whose = [played[slot, batch] for slot in micro.slots]
-            found.append((whose, batch, micro.epoch, micro.minibatch, micro.last, micro.of))
+            found.append(
+                (whose, batch, micro.epoch, micro.minibatch, micro.last, micro.minibatch_size)
+            )
         streamer.finish_batch()
     return found
 

@@ -165,7 +165,7 @@ def sharing(number: int, folder: Path, cases: tuple[str, ...], nodes: int) -> No
         list(ranks.meet())
         found["resumed"] = resumed(model_of(name), learner, folder / name)
         if ranks.saves:  # what this rank knew before the updates of the running batch
-            found["kept"] = learner.kept[1]["state"]
+            found["kept"] = learner.before_updates[1]["state"]
         torch.save(found, folder / f"{name}-{number}.pt")
     list(ranks.meet())
     ranks.leave()

@@ -349,16 +349,18 @@ def test_a_micro_batch_waits_once_and_copies_no_pageable_memory(family, watch):
     with patch.object(models, "build", return_value=model):
         learner = Learner(config, spec, "meta", Ranks(0, 1, "meta", Meeting(Path())), None)
     with patch.object(transfers, "lock"):
-        carrier = Carrier(pool, learner.seen, SEGMENT, "meta")
+        carrier = Carrier(pool, learner.device_fields, SEGMENT, "meta")
     pool["length"][3] = 2  # one of them is not trained on whole
     with watch, Lists():
         for i, slots in enumerate(((0, 1, 2), (3, 5))):
-            data = {name: gather(pool, name, np.array(slots)) for name in learner.facts}
+            data = {name: gather(pool, name, np.array(slots)) for name in learner.host_fields}
             sent = watch.sent
             carrier.begin(slots)
-            large = [name for name in learner.seen if name in pool.locked]
+            large = [name for name in learner.device_fields if name in pool.locked]
             runs_of_slots = 1 + i if "image" not in large else 3 - i
-            assert watch.sent - sent == runs_of_slots * len(large) + len(learner.seen) - len(large)
+            assert watch.sent - sent == runs_of_slots * len(large) + len(
+                learner.device_fields
+            ) - len(large)
             Stream.waits = []
             learner.train(data | carrier.take(slots), MicroBatch(slots, 0, 0, i == 1, 5))
             assert Stream.waits == ["synchronize"] * i  # for the numbers of the one before

@@ -184,8 +184,10 @@ class Training:
 
         with patch.object(models, "build", build):
             self.learner = Learner(config, LIBERO, where.device, ranks, None)
-        carrier = Carrier(channels.pool, self.learner.seen, config.env.segment, where.device)
-        self.inbox = Inbox(0, config, LIBERO, channels, NoMore(), self.learner.facts, carrier)
+        carrier = Carrier(
+            channels.pool, self.learner.device_fields, config.env.segment, where.device
+        )
+        self.inbox = Inbox(0, config, LIBERO, channels, NoMore(), self.learner.host_fields, carrier)
         self.recomputes = False
         # Bytes of gradients and moments, which the first step makes.
         self.pending = 3 * sum(p.nbytes for p in self.learner.parameters)
