@@ -439,7 +439,7 @@ def plot_corrections(found: list[dict], image: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(17, 5), sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(17, 6), sharey=True)
     variants = ["", "uncorrected", "exact", "truncate", "icepop", "m2po", "gipo"]
     for axis, bound in zip(axes, (2, 4, 8), strict=True):
         lag = f"staleness {bound}"
@@ -451,7 +451,7 @@ def plot_corrections(found: list[dict], image: Path) -> None:
                 label = f"{arm.partition(', ')[2] or arm}, {len(mine)} seeds"
                 axis.plot(steps, 100 * smooth.mean(axis=1), color=colour, label=label)
         axis.set(title=lag, xlabel="thousand env steps trained")
-        axis.legend(loc="lower right", fontsize=8)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncol=3, fontsize=8)
     axes[0].set(ylabel="success of the version's episodes, %")
     figure.tight_layout()
     figure.savefig(image, dpi=110)

@@ -15,7 +15,15 @@ from channel import ACT, EVAL, FINAL, VALUE, WAKE, Channels, Counters, Record, S
 from config import Config
 from errors import UserError
 from models import compiled
-from rollout_worker import LanesServed, answer, first_limits, named, run, serve, take_tuned_limits
+from rollout_worker import (
+    LanesServed,
+    answer,
+    described,
+    first_limits,
+    run,
+    serve,
+    take_tuned_limits,
+)
 from scheduler import DynamicBatcher
 from weights import WeightPlane
 
@@ -122,7 +130,7 @@ def test_nan_is_refused_before_anybody_takes_it(model, channels, kind, head, nam
     config.train.checkpoint = "some/model.safetensors"
     for version, words in ((3, "checkpoint some/model"), (4, "version 4 of the policy")):
         with pytest.raises(UserError, match=rf"{words}.* not finite \({names}\)"):
-            policy = named(config, version, 3)
+            policy = described(config, version, 3)
             serve(
                 model, [Record(2, 1, kind, 1, 0)], channels.pool, 1, version, "cpu", policy=policy
             )
