@@ -84,6 +84,14 @@ def parse(args: list[str]) -> Config:
 
 
 def flags_over(default: Config, args: list[str]) -> Config:
+    """Overrides defaults by flags. Another --behaviour-weight than the default one leaves behind
+    the bounds of that, and gipo the dual clip: they mean another thing to it, or nothing."""
+    chosen = value_of(args, "--behaviour-weight")
+    if chosen not in (None, default.algorithm.behaviour_weight):
+        bounds = ("behaviour_weight_min", "behaviour_weight_max", "behaviour_trust")
+        default = completed(default, **dict.fromkeys(bounds))
+        if chosen == "gipo":
+            default = completed(default, dual_clip=0.0)
     return tyro.cli(Config, args=args, default=default, config=(tyro.conf.OmitArgPrefixes,))
 
 

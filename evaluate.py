@@ -112,6 +112,7 @@ class Episode:
     env: object  # the simulator that plays it
     steps: int = 0  # control steps so far
     success: bool | None = None  # None while it goes on
+    broke: bool = False  # the simulation became unstable
     # Its film, until that is written; only of a task's first one.
     frames: list[np.ndarray] = field(default_factory=list)
 
@@ -168,6 +169,10 @@ class Player:
                 while playing := [episode for episode in begun if episode.success is None]:
                     for episode, actions in zip(playing, self.plan(playing), strict=True):
                         self.execute(episode, actions)
+                for place, episode in enumerate(begun):
+                    if episode.broke:  # what is left of such a simulation is not to be trusted
+                        simulators[place] = self.simulator.make(*given)
+                        episode.env.close()
                 ended += len(begun)
                 yield begun
         finally:
@@ -199,7 +204,14 @@ class Player:
         for action in actions:
             if filmed and episode.steps % 2 == 0:
                 episode.frames.append(episode.env.film())
-            step = episode.env.step(action)
+            try:
+                step = episode.env.step(action)
+            except FloatingPointError as error:
+                said = f"warning: {error}: episode {episode.number} counts as failed"
+                print(said, file=sys.stderr, flush=True)
+                episode.success = False
+                episode.broke = True
+                return
             episode.steps += 1
             if step.success or step.failed or episode.steps >= self.spec.limit(episode.task):
                 episode.success = bool(step.success and not step.failed)

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,7 +39,13 @@ from errors import UserError, require
 from gradients import Gradients
 from models import checkpoint, layers
 from models.formats import pictures
-from processes import INTERRUPTS, Interrupts, interrupts_wait, keep_freed_memory, leave_interrupts
+from processes import (
+    Interrupts,
+    interrupts_heard,
+    interrupts_wait,
+    keep_freed_memory,
+    leave_interrupts,
+)
 from ranks import Meeting, Ranks
 
 # Constants, because the order of sums, and so every bit of a small checkpoint, depends on them.
@@ -213,7 +220,7 @@ def learn(lesson: Lesson) -> bool:
         before = {}
         try:
             with interrupts_wait():
-                for number in INTERRUPTS:
+                for number in interrupts_heard():
                     before[number] = signal.signal(number, interrupts.note)
                 for rank in range(count):
                     args = (rank, count, lesson, Path(folder) / "meeting", stop, errors)
@@ -255,10 +262,6 @@ def work(rank: int, count: int, lesson: Lesson, meeting: Path, stop, errors) -> 
         errors.put(str(error))
     except torch.OutOfMemoryError:
         errors.put(f"out of GPU memory: {LESS_MEMORY}")
-    except OSError as error:
-        if error.errno not in output.DISK:
-            raise
-        errors.put(output.disk_trouble(error, lesson.out))
     time.sleep(60.0)  # else the others would complain that it is gone
 
 
@@ -320,7 +323,7 @@ def fit(rank: int, count: int, lesson: Lesson, meeting: Path, stop) -> None:
             print(f"step {step}/{lesson.steps}  loss {loss:.4f}  {spent}", flush=True)
         due = last or lesson.save_every and step % lesson.save_every == 0
         if rank == 0 and due:
-            save(model, lesson, step == lesson.steps)
+            save(model, lesson, step == lesson.steps, last)
         if last:
             break
     batches.close()
@@ -345,20 +348,25 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1.0 + math.cos(math.pi * (step / steps)))
 
 
-def save(model: torch.nn.Module, lesson: Lesson, done: bool) -> None:
-    """Writes weights and vocabulary; before all steps are done, to files of their own."""
+def save(model: torch.nn.Module, lesson: Lesson, done: bool, last: bool) -> None:
+    """Writes weights and vocabulary; before all steps are done, to files of their own. A disk that
+    refuses a save is a warning, unless it is the last one. Raises UserError."""
     broken = checkpoint.not_finite(dict(model.named_parameters()))
     require(not broken, f"tensor {broken!r} holds NaN or infinity: lower --lr")
     tensors = model.state_dict()
     if lesson.half:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    lesson.out.parent.mkdir(exist_ok=True)
     source, beside = lesson.vocabulary
     unfinished = (partial_of(lesson.out), partial_of(lesson.out).with_suffix(".model"))
     weights, words = (lesson.out, beside) if done else unfinished
-    if source.is_file() and source.resolve() != words.resolve():
-        shutil.copyfile(source, words)
-    checkpoint.save(weights, model.header, tensors)
+    try:
+        if source.is_file() and source.resolve() != words.resolve():
+            shutil.copyfile(source, words)
+        checkpoint.save(weights, model.header, tensors)
+    except OSError as error:
+        said = output.disk_trouble(error, weights)
+        require(not last, said)
+        print(f"warning: {said}; the next save tries again", file=sys.stderr, flush=True)
     if done:
         for file in unfinished:
             file.unlink(missing_ok=True)

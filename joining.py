@@ -4,6 +4,7 @@ whether all mean the same; a run that is resumed is copied to those that lack it
 Start at `meet_the_others`. What they say later is in nodes.py.
 """
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -22,6 +23,7 @@ from checks import flag_of
 from command_line import BEGINS_FROM, gives, value_of, without
 from config import ROOT, STAGE_OF, Config, run_path, setting
 from errors import UserError, require
+from models import checkpoint
 from nodes import FAREWELL_S, LOOK_S, NodeLost, Nodes
 from run_folder import checkpoints, newest_version
 
@@ -274,6 +276,9 @@ def contents(path: Path | None) -> str:
     what they train (`Ranks.check_alike`), but not what they leave to rollout workers."""
     if path is None:
         return ""
+    path = checkpoint.absolute(path)
+    with contextlib.suppress(UserError):  # it is another project's
+        path = checkpoint.find(path)
     found = hashlib.sha256()
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         size = file.stat().st_size

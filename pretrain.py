@@ -16,8 +16,12 @@ a validation split, because success in the simulator is what counts; datasets of
 simulator here has.
 """
 
+import contextlib
+import glob
+import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +43,7 @@ from errors import exit_on_user_error, require
 from experts import CHUNK, IMAGE_SIZE, TASKS, ExpertConfig, gather
 from imitation import PROCESSES, Lesson
 from models import checkpoint, contract, tokenize, untrained
+from run_folder import locked
 
 # Flags that say how weights to start from are learned.
 STARTED = ("tokenizer", "keep_statistics", "train_vlm", "lora_rank", "lora_alpha", "lora_targets")
@@ -281,6 +286,28 @@ def files_of(config: PretrainConfig) -> tuple[Path, Path]:
     return out, out.with_name(shipped.name) if own else out.with_suffix(".model")
 
 
+@contextlib.contextmanager
+def reserved(out: Path) -> Iterator[None]:
+    """Lets this program alone write a checkpoint to `out`. Removes what one that was killed amidst
+    a save has left. Raises UserError where another one writes there, or nobody can."""
+    made = not out.parent.exists()
+    evaluate.check_writable(out, "the checkpoint", "--out")
+    lock = out.with_name(f".{out.name}.lock")
+    lock.touch()
+    held = locked(lock, f"another pretrain.py is writing {out}: give another --out, or wait")
+    try:
+        for file in (out, imitation.partial_of(out)):
+            for left in out.parent.glob(f".{glob.escape(file.name)}.*.partial"):
+                left.unlink()
+        yield
+    finally:
+        lock.unlink()
+        os.close(held)
+        if made:
+            with contextlib.suppress(OSError):  # something was written
+                out.parent.rmdir()
+
+
 def check_free(config: PretrainConfig, out: Path, beside: Path, vocabulary: Path) -> None:
     """Raises UserError where a file is there that would become another, unless --overwrite."""
     both = beside.exists() and vocabulary.is_file()
@@ -328,7 +355,7 @@ def main(config: PretrainConfig) -> None:
         gather(config, spec, config.collect)
         return
     out, beside = files_of(config)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, reserved(out):
         # Find out what would go wrong at the end, then let the experts act.
         folder = Path(name)
         data = read_dataset(config, spec) if config.dataset else None
@@ -338,10 +365,6 @@ def main(config: PretrainConfig) -> None:
         spec = spec._replace(image_size=checkpoint.frame_size(path, spec.picture))
         vocabulary = Path(words or "none")
         check_free(config, out, beside, vocabulary)
-        made = not out.parent.exists()
-        evaluate.check_writable(out, "the checkpoint", "--out")
-        if made:
-            out.parent.rmdir()  # until there is something to write
         lesson = lesson_of(config, settings, spec, (out, vocabulary, beside))
         if data is None:
             contract.check_prompts(lesson.preparation(), spec.seen_by(lesson.header))

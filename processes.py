@@ -201,6 +201,12 @@ class Interrupts(list[int]):
         return self.count(signal.SIGINT) > 1
 
 
+def interrupts_heard() -> list[int]:
+    """Lists INTERRUPTS, without SIGHUP where `nohup` has this program ignore it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in INTERRUPTS if number != signal.SIGHUP or not ignored]
+
+
 def note_interrupts(*modules: str) -> Interrupts:
     """Lets INTERRUPTS only be noted in what is returned, from here on.
 
@@ -216,9 +222,8 @@ def note_interrupts(*modules: str) -> Interrupts:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *paths]))
     machine.shorten_temporary()
     interrupts = Interrupts()
-    for number in INTERRUPTS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # of `nohup`
-            signal.signal(number, interrupts.note)
+    for number in interrupts_heard():
+        signal.signal(number, interrupts.note)
     with interrupts_wait():
         os.environ["VLA3_PRELOAD"] = " ".join(modules)
         forkserver.set_forkserver_preload(["preload"])

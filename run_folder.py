@@ -71,9 +71,12 @@ def name_of(run: Path) -> str:
 
 def write_whole(file: Path, text: str) -> None:
     """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # another may write one, too
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def locked(folder: Path, taken: str) -> int:
@@ -149,11 +152,16 @@ class RunFolder:
         write_whole(self.path / name, text)
 
     def finish(self) -> None:
-        """Writes trace.json from the workers' spans, and removes what only workers needed."""
-        spans = read_spans(self.spans)
+        """Writes trace.json from the workers' spans, whole or not at all, and removes what only
+        workers needed."""
+        if spans := read_spans(self.spans):
+            partial = self.path / ".trace.json.partial"
+            try:
+                write_trace(partial, spans)
+                os.replace(partial, self.path / "trace.json")
+            finally:
+                partial.unlink(missing_ok=True)
         shutil.rmtree(self.spans)
-        if spans:
-            write_trace(self.path / "trace.json", spans)
 
     def remove(self, failed: bool) -> None:
         """Removes what another node than the first one needed for its workers, but of a run that

@@ -329,18 +329,23 @@ def main(config: Config, nodes: Nodes | None = None) -> int:
         nodes.close()
         start_again(end.ratio, folder, nodes, handover.past, interrupts, tracker)
 
-    # Put trace, videos and report together.
+    # Put videos, trace and report together. Of an interrupted run the trace is last: it may take
+    # longer than a scheduler waits.
     print(end.message, file=sys.stderr if end.status == 1 else sys.stdout, flush=True)
+    hurry = end.status == 130
     try:
+        if nodes.first:
+            make_videos(folder.spans, videos, HURRY_S if hurry else math.inf)
+        if nodes.first and hurry:
+            html_report.end(folder, end.message, end.status)
         nodes.gather_spans(folder.spans)
         if not nodes.first:
             folder.remove(failed=end.status == 1)
             return nodes.status(end.status)
-        make_videos(folder.spans, videos, HURRY_S if end.status == 130 else math.inf)
         folder.finish()
     except OSError as error:
         print(f"warning: {disk_trouble(error)}: without the trace", file=sys.stderr)
-    if nodes.first:
+    if nodes.first and not hurry:
         html_report.end(folder, end.message, end.status)
     return nodes.status(end.status)
 

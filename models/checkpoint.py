@@ -12,13 +12,14 @@ import json
 import math
 import operator
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checks import Finite, parse_json, read_json
@@ -327,14 +328,21 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
-    """Writes beside `path` and renames, so a reader or a crash never sees half a file."""
+    """Writes beside `path` and renames, so a reader or a crash never sees half a file. Raises
+    OSError where the disk refuses it."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask says; the library's files are their owner's
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, meta)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, partial, meta)
         partial.chmod(mode)
         os.replace(partial, path)
+    except SafetensorError as error:  # the library's word for what the system says
+        if not (found := re.search(r"os error (\d+)", str(error))):
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
     finally:
         partial.unlink(missing_ok=True)
 

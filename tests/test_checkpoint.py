@@ -2,10 +2,12 @@
 unpickled.
 """
 
+import errno
 import json
 import math
 import os
 import pickle
+import resource
 from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import patch
@@ -152,6 +154,18 @@ def test_nothing_is_unpickled(tmp_path):
     assert not sprung.exists()
     pickle.loads(trap.read_bytes())
     assert sprung.exists()  # the trap works
+
+
+def test_a_disk_that_refuses_weights_says_so_as_the_system_does(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            checkpoint.write(tmp_path / "a.safetensors", {"x": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.value.errno == errno.EFBIG
+    assert found.value.filename == str(tmp_path / "a.safetensors") and not any(tmp_path.iterdir())
 
 
 def test_find_takes_a_file_a_folder_or_a_run_s_newest_checkpoint(tmp_path):

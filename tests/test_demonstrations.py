@@ -1,6 +1,7 @@
 """Demonstrations in LeRobot's format: read as they were written, learned from, mistakes named."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -675,6 +676,62 @@ def test_what_is_finished_is_replaced_by_what_is_finished(tmp_path):
     run(lesson, tmp_path)
     assert checkpoint.read_header(lesson.out).stats == lesson.header.stats
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a.model", "a.safetensors", "d"]
+
+
+def test_a_full_disk_costs_a_save_on_the_way_and_ends_learning_with_a_sentence(
+    tmp_path, monkeypatch, capsys
+):
+    lesson = lesson_of(write_new(tmp_path / "d", made()), tmp_path / "a.safetensors")
+    lesson = replace(lesson, save_every=1)
+    save = checkpoint.save
+
+    def refuses(times: int):
+        refused = iter(range(times))
+
+        def saves(path, *what):
+            if next(refused, None) is not None:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            save(path, *what)
+
+        monkeypatch.setattr(checkpoint, "save", saves)
+
+    refuses(1)
+    run(lesson, tmp_path)
+    partial = tmp_path / "a.partial.safetensors"
+    refused = "No space left on device"
+    said = capsys.readouterr().err
+    assert said == f"warning: cannot write {partial}: {refused}; the next save tries again\n"
+    assert lesson.out.is_file() and not partial.exists()
+    refuses(lesson.steps)
+    with pytest.raises(UserError, match=f"^cannot write {lesson.out}: {refused}$"):
+        run(lesson, tmp_path)
+
+
+def test_two_programs_do_not_write_one_checkpoint(tmp_path):
+    out = tmp_path / "new" / "model.safetensors"
+    out.parent.mkdir()
+    left = out.with_name(".model.partial.safetensors.0a1b.partial")
+    other = out.with_name(".model-2.safetensors.0a1b.partial")
+    for file in (left, other):
+        file.touch()
+    with pretrain.reserved(out):
+        assert not left.exists() and other.exists()
+        with (
+            pytest.raises(UserError, match="another pretrain.py is writing .*: give another --out"),
+            pretrain.reserved(out),
+        ):
+            pass
+        with pretrain.reserved(out.with_name("model-2.safetensors")):
+            assert not other.exists()
+    with pretrain.reserved(out):  # it is free again
+        pass
+    assert not any(out.parent.iterdir())
+    with (
+        pytest.raises(UserError, match="none"),
+        pretrain.reserved(tmp_path / "b" / "x.safetensors"),
+    ):
+        raise UserError("none")
+    assert not (tmp_path / "b").exists()
 
 
 def test_statistics_are_the_data_s_or_stay(tmp_path):

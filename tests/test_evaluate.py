@@ -216,6 +216,29 @@ def test_what_ended_before_a_simulator_failed_is_kept(
     assert "all                             3/3" in capsys.readouterr().out
 
 
+def test_an_episode_whose_simulation_breaks_counts_as_failed_and_the_others_go_on(
+    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys
+):
+    def breaks(self, action):
+        if len(self.seeds) == 3:
+            self.broken = True
+            raise FloatingPointError("the simulation became unstable (mjWARN_BADQACC) at 1.00 s")
+        assert not hasattr(self, "broken"), "what is left of it plays on"
+        return Step(0.0, True)
+
+    monkeypatch.setattr(Plays, "step", breaks)
+    monkeypatch.setattr(evaluate, "ABREAST", 1)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path, "episodes": 4}
+    rows = evaluate.main(EvaluateConfig(**given))["rows"]
+    rates = {row["task"]: (row["episodes"], row["success_rate"]) for row in rows}
+    assert rates == {"a": (2, 1.0), "b": (2, 0.5), "all": (4, 0.75)}
+    said = capsys.readouterr().err
+    assert said == (
+        "warning: the simulation became unstable (mjWARN_BADQACC) at 1.00 s: episode 1 counts as "
+        "failed\n"
+    )
+
+
 def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "a.mp4").mkdir()
     given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}

@@ -2,6 +2,7 @@
 told, and the page that explains every key.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -425,6 +426,41 @@ def test_a_trace_has_the_rows_of_every_node_on_one_clock(tmp_path):
     assert rows["node 10 env-0"] == [("step", 1.5, 2.5, {"batch": 3})]
     assert rows["node 1 weights to rollout-0"] == [("fetch", 1.5, 1.75, {})]
     assert place_of("node 10 weights to rollout-0") == (10, "weights to rollout-0")
+
+
+def test_a_trace_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run", resume=False)
+    spans = json.dumps([["step", 1.0, 2.0]])
+    (folder.spans / "env-0.jsonl").write_text(spans)
+
+    def torn(rows):
+        yield {"ph": "M"}
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(run_folder, "trace_events", torn)
+        folder.finish()
+    assert {path.name for path in folder.path.iterdir()} == {"checkpoints", ".spans"}
+    assert (folder.spans / "env-0.jsonl").read_text() == spans
+    folder.finish()  # there is room again
+    assert read_trace(folder.path)["env-0"] == [("step", 0.0, 1.0, {})]
+
+
+def test_two_programs_may_write_one_file_whole_at_once(tmp_path, monkeypatch):
+    file = tmp_path / "report.html"
+    replace = os.replace
+
+    def meanwhile(*paths):
+        monkeypatch.undo()
+        if (child := os.fork()) == 0:
+            run_folder.write_whole(file, "theirs")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0 and file.read_text() == "theirs"
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    run_folder.write_whole(file, "ours")
+    assert file.read_text() == "ours" and list(tmp_path.iterdir()) == [file]
 
 
 def test_spans_travel_in_pieces_the_newest_first(tmp_path, monkeypatch):

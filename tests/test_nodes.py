@@ -15,12 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 import config
 import joining
 import nodes
 from config import Config, completed
 from errors import UserError
+from models import checkpoint
 from nodes import Ended, NodeLost, Nodes
 
 
@@ -228,7 +230,7 @@ def caught(act) -> BaseException | None:
     return None
 
 
-def test_nodes_must_mean_the_same(several, tmp_path):
+def test_nodes_must_mean_the_same(several, tmp_path, monkeypatch):
     made = several(2)
     met(made, [-1, -1])
     for one in made:
@@ -244,6 +246,14 @@ def test_nodes_must_mean_the_same(several, tmp_path):
     made[1].tell({"kind": "settings", "settings": joining.meant(completed(config, lr=0.5))})
     with pytest.raises(UserError, match=r"node 1 \(.*\) has --lr 0.5 \(not .*\) unlike node 0 \("):
         joining.agree(made[0], config)
+    # A run may be named: of runs/NAME the newest checkpoint counts, whatever older ones are there.
+    newest = tmp_path / "runs/begun/checkpoints/000004/model.safetensors"
+    newest.parent.mkdir(parents=True)
+    save_file({"x": torch.zeros(3)}, newest)
+    (newest.parent.parent / "000002").mkdir()
+    save_file({"x": torch.ones(3)}, newest.parent.parent / "000002/model.safetensors")
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    assert joining.contents(Path("begun")) == joining.contents(newest)
     # The same flags, and files that differ in one place, which no actor may look at.
     with open(files[2], "r+b") as file:
         file.seek(-1, os.SEEK_END)

@@ -155,6 +155,16 @@ def test_a_word_that_comes_twice_at_once_is_one(monkeypatch):
     assert not interrupts.twice
 
 
+def test_what_nohup_has_a_program_ignore_is_not_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in processes.interrupts_heard()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert processes.interrupts_heard() == list(processes.INTERRUPTS)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_whoever_starts_a_run_with_nohup_may_log_out(monkeypatch):
     before = {number: signal.getsignal(number) for number in processes.INTERRUPTS}
     monkeypatch.setattr(processes.forkserver, "ensure_running", lambda: None)

@@ -16,6 +16,7 @@ from config import WORKERS, Config, completed, embedded_files, setting, to_json
 from envs import metaworld
 from errors import UserError
 from models import untrained
+from policy_loss import check_correction, given_bounds
 from recipes import RECIPES
 from scheduler import place
 from validation import validate
@@ -26,6 +27,21 @@ CONTROL_STEPS = {"libero": 480, "metaworld": 150, "maniskill": 80, "robocasa": 3
 
 def parsed(name: str, *flags: str) -> Config:
     return train.parse(["--recipe", name, "--checkpoint", SHIPPED, *flags])
+
+
+def test_a_recipe_s_bounds_are_of_its_own_correction_alone():
+    name = "libero_goal_async_ppo_gr00t"
+    for flags, bounds, dual_clip in (
+        ((), {"weight_max": 2.0}, 3.0),
+        (("--behaviour-weight", "mask"), {"weight_max": 2.0}, 3.0),
+        (("--behaviour-weight", "geometric"), {}, 3.0),
+        (("--behaviour-weight=icepop", "--behaviour-weight-max", "4"), {"weight_max": 4.0}, 3.0),
+        (("--behaviour-weight", "m2po"), {}, 3.0),
+        (("--behaviour_weight", "gipo"), {}, 0.0),
+    ):
+        config = parsed(name, *flags)
+        assert given_bounds(config.algorithm) == bounds and config.algorithm.dual_clip == dual_clip
+        check_correction(config.algorithm, densities=True)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -93,7 +93,7 @@ def test_each_trajectory_once_per_epoch_whatever_the_order(case):
     first = [sorted(parts[0, k]) for k in range(len(streamer.sizes))]
     assert sum(first, []) == list(range(sizes["batch"]))
     assert max(map(len, first)) - min(map(len, first)) <= sizes["width"]
-    assert all(len(parts[m.epoch, m.minibatch]) == m.of for m in everything)
+    assert all(len(parts[m.epoch, m.minibatch]) == m.minibatch_size for m in everything)
 
 
 def test_streaming_trains_before_the_batch_is_whole_and_waiting_does_not():

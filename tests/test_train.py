@@ -17,6 +17,7 @@ from conftest import LINE, SMALL, assert_balanced
 from safetensors.torch import load_file
 from test_html_report import read as read_page
 
+import processes
 import train
 from config import PRESETS, ROOT, Config, to_json
 from errors import UserError, exit_on_user_error
@@ -534,6 +535,23 @@ def test_a_vectorised_simulator_runs_in_whole_lanes(cli, tmp_path):
     assert json.loads((tmp_path / "x" / "config.json").read_text())["env"]["lanes"] == 2
     films = films_in(tmp_path / "x" / "videos")["vectorised"]
     assert [film.version for film in films] == [0, 3]
+
+
+@pytest.mark.parametrize("status", [0, 130])
+def test_the_trace_comes_last_where_a_scheduler_may_not_wait_for_it(tmp_path, monkeypatch, status):
+    run = tmp_path / "run"
+    monkeypatch.setattr(train, "run_crew", lambda *_: train.End("that was all", status))
+    monkeypatch.setattr(processes, "note_interrupts", lambda *_: processes.Interrupts())
+    finish = RunFolder.finish
+    there = []
+
+    def finished(folder):
+        there.append((run / "report.html").is_file())
+        finish(folder)
+
+    monkeypatch.setattr(RunFolder, "finish", finished)
+    assert train.main(train.parse(["--run", str(run)])) == status
+    assert there == [status == 130] and "that was all" in read_page(run).text
 
 
 def test_memory_report_starts_nothing(capsys, tiny_checkpoint, tmp_path):
