@@ -30,9 +30,9 @@ from typing_extensions import TypedDict
 import pictures
 import summary
 from checks import flag_of, read_json
-from config import ASSETS, ROOT, STAGE_OF, Config, from_json, setting
+from config import ASSETS, ROOT, STAGE_OF, Config, existing_run, from_json, setting
 from diagnostics import Warnings
-from errors import UserError
+from errors import UserError, exit_on_user_error, require, understood
 from films import Film, file_name, films_in, forget, make_videos
 from metrics import wilson
 from run_folder import RunFolder, name_of, newest_version, write_whole
@@ -382,3 +382,24 @@ def repeat(run: Path, config: Config, note: dict) -> str:
 
 def show_value(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def main() -> None:
+    """Draws a run's pictures, writes its report and prints its summary (`python -m metrics`)."""
+    how = "python -m metrics NAME, of runs/NAME, or a path with a slash"
+    with exit_on_user_error():
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(f"{summary.__doc__}\n{how}")
+            return
+        named = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
+        require(named, f"give one run to look at: {how}")
+        run = existing_run(sys.argv[1])
+        file = run / "metrics.jsonl"
+        unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
+        require(file.is_file(), unknown)
+        with understood(f"what run {run} left behind"):
+            lines, spans = write(run)
+            require(lines, f"{file} is empty: the run ended before its first iteration")
+            found = summary.summarise(lines, spans)
+        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+        summary.show(console, run.name, found, from_json(run / "config.json"))

@@ -357,6 +357,6 @@ class Ledger:
 
 
 if __name__ == "__main__":
-    import summary  # it reads what is recorded here
+    import html_report  # it shows what is recorded here
 
-    summary.main()
+    html_report.main()

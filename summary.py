@@ -4,7 +4,6 @@ Left out: comparing runs (`bench.py ladder`), and what another placement would g
 NAME`).
 """
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import compress, islice, pairwise
@@ -15,8 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from config import Config, existing_run, from_json
-from errors import exit_on_user_error, require, understood
+from config import Config
 from metrics import REASONS, STAGES
 from pictures import group_of
 
@@ -327,26 +325,3 @@ def histogram(title: str, counts: Counter, labels: dict[str, str]) -> Table:
             share = counts[key] / counts.total()
             table.add_row(label, f"{share:.0%}", "█" * max(1, round(20 * share)))
     return table
-
-
-def main() -> None:
-    """Draws a run's pictures, writes its report and prints its summary."""
-    import html_report  # which shows what is summed up here
-
-    with exit_on_user_error():
-        if sys.argv[1:] in (["-h"], ["--help"]):
-            print(f"{__doc__}\npython -m metrics NAME, of runs/NAME, or a path with a slash")
-            return
-        named = len(sys.argv) == 2 and not sys.argv[1].startswith("-")
-        how = "python -m metrics NAME, of runs/NAME, or a path with a slash"
-        require(named, f"give one run to look at: {how}")
-        run = existing_run(sys.argv[1])
-        file = run / "metrics.jsonl"
-        unknown = f"{run} is not the folder of a run that has trained: it holds no metrics.jsonl"
-        require(file.is_file(), unknown)
-        with understood(f"what run {run} left behind"):
-            lines, spans = html_report.write(run)
-            require(lines, f"{file} is empty: the run ended before its first iteration")
-            summary = summarise(lines, spans)
-        console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-        show(console, run.name, summary, from_json(run / "config.json"))

@@ -24,7 +24,6 @@ from test_summary import SPANS, a_run, full, line
 
 import films
 import html_report
-import summary
 from config import Config
 from evaluation import EvaluationLanes
 from metrics import wilson
@@ -326,7 +325,7 @@ def test_python_m_metrics_reads_the_trace_once(folder, monkeypatch, capsys):
         html_report.pictures, "read_trace", lambda run: reads.append(run) or read_trace(run)
     )
     monkeypatch.setattr("sys.argv", ["metrics", str(folder.path)])
-    summary.main()
+    html_report.main()
     said = capsys.readouterr()
     assert reads == [folder.path] and "critical: train 97%" in said.out and not said.err
 

@@ -59,7 +59,7 @@ def test_every_entry_point_prints_so():
         if name.startswith("tests/") or name == "benchmarks/peers.py":  # which imports nothing
             continue
         if main := re.search(r'^if __name__ == "__main__":(.*)', text, re.DOTALL | re.MULTILINE):
-            assert "with exit_on_user_error()" in main[1] or "summary.main()" in main[1], name
+            assert "with exit_on_user_error()" in main[1] or "html_report.main()" in main[1], name
 
 
 def test_ctrl_c_is_one_word(capsys):
