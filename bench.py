@@ -52,7 +52,7 @@ from benchmarks import (
     weights,
 )
 from benchmarks.measuring import cell, end_on_sigterm
-from checks import AboveZero, Natural, Positive, check_ranges
+from checks import AboveZero, Natural, Positive, check_ranges, check_writable
 from config import Family, expanded, parse_ratio
 from errors import exit_on_user_error, require
 from processes import keep_freed_memory
@@ -125,11 +125,9 @@ class BenchConfig:
 
 def check(config: BenchConfig) -> None:
     """Raises UserError where settings cannot be."""
-    folder = config.json.absolute().parent if config.json else Path()
-    require(
-        folder.is_dir(), f"the folder {folder} does not exist: create it or give another --json"
-    )
     check_ranges(config)
+    if config.json:
+        check_writable(config.json, "the result", "--json FILE")
     require(
         config.what != "envs" or config.env != "vectorised",
         "--env vectorised only takes time, so there is nothing to compare: give libero or "

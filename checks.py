@@ -117,3 +117,16 @@ def read_json(
     except OSError as error:
         raise UserError(f"cannot read {what or path}: {error.strerror}") from None
     return parse_json(text, kind, what or path, extra)
+
+
+def check_writable(path: Path, what: str, flag: str) -> None:
+    """Raises UserError where a file could not be written. One that is there stays as it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        was_there = path.exists()
+        path.open("a").close()
+        if not was_there:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        found = f"cannot write {what} to {error.filename}: {error.strerror}"
+        raise UserError(f"{found}; give another {flag}") from None

@@ -20,6 +20,7 @@ from config import (
     from_preset,
     parse_ratio,
     run_path,
+    under_preset,
 )
 from errors import UserError, require
 from models import checkpoint
@@ -65,7 +66,10 @@ def parse(args: list[str]) -> Config:
         require(not given, f"{own}: leave out {' and '.join(given)}")
         default = from_json(saved)
         default.train.ratio_from = default.train.parts
-        if default.train.ratio == "auto" or gives(args, "--ratio", "--placement"):
+        other = gives(args, "--preset") and look.preset != default.train.preset
+        if other:
+            default = under_preset(default, look.preset)
+        if default.train.ratio == "auto" or other or gives(args, "--ratio", "--placement"):
             # Worker counts follow from the ratio, as far as no flag gave them.
             given = default.train.workers_given
             default = completed(default, **dict(zip(WORKERS, given, strict=True)))

@@ -433,8 +433,13 @@ def completed(config: Config, **settings: Any) -> Config:
 
 def from_preset(name: str) -> Config:
     """Returns the defaults under a preset."""
+    return under_preset(Config(), name)
+
+
+def under_preset(config: Config, name: str) -> Config:
+    """Returns a copy that has what a preset decides."""
     row = dict(zip(PRESET_SETTINGS, PRESETS[name], strict=True))
-    return completed(Config(), preset=name, **row)
+    return completed(config, preset=name, **row)
 
 
 def loss_of(config: Config):

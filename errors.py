@@ -11,6 +11,7 @@ from pathlib import Path
 import output
 
 UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
+UNUSABLE += (errno.EISDIR,)
 
 
 class UserError(Exception):

@@ -22,7 +22,7 @@ from pydantic import Field
 import envs
 import machine
 import models
-from checks import Count, Length, Natural, Positive, check_ranges
+from checks import Count, Length, Natural, Positive, check_ranges, check_writable
 from config import Config, Family, embedded_files, expanded
 from envs import EnvSpec
 from envs.states import read_states, repeats, say_states
@@ -284,6 +284,8 @@ def settings_of(config: EvaluateConfig) -> Config:
         given = getattr(config, name)
         if given is not None:
             setattr(rollout, name, given)
+    if rollout.sde_steps and rollout.denoise_steps:  # no noise is drawn here
+        rollout.sde_steps = min(rollout.sde_steps, rollout.denoise_steps)
     settings.train.checkpoint = path
     settings.train.adapter = config.adapter
     settings.train.model = family
@@ -314,19 +316,6 @@ def as_in_training(config: EvaluateConfig, runs: list[Config]) -> EvaluateConfig
         render_quality=config.render_quality or trained.env.render_quality,
         videos=config.videos or videos,
     )
-
-
-def check_writable(path: Path, what: str, flag: str) -> None:
-    """Raises UserError where a file could not be written. One that is there stays as it is."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        was_there = path.exists()
-        path.open("a").close()
-        if not was_there:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        found = f"cannot write {what} to {error.filename}: {error.strerror}"
-        raise UserError(f"{found}; give another {flag}") from None
 
 
 def write_videos(folder: Path, tasks: tuple[str, ...], ended: list[Episode]) -> None:

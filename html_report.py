@@ -243,7 +243,7 @@ def folded(title: str, content: str) -> str:
 
 def findings(config: Config, lines: list[dict], spans: dict[str, list]) -> str:
     """Returns what `python -m metrics` says, its advice first, and the run's warnings."""
-    if not any("waits" in line for line in lines[1:] or lines):
+    if not any("waits" in line for line in lines):
         return ""
     found = summary.summarise(lines, spans)
     rows = (line.split(maxsplit=1) for line in summary.facts(found).splitlines())

@@ -102,7 +102,7 @@ def following(actions: np.ndarray, frame: int, horizon: int) -> np.ndarray:
 
 def counted(data: Demonstrations, preparation, horizon: int) -> dict:
     """Computes a header's statistics of a dataset: of states, and of actions as they are to be
-    predicted."""
+    predicted. "counted" says that they are not those of another project's files."""
     total = sum(len(episode.times) for episode in data.episodes)
     stride = max(1, min(horizon, total // COUNTED))
     actions = [
@@ -111,7 +111,8 @@ def counted(data: Demonstrations, preparation, horizon: int) -> dict:
         for frame in range(0, len(one.times), stride)
     ]
     states = np.concatenate([episode.states for episode in data.episodes])
-    return preparation.counted(states.astype(np.float64), np.concatenate(actions, dtype=np.float64))
+    actions = np.concatenate(actions, dtype=np.float64)
+    return preparation.counted(states.astype(np.float64), actions) | {"counted": True}
 
 
 class Piece(NamedTuple):

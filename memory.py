@@ -32,7 +32,7 @@ import machine
 import models
 from allocations import Sketch, inference_peak, optimizer_bytes, trained_fields, training_peak
 from channel import Spec, layout
-from checks import AboveZero, Natural, check_ranges, flag_of
+from checks import AboveZero, Natural, check_ranges, check_writable, flag_of
 from config import FLOW, Config, completed, expanded, setting
 from errors import UserError, exit_on_user_error, require
 from models import layers
@@ -565,8 +565,8 @@ def main(ours: MemoryConfig, flags: list[str]) -> None:
     import prepare
 
     check_ranges(ours)
-    folder = ours.json and ours.json.absolute().parent
-    require(not folder or folder.is_dir(), f"the folder {folder} does not exist: create it")
+    if ours.json:
+        check_writable(ours.json, "the rows", "--json FILE")
     room = ours.room()
     config = command_line.parse(flags)
     print("looking at what inference and training take, for up to a minute", flush=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import tyro
 
-from checks import check_ranges
+from checks import check_ranges, check_writable
 from config import expanded
 from errors import exit_on_user_error, require
 from planning import STAGES, Costs, Node, Prediction, scaled
@@ -38,6 +38,7 @@ from planning.events import simulate
 from planning.settings import PlanConfig, divisor, planned
 
 LARGEST = 1024  # GPUs of the sweep
+PICTURES = (".png", ".jpg", ".pdf", ".svg")  # what --plot may be
 BROKEN = 0.9  # share of linear scaling below which it counts as broken
 NOISE = 0.02  # changes of throughput that random times may make
 # The batch of a sweep: grows with the number of nodes, or does not; and its colour.
@@ -80,6 +81,8 @@ def at_size(
 def sweep(plan: PlanConfig, node: Node, costs: Costs, base: int) -> list[dict]:
     """Predicts one node to 1024 GPUs, with a batch that grows and with that of `base` nodes."""
     per_node = min(plan.gpus, plan.gpus_per_node)
+    large = f"--gpus-per-node {per_node} is more than the {LARGEST} GPUs that a sweep goes up to"
+    require(per_node <= LARGEST, f"{large}: leave out --sweep")
     rows = []
     sizes = [n for n in (2**i for i in range(11)) if n * per_node <= LARGEST]
     for batch in BATCHES:
@@ -145,6 +148,9 @@ def advise(plan: PlanConfig, node: Node, costs: Costs, base: int, rows: list[dic
     advice = []
     for batch in BATCHES:
         mine = [row for row in rows if row["batch"] == batch]
+        if not mine:
+            print(f"\nbatch {batch}: no size up to {LARGEST} GPUs can be compared")
+            continue
         broken = next((row for row in mine if row["efficiency"] < BROKEN), None)
         at = broken or mine[-1]
         what = "scaling breaks at" if broken else f"efficiency stays above {BROKEN:.0%} up to"
@@ -172,6 +178,8 @@ def draw(rows: list[dict], path: Path) -> None:
     speed, efficient = figure.subplots(1, 2)
     for batch, colour in BATCHES.items():
         mine = [row for row in rows if row["batch"] == batch]
+        if not mine:
+            continue
         gpus = [row["gpus"] for row in mine]
         rates = [row["env_steps_per_s"] for row in mine]
         style = {"color": colour, "label": f"batch {batch}"}
@@ -230,15 +238,17 @@ def answer(plan: PlanConfig) -> dict:
 
 def main(plan: PlanConfig) -> None:
     check_ranges(plan)
-    for file in filter(None, (plan.json, plan.plot)):
-        folder = file.absolute().parent
-        missing = f"the folder {folder} does not exist"
-        require(folder.is_dir(), f"{missing}: create it or name another file")
+    if plan.json:
+        check_writable(plan.json, "the result", "--json FILE")
+    if plan.plot:
+        check_writable(plan.plot, "the picture", "--plot FILE")
+        kinds = ", ".join(PICTURES)
+        require(plan.plot.suffix in PICTURES, f"--plot {plan.plot} must end in one of {kinds}")
     result = answer(plan)
-    if plan.plot and plan.sweep:
-        draw(result["rows"], plan.plot)
     if plan.json:
         plan.json.write_text(json.dumps(result, indent=1) + "\n")
+    if plan.plot and plan.sweep:
+        draw(result["rows"], plan.plot)
 
 
 if __name__ == "__main__":

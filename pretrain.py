@@ -35,7 +35,7 @@ import evaluate
 import imitation
 import machine
 import models
-from checks import AboveZero, Length, Natural, Positive, check_ranges, flag_of
+from checks import AboveZero, Length, Natural, Positive, check_ranges, check_writable, flag_of
 from config import Config, Family, completed, embedded_files, expanded
 from demonstrations import Demonstrations
 from envs import EnvSpec
@@ -291,7 +291,7 @@ def reserved(out: Path) -> Iterator[None]:
     """Lets this program alone write a checkpoint to `out`. Removes what one that was killed amidst
     a save has left. Raises UserError where another one writes there, or nobody can."""
     made = not out.parent.exists()
-    evaluate.check_writable(out, "the checkpoint", "--out")
+    check_writable(out, "the checkpoint", "--out")
     lock = out.with_name(f".{out.name}.lock")
     lock.touch()
     held = locked(lock, f"another pretrain.py is writing {out}: give another --out, or wait")

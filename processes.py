@@ -255,6 +255,14 @@ def kept_interrupts(heard: int) -> bytes:
     return noted
 
 
+def this_process() -> str:
+    """Names this process among all that this machine, or container, ever has: by its number and
+    when it began, in the kernel's ticks. A program that replaces another in it has the same name.
+    """
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return f"{os.getpid()} since {after_name[19]}"
+
+
 def replace_this_process(flags: list[str]) -> None:
     """Starts this process's program anew, with other flags. It keeps its number."""
     # Do what Python does at its end. Open files close by themselves.
@@ -381,11 +389,11 @@ class Crew:
         return None
 
     def hangs(self, name: str) -> bool:
-        """Whether a worker that was ready has given no sign of life for too long."""
+        """Whether a worker that was ready, or its successor that has just been started, has given
+        no sign of life for too long."""
         if not self.was_ready(name):
             return False
-        ready = self.counter(name, "ready")
-        alive = self.counter(name, "time") if ready else self.started[name]
+        alive = max(self.counter(name, "time"), self.started[name])
         return time.monotonic() - max(alive, self.back) > self.limit(name)
 
     def limit(self, name: str) -> float:

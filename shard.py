@@ -104,6 +104,7 @@ class Shard:
                 self.pictures_stay,
                 read_states(states),
             )
+            self.meter.alive()  # so that those of a slow simulator may take long
         return made
 
     def lane_of(self, record: Record) -> int:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from config import Config
+from errors import require
 from metrics import REASONS, STAGES
 from pictures import group_of
 
@@ -72,11 +73,15 @@ class Summary:
 
 
 def summarise(lines: list[dict], spans: dict[str, list]) -> Summary:
-    """Returns a run's numbers. lines: of metrics.jsonl, not []; spans: of trace.json, or {}."""
+    """Returns a run's numbers. lines: of metrics.jsonl, not []; spans: of trace.json, or {}.
+
+    Raises UserError where no line has what the launcher measures."""
     first = lines[0]
     last = lines[-1]
     # A line that was made up for on resuming has nothing that the launcher measures.
-    measured = [line for line in lines[1:] or lines if "waits" in line]
+    known = [line for line in lines if "waits" in line]
+    require(known, "nothing was measured: its launcher was killed before it wrote a line")
+    measured = [line for line in known if line is not first] or known
     took = {after["iteration"]: after["time"] - before["time"] for before, after in pairwise(lines)}
     seconds = [took.get(line["iteration"], 1.0) for line in measured]
     rates = [line["success_rate"] for line in lines if line["success_rate"] is not None]

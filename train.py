@@ -15,7 +15,6 @@ machines torchrun starts one of these on each: nodes.py.
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -199,7 +198,7 @@ def differences(before: Config, now: Config) -> list[str]:
 class Handover:
     """What a run passes on to its next start at another ratio, in tuning.json."""
 
-    process: int = field(default_factory=os.getpid)  # the new start has the same process id
+    process: str = field(default_factory=processes.this_process)  # the new start is the same one
     past: tuning.Past = field(default_factory=tuning.Past)  # what the tuner knows
     appended: float | None = None  # monotonic seconds, when the newest line was written
     heard: int | None = None  # the pipe of `keep_interrupts`; None where the run has just begun
@@ -212,7 +211,7 @@ class Handover:
             return cls()
         found = read_json(file, cls, f"what the tuner remembered ({file}; remove it)")
         file.unlink()
-        return found if found.process == os.getpid() else cls()
+        return found if found.process == processes.this_process() else cls()
 
 
 def start_again(
@@ -230,7 +229,7 @@ def start_again(
     heard = processes.keep_interrupts(bytes(interrupts) if nodes.several else b"")
     if interrupts and not nodes.several:
         return
-    handover = Handover(os.getpid(), past, folder.appended, heard)
+    handover = Handover(past=past, appended=folder.appended, heard=heard)
     folder.write("tuning.json", json.dumps(asdict(handover), default=sorted))  # sets become lists
     if tracker:
         tracker.finish()
@@ -263,6 +262,7 @@ def open_folder(setup: Setup, nodes: Nodes) -> RunFolder:
         return RunFolder(nodes.copied or nodes.folder(nodes.run), resume=True)
     path = run_path(train.resume or train.run) if train.resume or train.run else unused_path()
     folder = RunFolder(path, resume=bool(train.resume or not train.run))
+    folder.made |= not (train.resume or train.run)  # by `unused_path`
     # Whoever held the lock before may have saved since `prepare` looked.
     moved = f"run {folder.name} was saved again a moment ago: start once more"
     require(not setup.resume or newest_version(path) == setup.version, moved)

@@ -24,6 +24,7 @@ import psutil
 import tyro
 
 import envs
+from checks import Natural, Positive, check_ranges
 from config import ROOT, expanded
 from envs import Env, Envs, EnvSpec, Simulator, Step
 from errors import UserError, exit_on_user_error, place_of, require
@@ -39,20 +40,21 @@ class CheckConfig:
     """tasks; none means the simulator's default task set"""
     suite: str = ""
     """a suite of the simulator: all of its tasks, beside --tasks"""
-    at_most: int = 3
+    at_most: Natural = 3
     """tasks to play, the first ones; 0 means all"""
-    image_size: int = 128
+    image_size: Positive = 128
     """pixels, square"""
     render_quality: Literal["fast", "full"] = "fast"
     """full draws the simulator's own picture, where it knows the difference"""
-    steps: int = 0
+    steps: Natural = 0
     """control steps per task and player, at most; 0 means whole episodes"""
-    seed: int = 0
+    seed: Natural = 0
     """of the episodes and the random actions"""
     out: Path | None = None
     """file of the picture; by default runs/check_NAME.png"""
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 PLAYED = 5  # control steps of the check
 ROWS = 2  # envs of a vectorised simulator that the check plays
 FILM = 64  # pixels of the frame for people that the check asks for
@@ -221,10 +223,10 @@ def print_costs(env: Env, spec: EnvSpec, config: CheckConfig) -> list[np.ndarray
 
 def main(config: CheckConfig) -> Path:
     """Checks, plays and draws. Raises BrokenContract, and UserError."""
-    numbers = "--steps must not be negative, and --image-size at least 1"
-    require(config.steps >= 0 and config.image_size > 0, numbers)
+    check_ranges(config)
     (ROOT / "runs").mkdir(exist_ok=True)
     out = config.out or ROOT / "runs" / f"check_{config.env}.png"
+    require(out.suffix in PICTURES, f"--out {out} must end in one of {', '.join(PICTURES)}")
     folder = out.absolute().parent
     require(folder.is_dir(), f"the folder {folder} does not exist: create it or give another --out")
 

@@ -15,6 +15,7 @@ import tyro
 
 from errors import UserError, exit_on_user_error, require
 from models import checkpoint
+from models.formats import source
 
 
 def main(
@@ -22,7 +23,10 @@ def main(
 ) -> None:
     """Writes weights that torch saved as FOLDER/model.safetensors."""
     out = folder / "model.safetensors"
-    require(not out.exists(), f"{out} exists already: give another folder")
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file: give a folder")
+    weights_there = (out.name, source.INDEX, source.SHARDS)
+    there = next((file for kind in weights_there for file in folder.glob(kind)), None)
+    require(there is None, f"{there} exists already: give another folder, or remove it")
     try:
         found = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
         tensors = {str(name): tensor.detach() for name, tensor in found.items()}

@@ -43,6 +43,8 @@ def main(config: ExportConfig) -> None:
         f"{config.out} exists already: give another --out, since nothing is overwritten",
     )
     require(parent.is_dir(), f"the folder {parent} does not exist: create it or give another --out")
+    inside = parent.resolve().is_relative_to(config.like.resolve())
+    require(not inside, f"{config.out} is in the original's own folder: give another --out")
     require(
         not checkpoint.is_ours(config.like),
         f"--like {config.like} is one of our own checkpoints: give the original that training "
@@ -54,6 +56,9 @@ def main(config: ExportConfig) -> None:
         f"checkpoint {path} is of the family {header.family!r}, which no other project knows",
     )
     models.check_family(header.family, config.like)
+    other = f"checkpoint {path} acts by statistics of the demonstrations that it has learned"
+    keep = "so its tools would act in wrong units: learn with pretrain.py --keep-statistics"
+    require(not header.stats.get("counted"), f"{other}, --like {config.like} by others, {keep}")
     model = source.sketch(family.NETWORK, family.CONFIG(**header.shape))
     layout = checkpoint.own(path, model, family.NETWORK.HEADS)
     source.load(model, path, layout, "cpu", None)
@@ -62,7 +67,9 @@ def main(config: ExportConfig) -> None:
         none = f"checkpoint {path} has no adapters: leave out --adapter-only"
         require(model.config.rank, none)
         weights = source.without_adapters(names)
-        source.match(model, config.like, weights, source.layout(config.like))
+        changed = source.first_other(model, config.like, weights)
+        beside = f"checkpoint {path} has another {changed!r} than --like, beside its adapters"
+        require(not changed, f"{beside}: leave out --adapter-only, or give what they are put on")
         peft.save(model, config.out, names, config.like)
     else:
         source.save(model, config.out, names, config.like)

@@ -271,17 +271,15 @@ def shares_of(config: Config) -> tuple[float, float]:
     return r / (r + a), a / (r + a)
 
 
-def as_summed(plan: PlanConfig, node: Node, nodes: int, lines: list[dict]) -> PlanConfig:
-    """Returns the plan with the gradients that a run's ranks summed, and, if it had several nodes,
-    with the speed at which they did. A flag that is given counts instead."""
+def as_summed(node: Node, nodes: int, lines: list[dict]) -> dict[str, float]:
+    """Returns settings of a plan: the gradients that a run's ranks summed, and, if it had several
+    nodes, the speed at which they did."""
     gb = 1e-9 * float(np.mean([line["reduce_bytes"] for line in lines]))
     found = {"gradient_gb": gb / node.optimizer_steps}
     if nodes > 1:
         seconds = float(np.mean([line["reduce_s"] for line in lines]))
         found["network_gb_s"] = wire_gb(gb, nodes * len(node.actor_devices)) / seconds
-    default = PlanConfig()
-    ours = {name for name in found if getattr(plan, name) == getattr(default, name)}
-    return replace(plan, **{name: found[name] for name in ours})
+    return found
 
 
 def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str, PlanConfig]:
@@ -331,9 +329,14 @@ def from_run(plan: PlanConfig) -> tuple[Node, int, Costs, str, PlanConfig]:
 
     # Sum gradients over as many nodes as are asked for, instead of those that ran.
     base = settings.train.nodes
-    nodes = base if plan.gpus == default.gpus else max(1, plan.gpus // plan.gpus_per_node)
+    found = {"gpus": base * plan.gpus_per_node}
     if "reduce_s" in lines[-1]:
-        plan = as_summed(plan, ran, base, lines)
+        found |= as_summed(ran, base, lines)
         waited = float(np.mean([line["reduce_wait_s"] for line in lines]))
         costs = replace(costs, gradient_s=waited / ran.optimizer_steps)
+    plan = replace(plan)
+    plan.fill(found)
+    per_node, nodes = plan.whole_nodes
+    if (base, nodes) != (1, 1):
+        line += f"; it had {base} nodes, and {nodes} of {per_node} GPUs are predicted"
     return node, nodes, summed(plan, node, costs, nodes, base), line, plan

@@ -27,7 +27,7 @@ AFFORDED = 400_000  # chunk steps of lanes to simulate for one prediction, if --
 class PlanConfig:
     """Predicts seconds per iteration, env steps/s and bubbles of a cluster that need not exist."""
 
-    gpus: Positive = 8  # GPUs of the whole cluster
+    gpus: Positive | None = None  # GPUs of the whole cluster; none: 8, or with --from the run's
     gpus_per_node: Positive = 8  # a node is closed: nothing but gradients goes to other nodes
     ratio: str = ""  # R:A within a node; empty means 1:1, or with --from the run's own
     preset: Literal["", Preset] = ""  # as in train.py; empty: full, or with --from the run's own
@@ -66,9 +66,12 @@ class PlanConfig:
     """vectorised simulators: share of a step's time that does not depend on the number of envs"""
     train_fixed: Share = 0.0  # share of a micro-batch's time that does not depend on its size
     optimizer_s: FromZero = 0.1  # clipping and optimizer step, of each minibatch
-    gradient_gb: FromZero = 1.73
-    """gradients that nodes sum (π0.5's action expert and value head: 433 M parameters, fp32)"""
-    network_gb_s: AboveZero = 50.0  # GB/s of a node to the others, each way (one 400 Gb/s link)
+    gradient_gb: FromZero | None = None
+    """gradients that nodes sum; none: with --from those of the run, else 1.73 (π0.5's action expert
+    and value head: 433 M parameters, fp32)"""
+    network_gb_s: AboveZero | None = None
+    """GB/s of a node to the others, each way; none: with --from the speed of a run of several
+    nodes, else 50 (one 400 Gb/s link)"""
     network_latency_us: FromZero = 20.0  # of one hop between nodes
     bucket_mb: AboveZero = 33.6
     """megabytes of gradients that are summed at once, where there are eight times as many"""
@@ -89,6 +92,26 @@ class PlanConfig:
     validate: bool = False  # compare with RL-VLA³'s tables, and with --ladder if there is one
     ladder: Path | None = None  # what `python bench.py ladder --setting columns --json FILE` wrote
     json: Path | None = None  # also write the result to this file
+
+    def __post_init__(self):
+        if not self.from_:
+            self.fill({})
+
+    def fill(self, found: dict[str, float]) -> None:
+        """Fills what no flag gives with what was found of a run, or with the usual value."""
+        usual = {"gpus": 8, "gradient_gb": 1.73, "network_gb_s": 50.0}
+        for name, value in (usual | found).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def whole_nodes(self) -> tuple[int, int]:
+        """Returns the GPUs of a node, and how many nodes there are. Raises UserError."""
+        per_node = min(self.gpus, self.gpus_per_node)
+        nodes, rest = divmod(self.gpus, per_node)
+        odd = f"--gpus {self.gpus} is no multiple of --gpus-per-node {per_node}"
+        require(rest == 0, f"{odd}: every node must be whole")
+        return per_node, nodes
 
     @property
     def warmup(self) -> int:
@@ -135,10 +158,7 @@ def planned(plan: PlanConfig) -> tuple[Node, int, str]:
     Raises UserError."""
     # Cut a node's GPUs into parts.
     config = overridden(Config(), plan.preset or "full", plan)
-    per_node = min(plan.gpus, plan.gpus_per_node)
-    nodes, rest = divmod(plan.gpus, per_node)
-    odd = f"--gpus {plan.gpus} is no multiple of --gpus-per-node {per_node}"
-    require(rest == 0, f"{odd}: every node must be whole")
+    per_node, nodes = plan.whole_nodes
     r, a = parse_ratio(plan.ratio or "1:1")
     common = math.gcd(r, a) if r + a > per_node else 1  # 16:16 of several nodes is 1:1 of each
     ratio = f"{r // common}:{a // common}"

@@ -63,6 +63,9 @@ def test_mistakes(tmp_path):
         ({"env": "atari"}, "unknown --env"),
         ({"out": tmp_path / "no" / "x.png"}, "does not exist"),
         ({"steps": -1}, "--steps"),
+        ({"seed": -1}, "--seed"),
+        ({"at_most": -1}, "--at-most"),
+        ({"out": tmp_path / "picture.txt"}, "must end in one of .png"),
     ):
         with pytest.raises(UserError, match=words):
             main(CheckConfig(**change))

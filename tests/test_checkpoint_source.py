@@ -280,6 +280,29 @@ def test_other_kinds_of_checkpoints_are_named(tmp_path, file, words):
     assert not checkpoint.is_ours(tmp_path)
 
 
+def test_two_sets_of_weights_in_one_folder_are_refused(tmp_path):
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    shard = "model-00001-of-00001.safetensors"
+    save_file({"x": torch.zeros(2)}, folder / shard)
+    saved = tmp_path / "full_weights.pt"
+    torch.save({"x": torch.ones(2)}, saved)
+    for left in (shard, source.INDEX):
+        with pytest.raises(UserError, match=f"{left} exists already: give another folder"):
+            convert.main(saved, folder)
+        (folder / source.INDEX).write_text(json.dumps({"weight_map": {"x": shard}}))
+        (folder / shard).unlink(missing_ok=True)
+    save_file({"x": torch.zeros(2)}, folder / shard)
+    assert source.weight_files(folder) == [folder / shard]
+    save_file({"x": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="holds model.safetensors beside the weights that .* lists"):
+        source.weight_files(folder)
+    (folder / source.INDEX).write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
+    assert source.weight_files(folder) == [folder / "model.safetensors"]
+    with pytest.raises(UserError, match="full_weights.pt is a file: give a folder"):
+        convert.main(saved, saved)
+
+
 def test_weights_that_torch_saved_are_converted(tmp_path):
     saved = tmp_path / "full_weights.pt"
     out = tmp_path / "folder"

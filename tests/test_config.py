@@ -12,6 +12,7 @@ import pytest
 import evaluate
 import pretrain
 from checks import Bound, flag_of
+from command_line import parse
 from config import (
     ROOT,
     STAGE_OF,
@@ -48,6 +49,23 @@ def valid(**changes) -> Config:
         stage, name = name.split("__")
         setattr(getattr(config, stage), name, value)
     return config
+
+
+def test_another_preset_of_a_resumed_run_is_in_force(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "000001").mkdir(parents=True)
+    saved = completed(from_preset("full"), max_staleness=3, env_workers=5, workers_given=(0, 0, 0))
+    (run / "config.json").write_text(to_json(saved))
+    for flags, wanted in (
+        ("", ("full", 3, True)),
+        ("--preset full", ("full", 3, True)),  # as the command that began it had
+        ("--preset sync-colocated", ("sync-colocated", 0, False)),
+        ("--preset sync-colocated --max-staleness 2", ("sync-colocated", 2, False)),
+    ):
+        found = parse(["--resume", str(run), *flags.split()])
+        stream = found.actor.stream
+        assert (found.train.preset, found.actor.max_staleness, stream) == wanted
+        assert found.env.env_workers == (5 if "sync" not in flags else 0)
 
 
 def test_presets_are_the_rows_of_table_1():

@@ -14,6 +14,7 @@ import torch
 from conftest import STATS, TINY
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import models
 from config import ROOT, Config
 from envs import EnvSpec
@@ -514,9 +515,34 @@ def test_a_horizon_that_the_checkpoint_denies_is_refused(tmp_path, tiny_checkpoi
 
 def test_as_many_steps_are_stochastic_as_there_are_where_all_were(tmp_path):
     folder = published("pi05", "openpi", tmp_path / "published")
-    for steps in (3, 10):
-        found = build(settings("pi05", folder, denoise_steps=steps), SPEC, weights="none").config
-        assert found.sde_steps == found.denoise_steps == steps
+    file = folder / "config.json"
+    says = {name: x for name, x in json.loads(file.read_text()).items() if name != "num_steps"}
+    for said in (file.read_text(), json.dumps(says)):  # RLinf's folders say nothing of steps
+        file.write_text(said)
+        for steps in (3, 10):
+            config = settings("pi05", folder, denoise_steps=steps)
+            found = build(config, SPEC, weights="none").config
+            assert found.sde_steps == found.denoise_steps == steps
+    # evaluate.py draws no noise, so of a run of ours it takes fewer steps, too.
+    model = build(settings("pi05", folder, denoise_steps=5), SPEC)
+    own = tmp_path / "own.safetensors"
+    checkpoint.save(own, model.header, model.state_dict())
+    asked = evaluate.EvaluateConfig(checkpoint=own, env="libero", denoise_steps=2)
+    found = build(evaluate.settings_of(asked), SPEC, weights="none").config
+    assert (found.denoise_steps, found.sde_steps) == (2, 2)
+
+
+def test_whether_actions_are_relative_is_said_and_can_be_changed(tmp_path):
+    folder = published("pi0", "openpi", tmp_path / "published")
+    config = settings("pi0", folder)
+    config.train.env = "libero"
+    assert "extra_delta_transform = true (openpi's" in models.assumptions(config, SPEC)
+    file = folder / "config.json"
+    says = json.loads(file.read_text())
+    for given in (False, True):
+        file.write_text(json.dumps(says | {"extra_delta_transform": given}))
+        assert "extra_delta" not in models.assumptions(config, SPEC)
+        assert models.published(config, SPEC).stats["delta"] == [given] * 6 + [False]
 
 
 def test_lerobot_s_processors_may_leave_the_state_out_of_the_prompt(tmp_path):

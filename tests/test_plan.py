@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import LINE
@@ -586,6 +587,24 @@ def test_a_run_of_several_nodes_gives_gradients_and_network(tmp_path):
     assert nodes == 1 and one.gradient_s < 0.01
     _, _, fast, _, found = from_run(PlanConfig(from_=str(run), gpus=1024, network_gb_s=1.0))
     assert found.network_gb_s == 1.0 and fast.gradient_s < many.gradient_s
+    # A flag that is given counts, even if its value is the usual one.
+    *_, line, found = from_run(PlanConfig(from_=str(run)))
+    assert found.gpus == 16 and "it had 2 nodes, and 2 of 8 GPUs are predicted" in line
+    asked = PlanConfig(from_=str(run), gpus=8, network_gb_s=50.0, gradient_gb=1.73)
+    _, nodes, *_, found = from_run(asked)
+    assert (nodes, found.gpus, found.network_gb_s, found.gradient_gb) == (1, 8, 50.0, 1.73)
+    with pytest.raises(UserError, match="--gpus 12 is no multiple of --gpus-per-node 8"):
+        from_run(PlanConfig(from_=str(run), gpus=12))
+
+
+def test_a_sweep_from_more_nodes_than_it_goes_up_to_says_so(tmp_path, capsys):
+    given = {"rollout_s": 1050, "actor_s": 861, "gpus": 2048, "iterations": 1, "rounds": 8}
+    file = tmp_path / "sweep.json"
+    plan.main(PlanConfig(**given, sweep=True, json=file, plot=tmp_path / "sweep.png"))
+    said = capsys.readouterr().out
+    assert "batch fixed: no size up to 1024 GPUs can be compared" in said
+    assert {row["batch"] for row in json.loads(file.read_text())["rows"]} == {"grows"}
+    assert (tmp_path / "sweep.png").stat().st_size > 1000
 
 
 def test_a_vectorised_run_has_lanes_of_many_envs(tmp_path):
@@ -737,7 +756,12 @@ def test_sweep_says_what_breaks_and_what_would_help(tmp_path, capsys):
             "leave out --envs, --chunk",
         ),
         ({"validate": True, "ladder": ROOT / "no-such-file"}, "cannot read the ladder"),
-        ({"json": ROOT / "no-such-folder" / "x.json"}, "does not exist"),
+        ({"json": ROOT / "tests"}, "cannot write the result to .*tests: Is a directory"),
+        ({"plot": Path("sweep.txt"), "sweep": True}, "must end in one of .png"),
+        (
+            {"sweep": True, "gpus": 2000, "gpus_per_node": 2000, "ratio": "1999:1"},
+            "is more than the 1024 GPUs that a sweep goes up to",
+        ),
     ],
 )
 def test_mistakes_are_named(flags, words):

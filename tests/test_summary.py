@@ -15,6 +15,7 @@ from matplotlib import image
 import pictures
 import summary
 from config import ROOT, Config, from_preset, to_json
+from errors import UserError
 from metrics import CAUSES
 from run_folder import place_of, read_metrics, read_trace, write_trace
 from summary import Summary, advice, summarise
@@ -91,6 +92,15 @@ def command(*args) -> subprocess.CompletedProcess:
 
 
 # ---------------------------------------------------------------- the numbers
+
+
+def test_of_a_run_whose_last_line_was_made_up_for_the_first_one_counts():
+    measured = line(1, env_steps_per_s=5.0, waits={"env:action": 0.25})
+    made_up = {name: x for name, x in line(2, time=70.0).items() if name != "waits"}
+    found = summarise([measured, made_up], {})
+    assert found.waits["env"] == {"action": 0.25} and found.iterations == 2
+    with pytest.raises(UserError, match="nothing was measured: its launcher was killed"):
+        summarise([made_up], {})
 
 
 def test_iterations_count_by_their_time_and_the_first_not_at_all():

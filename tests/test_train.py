@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from test_html_report import read as read_page
 
 import processes
 import train
-from config import PRESETS, ROOT, Config, to_json
+from config import PRESETS, ROOT, Config, completed, to_json
 from errors import UserError, exit_on_user_error
 from films import films_in
 from models import checkpoint
@@ -430,6 +431,21 @@ def test_the_default_checkpoint_on_whole_episodes(cli, tmp_path):
     assert status == 0, output
     mirrors = list((tmp_path / "x").glob("wandb/offline-run-*"))
     assert len(mirrors) == 2 and len({str(path)[-8:] for path in mirrors}) == 1  # one id
+
+
+def test_a_folder_that_was_made_for_a_run_is_known_as_such(tmp_path, monkeypatch):
+    """So that it goes away with a run that cannot begin."""
+    monkeypatch.setattr(train, "unused_path", lambda: tmp_path)
+    alone = SimpleNamespace(first=True, name_run=lambda name: None)
+    monkeypatch.setattr(train, "agree", lambda *_: None)
+    for run, made in (("", True), (tmp_path / "there", False)):
+        if run:
+            run.mkdir()
+        config = completed(Config(), run=str(run))
+        setup = SimpleNamespace(config=config, resume=None)
+        folder = train.open_folder(setup, alone)
+        assert folder.made is made
+        os.close(folder.lock)
 
 
 def test_without_a_login_weights_and_biases_is_refused_in_a_sentence(cli, tmp_path):

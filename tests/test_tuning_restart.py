@@ -1,6 +1,7 @@
 """A run that starts again at another ratio, and the settings that it goes on with."""
 
 import json
+import os
 import re
 import time
 from dataclasses import asdict
@@ -33,6 +34,9 @@ def test_what_is_remembered_survives_a_start(tmp_path):
     """A run that goes on at another ratio is another process: nothing may be tried twice."""
     past = Past("3:1", {"3:1": 12.8, "1:1": 1 / 3}, {"1:2", "2:1"}, {"batch_wait_ms": "inf"})
     file = tmp_path / "tuning.json"
+    other = f"{os.getpid()} since 1"  # of another container, which counts processes anew
+    file.write_text(json.dumps(asdict(train.Handover(process=other, heard=3)), default=sorted))
+    assert train.Handover.take(tmp_path) == train.Handover() and not file.exists()
     for left in (train.Handover(past=past, heard=3), train.Handover()):
         file.write_text(json.dumps(asdict(left), default=sorted))
         assert train.Handover.take(tmp_path) == left and not file.exists()

@@ -310,6 +310,7 @@ def published(path: Path, family: str, config, spec) -> Found:
     settings = ("horizon", "denoise_steps", "noise_level")
     defaults = {name: (getattr(found.shape, name), "as published") for name in settings}
     shape, assumed = source.filled(found.shape, said, defaults, config.rollout)
+    shape = replace(shape, sde_steps=shape.denoise_steps)  # all of them are stochastic
     chunk = config.rollout.chunk
     most = shape.horizon
     require(

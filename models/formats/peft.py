@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NotRequired
 
@@ -181,8 +180,7 @@ def save(model: torch.nn.Module, folder: Path, names: source.Source, base: Path)
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = source.unfinished_of(folder)
     unfinished.mkdir()
     checkpoint.write(unfinished / WEIGHTS, tensors, {"format": "pt"})
     (unfinished / CONFIG).write_text(json.dumps(says, indent=1))

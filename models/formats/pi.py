@@ -212,6 +212,7 @@ def published(path: Path, family: str, config, spec) -> Found:
         if not kind.startswith("lerobot") and played in RLINF_HORIZON:
             defaults["chunk"] = RLINF_HORIZON[played], f"RLinf's in {train.env}"
         shape, assumed = source.filled(shape, said, defaults, config.rollout)
+        shape = replace(shape, sde_steps=shape.denoise_steps)  # all of them, as above
         trained = cameras_of(says)
         views = config.env.cameras or min(trained or spec.views, spec.views)
         require_family(path, "pi05" if shape.pi05 else "pi0", family)
@@ -234,6 +235,10 @@ def published(path: Path, family: str, config, spec) -> Found:
     else:
         in_prompt = says.get("discrete_state_input")
         stats = read_norm_stats(folder, shape.pi05, train.env, train.statistics, in_prompt)
+        if (deltas := says.get("extra_delta_transform")) is not None:
+            stats["delta"] = [bool(deltas) and i < 6 for i in range(7)]
+        elif any(stats["delta"]):
+            assumed["extra_delta_transform"] = "true (openpi's and RLinf's of π0 in LIBERO)"
         if shape.pi05 and in_prompt is None:
             place = "in the prompt" if stats["prompt"] == "state" else "not in the prompt"
             assumed["state"] = f"{place} (openpi's and RLinf's for such a robot)"
@@ -264,6 +269,8 @@ def read_norm_stats(
     found = list(files)
     if chosen or len(files) > 1:
         found = [place for place in files if word and word in place]
+        exact = [place for place in found if word == str(Path(place).parent)]
+        found = exact or found
     require(
         len(found) == 1,
         f"{folder} must hold one norm_stats.json, or one whose path contains {word!r}: it has "

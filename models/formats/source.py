@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -28,6 +29,7 @@ from models import lora
 from models.formats.names import Rules, rename
 
 INDEX = "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 BLOCK = 64 * 2**20  # bytes moved at once
 SMALL = 64 * 2**20  # bytes; files up to this size (statistics, tokeniser, …) are copied along
 # What wrappers put into a key, and what older transformers called it → what `rules` call it.
@@ -189,8 +191,11 @@ def weight_files(path: str | Path) -> list[Path]:
     for file in files:
         sentence = f"checkpoint {path} lacks its file {file.name}, which {INDEX} lists"
         require(file.is_file(), sentence)
+    whole = path / "model.safetensors"
+    both = f"checkpoint {path} holds {whole.name} beside the weights that {INDEX} lists"
+    require(not files or whole in files or not whole.exists(), f"{both}: remove one of the two")
     # Some shards were uploaded without their index.
-    for pattern in ("model.safetensors", "model-*-of-*.safetensors"):
+    for pattern in ("model.safetensors", SHARDS):
         files = files or sorted(path.glob(pattern))
     sentence = f"no checkpoint at {path}: expected model.safetensors, or its shards with {INDEX}"
     require(files, sentence)
@@ -291,6 +296,27 @@ def match(
     return parts
 
 
+def first_other(model: torch.nn.Module, path: Path, source: Source) -> str:
+    """Returns the key of a tensor of which the model has other numbers than a checkpoint, or "".
+    Heads that reinforcement learning adds may be others. Raises UserError as `match` does.
+
+    Numbers are the same where they are so in the coarser one of both dtypes."""
+    stored = layout(path)
+    state = model.state_dict()
+    for key, place in match(model, path, source, stored).items():
+        if place.name.partition(".")[0] in model.HEADS:
+            continue
+        entry = stored[key]
+        with safe_open(entry.file, framework="pt") as file:
+            theirs = file.get_tensor(entry.key)
+        ours = state[place.name]
+        ours = ours[place.begin : place.end] if entry.shape else ours.reshape(())
+        coarser = min(ours.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(ours.to(coarser), theirs.to(coarser)):
+            return key
+    return ""
+
+
 def without_adapters(source: Source) -> Source:
     """The layout of the weights alone, whatever stands beside them in our model."""
     return source._replace(rules=((r".*\.lora_[ab]", None), *source.rules))
@@ -367,8 +393,7 @@ def save(
         for key, alias in (pair, pair[::-1]):
             if key in parts and alias in stored:
                 parts[alias] = parts[key]
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = unfinished_of(folder)
     if like.is_file():
         write_like(tensor_of, unfinished, like, stored, parts)
         os.replace(unfinished, folder)
@@ -383,8 +408,12 @@ def save(
     unfinished.mkdir(exist_ok=True)
     for file in files:
         write_like(tensor_of, unfinished / file.name, file, stored, parts)
-    shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
+
+
+def unfinished_of(path: Path) -> Path:
+    """Names where a file or folder is written before it appears: a place of this export alone."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def write_like(
