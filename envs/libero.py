@@ -20,6 +20,7 @@ demonstrations, segmentation and depth.
 
 import contextlib
 import ctypes
+import gc
 import importlib.metadata
 import importlib.util
 import json
@@ -385,8 +386,13 @@ SCENES: OrderedDict[tuple, Scene] = OrderedDict()
 def drop_idle_scenes(most: int) -> None:
     """Frees all but so many of the scenes that nobody plays, with their GL contexts."""
     idle = [key for key, scene in SCENES.items() if not scene.players]
-    for key in idle[: max(0, len(idle) - most)]:
+    dropped = idle[: max(0, len(idle) - most)]
+    for key in dropped:
         SCENES.pop(key).close()
+    # robosuite's parts refer to one another. Python would free them late, for they are few, and
+    # MuJoCo has reserved gigabytes of addresses for each: soon no program could be started.
+    if dropped:
+        gc.collect()
 
 
 def integration_state(model: mujoco.MjModel, data: mujoco.MjData) -> np.ndarray:

@@ -5,6 +5,7 @@ many share a scene.
 import os
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -377,8 +378,10 @@ def test_scenes_that_nobody_plays_are_bounded(make, monkeypatch):
     env.reset(1, 0)
     env.observe()
     assert len(libero.SCENES) == 2  # this one, and the one that the fixture's env plays
+    problem = weakref.ref(env.scene.problem)
     env.reset(0, 0)
     assert len(libero.SCENES) == 1
+    assert problem() is None, "its gigabytes of addresses are still taken"
     env.close()
     env.close()
 
