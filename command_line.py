@@ -4,6 +4,7 @@ Left out: what the settings mean on this machine (prepare.py).
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
@@ -140,7 +141,7 @@ def without(args: list[str], *flags: str) -> list[str]:
 def value_of(args: list[str], *flags: str) -> str | None:
     """Returns the value of the last of these flags that is given, as it is written."""
     found = None
-    for word, following in zip(args, [*args[1:], None], strict=True):
+    for word, following in pairwise([*args, None]):
         if gives([word], *flags):
             found = word.partition("=")[2] if "=" in word else following
     return found

@@ -109,8 +109,11 @@ def test_roundtrip(tmp_path, shards):
     )
 
     saved = tmp_path / "ours"
-    for _ in range(2):  # the second time in place of the first
+    source.save(model, saved, SOURCE, tmp_path / "theirs")
+    written = {file.name: file.stat().st_mtime_ns for file in saved.iterdir()}
+    with pytest.raises(UserError, match="has appeared meanwhile: what was to be written there is"):
         source.save(model, saved, SOURCE, tmp_path / "theirs")
+    assert written == {file.name: file.stat().st_mtime_ns for file in saved.iterdir()}
     theirs = {
         f.relative_to(tmp_path / "theirs"): f.read_bytes()
         for f in (tmp_path / "theirs").rglob("*")

@@ -217,8 +217,8 @@ def test_a_checkpoint_goes_back_into_its_own_layout(kind, tmp_path):
     with torch.no_grad():  # a trained weight arrives under every name it has
         model.embed_tokens.weight[5] = 1.5
         model.dit[0].kv.weight[-1] = 2.5
-    source.save(model, tmp_path / "out", layout, folder)
-    shards = [load_file(f) for f in (tmp_path / "out").glob("model*.safetensors")]
+    source.save(model, tmp_path / "trained", layout, folder)
+    shards = [load_file(f) for f in (tmp_path / "trained").glob("model*.safetensors")]
     tensors = {k.removeprefix("_groot_model."): v for shard in shards for k, v in shard.items()}
     embeddings = [k for k in tensors if k.endswith(("embed_tokens.weight", "lm_head.weight"))]
     assert len(embeddings) == (1 if kind == "lerobot" else 2) and all(

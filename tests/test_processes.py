@@ -706,6 +706,7 @@ def test_a_launcher_that_was_away_starts_its_clocks_again(monkeypatch, tmp_path)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     meter = Meter("env-0", 0, counters, None)
     crew = Crew([Job("env-0", print, (), 1, meter, {})], counters, tmp_path, 2, timeout=60.0)
+    crew.started = {"env-0": clock[0]}
     meter.ready()
     for away in (0.25, 600.0):
         clock[0] += away

@@ -225,8 +225,8 @@ class Learner:
         self.totals = {}
         # Ranks meet, and have no gradients.
         self.gradients = SimpleNamespace(meet=ranks.meet, sum=lambda: (), spans=[])
-        self.facts = tuple(run.channels.pool.spec)
-        self.seen = ()
+        self.host_fields = tuple(run.channels.pool.spec)
+        self.device_fields = ()
         # A rank may take long to build its model, while others have published already.
         for _ in range(run.world.random.choice((0, 300))):
             run.world.running.pause()

@@ -408,6 +408,8 @@ def save(
     unfinished.mkdir(exist_ok=True)
     for file in files:
         write_like(tensor_of, unfinished / file.name, file, stored, parts)
+    there = f"{folder} has appeared meanwhile: what was to be written there is in {unfinished}"
+    require(not folder.exists(), there)
     os.replace(unfinished, folder)
 
 
