@@ -114,6 +114,8 @@ def test_roundtrip(tmp_path, shards):
     with pytest.raises(UserError, match="has appeared meanwhile: what was to be written there is"):
         source.save(model, saved, SOURCE, tmp_path / "theirs")
     assert written == {file.name: file.stat().st_mtime_ns for file in saved.iterdir()}
+    for kept in tmp_path.glob(".ours.*.partial"):
+        shutil.rmtree(kept)
     theirs = {
         f.relative_to(tmp_path / "theirs"): f.read_bytes()
         for f in (tmp_path / "theirs").rglob("*")
