@@ -129,8 +129,9 @@ def test_roundtrip(tmp_path, shards):
 
     with torch.no_grad():
         model.linear.weight[2] = 9.0
-    source.save(model, saved, SOURCE, tmp_path / "theirs")
-    again = {k: x for file in saved.glob("*.safetensors") for k, x in load_file(file).items()}
+    trained = tmp_path / "trained"
+    source.save(model, trained, SOURCE, tmp_path / "theirs")
+    again = {k: x for file in trained.glob("*.safetensors") for k, x in load_file(file).items()}
     assert (again["k"] == 9.0).all() and all(
         torch.equal(again[key], w[key]) for key in w if key != "k"
     )
