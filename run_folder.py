@@ -69,14 +69,22 @@ def name_of(run: Path) -> str:
     return run.name if run.parent == ROOT / "runs" else str(run.absolute())
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Makes `text` a file's whole contents. If the process is killed, the old ones are left."""
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[Path]:
+    """Yields where to write a file. It takes its place at the end, unless there is an error: then,
+    or if the process is killed, what was there before is left."""
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # another may write one, too
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Makes `text` a file's whole contents."""
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def locked(folder: Path, taken: str) -> int:
@@ -155,12 +163,8 @@ class RunFolder:
         """Writes trace.json from the workers' spans, whole or not at all, and removes what only
         workers needed."""
         if spans := read_spans(self.spans):
-            partial = self.path / ".trace.json.partial"
-            try:
+            with whole(self.path / "trace.json") as partial:
                 write_trace(partial, spans)
-                os.replace(partial, self.path / "trace.json")
-            finally:
-                partial.unlink(missing_ok=True)
         shutil.rmtree(self.spans)
 
     def remove(self, failed: bool) -> None:

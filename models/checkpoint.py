@@ -13,7 +13,6 @@ import math
 import operator
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,15 @@ from checks import Finite, parse_json, read_json
 from config import ROOT
 from errors import UserError, require
 from models import tokenize
-from models.formats.source import INDEX, Source, header, layout, other_kind, weight_files
+from models.formats.source import (
+    INDEX,
+    Source,
+    header,
+    layout,
+    other_kind,
+    unfinished_of,
+    weight_files,
+)
 from run_folder import checkpoints
 
 
@@ -330,7 +337,7 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
 def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
     """Writes beside `path` and renames, so a reader or a crash never sees half a file. Raises
     OSError where the disk refuses it."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial = unfinished_of(path)
     try:
         partial.touch()
         mode = partial.stat().st_mode  # as the umask says; the library's files are their owner's

@@ -234,10 +234,10 @@ def published(path: Path, family: str, config, spec) -> Found:
             assumed["state"] = "in the prompt without padding (LeRobot since March 2026)"
     else:
         in_prompt = says.get("discrete_state_input")
-        stats = read_norm_stats(folder, shape.pi05, train.env, train.statistics, in_prompt)
-        if (deltas := says.get("extra_delta_transform")) is not None:
-            stats["delta"] = [bool(deltas) and i < 6 for i in range(7)]
-        elif any(stats["delta"]):
+        deltas = says.get("extra_delta_transform")
+        chosen = train.statistics
+        stats = read_norm_stats(folder, shape.pi05, train.env, chosen, in_prompt, deltas)
+        if deltas is None and any(stats["delta"]):
             assumed["extra_delta_transform"] = "true (openpi's and RLinf's of π0 in LIBERO)"
         if shape.pi05 and in_prompt is None:
             place = "in the prompt" if stats["prompt"] == "state" else "not in the prompt"
@@ -255,15 +255,21 @@ def published(path: Path, family: str, config, spec) -> Found:
 
 
 def read_norm_stats(
-    folder: Path, pi05: bool, env: str = "", chosen: str = "", state_in_prompt: bool | None = None
+    folder: Path,
+    pi05: bool,
+    env: str = "",
+    chosen: str = "",
+    state_in_prompt: bool | None = None,
+    deltas: bool | None = None,
 ) -> dict:
     """openpi's and RLinf's statistics, and what their file does not say: which normalisation,
     prompt and actions go with them.
 
     π0 goes by mean and deviation, π0.5 by quantiles (openpi training/config.py). In LIBERO, π0's
-    actions are deltas on state[:6]. π0.5's prompt holds the state of real robots but not of
-    simulators (`discrete_state_input` in both projects' configurations), if config.json does not
-    say. Of several robots' statistics the path names `chosen`, else `env`, the simulator."""
+    actions are deltas on state[:6] (`extra_delta_transform`), if config.json does not say. π0.5's
+    prompt holds the state of real robots but not of simulators (`discrete_state_input` in both
+    projects' configurations), if config.json does not say. Of several robots' statistics the path
+    names `chosen`, else `env`, the simulator."""
     files = {str(file.relative_to(folder)): file for file in folder.rglob("norm_stats.json")}
     word = chosen or env
     found = list(files)
@@ -278,6 +284,8 @@ def read_norm_stats(
     )
     file = files[found[0]]
     places = {env, *str(Path(found[0]).parent).lower().replace("_", "/").split("/")}
+    if deltas is None:
+        deltas = not pi05 and "libero" in places
     if state_in_prompt is None:
         state_in_prompt = not places & {"libero", "metaworld", "maniskill", "robocasa"}
     mode = "quantiles" if pi05 else "mean_std"
@@ -297,7 +305,7 @@ def read_norm_stats(
     return kinds | {
         "layout": "openpi",
         "prompt": "state" if pi05 and state_in_prompt else "newline",
-        "delta": [not pi05 and "libero" in places and i < 6 for i in range(7)],
+        "delta": [bool(deltas) and i < 6 for i in range(7)],
     }
 
 

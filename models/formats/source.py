@@ -414,7 +414,7 @@ def save(
 
 
 def unfinished_of(path: Path) -> Path:
-    """Names where a file or folder is written before it appears: a place of this export alone."""
+    """Names where a file or folder is written before it appears: a place of this writer alone."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
