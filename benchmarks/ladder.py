@@ -208,16 +208,22 @@ def flags(setting: str, preset: str, ratio: str) -> list[str]:
 
 
 def run_preset(
-    setting: str, preset: str, ratio: str, iterations: int, trace: Path | None
+    setting: str,
+    preset: str,
+    ratio: str,
+    iterations: int,
+    trace: Path | None,
+    more: tuple[str, ...] = (),
 ) -> tuple[list[dict], dict[int, float], Config]:
     """Runs the real command until it has written `iterations` lines of metrics.jsonl.
 
     It is ended before it begins to drain. Returns the lines, the CPU seconds it had used when there
-    were n of them, and its settings. trace: where its trace is to go."""
+    were n of them, and its settings. trace: where its trace is to go. more: flags of train.py
+    besides those of the preset."""
     # So many batches are under way, and what comes after the last one never starts.
     _, staleness, _ = settings_of(preset)
     total = iterations + staleness + 2
-    args = [*flags(setting, preset, ratio), "--iterations", str(total)]
+    args = [*flags(setting, preset, ratio), "--iterations", str(total), *more]
     if trace is None:
         args.append("--no-trace")
     environment = dict(os.environ)

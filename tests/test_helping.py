@@ -1,4 +1,5 @@
-"""What `benchmarks/helping.py` predicts of actors that infer while they wait."""
+"""What `benchmarks/helping.py` predicts, and `benchmarks/helping_ladder.py` emulates and tells, of
+actors that infer while they wait."""
 
 import json
 from dataclasses import replace
@@ -6,7 +7,9 @@ from dataclasses import replace
 import predicted
 import pytest
 
+from benchmarks.emulated import helping as emulated
 from benchmarks.helping import CASES, RATIOS, as_json, best, line, ratios_of, row_of, shared_out
+from benchmarks.helping_ladder import table
 from planning import Costs, events
 from planning.settings import planned
 
@@ -72,3 +75,34 @@ def test_eight_gpus_have_ratios_of_more_actors_where_training_costs_more():
     more = [name for name in CASES if "1:3" in ratios_of(name, 8)]
     assert more and all("OFT" in name or name == "GR00T on H100s, estimated" for name in more)
     assert all("1:3" in ratios_of(name, 4) for name in CASES)
+
+
+def test_an_emulated_actor_halves_an_inference_only_while_it_waits(tmp_path, monkeypatch):
+    """Two processes' views of it; time passes where something sleeps."""
+    now = [100.0]
+    monkeypatch.setattr(emulated.util, "get_temp_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(emulated.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        emulated.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds)
+    )
+    rollout, actor = emulated.Help(0.5), emulated.Help(0.5)
+
+    assert rollout.shared(1.0) == 0.5  # nothing was trained yet
+    assert rollout.shared(1.0) == 1.0  # the actor does one thing at a time
+    with actor.training():
+        assert now[0] == 100.5  # it trains when it has inferred
+        now[0] += 2.0
+        assert rollout.shared(1.0) == 1.0
+    assert rollout.shared(1.0) == 1.0  # between two micro-batches it does not wait
+    now[0] += 2 * emulated.PAUSE
+    assert rollout.shared(1.0) == 0.5
+
+
+def test_the_table_pairs_runs_of_one_round():
+    rows = []
+    for number, (alone, helped) in enumerate([(100.0, 110.0), (200.0, 190.0), (90.0, 90.0)]):
+        for arm, speed in (("helped", helped), ("alone", alone)):
+            row = {"case": "a", "arm": arm, "round": number, "env_steps_per_s": speed}
+            rows.append(row | {"bubble_actor": 0.4 if arm == "alone" else 0.1})
+    told = table(rows[2:] + rows[:2]).splitlines()[-1]
+    assert told == "| a | 100 | 110 | +10.0% · -5.0% · +0.0% |  | 40%, 10% |"

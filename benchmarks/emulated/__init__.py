@@ -8,4 +8,5 @@ pipeline between them: `train.py --model emulated --env emulated`.
     maniskill_hybrid.py  --env vectorised_hybrid  ManiSkill, hybrid 6:2 (second version)
     policy.py      --model emulated      inference and training, for all of them
     devices.py                           what stages share that have a GPU together
+    helping.py                           actors that infer while they wait: an experiment
 """

@@ -7,8 +7,11 @@ on them (`devices.py`). Several actor workers share theirs. Weights mean nothing
 but there are as many bytes of them as their way through the weight plane is to take time for. They
 have no gradient either, unless EMULATED_GRADIENT_MB says how many megabytes ranks are to sum. Where
 simulation takes no time (`--tasks 0`), inference and training take none either.
+
+With EMULATED_HELP=1 in the environment, disaggregated actors infer while they wait (`helping.py`).
 """
 
+import contextlib
 import os
 import time
 from multiprocessing import current_process
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.emulated import gr00t, libero, maniskill, maniskill_hybrid, metaworld
 from benchmarks.emulated.devices import Device, device_of
+from benchmarks.emulated.helping import Help
 from models.checkpoint import Header
 
 # Of a simulator; libero.py's for all others.
@@ -60,6 +64,8 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
     gpu = device_of(current_process().name, placement)
     sizes = (config.rollout.chunk, env_spec.action_dim)
     model = Emulated(picture, *sizes, times, costs.WEIGHTS, gpu)
+    if os.environ.get("EMULATED_HELP") == "1":
+        model.help = Help(for_rollout / (for_rollout + for_actor))
     number = int(1e6 * float(os.environ.get("EMULATED_GRADIENT_MB", 0)) / 4 / LAYERS)
     model.learnt.extend(nn.Parameter(torch.zeros(number)) for _ in range(LAYERS * (number > 0)))
     return model.to(device)
@@ -106,6 +112,7 @@ class Emulated(nn.Module):
         time, if other stages have it, too."""
         super().__init__()
         self.gpu = gpu
+        self.help: Help | None = None  # where actors infer while they wait
         self.picture = picture
         self.times = times
         # They have no gradient, so no optimizer touches them.
@@ -139,13 +146,15 @@ class Emulated(nn.Module):
 
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        self.wait(self.times.infer_base + n * self.times.infer_each)
+        seconds = self.times.infer_base + n * self.times.infer_each
+        self.wait(self.help.shared(seconds) if self.help else seconds)
         zeros = self.action.expand(n, -1, -1)
         return {"actions": zeros, "logprob": zeros, "value": zeros[:, 0, 0]}
 
     def evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(batch["actions"])
-        self.wait(n * self.times.train_each)
+        with self.help.training() if self.help else contextlib.nullcontext():
+            self.wait(n * self.times.train_each)
         zero = sum(weight.sum() for weight in (self.action, *self.learnt)) * 0.0
         return {"logprob": zero.expand(n, *self.action.shape), "value": zero.expand(n)}
 

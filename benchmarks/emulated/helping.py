@@ -1,0 +1,70 @@
+"""An emulated actor that infers while it waits for trajectories. No run of ours does, unless
+EMULATED_HELP=1 is in the environment: `python -m benchmarks.helping_ladder` measures what it gives.
+
+A rollout worker that begins an inference asks whether the actor waits. If so, the actor's GPUs take
+their part of the batch, and the inference takes as much less time. The actor trains what comes
+meanwhile when that inference is done. Handing over costs nothing.
+
+Who waits is in a file that all workers of a run share, as that of `devices.py` is. An actor counts
+as waiting when it has not trained for `PAUSE`, which is longer than what lies between two
+micro-batches. One actor worker stands for all GPUs that train, as everywhere here.
+"""
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator
+from multiprocessing import util
+from pathlib import Path
+
+PAUSE = 0.005  # seconds without training after which an actor waits for trajectories
+# Seconds of the monotonic clock: when the actor last ended training (infinite while it trains), and
+# until when it infers.
+STATE = struct.Struct("dd")
+
+
+class Help:
+    """What rollout workers and the actor of the run that this process belongs to know of it."""
+
+    def __init__(self, share: float):
+        """share: of an inference's time that is left where the actor's GPUs take their part."""
+        self.share = share
+        self.file = -1  # descriptor, opened when first used, by the process that uses it
+
+    @contextlib.contextmanager
+    def state(self) -> Iterator[list[float]]:
+        """Gives [last training, inference's end], which may be changed, and locks it meanwhile."""
+        if self.file < 0:
+            path = Path(util.get_temp_dir()) / "emulated-help"
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            found = os.pread(self.file, STATE.size, 0)
+            state = list(STATE.unpack(found)) if len(found) == STATE.size else [0.0, 0.0]
+            yield state
+            os.pwrite(self.file, STATE.pack(*state), 0)
+        finally:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def shared(self, seconds: float) -> float:
+        """Returns how long an inference of so many seconds takes that begins now."""
+        now = time.monotonic()
+        with self.state() as state:
+            trained_at, infers_until = state
+            if now < max(trained_at + PAUSE, infers_until):
+                return seconds
+            state[1] = now + self.share * seconds
+        return self.share * seconds
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """The actor trains, as soon as it has inferred what it has begun."""
+        with self.state() as state:
+            state[0] = float("inf")
+            infers_until = state[1]
+        time.sleep(max(0.0, infers_until - time.monotonic()))
+        yield
+        with self.state() as state:
+            state[0] = time.monotonic()
