@@ -1,6 +1,7 @@
 """Ranks that share the weights (--shard) come to those of one rank that has them all, and to the
 same files, with every family, on one node or several; none of them ever holds them all."""
 
+import faulthandler
 import json
 import weakref
 from collections.abc import Callable, Mapping
@@ -79,6 +80,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict]] = {
     "lora": (lambda: test_oft.tiny_oft(torch.float64), {"algorithm": "grpo", "group_size": 2}),
 }
 
+LIMIT = 250  # seconds for the ranks to train all cases
 NODES = ("lora",)  # cases that are also trained on two nodes
 
 
@@ -136,7 +138,8 @@ FOUR = [[(0,), (4, 5, 6)], [(1,), ()], [(2,), (7,)], [(3,), ()]]
 
 
 def sharing(number: int, folder: Path, cases: tuple[str, ...], nodes: int) -> None:
-    """One of two ranks of a node, which trains cases."""
+    """One of two ranks of a node, which trains cases. One that hangs says where."""
+    faulthandler.dump_traceback_later(LIMIT - 10)
     torch.set_num_threads(1)
     node, rank = divmod(number, 2)
     place = rank, 2, "cpu", Meeting(folder / "rendezvous-0"), node, nodes
@@ -226,7 +229,7 @@ def in_processes(count: int, target: Callable, *arguments) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(250)
+        process.join(LIMIT)
         process.kill()  # which does nothing where it has ended
         assert process.exitcode == 0
 

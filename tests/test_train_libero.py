@@ -29,7 +29,7 @@ def no_new_starts_are_left():
         file.unlink()
 
 
-TASKS = "turn_on_the_stove put_the_bowl_on_the_plate"
+TASKS = "turn_on_the_stove libero_goal_swap/put_the_bowl_on_the_plate"
 TINY = (
     "--model pi05 --env libero --ratio 3:1 --image-size 32 --envs 2 --env-workers 2 --batch 2 "
     "--minibatch 2 --micro-batch 2 "
@@ -38,7 +38,8 @@ TINY = (
 
 
 def test_three_iterations_and_an_evaluation(cli, tmp_path):
-    """Two env processes with a task each; the small π0.5 sees both cameras."""
+    """Two env processes with a task each, one of them of a perturbed suite (LIBERO-Pro); the small
+    π0.5 sees both cameras."""
     run = tmp_path / "x"
     status, output = cli(
         "train.py", f"{TINY} --tasks {TASKS} --eval-envs 0 --iterations 3 --run {run}"
