@@ -7,6 +7,7 @@ the evaluation seeds, which neither training nor the demonstrations ever draw. L
 on several processes.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -116,6 +117,17 @@ class Episode:
     # Its film, until that is written; only of a task's first one.
     frames: list[np.ndarray] = field(default_factory=list)
 
+    @contextlib.contextmanager
+    def fails_if_unstable(self) -> Iterator[None]:
+        """Makes it a failure, and says so, where the simulation becomes unstable."""
+        try:
+            yield
+        except envs.UNSTABLE as error:
+            said = f"warning: {error}: episode {self.number} counts as failed"
+            print(said, file=sys.stderr, flush=True)
+            self.success = False
+            self.broke = True
+
 
 class Player:
     """Lets a policy act in a simulator."""
@@ -156,21 +168,23 @@ class Player:
         given = self.spec, self.config.render_quality, part.states
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
-            simulators[0].reset(chosen[0][0], seeds)
-            simulators[0].observe()
+            with contextlib.suppress(envs.UNSTABLE):  # whose episode then fails, below
+                simulators[0].reset(chosen[0][0], seeds)
+                simulators[0].observe()
         ended = 0
         try:
             while ended < count:
                 begun = []
                 for number, env in zip(range(ended, count), simulators, strict=False):
                     task, turn = chosen[number]
-                    env.reset(task, seeds + turn * tasks + task)
                     begun.append(Episode(number, task, env))
+                    with begun[-1].fails_if_unstable():
+                        env.reset(task, seeds + turn * tasks + task)
                 while playing := [episode for episode in begun if episode.success is None]:
                     for episode, actions in zip(playing, self.plan(playing), strict=True):
                         self.execute(episode, actions)
                 for place, episode in enumerate(begun):
-                    if episode.broke:  # what is left of such a simulation is not to be trusted
+                    if episode.broke:
                         simulators[place] = self.simulator.make(*given)
                         episode.env.close()
                 ended += len(begun)
@@ -204,13 +218,9 @@ class Player:
         for action in actions:
             if filmed and episode.steps % 2 == 0:
                 episode.frames.append(episode.env.film())
-            try:
+            with episode.fails_if_unstable():
                 step = episode.env.step(action)
-            except FloatingPointError as error:
-                said = f"warning: {error}: episode {episode.number} counts as failed"
-                print(said, file=sys.stderr, flush=True)
-                episode.success = False
-                episode.broke = True
+            if episode.broke:
                 return
             episode.steps += 1
             if step.success or step.failed or episode.steps >= self.spec.limit(episode.task):

@@ -6,8 +6,10 @@ also shows how to recover. The action that is recorded is the one without noise.
 50 %. That leaves reinforcement learning, with the prefix frozen, something to learn.
 """
 
+import contextlib
 import itertools
 import operator
+import sys
 import time
 import warnings
 from collections import deque
@@ -68,8 +70,8 @@ class Played(NamedTuple):
 def demonstrate(
     tasks: tuple[str, ...], task: int, seeds: Sequence[int], config: ExpertConfig
 ) -> Iterator[Played | None]:
-    """Plays demonstrations of tasks[task], and yields them; None in place of one that fails, which
-    teaches nothing."""
+    """Plays demonstrations of tasks[task], and yields them; None in place of one that fails, or
+    whose simulation becomes unstable, which teaches nothing."""
     from metaworld.policies import ENV_POLICY_MAP
 
     from envs import metaworld  # here, for RoboCasa's environment lacks it
@@ -77,13 +79,21 @@ def demonstrate(
     warnings.filterwarnings("ignore")
     with envs.starting("metaworld"):
         env = metaworld.Env(tasks, config.image_size)
-        env.reset(task, seeds[0])
-        env.observe()
+        with contextlib.suppress(envs.UNSTABLE):  # whose demonstration then fails, below
+            env.reset(task, seeds[0])
+            env.observe()
     expert = ENV_POLICY_MAP[tasks[task] + "-v3"]()
     for seed in seeds:
-        env.reset(task, seed)
         rng = np.random.default_rng([config.seed, task, seed])
-        yield play(env, expert, rng, config)
+        try:
+            env.reset(task, seed)
+            played = play(env, expert, rng, config)
+        except envs.UNSTABLE as error:
+            print(f"warning: {tasks[task]}, seed {seed}: {error}", file=sys.stderr, flush=True)
+            env.close()
+            env = metaworld.Env(tasks, config.image_size)
+            played = None
+        yield played
     env.close()
 
 

@@ -9,6 +9,7 @@ The frames of a block come in random order. Left out: weights that do not fit on
 --shard); resuming (start from a checkpoint that was saved on the way).
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -47,6 +48,7 @@ from processes import (
     leave_interrupts,
 )
 from ranks import Meeting, Ranks
+from run_folder import alike, whole
 
 # Constants, because the order of sums, and so every bit of a small checkpoint, depends on them.
 PROCESSES = 2  # where there is no GPU; else one for each
@@ -361,9 +363,11 @@ def save(model: torch.nn.Module, lesson: Lesson, done: bool, last: bool) -> None
     unfinished = (partial_of(lesson.out), partial_of(lesson.out).with_suffix(".model"))
     weights, words = (lesson.out, beside) if done else unfinished
     try:
-        if source.is_file() and source.resolve() != words.resolve():
-            shutil.copyfile(source, words)
-        checkpoint.save(weights, model.header, tensors)
+        with contextlib.ExitStack() as stack:
+            if source.is_file() and not alike(source, words):
+                # It takes its place after the weights: until then the old ones have their own.
+                shutil.copyfile(source, stack.enter_context(whole(words)))
+            checkpoint.save(weights, model.header, tensors)
     except OSError as error:
         said = output.disk_trouble(error, weights)
         require(not last, said)

@@ -16,10 +16,11 @@ from errors import require
 LARGEST = 1e38  # as float32 can hold
 FINITE = math.exp(20)  # no weight is larger, as in verl
 # Corrections, with the bounds of `PolicyLoss` that each uses and their published values. mask,
-# truncate and icepop are AReaL's (icepop after Ring-1T). sequence and geometric are presets of verl
-# (verl/trainer/config/algorithm.py, `decoupled_geo_rs`). The others are their papers'; GIPO's tried
-# σ from 0.1 to 2. The bounds of geometric are meant for two engines that run the same weights:
-# stale samples differ by more, so give wider ones.
+# truncate and icepop are AReaL's (icepop after Ring-1T). sequence and geometric reject what
+# presets of verl do (verl/trainer/config/algorithm.py, `decoupled_seq_is_rs`, `decoupled_geo_rs`),
+# within its bounds; but each unit keeps its w, where verl has the product's or none. The others are
+# their papers'; GIPO's tried σ from 0.1 to 2. The bounds of geometric are meant for two engines
+# that run the same weights: stale samples differ by more, so give wider ones.
 CORRECTIONS: dict[str, dict[str, float]] = {
     "mask": {"weight_max": 5.0},
     "truncate": {"weight_max": 5.0},
@@ -47,12 +48,12 @@ class PolicyLoss:
     trained where its condition holds, and masked elsewhere (min, max: `weight_min`, `weight_max`):
 
         mask       w ≤ max                                      AReaL
-        truncate   always, by min(w, max)                       TIS, Yao et al. 2025, in verl
+        truncate   always, by min(w, max)                       fengyao.notion.site/off-policy-rl
         icepop     min ≤ w ≤ max                                Ring-1T, arXiv 2510.18855
         sequence   min ≤ Π w ≤ max, over the units of a sample  verl's rejection by seq_sum_k1
         geometric  min ≤ (Π w)^(1/U) ≤ max                      verl's rejection by seq_mean_k1
         kpop       D(p‖q) ≤ φ and D(q‖p) ≤ φ                    ringtech.notion.site/kpop
-        m2po       (log w)² ≤ `cut`                             arXiv 2510.01161, and `SecondMoment`
+        m2po       (log w)² ≤ `cut`                             AReaL's: see `SecondMoment`
 
     p = exp(proximal), q = exp(old), and D(p‖q) = p·log(p/q) + (1 − p)·log((1 − p)/(1 − q)) tells
     the unit from all else: so kpop is for probabilities, not for densities, and of single tokens:
@@ -148,15 +149,18 @@ def soft_ratio(log_ratio: Tensor, sigma: float) -> Tensor:
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """M2PO's bound (arXiv 2510.01161): of a batch's units, those with the largest (log w)² are
-    masked until the mean of the others is at most τ.
+    """M2PO's bound (arXiv 2510.01161) in AReaL's form: of a batch's units, those with the largest
+    (log w)² are masked until the mean of the others is at most τ.
 
-    The paper sorts the batch. A streamed batch is trained before all of it exists, so the batch
+    The paper counts and masks only units that a clip may hold, those whose A · log w > 0; AReaL
+    and we count all.
+
+    Both sort the batch. A streamed batch is trained before all of it exists, so the batch
     before decides (as in `AdvantageScale`). Its (log w)² are counted below each of 22 edges, a
     factor √2 apart but for the last. The cut is the largest edge below which their mean was at most
     τ; the first batch has no cut.
 
-    As in AReaL's M2PO, w is the proximal policy's weight, and the ratio beside it is clipped.
+    As in AReaL, w is the proximal policy's weight, and the ratio beside it is clipped.
     Before a batch's first update w is the paper's π/π_old, without clipping."""
 
     tau: float

@@ -6,6 +6,7 @@ The launcher alone writes here, but for checkpoints (the first actor), videos (e
 
 import contextlib
 import fcntl
+import filecmp
 import json
 import math
 import os
@@ -81,6 +82,11 @@ def whole(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def alike(file: Path, other: Path) -> bool:
+    """Whether both are there, with the same contents."""
+    return other.is_file() and filecmp.cmp(file, other, shallow=False)
+
+
 def write_whole(file: Path, text: str) -> None:
     """Makes `text` a file's whole contents."""
     with whole(file) as partial:
@@ -124,6 +130,8 @@ class RunFolder:
             raise UserError(f"{found}; choose another --run") from None
         taken = f"run {self.name} is being trained by another process: end that one first, or wait"
         self.lock = locked(path, taken)
+        for left in path.glob(".trace.json.*.partial"):  # of a run that was killed as it wrote it
+            left.unlink()
         if not resume:
             for name in ("metrics.jsonl", "error.txt", "wandb.id", "trace.json", "report.html"):
                 if (path / name).exists():
@@ -151,9 +159,12 @@ class RunFolder:
 
     def keep(self, vocabulary: Path | None) -> None:
         """Copies the vocabulary in use, so that the folder alone can go to another machine."""
-        if vocabulary and vocabulary.is_file():
-            with contextlib.suppress(shutil.SameFileError):
-                shutil.copyfile(vocabulary, self.path / vocabulary.name)
+        if not (vocabulary and vocabulary.is_file()):
+            return
+        kept = self.path / vocabulary.name
+        if not alike(vocabulary, kept):
+            with whole(kept) as partial:
+                shutil.copyfile(vocabulary, partial)
 
     def write(self, name: str, text: str) -> None:
         """As `write_whole`, a file of this run."""

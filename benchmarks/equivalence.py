@@ -42,8 +42,8 @@ acted. At 2, where it was never run, there is also the exact policy with AReaL's
 bounds are for tokens, and the default's ratio is of whole chunks, of 10 actions · 4 numbers. So
 M2PO's bound of a second moment is 0.04 · 40 = 1.6: a sum of 40 independent drifts has 40 times the
 second moment of one. IcePop keeps its [0.5, 5], for 5 is what the mask of the default has used on
-chunks all along. Two have no arm: a mask of sequences is here one of units; and KPop is for
-probabilities, where the default's actions have densities.
+chunks all along. Three have no arm: the default's ratio is one unit a chunk, where `sequence` and
+`geometric` are `icepop`; and `kpop` is for probabilities, where its actions have densities.
 
 The reference of an arm is what `--proximal auto` takes at its staleness: at 4 and 8 the exact
 policy, at 2 the interpolated one. The one primary measure is the area: a two-sided Welch t-test
@@ -88,7 +88,7 @@ import numpy as np
 import tyro
 
 from benchmarks.measuring import end_on_sigterm
-from benchmarks.seeds import FEWEST, MARGIN, bootstrap, holm, least_gain, power, tost, welch
+from benchmarks.seeds import FEWEST, MARGIN, MOST, bootstrap, holm, least_gain, power, tost, welch
 from config import ROOT
 from errors import exit_on_user_error, require
 
@@ -409,9 +409,8 @@ def what_can_be_seen(name: str, first: list[dict], arms: int) -> str:
     """Tells how often an arm that is truly equal is found so. first: runs of the first arm."""
     deviation = float(np.std([MEASURED[name](one) for one in first], ddof=1))
     seen = power(deviation, len(first), arms)
-    seeds = len(first)
-    while seeds < 40 and power(deviation, seeds, arms) < 0.8:
-        seeds += 1
+    wanted = (n for n in range(len(first), MOST + 1) if power(deviation, n, arms) >= 0.8)
+    seeds = next(wanted, f"more than {MOST}")
     return (
         f"\nSeeds of the first arm differ by {100 * deviation:.1f} points in {MEASURES[name]} "
         f"(standard deviation). An arm truly equal to it is found so in {seen:.0%} of studies with "

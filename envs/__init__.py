@@ -288,6 +288,11 @@ def load(name: str, installed: bool = True) -> Simulator:
     return Simulator(name, module)
 
 
+# What an env raises whose simulation cannot go on: one that is unstable, or singular. What is left
+# of such an env is not to be trusted.
+UNSTABLE = (FloatingPointError, np.linalg.LinAlgError)
+
+
 def is_about_gl(error: Exception) -> bool:
     found = (isinstance(error, kind) and re.search(words, str(error)) for kind, words in GL_ERRORS)
     return type(error).__module__.partition(".")[0] in GL_PACKAGES or any(found)

@@ -551,7 +551,7 @@ def test_the_second_moment_s_cut_keeps_the_mean_of_what_is_below_it():
         cut = moment.cut(totals, before=1.0)
         squares = sorted(log_weight.square().flatten().tolist())
         means = np.cumsum(squares) / np.arange(1, len(squares) + 1)
-        exact = means.searchsorted(0.04, side="right")  # how many the paper keeps
+        exact = means.searchsorted(0.04, side="right")  # how many AReaL keeps
         if exact == len(squares):
             assert cut == LARGEST
             continue

@@ -2,6 +2,7 @@
 memory; errors by name.
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -88,6 +89,34 @@ def on_disk(folder, shards: int, tensors: dict) -> None:
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(source, "BLOCK", 8)  # bytes: a row at a time
+
+
+@pytest.mark.parametrize("like", ["theirs", "theirs/model.safetensors"])
+def test_an_export_that_fails_leaves_nothing_and_overwrites_nothing(tmp_path, monkeypatch, like):
+    on_disk(tmp_path / "theirs", 1, weights())
+    with torch.device("meta"):
+        model = Model()
+    model.own = nn.Linear(2, 2)
+    source.load(model, tmp_path / "theirs", SOURCE, "cpu", None)
+    write = source.write_like
+
+    def full(tensor_of, out, *_):
+        out.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(source, "write_like", full)
+    with pytest.raises(OSError, match="No space"):
+        source.save(model, tmp_path / "new", SOURCE, tmp_path / like)
+    assert os.listdir(tmp_path) == ["theirs"]
+
+    def meanwhile(*given):
+        (tmp_path / "new").write_bytes(b"another program's")
+        write(*given)
+
+    monkeypatch.setattr(source, "write_like", meanwhile)
+    with pytest.raises(UserError, match="has appeared meanwhile: what was to be written there is"):
+        source.save(model, tmp_path / "new", SOURCE, tmp_path / like)
+    assert (tmp_path / "new").read_bytes() == b"another program's"
 
 
 @pytest.mark.parametrize("shards", [1, 3])

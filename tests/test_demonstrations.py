@@ -702,9 +702,16 @@ def test_a_full_disk_costs_a_save_on_the_way_and_ends_learning_with_a_sentence(
     said = capsys.readouterr().err
     assert said == f"warning: cannot write {partial}: {refused}; the next save tries again\n"
     assert lesson.out.is_file() and not partial.exists()
+
+    # The vocabulary of weights that are still there stays with them.
+    words = lesson.vocabulary[1]
+    words.write_bytes(b"of the finished weights")
+    before = sorted(tmp_path.iterdir())
     refuses(lesson.steps)
     with pytest.raises(UserError, match=f"^cannot write {lesson.out}: {refused}$"):
         run(lesson, tmp_path)
+    assert words.read_bytes() == b"of the finished weights"
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_two_programs_do_not_write_one_checkpoint(tmp_path):

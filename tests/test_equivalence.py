@@ -223,6 +223,11 @@ def test_the_table_says_what_is_equivalent_and_what_is_not(tmp_path, monkeypatch
     equivalence.plot("equivalence", found)
     assert (tmp_path / "equivalence.png").stat().st_size > 5000
 
+    # A figure that was not reached is no figure.
+    for one in found:
+        one["final"] += 0.3 * (one["seed"] - 3)
+    assert "and in 80% with more than 40" in table("equivalence", found)
+
 
 def test_every_arm_is_a_command():
     for study in STUDIES.values():

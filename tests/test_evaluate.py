@@ -216,17 +216,24 @@ def test_what_ended_before_a_simulator_failed_is_kept(
     assert "all                             3/3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("where", ["step", "reset"])
+@pytest.mark.parametrize("kind", [FloatingPointError, np.linalg.LinAlgError])
 def test_an_episode_whose_simulation_breaks_counts_as_failed_and_the_others_go_on(
-    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys
+    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys, where, kind
 ):
-    def breaks(self, action):
+    reset = Plays.reset
+
+    def breaks(self, *given):
+        if where == "reset":
+            reset(self, *given)
         if len(self.seeds) == 3:
             self.broken = True
-            raise FloatingPointError("the simulation became unstable (mjWARN_BADQACC) at 1.00 s")
+            raise kind("the simulation became unstable (mjWARN_BADQACC) at 1.00 s")
         assert not hasattr(self, "broken"), "what is left of it plays on"
         return Step(0.0, True)
 
-    monkeypatch.setattr(Plays, "step", breaks)
+    monkeypatch.setattr(Plays, "step", lambda self, action: Step(0.0, True))
+    monkeypatch.setattr(Plays, where, breaks)
     monkeypatch.setattr(evaluate, "ABREAST", 1)
     given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path, "episodes": 4}
     rows = evaluate.main(EvaluateConfig(**given))["rows"]

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 from conftest import LINE
@@ -480,7 +481,7 @@ def test_spans_travel_in_pieces_the_newest_first(tmp_path, monkeypatch):
     assert pack_spans(tmp_path / "first" / "none", 2)  # a node that records nothing says so
 
 
-def test_a_run_that_is_started_over_keeps_the_vocabulary_that_it_uses(tmp_path):
+def test_a_run_that_is_started_over_keeps_the_vocabulary_that_it_uses(tmp_path, monkeypatch):
     vocabulary = tmp_path / "tokenizer.model"
     for words in ("first", "second"):
         vocabulary.write_text(words)
@@ -490,6 +491,16 @@ def test_a_run_that_is_started_over_keeps_the_vocabulary_that_it_uses(tmp_path):
         kept = folder.path / vocabulary.name
         folder.keep(kept)  # as a resumed run does
         assert kept.read_text() == words
+
+    def full(source, target):
+        Path(target).write_text("thi")
+        raise OSError("no space left")
+
+    vocabulary.write_text("third")
+    monkeypatch.setattr("shutil.copyfile", full)
+    with pytest.raises(OSError, match="no space"):
+        folder.keep(vocabulary)
+    assert kept.read_text() == "second"
 
 
 def test_a_run_folder_from_begin_to_end(tmp_path):
@@ -519,7 +530,10 @@ def test_a_run_folder_from_begin_to_end(tmp_path):
     with pytest.raises(UserError, match="is being trained by another process: end that one first"):
         RunFolder(folder.path, resume=True)
     os.close(folder.lock)
+    left = folder.path / ".trace.json.1234.partial"  # of a launcher that was killed
+    left.touch()
     again = RunFolder(folder.path, resume=True)
+    assert not left.exists()
     again.go_on_from(lines_until(folder.path, 2, []))
     assert (
         [one["version"] for one in again.lines()]

@@ -106,6 +106,28 @@ def test_a_variable_that_is_left_over_is_named(monkeypatch):
         next(experts.demonstrate(("handle-press",), 0, [10_000_000], ExpertConfig()))
 
 
+@pytest.mark.parametrize("where", ["step", "reset"])
+def test_a_demonstration_that_becomes_unstable_costs_no_other_one(monkeypatch, capsys, where):
+    """A simulator of its own plays on."""
+    real = getattr(metaworld.Env, where)
+    made = []
+
+    def breaks(self, *given):
+        if self not in made:
+            made.append(self)
+        if len(made) == 1:
+            raise FloatingPointError("the simulation became unstable")
+        return real(self, *given)
+
+    monkeypatch.setattr(metaworld.Env, where, breaks)
+    config = ExpertConfig(image_size=16)
+    seeds = [10_000_000, 10_000_001]
+    first, second = experts.demonstrate(("handle-press",), 0, seeds, config)
+    assert first is None and second is not None and len(made) == 2
+    warned = "warning: handle-press, seed 10000000: the simulation became unstable\n"
+    assert capsys.readouterr().err == warned
+
+
 def test_an_expert_that_hangs_or_says_what_is_wrong_is_named(monkeypatch):
     monkeypatch.setattr(experts, "LIMIT_S", 0.0)
     pipe, end = multiprocessing.Pipe(duplex=False)

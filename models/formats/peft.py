@@ -12,7 +12,6 @@ out: ranks or alphas per layer, DoRA, `modules_to_save`, biases, adapters whose 
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, NotRequired
@@ -180,8 +179,7 @@ def save(model: torch.nn.Module, folder: Path, names: source.Source, base: Path)
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    unfinished = source.unfinished_of(folder)
-    unfinished.mkdir()
-    checkpoint.write(unfinished / WEIGHTS, tensors, {"format": "pt"})
-    (unfinished / CONFIG).write_text(json.dumps(says, indent=1))
-    os.replace(unfinished, folder)
+    with source.appearing(folder) as unfinished:
+        unfinished.mkdir()
+        checkpoint.write(unfinished / WEIGHTS, tensors, {"format": "pt"})
+        (unfinished / CONFIG).write_text(json.dumps(says, indent=1))

@@ -6,6 +6,7 @@ so the host never holds more than the model itself, in the type it is wanted in,
 Nothing is ever unpickled.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -393,24 +394,38 @@ def save(
         for key, alias in (pair, pair[::-1]):
             if key in parts and alias in stored:
                 parts[alias] = parts[key]
-    unfinished = unfinished_of(folder)
-    if like.is_file():
-        write_like(tensor_of, unfinished, like, stored, parts)
-        os.replace(unfinished, folder)
-        return
-    files = weight_files(like)
-    for file in sorted(like.rglob("*")):
-        inside = file.relative_to(like)
-        other = any(name.startswith((".", "adapter_")) for name in inside.parts)
-        if file.is_file() and not other and file not in files and file.stat().st_size <= SMALL:
-            (unfinished / inside).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, unfinished / inside)
-    unfinished.mkdir(exist_ok=True)
-    for file in files:
-        write_like(tensor_of, unfinished / file.name, file, stored, parts)
-    there = f"{folder} has appeared meanwhile: what was to be written there is in {unfinished}"
-    require(not folder.exists(), there)
-    os.replace(unfinished, folder)
+    with appearing(folder) as unfinished:
+        if like.is_file():
+            write_like(tensor_of, unfinished, like, stored, parts)
+            return
+        files = weight_files(like)
+        for file in sorted(like.rglob("*")):
+            inside = file.relative_to(like)
+            other = any(name.startswith((".", "adapter_")) for name in inside.parts)
+            if file.is_file() and not other and file not in files and file.stat().st_size <= SMALL:
+                (unfinished / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, unfinished / inside)
+        unfinished.mkdir(exist_ok=True)
+        for file in files:
+            write_like(tensor_of, unfinished / file.name, file, stored, parts)
+
+
+@contextlib.contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file or folder, which appears at `path` at the end. An error or an
+    interrupt leaves nothing; where something has come to be at `path`, a UserError says where
+    the new one is."""
+    unfinished = unfinished_of(path)
+    try:
+        yield unfinished
+    except BaseException:
+        if unfinished.is_dir():
+            shutil.rmtree(unfinished)
+        unfinished.unlink(missing_ok=True)
+        raise
+    there = f"{path} has appeared meanwhile: what was to be written there is in {unfinished}"
+    require(not path.exists(), there)
+    os.replace(unfinished, path)
 
 
 def unfinished_of(path: Path) -> Path:
