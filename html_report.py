@@ -33,9 +33,10 @@ from checks import flag_of, read_json
 from config import ASSETS, ROOT, STAGE_OF, Config, existing_run, from_json, setting
 from diagnostics import Warnings
 from errors import UserError, exit_on_user_error, require, understood
+from files import write_whole
 from films import Film, file_name, films_in, forget, make_videos
 from metrics import wilson
-from run_folder import RunFolder, name_of, newest_version, write_whole
+from run_folder import RunFolder, name_of, newest_version
 
 NEWEST = 10  # iterations whose training episodes are counted
 LISTED = 8  # warnings, and tasks without a film

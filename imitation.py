@@ -37,6 +37,7 @@ import output
 from config import Config
 from demonstrations import Demonstrations
 from errors import UserError, require
+from files import alike, whole
 from gradients import Gradients
 from models import checkpoint, layers
 from models.formats import pictures
@@ -48,7 +49,6 @@ from processes import (
     leave_interrupts,
 )
 from ranks import Meeting, Ranks
-from run_folder import alike, whole
 
 # Constants, because the order of sums, and so every bit of a small checkpoint, depends on them.
 PROCESSES = 2  # where there is no GPU; else one for each

@@ -41,9 +41,9 @@ from demonstrations import Demonstrations
 from envs import EnvSpec
 from errors import exit_on_user_error, require
 from experts import CHUNK, IMAGE_SIZE, TASKS, ExpertConfig, gather
+from files import locked
 from imitation import PROCESSES, Lesson
 from models import checkpoint, contract, tokenize, untrained
-from run_folder import locked
 
 # Flags that say how weights to start from are learned.
 STARTED = ("tokenizer", "keep_statistics", "train_vlm", "lora_rank", "lora_alpha", "lora_targets")

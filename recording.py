@@ -18,8 +18,8 @@ from PIL import Image
 
 from demonstrations import ACTIONS, STATES, VERSIONS
 from errors import require
+from files import locked
 from films import write_video
-from run_folder import locked
 
 # Of every frame, beside what was seen and done.
 PLACES = {"timestamp": pa.float32(), "frame_index": pa.int64(), "episode_index": pa.int64()}

@@ -5,8 +5,6 @@ The launcher alone writes here, but for checkpoints (the first actor), videos (e
 """
 
 import contextlib
-import fcntl
-import filecmp
 import json
 import math
 import os
@@ -23,6 +21,7 @@ from typing_extensions import TypedDict
 from checks import FromZero, Natural, Share, Total, parse_json, read_json
 from config import ROOT, from_json
 from errors import UserError, require
+from files import alike, locked, whole, write_whole
 
 # A trace's rows are grouped: "weights" and "gradients" are transfers beside what a worker does.
 GROUPS = ("env", "rollout", "weights", "actor", "gradients")
@@ -68,43 +67,6 @@ class Line(TypedDict, extra_items=Number | None):
 def name_of(run: Path) -> str:
     """Returns what --resume takes."""
     return run.name if run.parent == ROOT / "runs" else str(run.absolute())
-
-
-@contextlib.contextmanager
-def whole(file: Path) -> Iterator[Path]:
-    """Yields where to write a file. It takes its place at the end, unless there is an error: then,
-    or if the process is killed, what was there before is left."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # another may write one, too
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def alike(file: Path, other: Path) -> bool:
-    """Whether both are there, with the same contents."""
-    return other.is_file() and filecmp.cmp(file, other, shallow=False)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Makes `text` a file's whole contents."""
-    with whole(file) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def locked(folder: Path, taken: str) -> int:
-    """Locks a folder until what is returned, a file descriptor, is closed. Raises UserError(taken)
-    where another process has it."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(taken) from None
-    except OSError:  # a file system without locks
-        pass
-    return lock
 
 
 class RunFolder:
@@ -167,7 +129,7 @@ class RunFolder:
                 shutil.copyfile(vocabulary, partial)
 
     def write(self, name: str, text: str) -> None:
-        """As `write_whole`, a file of this run."""
+        """As `files.write_whole`, a file of this run."""
         write_whole(self.path / name, text)
 
     def finish(self) -> None:

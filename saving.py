@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import shutil
 import sys
 import threading
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from config import RunConfig
 from errors import require
+from files import whole
 from metrics import Ledger, Meter
 from models import checkpoint
 from output import disk_trouble
@@ -114,13 +114,12 @@ def write(snapshot: Snapshot, folder: Path) -> Path:
         return path
     for left in folder.glob(".*.partial"):  # of saves that were killed
         shutil.rmtree(left, ignore_errors=True)
-    partial = folder / f".{path.name}.partial"
-    partial.mkdir()
-    checkpoint.save(partial / "model.safetensors", snapshot.header, snapshot.weights)
-    torch.save(snapshot.optimizer, partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps(snapshot.state))
-    shutil.rmtree(path, ignore_errors=True)  # it has no weights
-    os.replace(partial, path)
+    with whole(path) as unfinished:
+        unfinished.mkdir()
+        checkpoint.save(unfinished / "model.safetensors", snapshot.header, snapshot.weights)
+        torch.save(snapshot.optimizer, unfinished / "optimizer.pt")
+        (unfinished / "state.json").write_text(json.dumps(snapshot.state))
+        shutil.rmtree(path, ignore_errors=True)  # it has no weights
     for old in folder.glob(".*.old"):  # saves once moved a version away to write it again
         shutil.rmtree(old, ignore_errors=True)
     return path

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from checks import Finite, parse_json, read_json
 from config import ROOT
 from errors import UserError, require
+from files import whole
 from models import tokenize
 from models.formats.source import (
     INDEX,
@@ -31,7 +32,6 @@ from models.formats.source import (
     header,
     layout,
     other_kind,
-    unfinished_of,
     weight_files,
 )
 from run_folder import checkpoints
@@ -337,21 +337,18 @@ def save(path: str | Path, header: Header, tensors: dict[str, torch.Tensor]) -> 
 def write(path: Path, tensors: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
     """Writes beside `path` and renames, so a reader or a crash never sees half a file. Raises
     OSError where the disk refuses it."""
-    partial = unfinished_of(path)
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # as the umask says; the library's files are their owner's
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, partial, meta)
-        partial.chmod(mode)
-        os.replace(partial, path)
+        with whole(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # as the umask says; the library's files are private
+            held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(held, partial, meta)
+            partial.chmod(mode)
     except SafetensorError as error:  # the library's word for what the system says
         if not (found := re.search(r"os error (\d+)", str(error))):
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def own(path: Path, model: torch.nn.Module, heads: Iterable[str] = ()) -> Source:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import LINE
 
+import files
 import metrics
 import run_folder
 from channel import Counters
@@ -454,13 +455,13 @@ def test_two_programs_may_write_one_file_whole_at_once(tmp_path, monkeypatch):
     def meanwhile(*paths):
         monkeypatch.undo()
         if (child := os.fork()) == 0:
-            run_folder.write_whole(file, "theirs")
+            files.write_whole(file, "theirs")
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0 and file.read_text() == "theirs"
         replace(*paths)
 
     monkeypatch.setattr(os, "replace", meanwhile)
-    run_folder.write_whole(file, "ours")
+    files.write_whole(file, "ours")
     assert file.read_text() == "ours" and list(tmp_path.iterdir()) == [file]
 
 

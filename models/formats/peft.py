@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 
 from checks import AboveZero, Size, read_json
 from errors import require
+from files import whole
 from models import checkpoint, lora
 from models.formats import source
 
@@ -179,7 +180,7 @@ def save(model: torch.nn.Module, folder: Path, names: source.Source, base: Path)
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
-    with source.appearing(folder) as unfinished:
+    with whole(folder, new=True) as unfinished:
         unfinished.mkdir()
         checkpoint.write(unfinished / WEIGHTS, tensors, {"format": "pt"})
         (unfinished / CONFIG).write_text(json.dumps(says, indent=1))

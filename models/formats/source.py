@@ -6,12 +6,9 @@ so the host never holds more than the model itself, in the type it is wanted in,
 Nothing is ever unpickled.
 """
 
-import contextlib
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -26,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from checks import read_json
 from errors import UserError, require, understood
+from files import whole
 from models import lora
 from models.formats.names import Rules, rename
 
@@ -394,7 +392,7 @@ def save(
         for key, alias in (pair, pair[::-1]):
             if key in parts and alias in stored:
                 parts[alias] = parts[key]
-    with appearing(folder) as unfinished:
+    with whole(folder, new=True) as unfinished:
         if like.is_file():
             write_like(tensor_of, unfinished, like, stored, parts)
             return
@@ -408,29 +406,6 @@ def save(
         unfinished.mkdir(exist_ok=True)
         for file in files:
             write_like(tensor_of, unfinished / file.name, file, stored, parts)
-
-
-@contextlib.contextmanager
-def appearing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file or folder, which appears at `path` at the end. An error or an
-    interrupt leaves nothing; where something has come to be at `path`, a UserError says where
-    the new one is."""
-    unfinished = unfinished_of(path)
-    try:
-        yield unfinished
-    except BaseException:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
-        raise
-    there = f"{path} has appeared meanwhile: what was to be written there is in {unfinished}"
-    require(not path.exists(), there)
-    os.replace(unfinished, path)
-
-
-def unfinished_of(path: Path) -> Path:
-    """Names where a file or folder is written before it appears: a place of this writer alone."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
 
 
 def write_like(
