@@ -168,8 +168,9 @@ class Player:
         given = self.spec, self.config.render_quality, part.states
         with envs.starting(self.config.env):
             simulators = [self.simulator.make(*given) for _ in range(min(ABREAST, count))]
-            with contextlib.suppress(envs.UNSTABLE):  # whose episode then fails, below
-                simulators[0].reset(chosen[0][0], seeds)
+            task, turn = chosen[0]
+            with contextlib.suppress(envs.UNSTABLE):  # the same beginning fails again, below
+                simulators[0].reset(task, seeds + turn * tasks + task)
                 simulators[0].observe()
         ended = 0
         try:

@@ -25,9 +25,12 @@ def whole(path: Path, new: bool = False) -> Iterator[Path]:
             os.replace(unfinished, path)
             return
     except BaseException:
+        # What cannot be removed must not hide why the writing failed.
         if unfinished.is_dir():
-            shutil.rmtree(unfinished)
-        unfinished.unlink(missing_ok=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
         raise
     there = f"{path} has appeared meanwhile: what was to be written there is in {unfinished}"
     raise UserError(there)

@@ -96,6 +96,11 @@ def partial_of(out: Path) -> Path:
     return out.with_suffix(".partial.safetensors")
 
 
+def unfinished_of(out: Path) -> tuple[Path, Path]:
+    """Names weights and vocabulary before all steps are done."""
+    return partial_of(out), partial_of(out).with_suffix(".model")
+
+
 def following(actions: np.ndarray, frame: int, horizon: int) -> np.ndarray:
     """Returns the actions [H, A] from a frame on. After an episode's end the last one is repeated,
     as LeRobot's reader does, and its π0 and openpi learn from that, too."""
@@ -360,7 +365,7 @@ def save(model: torch.nn.Module, lesson: Lesson, done: bool, last: bool) -> None
     if lesson.half:
         tensors = {name: tensor.half() for name, tensor in tensors.items()}
     source, beside = lesson.vocabulary
-    unfinished = (partial_of(lesson.out), partial_of(lesson.out).with_suffix(".model"))
+    unfinished = unfinished_of(lesson.out)
     weights, words = (lesson.out, beside) if done else unfinished
     try:
         with contextlib.ExitStack() as stack:

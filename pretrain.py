@@ -296,7 +296,8 @@ def reserved(out: Path) -> Iterator[None]:
     lock.touch()
     held = locked(lock, f"another pretrain.py is writing {out}: give another --out, or wait")
     try:
-        for file in (out, imitation.partial_of(out)):
+        # Not what is left of a vocabulary that several share: another program may be writing it.
+        for file in (out, *imitation.unfinished_of(out)):
             for left in out.parent.glob(f".{glob.escape(file.name)}.*.partial"):
                 left.unlink()
         yield

@@ -42,8 +42,9 @@ acted. At 2, where it was never run, there is also the exact policy with AReaL's
 bounds are for tokens, and the default's ratio is of whole chunks, of 10 actions · 4 numbers. So
 M2PO's bound of a second moment is 0.04 · 40 = 1.6: a sum of 40 independent drifts has 40 times the
 second moment of one. IcePop keeps its [0.5, 5], for 5 is what the mask of the default has used on
-chunks all along. Three have no arm: the default's ratio is one unit a chunk, where `sequence` and
-`geometric` are `icepop`; and `kpop` is for probabilities, where its actions have densities.
+chunks all along. Three have no arm: where a chunk is one unit, as here, `sequence` and `geometric`
+have `icepop`'s form, with narrower bounds; and `kpop` is for probabilities, where the default's
+actions have densities.
 
 The reference of an arm is what `--proximal auto` takes at its staleness: at 4 and 8 the exact
 policy, at 2 the interpolated one. The one primary measure is the area: a two-sided Welch t-test

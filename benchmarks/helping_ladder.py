@@ -85,7 +85,7 @@ def table(rows: list[dict]) -> str:
         "helped",
         "gain, run by run",
         "colocated",
-        "actor waits: alone, helped",
+        "actor waits, alone",
     ]
     body = []
     for name in dict.fromkeys(row["case"] for row in rows):
@@ -96,10 +96,7 @@ def table(rows: list[dict]) -> str:
         speeds = {arm: [row["env_steps_per_s"] for row in runs] for arm, runs in found.items()}
         medians = {arm: f"{statistics.median(of):.0f}" if of else "" for arm, of in speeds.items()}
         gains = [b / a - 1.0 for a, b in zip(speeds["alone"], speeds["helped"], strict=True)]
-        waits = [
-            statistics.median(row["bubble_actor"] for row in found[arm])
-            for arm in ("alone", "helped")
-        ]
+        waits = statistics.median(row["bubble_actor"] for row in found["alone"])
         body.append(
             [
                 name,
@@ -107,7 +104,7 @@ def table(rows: list[dict]) -> str:
                 medians["helped"],
                 " · ".join(f"{gain:+.1%}" for gain in gains),
                 medians["colocated"],
-                ", ".join(f"{share:.0%}" for share in waits),
+                f"{waits:.0%}",
             ]
         )
     return markdown(head, body)

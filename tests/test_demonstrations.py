@@ -718,11 +718,12 @@ def test_two_programs_do_not_write_one_checkpoint(tmp_path):
     out = tmp_path / "new" / "model.safetensors"
     out.parent.mkdir()
     left = out.with_name(".model.partial.safetensors.0a1b.partial")
+    words = out.with_name(".model.partial.model.0a1b.partial")
     other = out.with_name(".model-2.safetensors.0a1b.partial")
-    for file in (left, other):
+    for file in (left, words, other):
         file.touch()
     with pretrain.reserved(out):
-        assert not left.exists() and other.exists()
+        assert not left.exists() and not words.exists() and other.exists()
         with (
             pytest.raises(UserError, match="another pretrain.py is writing .*: give another --out"),
             pretrain.reserved(out),

@@ -246,6 +246,30 @@ def test_an_episode_whose_simulation_breaks_counts_as_failed_and_the_others_go_o
     )
 
 
+def test_a_first_beginning_that_is_unstable_costs_its_own_episode_alone(
+    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys
+):
+    """The simulator is tried by what the first episode begins with, whichever that is."""
+    reset = Plays.reset
+    begun = []
+
+    def breaks(self, task, seed):
+        reset(self, task, seed)
+        begun.append((task, seed))
+        if begun[0] == (task, seed):
+            raise FloatingPointError("unstable")
+
+    monkeypatch.setattr(Plays, "reset", breaks)
+    monkeypatch.setattr(Plays, "step", lambda self, action: Step(0.0, True))
+    chosen = [(1, 3), (0, 0), (1, 0)]
+    config = EvaluateConfig(checkpoint=tiny_checkpoint, env="plays", videos=tmp_path)
+    player = evaluate.Player(config, evaluate.settings_of(config), ())
+    part = evaluate.Part("", player.spec)
+    ended = [episode for batch in player.play(part, chosen, 100) for episode in batch]
+    assert begun[:2] == [(1, 107), (1, 107)]
+    assert [episode.success for episode in ended] == [False, True, True]
+
+
 def test_trouble_with_videos_is_a_warning(plays, tiny_checkpoint, tmp_path, capsys):
     (tmp_path / "a.mp4").mkdir()
     given = {"checkpoint": tiny_checkpoint, "env": "plays", "episodes": 2, "videos": tmp_path}

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import predicted
 import pytest
+import torch
 
 from benchmarks.emulated import helping as emulated
+from benchmarks.emulated import libero, policy
 from benchmarks.helping import CASES, RATIOS, as_json, best, line, ratios_of, row_of, shared_out
 from benchmarks.helping_ladder import table
+from config import Config, completed
 from planning import Costs, events
 from planning.settings import planned
 
@@ -87,15 +90,35 @@ def test_an_emulated_actor_halves_an_inference_only_while_it_waits(tmp_path, mon
     )
     rollout, actor = emulated.Help(0.5), emulated.Help(0.5)
 
-    assert rollout.shared(1.0) == 0.5  # nothing was trained yet
-    assert rollout.shared(1.0) == 1.0  # the actor does one thing at a time
+    assert rollout.inference(0.2, 0.8) == pytest.approx(0.6)  # nothing was trained yet
+    assert rollout.inference(0.2, 0.8) == 1.0  # the actor does one thing at a time
     with actor.training():
-        assert now[0] == 100.5  # it trains when it has inferred
+        assert now[0] == pytest.approx(100.6)  # it trains when it has inferred
         now[0] += 2.0
-        assert rollout.shared(1.0) == 1.0
-    assert rollout.shared(1.0) == 1.0  # between two micro-batches it does not wait
+        assert rollout.inference(0.2, 0.8) == 1.0
+    assert rollout.inference(0.2, 0.8) == 1.0  # between two micro-batches it does not wait
     now[0] += 2 * emulated.PAUSE
-    assert rollout.shared(1.0) == 0.5
+    assert rollout.inference(0.2, 0.8) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("placement", ["disaggregated", "colocated"])
+@pytest.mark.parametrize("asked", ["0", "1"])
+def test_an_emulated_run_s_actor_helps_only_if_asked(tmp_path, monkeypatch, placement, asked):
+    monkeypatch.setenv("EMULATED_HELP", asked)
+    monkeypatch.setattr(emulated.util, "get_temp_dir", lambda: str(tmp_path))
+    config = completed(Config(), model="emulated", env="emulated", placement=placement, ratio="1:1")
+    model = policy.build(config, libero.spec((), 8))
+    waited = []
+    monkeypatch.setattr(model, "wait", waited.append)
+    model.act({"image": torch.zeros(4, 1)}, {})
+    model.evaluate({"actions": torch.zeros(4, 1)})
+    model.act({"image": torch.zeros(4, 1)}, {})
+    alone = model.times.infer_base + 4 * model.times.infer_each
+    helped = placement == "disaggregated" and asked == "1"
+    fewer = model.times.infer_base + 2 * model.times.infer_each
+    assert waited[0] == pytest.approx(fewer if helped else alone)
+    assert waited[1] == 4 * model.times.train_each
+    assert waited[2] == pytest.approx(alone)  # it has only just trained
 
 
 def test_the_table_pairs_runs_of_one_round():
@@ -105,4 +128,4 @@ def test_the_table_pairs_runs_of_one_round():
             row = {"case": "a", "arm": arm, "round": number, "env_steps_per_s": speed}
             rows.append(row | {"bubble_actor": 0.4 if arm == "alone" else 0.1})
     told = table(rows[2:] + rows[:2]).splitlines()[-1]
-    assert told == "| a | 100 | 110 | +10.0% · -5.0% · +0.0% |  | 40%, 10% |"
+    assert told == "| a | 100 | 110 | +10.0% · -5.0% · +0.0% |  | 40% |"

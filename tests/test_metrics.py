@@ -465,6 +465,31 @@ def test_two_programs_may_write_one_file_whole_at_once(tmp_path, monkeypatch):
     assert file.read_text() == "ours" and list(tmp_path.iterdir()) == [file]
 
 
+def test_what_cannot_be_removed_does_not_hide_why_a_file_is_not_whole(tmp_path, monkeypatch):
+    """Folders, too; and nothing is left where it can be removed."""
+
+    def write(folder: bool) -> None:
+        with files.whole(tmp_path / "x") as unfinished:
+            if folder:
+                unfinished.mkdir()
+            (unfinished / "y" if folder else unfinished).touch()
+            raise OSError(errno.ENOSPC, "no space left")
+
+    for folder in (True, False):
+        with pytest.raises(OSError, match="no space left"):
+            write(folder)
+        assert not any(tmp_path.iterdir())
+
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, "read-only file system")
+
+    for name in ("unlink", "rmdir"):
+        monkeypatch.setattr(os, name, refused)
+    for folder in (True, False):
+        with pytest.raises(OSError, match="no space left"):
+            write(folder)
+
+
 def test_spans_travel_in_pieces_the_newest_first(tmp_path, monkeypatch):
     spans = {"env-0": [["step", i + 0.1, i + 0.9] for i in range(100)]}
     spans["actor-0"] = [["train", 90.0, 99.5], ["publish", 99.5, 99.6]]

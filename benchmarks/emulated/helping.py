@@ -2,8 +2,9 @@
 EMULATED_HELP=1 is in the environment: `python -m benchmarks.helping_ladder` measures what it gives.
 
 A rollout worker that begins an inference asks whether the actor waits. If so, the actor's GPUs take
-their part of the batch, and the inference takes as much less time. The actor trains what comes
-meanwhile when that inference is done. Handing over costs nothing.
+their part of the batch, and what an inference takes for its samples becomes as much less; what it
+takes besides, every GPU does. The actor trains what comes meanwhile when that inference is done.
+Handing over costs nothing.
 
 Who waits is in a file that all workers of a run share, as that of `devices.py` is. An actor counts
 as waiting when it has not trained for `PAUSE`, which is longer than what lies between two
@@ -29,7 +30,7 @@ class Help:
     """What rollout workers and the actor of the run that this process belongs to know of it."""
 
     def __init__(self, share: float):
-        """share: of an inference's time that is left where the actor's GPUs take their part."""
+        """share: of a batch that is left where the actor's GPUs take their part."""
         self.share = share
         self.file = -1  # descriptor, opened when first used, by the process that uses it
 
@@ -48,15 +49,17 @@ class Help:
         finally:
             fcntl.flock(self.file, fcntl.LOCK_UN)
 
-    def shared(self, seconds: float) -> float:
-        """Returns how long an inference of so many seconds takes that begins now."""
+    def inference(self, fixed: float, samples: float) -> float:
+        """Returns how long an inference takes that begins now. Alone it takes fixed + samples
+        seconds, of which `samples` are in proportion to its samples."""
         now = time.monotonic()
         with self.state() as state:
             trained_at, infers_until = state
             if now < max(trained_at + PAUSE, infers_until):
-                return seconds
-            state[1] = now + self.share * seconds
-        return self.share * seconds
+                return fixed + samples
+            helped = fixed + self.share * samples
+            state[1] = now + helped
+        return helped
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:

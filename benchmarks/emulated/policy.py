@@ -64,7 +64,7 @@ def build(config, env_spec, device: str = "cpu", weights: str = "all") -> "Emula
     gpu = device_of(current_process().name, placement)
     sizes = (config.rollout.chunk, env_spec.action_dim)
     model = Emulated(picture, *sizes, times, costs.WEIGHTS, gpu)
-    if os.environ.get("EMULATED_HELP") == "1":
+    if os.environ.get("EMULATED_HELP") == "1" and placement == "disaggregated":
         model.help = Help(for_rollout / (for_rollout + for_actor))
     number = int(1e6 * float(os.environ.get("EMULATED_GRADIENT_MB", 0)) / 4 / LAYERS)
     model.learnt.extend(nn.Parameter(torch.zeros(number)) for _ in range(LAYERS * (number > 0)))
@@ -146,8 +146,8 @@ class Emulated(nn.Module):
 
     def act(self, obs: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         n = len(obs["image"])
-        seconds = self.times.infer_base + n * self.times.infer_each
-        self.wait(self.help.shared(seconds) if self.help else seconds)
+        parts = self.times.infer_base, n * self.times.infer_each
+        self.wait(self.help.inference(*parts) if self.help else sum(parts))
         zeros = self.action.expand(n, -1, -1)
         return {"actions": zeros, "logprob": zeros, "value": zeros[:, 0, 0]}
 
