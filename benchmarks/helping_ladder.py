@@ -1,6 +1,6 @@
 """Measures what actors that infer while they wait give a run of train.py; `helping.py` predicts it.
 
-    python -m benchmarks.helping_ladder [--json FILE]      half an hour on two quiet cores
+    python -m benchmarks.helping_ladder [--json FILE]      a quarter of an hour on two quiet cores
 
 Every setting runs without and with help in turns, all by `--preset full`, and is told by medians:
 
