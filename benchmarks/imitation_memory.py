@@ -11,6 +11,7 @@ from pathlib import Path
 import envs
 import models
 from config import Config, completed
+from errors import exit_on_user_error
 from imitation import Lesson, memory_of
 
 # Name, model, frames of a pass, and what learns, as flags of pretrain.py.
@@ -57,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -236,7 +236,10 @@ def test_two_nodes_are_one_run(nodes, tmp_path):
     flags = BRIEF.replace("--eval-envs 0 --eval-every 0", evaluates)
     job = nodes(f"{flags} --run {run}", STATIC)
     assert job.finish(START_S) == [0, 0], job.said()
-    assert "Traceback" not in job.said() and "warning:" not in job.said()
+    # Nodes leave one after the other, and torchrun itself logs it where the one with its store does
+    # so first.
+    said = re.sub(r"(?m)^[EW]\d{4} .*$", "", job.said())
+    assert "Traceback" not in said and "warning:" not in said
     lines = lines_of(run)
     assert [set(line["nodes"]) for line in lines] == [{"0", "1"}] * 3
     assert assert_balanced(run)["trained_once"] == 3 * 2 * 4 * 2  # chunk steps of both

@@ -1,8 +1,9 @@
 """Ranks that share the weights (--shard) come to those of one rank that has them all, and to the
 same files, with every family, on one node or several; none of them ever holds them all."""
 
-import faulthandler
 import json
+import os
+import signal
 import weakref
 from collections.abc import Callable, Mapping
 from multiprocessing import Pipe, get_context
@@ -138,8 +139,7 @@ FOUR = [[(0,), (4, 5, 6)], [(1,), ()], [(2,), (7,)], [(3,), ()]]
 
 
 def sharing(number: int, folder: Path, cases: tuple[str, ...], nodes: int) -> None:
-    """One of two ranks of a node, which trains cases. One that hangs says where."""
-    faulthandler.dump_traceback_later(LIMIT - 10)
+    """One of two ranks of a node, which trains cases."""
     torch.set_num_threads(1)
     node, rank = divmod(number, 2)
     place = rank, 2, "cpu", Meeting(folder / "rendezvous-0"), node, nodes
@@ -230,8 +230,12 @@ def in_processes(count: int, target: Callable, *arguments) -> None:
         process.start()
     for process in processes:
         process.join(LIMIT)
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)  # by which pytest's processes say where they are
+            process.join(5)
         process.kill()  # which does nothing where it has ended
-        assert process.exitcode == 0
+    assert [process.exitcode for process in processes] == [0] * count
 
 
 @pytest.mark.parametrize("name", CASES)
