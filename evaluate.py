@@ -10,6 +10,7 @@ on several processes.
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -138,6 +139,9 @@ class Player:
         self.config = config
         self.chunk = settings.rollout.chunk
         self.device = "cuda" if machine.gpus() else "cpu"
+        if self.device == "cpu":
+            # Threads on all cores wait for one another as soon as anything else needs a core.
+            torch.set_num_threads(max(1, machine.cores() // 2))
         self.simulator = envs.load(config.env)
         spec = self.simulator.spec(tasks, 0)
         size = config.image_size or checkpoint.frame_size(path, spec.picture)
@@ -394,6 +398,7 @@ def main(config: EvaluateConfig) -> dict:
     print(f"{said}{path}: {what}, {shown}", flush=True)
     episodes = []
     result = {"checkpoint": str(path), "rows": []}
+    said_at = time.monotonic()
     try:
         for ended in player.play(part, *in_turn(config, tasks)):
             episodes += ended
@@ -401,6 +406,11 @@ def main(config: EvaluateConfig) -> dict:
             if config.json:
                 config.json.write_text(json.dumps(result, indent=1))
             write_videos(config.videos, spec.tasks, ended)
+            if time.monotonic() - said_at >= 10.0 and len(episodes) < config.episodes:
+                said_at = time.monotonic()
+                successes = sum(episode.success for episode in episodes)
+                played = f"{len(episodes)} of {config.episodes} episodes"
+                print(f"played {played}, {successes} succeeded", flush=True)
     finally:  # whatever ends it, what was counted is said
         for row in result["rows"]:
             print(line_of(row))

@@ -215,7 +215,9 @@ class Follower:
         if "saved" in news:
             how = f"interrupted; saved {news['saved']}; {self.advice}"
             if "dropped" in news:
-                how = f"{news['dropped']} updates of an unfinished batch are dropped; {how}"
+                count = news["dropped"]
+                what = f"{count} update{'s' * (count != 1)} of an unfinished batch"
+                how = f"{what} {'is' if count == 1 else 'are'} dropped; {how}"
             return End(how, 130, "" if self.is_interrupted else self.new_ratio)
         mine = self.measured(news)
         try:

@@ -31,7 +31,7 @@ from envs.states import read_states
 from errors import UserError, require, understood
 from models import checkpoint, untrained
 from models.formats import peft
-from run_folder import Line, lines_until
+from run_folder import Line, lines_until, may_begin
 
 SMALL_PICTURE = 64  # pixels: what a model takes that starts from random weights
 
@@ -114,7 +114,10 @@ def resume_from(config: Config) -> tuple[Path, State]:
     """Returns the newest checkpoint of the run that is resumed, and its state.json. Its "lines" are
     all those of metrics.jsonl that the run goes on from."""
     run = config.train.resume
-    found = checkpoint.find(run_path(run)).parent
+    path = run_path(run)
+    nothing = f"the run {run} was stopped before it saved anything: start it with --run {run}"
+    require(not may_begin(path), nothing)
+    found = checkpoint.find(path).parent
     resume = read_state(found)
     # What is trained decides what the optimizer remembers. What was met, and what is held out, must
     # stay in config.json, which says nothing of before.

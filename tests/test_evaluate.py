@@ -1,5 +1,6 @@
 """Success rates with their intervals, on episodes that are the same every time."""
 
+import itertools
 import json
 import sys
 from types import SimpleNamespace
@@ -244,6 +245,21 @@ def test_an_episode_whose_simulation_breaks_counts_as_failed_and_the_others_go_o
         "warning: the simulation became unstable (mjWARN_BADQACC) at 1.00 s: episode 1 counts as "
         "failed\n"
     )
+
+
+def test_a_long_evaluation_gives_signs_of_life(
+    plays, monkeypatch, tiny_checkpoint, tmp_path, capsys
+):
+    now = itertools.count(0.0, 6.0)
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(evaluate, "ABREAST", 1)
+    given = {"checkpoint": tiny_checkpoint, "env": "plays", "videos": tmp_path, "episodes": 5}
+    evaluate.main(EvaluateConfig(**given))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("played")]
+    assert said == [
+        "played 2 of 5 episodes, 2 succeeded",
+        "played 4 of 5 episodes, 4 succeeded",
+    ]
 
 
 def test_a_first_beginning_that_is_unstable_costs_its_own_episode_alone(

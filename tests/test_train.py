@@ -646,6 +646,7 @@ def refused(flags: str) -> None:
         ("--resume {tmp}", "cannot read the settings of the run"),
         ("--resume {tmp}/half/checkpoints/000003", "name the run, {tmp}/half"),
         ("--resume {tmp}/old", "no checkpoint at"),
+        ("--resume {tmp}/begun", "was stopped before it saved anything: start it with --run"),
         ("--resume {tmp}/half", "cannot read {tmp}/half/checkpoints/000003/state.json"),
     ],
 )
@@ -659,9 +660,10 @@ def test_a_mistake_is_one_sentence(tmp_path, tiny_checkpoint, capsys, flags, wor
     )
     (tmp_path / "half" / "checkpoints" / "000003").mkdir(parents=True)
     (tmp_path / "old").mkdir()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     (tmp_path / "half" / "checkpoints" / "000003" / "model.safetensors").symlink_to(tiny_checkpoint)
     (tmp_path / "half" / "checkpoints" / "000003" / "state.json").write_text('{"version": 3, "se')
-    for run in ("old", "half"):
+    for run in ("old", "half", "begun"):
         (tmp_path / run / "config.json").write_text(to_json(Config()))
     given = flags.format(tmp=tmp_path)
     for flag, value in (
