@@ -111,7 +111,7 @@ fi
 
 # Make .venv.
 if [ ! -x .venv/bin/python ]; then
-    echo "making .venv: some minutes and 3.5 GB the first time" >&2
+    echo "making .venv: some minutes and 3.8 GB the first time" >&2
     "$python" -m venv .venv
 fi
 pip() {
