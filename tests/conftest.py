@@ -3,6 +3,7 @@ nothing outlives it.
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -32,6 +33,9 @@ torch.set_num_threads(1)
 # What runs in the background may ignore Ctrl-C, and all that it starts would, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("MUJOCO_GL", "egl")
+# A forked child never collects what it has inherited: the threads of a renderer (ManiSkill's, by
+# Vulkan) are not there, and to end it would wait for them for ever.
+os.register_at_fork(after_in_child=gc.freeze)
 
 TINY = {
     "vision_width": 16,

@@ -1,6 +1,7 @@
 """Ranks that share the weights (--shard) come to those of one rank that has them all, and to the
 same files, with every family, on one node or several; none of them ever holds them all."""
 
+import gc
 import json
 import os
 import signal
@@ -236,6 +237,30 @@ def in_processes(count: int, target: Callable, *arguments) -> None:
             process.join(5)
         process.kill()  # which does nothing where it has ended
     assert [process.exitcode for process in processes] == [0] * count
+
+
+def collecting(number: int, folder: Path) -> None:
+    gc.collect()
+
+
+def test_a_rank_leaves_alone_what_it_has_inherited(tmp_path):
+    """As a renderer of another test, whose threads did not come along."""
+
+    class Renderer:
+        def __del__(self):
+            (tmp_path / "ended").touch()
+
+    gc.disable()
+    try:
+        renderer = Renderer()
+        renderer.itself = renderer
+        del renderer
+        in_processes(1, collecting, tmp_path)
+        assert not (tmp_path / "ended").exists()
+        gc.collect()
+        assert (tmp_path / "ended").exists()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", CASES)
