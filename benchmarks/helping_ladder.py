@@ -14,7 +14,6 @@ Env steps count when they are collected, after the warm-up. Nobody helps unless 
 command of vla3 does.
 """
 
-import json
 import os
 import statistics
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from unittest.mock import patch
 
 import tyro
 
+from benchmarks.helping import as_json
 from benchmarks.ladder import markdown, run_preset, warmup
 from errors import exit_on_user_error
 from metrics import STAGES
@@ -130,8 +130,7 @@ def main(config: HelpingLadderConfig) -> None:
                 print(f"{name}, {arm}: {row['env_steps_per_s']:.0f} env steps/s", flush=True)
                 rows.append(row)
                 if config.json:
-                    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-                    config.json.write_text(f'{{"what": "helping_ladder", "rows": [\n{lines}\n]}}\n')
+                    config.json.write_text(as_json(rows, "helping_ladder"))
     print(table(rows))
 
 

@@ -26,14 +26,7 @@ from config import ROOT
 from errors import UserError, require
 from files import whole
 from models import tokenize
-from models.formats.source import (
-    INDEX,
-    Source,
-    header,
-    layout,
-    other_kind,
-    weight_files,
-)
+from models.formats.source import INDEX, Source, header, layout, other_kind, weight_files
 from run_folder import checkpoints
 
 

@@ -87,7 +87,7 @@ def test_a_killed_worker_blocks_nobody():
 )
 def test_who_shares_a_device(placement, numbers):
     found = {name: device_of(name, placement) for name in numbers}
-    at = {name: device and device.at // devices.FREE_AT.size for name, device in found.items()}
+    at = {name: device and device.number for name, device in found.items()}
     assert at == numbers
 
 
@@ -95,7 +95,7 @@ def test_a_simulator_draws_on_the_device_and_simulates_beside_it(monkeypatch):
     slept = []
     used = []
     monkeypatch.setattr(metaworld.time, "sleep", slept.append)
-    monkeypatch.setattr(Device, "use", lambda self, seconds: used.append((self.at, seconds)))
+    monkeypatch.setattr(Device, "use", lambda self, seconds: used.append((self.number, seconds)))
     env = metaworld.Env(("emulated",), 8)
     chunks = 0
     for seed in range(20):

@@ -8,8 +8,8 @@ import predicted
 import pytest
 import torch
 
+from benchmarks.emulated import devices, libero, policy
 from benchmarks.emulated import helping as emulated
-from benchmarks.emulated import libero, policy
 from benchmarks.helping import CASES, RATIOS, as_json, best, line, ratios_of, row_of, shared_out
 from benchmarks.helping_ladder import table
 from config import Config, completed
@@ -83,7 +83,7 @@ def test_eight_gpus_have_ratios_of_more_actors_where_training_costs_more():
 def test_an_emulated_actor_halves_an_inference_only_while_it_waits(tmp_path, monkeypatch):
     """Two processes' views of it; time passes where something sleeps."""
     now = [100.0]
-    monkeypatch.setattr(emulated.util, "get_temp_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(devices.util, "get_temp_dir", lambda: str(tmp_path))
     monkeypatch.setattr(emulated.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(
         emulated.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds)
@@ -105,7 +105,7 @@ def test_an_emulated_actor_halves_an_inference_only_while_it_waits(tmp_path, mon
 @pytest.mark.parametrize("asked", ["0", "1"])
 def test_an_emulated_run_s_actor_helps_only_if_asked(tmp_path, monkeypatch, placement, asked):
     monkeypatch.setenv("EMULATED_HELP", asked)
-    monkeypatch.setattr(emulated.util, "get_temp_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(devices.util, "get_temp_dir", lambda: str(tmp_path))
     config = completed(Config(), model="emulated", env="emulated", placement=placement, ratio="1:1")
     model = policy.build(config, libero.spec((), 8))
     waited = []

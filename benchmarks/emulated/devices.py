@@ -27,29 +27,55 @@ Left out: what changing from one stage to another costs, and stages that run bes
 less than full speed, as small kernels do.
 """
 
+import contextlib
 import fcntl
 import os
 import struct
 import time
+from collections.abc import Iterator
 from multiprocessing import util
 from pathlib import Path
 
 SLICE = 0.01  # seconds of work after which it is another's turn
-FREE_AT = struct.Struct("d")  # seconds of the monotonic clock, which all processes share
+NUMBER = struct.Struct("d")
+
+
+class Shared:
+    """Numbers that all workers of a run read and change, in a file of the launcher's."""
+
+    def __init__(self, name: str, count: int = 1, at: int = 0):
+        """name: of the file; count: of numbers, 0 at first; at: of the first one in the file."""
+        self.name = name
+        self.numbers = struct.Struct(f"{count}d")
+        self.at = at * NUMBER.size  # bytes
+        self.file = -1  # descriptor, opened when first used, by the process that uses it
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[list[float]]:
+        """Gives the numbers, which may be changed, and keeps others from them meanwhile."""
+        if self.file < 0:
+            path = Path(util.get_temp_dir()) / self.name
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            found = os.pread(self.file, self.numbers.size, self.at)
+            numbers = list(self.numbers.unpack(found.ljust(self.numbers.size, b"\0")))
+            yield numbers
+            os.pwrite(self.file, self.numbers.pack(*numbers), self.at)
+        finally:
+            fcntl.flock(self.file, fcntl.LOCK_UN)
 
 
 class Device:
     """One device of the run that this process belongs to."""
 
     def __init__(self, number: int):
-        self.at = number * FREE_AT.size  # bytes
-        self.file = -1  # descriptor, opened when first used, by the process that uses it
+        self.number = number
+        # At which second of the monotonic clock, which all processes share, it will be done.
+        self.free_at = Shared("emulated-devices", at=number)
 
     def use(self, seconds: float) -> None:
         """Sleeps until the device has done so many seconds of work for the caller."""
-        if self.file < 0:
-            path = Path(util.get_temp_dir()) / "emulated-devices"
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         # A slice that begins where the one before it ended asks for then, not for when it woke up.
         asked_at = time.monotonic()
         while seconds > 0.0:
@@ -59,15 +85,9 @@ class Device:
 
     def reserve(self, seconds: float, asked_at: float) -> float:
         """Gives the device so much more to do, not before `asked_at`. Returns when it is done."""
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        try:
-            found = os.pread(self.file, FREE_AT.size, self.at)
-            free_at = FREE_AT.unpack(found)[0] if len(found) == FREE_AT.size else 0.0
-            done_at = max(free_at, asked_at) + seconds
-            os.pwrite(self.file, FREE_AT.pack(done_at), self.at)
-        finally:
-            fcntl.flock(self.file, fcntl.LOCK_UN)
-        return done_at
+        with self.free_at.locked() as free_at:
+            free_at[0] = max(free_at[0], asked_at) + seconds
+            return free_at[0]
 
 
 def device_of(worker: str, placement: str) -> Device | None:

@@ -12,18 +12,12 @@ micro-batches. One actor worker stands for all GPUs that train, as everywhere he
 """
 
 import contextlib
-import fcntl
-import os
-import struct
 import time
 from collections.abc import Iterator
-from multiprocessing import util
-from pathlib import Path
+
+from benchmarks.emulated.devices import Shared
 
 PAUSE = 0.005  # seconds without training after which an actor waits for trajectories
-# Seconds of the monotonic clock: when the actor last ended training (infinite while it trains), and
-# until when it infers.
-STATE = struct.Struct("dd")
 
 
 class Help:
@@ -32,28 +26,15 @@ class Help:
     def __init__(self, share: float):
         """share: of a batch that is left where the actor's GPUs take their part."""
         self.share = share
-        self.file = -1  # descriptor, opened when first used, by the process that uses it
-
-    @contextlib.contextmanager
-    def state(self) -> Iterator[list[float]]:
-        """Gives [last training, inference's end], which may be changed, and locks it meanwhile."""
-        if self.file < 0:
-            path = Path(util.get_temp_dir()) / "emulated-help"
-            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(self.file, fcntl.LOCK_EX)
-        try:
-            found = os.pread(self.file, STATE.size, 0)
-            state = list(STATE.unpack(found)) if len(found) == STATE.size else [0.0, 0.0]
-            yield state
-            os.pwrite(self.file, STATE.pack(*state), 0)
-        finally:
-            fcntl.flock(self.file, fcntl.LOCK_UN)
+        # Seconds of the monotonic clock: when the actor last ended training (infinite while it
+        # trains), and until when it infers.
+        self.state = Shared("emulated-help", count=2)
 
     def inference(self, fixed: float, samples: float) -> float:
         """Returns how long an inference takes that begins now. Alone it takes fixed + samples
         seconds, of which `samples` are in proportion to its samples."""
         now = time.monotonic()
-        with self.state() as state:
+        with self.state.locked() as state:
             trained_at, infers_until = state
             if now < max(trained_at + PAUSE, infers_until):
                 return fixed + samples
@@ -64,10 +45,10 @@ class Help:
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """The actor trains, as soon as it has inferred what it has begun."""
-        with self.state() as state:
+        with self.state.locked() as state:
             state[0] = float("inf")
             infers_until = state[1]
         time.sleep(max(0.0, infers_until - time.monotonic()))
         yield
-        with self.state() as state:
+        with self.state.locked() as state:
             state[0] = time.monotonic()
